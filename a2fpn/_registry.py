@@ -1,0 +1,108 @@
+"""Named components: register by decorator, look up with a helpful error."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Returns a sentence with the closest known names, or the whole list when nothing is close.
+
+    Args:
+        name: What the user wrote.
+        known: The names that would have been accepted.
+
+    Example:
+        >>> did_you_mean("a2fnp", ["fpn", "a2fpn"])
+        "Did you mean 'a2fpn'?"
+    """
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    if close:
+        return f"Did you mean {' or '.join(repr(match) for match in close)}?"
+    return f"Known: {', '.join(known)}."
+
+
+def natural_key(name: str) -> list[int | str]:
+    """Sort key under which ``r18`` comes before ``r101``.
+
+    Example:
+        >>> sorted(["r101", "r18"], key=natural_key)
+        ['r18', 'r101']
+    """
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+class Registry(Generic[T]):
+    """Maps names to components of one kind.
+
+    Args:
+        kind: What the registry holds, for messages ("neck", "detector").
+
+    Example:
+        >>> shapes: Registry[type] = Registry("shape")
+        >>> @shapes.register("circle")
+        ... class Circle: ...
+        >>> shapes["circle"].__name__
+        'Circle'
+        >>> shapes["circel"]
+        Traceback (most recent call last):
+        ...
+        ValueError: Unknown shape 'circel'. Did you mean 'circle'?
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._items: dict[str, T] = {}
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Returns a decorator that registers a component under ``name``.
+
+        Raises:
+            ValueError: If the name is taken.
+        """
+
+        def decorator(item: T) -> T:
+            if name in self._items:
+                raise ValueError(
+                    f"The {self.kind} name {name!r} is taken by {self._items[name]!r}; choose another name."
+                )
+            self._items[name] = item
+            return item
+
+        return decorator
+
+    def __getitem__(self, name: str) -> T:
+        if name not in self._items:
+            raise ValueError(f"Unknown {self.kind} {name!r}. {did_you_mean(name, self._items)}")
+        return self._items[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._items
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())
+
+    def names(self, pattern: str = "") -> list[str]:
+        """Registered names in natural order, filtered by a wildcard pattern or a substring."""
+        return match_names(self._items, pattern)
+
+
+def match_names(names: Iterable[str], pattern: str = "") -> list[str]:
+    """Names that match a wildcard pattern; a pattern without wildcards matches as a substring.
+
+    Example:
+        >>> match_names(["maskrcnn_fpn_r18", "fasterrcnn_fpn_r18"], "mask*")
+        ['maskrcnn_fpn_r18']
+        >>> match_names(["a2fpn", "fpn", "pafpn"], "a")
+        ['a2fpn', 'pafpn']
+    """
+    if not any(character in pattern for character in "*?["):
+        pattern = f"*{pattern}*"
+    return sorted((name for name in names if fnmatch.fnmatchcase(name, pattern)), key=natural_key)

@@ -1,0 +1,266 @@
+"""What a model is, as plain data: frozen, typed, JSON-able dataclasses, validated key by key.
+
+A :class:`ModelConfig` travels with every checkpoint in ``config.json`` and is enough to rebuild the
+model. Unknown keys, wrong types and unsupported format versions are errors, never warnings.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar, Union
+
+from a2fpn._registry import did_you_mean
+
+FORMAT_VERSION = 1
+
+ConfigT = TypeVar("ConfigT")
+
+
+@dataclass(frozen=True)
+class Category:
+    """One class of objects.
+
+    Args:
+        id: The id that the annotations use; any integer, need not be contiguous.
+        name: The name shown to people.
+    """
+
+    id: int
+    name: str
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """Which timm model extracts the features.
+
+    Args:
+        name: Full timm name with the weights tag pinned, e.g. ``resnet50.tv_in1k``.
+        in_chans: Channels of the input image.
+        norm: ``"bn"`` trains batch norm, ``"frozen"`` turns it into a fixed affine map.
+        trainable_layers: How many levels, counted from the deepest, are trained; None trains all.
+    """
+
+    name: str
+    in_chans: int = 3
+    norm: Literal["bn", "frozen"] = "bn"
+    trainable_layers: int | None = None
+
+
+@dataclass(frozen=True)
+class NeckConfig:
+    """Which neck turns backbone features into a pyramid.
+
+    Args:
+        name: A registered neck name, see :func:`a2fpn.list_necks`.
+        args: Keyword arguments of the neck's constructor (JSON values only).
+    """
+
+    name: str
+    args: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PreprocessConfig:
+    """How an image becomes the network's input; the same in training, evaluation and prediction.
+
+    Args:
+        resize: ``"shortest_edge"`` brings the short side to ``min_size`` unless the long side would pass
+            ``max_size`` (torchvision's and detectron2's rule). ``"at_least"`` only enlarges small images
+            and only shrinks those whose long side passes ``max_size``. ``"none"`` keeps the size.
+        min_size: Target of the short side, pixels.
+        max_size: Limit of the long side, pixels.
+        mean: Per-channel mean of the input in the unit range.
+        std: Per-channel standard deviation of the input in the unit range.
+        size_divisor: The padded size is a multiple of this; None takes the model's coarsest RoI stride.
+    """
+
+    resize: Literal["shortest_edge", "at_least", "none"] = "shortest_edge"
+    min_size: int = 800
+    max_size: int = 1333
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    size_divisor: int | None = None
+
+
+@dataclass(frozen=True)
+class RCNNConfig:
+    """Heads of the two-stage detectors; the defaults are torchvision's Faster and Mask R-CNN.
+
+    Args:
+        anchor_sizes: One tuple of anchor sizes in pixels per pyramid level; None derives 8 x stride.
+        anchor_ratios: Height / width of the anchors, the same on every level.
+        rpn_pre_nms_top_n_train: Proposals kept per level before NMS in training.
+        rpn_pre_nms_top_n_test: The same in evaluation.
+        rpn_post_nms_top_n_train: Proposals kept per image after NMS in training.
+        rpn_post_nms_top_n_test: The same in evaluation.
+        rpn_nms_threshold: IoU above which the RPN's NMS removes a proposal.
+        rpn_fg_iou: IoU from which an anchor is positive.
+        rpn_bg_iou: IoU under which an anchor is negative.
+        rpn_batch_size: Anchors sampled per image for the RPN loss.
+        rpn_positive_fraction: Share of positives among them.
+        rpn_score_threshold: Proposals below this objectness are dropped.
+        box_channels: Width of the two-layer box head.
+        box_pool_size: Output size of the box head's RoI pooling.
+        box_fg_iou: IoU from which a proposal is positive.
+        box_batch_size: Proposals sampled per image for the box loss.
+        box_positive_fraction: Share of positives among them.
+        mask_channels: Width of the mask head's convolutions.
+        mask_layers: Number of the mask head's convolutions.
+        mask_pool_size: Output size of the mask head's RoI pooling; masks have twice this size.
+        roi_sampling_ratio: Samples per bin side in RoI pooling.
+        roi_aligned: Whether RoI pooling shifts by half a pixel (detectron2's ``aligned=True``).
+        score_threshold: Detections below this score are dropped.
+        nms_threshold: IoU above which the per-class NMS removes a detection.
+        detections_per_image: Most detections returned for an image.
+    """
+
+    anchor_sizes: tuple[tuple[int, ...], ...] | None = None
+    anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    rpn_pre_nms_top_n_train: int = 2000
+    rpn_pre_nms_top_n_test: int = 1000
+    rpn_post_nms_top_n_train: int = 2000
+    rpn_post_nms_top_n_test: int = 1000
+    rpn_nms_threshold: float = 0.7
+    rpn_fg_iou: float = 0.7
+    rpn_bg_iou: float = 0.3
+    rpn_batch_size: int = 256
+    rpn_positive_fraction: float = 0.5
+    rpn_score_threshold: float = 0.0
+    box_channels: int = 1024
+    box_pool_size: int = 7
+    box_fg_iou: float = 0.5
+    box_batch_size: int = 512
+    box_positive_fraction: float = 0.25
+    mask_channels: int = 256
+    mask_layers: int = 4
+    mask_pool_size: int = 14
+    roi_sampling_ratio: int = 2
+    roi_aligned: bool = False
+    score_threshold: float = 0.05
+    nms_threshold: float = 0.5
+    detections_per_image: int = 100
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything needed to build a detector.
+
+    Args:
+        architecture: The name the model was created under, e.g. ``maskrcnn_a2fpn_r50``.
+        detector: A registered detector name, e.g. ``maskrcnn``.
+        backbone: The feature extractor.
+        neck: The pyramid.
+        num_classes: Number of object classes, without a background class.
+        preprocess: Resizing and normalisation.
+        heads: Anchors, RPN, box and mask head.
+        categories: Ids and names of the classes in the order of the labels; empty when unknown.
+    """
+
+    architecture: str
+    detector: str
+    backbone: BackboneConfig
+    neck: NeckConfig
+    num_classes: int = 80
+    preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
+    heads: RCNNConfig = field(default_factory=RCNNConfig)
+    categories: tuple[Category, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1 (there is no background class), got {self.num_classes}.")
+        if self.categories and len(self.categories) != self.num_classes:
+            raise ValueError(f"{len(self.categories)} categories were given for num_classes={self.num_classes}.")
+
+    @property
+    def labelled_categories(self) -> tuple[Category, ...]:
+        """The categories, or ``Category(label + 1, "class <label>")`` where the model has none."""
+        return self.categories or tuple(Category(label + 1, f"class {label}") for label in range(self.num_classes))
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Turns a configuration into JSON-able built-ins.
+
+    Example:
+        >>> to_dict(Category(7, "cat"))
+        {'id': 7, 'name': 'cat'}
+    """
+    return typing.cast("dict[str, Any]", _plain(dataclasses.asdict(config)))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def from_dict(cls: type[ConfigT], data: Any, *, where: str = "config") -> ConfigT:
+    """Builds a configuration dataclass from built-ins, checking every key and every type.
+
+    Args:
+        cls: The dataclass to build.
+        data: A mapping, usually parsed from JSON.
+        where: Name of the place in messages.
+
+    Raises:
+        ValueError: For an unknown or missing key, or a value out of its choices.
+        TypeError: For a value of the wrong type.
+
+    Example:
+        >>> from_dict(Category, {"id": 7, "name": "cat"})
+        Category(id=7, name='cat')
+        >>> from_dict(Category, {"id": 7, "nme": "cat"})
+        Traceback (most recent call last):
+        ...
+        ValueError: config: unknown key 'nme' for Category. Did you mean 'name'?
+    """
+    if not isinstance(data, Mapping):
+        raise TypeError(f"{where}: expected an object with the fields of {cls.__name__}, got {type(data).__name__}.")
+    fields = {f.name: f for f in dataclasses.fields(typing.cast(Any, cls))}
+    for key in data:
+        if key not in fields:
+            raise ValueError(f"{where}: unknown key {key!r} for {cls.__name__}. {did_you_mean(str(key), fields)}")
+    hints = typing.get_type_hints(cls)
+    values = {key: _convert(hints[key], value, f"{where}.{key}") for key, value in data.items()}
+    for name, f in fields.items():
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required and name not in values:
+            raise ValueError(f"{where}: the key {name!r} of {cls.__name__} is missing.")
+    return cls(**values)
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    """Checks a JSON value against a type hint and returns it in the dataclass's own types."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return (
+            value
+            if isinstance(value, typing.cast(type, hint))
+            else from_dict(typing.cast(type, hint), value, where=where)
+        )
+    if origin is Literal:
+        if value not in args:
+            raise ValueError(f"{where}: expected one of {', '.join(map(repr, args))}, got {value!r}.")
+        return value
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _convert(next(arg for arg in args if arg is not type(None)), value, where)
+    if origin is tuple:
+        if isinstance(value, str) or not isinstance(value, (list, tuple)):
+            raise TypeError(f"{where}: expected a list, got {value!r}.")
+        return tuple(_convert(args[0], item, f"{where}[{index}]") for index, item in enumerate(value))
+    if origin is not None and issubclass(origin, Mapping):
+        if not isinstance(value, Mapping):
+            raise TypeError(f"{where}: expected an object, got {value!r}.")
+        return dict(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
+        raise TypeError(f"{where}: expected {hint.__name__}, got {value!r}.")
+    return value

@@ -1,0 +1,49 @@
+"""Mask R-CNN: He et al., ICCV 2017."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.roi_heads import paste_masks_in_image
+
+from a2fpn.detectors.rcnn import RCNN, Detection, register_detector
+
+
+class Float32MaskPredictor(MaskRCNNPredictor):  # type: ignore[misc]
+    """Mask predictor whose outputs leave autocast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mask logits ``(R, K + 1, M, M)``, float32."""
+        logits: Tensor = super().forward(x).float()
+        return logits
+
+
+@register_detector("maskrcnn")
+class MaskRCNN(RCNN):
+    """Faster R-CNN plus a mask for every object; torchvision's heads on any neck."""
+
+    has_masks = True
+
+    def mask_branch(self, pooled: Mapping[str, int]) -> dict[str, nn.Module]:
+        """RoI pooling, convolutions and predictor of the mask branch."""
+        heads = self.config.heads
+        return {
+            "mask_roi_pool": self.roi_pool(pooled, heads.mask_pool_size),
+            "mask_head": MaskRCNNHeads(self.neck.out_channels, (heads.mask_channels,) * heads.mask_layers, 1),
+            "mask_predictor": Float32MaskPredictor(
+                heads.mask_channels, heads.mask_channels, self.config.num_classes + 1
+            ),
+        }
+
+    def _result(self, raw: Detection, size: tuple[int, int], original: tuple[int, int], paste: bool) -> Detection:
+        result = super()._result(raw, size, original, paste)
+        result["masks"] = raw["masks"]
+        if paste:
+            if len(raw["masks"]):
+                result["masks"] = paste_masks_in_image(raw["masks"], result["boxes"], original)
+            else:
+                result["masks"] = torch.zeros(0, 1, *original, device=raw["masks"].device)
+        return result

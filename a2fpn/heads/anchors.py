@@ -1,0 +1,55 @@
+"""Anchors from declared strides.
+
+torchvision computes strides as ``image size // grid size``; on sizes that are no multiple of the coarsest stride its
+anchor centres drift by up to tens of pixels, and under bf16 autocast its anchors are made in bf16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.image_list import ImageList
+
+
+class StrideAnchors(AnchorGenerator):  # type: ignore[misc]
+    """Float32 anchors for a pyramid of known strides.
+
+    Args:
+        sizes: Per level the anchor sizes in pixels.
+        aspect_ratios: Height / width, the same on every level.
+        strides: Per level the stride in pixels.
+
+    Raises:
+        ValueError: If the number of size tuples is not the number of levels, or tuples differ in length.
+
+    Example:
+        >>> anchors = StrideAnchors([(8,), (16,)], (1.0,), (4, 8))
+        >>> image = ImageList(torch.zeros(1, 3, 8, 8), [(8, 8)])
+        >>> anchors(image, [torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 1, 1)])[0][[0, 1, 4]]
+        tensor([[-4., -4.,  4.,  4.],
+                [ 0., -4.,  8.,  4.],
+                [-8., -8.,  8.,  8.]])
+    """
+
+    def __init__(self, sizes: Sequence[Sequence[int]], aspect_ratios: Sequence[float], strides: Sequence[int]) -> None:
+        if len(sizes) != len(strides):
+            raise ValueError(
+                f"anchor_sizes must have one tuple per pyramid level: {len(strides)} levels of strides "
+                f"{list(strides)}, got {len(sizes)} tuples {[tuple(s) for s in sizes]}."
+            )
+        if len({len(s) for s in sizes}) > 1:
+            raise ValueError(f"Every level needs the same number of anchor sizes, got {[tuple(s) for s in sizes]}.")
+        super().__init__(tuple(tuple(s) for s in sizes), (tuple(aspect_ratios),) * len(sizes))
+        self.strides = tuple(strides)
+
+    def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
+        """Anchors of each image, ``(A, 4)`` xyxy float32 in pixels of the batch, level by level."""
+        device = feature_maps[0].device
+        self.set_cell_anchors(torch.float32, device)
+        grids = [list(x.shape[-2:]) for x in feature_maps]
+        strides = [[torch.tensor(s, device=device)] * 2 for s in self.strides]
+        anchors = torch.cat(self.grid_anchors(grids, strides))
+        return [anchors for _ in image_list.image_sizes]

@@ -1,0 +1,80 @@
+"""The three attentions of the A2-FPN paper behind one function.
+
+Source: supplement of Hu et al., "A2-FPN", CVPR 2021, Eq. 1 and Eq. 6; Wang et al., "Non-local Neural
+Networks", CVPR 2018, for the unscaled dot product.
+
+Shape shorthand: ``B`` batch, ``n`` queries, ``m`` keys, ``d_k`` key channels, ``d_v`` value channels.
+"""
+
+from __future__ import annotations
+
+import math
+import typing
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+AttentionKind = Literal["dot", "scaled_dot", "scaled_cosine"]
+ATTENTION_KINDS: tuple[str, ...] = typing.get_args(AttentionKind)
+
+# The smallest norm that is divided by: far below any activation, and its inverse is still finite in float16.
+_EPS = 1e-4
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    kind: AttentionKind = "scaled_cosine",
+    valid: Tensor | None = None,
+) -> Tensor:
+    r"""Attention of queries over keys.
+
+    * ``"dot"``: :math:`softmax(q k^T) v` (non-local networks)
+    * ``"scaled_dot"``: :math:`softmax(q k^T / \sqrt{d_k}) v` (Eq. 1)
+    * ``"scaled_cosine"``: :math:`softmax(\sqrt{d_k} \cdot norm(q) norm(k)^T) v` (Eq. 6), norm = L2
+
+    A fused kernel serves all three, so the ``n x m`` map is not stored where the backend can avoid it. The L2
+    norms are taken in float32 (float64 for float64 inputs) and have a finite gradient at a zero vector.
+
+    Args:
+        query: ``(B, n, d_k)``.
+        key: ``(B, m, d_k)``.
+        value: ``(B, m, d_v)``.
+        kind: Which attention.
+        valid: ``(B, m)`` bool, False for keys that must get no weight (padding); None when all count.
+
+    Returns:
+        ``(B, n, d_v)``.
+
+    Raises:
+        ValueError: For an unknown kind.
+
+    Example:
+        >>> q, k, v = torch.eye(2)[None], torch.eye(2)[None], torch.tensor([[[1.0], [0.0]]])
+        >>> attend(q, k, v, kind="scaled_cosine").squeeze()  # softmax of sqrt(2) * identity
+        tensor([0.8044, 0.1956])
+    """
+    if kind not in ATTENTION_KINDS:
+        raise ValueError(f"Unknown attention {kind!r}; expected one of {', '.join(ATTENTION_KINDS)}.")
+    d_k = query.shape[-1]
+    if kind == "scaled_cosine":
+        query, key, scale = _l2_normalise(query), _l2_normalise(key), math.sqrt(d_k)
+    else:
+        scale = 1.0 if kind == "dot" else 1.0 / math.sqrt(d_k)
+    attended = F.scaled_dot_product_attention(
+        query.to(value.dtype)[:, None],
+        key.to(value.dtype)[:, None],
+        value[:, None],
+        attn_mask=None if valid is None else valid[:, None, None],
+        scale=scale,
+    )
+    return attended[:, 0]
+
+
+def _l2_normalise(x: Tensor) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1, eps=_EPS)

@@ -1,0 +1,154 @@
+"""Multi-level global context (MGC): collect, reason, distribute.
+
+Source: the A2-FPN supplement, section B and Eq. 7, and the paper's abstract; node counts, the orthogonality
+weight and the three steps after public accounts of the main text. Two exact rewritings save 12 of 52 GMACs at
+800 x 1088: attention weights sum to one, so an affine map of the values commutes with attention, and both
+``phi`` (collect) and ``out`` (distribute) are applied to the few nodes instead of to every pixel.
+
+Shape shorthand: ``B`` batch, ``C_i`` channels of level ``i``, ``d`` pyramid channels, ``N_i`` nodes of level
+``i``, ``N`` nodes of all levels, ``L_i = H_i * W_i`` pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from a2fpn.layers.attention import ATTENTION_KINDS, AttentionKind, attend
+
+
+class SelfAttention(nn.Module):
+    """Reasoning over nodes: ``X + attend(X W_q, X W_k, X W_v)``.
+
+    Args:
+        channels: Channels of the nodes.
+        attention: Kind of attention.
+    """
+
+    def __init__(self, channels: int, *, attention: AttentionKind) -> None:
+        super().__init__()
+        self.attention: AttentionKind = attention
+        self.query = nn.Linear(channels, channels, bias=False)
+        self.key = nn.Linear(channels, channels, bias=False)
+        self.value = nn.Linear(channels, channels, bias=False)
+
+    def forward(self, nodes: Tensor) -> Tensor:
+        """Maps nodes ``(B, N, d)`` to ``(B, N, d)``."""
+        return nodes + attend(self.query(nodes), self.key(nodes), self.value(nodes), kind=self.attention)
+
+
+class MGC(nn.Module):
+    """Collects semantic nodes from every level, reasons over them, and gives every pixel what it asks for.
+
+    The last map ``out`` starts at zero, so a fresh MGC returns zeros and leaves the laterals unchanged.
+
+    Args:
+        in_channels: ``C_i`` per level.
+        out_channels: ``d``.
+        nodes: ``N_i`` per level; at most ``C_i``, or the entities could not be orthonormal.
+        attention: Kind of attention, for all three steps.
+
+    Raises:
+        ValueError: For ``N_i > C_i``, counts that differ, or an unknown attention.
+
+    Example:
+        >>> mgc = MGC([16, 32], 8, nodes=[16, 8])
+        >>> maps = mgc([torch.randn(2, 16, 9, 7), torch.randn(2, 32, 5, 4)])
+        >>> [tuple(x.shape) for x in maps], max(x.abs().max().item() for x in maps)
+        ([(2, 8, 9, 7), (2, 8, 5, 4)], 0.0)
+    """
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        out_channels: int,
+        *,
+        nodes: Sequence[int],
+        attention: AttentionKind = "scaled_cosine",
+    ) -> None:
+        super().__init__()
+        if attention not in ATTENTION_KINDS:
+            raise ValueError(f"Unknown attention {attention!r}; expected one of {', '.join(ATTENTION_KINDS)}.")
+        if len(nodes) != len(in_channels):
+            raise ValueError(f"{len(nodes)} node counts were given for {len(in_channels)} levels.")
+        for n, c in zip(nodes, in_channels, strict=True):
+            if not 1 <= n <= c:
+                raise ValueError(
+                    f"{n} nodes on a level of {c} channels: between 1 and {c} are possible, since the entities are "
+                    f"rows of length {c} and must be orthonormal. Lower nodes={list(nodes)}."
+                )
+        self.attention: AttentionKind = attention
+        self.entities = nn.ParameterList(
+            nn.init.orthogonal_(torch.empty(n, c)) for n, c in zip(nodes, in_channels, strict=True)
+        )
+        self.value = nn.ModuleList(nn.Linear(c, out_channels) for c in in_channels)
+        self.level_reasoning = nn.ModuleList(SelfAttention(out_channels, attention=attention) for _ in in_channels)
+        self.global_reasoning = SelfAttention(out_channels, attention=attention)
+        self.query = nn.ModuleList(nn.Conv2d(c, out_channels, 1) for c in in_channels)
+        self.out = nn.ModuleList(nn.Linear(out_channels, out_channels) for _ in in_channels)
+        for out in self.out:
+            nn.init.zeros_(out.weight)
+            nn.init.zeros_(out.bias)
+
+    def forward(self, features: Sequence[Tensor], valid: Sequence[Tensor | None] | None = None) -> list[Tensor]:
+        """Computes the context of every pixel.
+
+        Args:
+            features: Maps ``(B, C_i, H_i, W_i)``.
+            valid: Per level a bool map ``(B, 1, H_i, W_i)``, False on the batch's padding, or None.
+
+        Returns:
+            Maps ``(B, d, H_i, W_i)`` to be added to the laterals.
+        """
+        masks = [None] * len(features) if valid is None else valid
+        nodes = torch.cat(
+            [self._collect(i, x, mask) for i, (x, mask) in enumerate(zip(features, masks, strict=True))], 1
+        )
+        nodes = self.global_reasoning(nodes)
+        return [self._distribute(i, x, nodes) for i, x in enumerate(features)]
+
+    def _collect(self, level: int, x: Tensor, valid: Tensor | None) -> Tensor:
+        pixels = x.flatten(2).transpose(1, 2)
+        entities = self.entities[level].expand(x.shape[0], -1, -1)
+        collected = attend(
+            entities, pixels, pixels, kind=self.attention, valid=None if valid is None else valid.flatten(1)
+        )
+        nodes: Tensor = self.level_reasoning[level](self.value[level](collected))
+        return nodes
+
+    def _distribute(self, level: int, x: Tensor, nodes: Tensor) -> Tensor:
+        query = self.query[level](x)
+        context = attend(query.flatten(2).transpose(1, 2), nodes, self.out[level](nodes), kind=self.attention)
+        return context.transpose(1, 2).reshape(query.shape)
+
+    def orthogonal_loss(self) -> Tensor:
+        """Sum over levels of the entities' :func:`orthogonality`, a scalar; the caller weights it.
+
+        With ``scaled_cosine`` the rows must be orthonormal; the other two kinds lift the restriction on the norm
+        (Eq. 7).
+        """
+        unit_norm = self.attention == "scaled_cosine"
+        return torch.stack([orthogonality(w, unit_norm=unit_norm) for w in self.entities]).sum()
+
+
+def orthogonality(weight: Tensor, *, unit_norm: bool) -> Tensor:
+    r"""How far the rows of a matrix are from orthogonal.
+
+    :math:`\|W W^T - I\|_F^2` with ``unit_norm``, else :math:`\|W W^T \odot (1 - I)\|_F^2` (supplement, Eq. 7).
+
+    Args:
+        weight: ``(N, C)``.
+        unit_norm: Whether rows must have norm one as well.
+
+    Returns:
+        A scalar, at least 0.
+
+    Example:
+        >>> orthogonality(2 * torch.eye(3), unit_norm=True), orthogonality(2 * torch.eye(3), unit_norm=False)
+        (tensor(27.), tensor(0.))
+    """
+    gram = weight @ weight.T
+    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return (gram - identity if unit_norm else gram * (1 - identity)).square().sum()

@@ -1,0 +1,121 @@
+"""A2-FPN: Hu et al., "A2-FPN: Attention Aggregation based Feature Pyramid Network", CVPR 2021.
+
+Three members share global context (MGC): ``pafpn_mgc`` is the ablation of the supplement's Table 1, ``a2fpn_lite``
+adds content-aware upsampling, ``a2fpn`` content-aware pooling as well.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from a2fpn.layers import GACAP, GACARAFE, MGC, AttentionKind
+from a2fpn.necks.neck import Fusion, NearestFusion, PyramidNeck, StridedFusion, register_neck
+from a2fpn.pyramid import PyramidSpec
+
+_logger = logging.getLogger(__name__)
+
+
+class ContextNeck(PyramidNeck):
+    """A pyramid whose laterals receive multi-level global context.
+
+    Args:
+        in_spec: What the backbone gives.
+        top_down: Top-down fusion.
+        bottom_up: Bottom-up fusion, or None.
+        out_channels: Channels of every level.
+        extra_levels: Coarser levels added by subsampling.
+        attention: Kind of attention in all steps of MGC.
+        nodes: Semantic nodes per level; None takes ``node_budget * (6 - i)`` on level ``i`` (stride ``2**i``) and at
+            most the level's channels.
+        node_budget: Nodes of the level of stride 32; finer levels have 2, 3, 4 times as many.
+        orthogonal_weight: Weight of the orthogonal regularisation.
+        norm_layer: Norm after each convolution (timm name), or None.
+        act_layer: Activation after each convolution (timm name), or None.
+    """
+
+    def __init__(
+        self,
+        in_spec: PyramidSpec,
+        *,
+        top_down: Fusion,
+        bottom_up: Fusion | None,
+        out_channels: int = 256,
+        extra_levels: int = 1,
+        attention: AttentionKind = "scaled_cosine",
+        nodes: Sequence[int] | None = None,
+        node_budget: int = 64,
+        orthogonal_weight: float = 1e-4,
+        norm_layer: str | None = None,
+        act_layer: str | None = None,
+    ) -> None:
+        nodes = _default_nodes(in_spec, node_budget) if nodes is None else nodes
+        super().__init__(
+            in_spec,
+            top_down=top_down,
+            bottom_up=bottom_up,
+            context=MGC(in_spec.channels, out_channels, nodes=nodes, attention=attention),
+            out_channels=out_channels,
+            extra_levels=extra_levels,
+            norm_layer=norm_layer,
+            act_layer=act_layer,
+        )
+        self.orthogonal_weight = orthogonal_weight
+
+    def losses(self) -> dict[str, Tensor]:
+        """The weighted orthogonal regularisation of the entities."""
+        if self.context is None:
+            raise RuntimeError("A ContextNeck has an MGC by construction.")
+        return {"loss_orthogonal": self.orthogonal_weight * self.context.orthogonal_loss()}
+
+
+def _default_nodes(in_spec: PyramidSpec, budget: int) -> list[int]:
+    wanted = [budget * max(1, 6 - (stride.bit_length() - 1)) for stride in in_spec.strides]
+    nodes = [min(n, channels) for n, channels in zip(wanted, in_spec.channels, strict=True)]
+    if nodes != wanted:
+        _logger.info("Narrow backbone: %s semantic nodes per level, not %s (at most its channels).", nodes, wanted)
+    return nodes
+
+
+@register_neck("pafpn_mgc")
+class PAFPNMGC(ContextNeck):
+    """PAFPN with MGC: the rows of the supplement's Table 1; ``attention`` picks the kind.
+
+    Takes the arguments of :class:`ContextNeck` except the fusions.
+    """
+
+    def __init__(self, in_spec: PyramidSpec, **options: object) -> None:
+        super().__init__(in_spec, top_down=NearestFusion, bottom_up=StridedFusion, **options)  # type: ignore[arg-type]
+
+
+@register_neck("a2fpn_lite")
+class A2FPNLite(ContextNeck):
+    """MGC and GACARAFE without a bottom-up path.
+
+    Takes the arguments of :class:`ContextNeck` except the fusions.
+    """
+
+    def __init__(self, in_spec: PyramidSpec, *, node_budget: int = 32, **options: object) -> None:
+        super().__init__(in_spec, top_down=GACARAFE, bottom_up=None, node_budget=node_budget, **options)  # type: ignore[arg-type]
+
+
+@register_neck("a2fpn")
+class A2FPN(ContextNeck):
+    """The whole A2-FPN: MGC, GACARAFE on the way down, GACAP on the way up.
+
+    Takes the arguments of :class:`ContextNeck` except the fusions.
+
+    Example:
+        >>> import torch
+        >>> neck = A2FPN(PyramidSpec.from_channels([16, 32], strides=[4, 8]), out_channels=32, nodes=[8, 8])
+        >>> pyramid = neck({"c2": torch.randn(1, 16, 25, 17), "c3": torch.randn(1, 32, 13, 9)})
+        >>> {name: tuple(x.shape) for name, x in pyramid.items()}
+        {'p2': (1, 32, 25, 17), 'p3': (1, 32, 13, 9), 'p4': (1, 32, 7, 5)}
+        >>> list(neck.losses())
+        ['loss_orthogonal']
+    """
+
+    def __init__(self, in_spec: PyramidSpec, **options: object) -> None:
+        super().__init__(in_spec, top_down=GACARAFE, bottom_up=GACAP, **options)  # type: ignore[arg-type]

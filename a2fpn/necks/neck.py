@@ -1,0 +1,198 @@
+"""The contract of a neck, and the one pyramid that the whole family shares.
+
+Shape shorthand: ``B`` batch, ``C_i`` channels and ``H_i, W_i`` size of backbone level ``i``, ``d`` pyramid channels.
+"""
+
+from __future__ import annotations
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from a2fpn._registry import Registry
+from a2fpn.layers import MGC, ConvNormAct
+from a2fpn.pyramid import Features, LevelSpec, PyramidSpec, check_features, level_name, level_size
+
+Fusion = Callable[[int], nn.Module]
+"""Makes a module ``(source, target, valid) -> merged`` for ``d`` channels that merges one level into the next."""
+
+
+class Neck(nn.Module, ABC):
+    """Turns backbone features into a pyramid of equal channels.
+
+    Subclasses implement :meth:`fuse`; this class checks the inputs, masks padding and adds the extra levels. A neck
+    never depends on an image size at construction and never changes its inputs.
+
+    Args:
+        in_spec: What the backbone gives.
+        out_channels: Channels ``d`` of every output level.
+        extra_levels: Coarser levels added by subsampling the last one by two each, as R-CNN's RPN wants.
+
+    Raises:
+        ValueError: For fewer than one channel or a negative number of extra levels.
+    """
+
+    def __init__(self, in_spec: PyramidSpec, *, out_channels: int = 256, extra_levels: int = 1) -> None:
+        super().__init__()
+        if out_channels < 1 or extra_levels < 0:
+            raise ValueError(
+                f"Expected out_channels >= 1 and extra_levels >= 0, got {out_channels} and {extra_levels}."
+            )
+        self.in_spec = in_spec
+        self.out_channels = out_channels
+        self.extra_levels = extra_levels
+        strides = list(in_spec.strides)
+        strides += [strides[-1] << (i + 1) for i in range(extra_levels)]
+        self.out_spec = PyramidSpec({level_name("p", stride): LevelSpec(out_channels, stride) for stride in strides})
+
+    @abstractmethod
+    def fuse(self, features: list[Tensor], valid: list[Tensor | None]) -> list[Tensor]:
+        """Maps ``(B, C_i, H_i, W_i)`` per level to ``(B, d, H_i, W_i)`` per level.
+
+        Args:
+            features: Backbone maps, finest first.
+            valid: Per level a bool map ``(B, 1, H_i, W_i)``, False on padding, or None when nothing is padded.
+        """
+
+    def losses(self) -> dict[str, Tensor]:
+        """Losses on the neck's own parameters, ready to be added to the detector's; none by default."""
+        return {}
+
+    def forward(self, features: Features, image_sizes: Sequence[tuple[int, int]] | None = None) -> Features:
+        """Computes the pyramid.
+
+        Args:
+            features: Backbone maps named as in ``in_spec``.
+            image_sizes: Height and width of each image of the batch in pixels, without padding; None when the
+                images fill the batch.
+
+        Returns:
+            Maps ``(B, d, H_i, W_i)`` named as in ``out_spec``.
+
+        Raises:
+            ValueError: If the maps are not what ``in_spec`` promises.
+        """
+        check_features(features, self.in_spec)
+        maps = list(features.values())
+        for (fine_name, fine), (coarse_name, coarse) in itertools.pairwise(features.items()):
+            if coarse.shape[-2] > fine.shape[-2] or coarse.shape[-1] > fine.shape[-1]:
+                raise ValueError(
+                    f"Level {coarse_name} {tuple(coarse.shape[-2:])} is larger than the finer {fine_name} "
+                    f"{tuple(fine.shape[-2:])}; maps must shrink from level to level."
+                )
+        valid = [_valid_map(x, s, image_sizes) for x, s in zip(maps, self.in_spec.strides, strict=True)]
+        pyramid = self.fuse(maps, valid)
+        for _ in range(self.extra_levels):
+            pyramid.append(F.max_pool2d(pyramid[-1], kernel_size=1, stride=2))
+        return dict(zip(self.out_spec.names, pyramid, strict=True))
+
+
+def _valid_map(x: Tensor, stride: int, image_sizes: Sequence[tuple[int, int]] | None) -> Tensor | None:
+    if image_sizes is None:
+        return None
+    height, width = x.shape[-2:]
+    sizes = [level_size(size, stride) for size in image_sizes]
+    if all(h >= height and w >= width for h, w in sizes):
+        return None
+    heights, widths = torch.tensor(sizes, device=x.device).T
+    rows = torch.arange(height, device=x.device) < heights[:, None]
+    columns = torch.arange(width, device=x.device) < widths[:, None]
+    return (rows[:, :, None] & columns[:, None, :])[:, None]
+
+
+NECKS: Registry[Callable[..., Neck]] = Registry("neck")
+register_neck = NECKS.register
+
+
+class PyramidNeck(Neck):
+    """Lateral convolutions, optional global context, a top-down and an optional bottom-up path.
+
+    The members of the family differ in the parts that they plug in.
+
+    Args:
+        in_spec: What the backbone gives.
+        out_channels: Channels ``d`` of every level.
+        extra_levels: Coarser levels added by subsampling.
+        top_down: Makes the module that merges a coarse level into the next finer one.
+        bottom_up: Makes the module that merges a fine level into the next coarser one; None leaves the path out.
+        context: Global context added to the laterals, or None.
+        norm_layer: Norm after each convolution (timm name), or None.
+        act_layer: Activation after each convolution (timm name), or None.
+    """
+
+    def __init__(
+        self,
+        in_spec: PyramidSpec,
+        *,
+        top_down: Fusion,
+        bottom_up: Fusion | None = None,
+        context: MGC | None = None,
+        out_channels: int = 256,
+        extra_levels: int = 1,
+        norm_layer: str | None = None,
+        act_layer: str | None = None,
+    ) -> None:
+        super().__init__(in_spec, out_channels=out_channels, extra_levels=extra_levels)
+
+        def conv(in_channels: int, kernel_size: int) -> ConvNormAct:
+            return ConvNormAct(in_channels, out_channels, kernel_size, norm_layer=norm_layer, act_layer=act_layer)
+
+        steps = range(len(in_spec) - 1)
+        self.lateral = nn.ModuleList(conv(channels, 1) for channels in in_spec.channels)
+        self.context = context
+        self.top_down = nn.ModuleList(top_down(out_channels) for _ in steps)
+        self.output = nn.ModuleList(conv(out_channels, 3) for _ in in_spec)
+        self.bottom_up = None if bottom_up is None else nn.ModuleList(bottom_up(out_channels) for _ in steps)
+        self.bottom_up_output = None if bottom_up is None else nn.ModuleList(conv(out_channels, 3) for _ in steps)
+
+    def fuse(self, features: list[Tensor], valid: list[Tensor | None]) -> list[Tensor]:
+        """See :meth:`Neck.fuse`."""
+        pyramid: list[Tensor] = [lateral(x) for lateral, x in zip(self.lateral, features, strict=True)]
+        if self.context is not None:
+            pyramid = [x + y for x, y in zip(pyramid, self.context(features, valid), strict=True)]
+        for i in reversed(range(len(pyramid) - 1)):
+            pyramid[i] = self.top_down[i](pyramid[i + 1], pyramid[i], valid[i])
+        pyramid = [output(x) for output, x in zip(self.output, pyramid, strict=True)]
+        if self.bottom_up is not None and self.bottom_up_output is not None:
+            for i, (merge, output) in enumerate(zip(self.bottom_up, self.bottom_up_output, strict=True)):
+                pyramid[i + 1] = output(merge(pyramid[i], pyramid[i + 1], valid[i + 1]))
+        return pyramid
+
+
+class NearestFusion(nn.Module):
+    """Nearest-neighbour upsampling and addition (Lin et al., "Feature Pyramid Networks", CVPR 2017).
+
+    Args:
+        channels: Unused, for one signature of fusions.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+
+    def forward(self, coarse: Tensor, fine: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Merges ``(B, C, h, w)`` into ``(B, C, H, W)``."""
+        return fine + F.interpolate(coarse, size=fine.shape[-2:], mode="nearest")
+
+
+class StridedFusion(nn.Module):
+    """A 3x3 convolution of stride 2 and addition (Liu et al., "Path Aggregation Network", CVPR 2018).
+
+    Args:
+        channels: Channels of both maps.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.down = ConvNormAct(channels, channels, 3, stride=2)
+
+    def forward(self, fine: Tensor, coarse: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Merges ``(B, C, H, W)`` into ``(B, C, h, w)``."""
+        down: Tensor = self.down(fine)
+        if down.shape[-2:] != coarse.shape[-2:]:
+            # Backbones that round sizes down leave a row or column over.
+            down = F.interpolate(down, size=coarse.shape[-2:], mode="nearest")
+        return coarse + down

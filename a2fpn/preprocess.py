@@ -1,0 +1,131 @@
+"""How images become the network's input, and how boxes come back: one object for training, evaluation and use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from a2fpn.config import PreprocessConfig
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images ready for a backbone.
+
+    Args:
+        tensor: ``(B, C, H, W)`` float32, normalised, zero beyond each image; H and W are multiples of the divisor.
+        sizes: Height and width of each image inside the tensor, pixels.
+        original_sizes: Height and width of each image as it came, pixels.
+    """
+
+    tensor: Tensor
+    sizes: list[tuple[int, int]]
+    original_sizes: list[tuple[int, int]]
+
+
+class Preprocess(nn.Module):
+    """Normalises, resizes and pads images; nothing here depends on what came before.
+
+    Args:
+        config: The rule.
+        divisor: Padded sizes are multiples of this unless the config names its own.
+
+    Raises:
+        ValueError: If mean and std differ in length, or a std is not positive.
+
+    Example:
+        >>> preprocess = Preprocess(PreprocessConfig(min_size=64, max_size=100), divisor=32)
+        >>> preprocess.target_size(32, 48)
+        (64, 96)
+        >>> batch = preprocess([torch.rand(3, 32, 48), torch.rand(3, 40, 40)])
+        >>> tuple(batch.tensor.shape), batch.sizes
+        ((2, 3, 64, 96), [(64, 96), (64, 64)])
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: PreprocessConfig, *, divisor: int) -> None:
+        super().__init__()
+        if len(config.mean) != len(config.std) or any(s <= 0 for s in config.std):
+            raise ValueError(f"mean {config.mean} and std {config.std} must have one positive std per channel.")
+        if not 1 <= config.min_size <= config.max_size:
+            raise ValueError(f"Expected 1 <= min_size <= max_size, got {config.min_size} and {config.max_size}.")
+        self.config = config
+        self.divisor = config.size_divisor or divisor
+        self.register_buffer("mean", torch.tensor(config.mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(config.std)[:, None, None], persistent=False)
+
+    def target_size(self, height: int, width: int) -> tuple[int, int]:
+        """Size an image is resized to, at least one pixel per side."""
+        short, long = min(height, width), max(height, width)
+        if self.config.resize == "none":
+            scale = 1.0
+        elif self.config.resize == "shortest_edge":
+            scale = min(self.config.min_size / short, self.config.max_size / long)
+        else:
+            scale = min(max(1.0, self.config.min_size / short), self.config.max_size / long)
+        return max(1, int(height * scale)), max(1, int(width * scale))
+
+    def forward(self, images: Sequence[Tensor], *, resize: bool = True) -> Batch:
+        """Makes a batch.
+
+        Args:
+            images: ``(C, H, W)`` each, float in [0, 1] or uint8 in [0, 255], any sizes.
+            resize: Whether to apply the resize rule; False when the images come resized already.
+
+        Raises:
+            ValueError: For a wrong number of dimensions or channels, or an image without pixels.
+            TypeError: For a dtype that is neither float nor uint8.
+        """
+        ready = [self._prepare(image, resize) for image in images]
+        sizes = [(int(x.shape[1]), int(x.shape[2])) for x in ready]
+        height, width = (-(-max(side) // self.divisor) * self.divisor for side in zip(*sizes, strict=True))
+        batch = ready[0].new_zeros(len(ready), len(self.mean), height, width)
+        batch = batch.contiguous(memory_format=torch.channels_last)
+        for row, x in zip(batch, ready, strict=True):
+            row[:, : x.shape[1], : x.shape[2]].copy_(x)
+        return Batch(batch, sizes, [(int(image.shape[-2]), int(image.shape[-1])) for image in images])
+
+    def _prepare(self, image: Tensor, resize: bool) -> Tensor:
+        channels = len(self.mean)
+        if image.ndim != 3 or image.shape[0] != channels or image.numel() == 0:
+            raise ValueError(f"Expected an image ({channels}, H, W) with H, W >= 1, got {tuple(image.shape)}.")
+        if image.dtype != torch.uint8 and not image.is_floating_point():
+            raise TypeError(f"Expected a float image in [0, 1] or a uint8 image in [0, 255], got {image.dtype}.")
+        x = image.to(self.mean.device)
+        x = x.float().div(255) if x.dtype == torch.uint8 else x.float()
+        x = (x - self.mean) / self.std
+        size = self.target_size(int(x.shape[1]), int(x.shape[2]))
+        if resize and size != tuple(x.shape[1:]):
+            x = F.interpolate(x[None], size=size, mode="bilinear", align_corners=False)[0]
+        return x
+
+
+def resize_boxes(boxes: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Scales boxes ``(N, 4)`` xyxy from an image of one size (height, width) to another.
+
+    Example:
+        >>> resize_boxes(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), (10, 10), (20, 10))
+        tensor([[1., 4., 3., 8.]])
+    """
+    factor = boxes.new_tensor([new[1] / old[1], new[0] / old[0]]).repeat(2)
+    return boxes * factor
+
+
+def resize_target(target: Mapping[str, Tensor], old: tuple[int, int], new: tuple[int, int]) -> dict[str, Tensor]:
+    """A training target moved from one image size (height, width) to another; masks by nearest neighbour."""
+    if old == new:
+        return dict(target)
+    resized = dict(target) | {"boxes": resize_boxes(target["boxes"], old, new)}
+    if "masks" in target:
+        masks = target["masks"]
+        if len(masks):
+            resized["masks"] = F.interpolate(masks[:, None].float(), size=new, mode="nearest")[:, 0].to(masks.dtype)
+        else:
+            resized["masks"] = masks.new_zeros(0, *new)
+    return resized

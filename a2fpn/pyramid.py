@@ -1,0 +1,145 @@
+"""What flows between backbone, neck and heads: named feature maps with declared channels and strides.
+
+Shape shorthand used everywhere: ``B`` batch, ``C`` channels, ``H`` and ``W`` height and width of a map in
+pixels of that map. A level's name says its stride: backbone ``cK`` and neck ``pK`` have stride ``2**K``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+Features = dict[str, Tensor]
+"""Ordered mapping from level name to a map ``(B, C, H, W)``, finest level first."""
+
+
+@dataclass(frozen=True)
+class LevelSpec:
+    """One level of a pyramid.
+
+    Args:
+        channels: Channels of the map.
+        stride: Input pixels per map pixel, per side.
+    """
+
+    channels: int
+    stride: int
+
+
+class PyramidSpec(Mapping[str, LevelSpec]):
+    """Ordered mapping from level name to :class:`LevelSpec`, finest level first.
+
+    Args:
+        levels: The levels; strides must increase.
+
+    Raises:
+        ValueError: If there is no level, or strides don't increase.
+
+    Example:
+        >>> spec = PyramidSpec.from_channels([64, 128], strides=[8, 16])
+        >>> spec
+        PyramidSpec(c3: 64 x stride 8, c4: 128 x stride 16)
+        >>> spec["c4"].stride
+        16
+    """
+
+    def __init__(self, levels: Mapping[str, LevelSpec]) -> None:
+        strides = [level.stride for level in levels.values()]
+        if not strides:
+            raise ValueError("A pyramid needs at least one level, got none.")
+        if any(fine >= coarse for fine, coarse in itertools.pairwise(strides)):
+            raise ValueError(f"The strides of a pyramid must increase from level to level, got {strides}.")
+        self._levels = dict(levels)
+
+    @classmethod
+    def from_channels(
+        cls, channels: Sequence[int], *, strides: Sequence[int] = (4, 8, 16, 32), prefix: str = "c"
+    ) -> PyramidSpec:
+        """Builds a spec from channel counts; levels are named after the power of two of their stride.
+
+        Raises:
+            ValueError: If the counts differ or a stride is no power of two.
+        """
+        if len(channels) != len(strides):
+            raise ValueError(f"{len(channels)} channel counts were given for {len(strides)} strides {list(strides)}.")
+        return cls(
+            {level_name(prefix, stride): LevelSpec(c, stride) for c, stride in zip(channels, strides, strict=True)}
+        )
+
+    def __getitem__(self, name: str) -> LevelSpec:
+        return self._levels[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._levels)
+
+    def __len__(self) -> int:
+        return len(self._levels)
+
+    def __repr__(self) -> str:
+        levels = ", ".join(f"{name}: {level.channels} x stride {level.stride}" for name, level in self.items())
+        return f"PyramidSpec({levels})"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Level names, finest first."""
+        return tuple(self)
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Channels per level."""
+        return tuple(level.channels for level in self.values())
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Strides per level."""
+        return tuple(level.stride for level in self.values())
+
+
+def level_name(prefix: str, stride: int) -> str:
+    """Name of a level by its stride.
+
+    Raises:
+        ValueError: If the stride is no power of two.
+
+    Example:
+        >>> level_name("p", 32)
+        'p5'
+    """
+    if stride < 1 or stride & (stride - 1):
+        raise ValueError(f"Levels are named by the power of two of their stride, got stride {stride}.")
+    return f"{prefix}{stride.bit_length() - 1}"
+
+
+def check_features(features: Mapping[str, Tensor], spec: PyramidSpec) -> None:
+    """Checks that maps are what a spec promises: names, order, channels, one batch size.
+
+    Args:
+        features: The maps, each ``(B, C, H, W)``.
+        spec: What was declared.
+
+    Raises:
+        ValueError: With expected and got.
+    """
+    if tuple(features) != spec.names:
+        raise ValueError(f"Expected feature maps named {list(spec.names)} in this order, got {list(features)}.")
+    for name, level in spec.items():
+        shape = tuple(features[name].shape)
+        if len(shape) != 4 or shape[1] != level.channels:
+            raise ValueError(f"Level {name}: expected a map (B, {level.channels}, H, W), got {shape}.")
+    batches = {name: int(x.shape[0]) for name, x in features.items()}
+    if len(set(batches.values())) > 1:
+        raise ValueError(f"All levels must have the same batch size, got {batches}.")
+
+
+def level_size(size: tuple[int, int], stride: int) -> tuple[int, int]:
+    """Size of a level's map for an image of the given size: ``ceil(size / stride)``.
+
+    Example:
+        >>> level_size((33, 64), 32)
+        (2, 2)
+    """
+    return math.ceil(size[0] / stride), math.ceil(size[1] / stride)
