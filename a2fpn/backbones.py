@@ -5,20 +5,19 @@ The only module that calls :func:`timm.create_model`.
 
 from __future__ import annotations
 
-import logging
+import typing
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from timm.layers import freeze_batch_norm_2d
+from timm.models import FeatureInfo
 from torch import Tensor, nn
 
 from a2fpn._registry import did_you_mean
 from a2fpn.config import BackboneConfig
 from a2fpn.pyramid import Features, LevelSpec, PyramidSpec, level_name
-
-_logger = logging.getLogger(__name__)
 
 ALIASES = {
     "r18": "resnet18.tv_in1k",
@@ -96,8 +95,7 @@ class TimmBackbone(nn.Module):
         name = resolve_backbone_name(config.name)
         options: dict[str, Any] = next((o for family, o in _FREE_SIZE.items() if name.startswith(family)), {})
         with torch.device("meta"):
-            info = timm.create_model(name, features_only=True, **options).feature_info
-        reductions: list[int] = info.reduction()
+            reductions = _feature_info(timm.create_model(name, features_only=True, **options)).reduction()
         missing = [stride for stride in strides if stride not in reductions]
         if missing:
             raise ValueError(f"Backbone {name!r} has maps of stride {reductions}, none of stride {missing}.")
@@ -115,13 +113,13 @@ class TimmBackbone(nn.Module):
             in_chans=config.in_chans,
             **options,
         )
-        channels: list[int] = self.body.feature_info.channels()
+        channels = _feature_info(self.body).channels()
         self.out_spec = PyramidSpec(
             {level_name("c", s): LevelSpec(c, s) for s, c in zip(strides, channels, strict=True)}
         )
         self._channels_last = str(getattr(self.body, "output_fmt", "")).endswith("NHWC")
         if config.norm == "frozen":
-            self.body = freeze_batch_norm_2d(self.body)
+            self.body = freeze_batch_norm_2d(self.body)  # type: ignore[no-untyped-call]
         self._frozen: list[nn.Module] = []
         if config.trainable_layers is not None:
             self._freeze(len(strides) - config.trainable_layers)
@@ -134,7 +132,7 @@ class TimmBackbone(nn.Module):
             )
         if levels == 0:
             return
-        names = [str(info["module"]) for info in self.body.feature_info.get_dicts()]
+        names = [str(info["module"]) for info in _feature_info(self.body).get_dicts()]
         last = names[levels - 1].replace(".", "_")
         for name, child in self.body.named_children():
             self._frozen.append(child)
@@ -159,6 +157,11 @@ class TimmBackbone(nn.Module):
         if self._channels_last:
             maps = [m.permute(0, 3, 1, 2) for m in maps]
         return dict(zip(self.out_spec.names, maps, strict=True))
+
+
+def _feature_info(body: nn.Module) -> FeatureInfo:
+    """What timm declares of a network's maps, with the type that ``nn.Module`` hides."""
+    return typing.cast(FeatureInfo, body.feature_info)
 
 
 def pretrained_statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -123,7 +123,8 @@ def read_weights(directory: str | Path, checkpoint: Checkpoint) -> dict[str, Ten
     digest = file_sha256(path)
     if digest != checkpoint.sha256:
         raise CheckpointError(
-            f"{str(path)!r} is damaged or not the file that belongs here: sha256 {digest}, expected {checkpoint.sha256}."
+            f"{str(path)!r} is damaged or not the file that belongs here: its sha256 is {digest}, "
+            f"{CONFIG_FILE} expects {checkpoint.sha256}."
         )
     try:
         return load_file(path)
@@ -157,5 +158,8 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 def file_sha256(path: Path) -> str:
     """Hex digest of a file."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +19,6 @@ from a2fpn.config import (
     Category,
     ModelConfig,
     NeckConfig,
-    PreprocessConfig,
     RCNNConfig,
     from_dict,
 )
@@ -56,7 +57,11 @@ def _register_narrow() -> None:
             neck=NeckConfig(neck, {"out_channels": 96}),
             heads=RCNNConfig(box_channels=512, mask_channels=96),
         )
-        register_model(config.architecture)(lambda config=config: config)
+        register_model(config.architecture)(functools.partial(_identity, config))
+
+
+def _identity(config: ModelConfig) -> ModelConfig:
+    return config
 
 
 _register_narrow()
@@ -125,9 +130,8 @@ def create_backbone(name: str, *, pretrained: bool = False, **options: Any) -> T
         >>> create_backbone("test_resnet").out_spec.strides
         (4, 8, 16, 32)
     """
-    return TimmBackbone(
-        from_dict(BackboneConfig, {"name": name, **options}, where="create_backbone"), pretrained=pretrained
-    )
+    config = from_dict(BackboneConfig, {"name": name, **options}, where="create_backbone")
+    return TimmBackbone(config, pretrained=pretrained)
 
 
 def create_model(
@@ -286,7 +290,7 @@ def _parse_name(name: str, backbone: str | None) -> ModelConfig:
 
 def _override(config: ModelConfig, num_classes: int | None, overrides: Mapping[str, Any]) -> ModelConfig:
     """A config with flat overrides applied to the part that has a field of that name."""
-    sections = {"backbone": config.backbone, "preprocess": config.preprocess, "heads": config.heads}
+    sections: dict[str, Any] = {"backbone": config.backbone, "preprocess": config.preprocess, "heads": config.heads}
     owner = {f.name: key for key, part in sections.items() for f in dataclasses.fields(part) if f.name != "name"}
     own = ("neck", "neck_args", "categories")
     changed: dict[str, dict[str, Any]] = {key: {} for key in sections}
@@ -296,10 +300,8 @@ def _override(config: ModelConfig, num_classes: int | None, overrides: Mapping[s
         elif key not in own:
             known = [*owner, *own, "backbone", "backbone_weights", "num_classes"]
             raise ValueError(f"Unknown argument {key!r} of a model. {did_you_mean(key, known)}")
-    types: dict[str, type[Any]] = {"backbone": BackboneConfig, "preprocess": PreprocessConfig, "heads": RCNNConfig}
     parts = {
-        key: from_dict(types[key], {f.name: getattr(part, f.name) for f in dataclasses.fields(part)} | changed[key])
-        for key, part in sections.items()
+        key: from_dict(type(part), dataclasses.asdict(part) | changed[key], where=key) for key, part in sections.items()
     }
     neck = config.neck
     if "neck" in overrides and overrides["neck"] != neck.name:
@@ -320,8 +322,6 @@ def _categories(categories: Sequence[Category | Mapping[str, Any]]) -> tuple[Cat
 
 def _keyword_arguments(neck: Callable[..., Neck]) -> set[str]:
     """Keyword arguments of a neck's constructor, through ``**options`` up the class hierarchy."""
-    import inspect
-
     names: set[str] = set()
     for cls in inspect.getmro(neck) if inspect.isclass(neck) else (neck,):
         parameters = inspect.signature(cls.__init__ if inspect.isclass(cls) else cls).parameters.values()

@@ -87,10 +87,7 @@ class MGC(nn.Module):
         self.level_reasoning = nn.ModuleList(SelfAttention(out_channels, attention=attention) for _ in in_channels)
         self.global_reasoning = SelfAttention(out_channels, attention=attention)
         self.query = nn.ModuleList(nn.Conv2d(c, out_channels, 1) for c in in_channels)
-        self.out = nn.ModuleList(nn.Linear(out_channels, out_channels) for _ in in_channels)
-        for out in self.out:
-            nn.init.zeros_(out.weight)
-            nn.init.zeros_(out.bias)
+        self.out = nn.ModuleList(_zero_linear(out_channels) for _ in in_channels)
 
     def forward(self, features: Sequence[Tensor], valid: Sequence[Tensor | None] | None = None) -> list[Tensor]:
         """Computes the context of every pixel.
@@ -131,6 +128,13 @@ class MGC(nn.Module):
         """
         unit_norm = self.attention == "scaled_cosine"
         return torch.stack([orthogonality(w, unit_norm=unit_norm) for w in self.entities]).sum()
+
+
+def _zero_linear(channels: int) -> nn.Linear:
+    linear = nn.Linear(channels, channels)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
 
 
 def orthogonality(weight: Tensor, *, unit_norm: bool) -> Tensor:

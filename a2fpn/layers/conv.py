@@ -60,4 +60,4 @@ def _layer(argument: str, name: str) -> type[nn.Module]:
         layer = (get_norm_layer if argument == "norm_layer" else get_act_layer)(name)
     except (KeyError, AssertionError, AttributeError) as error:
         raise ValueError(f"{argument}={name!r} is no layer that timm knows; try 'batchnorm2d' or 'relu'.") from error
-    return layer  # type: ignore[no-any-return, return-value]
+    return layer  # type: ignore[no-any-return]

@@ -152,7 +152,7 @@ class _Reassemble(torch.autograd.Function):
         return blocks.join(out)
 
     @staticmethod
-    def backward(  # type: ignore[override]
+    def backward(
         ctx: torch.autograd.function.FunctionCtx, grad: Tensor
     ) -> tuple[Tensor, Tensor, None]:
         x, kernels = ctx.saved_tensors  # type: ignore[attr-defined]
@@ -215,7 +215,7 @@ class KernelPredictor(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps ``(B, in_channels, H, W)`` to float32 kernels ``(B, k * k, H, W)`` that sum to one over dim 1."""
-        logits = self.conv(x) * self.scale
+        logits: Tensor = self.conv(x) * self.scale
         return logits.softmax(1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
@@ -271,7 +271,7 @@ class CARAFE(nn.Module):
     def forward(self, coarse: Tensor, fine: Tensor, valid: Tensor | None = None) -> Tensor:
         """Merges ``(B, C, h, w)`` into ``(B, C, H, W)``; ``valid`` is unused, kept for one signature of fusions."""
         size = (fine.shape[-2], fine.shape[-1])
-        kernels = self.kernels(F.interpolate(self.compress(coarse), size=size, mode="nearest"))
+        kernels: Tensor = self.kernels(F.interpolate(self.compress(coarse), size=size, mode="nearest"))
         return fine + reassemble(coarse, kernels, size)
 
 
@@ -300,7 +300,8 @@ class GACARAFE(nn.Module):
         size = (fine.shape[-2], fine.shape[-1])
         context = F.interpolate(self.compress_coarse(coarse), size=size, mode="nearest")
         kernels = self.kernels(torch.cat([context, self.compress_fine(fine)], 1))
-        return self.gates(reassemble(coarse, kernels, size), fine, valid)
+        merged: Tensor = self.gates(reassemble(coarse, kernels, size), fine, valid)
+        return merged
 
 
 class GACAP(nn.Module):
@@ -334,4 +335,5 @@ class GACAP(nn.Module):
         # Compression is linear, so averaging first gives the same map for a quarter of the work.
         context = self.compress_fine(F.adaptive_avg_pool2d(fine, size))
         kernels = self.kernels(torch.cat([context, self.compress_coarse(coarse)], 1))
-        return self.gates(self.project(reassemble(fine, kernels, size)), coarse, valid)
+        merged: Tensor = self.gates(self.project(reassemble(fine, kernels, size)), coarse, valid)
+        return merged

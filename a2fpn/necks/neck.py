@@ -101,7 +101,8 @@ def _valid_map(x: Tensor, stride: int, image_sizes: Sequence[tuple[int, int]] | 
     heights, widths = torch.tensor(sizes, device=x.device).T
     rows = torch.arange(height, device=x.device) < heights[:, None]
     columns = torch.arange(width, device=x.device) < widths[:, None]
-    return (rows[:, :, None] & columns[:, None, :])[:, None]
+    valid: Tensor = rows[:, None, :, None] & columns[:, None, None, :]
+    return valid
 
 
 NECKS: Registry[Callable[..., Neck]] = Registry("neck")

@@ -1,0 +1,5 @@
+"""``python -m a2fpn``: the command line."""
+
+from a2fpn.cli import main
+
+main()

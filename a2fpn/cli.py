@@ -1,0 +1,472 @@
+"""The command line: ``a2fpn demo | predict | evaluate | list | info``.
+
+What a user got wrong ends with one line and exit code 2; a traceback means that the package is to blame.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from typer.core import TyperGroup
+
+from a2fpn._version import __version__
+
+if TYPE_CHECKING:
+    from a2fpn.data import CocoDataset
+    from a2fpn.detectors import RCNN
+    from a2fpn.evaluation import CocoMetrics
+
+DEMO_MODEL = "maskrcnn_a2fpn_lite0.nuclei"
+DEMO_DATA = Path(str(resources.files("a2fpn"))) / "assets" / "nuclei_demo"
+INFO_SIZE = (480, 640)  # height and width of the image for which `info` counts operations
+
+METRICS = {
+    "ap": "AP, mean of IoU 0.50 to 0.95",
+    "ap50": "AP at IoU 0.50",
+    "ap75": "AP at IoU 0.75",
+    "ap_small": "AP, small objects",
+    "ap_medium": "AP, medium objects",
+    "ap_large": "AP, large objects",
+    "ar1": "AR, 1 detection per image",
+    "ar10": "AR, 10 detections per image",
+    "ar100": "AR, {max_detections} detections per image",
+    "ar_small": "AR, small objects",
+    "ar_medium": "AR, medium objects",
+    "ar_large": "AR, large objects",
+}
+
+
+class _Commands(TyperGroup):
+    """Turns what is the user's to mend into one line; other errors keep their traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (OSError, TypeError, ValueError) as error:
+            if ctx.params["debug"] or not _is_for_users(error):
+                raise
+            typer.echo(f"a2fpn: error: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(2) from None
+
+
+def _is_for_users(error: Exception) -> bool:
+    """Whether the message was written by this package or is about files."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    raised_in: str = frame.tb_frame.f_globals.get("__name__", "") if frame is not None else ""
+    return isinstance(error, OSError) or raised_in.startswith("a2fpn.")
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[
+    str, typer.Option(help="A checkpoint folder, or a name of `a2fpn list --pretrained`.", metavar="NAME_OR_PATH")
+]
+Output = Annotated[Path, typer.Option(help="Folder for what is written; made if need be.", metavar="DIR")]
+Threshold = Annotated[float, typer.Option(min=0, max=1, help="Objects that score less are left out.")]
+Device = Annotated[
+    str | None, typer.Option(help="Where to run, such as cpu or cuda:1; by default cuda where there is one.")
+]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line and exits.
+
+    Args:
+        argv: Arguments without the program's name; None takes ``sys.argv``.
+    """
+    app(args=argv, prog_name="a2fpn")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"a2fpn {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", envvar="A2FPN_DEBUG", help="Show the traceback of every error.")
+    ] = False,
+) -> None:
+    """Object detection and instance segmentation with A²-FPN and other pyramids on any backbone of timm.
+
+    Start with `a2fpn demo`.
+    """
+
+
+@app.command()
+def demo(
+    *,
+    output: Output = Path("a2fpn_demo"),
+    score_threshold: Threshold = 0.5,
+    device: Device = None,
+) -> None:
+    """Segment the nuclei in microscopy images that come with the package.
+
+    Example: `a2fpn demo --output a2fpn_demo`
+    """
+    import a2fpn
+    from a2fpn.data import read_coco
+    from a2fpn.evaluation import evaluate_coco
+    from a2fpn.inference import Predictor
+
+    coco = read_coco(DEMO_DATA / "annotations.json")
+    predictor = Predictor(a2fpn.create_model(DEMO_MODEL, pretrained=True), device=_device(device))
+    limit = predictor.model.config.heads.detections_per_image
+    output.mkdir(parents=True, exist_ok=True)
+
+    table = Table(title=f"{DEMO_MODEL} at scores of {score_threshold} and more", title_justify="left")
+    table.add_column("image")
+    for column in ("objects found", "annotated", "mask AP", "ms"):
+        table.add_column(column, justify="right")
+    records: list[dict[str, Any]] = []
+    found: dict[Path, int] = {}
+    with _progress() as progress:
+        for entry in progress.track(list(coco.images.values()), description="segmenting"):
+            path = DEMO_DATA / "images" / entry.file_name
+            if not found:
+                predictor(path)  # the first run of a process also sets up kernels and memory
+            start = time.perf_counter()
+            (result,) = predictor([path])
+            milliseconds = 1000 * (time.perf_counter() - start)
+            detections = result.to_coco(entry.id)
+            truth = coco.annotations[entry.id]
+            alone = dataclasses.replace(coco, images={entry.id: entry}, annotations={entry.id: truth})
+            metrics = evaluate_coco(alone, detections, iou_types=["segm"], max_detections=limit)
+            picture = output / f"{path.stem}.png"
+            result.plot(score_threshold=score_threshold).save(picture)
+            found[picture] = len(result.above(score_threshold))
+            table.add_row(path.name, str(found[picture]), str(len(truth)), _ap(metrics, "segm"), f"{milliseconds:.0f}")
+            records += detections
+    metrics = evaluate_coco(coco, records, iou_types=["segm"], max_detections=limit)
+    annotated = sum(map(len, coco.annotations.values()))
+    table.add_section()
+    table.add_row("all", str(sum(found.values())), str(annotated), _ap(metrics, "segm"), "")
+    Console(highlight=False).print(table)
+    typer.echo(f"Open {max(found, key=lambda picture: found[picture])}")
+
+
+@app.command()
+def predict(
+    images: Annotated[list[Path], typer.Argument(help="Image files and folders of images.", metavar="IMAGE_OR_FOLDER")],
+    *,
+    model: Model,
+    output: Output = Path("predictions"),
+    score_threshold: Threshold = 0.5,
+    device: Device = None,
+) -> None:
+    """Find objects in images: a picture for each, and all results as COCO JSON.
+
+    Example: `a2fpn predict photos/ extra.jpg --model runs/cells --output found`
+
+    The file `predictions.json` is a list of COCO results, to which `file_name` is added. Where all file names are
+    numbers, as in COCO, these are the image ids; otherwise images count from 1.
+    """
+    from a2fpn.data import ImageError
+    from a2fpn.inference import Predictor
+
+    paths = _image_files(images)
+    if output.resolve() in {path.resolve().parent for path in paths}:
+        raise ValueError(f"--output {output} is a folder that images are read from; choose another one.")
+    predictor = Predictor(_load(model), device=_device(device), score_threshold=score_threshold)
+    output.mkdir(parents=True, exist_ok=True)
+    jobs = list(zip(paths, _image_ids(paths), _picture_files(paths, output), strict=True))
+
+    records: list[dict[str, Any]] = []
+    found: dict[Path, int] = {}
+    seconds: list[float] = []
+    with _progress() as progress:
+        for path, image_id, picture in progress.track(jobs, description="predicting"):
+            start = time.perf_counter()
+            try:
+                (result,) = predictor([path])
+            except ImageError as error:
+                if len(jobs) == 1:
+                    raise
+                typer.echo(f"a2fpn: skipped {error}", err=True)
+                continue
+            seconds.append(time.perf_counter() - start)
+            records += [record | {"file_name": path.name} for record in result.to_coco(image_id)]
+            result.plot(score_threshold=0).save(picture)
+            found[picture] = len(result)
+    if not found:
+        raise ValueError(f"None of the {len(jobs)} images could be read.")
+    results = output / "predictions.json"
+    results.write_text(json.dumps(records), encoding="utf-8")
+    skipped = len(jobs) - len(found)
+    typer.echo(
+        f"Found {_count(len(records), 'object')} in {_count(len(found), 'image')}"
+        f"{f' ({skipped} more could not be read)' if skipped else ''}, "
+        f"{1000 * statistics.median(seconds):.0f} ms per image. All results are in {results}\n"
+        f"Open {max(found, key=lambda picture: found[picture])}"
+    )
+
+
+@app.command()
+def evaluate(
+    *,
+    model: Model,
+    images: Annotated[Path, typer.Option(help="Folder of the images.", metavar="DIR")],
+    annotations: Annotated[Path, typer.Option(help="COCO file with the ground truth.", metavar="JSON")],
+    max_detections: Annotated[
+        int, typer.Option(min=1, help="Best detections that count per image and class; COCO says 100.")
+    ] = 100,
+    save: Annotated[Path | None, typer.Option("--json", help="File to write the numbers to.", metavar="OUT")] = None,
+    device: Device = None,
+) -> None:
+    """Measure a model on annotated images: the 12 COCO numbers for boxes and masks, and AP per class.
+
+    Example: `a2fpn evaluate --model runs/cells --images cells/val --annotations cells/val.json`
+
+    Categories are matched by id. An image that can't be read is an error: left out, it would count as missed.
+    """
+    from a2fpn.data import CocoDataset, read_image
+    from a2fpn.evaluation import evaluate_coco
+    from a2fpn.inference import Predictor
+
+    detector = _load(model)
+    dataset = CocoDataset(images, annotations, categories=detector.config.categories or None)
+    _check_categories(detector, dataset)
+    predictor = Predictor(detector, device=_device(device))
+    predictor.categories = dataset.categories
+    known = {category.id for category in dataset.coco.categories}
+    records = []
+    with _progress() as progress:
+        for entry in progress.track(list(dataset.coco.images.values()), description="evaluating"):
+            (result,) = predictor.predict([read_image(images / entry.file_name, size=(entry.height, entry.width))])
+            records += [record for record in result.to_coco(entry.id) if record["category_id"] in known]
+    kinds = ["bbox", "segm"] if detector.has_masks and dataset.coco.has_masks else ["bbox"]
+    metrics = evaluate_coco(dataset.coco, records, iou_types=kinds, max_detections=max_detections)
+    _print_metrics(metrics, title=f"{model} on {_count(len(dataset), 'image')}")
+    if save is not None:
+        numbers = {"max_detections": max_detections, **metrics.to_dict(per_class=True)}
+        save.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+        typer.echo(f"The numbers are in {save}")
+
+
+@app.command(name="list")
+def list_names(
+    pattern: Annotated[
+        str, typer.Argument(help='Part of a name, or a pattern such as "mask*_r50".', metavar="FILTER")
+    ] = "",
+    *,
+    necks: Annotated[bool, typer.Option("--necks", help="List necks.")] = False,
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="List models with pretrained weights.")] = False,
+) -> None:
+    """List models, necks or pretrained weights, one a line.
+
+    Example: `a2fpn list "maskrcnn_a2fpn_*"`
+
+    The backbone may also be any other model of timm, written out: `maskrcnn_a2fpn_convnext_small.fb_in22k`.
+    """
+    import a2fpn
+
+    names = a2fpn.list_necks(pattern) if necks else a2fpn.list_models(pattern, pretrained=pretrained)
+    if not names:
+        raise ValueError(f"Nothing here matches {pattern!r}; without a filter everything is listed.")
+    typer.echo("\n".join(names))
+
+
+@app.command()
+def info(
+    model: Annotated[str, typer.Argument(help="A name of `a2fpn list`, or a checkpoint folder.", metavar="MODEL")],
+) -> None:
+    """Show what a model is made of and what it costs. Nothing is downloaded.
+
+    Example: `a2fpn info maskrcnn_a2fpn_r50`
+    """
+    import a2fpn
+    from a2fpn.checkpoint import read_checkpoint
+    from a2fpn.weights import PRETRAINED
+
+    folder = PRETRAINED[model].folder if model in PRETRAINED else Path(model)
+    detector = a2fpn.from_pretrained(folder) if folder.is_dir() else a2fpn.create_model(model).eval()
+    config = detector.config
+    preprocess = config.preprocess
+    categories = [category.name for category in config.labelled_categories]
+    facts = {
+        "detector": config.detector,
+        "neck": " ".join([config.neck.name, *(f"{key}={value}" for key, value in config.neck.args.items())]),
+        "backbone": config.backbone.name,
+        "resize": f"{preprocess.resize}, sides of {preprocess.min_size} to {preprocess.max_size} px, "
+        f"padded to multiples of {detector.preprocess.divisor}",
+        "mean, std": f"{preprocess.mean}, {preprocess.std}",
+        "categories": f"{len(categories)}: {', '.join(categories[:10])}{', ...' if len(categories) > 10 else ''}",
+    }
+    if folder.is_dir():
+        facts |= {key: str(value) for key, value in read_checkpoint(folder).metadata.items()}
+    console = Console(highlight=False, markup=False)
+    console.print(config.architecture, style="bold")
+    grid = Table.grid(padding=(0, 2))
+    for key, text in facts.items():
+        grid.add_row(key, text)
+    console.print(grid)
+    console.print(_cost_table(detector))
+    pyramid = Table("level", "stride", "channels", title="pyramid", title_justify="left")
+    for name in detector.neck.out_spec.names:
+        level = detector.neck.out_spec[name]
+        pyramid.add_row(name, str(level.stride), str(level.channels))
+    console.print(pyramid)
+
+
+def _progress() -> Progress:
+    """A progress bar on standard error, so that standard output stays clean."""
+    return Progress(console=Console(stderr=True))
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _load(source: str) -> RCNN:
+    """A detector with its weights."""
+    import a2fpn
+
+    return a2fpn.from_pretrained(source)
+
+
+def _device(name: str | None) -> torch.device:
+    """The device of that name, or the best there is."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"--device {name} can't be used here ({reason}); leave it out, or say cpu.") from error
+    return device
+
+
+def _image_files(sources: Sequence[Path]) -> list[Path]:
+    """The given files, and the images of the given folders."""
+    from a2fpn.inference import list_images
+
+    for source in sources:
+        if not source.exists():
+            raise FileNotFoundError(f"{source}: no such file or folder.")
+    groups = [list_images(source) if source.is_dir() else [source] for source in sources]
+    return list(itertools.chain.from_iterable(groups))
+
+
+def _image_ids(paths: Sequence[Path]) -> list[int]:
+    """COCO image ids: the file names where they are different numbers, else 1, 2, ..."""
+    numbers = {int(path.stem) for path in paths if path.stem.isdecimal()}
+    return [int(path.stem) for path in paths] if len(numbers) == len(paths) else list(range(1, len(paths) + 1))
+
+
+def _picture_files(paths: Sequence[Path], output: Path) -> list[Path]:
+    """Where the pictures go: named as the images, numbered where names repeat."""
+    names: dict[str, str] = {}  # by lower case: some file systems take both for one
+    for path in paths:
+        numbered = (f"{path.stem}_{number}" for number in itertools.count(2))
+        name = next(name for name in itertools.chain([path.stem], numbered) if name.lower() not in names)
+        names[name.lower()] = name
+    return [output / f"{name}.png" for name in names.values()]
+
+
+def _check_categories(detector: RCNN, dataset: CocoDataset) -> None:
+    """Stops where model and data mean different things by the same category."""
+    if not detector.config.categories and detector.config.num_classes != len(dataset.categories):
+        raise ValueError(
+            f"The model was saved without categories and has {detector.config.num_classes} classes, "
+            f"{dataset.coco.name} has {len(dataset.categories)}: which is which can't be told."
+        )
+    names = {category.id: category.name for category in dataset.categories}
+    for category in dataset.coco.categories:
+        if names.get(category.id, category.name).casefold() != category.name.casefold():
+            raise ValueError(
+                f"Category {category.id} is {category.name!r} in {dataset.coco.name} and {names[category.id]!r} for "
+                f"the model; give both the same ids and names."
+            )
+
+
+def _ap(metrics: CocoMetrics, kind: str, name: str = "ap") -> str:
+    """A number of an evaluation for people."""
+    value = metrics.to_dict(per_class=True)[f"{kind}/{name}"]
+    return "-" if value < 0 else f"{value:.3f}"
+
+
+def _print_metrics(metrics: CocoMetrics, *, title: str) -> None:
+    kinds = {"bbox": metrics.bbox, "segm": metrics.segm}
+    measured = {kind: numbers for kind, numbers in kinds.items() if numbers is not None}
+    columns = [{"bbox": "boxes", "segm": "masks"}[kind] for kind in measured]
+    rows = {label.format(max_detections=metrics.max_detections): name for name, label in METRICS.items()}
+    tables = [("", rows)]
+    classes = next(iter(measured.values())).per_class
+    if len(classes) > 1:
+        tables.append(("AP of the class", {name: f"ap/{name}" for name in classes}))
+    console = Console(highlight=False, markup=False)
+    for heading, keys in tables:
+        table = Table(heading, title=title, title_justify="left")
+        for column in columns:
+            table.add_column(column, justify="right")
+        for label, key in keys.items():
+            table.add_row(label, *(_ap(metrics, kind, key) for kind in measured))
+        console.print(table)
+
+
+def _cost_table(detector: RCNN) -> Table:
+    """Parameters of the parts of a detector, and operations of those that don't depend on what is in the image."""
+    batch = detector.preprocess([torch.zeros(len(detector.config.preprocess.mean), *INFO_SIZE)])
+    operations: dict[str, float] = {}
+
+    def run(name: str, module: nn.Module, *args: Any) -> Any:
+        with FlopCounterMode(display=False) as counter:
+            out = module(*args)
+        operations[name] = counter.get_total_flops() / 2e9
+        return out
+
+    with torch.inference_mode():
+        features = run("backbone", detector.backbone, batch.tensor)
+        pyramid = run("neck", detector.neck, features, batch.sizes)
+        run("rpn", detector.rpn.head, list(pyramid.values()))
+    sizes = [INFO_SIZE, batch.sizes[0], tuple(batch.tensor.shape[-2:])]
+    image, resized, padded = (f"{width} x {height}" for height, width in sizes)
+    table = Table(
+        title=f"cost for an image of {image}, resized to {resized}, padded to {padded}",
+        caption="GMACs count convolutions and matrix products; the heads' grow with the number of proposals.",
+        title_justify="left",
+        caption_justify="left",
+    )
+    table.add_column("part")
+    table.add_column("parameters", justify="right")
+    table.add_column("GMACs", justify="right")
+    parts = {name: module for name, module in detector.named_children() if name != "roi_heads"}
+    parts |= dict(detector.roi_heads.named_children())
+    for name, module in parts.items():
+        parameters = sum(parameter.numel() for parameter in module.parameters())
+        if parameters:
+            gmacs = f"{operations[name]:.2f}" if name in operations else ""
+            table.add_row(name.replace("_", " "), f"{parameters / 1e6:.2f} M", gmacs)
+    table.add_section()
+    total = sum(parameter.numel() for parameter in detector.parameters())
+    table.add_row("all", f"{total / 1e6:.2f} M", f"{sum(operations.values()):.2f}")
+    return table

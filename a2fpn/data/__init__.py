@@ -1,0 +1,35 @@
+"""Reading COCO-format data, augmenting it for training, and keeping masks small."""
+
+from a2fpn.data.coco import (
+    Annotation,
+    CocoDataset,
+    CocoFile,
+    CocoImage,
+    DataError,
+    ImageError,
+    SkipReport,
+    collate,
+    read_coco,
+    read_image,
+)
+from a2fpn.data.masks import Rle, decode_rle, encode_box_masks, encode_masks, segmentation_to_rle
+from a2fpn.data.transforms import train_transforms
+
+__all__ = [
+    "Annotation",
+    "CocoDataset",
+    "CocoFile",
+    "CocoImage",
+    "DataError",
+    "ImageError",
+    "Rle",
+    "SkipReport",
+    "collate",
+    "decode_rle",
+    "encode_box_masks",
+    "encode_masks",
+    "read_coco",
+    "read_image",
+    "segmentation_to_rle",
+    "train_transforms",
+]

@@ -1,0 +1,431 @@
+"""COCO-format data: the JSON read and checked once, the images on demand.
+
+Label problems are found when the file is read, not in the middle of an epoch. By default they are skipped,
+logged once and counted; with ``strict=True`` the first one is an error. What can't be read as a COCO file
+at all, or names a category the model doesn't know, is always an error.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from pycocotools import mask as mask_utils
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as F
+
+from a2fpn.config import Category
+from a2fpn.data.masks import Rle, decode_rle, segmentation_to_rle
+
+logger = logging.getLogger(__name__)
+
+Sample = tuple[tv_tensors.Image, dict[str, Any]]
+
+_UNREADABLE_IN_A_ROW = 16  # after so many, the folder is wrong rather than an image
+_PROBLEMS_SHOWN = 10
+_MIN_BOX_SIDE = 0.01  # pixels; less may vanish when float32 holds the corners of a box in a large image
+
+
+class DataError(ValueError):
+    """A COCO file can't be used; the message names the file and the annotation."""
+
+
+class ImageError(ValueError):
+    """An image can't be used; the message names the file."""
+
+
+@dataclass(frozen=True)
+class CocoImage:
+    """One entry of ``images``.
+
+    Args:
+        id: The image's id.
+        file_name: Path relative to the image folder.
+        height: Pixels.
+        width: Pixels.
+    """
+
+    id: int
+    file_name: str
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """One checked entry of ``annotations``.
+
+    Args:
+        category_id: Id of the class, as in the file.
+        bbox: x, y, width, height in pixels, as in the file; positive width and height.
+        rle: The mask, or None in a file without masks.
+        area: Pixels; as in the file, else of the mask, else of the box.
+        iscrowd: Whether it marks a group, which is ignored in training and evaluation.
+    """
+
+    category_id: int
+    bbox: tuple[float, float, float, float]
+    rle: Rle | None
+    area: float
+    iscrowd: bool
+
+
+@dataclass(frozen=True)
+class CocoFile:
+    """A COCO file, checked.
+
+    Args:
+        name: The file, for messages.
+        images: By image id, in the file's order.
+        categories: Sorted by id.
+        annotations: By image id; every image has an entry.
+        has_masks: False if no annotation of the file has a segmentation.
+        problems: One message for each annotation that was left out.
+    """
+
+    name: str
+    images: Mapping[int, CocoImage]
+    categories: tuple[Category, ...]
+    annotations: Mapping[int, Sequence[Annotation]]
+    has_masks: bool
+    problems: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SkipReport:
+    """What a dataset left out.
+
+    Args:
+        annotations: One message for each annotation left out.
+        images: The files that could not be read so far.
+
+    Example:
+        >>> str(SkipReport(annotations=("a.json: annotation 7: its image 5 is not in the file",), images=()))
+        'skipped 1 annotations and 0 images'
+    """
+
+    annotations: tuple[str, ...]
+    images: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"skipped {len(self.annotations)} annotations and {len(self.images)} images"
+
+
+def read_coco(source: str | Path | Mapping[str, Any] | CocoFile, *, strict: bool = False) -> CocoFile:
+    """Reads and checks a COCO file.
+
+    Annotation ids may be 0, repeated or missing: nothing depends on them. A missing ``iscrowd`` is 0, a
+    missing ``area`` is computed. Masks are converted to RLE here, about 20 µs each.
+
+    Args:
+        source: The JSON file, or its content. A :class:`CocoFile` is returned as it is.
+        strict: Whether an unusable annotation (unknown image or category, a box without area or outside
+            the image, a mask that is missing where others have one or doesn't fit the image) is an error
+            instead of being left out.
+
+    Raises:
+        DataError: If the source is no COCO file; if ``strict``, for the first unusable annotation.
+
+    Example:
+        >>> coco = read_coco({
+        ...     "images": [{"id": 5, "file_name": "a.png", "height": 40, "width": 60}],
+        ...     "categories": [{"id": 7, "name": "cat"}],
+        ...     "annotations": [
+        ...         {"id": 1, "image_id": 5, "category_id": 7, "bbox": [10, 10, 20, 20]},
+        ...         {"id": 2, "image_id": 5, "category_id": 7, "bbox": [10, 10, 0, 20]},
+        ...     ],
+        ... })
+        >>> coco.annotations[5][0].area
+        400.0
+        >>> coco.problems
+        ('the given mapping: annotation 2: its box [10, 10, 0, 20] has no area inside the image of 60 x 40 pixels',)
+    """
+    if isinstance(source, CocoFile):
+        return source
+    name = "the given mapping" if isinstance(source, Mapping) else str(source)
+    data = source if isinstance(source, Mapping) else _load_json(Path(source))
+    if not isinstance(data, Mapping) or not all(
+        isinstance(data.get(key), list) for key in ("images", "annotations", "categories")
+    ):
+        raise DataError(f"{name}: no COCO file; expected an object with the lists images, annotations and categories.")
+    images = _index((_parse_image(raw, name) for raw in data["images"]), f"{name}: image")
+    categories = _index((_parse_category(raw, name) for raw in data["categories"]), f"{name}: category")
+    entries: list[Any] = data["annotations"]
+    has_masks = not entries or any(isinstance(raw, Mapping) and raw.get("segmentation") for raw in entries)
+
+    annotations: dict[int, list[Annotation]] = {image_id: [] for image_id in images}
+    problems: list[str] = []
+    for position, raw in enumerate(entries):
+        try:
+            annotation = _parse_annotation(raw, images, categories, has_masks=has_masks)
+        except (ValueError, OverflowError) as error:
+            has_id = isinstance(raw, Mapping) and "id" in raw
+            label = f"annotation {raw['id']}" if has_id else f"the annotation at position {position}"
+            problems.append(f"{name}: {label}: {error}")
+            if strict:
+                raise DataError(problems[-1]) from None
+        else:
+            annotations[raw["image_id"]].append(annotation)
+    if problems:
+        more = [f"and {len(problems) - _PROBLEMS_SHOWN} more"] if len(problems) > _PROBLEMS_SHOWN else []
+        shown = "\n  ".join(problems[:_PROBLEMS_SHOWN] + more)
+        logger.warning("%s: skipped %d of %d annotations:\n  %s", name, len(problems), len(entries), shown)
+    ordered = tuple(categories[category_id] for category_id in sorted(categories))
+    return CocoFile(name, images, ordered, annotations, has_masks, tuple(problems))
+
+
+class CocoDataset(Dataset[Sample]):
+    """Images of a folder with the annotations of a COCO file.
+
+    A sample is ``(image, target)``: the image is uint8 RGB (3, H, W) in [0, 255], the target a dict of
+
+    - ``image_id``: int, as in the file,
+    - ``boxes``: ``tv_tensors.BoundingBoxes`` float32 (N, 4), xyxy in pixels, clipped to the image,
+    - ``labels``: int64 (N,) in 0..len(categories) - 1; there is no background label,
+    - ``masks``: ``tv_tensors.Mask`` uint8 (N, H, W) of 0 and 1; absent if the file has no masks at all,
+    - ``iscrowd``: int64 (N,), only with ``keep_crowd=True``.
+
+    N may be 0. In the place of an unreadable image (missing, corrupt, of another size than the file says)
+    stands the next readable one, so that training goes on; its name is logged and counted once, over all
+    workers. An evaluation must keep one prediction per ``image_id``, or use ``strict=True``.
+
+    Args:
+        images: The image folder.
+        annotations: The JSON file or its content, see :func:`read_coco`.
+        transforms: Called as ``transforms(image, target)``, e.g. :func:`a2fpn.data.train_transforms`.
+        categories: The classes in the order of their labels, usually a model's; matched by id. By default
+            the file's own, sorted by id.
+        keep_crowd: Whether crowds appear among the objects, marked in ``iscrowd``.
+        strict: Whether bad annotations and unreadable images are errors.
+
+    Attributes:
+        coco: The checked file.
+        categories: The classes in the order of their labels.
+        image_ids: Ids in the order of the samples.
+
+    Raises:
+        DataError: If the folder is missing, the JSON is no COCO file, an annotation has a category that is
+            not among ``categories``, or, if ``strict``, any annotation is unusable.
+        ImageError: From indexing, if 16 images in a row are unreadable or, if ``strict``, one is.
+    """
+
+    def __init__(
+        self,
+        images: str | Path,
+        annotations: str | Path | Mapping[str, Any] | CocoFile,
+        *,
+        transforms: Callable[..., Any] | None = None,
+        categories: Sequence[Category] | None = None,
+        keep_crowd: bool = False,
+        strict: bool = False,
+    ) -> None:
+        self.root = Path(images)
+        if not self.root.is_dir():
+            raise DataError(f"{self.root}: no such folder of images.")
+        self.coco = read_coco(annotations, strict=strict)
+        self.categories = self.coco.categories if categories is None else tuple(categories)
+        self.image_ids = list(self.coco.images)
+        self.transforms = transforms
+        self.keep_crowd = keep_crowd
+        self.strict = strict
+        self._labels = {category.id: label for label, category in enumerate(self.categories)}
+        self._check_categories()
+        self._unreadable = torch.zeros(len(self.image_ids), dtype=torch.bool)
+        self._unreadable.share_memory_()  # type: ignore[no-untyped-call]  # one for all workers
+
+    @property
+    def skipped(self) -> SkipReport:
+        """What was left out so far."""
+        files = tuple(self.coco.images[self.image_ids[i]].file_name for i in self._unreadable.nonzero().flatten())
+        return SkipReport(self.coco.problems, files)
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def __getitem__(self, index: int) -> Sample:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index {index} is out of range for {len(self)} images.")
+        for attempt in range(min(len(self), _UNREADABLE_IN_A_ROW)):
+            position = (index + attempt) % len(self)
+            entry = self.coco.images[self.image_ids[position]]
+            try:
+                image = read_image(self.root / entry.file_name, size=(entry.height, entry.width))
+            except ImageError as error:
+                if self.strict:
+                    raise
+                if not self._unreadable[position]:
+                    self._unreadable[position] = True
+                    logger.warning("skipped an image: %s", error)
+            else:
+                target = self._target(entry)
+                return self.transforms(image, target) if self.transforms else (image, target)
+        raise ImageError(f"{self.root}: {attempt + 1} images in a row are unreadable, the last is {entry.file_name}.")
+
+    def _target(self, entry: CocoImage) -> dict[str, Any]:
+        objects = [a for a in self.coco.annotations[entry.id] if self.keep_crowd or not a.iscrowd]
+        size = (entry.height, entry.width)
+        boxes = torch.tensor([a.bbox for a in objects], dtype=torch.float64).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        boxes = torch.minimum(boxes.clamp(min=0), boxes.new_tensor(size[::-1] * 2)).float()
+        target: dict[str, Any] = {
+            "image_id": entry.id,
+            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),
+            "labels": torch.tensor([self._labels[a.category_id] for a in objects], dtype=torch.int64),
+        }
+        if self.coco.has_masks:
+            masks = decode_rle([a.rle for a in objects if a.rle], size=size)
+            target["masks"] = tv_tensors.Mask(torch.from_numpy(masks.view(np.uint8)))
+        if self.keep_crowd:
+            target["iscrowd"] = torch.tensor([a.iscrowd for a in objects], dtype=torch.int64)
+        return target
+
+    def _check_categories(self) -> None:
+        used = {a.category_id for annotations in self.coco.annotations.values() for a in annotations}
+        unknown = [f"{c.id} ({c.name})" for c in self.coco.categories if c.id in used - self._labels.keys()]
+        if unknown:
+            known = ", ".join(str(category.id) for category in self.categories)
+            raise DataError(
+                f"{self.coco.name}: annotations have the category {', '.join(unknown)}, "
+                f"which is not among the given ones with the ids {known}."
+            )
+
+
+def collate(batch: Sequence[Sample]) -> tuple[list[tv_tensors.Image], list[dict[str, Any]]]:
+    """Collects samples into a list of images, which may differ in size, and a list of targets.
+
+    Example:
+        >>> images, targets = collate([(torch.zeros(3, 4, 5), {}), (torch.zeros(3, 6, 7), {})])
+        >>> [tuple(image.shape) for image in images]
+        [(3, 4, 5), (3, 6, 7)]
+    """
+    images, targets = zip(*batch, strict=True)
+    return list(images), list(targets)
+
+
+def read_image(path: str | Path, *, size: tuple[int, int] | None = None) -> tv_tensors.Image:
+    """Reads any image PIL knows as 8-bit RGB.
+
+    - EXIF orientation: applied. With ``size``, the stored pixels are taken as they are if they have that
+      size, and only otherwise turned: labelling tools differ in whether they obey EXIF.
+    - 16-bit grey: the full range 0..65535 becomes 0..255, by division by 257 and rounding, whatever range
+      the image uses. So does 32-bit integer grey, if its values lie in that range. Floating-point images
+      have no agreed range and are an error.
+    - Transparency: composed over white.
+    - Grey, palette, CMYK and the other colour spaces: PIL's conversion.
+    - Animations and multi-page files: the first frame.
+
+    Args:
+        path: The image file.
+        size: (H, W) that the image must have, pixels.
+
+    Returns:
+        uint8 (3, H, W) in [0, 255].
+
+    Raises:
+        ImageError: If the file is missing, no image, corrupt, or not of the size.
+
+    Example:
+        >>> read_image("missing.png")
+        Traceback (most recent call last):
+        ...
+        a2fpn.data.coco.ImageError: missing.png: no such file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ImageError(f"{path}: no such file.")
+    try:
+        with Image.open(path) as opened:
+            image: Image.Image = opened
+            if size is None or image.size != size[::-1]:
+                image = ImageOps.exif_transpose(image)
+            if size is not None and image.size != size[::-1]:
+                got, wanted = " x ".join(map(str, opened.size)), " x ".join(map(str, size[::-1]))
+                raise ImageError(f"{path}: the image is {got} pixels wide and high, the annotations say {wanted}.")
+            return tv_tensors.Image(F.to_image(_to_rgb(image)))
+    except ImageError:
+        raise
+    except Exception as error:  # PIL's decoders raise almost anything on a corrupt file
+        reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
+        raise ImageError(f"{path}: no readable image ({reason}).") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"grey values of {values.min()} to {values.max()} don't fit 16 bits; convert it to 8 bits")
+        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("floating-point grey values have no agreed range; convert it to 8 bits")
+    elif "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _load_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: no readable JSON ({error}).") from error
+
+
+def _index(entries: Iterable[Any], label: str) -> dict[int, Any]:
+    """Maps entries by id; the id must be unique."""
+    by_id: dict[int, Any] = {}
+    for entry in entries:
+        if entry.id in by_id:
+            raise DataError(f"{label} {entry.id} is listed twice; ids must be unique.")
+        by_id[entry.id] = entry
+    return by_id
+
+
+def _parse_image(raw: Any, name: str) -> CocoImage:
+    match raw:
+        case {"id": int(), "file_name": str(), "height": int(), "width": int()} if min(raw["height"], raw["width"]) > 0:
+            return CocoImage(raw["id"], raw["file_name"], raw["height"], raw["width"])
+    raise DataError(f"{name}: an image needs a whole-number id, file_name, height and width (pixels, > 0), got {raw}.")
+
+
+def _parse_category(raw: Any, name: str) -> Category:
+    match raw:
+        case {"id": int(), "name": str()}:
+            return Category(raw["id"], raw["name"])
+    raise DataError(f"{name}: a category needs a whole-number id and a name, got {raw}.")
+
+
+def _parse_annotation(
+    raw: Any, images: Mapping[int, CocoImage], categories: Mapping[int, Category], *, has_masks: bool
+) -> Annotation:
+    match raw:
+        case {"image_id": int(image_id), "category_id": int(category_id), "bbox": list(bbox)} if len(bbox) == 4:
+            pass
+        case _:
+            raise ValueError("it needs image_id, category_id and bbox = [x, y, width, height]")
+    if image_id not in images:
+        raise ValueError(f"its image {image_id} is not in the file")
+    if category_id not in categories:
+        raise ValueError(f"its category {category_id} is not in the file")
+    image = images[image_id]
+    if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in bbox):
+        raise ValueError(f"its box holds something else than numbers: {bbox}")
+    x, y, width, height = map(float, bbox)
+    inside = (min(x + width, image.width) - max(x, 0), min(y + height, image.height) - max(y, 0))
+    if min(inside) < _MIN_BOX_SIDE:
+        raise ValueError(f"its box {bbox} has no area inside the image of {image.width} x {image.height} pixels")
+    rle = segmentation_to_rle(raw.get("segmentation"), image.height, image.width) if has_masks else None
+    area = raw.get("area")
+    if not isinstance(area, (int, float)) or not math.isfinite(area):
+        area = mask_utils.area(rle) if rle else width * height
+    return Annotation(category_id, (x, y, width, height), rle, float(area), bool(raw.get("iscrowd", 0)))

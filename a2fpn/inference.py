@@ -1,0 +1,357 @@
+"""From images to detections: :class:`Predictor` runs a detector, :class:`Result` holds what it found in an image.
+
+Shape shorthand: N objects, an image of H x W pixels, C = 3 channels in the order R, G, B.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from a2fpn.config import Category
+from a2fpn.data.coco import _to_rgb, read_image
+from a2fpn.data.masks import Rle, decode_rle, encode_box_masks
+
+if TYPE_CHECKING:
+    import supervision
+
+    from a2fpn.detectors import RCNN
+
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+ImageInMemory = Image.Image | NDArray[np.uint8] | Tensor
+ImagePath = str | os.PathLike[str]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Result:
+    """The objects found in one image, best first.
+
+    Masks are run-length encoded: four hundred objects of a large image take kilobytes.
+
+    Args:
+        boxes: (N, 4) float32, x0 y0 x1 y1 in pixels of the image.
+        scores: (N,) float32 in [0, 1], descending.
+        labels: (N,) int64, indices into ``categories``.
+        size: Height and width of the image.
+        categories: The classes the model knows, in the order of the labels.
+        rles: A COCO run-length encoding per object; None if the model gives no masks.
+        image: (H, W, 3) uint8 RGB; None if the image was read from ``path`` and can be read again.
+        path: The file the image was read from, if any.
+
+    Example:
+        >>> result = Result(
+        ...     boxes=np.array([[2, 2, 6, 5]], dtype=np.float32),
+        ...     scores=np.array([0.75], dtype=np.float32),
+        ...     labels=np.array([0]),
+        ...     size=(8, 10),
+        ...     categories=(Category(7, "cat"),),
+        ... )
+        >>> result
+        <Result: 1 object in 10 x 8 pixels: 1 cat>
+        >>> result.to_coco(image_id=3)
+        [{'image_id': 3, 'category_id': 7, 'bbox': [2.0, 2.0, 4.0, 3.0], 'score': 0.75}]
+    """
+
+    boxes: NDArray[np.float32]
+    scores: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    size: tuple[int, int]
+    categories: tuple[Category, ...]
+    rles: tuple[Rle, ...] | None = None
+    image: NDArray[np.uint8] | None = None
+    path: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{count} {name}" for name, count in self.counts.items())
+        objects = "1 object" if len(self) == 1 else f"{len(self)} objects"
+        return f"<Result: {objects} in {self.size[1]} x {self.size[0]} pixels{': ' if counts else ''}{counts}>"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The class name of each object."""
+        return tuple(self.categories[label].name for label in self.labels.tolist())
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many objects of each class there are, in the order of the labels, without the absent ones."""
+        return dict(Counter(self.categories[label].name for label in sorted(self.labels.tolist())))
+
+    @property
+    def masks(self) -> NDArray[np.bool_] | None:
+        """(N, H, W) bool, decoded anew at each access; None if the model gives no masks."""
+        return None if self.rles is None else decode_rle(self.rles, size=self.size)
+
+    def above(self, score_threshold: float) -> Result:
+        """Returns the result without the objects that score less.
+
+        Args:
+            score_threshold: Between 0, which keeps all, and 1.
+        """
+        kept = np.flatnonzero(self.scores >= score_threshold)
+        return replace(
+            self,
+            boxes=self.boxes[kept],
+            scores=self.scores[kept],
+            labels=self.labels[kept],
+            rles=None if self.rles is None else tuple(self.rles[index] for index in kept),
+        )
+
+    def to_coco(self, image_id: int) -> list[dict[str, Any]]:
+        """Returns COCO results records, as pycocotools' ``loadRes`` and COCO's servers read them.
+
+        Args:
+            image_id: The id that the annotations give this image.
+
+        Returns:
+            Per object image_id, category_id (the original id of its category), bbox (x, y, width, height in
+            pixels), score and, if there are masks, segmentation (compressed RLE).
+        """
+        corners = self.boxes.astype(np.float64)
+        sides = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
+        records: list[dict[str, Any]] = [
+            {"image_id": image_id, "category_id": self.categories[label].id, "bbox": bbox, "score": score}
+            for label, bbox, score in zip(self.labels.tolist(), sides.tolist(), self.scores.tolist(), strict=True)
+        ]
+        for record, rle in zip(records, self.rles or (), strict=False):
+            record["segmentation"] = rle
+        return records
+
+    def to_supervision(self) -> supervision.Detections:
+        """Returns supervision's ``Detections``, with dense masks and the names as ``data["class_name"]``."""
+        import supervision
+
+        return supervision.Detections(
+            xyxy=self.boxes,
+            mask=self.masks,
+            confidence=self.scores,
+            class_id=self.labels,
+            data={"class_name": np.array(self.names, dtype=np.str_)},
+        )
+
+    def load_image(self) -> NDArray[np.uint8]:
+        """Returns the (H, W, 3) uint8 image, read from ``path`` again unless it was given in memory.
+
+        Raises:
+            ValueError: If there is neither an image nor a path.
+            OSError: If the file is gone.
+        """
+        if self.image is not None:
+            return self.image
+        if self.path is None:
+            raise ValueError("This result holds neither the image nor its path; give the image to plot(image=...).")
+        return _to_array(read_image(self.path))
+
+    def plot(
+        self,
+        image: NDArray[np.uint8] | None = None,
+        *,
+        score_threshold: float = 0.5,
+        boxes: bool | None = None,
+        labels: bool | None = None,
+        legend: bool = True,
+    ) -> Image.Image:
+        """Draws the objects on the image, enlarging small images by a whole factor.
+
+        Args:
+            image: (H, W, 3) uint8 RGB; None takes the image of the result, or reads its path.
+            score_threshold: Objects that score less are left out; 0 draws all.
+            boxes: Whether to draw boxes; None leaves them out where there are masks and more than 40 objects.
+            labels: Whether to write class and score beside objects that have room for it; None does so for up
+                to 40 objects.
+            legend: Whether to add a strip under the picture with the classes, counts and ranges of score.
+
+        Returns:
+            An RGB picture; ``.save("overlay.png")`` writes it, a notebook shows it.
+
+        Raises:
+            ValueError: If there is no image, or one of another type or size.
+        """
+        from a2fpn.visualize import draw
+
+        image = self.load_image() if image is None else image
+        return draw(self.above(score_threshold), image, boxes=boxes, labels=labels, legend=legend)
+
+
+class Predictor:
+    """Runs a detector on images as people have them: files, folders, PIL images, arrays, tensors.
+
+    The model is used, not copied: it is moved to ``device``, and every module's training flag is put back after
+    each call, so that a model can be looked at in the midst of its training.
+
+    Args:
+        model: A detector of :func:`a2fpn.create_model` or :func:`a2fpn.from_pretrained`.
+        device: Where to run, for example ``"cuda"``; None leaves the model where it is.
+        score_threshold: Objects that score less are dropped, between 0 and 1; None keeps all that the model
+            gives, from its own threshold on (0.05 unless configured).
+        channels_last: Whether to lay out the model's weights for convolutions on NHWC memory, which is faster on
+            CPUs and on tensor cores, with the same results up to rounding.
+
+    Raises:
+        TypeError: If the model is none of this package's detectors.
+        ValueError: If the threshold is out of range.
+
+    Example:
+        >>> import a2fpn
+        >>> model = a2fpn.create_model("maskrcnn_a2fpn_r18", num_classes=2)
+        >>> predictor = Predictor(model, score_threshold=0.5)
+        >>> result = predictor(np.zeros((64, 96, 3), dtype=np.uint8))
+        >>> result.size, result.boxes.shape == (len(result), 4)
+        ((64, 96), True)
+    """
+
+    def __init__(
+        self,
+        model: RCNN,
+        *,
+        device: torch.device | str | None = None,
+        score_threshold: float | None = None,
+        channels_last: bool = True,
+    ) -> None:
+        if not hasattr(model, "config") or not hasattr(model, "preprocess"):
+            raise TypeError(
+                f"Predictor expects a detector of a2fpn.create_model(...) or a2fpn.from_pretrained(...), "
+                f"got {type(model).__name__}."
+            )
+        if score_threshold is not None and not 0 <= score_threshold <= 1:
+            raise ValueError(f"score_threshold must be between 0 and 1, got {score_threshold}.")
+        self.model = model.to(device)
+        if channels_last:
+            self.model.to(memory_format=torch.channels_last)
+        self.categories = model.config.labelled_categories
+        self.score_threshold = score_threshold
+
+    @overload
+    def __call__(self, images: ImageInMemory) -> Result: ...
+    @overload
+    def __call__(self, images: ImagePath) -> Result | list[Result]: ...  # type: ignore[overload-overlap]
+    @overload
+    def __call__(self, images: Sequence[ImageInMemory | ImagePath]) -> list[Result]: ...
+
+    def __call__(
+        self, images: ImageInMemory | ImagePath | Sequence[ImageInMemory | ImagePath]
+    ) -> Result | list[Result]:
+        """Detects objects, one image after the other.
+
+        Args:
+            images: An image, a folder (its images in order of their names, without sub-folders) or a sequence of
+                images. An image is a path, a PIL image (taken as it is; EXIF orientation is applied to files), a
+                uint8 array (H, W, 3) in RGB order or (H, W) in grey (OpenCV reads BGR: pass
+                ``image[..., ::-1]``), or a tensor (3, H, W), uint8 or float in [0, 1].
+
+        Returns:
+            A result for one image, a list of results for a folder or a sequence.
+
+        Raises:
+            ValueError: If a file is no readable image, a folder holds none, or an array has another shape or type.
+            TypeError: If something else is given.
+            OSError: If there is no such file.
+        """
+        if isinstance(images, (str, os.PathLike)) and Path(images).is_dir():
+            return [self._predict_one(path) for path in list_images(images)]
+        if isinstance(images, Sequence) and not isinstance(images, str):
+            return [self._predict_one(image) for image in images]
+        return self._predict_one(images)
+
+    def predict(self, images: Sequence[Tensor]) -> list[Result]:
+        """Detects objects in a batch of tensors: the call for evaluation and training.
+
+        Args:
+            images: (3, H, W) tensors of any sizes, float32 in [0, 1] or uint8 in [0, 255].
+
+        Returns:
+            A result per image, without image and path.
+        """
+        device = next(self.model.parameters()).device
+        with _evaluating(self.model), torch.inference_mode():
+            outputs = self.model([image.to(device) for image in images], paste_masks=False)
+        return [self._result(output, image.shape[-2:]) for output, image in zip(outputs, images, strict=True)]
+
+    def _predict_one(self, image: ImageInMemory | ImagePath) -> Result:
+        if isinstance(image, (str, os.PathLike)):
+            (result,) = self.predict([read_image(Path(image))])
+            return replace(result, path=os.fspath(image))
+        tensor = _to_tensor(image)
+        (result,) = self.predict([tensor])
+        return replace(result, image=_to_array(tensor))
+
+    def _result(self, output: Mapping[str, Tensor], size: Sequence[int]) -> Result:
+        height, width = size
+        masks = output.get("masks")
+        result = Result(
+            boxes=output["boxes"].cpu().numpy(),
+            scores=output["scores"].cpu().numpy(),
+            labels=output["labels"].cpu().numpy(),
+            size=(height, width),
+            categories=self.categories,
+            rles=None if masks is None else tuple(encode_box_masks(masks, output["boxes"], (height, width))),
+        )
+        return result if self.score_threshold is None else result.above(self.score_threshold)
+
+
+def list_images(folder: ImagePath) -> list[Path]:
+    """Returns the image files of a folder in order of their names, without those of sub-folders.
+
+    Raises:
+        ValueError: If there are none.
+        OSError: If there is no such folder.
+    """
+    paths = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not paths:
+        raise ValueError(
+            f"No image lies in the folder {os.fspath(folder)} itself; expected names that end in "
+            f"{', '.join(IMAGE_SUFFIXES)} (sub-folders are not searched)."
+        )
+    return paths
+
+
+@contextlib.contextmanager
+def _evaluating(model: RCNN) -> Iterator[None]:
+    """Puts a model into evaluation mode and every module back into its own afterwards: parts may be frozen."""
+    before = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before.items():
+            module.training = training
+
+
+def _to_tensor(image: ImageInMemory) -> Tensor:
+    """(3, H, W) tensor of an image, uint8 or float in [0, 1]."""
+    if isinstance(image, Image.Image):
+        image = np.asarray(_to_rgb(image))
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
+            raise ValueError(
+                f"Expected an image as a uint8 array (H, W, 3) in RGB order or (H, W) in grey, got {image.dtype} of "
+                f"shape {image.shape}. Convert it, or pass a PIL image or the path of the file."
+            )
+        rgb = image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2)
+        return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
+    if isinstance(image, Tensor):
+        return image
+    raise TypeError(
+        f"Expected an image as a path, PIL image, uint8 array or tensor, or a folder or list of images, "
+        f"got {type(image).__name__}."
+    )
+
+
+def _to_array(image: Tensor) -> NDArray[np.uint8]:
+    """(H, W, 3) uint8 array of a (3, H, W) tensor, uint8 or float in [0, 1]."""
+    pixels = image if image.dtype == torch.uint8 else (image * 255).round().clamp(0, 255).to(torch.uint8)
+    return np.asarray(pixels.detach().permute(1, 2, 0).cpu())

@@ -1,0 +1,1 @@
+"""Training of a2fpn models with Accelerate: ``accelerate launch train/ --config train/recipes/NAME.yaml``."""

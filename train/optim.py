@@ -1,0 +1,68 @@
+"""Optimiser with per-group weight decay and learning rate, and the learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections import defaultdict
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from train.config import OptimSection
+
+
+def parameter_groups(model: nn.Module, config: OptimSection) -> list[dict[str, Any]]:
+    """Splits the trainable parameters by learning rate (backbone or not) and weight decay (matrix or not).
+
+    Biases, norm weights and every other parameter of fewer than two dimensions get no weight decay.
+
+    Returns:
+        Torch parameter groups with ``params``, ``lr`` and ``weight_decay``.
+
+    Raises:
+        ValueError: If nothing is trainable.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            lr = config.lr * (config.backbone_lr_factor if name.startswith("backbone.") else 1.0)
+            groups[lr, config.weight_decay if parameter.ndim > 1 else 0.0].append(parameter)
+    if not groups:
+        raise ValueError("No parameter of the model is trainable; raise the backbone's trainable_layers.")
+    return [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
+
+
+def build_optimizer(model: nn.Module, config: OptimSection) -> Optimizer:
+    """Returns SGD with momentum or AdamW over :func:`parameter_groups`."""
+    groups = parameter_groups(model, config)
+    return SGD(groups, lr=config.lr, momentum=config.momentum) if config.name == "sgd" else AdamW(groups, lr=config.lr)
+
+
+def lr_factor(step: int, *, total_steps: int, config: OptimSection) -> float:
+    """Learning rate of an optimiser step relative to the peak.
+
+    Args:
+        step: Index of the optimiser step, from 0.
+        total_steps: Optimiser steps of the whole run.
+        config: The schedule.
+
+    Example:
+        >>> config = OptimSection(schedule="cosine", warmup_steps=10, warmup_factor=0.1, final_factor=0.01)
+        >>> [round(lr_factor(step, total_steps=110, config=config), 3) for step in (0, 5, 10, 60, 110)]
+        [0.1, 0.55, 1.0, 0.505, 0.01]
+    """
+    if step < config.warmup_steps:
+        return config.warmup_factor + (1 - config.warmup_factor) * step / config.warmup_steps
+    if config.schedule == "step":
+        return config.gamma ** bisect_right([milestone * total_steps for milestone in config.milestones], step)
+    progress = min(1.0, (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps))
+    return config.final_factor + (1 - config.final_factor) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def build_scheduler(optimizer: Optimizer, total_steps: int, config: OptimSection) -> LambdaLR:
+    """Returns the schedule; call its ``step()`` once after each optimiser step."""
+    return LambdaLR(optimizer, partial(lr_factor, total_steps=total_steps, config=config))
