@@ -10,7 +10,7 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 from torch import nn
@@ -144,10 +145,7 @@ def demo(
     limit = predictor.model.config.heads.detections_per_image
     output.mkdir(parents=True, exist_ok=True)
 
-    table = Table(title=f"{DEMO_MODEL} at scores of {score_threshold} and more", title_justify="left")
-    table.add_column("image")
-    for column in ("objects found", "annotated", "mask AP", "ms"):
-        table.add_column(column, justify="right")
+    table = _table("image", "objects found", "annotated", "mask AP", "ms")
     records: list[dict[str, Any]] = []
     found: dict[Path, int] = {}
     with _progress() as progress:
@@ -171,7 +169,8 @@ def demo(
     annotated = sum(map(len, coco.annotations.values()))
     table.add_section()
     table.add_row("all", str(sum(found.values())), str(annotated), _ap(metrics, "segm"), "")
-    Console(highlight=False).print(table)
+    Console().print(table)
+    typer.echo(f"{DEMO_MODEL}; objects found with a score of {score_threshold} or more. Pictures are in {output}")
     typer.echo(f"Open {max(found, key=lambda picture: found[picture])}")
 
 
@@ -315,23 +314,25 @@ def info(
     categories = [category.name for category in config.labelled_categories]
     facts = {
         "detector": config.detector,
-        "neck": " ".join([config.neck.name, *(f"{key}={value}" for key, value in config.neck.args.items())]),
+        "neck": f"{config.neck.name} {_as_text(config.neck.args)}",
         "backbone": config.backbone.name,
         "resize": f"{preprocess.resize}, sides of {preprocess.min_size} to {preprocess.max_size} px, "
         f"padded to multiples of {detector.preprocess.divisor}",
-        "mean, std": f"{preprocess.mean}, {preprocess.std}",
-        "categories": f"{len(categories)}: {', '.join(categories[:10])}{', ...' if len(categories) > 10 else ''}",
+        "mean": _as_text(preprocess.mean),
+        "std": _as_text(preprocess.std),
+        "categories": f"{len(categories)}: {_as_text(categories[:10])}{', ...' if len(categories) > 10 else ''}",
     }
     if folder.is_dir():
-        facts |= {key: str(value) for key, value in read_checkpoint(folder).metadata.items()}
-    console = Console(highlight=False, markup=False)
-    console.print(config.architecture, style="bold")
+        facts |= {key: _as_text(value) for key, value in read_checkpoint(folder).metadata.items()}
+    console = Console()
     grid = Table.grid(padding=(0, 2))
     for key, text in facts.items():
-        grid.add_row(key, text)
+        grid.add_row(key, escape(text))
+    typer.echo(config.architecture)
     console.print(grid)
-    console.print(_cost_table(detector))
-    pyramid = Table("level", "stride", "channels", title="pyramid", title_justify="left")
+    _print_cost(detector)
+    typer.echo("\nPyramid")
+    pyramid = _table("level", "stride", "channels")
     for name in detector.neck.out_spec.names:
         level = detector.neck.out_spec[name]
         pyramid.add_row(name, str(level.stride), str(level.channels))
@@ -418,23 +419,20 @@ def _print_metrics(metrics: CocoMetrics, *, title: str) -> None:
     kinds = {"bbox": metrics.bbox, "segm": metrics.segm}
     measured = {kind: numbers for kind, numbers in kinds.items() if numbers is not None}
     columns = [{"bbox": "boxes", "segm": "masks"}[kind] for kind in measured]
-    rows = {label.format(max_detections=metrics.max_detections): name for name, label in METRICS.items()}
-    tables = [("", rows)]
+    tables = [(title, {label.format(max_detections=metrics.max_detections): key for key, label in METRICS.items()})]
     classes = next(iter(measured.values())).per_class
     if len(classes) > 1:
-        tables.append(("AP of the class", {name: f"ap/{name}" for name in classes}))
-    console = Console(highlight=False, markup=False)
+        tables.append(("AP per class", {name: f"ap/{name}" for name in classes}))
     for heading, keys in tables:
-        table = Table(heading, title=title, title_justify="left")
-        for column in columns:
-            table.add_column(column, justify="right")
+        table = _table("", *columns)
         for label, key in keys.items():
-            table.add_row(label, *(_ap(metrics, kind, key) for kind in measured))
-        console.print(table)
+            table.add_row(escape(label), *(_ap(metrics, kind, key) for kind in measured))
+        typer.echo(heading)
+        Console().print(table)
 
 
-def _cost_table(detector: RCNN) -> Table:
-    """Parameters of the parts of a detector, and operations of those that don't depend on what is in the image."""
+def _print_cost(detector: RCNN) -> None:
+    """Parameters of all parts, and operations of those whose work doesn't depend on what is in the image."""
     batch = detector.preprocess([torch.zeros(len(detector.config.preprocess.mean), *INFO_SIZE)])
     operations: dict[str, float] = {}
 
@@ -448,25 +446,33 @@ def _cost_table(detector: RCNN) -> Table:
         features = run("backbone", detector.backbone, batch.tensor)
         pyramid = run("neck", detector.neck, features, batch.sizes)
         run("rpn", detector.rpn.head, list(pyramid.values()))
-    sizes = [INFO_SIZE, batch.sizes[0], tuple(batch.tensor.shape[-2:])]
-    image, resized, padded = (f"{width} x {height}" for height, width in sizes)
-    table = Table(
-        title=f"cost for an image of {image}, resized to {resized}, padded to {padded}",
-        caption="GMACs count convolutions and matrix products; the heads' grow with the number of proposals.",
-        title_justify="left",
-        caption_justify="left",
-    )
-    table.add_column("part")
-    table.add_column("parameters", justify="right")
-    table.add_column("GMACs", justify="right")
+    table = _table("part", "parameters", "GMACs")
     parts = {name: module for name, module in detector.named_children() if name != "roi_heads"}
-    parts |= dict(detector.roi_heads.named_children())
-    for name, module in parts.items():
+    for name, module in {**parts, **dict(detector.roi_heads.named_children()), "all": detector}.items():
         parameters = sum(parameter.numel() for parameter in module.parameters())
+        gmacs = sum(operations.values()) if name == "all" else operations.get(name)
         if parameters:
-            gmacs = f"{operations[name]:.2f}" if name in operations else ""
-            table.add_row(name.replace("_", " "), f"{parameters / 1e6:.2f} M", gmacs)
-    table.add_section()
-    total = sum(parameter.numel() for parameter in detector.parameters())
-    table.add_row("all", f"{total / 1e6:.2f} M", f"{sum(operations.values()):.2f}")
+            table.add_row(name.replace("_", " "), f"{parameters / 1e6:.2f} M", f"{gmacs:.2f}" if gmacs else "")
+    image, resized, padded = (
+        f"{width} x {height}" for height, width in (INFO_SIZE, batch.sizes[0], batch.tensor.shape[-2:])
+    )
+    typer.echo(f"\nCost for an image of {image}, resized to {resized}, padded to {padded}")
+    Console().print(table)
+    typer.echo("GMACs are those of convolutions and matrix products; the heads' grow with the number of proposals.")
+
+
+def _table(label: str, *numbers: str) -> Table:
+    """A table with a column of labels and columns of numbers."""
+    table = Table(label)
+    for heading in numbers:
+        table.add_column(heading, justify="right")
     return table
+
+
+def _as_text(value: Any) -> str:
+    """A JSON value for people."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_as_text(item)}" for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_as_text, value))
+    return str(value)

@@ -336,7 +336,7 @@ def _to_tensor(image: ImageInMemory) -> Tensor:
     if isinstance(image, Image.Image):
         image = np.asarray(_to_rgb(image))
     if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
+        if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)) or not image.size:
             raise ValueError(
                 f"Expected an image as a uint8 array (H, W, 3) in RGB order or (H, W) in grey, got {image.dtype} of "
                 f"shape {image.shape}. Convert it, or pass a PIL image or the path of the file."

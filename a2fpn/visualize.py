@@ -41,8 +41,10 @@ _PALETTE: Colors = to_rgba_array(
     ["#E69F00", "#56B4E9", "#009E73", "#F0E442", "#D55E00", "#CC79A7", "#0072B2", "#AADD55"]
     + ["#AA4499", "#44DDCC", "#BB5566", "#7788FF"]
 )[:, :3]
-_DARK, _GREY, _WHITE = to_rgba_array(["#222222", "#666666", "#FFFFFF"])[:, :3]
+_BLACK, _DARK, _GREY, _WHITE = to_rgba_array(["black", "#222222", "#666666", "white"])[:, :3]
 _MIN_SIDE = 768  # pixels the picture's long side has at least
+_MIN_OBJECT = 16  # pixels the side of a typical object has, unless the picture then passes _MAX_ENLARGED
+_MAX_ENLARGED = 2560
 _MAX_SIDE, _MAX_AREA = 2**15, 2**26  # beyond these the picture is shrunk; Agg's own limit is 2**16 a side
 _MIN_WIDTH = 480  # pixels the legend needs to be readable
 _MAX_LABELLED = 40  # objects; above that scores are noise, and the legend gives their range
@@ -87,22 +89,32 @@ def draw(
     few = len(result) <= _MAX_LABELLED
     boxes = few or result.rles is None if boxes is None else boxes
     labels = few if labels is None else labels
-    scale = _scale(*result.size)
+    scale = _scale(result)
     width, height = (max(1, round(side * scale)) for side in result.size[::-1])
-    unit = min(max(max(width, height) / 1024, 1.0), 2.5)  # lines and letters grow with the picture
+    unit = min(max(math.sqrt(width * height) / 1024, 1.0), 2.5)  # lines and letters grow with the picture
     by_class = _class_colors(result.labels)
     one_class = len(by_class) <= 1
     colors = _neighbour_colors(result.boxes) if one_class else np.array([by_class[i] for i in result.labels.tolist()])
 
-    size = 14 * unit
-    rows = _wrap(_legend(result, colors), max(width, _MIN_WIDTH), size) if legend else []
-    canvas = _Canvas(max(width, _MIN_WIDTH) if legend else width, height + math.ceil(_LINE * size * len(rows)))
+    rows: list[list[tuple[float, _Entry]]] = []
+    left = top = 0.0
+    shape = (width, height)
+    if legend:
+        rows = _wrap(_legend(result, colors), max(width, _MIN_WIDTH), 14 * unit)
+        strip = math.ceil(_LINE * 14 * unit * len(rows))
+        if width < _MIN_WIDTH:
+            left, shape = width, (width + _MIN_WIDTH, max(height, strip))
+        else:
+            top, shape = height, (width, height + strip)
+    canvas = _Canvas(*shape)
     resampling = Image.Resampling.BICUBIC if scale > 1 else Image.Resampling.BOX
     canvas.paste(Image.fromarray(image).resize((width, height), resampling))
 
     order = np.argsort(-_areas(result.boxes), kind="stable")  # small objects lie on large ones
     if result.rles is not None:
         outlines = [_mask_outline(result.rles[index]) for index in order]
+        halo = _WHITE if image.mean() > 128 else _BLACK
+        canvas.outline(outlines, halo, scale=scale, line=3 * unit, opacity=0.6)
         canvas.outline(outlines, colors[order], scale=scale, line=1.5 * unit, fill=0.3)
     if boxes:
         outlines = [_box_outline(result.boxes[index]) for index in order]
@@ -117,7 +129,7 @@ def draw(
                 canvas.label(place, text, 11.5 * unit, color)
     for row, pieces in enumerate(rows):
         for x, entry in pieces:
-            canvas.entry(x, height + _LINE * size * (row + 0.7), entry, size)
+            canvas.entry(left + x, top + _LINE * 14 * unit * (row + 0.7), entry, 14 * unit)
     return canvas.image()
 
 
@@ -152,13 +164,25 @@ class _Canvas:
         self.figure.figimage(np.asarray(picture), yo=self.height - picture.height, origin="upper")
         self.clip = Bbox.from_extents(0, self.height - picture.height, picture.width, self.height)
 
-    def outline(self, outlines: list[Outline], colors: Colors, *, scale: float, line: float, fill: float = 0.0) -> None:
-        """Strokes outlines, given in pixels / ``scale``, ``line`` pixels wide and fills them with opacity ``fill``."""
+    def outline(
+        self,
+        outlines: list[Outline],
+        colors: Colors,
+        *,
+        scale: float,
+        line: float,
+        opacity: float = 1.0,
+        fill: float = 0.0,
+    ) -> None:
+        """Strokes and fills outlines, given in pixels / ``scale``, with lines of ``line`` pixels.
+
+        ``opacity`` is the lines', ``fill`` the areas'.
+        """
         self.figure.add_artist(
             PathCollection(
                 outlines,
                 facecolors=to_rgba_array(colors, fill) if fill else "none",
-                edgecolors=colors,
+                edgecolors=to_rgba_array(colors, opacity),
                 linewidths=line * 72 / _DPI,
                 joinstyle="round",
                 transform=Affine2D().scale(scale, -scale).translate(0, self.height),
@@ -199,7 +223,7 @@ class _Canvas:
             self.rectangle(x, y - 0.75 * size, 0.8 * size, 0.8 * size, color)
             x += 0.8 * size
         x += 0.5 * size if len(entry.colors) else 0
-        x += self.text(x, y, entry.name, size, _DARK, bold=True) + 0.5 * size
+        x += self.text(x, y, entry.name, size, _DARK, bold=True) + 0.5 * size if entry.name else 0
         self.text(x, y, entry.note, size, _GREY)
 
     def image(self) -> Image.Image:
@@ -209,12 +233,15 @@ class _Canvas:
         return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
-def _scale(height: int, width: int) -> float:
-    """Output pixels per image pixel: whole for small images, 1, or less for enormous ones."""
+def _scale(result: Result) -> float:
+    """Output pixels per image pixel: a whole number for small images or objects, 1, or less for enormous images."""
+    height, width = result.size
     side = max(height, width)
-    if side < _MIN_SIDE:
-        return math.ceil(_MIN_SIDE / side)
-    return min(1.0, _MAX_SIDE / side, math.sqrt(_MAX_AREA / (height * width)))
+    scale = -(-_MIN_SIDE // side)
+    if len(result):
+        wanted = math.ceil(_MIN_OBJECT / max(1.0, float(np.median(np.sqrt(_areas(result.boxes))))))
+        scale = max(scale, min(wanted, _MAX_ENLARGED // side))
+    return min(scale, _MAX_SIDE / side, math.sqrt(_MAX_AREA / (height * width)))
 
 
 def _class_colors(labels: NDArray[np.int64]) -> dict[int, Colors]:

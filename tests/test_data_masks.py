@@ -12,6 +12,7 @@ from a2fpn.data.masks import decode_rle, encode_box_masks, encode_masks, segment
 some_masks = hnp.arrays(bool, hnp.array_shapes(min_dims=3, max_dims=3, min_side=1, max_side=12))
 
 
+@settings(deadline=None)
 @given(some_masks)
 def test_masks_survive_encoding_and_are_pycocotools_own(masks):
     rles = encode_masks(masks)
@@ -57,9 +58,10 @@ def test_box_masks_equal_torchvisions_paste(seed, height, width, threshold, soli
 
 def test_boxes_over_the_border_are_cut_and_boxes_outside_give_nothing():
     boxes = torch.tensor([[-10.0, -10, 5, 5], [30, 5, 40, 9], [-30, 5, -20, 9], [5, 30, 9, 40], [2, -9, 4, -3]])
-    masks = decode_rle(encode_box_masks(torch.ones(5, 1, 28, 28), boxes, (20, 20)))
-    assert masks[0, :6, :6].all()
-    assert masks[0].sum() == 36
+    ones = torch.ones(5, 1, 28, 28)
+    masks = decode_rle(encode_box_masks(ones, boxes, (20, 20)))
+    assert (masks[0] == (paste_masks_in_image(ones[:1], boxes[:1], (20, 20))[0, 0] > 0.5).numpy()).all()
+    assert masks[0, 0, 0]
     assert not masks[1:].any()
 
 
@@ -77,6 +79,7 @@ def test_several_polygons_are_one_mask():
     assert (decode_rle([segmentation_to_rle(halves, 4, 6)])[0] == expected).all()
 
 
+@settings(deadline=None)
 @given(some_masks)
 def test_compressed_and_uncompressed_run_lengths_agree(masks):
     height, width = masks.shape[1:]
@@ -109,7 +112,7 @@ def test_compressed_and_uncompressed_run_lengths_agree(masks):
         ({"size": [5, 4], "counts": [10, 5]}, "add up to 15 pixels, the image has 5 x 4 = 20"),
         ({"size": [5, 4], "counts": [30, -10]}, "counts of an RLE"),
         ({"size": [5, 4], "counts": [10, "10"]}, "counts of an RLE"),
-        ({"size": [5, 4], "counts": ""}, "'' are no compressed RLE|b'' are no compressed RLE"),
+        ({"size": [5, 4], "counts": ""}, "b'' are no compressed RLE"),
         ({"size": [5, 4], "counts": "0"}, "add up to 0 pixels"),
         ({"size": [5, 4], "counts": "é0"}, "no compressed RLE"),
         ({"size": [5, 4], "counts": "o"}, "no compressed RLE"),  # the text ends inside a number
@@ -122,6 +125,7 @@ def test_broken_segmentations_are_errors(segmentation, message):
         segmentation_to_rle(segmentation, 5, 4)
 
 
+@settings(deadline=None)
 @given(st.text(max_size=12))
 def test_no_text_crashes_or_gives_a_mask_that_does_not_fill_the_image(text):
     try:

@@ -140,7 +140,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except NonFiniteLossError as error:
         return fail(error, code=1)
     except KeyboardInterrupt:
-        return fail(f"interrupted; continue with run.resume=true run.output={config.run.output}", code=130)
+        saved = (trainer.output / "last").exists()
+        return fail(
+            "interrupted" + ("; run.resume=true continues after the last whole epoch" if saved else ""), code=130
+        )
     if trainer.accelerator.is_main_process:
         sys.stdout.write(f"{trainer.summary()}\n")
     return 0

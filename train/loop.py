@@ -167,6 +167,8 @@ class Trainer:
             # Rank 0 computes the COCO numbers while the others wait.
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
         )
+        if run.mixed_precision == "fp16" and self.accelerator.device.type == "cpu":
+            raise ValueError("run.mixed_precision=fp16 needs a GPU; on a CPU use none or bf16.")
         self.datasets = train_set, val_set = load_datasets(data)
         set_seed(run.seed)
         model = a2fpn.create_model(

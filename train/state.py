@@ -45,8 +45,9 @@ class RunState:
 
 
 def write_config(config: TrainConfig, output: Path) -> None:
-    """Writes ``config.yaml``, which ``--config`` reads again."""
-    plain = json.loads(json.dumps(dataclasses.asdict(config)))  # jsonargparse's number types and tuples to built-ins
+    """Writes ``config.yaml``, from which ``--config`` starts the same run anew."""
+    fresh = dataclasses.replace(config, run=dataclasses.replace(config.run, resume=False))
+    plain = json.loads(json.dumps(dataclasses.asdict(fresh)))  # tuples become lists
     (output / "config.yaml").write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
 
 

@@ -242,7 +242,7 @@ class ChannelGates(nn.Module):
         pooled = torch.cat([_valid_mean(a, valid), _valid_mean(b, valid)], 1)
         gates = 2 * torch.sigmoid(self.gate(F.relu(self.hidden(pooled))))
         gate_a, gate_b = gates[:, :, None, None].to(a.dtype).chunk(2, 1)
-        return gate_a * a + gate_b * b
+        return torch.addcmul(gate_a * a, gate_b, b)
 
 
 def _valid_mean(x: Tensor, valid: Tensor | None) -> Tensor:

@@ -1,0 +1,122 @@
+"""What several test modules need: small models, random pyramids and targets, formulas written out."""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import a2fpn
+from a2fpn.detectors import RCNN
+from a2fpn.necks import Neck
+from a2fpn.pyramid import Features, PyramidSpec, level_size
+
+TINY: dict[str, Any] = {
+    "backbone": "test_efficientnet",
+    "neck_args": {"out_channels": 16},
+    "num_classes": 3,
+    "resize": "none",
+    "anchor_sizes": [[8], [16], [32], [64], [128]],
+    "rpn_pre_nms_top_n_train": 50,
+    "rpn_pre_nms_top_n_test": 50,
+    "rpn_post_nms_top_n_train": 30,
+    "rpn_post_nms_top_n_test": 30,
+    "rpn_batch_size": 32,
+    "box_batch_size": 16,
+    "box_channels": 16,
+    "mask_channels": 8,
+    "mask_layers": 1,
+    "score_threshold": 0.0,
+    "detections_per_image": 10,
+}
+"""Overrides that make any detector small enough to be built and run in a fraction of a second."""
+
+
+def tiny_model(name: str = "maskrcnn_a2fpn", **overrides: Any) -> RCNN:
+    """A detector of some hundred thousand parameters, with random weights."""
+    options = TINY | overrides
+    options["neck_args"] = TINY["neck_args"] | overrides.get("neck_args", {})
+    if "anchor_sizes" not in overrides and options["neck_args"].get("extra_levels", 1) == 0:
+        options["anchor_sizes"] = TINY["anchor_sizes"][:-1]
+    return a2fpn.create_model(name, **options)
+
+
+def random_target(boxes: Sequence[Sequence[float]], size: tuple[int, int], *, classes: int = 3) -> dict[str, Tensor]:
+    """A training target with masks that fill the boxes (xyxy pixels)."""
+    masks = torch.zeros(len(boxes), *size, dtype=torch.uint8)
+    for mask, (x0, y0, x1, y1) in zip(masks, boxes, strict=True):
+        mask[int(y0) : math.ceil(y1), int(x0) : math.ceil(x1)] = 1
+    return {
+        "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+        "labels": torch.arange(len(boxes)) % classes,
+        "masks": masks,
+    }
+
+
+def random_features(spec: PyramidSpec, size: tuple[int, int], *, batch: int = 2, **options: Any) -> Features:
+    """Normal maps of the sizes that a backbone gives for an image of the given height and width."""
+    return {
+        name: torch.randn(batch, level.channels, *level_size(size, level.stride), **options)
+        for name, level in spec.items()
+    }
+
+
+def randomise(module: nn.Module, *, std: float = 0.1) -> None:
+    """Moves every parameter away from where it starts, zeros above all."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter) * std)
+
+
+def without_gradient(module: nn.Module) -> list[str]:
+    """Names of trainable parameters to which no backward pass came."""
+    return [name for name, p in module.named_parameters() if p.requires_grad and p.grad is None]
+
+
+def with_zero_gradient(module: nn.Module) -> list[str]:
+    """Names of trainable parameters whose gradient is zero, missing or not finite."""
+    return [
+        name
+        for name, p in module.named_parameters()
+        if p.requires_grad and (p.grad is None or not p.grad.isfinite().all() or not p.grad.any())
+    ]
+
+
+def weighted_sum(maps: Mapping[str, Tensor] | Sequence[Tensor]) -> Tensor:
+    """A scalar that depends on every value in its own way."""
+    tensors = maps.values() if isinstance(maps, Mapping) else maps
+    return torch.stack([(x * torch.randn_like(x)).sum() for x in tensors]).sum()
+
+
+def largest_difference(a: Mapping[str, Tensor] | Sequence[Tensor], b: Mapping[str, Tensor] | Sequence[Tensor]) -> float:
+    """Largest absolute difference over all maps; infinite where shapes differ."""
+    pairs = itertools.zip_longest(
+        a.values() if isinstance(a, Mapping) else a, b.values() if isinstance(b, Mapping) else b
+    )
+    return max((x - y).abs().max().item() if x.shape == y.shape else math.inf for x, y in pairs)
+
+
+def attention_weights(query: Tensor, key: Tensor, kind: str, valid: Tensor | None = None) -> Tensor:
+    """The paper's formulas as they stand, ``(B, n, m)``; no eps, no fused kernel."""
+    d_k = query.shape[-1]
+    if kind == "scaled_cosine":
+        query = query / query.square().sum(-1, keepdim=True).sqrt()
+        key = key / key.square().sum(-1, keepdim=True).sqrt()
+    logits = query @ key.transpose(1, 2) * {"dot": 1, "scaled_dot": d_k**-0.5, "scaled_cosine": d_k**0.5}[kind]
+    if valid is not None:
+        logits = logits.masked_fill(~valid[:, None], -math.inf)
+    return logits.softmax(-1)
+
+
+def pyramid_spec(levels: int = 4, *, finest: int = 2) -> PyramidSpec:
+    """A narrow pyramid with channels that differ from level to level."""
+    return PyramidSpec.from_channels(
+        [8 + 4 * level for level in range(levels)], strides=[2 ** (finest + level) for level in range(levels)]
+    )
+
+
+def build_neck(name: str, spec: PyramidSpec | None = None, **options: Any) -> Neck:
+    """A registered neck with few channels, on :func:`pyramid_spec` unless told otherwise."""
+    return a2fpn.create_neck(name, spec or pyramid_spec(), **{"out_channels": 16, **options})

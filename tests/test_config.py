@@ -1,0 +1,198 @@
+import collections
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from a2fpn.config import (
+    BackboneConfig,
+    Category,
+    ModelConfig,
+    NeckConfig,
+    PreprocessConfig,
+    RCNNConfig,
+    from_dict,
+    to_dict,
+)
+
+positive = st.integers(1, 4000)
+unit = st.floats(0, 1, allow_nan=False)
+preprocess_configs = st.builds(
+    PreprocessConfig,
+    resize=st.sampled_from(["shortest_edge", "at_least", "none"]),
+    min_size=positive,
+    max_size=positive,
+    mean=st.tuples(unit, unit, unit),
+    std=st.tuples(unit, unit, unit),
+    size_divisor=st.none() | positive,
+)
+head_configs = st.builds(
+    RCNNConfig,
+    anchor_sizes=st.none() | st.lists(st.lists(positive, min_size=1).map(tuple), max_size=5).map(tuple),
+    anchor_ratios=st.lists(unit, min_size=1).map(tuple),
+    roi_aligned=st.booleans(),
+    nms_threshold=unit,
+)
+
+
+def model_config(**overrides: Any) -> ModelConfig:
+    return ModelConfig(
+        **{
+            "architecture": "maskrcnn_fpn_r50",
+            "detector": "maskrcnn",
+            "backbone": BackboneConfig("resnet50.tv_in1k"),
+            "neck": NeckConfig("fpn"),
+            **overrides,
+        }
+    )
+
+
+@given(preprocess=preprocess_configs, heads=head_configs, trainable=st.none() | st.integers(0, 4), names=st.data())
+def test_a_config_survives_json(
+    preprocess: PreprocessConfig, heads: RCNNConfig, trainable: int | None, names: st.DataObject
+) -> None:
+    texts = names.draw(st.lists(st.text(), min_size=1, max_size=4))
+    config = model_config(
+        backbone=BackboneConfig("resnet18", in_chans=4, norm="frozen", trainable_layers=trainable),
+        neck=NeckConfig("a2fpn", {"nodes": [4, 2], "attention": "dot", "norm_layer": None}),
+        num_classes=len(texts),
+        preprocess=preprocess,
+        heads=heads,
+        categories=tuple(Category(3 * i, text) for i, text in enumerate(texts)),
+    )
+    again = from_dict(ModelConfig, json.loads(json.dumps(to_dict(config))))
+    assert again == config
+
+
+def test_neck_arguments_are_equal_after_json_too() -> None:
+    config = NeckConfig("a2fpn", {"nodes": (4, 2)})
+    assert from_dict(NeckConfig, json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_neck_arguments_that_json_cannot_hold_are_an_error() -> None:
+    with pytest.raises(TypeError, match=r"neck argument.*'norm_layer'.*JSON.*got <class 'int'>"):
+        NeckConfig("fpn", {"norm_layer": int})
+
+
+def test_no_two_sections_share_a_field() -> None:
+    # Overrides are flat keywords: each must have one section where it belongs.
+    sections = (BackboneConfig, PreprocessConfig, RCNNConfig, ModelConfig)
+    names = [f.name for section in sections for f in dataclasses.fields(section) if f.name != "name"]
+    assert [name for name, count in collections.Counter(names).items() if count > 1] == []
+
+
+@pytest.mark.parametrize("section", [BackboneConfig, NeckConfig, PreprocessConfig, RCNNConfig, ModelConfig, Category])
+def test_configs_are_frozen(section: type) -> None:
+    field = dataclasses.fields(section)[0].name
+    config = model_config() if section is ModelConfig else from_dict(section, {"id": 1, "name": "x"} if section is Category else {"name": "x"} if "name" in {f.name for f in dataclasses.fields(section)} else {})
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(config, field, None)
+
+
+@pytest.mark.parametrize(
+    ("path", "key", "hint"),
+    [
+        ((), "num_clases", "unknown key 'num_clases' for ModelConfig. Did you mean 'num_classes'?"),
+        (("backbone",), "norms", "config.backbone: unknown key 'norms' for BackboneConfig. Did you mean 'norm'?"),
+        (("neck",), "arg", "config.neck: unknown key 'arg' for NeckConfig. Did you mean 'args'?"),
+        (("preprocess",), "minsize", "config.preprocess: unknown key 'minsize' for PreprocessConfig. Did you mean 'min_"),
+        (("heads",), "nms", "config.heads: unknown key 'nms' for RCNNConfig."),
+    ],
+)
+def test_an_unknown_key_is_an_error_that_says_where(path: tuple[str, ...], key: str, hint: str) -> None:
+    data = to_dict(model_config())
+    section = data
+    for step in path:
+        section = section[step]
+    section[key] = 1
+    with pytest.raises(ValueError) as caught:
+        from_dict(ModelConfig, data)
+    assert hint in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["architecture", "detector", "backbone", "neck"])
+def test_a_missing_key_is_an_error(key: str) -> None:
+    data = to_dict(model_config())
+    del data[key]
+    with pytest.raises(ValueError, match=f"config: the key '{key}' of ModelConfig is missing"):
+        from_dict(ModelConfig, data)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("num_classes", "80", "config.num_classes: expected int, got '80'"),
+        ("num_classes", 80.0, "config.num_classes: expected int, got 80.0"),
+        ("num_classes", True, "config.num_classes: expected int, got True"),
+        ("num_classes", None, "config.num_classes: expected int, got None"),
+        ("backbone", "resnet50", "config.backbone: expected an object with the fields of BackboneConfig, got str"),
+        ("backbone.name", 50, "config.backbone.name: expected str, got 50"),
+        ("backbone.trainable_layers", "3", "config.backbone.trainable_layers: expected int, got '3'"),
+        ("neck.args", [], r"config.neck.args: expected an object, got []"),
+        ("preprocess.mean", 0.5, "config.preprocess.mean: expected a list, got 0.5"),
+        ("preprocess.mean", "0.5", "config.preprocess.mean: expected a list, got '0.5'"),
+        ("preprocess.mean", [0.5, "x"], "config.preprocess.mean[1]: expected float, got 'x'"),
+        ("preprocess.std", [True], "config.preprocess.std[0]: expected float, got True"),
+        ("heads.roi_aligned", 1, "config.heads.roi_aligned: expected bool, got 1"),
+        ("heads.anchor_sizes", [8, 16], "config.heads.anchor_sizes[0]: expected a list, got 8"),
+        ("categories", [["cat"]], "config.categories[0]: expected an object with the fields of Category, got list"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_an_error_that_says_where(path: str, value: Any, message: str) -> None:
+    data = to_dict(model_config())
+    *sections, key = path.split(".")
+    section = data
+    for step in sections:
+        section = section[step]
+    section[key] = value
+    with pytest.raises(TypeError) as caught:
+        from_dict(ModelConfig, data)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "choices"),
+    [("preprocess", "resize", "'shortest_edge', 'at_least', 'none'"), ("backbone", "norm", "'bn', 'frozen'")],
+)
+def test_a_value_out_of_its_choices_is_an_error(section: str, key: str, choices: str) -> None:
+    data = to_dict(model_config())
+    data[section][key] = "other"
+    with pytest.raises(ValueError, match=rf"config\.{section}\.{key}: expected one of {choices}, got 'other'"):
+        from_dict(ModelConfig, data)
+
+
+def test_whole_numbers_are_taken_for_floats() -> None:
+    config = from_dict(PreprocessConfig, {"mean": [0, 0, 0], "std": [1, 1, 1]})
+    assert config.std == (1.0, 1.0, 1.0)
+    assert all(isinstance(s, float) for s in config.mean + config.std)
+
+
+@pytest.mark.parametrize("data", [None, [], "x", 1])
+def test_a_config_must_be_an_object(data: Any) -> None:
+    with pytest.raises(TypeError, match=r"here: expected an object with the fields of Category, got"):
+        from_dict(Category, data, where="here")
+
+
+@pytest.mark.parametrize("number", [0, -3])
+def test_at_least_one_class(number: int) -> None:
+    with pytest.raises(ValueError, match=rf"at least 1 \(there is no background class\), got {number}"):
+        model_config(num_classes=number)
+
+
+def test_one_category_per_class() -> None:
+    with pytest.raises(ValueError, match=r"1 categories were given for num_classes=2"):
+        model_config(num_classes=2, categories=(Category(1, "cat"),))
+
+
+def test_as_many_statistics_as_image_channels() -> None:
+    with pytest.raises(ValueError, match=r"in_chans=4 .* mean and std .* got 3 and 3"):
+        model_config(backbone=BackboneConfig("resnet18", in_chans=4))
+
+
+def test_categories_have_ids_and_names_even_where_none_are_known() -> None:
+    known = (Category(7, "cat"), Category(90, "dog"))
+    assert model_config(num_classes=2, categories=known).labelled_categories == known
+    assert model_config(num_classes=2).labelled_categories == (Category(1, "class 0"), Category(2, "class 1"))

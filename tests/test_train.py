@@ -1,0 +1,433 @@
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import a2fpn
+from a2fpn.data import CocoDataset
+from a2fpn.evaluation import evaluate_coco
+from tests.coco_data import write_coco
+from train.cli import main, parse, setting_names
+from train.config import OptimSection, RunSection, TrainConfig
+from train.loop import LossWindow, Trainer
+from train.optim import build_optimizer, build_scheduler, lr_factor, parameter_groups
+from train.state import replaced_folder
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPES = sorted((ROOT / "train" / "recipes").glob("*.yaml"))
+
+TINY_RECIPE = """
+model:
+  name: maskrcnn_a2fpn
+  overrides:
+    backbone: test_efficientnet
+    neck_args: {out_channels: 16}
+    min_size: 64
+    max_size: 128
+    anchor_sizes: [[8], [16], [32], [64], [128]]
+    rpn_post_nms_top_n_train: 50
+    rpn_post_nms_top_n_test: 20
+    rpn_batch_size: 64
+    box_batch_size: 32
+    box_channels: 32
+    mask_channels: 16
+    mask_layers: 1
+    score_threshold: 0.0
+    detections_per_image: 10
+data:
+  train_images: train/images
+  train_annotations: train/annotations.json
+  val_images: val/images
+  val_annotations: val/annotations.json
+  workers: 0
+optim: {name: adamw, lr: 1.0e-3, warmup_steps: 2, schedule: cosine, clip_norm: 1.0}
+run: {name: tiny, epochs: 2, log_every: 1, seed: 3}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate(monkeypatch):
+    """Each run starts like a new process, on the CPU."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    """Arguments of a tiny run: 4 training and 3 validation images."""
+    write_coco(tmp_path / "train", images=4, seed=0)
+    write_coco(tmp_path / "val", images=3, seed=1)
+    (tmp_path / "recipe.yaml").write_text(TINY_RECIPE)
+    return ["--config", str(tmp_path / "recipe.yaml"), f"data.root={tmp_path}", f"run.output={tmp_path / 'run'}"]
+
+
+def metrics(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+# The command line
+
+
+def test_the_command_line_overrides_the_recipe_which_overrides_the_defaults(arguments):
+    config = parse([*arguments, "optim.lr=0.5", "--run.epochs", "7", "--model.overrides.min_size=96"])
+    assert (config.optim.lr, config.run.epochs) == (0.5, 7)  # the command line, in both spellings
+    assert config.optim.name == "adamw"  # the recipe
+    assert config.optim.weight_decay == OptimSection().weight_decay  # the default
+    assert config.model.overrides["min_size"] == 96
+    assert config.model.overrides["box_channels"] == 32  # an override leaves its neighbours alone
+
+
+def test_an_argument_after_an_option_is_its_value_even_with_an_equals_sign():
+    assert parse(["data.root=x", "--run.output", "a=b"]).run.output == "a=b"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("optim.lrr=0.1", "optim.lr"),
+        ("optm.lr=0.1", "optim.lr"),
+        ("--data.transforms.crop", "data.transforms.crop_size"),
+        ("batchsize=4", "data.batch_size"),
+    ],
+)
+def test_a_wrong_key_is_an_error_that_names_the_right_one(wrong, right, capsys):
+    assert main(["data.root=x", wrong]) == 2
+    error = capsys.readouterr().err
+    assert f"Did you mean '{right}'?" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("optim: {lrr: 1}", "unknown setting 'optim.lrr'. Did you mean 'optim.lr'?"),
+        ("data: {transforms: {crop: 3}}", "'data.transforms.crop'. Did you mean 'data.transforms.crop_size'?"),
+        ("nothing_alike: 3", "unknown setting 'nothing_alike'. See --help"),
+        ("optim: {lr: high}", "\"optim.lr\": Expected a <class 'float'>. Got value: high"),
+        ("optim: {name: adam}", "Expected a typing.Literal['sgd', 'adamw']. Got value: adam"),
+        ("optim: {", "Problems parsing config"),
+    ],
+)
+def test_a_wrong_recipe_is_one_line_and_exit_code_2(recipe, message, tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    assert main(["--config", str(tmp_path / "recipe.yaml"), "data.root=x"]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.train_annotations=nothing.json", "nothing.json: no such file"),
+        ("data.val_images=nothing", "nothing: no such folder"),
+        ("data.train_annotations=recipe.yaml", "recipe.yaml: no readable JSON"),
+        ("model.name=maskrcnn_a2fpm_r50", "Did you mean 'maskrcnn_a2fpn_r50'"),
+        ("model.overrides.min_siez=3", "Did you mean 'min_size'"),
+        ("model.backbone_weights=nothing.safetensors", "'nothing.safetensors' do not exist"),
+        ("data.transforms.crop_size=0", "crop_size must be at least 1"),
+        ("run.resume=true", "no training state"),
+        ("run.mixed_precision=fp16", "fp16 needs a GPU"),
+    ],
+)
+def test_input_that_does_not_fit_is_one_line_and_exit_code_2(override, message, arguments, capsys):
+    assert main([*arguments, override]) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert message in error[-1]
+    assert not any("Traceback" in line for line in error)
+
+
+def test_started_as_a_folder_it_finds_the_repository(arguments):
+    command = [sys.executable, ROOT / "train", *arguments, "--print_config"]
+    shown = yaml.safe_load(subprocess.run(command, check=True, capture_output=True, text=True, cwd="/").stdout)
+    assert shown["run"]["name"] == "tiny"
+
+
+def test_every_setting_is_explained(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    text = capsys.readouterr().out
+    for name in setting_names():
+        assert f"--{name} " in text
+    assert "Peak learning rate" in text
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_shipped_recipe_builds_its_model(recipe):
+    config = parse(["--config", str(recipe), "data.root=x"])
+    model = a2fpn.create_model(config.model.name, num_classes=1, **config.model.overrides)
+    assert config.run.name == recipe.stem
+    assert config.run.max_detections == model.config.heads.detections_per_image
+
+
+# Optimiser and schedule
+
+SCHEDULES = st.builds(
+    OptimSection,
+    schedule=st.sampled_from(["step", "cosine"]),
+    warmup_steps=st.integers(0, 20),
+    warmup_factor=st.floats(0, 1),
+    final_factor=st.floats(0, 1),
+)
+
+
+@given(config=SCHEDULES, total=st.integers(1, 200), data=st.data())
+def test_the_learning_rate_stays_between_zero_and_its_peak_and_never_rises_after_the_warm_up(config, total, data):
+    step = data.draw(st.integers(0, total - 1))
+    here, after = (lr_factor(s, total_steps=total, config=config) for s in (step, step + 1))
+    assert 0 <= here <= 1 + 1e-9
+    assert (
+        (here <= after + 1e-9)
+        if step < config.warmup_steps - 1
+        else (after <= here + 1e-9 or step + 1 == config.warmup_steps)
+    )
+
+
+def test_the_step_schedule_falls_at_its_milestones():
+    config = OptimSection(schedule="step", milestones=(0.5, 0.9), gamma=0.1, warmup_steps=0)
+    rates = [lr_factor(step, total_steps=10, config=config) for step in range(10)]
+    assert rates == pytest.approx([1] * 5 + [0.1] * 4 + [0.01])
+
+
+def test_matrices_decay_vectors_do_not_and_the_backbone_has_its_own_rate():
+    model = a2fpn.create_model("fasterrcnn_fpn", backbone="test_resnet", num_classes=2, trainable_layers=2)
+    config = OptimSection(lr=0.1, weight_decay=0.05, backbone_lr_factor=0.5)
+    settings = {
+        id(parameter): (group["lr"], group["weight_decay"])
+        for group in parameter_groups(model, config)
+        for parameter in group["params"]
+    }
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert len(settings) == len(trainable) < len(list(model.parameters()))
+    for name, parameter in trainable.items():
+        lr = 0.05 if name.startswith("backbone.") else 0.1
+        assert settings[id(parameter)] == (lr, 0.05 if parameter.ndim > 1 else 0.0), name
+
+
+def test_a_model_without_trainable_parameters_is_an_error():
+    with pytest.raises(ValueError, match="No parameter of the model is trainable"):
+        parameter_groups(nn.Linear(2, 2).requires_grad_(False), OptimSection())
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_each_optimiser_follows_the_schedule(name):
+    config = OptimSection(name=name, lr=0.1, schedule="cosine", warmup_steps=2, warmup_factor=0.5, final_factor=0.0)
+    optimizer = build_optimizer(nn.Linear(2, 2), config)
+    scheduler = build_scheduler(optimizer, 4, config)
+    rates = []
+    for _ in range(4):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates == pytest.approx([0.05, 0.075, 0.1, 0.05])
+
+
+# Runs
+
+
+def test_a_run_learns_evaluates_and_leaves_loadable_checkpoints(arguments, tmp_path, capsys):
+    assert main([*arguments, "run.epochs=12", "run.evaluate_every=6", "optim.lr=3e-3"]) == 0
+    output = tmp_path / "run"
+    records = metrics(output)
+    assert [record["epoch"] for record in records] == list(range(1, 13))
+    assert [record["epoch"] for record in records if "segm/ap" in record] == [6, 12]
+    assert records[-1]["step"] == 24
+    assert records[-1]["images_evaluated"] == 3
+    losses = [record["train/loss"] for record in records]
+    assert sum(losses[-4:]) / 4 < 0.65 * losses[0]
+    parts = sum(value for name, value in records[0].items() if name.startswith("train/loss_"))
+    assert parts == pytest.approx(records[0]["train/loss"], rel=1e-4)
+    assert list((output / "tensorboard").iterdir())
+    assert parse(["--config", str(output / "config.yaml")]) == parse(
+        [*arguments, "run.epochs=12", "run.evaluate_every=6", "optim.lr=3e-3"]
+    )
+
+    best = max((r for r in records if "segm/ap" in r), key=lambda record: record["segm/ap"])
+    last_lines = capsys.readouterr().out.splitlines()[-3:]
+    assert last_lines[0].endswith(f"(segm/ap {best['segm/ap']:.4f} after epoch {best['epoch']})")
+    assert last_lines[1].endswith(f'model = a2fpn.from_pretrained("{output / "best"}")')
+    model = a2fpn.from_pretrained(output / "best")
+    assert [category.id for category in model.config.categories] == [7, 23, 90]
+    metadata = json.loads((output / "best" / "config.json").read_text())["metadata"]
+    assert (metadata["recipe"], metadata["epochs"], metadata["seed"]) == ("tiny", best["epoch"], 3)
+    assert metadata["metrics"]["segm/ap"] == best["segm/ap"]
+
+
+def test_an_existing_run_is_not_overwritten(arguments, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
+    assert main(arguments) == 2
+    assert "already holds a run" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_continues_as_if_nothing_had_happened(arguments, tmp_path, monkeypatch, capsys):
+    assert main(arguments) == 0
+    whole = a2fpn.from_pretrained(tmp_path / "run" / "last").state_dict()
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+    arguments[-1] = f"run.output={tmp_path / 'again'}"
+    train_epoch = Trainer._train_epoch
+
+    def interrupt(trainer):
+        if trainer.state.epoch == 1:
+            raise KeyboardInterrupt
+        return train_epoch(trainer)
+
+    monkeypatch.setattr(Trainer, "_train_epoch", interrupt)
+    assert main(arguments) == 130
+    assert "run.resume=true continues" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert main([*arguments, "run.resume=true"]) == 0
+    assert [record["epoch"] for record in metrics(tmp_path / "again")] == [1, 2]
+    resumed = a2fpn.from_pretrained(tmp_path / "again" / "last").state_dict()
+    for name, value in whole.items():
+        torch.testing.assert_close(resumed[name], value, msg=name)
+
+
+def test_gradient_accumulation_counts_steps_and_max_steps_ends_the_run(arguments, tmp_path):
+    trainer = Trainer(parse([*arguments, "data.batch_size=1", "run.grad_accumulation=2", "run.max_steps=3"]))
+    trainer.run()
+    assert [(record["epoch"], record["step"]) for record in metrics(tmp_path / "run")] == [(1, 2), (2, 3)]
+    assert trainer.scheduler.last_epoch == 3
+
+
+def test_the_moving_average_is_what_is_evaluated_and_saved(arguments, tmp_path):
+    trainer = Trainer(parse([*arguments, "run.ema=0.9", "run.epochs=1"]))
+    trainer.run()
+    saved = a2fpn.from_pretrained(tmp_path / "run" / "last").state_dict()
+    average, trained = trainer.ema.module.state_dict(), trainer.model.state_dict()
+    assert all(torch.equal(saved[name], value) for name, value in average.items())
+    assert any(not torch.allclose(saved[name], value) for name, value in trained.items())
+
+
+def test_bf16_and_a_box_detector_train(arguments, tmp_path):
+    overrides = ["model.name=fasterrcnn_fpn", "run.mixed_precision=bf16", "run.max_steps=1", "optim.name=sgd"]
+    assert main([*arguments, *overrides]) == 0
+    (record,) = metrics(tmp_path / "run")
+    assert math.isfinite(record["train/loss"])
+    assert "bbox/ap" in record
+    assert "segm/ap" not in record
+    assert all(
+        v.dtype != torch.bfloat16 for v in a2fpn.from_pretrained(tmp_path / "run" / "best").state_dict().values()
+    )
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_images(arguments, capsys):
+    assert main([*arguments, "optim.lr=1e25", "optim.name=sgd", "optim.clip_norm=null", "optim.warmup_steps=0"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "The loss is not finite in step 2" in error
+    assert any(f"{image_id}" in error for image_id in (100, 103, 106, 109))
+
+
+def test_a_bad_image_is_skipped_and_counted(arguments, tmp_path, capsys):
+    (tmp_path / "train" / "images" / "1.png").write_bytes(b"no image")
+    (tmp_path / "val" / "images" / "0.png").unlink()
+    assert main([*arguments, "run.epochs=1", "data.workers=1"]) == 0
+    assert capsys.readouterr().out.startswith("Skipped 2 unreadable images: 0.png, 1.png\n")
+    assert metrics(tmp_path / "run")[-1]["images_evaluated"] == 2
+
+
+def test_a_bad_image_stops_a_strict_run(arguments, tmp_path, capsys):
+    (tmp_path / "train" / "images" / "1.png").write_bytes(b"no image")
+    assert main([*arguments, "run.epochs=1", "data.strict=true", "data.workers=1"]) == 2
+    assert "1.png: no readable image" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_masks_are_needed_for_a_mask_detector(arguments, tmp_path, capsys):
+    path = tmp_path / "train" / "annotations.json"
+    document = json.loads(path.read_text())
+    for annotation in document["annotations"]:
+        del annotation["segmentation"]
+    path.write_text(json.dumps(document))
+    assert main(arguments) == 2
+    assert "has no masks; train a box detector" in capsys.readouterr().err
+
+
+RANKS = """
+import os, sys, torch, train.loop
+from train.cli import main
+
+class Recorded(train.loop.Trainer):
+    def run(self):
+        super().run()
+        torch.save(self.accelerator.unwrap_model(self.model).state_dict(), f"{sys.argv[1]}/rank{os.environ['RANK']}.pt")
+
+train.loop.Trainer = Recorded
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[2:]))
+"""
+
+
+def test_two_processes_train_the_same_weights_and_evaluate_every_image_once(arguments, tmp_path):
+    (tmp_path / "ranks.py").write_text(RANKS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    command += [str(tmp_path / "ranks.py"), str(tmp_path), *arguments, "run.epochs=15", "data.batch_size=1"]
+    command += ["run.evaluate_every=15", "optim.lr=3e-3"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    for name, value in first.items():
+        assert torch.equal(second[name], value), name
+    record = metrics(tmp_path / "run")[-1]
+    assert record["step"] == 15 * 2  # 4 images, 1 per process and step
+    assert record["images_evaluated"] == 3
+    # One process finds with the saved weights what two found together.
+    val_set = CocoDataset(tmp_path / "val" / "images", tmp_path / "val" / "annotations.json")
+    predictor = a2fpn.Predictor(a2fpn.from_pretrained(tmp_path / "run" / "last"))
+    found = [
+        detection
+        for image, target in (val_set[index] for index in range(len(val_set)))
+        for detection in predictor.predict([image])[0].to_coco(target["image_id"])
+    ]
+    alone = evaluate_coco(val_set.coco, found).to_dict()
+    assert alone["bbox/ap"] > 0
+    assert alone == pytest.approx({name: record[name] for name in alone}, nan_ok=True)
+
+
+# Small parts
+
+
+def test_a_loss_window_is_the_mean_since_the_last_reading():
+    window = LossWindow(Accelerator(cpu=True))
+    for value in (1.0, 3.0):
+        window.add({"loss": torch.tensor(value)}, images=2)
+    assert window.read()[0] == {"loss": 2.0}
+    window.add({"loss": torch.tensor(5.0)}, images=2)
+    assert window.read()[0] == {"loss": 5.0}
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
+    folder = tmp_path / "last"
+    with replaced_folder(folder) as partial:
+        (partial / "a").write_text("first")
+    with pytest.raises(IsADirectoryError), replaced_folder(folder) as partial:
+        partial.write_text("a folder is no file")
+    assert (folder / "a").read_text() == "first"
+    with replaced_folder(folder) as partial:
+        (partial / "a").write_text("second")
+    assert (folder / "a").read_text() == "second"
+    assert [path.name for path in tmp_path.iterdir()] == ["last"]
+
+
+def test_settings_are_immutable():
+    config = TrainConfig(data=parse(["data.root=x"]).data)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.run = RunSection()
