@@ -7,6 +7,7 @@ model. Unknown keys, wrong types and unsupported format versions are errors, nev
 from __future__ import annotations
 
 import dataclasses
+import json
 import types
 import typing
 from collections.abc import Mapping
@@ -57,10 +58,24 @@ class NeckConfig:
     Args:
         name: A registered neck name, see :func:`a2fpn.list_necks`.
         args: Keyword arguments of the neck's constructor (JSON values only).
+
+    Raises:
+        TypeError: If an argument could not be saved as JSON.
     """
 
     name: str
     args: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for key, value in self.args.items():
+            try:
+                json.dumps(value)
+            except TypeError:
+                raise TypeError(
+                    f"The neck argument {key!r} must be a JSON value, it is saved with the model; got {value!r}."
+                ) from None
+        # Lists where tuples were given: a config equals the one that comes back from its file.
+        object.__setattr__(self, "args", _plain(self.args))
 
 
 @dataclass(frozen=True)
@@ -174,6 +189,12 @@ class ModelConfig:
             raise ValueError(f"num_classes must be at least 1 (there is no background class), got {self.num_classes}.")
         if self.categories and len(self.categories) != self.num_classes:
             raise ValueError(f"{len(self.categories)} categories were given for num_classes={self.num_classes}.")
+        channels, statistics = self.backbone.in_chans, self.preprocess
+        if not len(statistics.mean) == len(statistics.std) == channels:
+            raise ValueError(
+                f"in_chans={channels} needs mean and std with {channels} values each, "
+                f"got {len(statistics.mean)} and {len(statistics.std)}."
+            )
 
     @property
     def labelled_categories(self) -> tuple[Category, ...]:

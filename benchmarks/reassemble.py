@@ -136,7 +136,7 @@ def check(case: Case, channels: int) -> float:
 def main(rounds: measure.Rounds = 7, quick: measure.Quick = False, threads: measure.Threads = 0) -> None:
     """Compares times and peak memory, forward and forward + backward."""
     rounds = 1 if quick else rounds
-    fine, channels = ((16, 24), 8) if quick else ((200, 272), 256)
+    fine, channels = ((32, 48), 8) if quick else ((200, 272), 256)
     measure.start(threads, rounds)
     compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
     if not compiler:

@@ -1,6 +1,7 @@
 import collections
 import dataclasses
 import json
+import re
 from typing import Any
 
 import pytest
@@ -56,7 +57,7 @@ def test_a_config_survives_json(
 ) -> None:
     texts = names.draw(st.lists(st.text(), min_size=1, max_size=4))
     config = model_config(
-        backbone=BackboneConfig("resnet18", in_chans=4, norm="frozen", trainable_layers=trainable),
+        backbone=BackboneConfig("resnet18", norm="frozen", trainable_layers=trainable),
         neck=NeckConfig("a2fpn", {"nodes": [4, 2], "attention": "dot", "norm_layer": None}),
         num_classes=len(texts),
         preprocess=preprocess,
@@ -73,7 +74,7 @@ def test_neck_arguments_are_equal_after_json_too() -> None:
 
 
 def test_neck_arguments_that_json_cannot_hold_are_an_error() -> None:
-    with pytest.raises(TypeError, match=r"neck argument.*'norm_layer'.*JSON.*got <class 'int'>"):
+    with pytest.raises(TypeError, match=r"neck argument 'norm_layer' must be a JSON value.*got <class 'int'>"):
         NeckConfig("fpn", {"norm_layer": int})
 
 
@@ -84,33 +85,31 @@ def test_no_two_sections_share_a_field() -> None:
     assert [name for name, count in collections.Counter(names).items() if count > 1] == []
 
 
-@pytest.mark.parametrize("section", [BackboneConfig, NeckConfig, PreprocessConfig, RCNNConfig, ModelConfig, Category])
-def test_configs_are_frozen(section: type) -> None:
-    field = dataclasses.fields(section)[0].name
-    config = model_config() if section is ModelConfig else from_dict(section, {"id": 1, "name": "x"} if section is Category else {"name": "x"} if "name" in {f.name for f in dataclasses.fields(section)} else {})
+@pytest.mark.parametrize(
+    "config",
+    [BackboneConfig("x"), NeckConfig("x"), PreprocessConfig(), RCNNConfig(), Category(1, "x"), model_config()],
+    ids=lambda config: type(config).__name__,
+)
+def test_configs_are_frozen(config: Any) -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
-        setattr(config, field, None)
+        setattr(config, dataclasses.fields(config)[0].name, None)
 
 
 @pytest.mark.parametrize(
-    ("path", "key", "hint"),
+    ("section", "key", "message"),
     [
-        ((), "num_clases", "unknown key 'num_clases' for ModelConfig. Did you mean 'num_classes'?"),
-        (("backbone",), "norms", "config.backbone: unknown key 'norms' for BackboneConfig. Did you mean 'norm'?"),
-        (("neck",), "arg", "config.neck: unknown key 'arg' for NeckConfig. Did you mean 'args'?"),
-        (("preprocess",), "minsize", "config.preprocess: unknown key 'minsize' for PreprocessConfig. Did you mean 'min_"),
-        (("heads",), "nms", "config.heads: unknown key 'nms' for RCNNConfig."),
+        ("", "num_clases", "config: unknown key 'num_clases' for ModelConfig. Did you mean 'num_classes'?"),
+        ("backbone", "norms", "config.backbone: unknown key 'norms' for BackboneConfig. Did you mean 'norm'?"),
+        ("neck", "arg", "config.neck: unknown key 'arg' for NeckConfig. Did you mean 'args'?"),
+        ("preprocess", "minsize", "config.preprocess: unknown key 'minsize' for PreprocessConfig. Did you mean 'min"),
+        ("heads", "nms", "config.heads: unknown key 'nms' for RCNNConfig. Known: anchor_ratios, anchor_sizes, "),
     ],
 )
-def test_an_unknown_key_is_an_error_that_says_where(path: tuple[str, ...], key: str, hint: str) -> None:
+def test_an_unknown_key_is_an_error_that_says_where(section: str, key: str, message: str) -> None:
     data = to_dict(model_config())
-    section = data
-    for step in path:
-        section = section[step]
-    section[key] = 1
-    with pytest.raises(ValueError) as caught:
+    (data[section] if section else data)[key] = 1
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         from_dict(ModelConfig, data)
-    assert hint in str(caught.value)
 
 
 @pytest.mark.parametrize("key", ["architecture", "detector", "backbone", "neck"])
@@ -131,7 +130,7 @@ def test_a_missing_key_is_an_error(key: str) -> None:
         ("backbone", "resnet50", "config.backbone: expected an object with the fields of BackboneConfig, got str"),
         ("backbone.name", 50, "config.backbone.name: expected str, got 50"),
         ("backbone.trainable_layers", "3", "config.backbone.trainable_layers: expected int, got '3'"),
-        ("neck.args", [], r"config.neck.args: expected an object, got []"),
+        ("neck.args", [], "config.neck.args: expected an object, got []"),
         ("preprocess.mean", 0.5, "config.preprocess.mean: expected a list, got 0.5"),
         ("preprocess.mean", "0.5", "config.preprocess.mean: expected a list, got '0.5'"),
         ("preprocess.mean", [0.5, "x"], "config.preprocess.mean[1]: expected float, got 'x'"),
@@ -148,9 +147,8 @@ def test_a_value_of_the_wrong_type_is_an_error_that_says_where(path: str, value:
     for step in sections:
         section = section[step]
     section[key] = value
-    with pytest.raises(TypeError) as caught:
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}"):
         from_dict(ModelConfig, data)
-    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +186,7 @@ def test_one_category_per_class() -> None:
 
 
 def test_as_many_statistics_as_image_channels() -> None:
-    with pytest.raises(ValueError, match=r"in_chans=4 .* mean and std .* got 3 and 3"):
+    with pytest.raises(ValueError, match=r"in_chans=4 needs mean and std with 4 values each, got 3 and 3"):
         model_config(backbone=BackboneConfig("resnet18", in_chans=4))
 
 

@@ -377,8 +377,8 @@ if __name__ == "__main__":
 def test_two_processes_train_the_same_weights_and_evaluate_every_image_once(arguments, tmp_path):
     (tmp_path / "ranks.py").write_text(RANKS)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    command += [str(tmp_path / "ranks.py"), str(tmp_path), *arguments, "run.epochs=15", "data.batch_size=1"]
-    command += ["run.evaluate_every=15", "optim.lr=3e-3"]
+    command += [str(tmp_path / "ranks.py"), str(tmp_path), *arguments, "run.epochs=10", "data.batch_size=1"]
+    command += ["run.evaluate_every=10", "optim.lr=3e-3"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
@@ -387,7 +387,7 @@ def test_two_processes_train_the_same_weights_and_evaluate_every_image_once(argu
     for name, value in first.items():
         assert torch.equal(second[name], value), name
     record = metrics(tmp_path / "run")[-1]
-    assert record["step"] == 15 * 2  # 4 images, 1 per process and step
+    assert record["step"] == 10 * 2  # 4 images, 1 per process and step
     assert record["images_evaluated"] == 3
     # One process finds with the saved weights what two found together.
     val_set = CocoDataset(tmp_path / "val" / "images", tmp_path / "val" / "annotations.json")

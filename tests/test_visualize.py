@@ -100,13 +100,13 @@ def test_masks_are_drawn_where_they_are_and_holes_stay_open():
 
 
 def test_even_one_pixel_is_visible():
-    mask = np.zeros((300, 300), dtype=bool)
-    mask[100, 200] = True
-    black = np.zeros((300, 300, 3), dtype=np.uint8)
+    mask = np.zeros((40, 300), dtype=bool)
+    mask[10, 200] = True
+    black = np.zeros((40, 300, 3), dtype=np.uint8)
     picture = np.asarray(draw(result_of([mask]), black, boxes=False, labels=False, legend=False))
-    scale = picture.shape[0] // 300
+    scale = picture.shape[0] // 40
     ys, xs = np.nonzero(picture.any(axis=2))
-    assert abs(ys.mean() / scale - 100.5) < 1
+    assert abs(ys.mean() / scale - 10.5) < 1
     assert abs(xs.mean() / scale - 200.5) < 1
 
 

@@ -3,4 +3,15 @@
 from a2fpn.necks import a2fpn, bifpn, carafe_fpn, fpn, pafpn, simple_fpn
 from a2fpn.necks.neck import NECKS, Neck, PyramidNeck, register_neck
 
-__all__ = ["NECKS", "Neck", "PyramidNeck", "a2fpn", "bifpn", "carafe_fpn", "fpn", "pafpn", "register_neck", "simple_fpn"]
+__all__ = [
+    "NECKS",
+    "Neck",
+    "PyramidNeck",
+    "a2fpn",
+    "bifpn",
+    "carafe_fpn",
+    "fpn",
+    "pafpn",
+    "register_neck",
+    "simple_fpn",
+]

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from a2fpn.layers import ConvNormAct
+from a2fpn.layers.conv import _layer
 from a2fpn.necks.neck import Neck, register_neck
 from a2fpn.pyramid import PyramidSpec
 
@@ -30,7 +31,7 @@ class SimpleFPN(Neck):
         act_layer: Activation between two transposed convolutions (timm name), or None.
 
     Raises:
-        ValueError: For more than one input level, or a stride that is no power of two.
+        ValueError: For more than one input level, no stride, or a stride that is no power of two.
 
     Example:
         >>> import torch
@@ -55,6 +56,8 @@ class SimpleFPN(Neck):
                 f"simple_fpn makes its levels from one map, got {len(in_spec)}: {in_spec}. Pass one level, or take "
                 "a neck that fuses levels, such as 'fpn'."
             )
+        if not strides:
+            raise ValueError("simple_fpn needs at least one stride, got none.")
         super().__init__(in_spec, out_channels=out_channels, extra_levels=extra_levels)
         every = [*strides, *(strides[-1] << (i + 1) for i in range(extra_levels))]
         self.out_spec = PyramidSpec.from_channels([out_channels] * len(every), strides=every, prefix="p")
@@ -81,23 +84,12 @@ def _resample(
     """Modules that take a map from one stride to another, and the channels they leave."""
     modules: list[nn.Module] = []
     while source > target:
-        source //= 2
-        last = source == target
-        modules.append(
-            _Doubling(
-                channels, channels // 2, norm_layer=None if last else norm_layer, act_layer=None if last else act_layer
-            )
-        )
-        channels //= 2
+        modules.append(nn.ConvTranspose2d(channels, channels // 2, 2, stride=2))
+        source, channels = source // 2, channels // 2
+        if source > target:
+            modules += [] if norm_layer is None else [_layer("norm_layer", norm_layer)(channels)]
+            modules += [] if act_layer is None else [_layer("act_layer", act_layer)()]
     if source < target:
         # Partial windows count, so that odd sizes round up as strided convolutions do.
         modules.append(nn.MaxPool2d(target // source, ceil_mode=True))
     return modules, channels
-
-
-class _Doubling(ConvNormAct):
-    """A transposed convolution that doubles the size, then norm, then activation."""
-
-    def __init__(self, in_channels: int, out_channels: int, *, norm_layer: str | None, act_layer: str | None) -> None:
-        super().__init__(in_channels, out_channels, norm_layer=norm_layer, act_layer=act_layer)
-        self.conv = nn.ConvTranspose2d(in_channels, out_channels, 2, stride=2)

@@ -1,0 +1,167 @@
+"""Function-preserving warm start: a detector with a new neck that begins as the FPN detector it was grafted on.
+
+Laterals and output convolutions are taken over. What the new neck adds starts so that it changes nothing:
+
+* global context (MGC) gives zero and gates are one, as in any fresh neck;
+* the bottom-up path's last convolution before the addition is zero, and its output convolution a Dirac delta.
+  A zero factor behind a random convolution would be as exact, but leave that convolution without a gradient;
+* content-aware upsampling starts with the logit ``centre_bias`` on the nearest source pixel. This is the one part
+  that is not exact: a softmax never gives all its weight to one pixel.
+
+The default ``centre_bias`` of 8 puts 99.2 % of the weight on the nearest pixel. ``python -m benchmarks.graft``
+measures what that does to a trained detector, and that the predictor still learns from there, thanks to the fixed
+scale of :class:`~a2fpn.layers.reassemble.KernelPredictor`.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from a2fpn._registry import did_you_mean
+from a2fpn.checkpoint import load_weights
+from a2fpn.config import NeckConfig
+from a2fpn.detectors import DETECTORS, RCNN
+from a2fpn.factory import create_neck
+from a2fpn.layers import GACAP, ConvNormAct
+from a2fpn.layers.reassemble import KernelPredictor
+from a2fpn.necks import PyramidNeck
+from a2fpn.necks.neck import StridedFusion
+from a2fpn.pyramid import PyramidSpec
+
+TARGETS = ("a2fpn", "a2fpn_lite", "carafe_fpn", "pafpn", "pafpn_mgc")
+"""Necks that can begin as an FPN."""
+
+
+def graft(
+    state: Mapping[str, Tensor],
+    *,
+    target: str = "a2fpn",
+    centre_bias: float = 8.0,
+    seed: int = 0,
+    strides: Sequence[int] | None = None,
+    **options: Any,
+) -> dict[str, Tensor]:
+    """Turns the state dict of an FPN detector into that of the same detector with another neck.
+
+    Args:
+        state: State dict of a detector with neck ``fpn``; not changed.
+        target: One of :data:`TARGETS`.
+        centre_bias: Initial logit of the nearest source pixel over its neighbours in content-aware upsampling; more
+            is closer to the FPN and learns more slowly.
+        seed: Of the new parts' random weights, which cannot be seen in the output yet.
+        strides: Strides of the FPN's levels, finest first; None takes 4, 8, 16, ...
+        **options: The target neck's own arguments (``attention``, ``nodes``, ...), and ``norm_layer`` and
+            ``act_layer`` if the FPN has them; ``out_channels`` is read from the state.
+
+    Returns:
+        State dict of the new detector. Tensors that it has in common with ``state`` are shared, not copied; new ones
+        have their dtype and device.
+
+    Raises:
+        ValueError: For an unknown target, a state that is no FPN detector's, or a norm or activation behind the
+            bottom-up path, which no convolution in front of it can undo.
+
+    Example:
+        >>> from a2fpn import create_model
+        >>> model = create_model("fasterrcnn_fpn", backbone="test_resnet", neck_args={"out_channels": 16})
+        >>> grafted = graft(model.state_dict(), target="pafpn")
+        >>> sorted({key.split(".")[1] for key in grafted if key.startswith("neck.")})
+        ['bottom_up', 'bottom_up_output', 'lateral', 'output']
+        >>> _ = create_model("fasterrcnn_pafpn", backbone="test_resnet", neck_args={"out_channels": 16}).load_state_dict(
+        ...     grafted
+        ... )
+    """
+    if target not in TARGETS:
+        raise ValueError(f"An FPN cannot be grafted onto neck {target!r}. {did_you_mean(target, TARGETS)}")
+    fpn = {key.removeprefix("neck."): x for key, x in state.items() if key.startswith("neck.")}
+    keys = itertools.takewhile(fpn.__contains__, (f"lateral.{i}.conv.weight" for i in itertools.count()))
+    laterals = [fpn[key] for key in keys]
+    if not laterals:
+        raise _not_an_fpn(f"it has no 'neck.lateral.0.conv.weight'; its first tensors are {list(state)[:3]}")
+    strides = [4 << i for i in range(len(laterals))] if strides is None else strides
+    spec = PyramidSpec.from_channels([x.shape[1] for x in laterals], strides=strides)
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(seed)
+        neck = create_neck(target, spec, **{**options, "out_channels": laterals[0].shape[0]})
+    assert isinstance(neck, PyramidNeck)  # as all of TARGETS
+    new = _begin_as_fpn(neck, centre_bias).to(laterals[0]).state_dict()
+    expected = {key: x.shape for key, x in new.items() if key.startswith(("lateral.", "output."))}
+    difference = expected.items() ^ {key: x.shape for key, x in fpn.items()}.items()
+    if difference:
+        names = sorted({f"neck.{key}" for key, _ in difference})
+        raise _not_an_fpn(f"it differs in {len(names)} tensors: {', '.join(names[:5])}")
+    return {**state, **{f"neck.{key}": x for key, x in (new | fpn).items()}}
+
+
+def graft_model(model: RCNN, *, target: str = "a2fpn", centre_bias: float = 8.0, seed: int = 0, **options: Any) -> RCNN:
+    """Builds the detector that :func:`graft` gives the weights of.
+
+    Args:
+        model: A detector with neck ``fpn``; not changed, and nothing is shared with it.
+        target: One of :data:`TARGETS`.
+        centre_bias: See :func:`graft`.
+        seed: See :func:`graft`.
+        **options: The target neck's own arguments, beside those of the FPN.
+
+    Returns:
+        The detector, on the same device, in the same mode and with the same parts frozen.
+
+    Raises:
+        ValueError: See :func:`graft`.
+
+    Example:
+        >>> from a2fpn import create_model
+        >>> model = create_model("fasterrcnn_fpn", backbone="test_resnet", neck_args={"out_channels": 16})
+        >>> graft_model(model, target="a2fpn_lite", attention="dot").config.neck
+        NeckConfig(name='a2fpn_lite', args={'out_channels': 16, 'attention': 'dot'})
+    """
+    spec = model.neck.in_spec
+    args = {**model.config.neck.args, **options}
+    state = graft(model.state_dict(), target=target, centre_bias=centre_bias, seed=seed, strides=spec.strides, **args)
+    stem = f"{model.config.detector}_{{}}".format
+    config = dataclasses.replace(
+        model.config,
+        architecture=model.config.architecture.replace(stem(model.config.neck.name), stem(target), 1),
+        neck=NeckConfig(target, args),
+    )
+    grafted = DETECTORS[config.detector](config, copy.deepcopy(model.backbone), create_neck(target, spec, **args))
+    load_weights(grafted, state)
+    return grafted.to(next(model.parameters())).train(model.training)
+
+
+def _not_an_fpn(found: str) -> ValueError:
+    return ValueError(
+        "Expected the state dict of a detector of this package with neck 'fpn': neck.lateral.<i>.conv.* and "
+        "neck.output.<i>.conv.* for each level and no other neck.* (with norm.* where the FPN has norm_layer=, which "
+        f"must then be given); {found}."
+    )
+
+
+def _begin_as_fpn(neck: PyramidNeck, centre_bias: float) -> PyramidNeck:
+    """Sets the parts that an FPN lacks so that they change nothing, and returns the neck."""
+    for module in neck.top_down.modules():
+        if isinstance(module, KernelPredictor):
+            module.reset_centre(centre_bias)
+    if neck.bottom_up is None or neck.bottom_up_output is None:
+        return neck
+    for merge, output in zip(neck.bottom_up, neck.bottom_up_output, strict=True):
+        assert isinstance(merge, GACAP | StridedFusion)
+        assert isinstance(output, ConvNormAct)
+        if not isinstance(output.norm, nn.Identity) or not isinstance(output.act, nn.Identity):
+            raise ValueError(
+                "A neck with a bottom-up path cannot begin as an FPN that has norm_layer or act_layer: behind the "
+                "bottom-up convolutions they would change the features. Take 'a2fpn_lite' or 'carafe_fpn'."
+            )
+        last = merge.project if isinstance(merge, GACAP) else merge.down.conv
+        for parameter in last.parameters():
+            nn.init.zeros_(parameter)
+        nn.init.dirac_(output.conv.weight)
+        nn.init.zeros_(output.conv.bias)
+    return neck

@@ -1,0 +1,371 @@
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from coco_data import write_coco
+from PIL import Image
+from typer.testing import CliRunner
+
+import a2fpn
+from a2fpn import cli, weights
+from a2fpn.config import Category
+
+SMALL = {
+    "backbone": "test_efficientnet",
+    "neck_args": {"out_channels": 16},
+    "box_channels": 16,
+    "mask_channels": 8,
+    "mask_layers": 1,
+    "min_size": 64,
+    "max_size": 128,
+    "score_threshold": 0.0,
+    "detections_per_image": 5,
+}
+CATEGORIES = tuple(Category(index, f"shape {index}") for index in (7, 23, 90))
+
+
+def run(*arguments, code=0, env=None):
+    """Runs the command line, checks its exit code and returns all it wrote."""
+    result = CliRunner().invoke(
+        cli.app, [str(argument) for argument in arguments], env={"COLUMNS": "200", **(env or {})}
+    )
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def fails(*arguments):
+    """Runs the command line, which must end with one line of error, and returns it."""
+    lines = [line for line in run(*arguments, code=2).splitlines() if "a2fpn: error:" in line]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def save(folder, name="maskrcnn_fpn", **overrides):
+    torch.manual_seed(0)
+    model = a2fpn.create_model(name, **{**SMALL, "categories": CATEGORIES, **overrides})
+    return a2fpn.save_pretrained(model, folder, metadata={"license": "CC0-1.0", "metrics": {"segm/ap": 0.5}})
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Folder and annotations of 3 images."""
+    return write_coco(tmp_path_factory.mktemp("data"), images=3)
+
+
+def test_predict_writes_pictures_and_coco_results(checkpoint, data, tmp_path):
+    folder, _ = data
+    out = tmp_path / "new" / "folder"
+    output = run("predict", folder, "--model", checkpoint, "--output", out, "--score-threshold", 0)
+    assert "Found 15 objects in 3 images" in output
+    assert "ms per image" in output
+    assert sorted(path.name for path in out.iterdir()) == ["0.png", "1.png", "2.png", "predictions.json"]
+    records = json.loads((out / "predictions.json").read_text())
+    assert len(records) == 15
+    assert {(record["image_id"], record["file_name"]) for record in records} == {(i, f"{i}.png") for i in range(3)}
+    assert {record["category_id"] for record in records} <= {7, 23, 90}
+    assert all(record["segmentation"]["size"] in ([64, 80], [80, 64]) for record in records)
+    opened = output.rpartition("Open ")[2].strip()
+    assert Image.open(opened).width >= 768
+
+
+def test_score_threshold_and_single_files(checkpoint, data, tmp_path):
+    output = run(
+        "predict",
+        data[0] / "1.png",
+        data[0] / "0.png",
+        "--model",
+        checkpoint,
+        "--output",
+        tmp_path,
+        "--score-threshold",
+        1,
+    )
+    assert "Found 0 objects in 2 images" in output
+    assert json.loads((tmp_path / "predictions.json").read_text()) == []
+    assert (tmp_path / "1.png").is_file()
+
+
+def test_images_of_one_name_get_pictures_of_their_own(checkpoint, data, tmp_path):
+    image = Image.open(data[0] / "0.png")
+    for name in ("a/cell.png", "a/cell.jpg", "b/Cell.png", "b/cell_2.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        image.save(tmp_path / name)
+    run("predict", tmp_path / "a", tmp_path / "b", "--model", checkpoint, "--output", tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("*.png"))) == 4
+    run("predict", tmp_path / "a", "--model", checkpoint, "--output", tmp_path / "out", "--score-threshold", 0)
+    records = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert {(record["image_id"], record["file_name"]) for record in records} == {(1, "cell.jpg"), (2, "cell.png")}
+
+
+def test_bad_images_in_a_folder_are_reported_and_the_others_done(checkpoint, data, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    (images / "corrupt.png").write_bytes((data[0] / "0.png").read_bytes()[:300])
+    (images / "no_image.jpg").write_text("hello")
+    Image.open(data[0] / "0.png").save(images / "good.png")
+    output = run("predict", images, "--model", checkpoint, "--output", tmp_path / "out")
+    assert "skipped" in output
+    assert "corrupt.png" in output
+    assert "no_image.jpg" in output
+    assert "in 1 image (2 more could not be read)" in output
+    assert (tmp_path / "out" / "good.png").is_file()
+
+    assert "corrupt.png: no readable image" in fails(
+        "predict", images / "corrupt.png", "--model", checkpoint, "--output", tmp_path / "out"
+    )
+    (images / "good.png").unlink()
+    assert "None of the 2 images could be read" in fails(
+        "predict", images, "--model", checkpoint, "--output", tmp_path / "out"
+    )
+
+
+def test_unusual_images_are_converted(checkpoint, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 65536, (40, 50), dtype=np.uint16)).save(images / "16bit.png")
+    Image.fromarray(rng.integers(0, 256, (40, 50, 4), dtype=np.uint8), "RGBA").save(images / "rgba.png")
+    Image.fromarray(rng.integers(0, 256, (40, 50, 4), dtype=np.uint8), "CMYK").save(images / "cmyk.jpg")
+    Image.fromarray(rng.integers(0, 256, (40, 50), dtype=np.uint8)).save(images / "grey.png")
+    frames = [Image.fromarray(rng.integers(0, 256, (40, 50), dtype=np.uint8)) for _ in range(3)]
+    frames[0].save(images / "animated.gif", save_all=True, append_images=frames[1:])
+    Image.new("RGB", (1, 1)).save(images / "tiny.png")
+    Image.new("RGB", (20_000, 30)).save(images / "wide.png")
+    output = run("predict", images, "--model", checkpoint, "--output", tmp_path / "out", "--score-threshold", 0)
+    assert "in 7 images," in output
+    assert "skipped" not in output
+    assert len(list((tmp_path / "out").glob("*.png"))) == 7
+
+
+def test_predict_never_writes_where_it_reads(checkpoint, data):
+    assert "choose another one" in fails("predict", data[0], "--model", checkpoint, "--output", data[0])
+
+
+@pytest.mark.parametrize(
+    ("source", "message"), [("nowhere.png", r"nowhere.png: no such file"), ("", "No image lies in the folder")]
+)
+def test_predict_needs_images(checkpoint, tmp_path, source, message):
+    assert message in fails("predict", tmp_path / source, "--model", checkpoint, "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_and_broken_models(data, tmp_path):
+    arguments = ("predict", data[0], "--output", tmp_path / "out", "--model")
+    assert "Did you mean 'maskrcnn_a2fpn_lite0.nuclei'" in fails(*arguments, "maskrcnn_a2fpn_lite0.nucle")
+    assert "no checkpoint folder" in fails(*arguments, tmp_path)
+    broken = save(tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"nothing")
+    assert "damaged" in fails(*arguments, broken)
+    (broken / "config.json").write_text("{")
+    assert "no valid JSON" in fails(*arguments, broken)
+
+
+def test_unknown_device(checkpoint, data, tmp_path):
+    arguments = ("predict", data[0], "--output", tmp_path / "out", "--model", checkpoint, "--device")
+    assert "--device quantum can't be used here" in fails(*arguments, "quantum")
+
+
+def test_evaluate_prints_and_writes_the_numbers(checkpoint, data, tmp_path):
+    out = tmp_path / "numbers.json"
+    output = run(
+        "evaluate", "--model", checkpoint, "--images", data[0], "--annotations", data[1],
+        "--max-detections", 300, "--json", out,
+    )  # fmt: skip
+    assert "3 images" in output
+    assert "boxes" in output
+    assert "masks" in output
+    assert "AR, 300 detections per image" in output
+    assert "shape 23" in output
+    numbers = json.loads(out.read_text())
+    assert numbers["max_detections"] == 300
+    assert len([key for key in numbers if key.count("/") == 1]) == 24
+    assert {"segm/ap/shape 7", "bbox/ap/shape 90"} <= numbers.keys()
+
+
+def test_evaluate_agrees_with_predict(checkpoint, data, tmp_path):
+    from a2fpn.evaluation import evaluate_coco
+
+    folder, annotations = data
+    truth = json.loads(annotations.read_text())
+    run("predict", folder, "--model", checkpoint, "--output", tmp_path, "--score-threshold", 0)
+    records = json.loads((tmp_path / "predictions.json").read_text())
+    ids = {image["file_name"]: image["id"] for image in truth["images"]}
+    expected = evaluate_coco(truth, [record | {"image_id": ids[record["file_name"]]} for record in records])
+    out = tmp_path / "numbers.json"
+    run("evaluate", "--model", checkpoint, "--images", folder, "--annotations", annotations, "--json", out)
+    numbers = json.loads(out.read_text())
+    assert {key: numbers[key] for key in expected.to_dict()} == expected.to_dict()
+
+
+def test_evaluate_box_detectors_and_single_classes(tmp_path):
+    folder, annotations = write_coco(tmp_path, images=2, category_ids=(7,))
+    checkpoint = save(tmp_path / "boxes", "fasterrcnn_fpn", categories=CATEGORIES[:1])
+    output = run("evaluate", "--model", checkpoint, "--images", folder, "--annotations", annotations)
+    assert "boxes" in output
+    assert "masks" not in output
+    assert "per class" not in output
+
+
+def test_evaluate_a_model_without_categories(data, tmp_path):
+    same = save(tmp_path / "same", categories=(), num_classes=3)
+    run("evaluate", "--model", same, "--images", data[0], "--annotations", data[1])
+    other = save(tmp_path / "other", categories=(), num_classes=2)
+    message = fails("evaluate", "--model", other, "--images", data[0], "--annotations", data[1])
+    assert "2 classes" in message
+    assert "has 3" in message
+
+
+def test_evaluate_detections_of_classes_the_data_lacks_do_not_count(checkpoint, tmp_path):
+    folder, annotations = write_coco(tmp_path, images=2, category_ids=(23,))
+    run("evaluate", "--model", checkpoint, "--images", folder, "--annotations", annotations)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda d: d["categories"][0].update(id=8) or [a.update(category_id=8) for a in d["annotations"]],
+            "category 8",
+        ),
+        (lambda d: d["categories"][0].update(name="cat"), "Category 7 is 'cat'"),
+        (lambda d: d.pop("annotations"), "no COCO file"),
+        (lambda d: d["images"][0].update(file_name="gone.png"), "gone.png: no such file"),
+        (lambda d: d["images"][0].update(height=63), "the annotations say"),
+    ],
+)
+def test_evaluate_with_wrong_data(checkpoint, data, tmp_path, change, message):
+    folder, annotations = data
+    changed = json.loads(annotations.read_text())
+    change(changed)
+    path = tmp_path / "annotations.json"
+    path.write_text(json.dumps(changed))
+    assert message in fails("evaluate", "--model", checkpoint, "--images", folder, "--annotations", path)
+
+
+def test_evaluate_with_missing_files(checkpoint, data, tmp_path):
+    arguments = ("evaluate", "--model", checkpoint, "--images")
+    assert "no such folder" in fails(*arguments, tmp_path / "nowhere", "--annotations", data[1])
+    assert "no such file" in fails(*arguments, data[0], "--annotations", tmp_path / "nowhere.json")
+    assert "no readable JSON" in fails(*arguments, data[0], "--annotations", data[0] / "0.png")
+
+
+def test_list():
+    assert run("list", "maskrcnn_a2fpn_r").split() == a2fpn.list_models("maskrcnn_a2fpn_r")
+    assert run("list", "*_fpn_r50").split() == a2fpn.list_models("*_fpn_r50")
+    assert run("list", "--necks").split() == a2fpn.list_necks()
+    assert run("list", "--pretrained").split() == a2fpn.list_models(pretrained=True)
+    assert "matches 'nonsense'" in fails("list", "nonsense")
+
+
+def test_info_of_a_checkpoint(checkpoint):
+    output = run("info", checkpoint)
+    for expected in ("maskrcnn", "test_efficientnet", "shape 7, shape 23, shape 90", "CC0-1.0", "segm/ap 0.5"):
+        assert expected in output
+    model = a2fpn.from_pretrained(checkpoint)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert f"{total / 1e6:.2f} M" in output
+    assert "640 x 480" in output
+    for name in model.neck.out_spec.names:
+        assert name in output
+
+
+def test_info_counts_multiplications(tmp_path):
+    # Of every level, the neck's 1x1 and 3x3 convolutions at the size of the padded image: known by hand.
+    output = run("info", save(tmp_path))
+    model = a2fpn.from_pretrained(tmp_path)
+    height, width = model.preprocess([torch.zeros(3, *cli.INFO_SIZE)]).tensor.shape[-2:]
+    macs = 0
+    for level in model.neck.in_spec.names:
+        spec = model.neck.in_spec[level]
+        macs += (spec.channels * 16 + 9 * 16 * 16) * (height // spec.stride) * (width // spec.stride)
+    (line,) = [line for line in output.splitlines() if "neck" in line and "M" in line]
+    assert f"{macs / 1e9:.2f}" in line
+
+
+def test_info_of_a_name(checkpoint):
+    assert "mobilenetv2" in run("info", "fasterrcnn_fpn_mobilenetv2_100")
+    assert "Did you mean" in fails("info", "maskrcnn_a2fpm_r50")
+
+
+@pytest.fixture
+def demo_data(data, checkpoint, tmp_path, monkeypatch):
+    """A demo of three images, with the checkpoint in the place of the embedded model."""
+    (tmp_path / "assets").mkdir()
+    os.symlink(data[0], tmp_path / "assets" / "images")
+    (tmp_path / "assets" / "annotations.json").write_text(data[1].read_text())
+    monkeypatch.setattr(cli, "DEMO_DATA", tmp_path / "assets")
+    monkeypatch.setitem(weights.PRETRAINED, cli.DEMO_MODEL, weights.WeightsConfig(checkpoint, "a test"))
+
+
+@pytest.mark.usefixtures("demo_data")
+def test_demo(tmp_path):
+    out = tmp_path / "out"
+    output = run("demo", "--output", out, "--score-threshold", 0)
+    assert sorted(path.name for path in out.iterdir()) == ["0.png", "1.png", "2.png"]
+    (row,) = [line for line in output.splitlines() if "0.png" in line and "Open" not in line]
+    assert row.replace("│", " ").split()[1] == "5"
+    (total,) = [line for line in output.splitlines() if "all" in line]
+    assert total.replace("│", " ").split()[1] == "15"
+    assert output.rstrip().splitlines()[-1] == f"Open {out / '0.png'}"
+
+
+def test_the_packaged_demo(tmp_path):
+    if not cli.DEMO_DATA.is_dir():
+        pytest.skip("the demo's images are not in this checkout")
+    output = run("demo", "--output", tmp_path)
+    assert f"Open {tmp_path}" in output
+
+
+def test_errors_show_their_traceback_only_when_asked():
+    assert "a2fpn: error" in run("list", "nonsense", code=2)
+    for arguments, env in ((["--debug"], {}), ([], {"A2FPN_DEBUG": "1"})):
+        result = CliRunner().invoke(cli.app, [*arguments, "list", "nonsense"], env=env)
+        assert isinstance(result.exception, ValueError)
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), TypeError("a bug"), KeyError("a bug"), AssertionError("a bug")])
+def test_bugs_keep_their_traceback(monkeypatch, error):
+    def broken(*_args, **_kwargs):
+        raise error
+
+    monkeypatch.setattr(a2fpn, "list_models", broken)
+    result = CliRunner().invoke(cli.app, ["list"])
+    assert result.exception is error
+    assert "a2fpn: error" not in result.output
+
+
+def test_files_that_can_not_be_written_are_no_bug(checkpoint, data, tmp_path):
+    (tmp_path / "out").write_text("a file")
+    assert "exists" in fails("predict", data[0], "--model", checkpoint, "--output", tmp_path / "out")
+
+
+@pytest.mark.parametrize("command", ["demo", "predict", "evaluate", "list", "info"])
+def test_every_command_has_help_with_an_example(command):
+    output = run(command, "--help")
+    assert f"Example: a2fpn {command}" in output
+
+
+def test_wrong_usage(checkpoint, tmp_path):
+    assert "Missing option" in run("predict", tmp_path, code=2)
+    assert "No such command" in run("predikt", code=2)
+    assert "--score-threshold" in run("predict", tmp_path, "--model", checkpoint, "--score-threshold", 2, code=2)
+    assert run("--version").split() == ["a2fpn", a2fpn.__version__]
+
+
+def test_python_dash_m_starts_without_what_it_does_not_need():
+    command = [sys.executable, "-X", "importtime", "-m", "a2fpn", "--help"]
+    process = subprocess.run(command, capture_output=True, text=True, check=True)
+    for command in ("demo", "predict", "evaluate", "list", "info"):
+        assert command in process.stdout
+    imported = {line.rpartition("|")[2].strip() for line in process.stderr.splitlines()}
+    assert "a2fpn.cli" in imported
+    assert not {"matplotlib", "supervision", "pycocotools"} & imported
