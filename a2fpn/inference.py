@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from a2fpn.config import Category
-from a2fpn.data.coco import _to_rgb, read_image
+from a2fpn.data.coco import to_rgb, read_image
 from a2fpn.data.masks import Rle, decode_rle, encode_box_masks
 
 if TYPE_CHECKING:
@@ -207,7 +207,7 @@ class Predictor:
 
     Example:
         >>> import a2fpn
-        >>> model = a2fpn.create_model("maskrcnn_a2fpn_r18", num_classes=2)
+        >>> model = a2fpn.create_model("maskrcnn_a2fpn", backbone="test_resnet", num_classes=2, min_size=64)
         >>> predictor = Predictor(model, score_threshold=0.5)
         >>> result = predictor(np.zeros((64, 96, 3), dtype=np.uint8))
         >>> result.size, result.boxes.shape == (len(result), 4)
@@ -334,7 +334,7 @@ def _evaluating(model: RCNN) -> Iterator[None]:
 def _to_tensor(image: ImageInMemory) -> Tensor:
     """(3, H, W) tensor of an image, uint8 or float in [0, 1]."""
     if isinstance(image, Image.Image):
-        image = np.asarray(_to_rgb(image))
+        image = np.asarray(to_rgb(image))
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)) or not image.size:
             raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch import Tensor, nn
@@ -61,14 +62,20 @@ class Preprocess(nn.Module):
         self.register_buffer("std", torch.tensor(config.std)[:, None, None], persistent=False)
 
     def target_size(self, height: int, width: int) -> tuple[int, int]:
-        """Size an image is resized to, at least one pixel per side."""
-        short, long = min(height, width), max(height, width)
+        """Size an image is resized to, at least one pixel per side.
+
+        Raises:
+            ValueError: For an image without pixels.
+        """
+        if height < 1 or width < 1:
+            raise ValueError(f"Expected an image with H, W >= 1, got {height} x {width}.")
         if self.config.resize == "none":
-            scale = 1.0
-        elif self.config.resize == "shortest_edge":
-            scale = min(self.config.min_size / short, self.config.max_size / long)
-        else:
-            scale = min(max(1.0, self.config.min_size / short), self.config.max_size / long)
+            return height, width
+        # Fractions, since 97 * (800 / 97) is 799.99... in floating point.
+        scale = Fraction(self.config.min_size, min(height, width))
+        if self.config.resize == "at_least":
+            scale = max(Fraction(1), scale)
+        scale = min(scale, Fraction(self.config.max_size, max(height, width)))
         return max(1, int(height * scale)), max(1, int(width * scale))
 
     def forward(self, images: Sequence[Tensor], *, resize: bool = True) -> Batch:

@@ -64,8 +64,9 @@ def draw(
     """Draws a result on its image; :meth:`a2fpn.Result.plot` is the usual way to call it.
 
     With one class each object has another colour than its neighbours; with more, each class has its own, the
-    same in every picture as far as the palette reaches. An image whose long side is under 768 pixels is
-    enlarged by a whole factor, one of more than 64 megapixels is shrunk.
+    same in every picture as far as the palette reaches. An image whose long side is under 768 pixels, or whose
+    typical object is smaller than 16 pixels, is enlarged by a whole factor; one of more than 64 megapixels is
+    shrunk.
 
     Args:
         result: The detections to draw, all of them.
@@ -73,7 +74,8 @@ def draw(
         boxes: Whether to draw the boxes; None draws them unless there are masks and more than 40 objects.
         labels: Whether to write class and score beside the objects that have room for it; None does for up to
             40 objects.
-        legend: Whether to add a strip under the picture with the classes, their counts and ranges of score.
+        legend: Whether to add a strip with the classes, their counts and ranges of score: under the picture, or
+            beside it if it is narrow.
 
     Returns:
         An RGB image, at least 480 pixels wide if it has a legend.

@@ -98,8 +98,15 @@ def time_interleaved(calls: Mapping[str, Call], *, rounds: int, warmup: int = 1,
 
 def progress() -> Progress:
     """A progress bar on stderr, so that the tables alone go into a file."""
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    return Progress(*columns, console=Console(stderr=True), transient=True)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    terminal = Console(stderr=True)
+    return Progress(
+        *columns,
+        TextColumn("{task.description}"),
+        console=terminal,
+        transient=True,
+        disable=not terminal.is_terminal,
+    )
 
 
 def peak_memory(prepare: Callable[..., Call], *args: object) -> float:
@@ -201,7 +208,8 @@ def start(threads: int, rounds: int) -> None:
     """Sets the number of threads and prints under which circumstances the run takes place."""
     if threads:
         torch.set_num_threads(threads)
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("a2fpn", "torch", "torchvision", "timm"))
+    packages = ("a2fpn", "torch", "torchvision", "timm")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     console().print(
         f"{versions}, Python {platform.python_version()}; CPU with {torch.backends.cpu.get_cpu_capability()}, "
         f"{torch.get_num_threads()} threads; float32.\n"

@@ -68,7 +68,7 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
     return TrainConfig(**{field.name: settings[field.name] for field in fields(TrainConfig)})
 
 
-def setting_names(section: type = TrainConfig, prefix: str = "") -> Iterator[str]:
+def setting_names(section: Any = TrainConfig, prefix: str = "") -> Iterator[str]:
     """Yields the dotted name of every setting.
 
     Example:

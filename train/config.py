@@ -6,9 +6,9 @@ The docstrings are the text of ``python -m train --help``.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-JsonValue = None | bool | int | float | list | dict | str
+JsonValue = None | bool | int | float | list[Any] | dict[str, Any] | str
 
 
 @dataclass(frozen=True)

@@ -171,13 +171,14 @@ class Trainer:
             raise ValueError("run.mixed_precision=fp16 needs a GPU; on a CPU use none or bf16.")
         self.datasets = train_set, val_set = load_datasets(data)
         set_seed(run.seed)
+        overrides: Mapping[str, Any] = config.model.overrides
         model = a2fpn.create_model(
             config.model.name,
             pretrained_backbone=config.model.pretrained_backbone,
             backbone_weights=config.model.backbone_weights,
             num_classes=len(train_set.categories),
             categories=train_set.categories,
-            **config.model.overrides,
+            **overrides,
         ).to(self.accelerator.device)
         for dataset in self.datasets:
             if model.has_masks and not dataset.coco.has_masks:
@@ -308,7 +309,7 @@ class Trainer:
                     self.ema.update(accelerator.unwrap_model(self.model), step=self.state.step)
                 if self.state.step % config.run.log_every == 0 or self.state.step == self.total_steps:
                     means, speed = window.read()
-                    rate = max(self.scheduler.get_last_lr())
+                    rate = float(max(self.scheduler.get_last_lr()))
                     line.show(self.state.step, means["loss"], rate, speed)
                     values = {f"train/{name}": value for name, value in means.items()}
                     accelerator.log({**values, "lr": rate, "images_per_second": speed}, step=self.state.step)
@@ -323,7 +324,7 @@ class Trainer:
         model = self.evaluated_model
         if accelerator.num_processes > 1:
             # Batch norm statistics differ between processes; the checkpoint gets those of process 0.
-            broadcast([buffer for buffer in model.buffers()])
+            broadcast(list(model.buffers()))
         predictor = a2fpn.Predictor(model, device=accelerator.device, channels_last=self.config.run.channels_last)
         predictions: list[tuple[int, list[dict[str, Any]]]] = []
         with ProgressLine("Evaluation", len(self.val_loader), accelerator) as line:
@@ -339,12 +340,7 @@ class Trainer:
         known = {category.id for category in truth.categories}  # the training set may have more
         metrics = evaluate_coco(
             truth,
-            [
-                record
-                for image_id in sorted(by_image)
-                for record in by_image[image_id]
-                if record["category_id"] in known
-            ],
+            [found for image_id in sorted(by_image) for found in by_image[image_id] if found["category_id"] in known],
             iou_types=("bbox", "segm") if model.has_masks else ("bbox",),
             max_detections=self.config.run.max_detections,
         ).to_dict(per_class=True)
@@ -354,8 +350,8 @@ class Trainer:
     def _save(self, record: dict[str, Any]) -> None:
         """Writes the ``last`` and, where the main metric rose, the ``best`` checkpoint, and the metrics line."""
         accelerator, last = self.accelerator, self.output / "last"
-        value = record.get(self.metric)
-        improved = value is not None and value > self.state.best
+        value = record.get(self.metric, -math.inf)  # only the main process has it, and only after an evaluation
+        improved = value > self.state.best
         if improved:
             self.state.best, self.state.best_epoch = value, self.state.epoch
         accelerator.wait_for_everyone()
@@ -390,7 +386,7 @@ class Trainer:
             "seed": self.config.run.seed,
             "ema": self.config.run.ema,
             "commit": code_version(),
-            "dataset": dataset_credits(Path(self.datasets[0].coco.name)),
+            **dataset_credits(Path(self.datasets[0].coco.name)),
             "max_detections": self.config.run.max_detections,
             "metrics": {name: value for name, value in record.items() if name.startswith(("bbox/", "segm/"))},
         }
@@ -400,8 +396,8 @@ def _describe(losses: Mapping[str, Tensor], targets: Sequence[Mapping[str, Any]]
     values = ", ".join(f"{name} {value.item():.4g}" for name, value in losses.items())
     ids = ", ".join(str(int(target["image_id"])) for target in targets)
     return (
-        f"The loss is not finite in step {step + 1} ({values}) on the images with ids {ids}. Check their annotations "
-        "with `a2fpn check-data`, lower optim.lr, or set optim.clip_norm."
+        f"The loss is not finite in step {step + 1} ({values}) on the images with ids {ids}. Look at their "
+        "annotations, lower optim.lr, or set optim.clip_norm."
     )
 
 

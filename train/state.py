@@ -110,7 +110,11 @@ def code_version() -> str | None:
     return answer.stdout.strip()
 
 
-def dataset_credits(annotations: Path) -> dict[str, Any]:
-    """Returns what a COCO JSON says about its origin: ``info`` and the names and links of ``licenses``."""
+def dataset_credits(annotations: Path) -> dict[str, str]:
+    """Returns what a COCO JSON says of its origin: ``data`` (its description) and ``data_licence``."""
     document = json.loads(annotations.read_text(encoding="utf-8"))
-    return {"info": document.get("info", {}), "licenses": document.get("licenses", [])}
+    licences = [str(entry.get("name", "unnamed")) for entry in document.get("licenses", [])]
+    return {
+        "data": str(document.get("info", {}).get("description", annotations.name)),
+        "data_licence": ", ".join(licences) or "not stated",
+    }

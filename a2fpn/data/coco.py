@@ -350,7 +350,7 @@ def read_image(path: str | Path, *, size: tuple[int, int] | None = None) -> tv_t
             if size is not None and image.size != size[::-1]:
                 got, wanted = " x ".join(map(str, opened.size)), " x ".join(map(str, size[::-1]))
                 raise ImageError(f"{path}: the image is {got} pixels wide and high, the annotations say {wanted}.")
-            return tv_tensors.Image(F.to_image(_to_rgb(image)))
+            return tv_tensors.Image(F.to_image(to_rgb(image)))
     except ImageError:
         raise
     except Exception as error:  # PIL's decoders raise almost anything on a corrupt file
@@ -358,7 +358,12 @@ def read_image(path: str | Path, *, size: tuple[int, int] | None = None) -> tv_t
         raise ImageError(f"{path}: no readable image ({reason}).") from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Converts an image of any mode to 8-bit RGB, as :func:`read_image` documents.
+
+    Raises:
+        ValueError: If its values have no agreed range.
+    """
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:

@@ -11,10 +11,11 @@ Shape shorthand: ``B`` batch, ``C_i`` channels of level ``i``, ``d`` pyramid cha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from a2fpn.layers.attention import ATTENTION_KINDS, AttentionKind, attend
 
@@ -100,11 +101,21 @@ class MGC(nn.Module):
             Maps ``(B, d, H_i, W_i)`` to be added to the laterals.
         """
         masks = [None] * len(features) if valid is None else valid
-        nodes = torch.cat(
-            [self._collect(i, x, mask) for i, (x, mask) in enumerate(zip(features, masks, strict=True))], 1
-        )
-        nodes = self.global_reasoning(nodes)
-        return [self._distribute(i, x, nodes) for i, x in enumerate(features)]
+        collected = [
+            self._recomputed(self._collect, i, x, mask) for i, (x, mask) in enumerate(zip(features, masks, strict=True))
+        ]
+        nodes = self.global_reasoning(torch.cat(collected, 1))
+        return [self._recomputed(self._distribute, i, x, nodes) for i, x in enumerate(features)]
+
+    def _recomputed(self, step: Callable[..., Tensor], *inputs: object) -> Tensor:
+        """Runs a step; in training it keeps only its inputs and runs again in the backward pass.
+
+        Normalised pixels, queries and attended values would take several times the memory of the pyramid itself.
+        """
+        if not (self.training and torch.is_grad_enabled()):
+            return step(*inputs)
+        result: Tensor = checkpoint(step, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return result
 
     def _collect(self, level: int, x: Tensor, valid: Tensor | None) -> Tensor:
         pixels = x.flatten(2).transpose(1, 2)

@@ -1,0 +1,233 @@
+"""``maskrcnn_fpn_r50`` against torchvision's ``maskrcnn_resnet50_fpn`` with the same weights, and ``maskrcnn_a2fpn_r50``.
+
+All get the same image, which none of them resizes, and paste the masks of some 60 objects into it. Outputs are
+compared first. Ours are laid out as :class:`a2fpn.Predictor` lays them out; A2-FPN is grafted onto the same weights,
+so that its heads have as much to do. Target: no more time than torchvision takes.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import torchvision
+import typer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import a2fpn
+from a2fpn.convert import graft_model
+from a2fpn.detectors import RCNN
+from benchmarks import _measure as measure
+
+TORCHVISION, FPN, A2FPN = "torchvision", "maskrcnn_fpn_r50", "maskrcnn_a2fpn_r50"
+RUN_LENGTH = f"{FPN}, masks as RLE"
+SIDES = (TORCHVISION, FPN, RUN_LENGTH, A2FPN)
+TARGET = 1.0
+TOLERANCES = {"boxes": 1e-2, "scores": 1e-4, "masks": 1e-4}
+FEWEST, MOST = 50, 70
+
+Size = tuple[int, int]
+Detections = Mapping[str, Tensor]
+
+
+def make_torchvision(size: Size, weights: Path | None = None, threshold: float = 0.02) -> nn.Module:
+    """torchvision's model in evaluation mode."""
+    model: nn.Module = torchvision.models.detection.maskrcnn_resnet50_fpn(
+        weights=None, weights_backbone=None, min_size=min(size), max_size=max(size), box_score_thresh=threshold
+    )
+    if weights:
+        model.load_state_dict(torch.load(weights))
+    return model.eval()
+
+
+def make_ours(name: str, weights: Path, threshold: float) -> a2fpn.Predictor:
+    """Our model with torchvision's weights, as users run it."""
+    model = a2fpn.create_model(FPN, num_classes=90, resize="none", score_threshold=threshold)
+    model.load_state_dict(rename(torch.load(weights)))
+    return a2fpn.Predictor((graft_model(model) if name == A2FPN else model).eval())
+
+
+def rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """torchvision's names of tensors as ours; only the pyramid's differ."""
+    names = {"inner_blocks": "lateral", "layer_blocks": "output"}
+    return {
+        re.sub(r"^backbone\.fpn\.(\w+)\.(\d+)\.0\.", lambda m: f"neck.{names[m[1]]}.{m[2]}.conv.", key): tensor
+        for key, tensor in state.items()
+    }
+
+
+def make_image(size: Size) -> Tensor:
+    """Soft blobs of several scales."""
+    generator = torch.Generator().manual_seed(0)
+    grids = [torch.rand(1, 3, size[0] // cell, size[1] // cell, generator=generator) for cell in (8, 32)]
+    return torch.stack([F.interpolate(grid, size=size, mode="bilinear")[0] for grid in grids]).mean(0)
+
+
+@torch.inference_mode()
+def save_weights(size: Size, path: Path) -> float:
+    """Saves random weights that decide like trained ones: a few confident objects among many rejected boxes.
+
+    Returns:
+        A score threshold that leaves 50 to 70 objects, in the widest gap between two scores.
+
+    Raises:
+        RuntimeError: If there are fewer.
+    """
+    torch.manual_seed(0)
+    model = make_torchvision(size)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+            nn.init.uniform_(module.weight, 0.3, 0.8)
+            nn.init.normal_(module.bias, std=0.1)
+    image = make_image(size)
+    # Fresh heads say nearly the same of every box: class scores are centred and spread over this image's boxes.
+    predictor = model.roi_heads.box_predictor.cls_score
+    hook = predictor.register_forward_hook(functools.partial(_standardise, spread=1.0))
+    model([image])
+    hook.remove()
+    torch.save(model.state_dict(), path)
+    scores = model([image])[0]["scores"]
+    if len(scores) <= MOST:
+        raise RuntimeError(f"Random weights found {len(scores)} objects, not {MOST}.")
+    gaps = scores[FEWEST - 1 : MOST] - scores[FEWEST : MOST + 1]
+    place = FEWEST + int(gaps.argmax())
+    return float(scores[place - 1 : place + 1].mean())
+
+
+def _standardise(linear: nn.Linear, _: object, output: Tensor, *, spread: float) -> None:
+    gain = spread / float(output.std(0).mean())
+    linear.bias.sub_(output.mean(0)).mul_(gain)
+    linear.weight.mul_(gain)
+
+
+def prepare(side: str, size: Size, weights: Path, threshold: float) -> measure.Call:
+    """Makes a model; returns one detection."""
+    image = make_image(size)
+    if side == TORCHVISION:
+        model = make_torchvision(size, weights, threshold)
+        return torch.inference_mode()(lambda: model([image]))
+    predictor = make_ours(side, weights, threshold)
+    if side == RUN_LENGTH:
+        return lambda: predictor.predict([image])
+    return torch.inference_mode()(lambda: predictor.model([image]))
+
+
+def compare(reference: Detections, ours: Detections) -> str:
+    """Matches two sets of detections and describes the largest differences.
+
+    Args:
+        reference: torchvision's, whose labels count the background.
+        ours: Ours.
+
+    Raises:
+        RuntimeError: If a detection has no partner, or differs by more than the tolerances.
+    """
+    # Another label is as bad as a box far off.
+    theirs = torch.cat([reference["boxes"], 1e4 * (reference["labels"] - 1)[:, None]], 1)
+    distances = torch.cdist(theirs, torch.cat([ours["boxes"], 1e4 * ours["labels"][:, None]], 1), p=float("inf"))
+    if distances.shape[0] != distances.shape[1] or len(set(distances.argmin(1).tolist())) != len(distances):
+        raise RuntimeError(f"torchvision found {distances.shape[0]} objects, ours {distances.shape[1]}: no pairs.")
+    partner = distances.argmin(1)
+    parts = []
+    for name, tolerance in TOLERANCES.items():
+        difference = float((reference[name] - ours[name][partner]).abs().max())
+        if difference > tolerance:
+            raise RuntimeError(f"The {name} differ by {difference:.1e}, more than {tolerance:.0e}.")
+        parts.append(f"{name} {difference:.0e} (relative {difference / float(reference[name].abs().max()):.0e})")
+    return f"{len(partner)} objects on either side; largest differences: {', '.join(parts)}"
+
+
+def parts_of(model: nn.Module) -> dict[str, list[nn.Module]]:
+    """The parts of either side's detector under common names."""
+    ours = isinstance(model, RCNN)
+    heads = model.roi_heads
+    return {
+        "resize, normalise, pad": [model.preprocess if ours else model.transform],
+        "backbone": [model.backbone if ours else model.backbone.body],
+        "neck": [model.neck if ours else model.backbone.fpn],
+        "RPN: convolutions": [model.rpn.head],
+        "RPN: anchors": [model.rpn.anchor_generator],
+        "RPN: decoding, top k, NMS": [model.rpn],
+        "box RoI pooling": [heads.box_roi_pool],
+        "box head": [heads.box_head, heads.box_predictor],
+        "mask RoI pooling": [heads.mask_roi_pool],
+        "mask head": [heads.mask_head, heads.mask_predictor],
+        "decoding, NMS per class": [heads],
+        "pasting masks, rest": [model],
+    }
+
+
+def main(
+    rounds: measure.Rounds = 7,
+    quick: measure.Quick = False,
+    threads: measure.Threads = 0,
+    profile: Annotated[bool, typer.Option(help="Print where the time goes, part by part.")] = False,
+) -> None:
+    """Compares outputs, times and peak memory at two image sizes."""
+    rounds = 1 if quick else rounds
+    sizes = [(64, 96)] if quick else [(480, 640), (800, 1088)]
+    measure.start(threads, rounds)
+    for size in sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            _report(size, Path(folder, "weights.pt"), rounds, profile)
+
+
+def _report(size: Size, weights: Path, rounds: int, profile: bool) -> None:
+    threshold = save_weights(size, weights)
+    calls = {side: prepare(side, size, weights, threshold) for side in SIDES}
+    (reference,), (ours,) = calls[TORCHVISION](), calls[FPN]()
+    title = f"Mask R-CNN, ResNet-50, {size[0]}x{size[1]}, one image"
+    measure.console().print(f"{title}: {compare(reference, ours)}")
+    timings = measure.time_interleaved(calls, rounds=rounds, title=title)
+    memory = {side: measure.peak_memory(prepare, side, size, weights, threshold) for side in SIDES}
+    rows = []
+    for side in SIDES:
+        ratio = timings.ratio(side, TORCHVISION)
+        rows.append(
+            [
+                side,
+                measure.milliseconds(timings.median(side)),
+                str(ratio),
+                measure.against(ratio.value, TARGET if side == FPN else None),
+                str(timings.ratio(side, FPN)),
+                measure.mebibytes(memory[side]),
+                f"{memory[side] / memory[TORCHVISION]:.2f}",
+            ]
+        )
+    columns = ["model", "time", "/ torchvision", "target", f"/ {FPN}", "peak memory", "/ torchvision"]
+    measure.print_table(title, columns, rows)
+    if profile:
+        _profile(size, weights, threshold, rounds)
+
+
+def _profile(size: Size, weights: Path, threshold: float, rounds: int) -> None:
+    image = make_image(size)
+    models = {TORCHVISION: make_torchvision(size, weights, threshold)}
+    models |= {side: make_ours(side, weights, threshold).model for side in (FPN, A2FPN)}
+    run = torch.inference_mode()(lambda model: model([image]))
+    sides = {name: (parts_of(model), functools.partial(run, model)) for name, model in models.items()}
+    seconds = measure.time_parts(sides, rounds=rounds, title="parts")
+    measure.print_table(
+        "Where the time goes",
+        ["part", *models, f"{FPN} / torchvision"],
+        [
+            [
+                part,
+                *(measure.milliseconds(seconds[name][part]) for name in models),
+                f"{seconds[FPN][part] / seconds[TORCHVISION][part]:.2f}",
+            ]
+            for part in seconds[FPN]
+        ],
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)

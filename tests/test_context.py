@@ -1,0 +1,217 @@
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from a2fpn.layers import ATTENTION_KINDS, MGC, orthogonality
+from a2fpn.layers.context import SelfAttention
+from tests.helpers import attention_weights, largest_difference, randomise, weighted_sum, with_zero_gradient
+
+kinds = pytest.mark.parametrize("kind", ATTENTION_KINDS)
+CHANNELS, NODES, SIZES = [12, 16, 20], [6, 4, 3], [(9, 13), (5, 7), (3, 4)]
+
+
+def random_mgc(kind: str = "scaled_cosine") -> MGC:
+    """In float64, with every parameter away from where it starts."""
+    mgc = MGC(CHANNELS, 8, nodes=NODES, attention=kind).double()
+    randomise(mgc)
+    return mgc
+
+
+def random_maps(sizes: Sequence[tuple[int, int]] = SIZES, *, batch: int = 2) -> list[Tensor]:
+    return [torch.randn(batch, c, *size, dtype=torch.float64) for c, size in zip(CHANNELS, sizes, strict=True)]
+
+
+def written_out(mgc: MGC, features: Sequence[Tensor], valid: Sequence[Tensor] | None = None) -> list[Tensor]:
+    """The specification as it stands: phi on every pixel before collecting, out on every pixel after distributing."""
+
+    def reason(nodes: Tensor, layer: SelfAttention) -> Tensor:
+        query, key, value = (nodes @ w.weight.T for w in (layer.query, layer.key, layer.value))
+        return nodes + attention_weights(query, key, mgc.attention) @ value
+
+    nodes = []
+    for i, x in enumerate(features):
+        pixels = x.flatten(2).transpose(1, 2)
+        values = pixels @ mgc.value[i].weight.T + mgc.value[i].bias
+        entities = mgc.entities[i].expand(len(x), -1, -1)
+        mask = None if valid is None else valid[i].flatten(1)
+        collected = attention_weights(entities, pixels, mgc.attention, mask) @ values
+        nodes.append(reason(collected, mgc.level_reasoning[i]))
+    every = reason(torch.cat(nodes, 1), mgc.global_reasoning)
+    context = []
+    for i, x in enumerate(features):
+        query = mgc.query[i](x).flatten(2).transpose(1, 2)
+        answer = attention_weights(query, every, mgc.attention) @ every
+        answer = answer @ mgc.out[i].weight.T + mgc.out[i].bias
+        context.append(answer.transpose(1, 2).reshape(len(x), -1, *x.shape[-2:]))
+    return context
+
+
+@kinds
+def test_equals_the_specification_pixel_by_pixel(kind: str) -> None:
+    mgc, features = random_mgc(kind), [x.requires_grad_() for x in random_maps()]
+    got, expected = mgc(features), written_out(mgc, features)
+    assert [x.shape for x in got] == [(2, 8, *size) for size in SIZES]
+    assert all(x.abs().max() > 0.1 for x in got)
+    assert largest_difference(got, expected) < 1e-12
+    inputs = [*features, *mgc.parameters()]
+    directions = [torch.randn_like(x) for x in got]
+    gradients = [torch.autograd.grad(maps, inputs, directions) for maps in (got, expected)]
+    assert largest_difference(*gradients) < 1e-10
+
+
+@kinds
+def test_a_fresh_one_gives_exactly_nothing(kind: str) -> None:
+    mgc = MGC(CHANNELS, 8, nodes=NODES, attention=kind).double()
+    assert all((x == 0).all() for x in mgc(random_maps()))
+
+
+def test_a_fresh_one_learns_from_the_first_step_on() -> None:
+    mgc = MGC(CHANNELS, 8, nodes=NODES).double()
+    weighted_sum(mgc(random_maps())).backward()
+    assert all(layer.weight.grad.any() for layer in mgc.out)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in mgc.parameters())
+
+
+@kinds
+def test_gradient_to_every_parameter(kind: str) -> None:
+    mgc = random_mgc(kind)
+    weighted_sum(mgc(random_maps())).backward()
+    assert with_zero_gradient(mgc) == []
+
+
+@kinds
+def test_padding_might_as_well_be_missing(kind: str) -> None:
+    mgc, features = random_mgc(kind), random_maps()
+    # The first image fills the batch, the second is smaller and padded with garbage.
+    inner = [(6, 7), (3, 4), (2, 2)]
+    valid = [torch.ones(2, 1, *size, dtype=torch.bool) for size in SIZES]
+    for mask, x, (height, width) in zip(valid, features, inner, strict=True):
+        mask[1, :, height:] = mask[1, :, :, width:] = False
+        x[1, :, ~mask[1, 0]] = 1e4
+    got = mgc(features, valid)
+    assert largest_difference([x[:1] for x in got], mgc([x[:1] for x in features])) < 1e-12
+    cropped = [x[1:, :, :height, :width] for x, (height, width) in zip(features, inner, strict=True)]
+    kept = [x[1:, :, :height, :width] for x, (height, width) in zip(got, inner, strict=True)]
+    assert largest_difference(kept, mgc(cropped)) < 1e-11
+
+
+def test_a_level_without_padding_may_have_no_mask() -> None:
+    mgc, features = random_mgc(), random_maps()
+    masks = [torch.ones(2, 1, *size, dtype=torch.bool) for size in SIZES]
+    assert largest_difference(mgc(features, [None, masks[1], None]), mgc(features)) < 1e-12
+
+
+def test_images_of_a_batch_do_not_see_each_other() -> None:
+    mgc, features = random_mgc(), random_maps()
+    alone = [mgc([x[i : i + 1] for x in features]) for i in range(2)]
+    assert largest_difference(mgc(features), [torch.cat(maps) for maps in zip(*alone, strict=True)]) < 1e-12
+
+
+def test_every_pixel_sees_every_level() -> None:
+    mgc, features = random_mgc(), random_maps()
+    before = mgc(features)
+    features[2] = features[2] + 1
+    after = mgc(features)
+    assert all(((a - b).abs().amax((1, 2, 3)) > 1e-4).all() for a, b in zip(before, after, strict=True))
+
+
+def test_inputs_stay_as_they_were() -> None:
+    features = random_maps()
+    copies = [x.clone() for x in features]
+    random_mgc()(features)
+    assert largest_difference(features, copies) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_stays_close(dtype: torch.dtype) -> None:
+    mgc, features = random_mgc().float(), [x.float() for x in random_maps()]
+    with torch.autocast("cpu", dtype):
+        got = mgc(features)
+    expected = mgc(features)
+    size = max(x.abs().max().item() for x in expected)
+    assert largest_difference([x.float() for x in got], expected) < 16 * torch.finfo(dtype).eps * size
+
+
+def test_channels_last_is_the_same() -> None:
+    mgc, features = random_mgc(), random_maps()
+    last = mgc([x.contiguous(memory_format=torch.channels_last) for x in features])
+    assert largest_difference(last, mgc(features)) < 1e-12
+
+
+@kinds
+def test_entities_start_orthonormal(kind: str) -> None:
+    mgc = MGC(CHANNELS, 8, nodes=NODES, attention=kind)
+    for weight in mgc.entities:
+        torch.testing.assert_close(weight @ weight.T, torch.eye(len(weight)), rtol=0, atol=1e-5)
+    assert mgc.orthogonal_loss().item() == pytest.approx(0, abs=1e-8)
+
+
+def test_orthogonality_with_and_without_the_norm() -> None:
+    weight = torch.randn(3, 5, dtype=torch.float64)
+    squares = torch.tensor([[(a @ b).item() ** 2 for b in weight] for a in weight], dtype=torch.float64)
+    across = squares.sum() - squares.diag().sum()
+    norms = torch.tensor([(a @ a).item() for a in weight], dtype=torch.float64)
+    torch.testing.assert_close(orthogonality(weight, unit_norm=False), across)
+    torch.testing.assert_close(orthogonality(weight, unit_norm=True), across + (norms - 1).square().sum())
+
+
+@kinds
+def test_only_the_cosine_restricts_the_norm_of_the_entities(kind: str) -> None:
+    mgc = MGC(CHANNELS, 8, nodes=NODES, attention=kind)
+    with torch.no_grad():
+        for weight in mgc.entities:
+            weight.mul_(2)
+    # Each of the 13 rows has a squared norm of 4 instead of 1.
+    assert mgc.orthogonal_loss().item() == pytest.approx(13 * 9 if kind == "scaled_cosine" else 0, abs=1e-3)
+
+
+@kinds
+def test_orthogonal_loss_reaches_every_entity(kind: str) -> None:
+    mgc = random_mgc(kind)
+    mgc.orthogonal_loss().backward()
+    assert all(weight.grad is not None and weight.grad.any() for weight in mgc.entities)
+
+
+def test_gradient_steps_on_the_loss_make_entities_orthonormal() -> None:
+    mgc = random_mgc()
+    optimizer = torch.optim.SGD(mgc.entities, lr=0.05)
+    for _ in range(100):
+        optimizer.zero_grad()
+        mgc.orthogonal_loss().backward()
+        optimizer.step()
+    assert mgc.orthogonal_loss().item() < 1e-6
+
+
+def test_more_nodes_than_channels_cannot_be_orthonormal() -> None:
+    with pytest.raises(
+        ValueError,
+        match=r"13 nodes on a level of 12 channels: between 1 and 12 are possible.* Lower nodes=\[13, 4, 3\]",
+    ):
+        MGC(CHANNELS, 8, nodes=[13, 4, 3])
+
+
+def test_at_least_one_node_per_level() -> None:
+    with pytest.raises(ValueError, match="0 nodes on a level of 16 channels"):
+        MGC(CHANNELS, 8, nodes=[6, 0, 3])
+
+
+def test_one_node_count_per_level() -> None:
+    with pytest.raises(ValueError, match="2 node counts were given for 3 levels"):
+        MGC(CHANNELS, 8, nodes=[6, 4])
+
+
+def test_an_unknown_attention_is_an_error() -> None:
+    with pytest.raises(ValueError, match="Unknown attention 'cosine'; expected one of dot, scaled_dot, scaled_cosine"):
+        MGC(CHANNELS, 8, nodes=NODES, attention="cosine")
+
+
+@kinds
+def test_self_attention_is_a_residual(kind: str) -> None:
+    layer = SelfAttention(8, attention=kind).double()
+    nodes = torch.randn(2, 5, 8, dtype=torch.float64)
+    weights = attention_weights(F.linear(nodes, layer.query.weight), F.linear(nodes, layer.key.weight), kind)
+    expected = nodes + weights @ F.linear(nodes, layer.value.weight)
+    torch.testing.assert_close(layer(nodes), expected, rtol=0, atol=1e-12)

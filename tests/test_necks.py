@@ -1,0 +1,370 @@
+import copy
+import logging
+import math
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+
+from a2fpn import PyramidSpec, create_neck, list_necks
+from a2fpn.layers import ATTENTION_KINDS
+from a2fpn.layers.reassemble import ChannelGates
+from a2fpn.necks import NECKS
+from a2fpn.pyramid import Features, level_size
+from tests.helpers import (
+    build_neck,
+    largest_difference,
+    pyramid_spec,
+    random_features,
+    randomise,
+    weighted_sum,
+    with_zero_gradient,
+    without_gradient,
+)
+
+FUSING = [name for name in NECKS if name != "simple_fpn"]
+WITH_CONTEXT = ["a2fpn", "a2fpn_lite", "pafpn_mgc"]
+# simple_fpn makes a pyramid of one map, all others of two to six.
+CASES = [(name, pyramid_spec(levels)) for name in FUSING for levels in (2, 4, 6)]
+CASES += [("fpn", pyramid_spec(1)), ("a2fpn", pyramid_spec(3, finest=3)), ("a2fpn", pyramid_spec(5))]
+CASES += [("simple_fpn", PyramidSpec.from_channels([16], strides=[stride])) for stride in (8, 16)]
+cases = pytest.mark.parametrize(("name", "spec"), CASES, ids=lambda x: x if isinstance(x, str) else "-".join(x.names))
+every_neck = pytest.mark.parametrize("name", list(NECKS))
+
+
+def spec_for(name: str) -> PyramidSpec:
+    return pyramid_spec() if name in FUSING else PyramidSpec.from_channels([16], strides=[16])
+
+
+def double(features: Features) -> Features:
+    return {name: x.double() for name, x in features.items()}
+
+
+def test_necks_come_by_name_and_pattern() -> None:
+    assert {"fpn", "pafpn", "carafe_fpn", "pafpn_mgc", "a2fpn_lite", "a2fpn", "bifpn", "simple_fpn"} <= set(
+        list_necks()
+    )
+    assert list_necks("a2fpn*") == ["a2fpn", "a2fpn_lite"]
+
+
+@cases
+@pytest.mark.parametrize(("extra_levels", "size"), [(0, (65, 64)), (1, (97, 133)), (2, (32, 95))])
+def test_pyramid_is_as_declared(name: str, spec: PyramidSpec, extra_levels: int, size: tuple[int, int]) -> None:
+    neck = build_neck(name, spec, extra_levels=extra_levels)
+    features = random_features(spec, size)
+    pyramid = neck(features)
+
+    assert tuple(pyramid) == neck.out_spec.names
+    assert neck.out_spec.names == tuple(f"p{stride.bit_length() - 1}" for stride in neck.out_spec.strides)
+    assert neck.out_spec.channels == (16,) * len(pyramid)
+    made = len(spec) if name in FUSING else 4
+    assert len(pyramid) == made + extra_levels
+    if name in FUSING:
+        assert neck.out_spec.strides[: len(spec)] == spec.strides
+    by_stride = {level.stride: features[c].shape[-2:] for c, level in spec.items()}
+    last, (height, width) = list(by_stride.items())[-1]
+    for p, level in neck.out_spec.items():
+        expected = by_stride.get(level.stride, level_size((height * last, width * last), level.stride))
+        assert tuple(pyramid[p].shape) == (2, 16, *expected), p
+
+
+@pytest.mark.parametrize("name", FUSING)
+@pytest.mark.parametrize("sizes", [[(17, 25), (8, 12), (4, 6), (2, 3)], [(16, 24), (9, 13), (9, 7), (1, 1)]])
+def test_any_sizes_that_shrink_will_do(name: str, sizes: list[tuple[int, int]]) -> None:
+    spec = pyramid_spec()
+    features = {c: torch.randn(1, spec[c].channels, *size) for c, size in zip(spec, sizes, strict=True)}
+    pyramid = build_neck(name, extra_levels=0)(features)
+    assert [tuple(x.shape[-2:]) for x in pyramid.values()] == sizes
+
+
+@every_neck
+def test_inputs_stay_as_they_were(name: str) -> None:
+    features = random_features(spec_for(name), (64, 96))
+    copies = {level: x.clone() for level, x in features.items()}
+    build_neck(name, spec_for(name))(features)
+    assert list(features) == list(copies)
+    assert largest_difference(features, copies) == 0
+
+
+@every_neck
+def test_nothing_is_remembered_from_call_to_call(name: str) -> None:
+    neck = build_neck(name, spec_for(name)).eval()
+    randomise(neck)
+    features = random_features(spec_for(name), (64, 96))
+    first = neck(features)
+    neck(random_features(spec_for(name), (33, 200), batch=1))
+    assert largest_difference(first, neck(features)) == 0
+
+
+@every_neck
+def test_gradient_to_every_parameter(name: str) -> None:
+    neck = build_neck(name, spec_for(name))
+    features = random_features(spec_for(name), (65, 97))
+    (weighted_sum(neck(features)) + sum(neck.losses().values())).backward()
+    # Not even a fresh neck, in parts of which zeros stop gradients, leaves a parameter out.
+    assert without_gradient(neck) == []
+    neck.zero_grad()
+    randomise(neck)
+    (weighted_sum(neck(features)) + sum(neck.losses().values())).backward()
+    assert with_zero_gradient(neck) == []
+
+
+@every_neck
+def test_gradient_to_every_input(name: str) -> None:
+    features = random_features(spec_for(name), (65, 97), requires_grad=True)
+    weighted_sum(build_neck(name, spec_for(name))(features)).backward()
+    assert all(x.grad is not None and x.grad.abs().amin((2, 3)).any() for x in features.values())
+
+
+@every_neck
+@pytest.mark.parametrize("channels", [8, 24])
+def test_channels_norm_and_activation_are_free(name: str, channels: int) -> None:
+    spec = spec_for(name)
+    neck = build_neck(name, spec, out_channels=channels, norm_layer="batchnorm2d", act_layer="relu").train()
+    assert any(isinstance(module, torch.nn.BatchNorm2d) for module in neck.modules())
+    # A single image is enough, also in training.
+    pyramid = neck(random_features(spec, (129, 160), batch=1))
+    assert {x.shape[1] for x in pyramid.values()} == {channels}
+    assert all(x.isfinite().all() for x in pyramid.values())
+    weighted_sum(pyramid).backward()
+
+
+@every_neck
+@pytest.mark.parametrize("argument", ["norm_layer", "act_layer"])
+def test_an_unknown_layer_is_an_error(name: str, argument: str) -> None:
+    with pytest.raises(ValueError, match=f"{argument}='batchnrm' is no layer that timm knows"):
+        build_neck(name, spec_for(name), **{argument: "batchnrm"})
+
+
+@every_neck
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda neck: pickle.loads(pickle.dumps(neck))])
+def test_copies_compute_the_same(name: str, duplicate: Any) -> None:
+    neck = build_neck(name, spec_for(name)).eval()
+    features = random_features(spec_for(name), (64, 96))
+    assert largest_difference(neck(features), duplicate(neck)(features)) == 0
+
+
+@every_neck
+def test_weights_fit_a_neck_of_the_same_arguments(name: str) -> None:
+    neck, other = (build_neck(name, spec_for(name)).eval() for _ in range(2))
+    randomise(neck)
+    other.load_state_dict(neck.state_dict())
+    features = random_features(spec_for(name), (64, 96))
+    assert largest_difference(neck(features), other(features)) == 0
+
+
+@every_neck
+def test_bfloat16_autocast_stays_close(name: str) -> None:
+    neck = build_neck(name, spec_for(name)).eval()
+    features = random_features(spec_for(name), (65, 97))
+    expected = neck(features)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = neck(features)
+    for level, x in expected.items():
+        error = (got[level].float() - x).square().mean().sqrt() / x.square().mean().sqrt()
+        assert error < 0.03, level
+
+
+@every_neck
+def test_channels_last_is_the_same(name: str) -> None:
+    neck = build_neck(name, spec_for(name)).eval()
+    features = random_features(spec_for(name), (65, 97))
+    last = {level: x.contiguous(memory_format=torch.channels_last) for level, x in features.items()}
+    assert largest_difference(neck(features), neck(last)) < 1e-4
+
+
+# Padding
+
+
+@every_neck
+def test_images_that_fill_the_batch_need_no_sizes(name: str) -> None:
+    neck = build_neck(name, spec_for(name)).eval()
+    randomise(neck)
+    features = random_features(spec_for(name), (64, 96))
+    assert largest_difference(neck(features), neck(features, [(64, 96), (64, 96)])) == 0
+
+
+@every_neck
+def test_an_image_does_not_see_its_neighbours(name: str) -> None:
+    neck = build_neck(name, spec_for(name)).double().eval()
+    randomise(neck)
+    features = double(random_features(spec_for(name), (64, 96), batch=3))
+    sizes = [(64, 96), (33, 80), (64, 20)]
+    together = neck(features, sizes)
+    for i, size in enumerate(sizes):
+        alone = neck({level: x[i : i + 1] for level, x in features.items()}, [size])
+        assert largest_difference({level: x[i : i + 1] for level, x in together.items()}, alone) < 1e-10
+
+
+@every_neck
+def test_padding_reaches_no_further_than_convolutions_do(name: str) -> None:
+    """Global context must not see padding."""
+    spec = spec_for(name)
+    neck = build_neck(name, spec).double().eval()
+    randomise(neck)
+    for module in neck.modules():
+        if isinstance(module, ChannelGates):
+            # Gates average border pixels too, which convolutions have mixed with padding. Here they stay at one.
+            torch.nn.init.zeros_(module.gate.weight)
+            torch.nn.init.zeros_(module.gate.bias)
+    clean = double(random_features(spec, (64, 1024), batch=1))
+    dirty = {level: x.clone() for level, x in clean.items()}
+    for level, x in dirty.items():
+        x[..., 768 // spec[level].stride :] += 100
+    pyramids = [neck(features, [(64, 768)]) for features in (clean, dirty)]
+    far, near = (
+        [{p: x[..., columns(neck.out_spec[p].stride)] for p, x in pyramid.items()} for pyramid in pyramids]
+        for columns in (lambda stride: slice(128 // stride), lambda stride: slice(896 // stride, None))
+    )
+    assert largest_difference(*far) < 1e-10
+    assert largest_difference(*near) > 1
+
+
+@pytest.mark.parametrize("name", WITH_CONTEXT)
+def test_context_sees_everything_else(name: str) -> None:
+    neck = build_neck(name).double().eval()
+    randomise(neck)
+    clean = double(random_features(neck.in_spec, (64, 1024), batch=1))
+    changed = {level: x.clone() for level, x in clean.items()}
+    changed["c5"][..., -1] += 100
+    assert (neck(clean)["p2"][..., 0] - neck(changed)["p2"][..., 0]).abs().max() > 1e-6
+
+
+# Members of the family
+
+
+def load_torchvision_fpn(neck: torch.nn.Module, reference: FeaturePyramidNetwork) -> None:
+    state = reference.state_dict()
+    renamed = {
+        key.replace("inner_blocks", "lateral").replace("layer_blocks", "output").replace(".0.weight", ".conv.weight")
+        .replace(".0.bias", ".conv.bias"): value
+        for key, value in state.items()
+    }  # fmt: skip
+    neck.load_state_dict(renamed)
+
+
+@pytest.mark.parametrize("size", [(64, 96), (65, 97), (200, 333)])
+def test_fpn_is_the_function_of_torchvision(size: tuple[int, int]) -> None:
+    spec = pyramid_spec()
+    reference = FeaturePyramidNetwork(list(spec.channels), 16, extra_blocks=LastLevelMaxPool())
+    randomise(reference)
+    neck = build_neck("fpn")
+    load_torchvision_fpn(neck, reference)
+    features = random_features(spec, size)
+    assert largest_difference(neck(features), reference(features)) == 0.0
+
+
+def test_a_fresh_mgc_changes_nothing() -> None:
+    plain, context = build_neck("pafpn"), build_neck("pafpn_mgc")
+    report = context.load_state_dict(plain.state_dict(), strict=False)
+    assert report.unexpected_keys == []
+    assert all(key.startswith("context.") for key in report.missing_keys)
+    features = random_features(pyramid_spec(), (65, 97))
+    assert largest_difference(plain(features), context(features)) == 0.0
+
+
+@pytest.mark.parametrize("name", WITH_CONTEXT)
+@pytest.mark.parametrize("kind", ATTENTION_KINDS)
+def test_attention_is_an_argument(name: str, kind: str) -> None:
+    neck = build_neck(name, attention=kind, orthogonal_weight=0.5)
+    randomise(neck)
+    assert neck.context.attention == kind
+    assert neck.context.global_reasoning.attention == kind
+    assert all(x.isfinite().all() for x in neck(random_features(pyramid_spec(), (64, 96))).values())
+    losses = neck.losses()
+    assert list(losses) == ["loss_orthogonal"]
+    torch.testing.assert_close(losses["loss_orthogonal"], 0.5 * neck.context.orthogonal_loss())
+    assert losses["loss_orthogonal"] > 0
+
+
+@every_neck
+def test_only_context_has_losses(name: str) -> None:
+    losses = build_neck(name, spec_for(name)).losses()
+    assert (list(losses) == ["loss_orthogonal"]) == (name in WITH_CONTEXT)
+    assert all(loss.ndim == 0 for loss in losses.values())
+
+
+@pytest.mark.parametrize(("name", "budget"), [("a2fpn", 64), ("pafpn_mgc", 64), ("a2fpn_lite", 32)])
+def test_nodes_follow_the_stride(name: str, budget: int) -> None:
+    with torch.device("meta"):
+        neck = create_neck(name, PyramidSpec.from_channels([256, 512, 1024, 2048]), out_channels=8)
+    shapes = [tuple(w.shape) for w in neck.context.entities]
+    assert shapes == [(4 * budget, 256), (3 * budget, 512), (2 * budget, 1024), (budget, 2048)]
+
+
+def test_a_narrow_backbone_has_fewer_nodes_and_the_log_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="a2fpn"):
+        neck = create_neck("a2fpn", PyramidSpec.from_channels([24, 40, 112, 320]), out_channels=8)
+    assert [len(w) for w in neck.context.entities] == [24, 40, 112, 64]
+    assert "[24, 40, 112, 64] semantic nodes per level, not [256, 192, 128, 64]" in caplog.text
+
+
+def test_nodes_that_were_asked_for_are_not_lowered() -> None:
+    with pytest.raises(ValueError, match=r"9 nodes on a level of 8 channels"):
+        build_neck("a2fpn", nodes=[9, 4, 4, 4])
+
+
+# Bad input
+
+
+@every_neck
+def test_a_neck_checks_its_inputs(name: str) -> None:
+    spec = spec_for(name)
+    neck, features = build_neck(name, spec), random_features(spec, (64, 96))
+    level, x = next(iter(features.items()))
+    wrong: dict[str, tuple[dict[str, Tensor], str]] = {
+        "name": ({f"x{k}": v for k, v in features.items()}, r"Expected feature maps named \['c.*got \['x"),
+        "count": ({**features, "c7": x}, r"Expected feature maps named .*got \[.*'c7'\]"),
+        "channels": ({**features, level: x[:, :-1]}, rf"Level {level}: expected a map \(B, {x.shape[1]}, H, W\), got"),
+        "dimensions": ({**features, level: x[0]}, rf"Level {level}: expected a map .* got"),
+    }
+    for maps, message in wrong.values():
+        with pytest.raises(ValueError, match=message):
+            neck(maps)
+
+
+@pytest.mark.parametrize("name", FUSING)
+def test_maps_that_grow_are_an_error(name: str) -> None:
+    features = random_features(pyramid_spec(), (64, 96))
+    features["c4"] = torch.zeros(2, features["c4"].shape[1], 9, 6)
+    with pytest.raises(ValueError, match=r"Level c4 \(9, 6\) is larger than the finer c3 \(8, 12\); maps must shrink"):
+        build_neck(name)(features)
+
+
+@every_neck
+@pytest.mark.parametrize("options", [{"out_channels": 0}, {"extra_levels": -1}])
+def test_numbers_must_make_sense(name: str, options: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=r"Expected out_channels >= 1 and extra_levels >= 0, got"):
+        build_neck(name, spec_for(name), **options)
+
+
+@every_neck
+def test_an_unknown_argument_is_an_error_with_the_closest(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"Neck '{name}' has no argument 'out_chanels'. Did you mean 'out_channels'"):
+        build_neck(name, spec_for(name), out_chanels=8)
+
+
+@pytest.mark.parametrize("name", WITH_CONTEXT)
+@pytest.mark.parametrize("argument", ["top_down", "bottom_up", "context"])
+def test_the_parts_of_a_member_are_no_arguments(name: str, argument: str) -> None:
+    with pytest.raises(ValueError, match=rf"Neck '{name}' has no argument '{argument}'"):
+        create_neck(name, pyramid_spec(), **{argument: None})
+
+
+def test_an_unknown_neck_is_an_error_with_the_closest() -> None:
+    with pytest.raises(ValueError, match=r"Unknown neck 'a2fnp'\. Did you mean 'a2fpn'"):
+        create_neck("a2fnp", pyramid_spec())
+
+
+def test_simple_fpn_takes_one_map() -> None:
+    with pytest.raises(ValueError, match=r"from one map, got 4.*such as 'fpn'"):
+        build_neck("simple_fpn", pyramid_spec())
+
+
+def test_a_pyramid_goes_from_fine_to_coarse_by_twos() -> None:
+    strides = build_neck("a2fpn", pyramid_spec(3, finest=3), extra_levels=2).out_spec.strides
+    assert [math.log2(stride) for stride in strides] == [3, 4, 5, 6, 7]
