@@ -126,6 +126,8 @@ class RCNNConfig:
         mask_channels: Width of the mask head's convolutions.
         mask_layers: Number of the mask head's convolutions.
         mask_pool_size: Output size of the mask head's RoI pooling; masks have twice this size.
+        mask_paste: ``"exact"`` samples masks at pixel centres; ``"torchvision"`` rounds boxes to whole pixels first,
+            for the same pixels as torchvision's detectors.
         roi_sampling_ratio: Samples per bin side in RoI pooling.
         roi_aligned: Whether RoI pooling shifts by half a pixel (detectron2's ``aligned=True``).
         score_threshold: Detections below this score are dropped.
@@ -153,6 +155,7 @@ class RCNNConfig:
     mask_channels: int = 256
     mask_layers: int = 4
     mask_pool_size: int = 14
+    mask_paste: Literal["exact", "torchvision"] = "exact"
     roi_sampling_ratio: int = 2
     roi_aligned: bool = False
     score_threshold: float = 0.05

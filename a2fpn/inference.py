@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from a2fpn.config import Category
-from a2fpn.data.coco import to_rgb, read_image
+from a2fpn.data.coco import read_image, to_rgb
 from a2fpn.data.masks import Rle, decode_rle, encode_box_masks
 
 if TYPE_CHECKING:
@@ -291,16 +291,19 @@ class Predictor:
 
     def _result(self, output: Mapping[str, Tensor], size: Sequence[int]) -> Result:
         height, width = size
-        masks = output.get("masks")
+        boxes, masks = output["boxes"], output.get("masks")
         result = Result(
-            boxes=output["boxes"].cpu().numpy(),
+            boxes=boxes.cpu().numpy(),
             scores=output["scores"].cpu().numpy(),
             labels=output["labels"].cpu().numpy(),
             size=(height, width),
             categories=self.categories,
-            rles=None if masks is None else tuple(encode_box_masks(masks, output["boxes"], (height, width))),
+            rles=None if masks is None else self._encode(masks, boxes, (height, width)),
         )
         return result if self.score_threshold is None else result.above(self.score_threshold)
+
+    def _encode(self, masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> tuple[Rle, ...]:
+        return tuple(encode_box_masks(masks, boxes, size, rule=self.model.config.heads.mask_paste))
 
 
 def list_images(folder: ImagePath) -> list[Path]:

@@ -1,4 +1,4 @@
-"""``maskrcnn_fpn_r50`` against torchvision's ``maskrcnn_resnet50_fpn`` with the same weights, and ``maskrcnn_a2fpn_r50``.
+"""``maskrcnn_fpn_r50`` against torchvision's model of the same weights, and ``maskrcnn_a2fpn_r50`` beside them.
 
 All get the same image, which none of them resizes, and paste the masks of some 60 objects into it. Outputs are
 compared first. Ours are laid out as :class:`a2fpn.Predictor` lays them out; A2-FPN is grafted onto the same weights,
@@ -12,7 +12,7 @@ import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torchvision
@@ -36,9 +36,9 @@ Size = tuple[int, int]
 Detections = Mapping[str, Tensor]
 
 
-def make_torchvision(size: Size, weights: Path | None = None, threshold: float = 0.02) -> nn.Module:
-    """torchvision's model in evaluation mode."""
-    model: nn.Module = torchvision.models.detection.maskrcnn_resnet50_fpn(
+def make_torchvision(size: Size, weights: Path | None = None, threshold: float = 0.02) -> Any:
+    """``maskrcnn_resnet50_fpn`` of torchvision in evaluation mode."""
+    model = torchvision.models.detection.maskrcnn_resnet50_fpn(
         weights=None, weights_backbone=None, min_size=min(size), max_size=max(size), box_score_thresh=threshold
     )
     if weights:
@@ -48,13 +48,13 @@ def make_torchvision(size: Size, weights: Path | None = None, threshold: float =
 
 def make_ours(name: str, weights: Path, threshold: float) -> a2fpn.Predictor:
     """Our model with torchvision's weights, as users run it."""
-    model = a2fpn.create_model(FPN, num_classes=90, resize="none", score_threshold=threshold)
+    model = a2fpn.create_model(FPN, num_classes=90, resize="none", score_threshold=threshold, mask_paste="torchvision")
     model.load_state_dict(rename(torch.load(weights)))
     return a2fpn.Predictor((graft_model(model) if name == A2FPN else model).eval())
 
 
 def rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """torchvision's names of tensors as ours; only the pyramid's differ."""
+    """Renames the tensors of torchvision's model to ours; only the pyramid's differ."""
     names = {"inner_blocks": "lateral", "layer_blocks": "output"}
     return {
         re.sub(r"^backbone\.fpn\.(\w+)\.(\d+)\.0\.", lambda m: f"neck.{names[m[1]]}.{m[2]}.conv.", key): tensor
@@ -83,8 +83,8 @@ def save_weights(size: Size, path: Path) -> float:
     model = make_torchvision(size)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.running_mean, std=0.1)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
+            module.get_buffer("running_mean").normal_(std=0.1)
+            module.get_buffer("running_var").uniform_(0.5, 1.5)
             nn.init.uniform_(module.weight, 0.3, 0.8)
             nn.init.normal_(module.bias, std=0.1)
     image = make_image(size)
@@ -145,7 +145,7 @@ def compare(reference: Detections, ours: Detections) -> str:
     return f"{len(partner)} objects on either side; largest differences: {', '.join(parts)}"
 
 
-def parts_of(model: nn.Module) -> dict[str, list[nn.Module]]:
+def parts_of(model: Any) -> dict[str, list[nn.Module]]:
     """The parts of either side's detector under common names."""
     ours = isinstance(model, RCNN)
     heads = model.roi_heads
@@ -173,7 +173,7 @@ def main(
 ) -> None:
     """Compares outputs, times and peak memory at two image sizes."""
     rounds = 1 if quick else rounds
-    sizes = [(64, 96)] if quick else [(480, 640), (800, 1088)]
+    sizes = [(32, 48)] if quick else [(480, 640), (800, 1088)]
     measure.start(threads, rounds)
     for size in sizes:
         with tempfile.TemporaryDirectory() as folder:
@@ -210,7 +210,7 @@ def _report(size: Size, weights: Path, rounds: int, profile: bool) -> None:
 
 def _profile(size: Size, weights: Path, threshold: float, rounds: int) -> None:
     image = make_image(size)
-    models = {TORCHVISION: make_torchvision(size, weights, threshold)}
+    models: dict[str, nn.Module] = {TORCHVISION: make_torchvision(size, weights, threshold)}
     models |= {side: make_ours(side, weights, threshold).model for side in (FPN, A2FPN)}
     run = torch.inference_mode()(lambda model: model([image]))
     sides = {name: (parts_of(model), functools.partial(run, model)) for name, model in models.items()}

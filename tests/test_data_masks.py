@@ -8,6 +8,7 @@ from pycocotools import mask as mask_utils
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from a2fpn.data.masks import decode_rle, encode_box_masks, encode_masks, segmentation_to_rle
+from a2fpn.heads.paste import PASTE_RULES, paste_masks
 
 some_masks = hnp.arrays(bool, hnp.array_shapes(min_dims=3, max_dims=3, min_side=1, max_side=12))
 
@@ -45,24 +46,49 @@ def test_masks_without_three_dimensions_are_an_error():
     width=st.integers(1, 40),
     threshold=st.sampled_from([0.0, 0.5, 0.9]),
     solid=st.booleans(),
+    rule=st.sampled_from(PASTE_RULES),
 )
-def test_box_masks_equal_torchvisions_paste(seed, height, width, threshold, solid):
+def test_box_masks_are_encoded_as_pasted(seed, height, width, threshold, solid, rule):
     generator = torch.Generator().manual_seed(seed)
     corner = torch.rand(4, 2, generator=generator) * torch.tensor([width, height])
     boxes = torch.cat((corner, corner + torch.rand(4, 2, generator=generator) * 40), dim=1)
     boxes = torch.minimum(boxes, torch.tensor([width, height] * 2))
     masks = torch.ones(4, 1, 28, 28) if solid else torch.rand(4, 1, 28, 28, generator=generator)
-    pasted = paste_masks_in_image(masks, boxes, (height, width))[:, 0] > threshold
-    assert encode_box_masks(masks, boxes, (height, width), threshold=threshold) == encode_masks(pasted)
+    pasted = paste_masks(masks, boxes, (height, width), rule=rule)
+    if rule == "torchvision":
+        assert torch.equal(pasted, paste_masks_in_image(masks, boxes, (height, width)))
+    encoded = encode_box_masks(masks, boxes, (height, width), threshold=threshold, rule=rule)
+    assert encoded == encode_masks(pasted[:, 0] > threshold)
 
 
-def test_boxes_over_the_border_are_cut_and_boxes_outside_give_nothing():
+@pytest.mark.parametrize("rule", PASTE_RULES)
+def test_boxes_over_the_border_are_cut_and_boxes_outside_give_nothing(rule):
     boxes = torch.tensor([[-10.0, -10, 5, 5], [30, 5, 40, 9], [-30, 5, -20, 9], [5, 30, 9, 40], [2, -9, 4, -3]])
     ones = torch.ones(5, 1, 28, 28)
-    masks = decode_rle(encode_box_masks(ones, boxes, (20, 20)))
-    assert (masks[0] == (paste_masks_in_image(ones[:1], boxes[:1], (20, 20))[0, 0] > 0.5).numpy()).all()
+    masks = decode_rle(encode_box_masks(ones, boxes, (20, 20), rule=rule))
     assert masks[0, 0, 0]
+    assert masks[0].sum() == 25
     assert not masks[1:].any()
+
+
+def test_exact_pasting_samples_pixel_centres():
+    """A mask linear in the image's coordinates comes back as that function at the centres of the pixels."""
+    x0, y0, x1, y1 = 3.3, 2.6, 17.9, 12.2
+    cells = (torch.arange(28, dtype=torch.float64) + 0.5) / 28
+    mask = 0.01 * (x0 + cells * (x1 - x0)) + 0.02 * (y0 + cells[:, None] * (y1 - y0))
+    pasted = paste_masks(mask[None, None], torch.tensor([[x0, y0, x1, y1]]), (20, 20))[0, 0]
+    centres = torch.arange(20, dtype=torch.float64) + 0.5
+    expected = 0.01 * centres + 0.02 * centres[:, None]
+    inside = (centres > x0) & (centres < x1) & ((centres > y0) & (centres < y1))[:, None]
+    assert (pasted[~inside] == 0).all()
+    # Within half a cell of the box's edge the outermost cell is repeated.
+    torch.testing.assert_close(pasted[inside], expected[inside].to(pasted.dtype), atol=0.006, rtol=0)
+    torch.testing.assert_close(pasted[4:11, 5:16], expected[4:11, 5:16].to(pasted.dtype), atol=1e-7, rtol=0)
+
+
+def test_unknown_paste_rule_is_an_error():
+    with pytest.raises(ValueError, match="Unknown rule to paste masks 'nearest'; expected one of exact, torchvision"):
+        encode_box_masks(torch.zeros(1, 1, 28, 28), torch.zeros(1, 4), (9, 9), rule="nearest")
 
 
 def test_box_masks_reject_wrong_shapes_and_thresholds():

@@ -10,12 +10,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from pycocotools import mask as mask_utils
 from torch import Tensor
-from torchvision.models.detection.roi_heads import expand_boxes, expand_masks
+
+from a2fpn.heads.paste import PasteRule, mask_windows
 
 _COORDINATE_LIMIT = 1e6  # pycocotools counts polygon steps in 32-bit integers and allocates one per pixel walked
 
@@ -120,64 +119,53 @@ def segmentation_to_rle(segmentation: object, height: int, width: int) -> Rle:
     return _as_text([mask_utils.merge(mask_utils.frPyObjects(polygons, height, width))])[0]
 
 
-def encode_box_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int], *, threshold: float = 0.5) -> list[Rle]:
+def encode_box_masks(
+    masks: Tensor, boxes: Tensor, size: tuple[int, int], *, threshold: float = 0.5, rule: PasteRule = "exact"
+) -> list[Rle]:
     """Encodes masks predicted inside boxes, bit for bit as pasting them into the image and encoding that.
 
-    The same result as torchvision's ``paste_masks_in_image``, ``> threshold`` and pycocotools' ``encode``,
-    in time and memory of the boxes, not of N images. A box outside the image gives an empty mask.
+    The same result as ``paste_masks``, ``> threshold`` and pycocotools' ``encode``, in time and memory of the boxes,
+    not of N images. A box outside the image gives an empty mask.
 
     Args:
         masks: (N, 1, M, M) float probabilities inside each box, any device.
         boxes: (N, 4) float xyxy, image pixels.
         size: (H, W) of the image, pixels.
         threshold: A pixel belongs to the object if its probability is above this, in [0, 1).
+        rule: How mask cells become pixels, see :func:`a2fpn.heads.mask_windows`.
 
     Returns:
         N encodings of the image's size.
 
     Raises:
-        ValueError: For a threshold out of range, or shapes that don't fit each other.
+        ValueError: For a threshold or rule out of range, or shapes that don't fit each other.
 
     Example:
+        >>> import torch
         >>> probabilities, boxes = torch.ones(2, 1, 28, 28), torch.tensor([[10.0, 20.0, 50.0, 60.0]] * 2)
         >>> rles = encode_box_masks(probabilities, boxes, (480, 640))
-        >>> decode_rle(rles).shape
-        (2, 480, 640)
+        >>> decode_rle(rles).shape, int(decode_rle(rles)[0].sum())
+        ((2, 480, 640), 1600)
     """
     if not 0 <= threshold < 1:
         raise ValueError(f"threshold must lie in [0, 1), got {threshold}.")
-    if masks.ndim != 4 or masks.shape[1] != 1 or boxes.shape != (len(masks), 4):
-        raise ValueError(
-            f"masks must be (N, 1, M, M) and boxes (N, 4), got {tuple(masks.shape)} and {tuple(boxes.shape)}."
-        )
-    if not len(masks):
-        return []
-    height, width = size
-    padded, scale = expand_masks(masks.detach().float().cpu(), padding=1)
-    corners: list[list[int]] = expand_boxes(boxes.detach().float().cpu(), scale).to(torch.int64).tolist()
+    windows = mask_windows(masks.detach().float().cpu(), boxes.detach().float().cpu(), size, rule=rule)
     runs = [
-        {"size": [height, width], "counts": _pasted_runs(mask, box, height, width, threshold)}
-        for mask, box in zip(padded, corners, strict=True)
+        {"size": list(size), "counts": _window_runs((window > threshold).numpy(), top, left, *size)}
+        for window, top, left in windows
     ]
-    return _as_text(mask_utils.frPyObjects(runs, height, width))
+    return _as_text(mask_utils.frPyObjects(runs, *size)) if runs else []
 
 
-def _pasted_runs(mask: Tensor, box: list[int], height: int, width: int, threshold: float) -> NDArray[np.int64]:
-    """Returns the run lengths of a (1, M, M) mask stretched over an inclusive integer box in the image."""
-    x0, y0, x1, y1 = box
-    shape = (max(y1 - y0 + 1, 1), max(x1 - x0 + 1, 1))
-    stretched = F.interpolate(mask[None], size=shape, mode="bilinear", align_corners=False)[0, 0]
-    left, top = max(x0, 0), max(y0, 0)
-    right, bottom = max(min(x1 + 1, width), left), max(min(y1 + 1, height), top)
-    crop = (stretched[top - y0 : bottom - y0, left - x0 : right - x0] > threshold).numpy()
-
-    # One empty row under the crop ends every run within its column, so that each run has a start and an end.
-    rows = crop.shape[0] + 1
-    columns = np.zeros((crop.shape[1], rows), dtype=np.int8)
-    columns[:, :-1] = crop.T
+def _window_runs(window: NDArray[np.bool_], top: int, left: int, height: int, width: int) -> NDArray[np.int64]:
+    """Returns the run lengths of a mask that is empty but for an (h, w) window."""
+    # One empty row under the window ends every run within its column, so that each run has a start and an end.
+    rows = window.shape[0] + 1
+    columns = np.zeros((window.shape[1], rows), dtype=np.int8)
+    columns[:, :-1] = window.T
     column, row = np.divmod(np.flatnonzero(np.diff(columns.ravel(), prepend=np.int8(0))), rows)
     edges = (column + left) * height + row + top
-    # Where the crop is as high as the image, a run may go on at the top of the next column: join the two.
+    # Where the window is as high as the image, a run may go on at the top of the next column: join the two.
     joined = np.flatnonzero(edges[1:-1:2] == edges[2::2]) * 2 + 1
     edges = np.delete(edges, np.concatenate((joined, joined + 1)))
     runs = np.diff(edges, prepend=0, append=height * width)

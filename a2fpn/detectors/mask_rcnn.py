@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from a2fpn.detectors.rcnn import RCNN, Detection, register_detector
+from a2fpn.heads import paste_masks
 
 
 class Float32MaskPredictor(MaskRCNNPredictor):  # type: ignore[misc]
@@ -42,8 +41,6 @@ class MaskRCNN(RCNN):
         result = super()._result(raw, size, original, paste)
         result["masks"] = raw["masks"]
         if paste:
-            if len(raw["masks"]):
-                result["masks"] = paste_masks_in_image(raw["masks"], result["boxes"], original)
-            else:
-                result["masks"] = torch.zeros(0, 1, *original, device=raw["masks"].device)
+            rule = self.config.heads.mask_paste
+            result["masks"] = paste_masks(raw["masks"], result["boxes"], original, rule=rule)
         return result
