@@ -319,10 +319,11 @@ def test_demo(tmp_path):
 
 
 def test_the_packaged_demo(tmp_path):
-    if not (weights.PRETRAINED[cli.DEMO_MODEL].folder.is_dir() and cli.DEMO_DATA.is_dir()):
-        pytest.skip("the demo's weights and images are not in this checkout")
     output = run("demo", "--output", tmp_path)
     assert f"Open {tmp_path}" in output
+    assert len(list(tmp_path.iterdir())) == 8
+    (total,) = [line for line in output.splitlines() if "all" in line]
+    assert float(total.replace("│", " ").split()[3]) == pytest.approx(0.651, abs=0.01)
 
 
 def test_errors_show_their_traceback_only_when_asked():
