@@ -21,6 +21,7 @@ from a2fpn.factory import (
     register_model,
     save_pretrained,
 )
+from a2fpn.hub import HubError, push_to_hub
 from a2fpn.necks import Neck, register_neck
 from a2fpn.pyramid import LevelSpec, PyramidSpec
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Category",
     "CheckpointError",
+    "HubError",
     "LevelSpec",
     "ModelConfig",
     "Neck",
@@ -43,6 +45,7 @@ __all__ = [
     "from_pretrained",
     "list_models",
     "list_necks",
+    "push_to_hub",
     "register_model",
     "register_neck",
     "save_pretrained",

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import typing
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from timm.layers import freeze_batch_norm_2d
-from timm.models import FeatureInfo
+from timm.models import FeatureInfo, load_state_dict
 from torch import Tensor, nn
 
 from a2fpn._registry import did_you_mean
@@ -72,7 +74,8 @@ class TimmBackbone(nn.Module):
         out_spec: Names, channels and strides of the maps.
 
     Raises:
-        ValueError: If the network has no map of a wanted stride.
+        ValueError: If the network has no map of a wanted stride, or the weights are those of another network.
+        FileNotFoundError: If there is no such weights file.
 
     Example:
         >>> backbone = TimmBackbone(BackboneConfig("test_resnet"))
@@ -93,7 +96,7 @@ class TimmBackbone(nn.Module):
         super().__init__()
         self.config = config
         name = resolve_backbone_name(config.name)
-        options: dict[str, Any] = next((o for family, o in _FREE_SIZE.items() if name.startswith(family)), {})
+        options: dict[str, Any] = dict(next((o for family, o in _FREE_SIZE.items() if name.startswith(family)), {}))
         with torch.device("meta"):
             reductions = _feature_info(timm.create_model(name, features_only=True, **options)).reduction()
         missing = [stride for stride in strides if stride not in reductions]
@@ -101,17 +104,11 @@ class TimmBackbone(nn.Module):
             raise ValueError(f"Backbone {name!r} has maps of stride {reductions}, none of stride {missing}.")
         # The deepest map of each stride; ascending, since timm returns maps in network order whatever was asked.
         indices = [max(i for i, r in enumerate(reductions) if r == stride) for stride in strides]
-        if weights is not None:
-            if not Path(weights).is_file():
-                raise FileNotFoundError(f"Backbone weights {str(weights)!r} do not exist.")
-            options = options | {"pretrained_cfg_overlay": {"file": str(weights)}}
-        self.body = timm.create_model(
-            name,
-            pretrained=pretrained or weights is not None,
-            features_only=True,
-            out_indices=indices,
-            in_chans=config.in_chans,
-            **options,
+        options |= {"features_only": True, "out_indices": indices, "in_chans": config.in_chans}
+        self.body = (
+            timm.create_model(name, pretrained=pretrained, **options)
+            if weights is None
+            else _create_with_weights(name, Path(weights), options)
         )
         channels = _feature_info(self.body).channels()
         self.out_spec = PyramidSpec(
@@ -157,6 +154,31 @@ class TimmBackbone(nn.Module):
         if self._channels_last:
             maps = [m.permute(0, 3, 1, 2) for m in maps]
         return dict(zip(self.out_spec.names, maps, strict=True))
+
+
+def _create_with_weights(name: str, weights: Path, options: dict[str, Any]) -> nn.Module:
+    """Builds a network with the weights of a local file, and makes sure that they arrived.
+
+    timm loads feature extractors without looking at what is missing, since the classifier always is. Its loaders may
+    also rename and reshape. So what is compared is what the tensors hold, not what they are called.
+    """
+    if not weights.is_file():
+        raise FileNotFoundError(f"Backbone weights {str(weights)!r} do not exist.")
+    try:
+        body: nn.Module = timm.create_model(
+            name, pretrained=True, pretrained_cfg_overlay={"file": str(weights)}, **options
+        )
+        stored = {_content(x) for x in load_state_dict(str(weights)).values()}
+    except (RuntimeError, SafetensorError, UnpicklingError) as error:
+        raise ValueError(f"{str(weights)!r} holds no weights of {name!r}: {str(error).strip()}") from error
+    kernels = [x for x in body.parameters() if x.ndim > 1]
+    if 2 * sum(_content(x) in stored for x in kernels) < len(kernels):
+        raise ValueError(f"{str(weights)!r} holds no weights of {name!r}; are they those of another backbone?")
+    return body
+
+
+def _content(x: Tensor) -> tuple[int, float]:
+    return x.numel(), x.detach().flatten().double().sum().item()
 
 
 def _feature_info(body: nn.Module) -> FeatureInfo:

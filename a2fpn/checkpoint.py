@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from a2fpn.config import FORMAT_VERSION, ModelConfig, from_dict, to_dict
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+CONFIG_LIMIT = 2**24
+"""Bytes above which a ``config.json`` is not read."""
 
 
 class CheckpointError(ValueError):
@@ -69,7 +71,12 @@ def save_checkpoint(
 
     Returns:
         The directory.
+
+    Raises:
+        TypeError: If the metadata cannot be written as JSON.
     """
+    # First of all, before a good file is replaced: metadata that JSON cannot hold is an error.
+    json.dumps(dict(metadata or {}))
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {
@@ -94,11 +101,14 @@ def read_checkpoint(directory: str | Path) -> Checkpoint:
         CheckpointError: If there is none, it is no JSON, or any key or value is wrong.
     """
     path = Path(directory) / CONFIG_FILE
+    if not path.is_file():
+        raise CheckpointError(f"{str(directory)!r} is no checkpoint folder: it has no {CONFIG_FILE}.")
+    if path.stat().st_size > CONFIG_LIMIT:
+        raise CheckpointError(f"{str(path)!r} has {path.stat().st_size} bytes, more than any configuration needs.")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{str(directory)!r} is no checkpoint folder: it has no {CONFIG_FILE}.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    # Beside what is no JSON: numbers of thousands of digits, and deep nesting.
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{str(path)!r} is no valid JSON: {error}.") from error
     version = data.get("format_version") if isinstance(data, dict) else None
     if version != FORMAT_VERSION:
@@ -107,8 +117,37 @@ def read_checkpoint(directory: str | Path) -> Checkpoint:
         )
     try:
         return from_dict(Checkpoint, data, where=str(path))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise CheckpointError(str(error)) from error
+
+
+def missing_weights(where: str, files: Iterable[str]) -> str:
+    """What to say of a place that has no safetensors, given the names of its files."""
+    pickles = [name for name in files if name.endswith((".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"))]
+    if not pickles:
+        return f"{where} has no {WEIGHTS_FILE}; only safetensors are loaded."
+    return (
+        f"{where} has no {WEIGHTS_FILE} but {', '.join(pickles[:5])}: a pickle can run any code and is never loaded. "
+        "Turn it into safetensors where you trust it; see a2fpn.convert."
+    )
+
+
+def check_weights(directory: str | Path, checkpoint: Checkpoint) -> Path:
+    """Returns the weights file of a folder after checking its sha256.
+
+    Raises:
+        CheckpointError: If the file is missing or not the one that ``config.json`` names.
+    """
+    path = Path(directory) / WEIGHTS_FILE
+    if not path.is_file():
+        raise CheckpointError(missing_weights(repr(str(directory)), (file.name for file in path.parent.glob("*"))))
+    digest = file_sha256(path)
+    if digest != checkpoint.sha256:
+        raise CheckpointError(
+            f"{str(path)!r} is damaged or not the file that belongs here: its sha256 is {digest}, "
+            f"{CONFIG_FILE} expects {checkpoint.sha256}."
+        )
+    return path
 
 
 def read_weights(directory: str | Path, checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -117,15 +156,7 @@ def read_weights(directory: str | Path, checkpoint: Checkpoint) -> dict[str, Ten
     Raises:
         CheckpointError: If the file is missing, damaged, or not the one that ``config.json`` names.
     """
-    path = Path(directory) / WEIGHTS_FILE
-    if not path.is_file():
-        raise CheckpointError(f"{str(directory)!r} has no {WEIGHTS_FILE}; only safetensors are loaded.")
-    digest = file_sha256(path)
-    if digest != checkpoint.sha256:
-        raise CheckpointError(
-            f"{str(path)!r} is damaged or not the file that belongs here: its sha256 is {digest}, "
-            f"{CONFIG_FILE} expects {checkpoint.sha256}."
-        )
+    path = check_weights(directory, checkpoint)
     try:
         return load_file(path)
     except SafetensorError as error:
@@ -139,21 +170,30 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         CheckpointError: Naming up to five tensors per kind of mismatch.
     """
     own = model.state_dict()
+    check_shapes({name: tuple(x.shape) for name, x in own.items()}, {name: tuple(x.shape) for name, x in state.items()})
+    with torch.no_grad():
+        for name, x in own.items():
+            x.copy_(state[name])
+
+
+def check_shapes(own: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]]) -> None:
+    """Compares the names and shapes of a model's tensors with those of its weights.
+
+    Raises:
+        CheckpointError: Naming up to five tensors per kind of mismatch.
+    """
     problems = {
-        "missing": [name for name in own if name not in state],
-        "unexpected": [name for name in state if name not in own],
+        "missing": [name for name in own if name not in given],
+        "unexpected": [name for name in given if name not in own],
         "of another shape": [
-            f"{name} {tuple(state[name].shape)} instead of {tuple(x.shape)}"
-            for name, x in own.items()
-            if name in state and state[name].shape != x.shape
+            f"{name} {given[name]} instead of {shape}"
+            for name, shape in own.items()
+            if name in given and given[name] != shape
         ],
     }
     found = [f"{len(names)} {kind}: {', '.join(names[:5])}" for kind, names in problems.items() if names]
     if found:
         raise CheckpointError(f"The weights do not fit the model; tensors {'; '.join(found)}.")
-    with torch.no_grad():
-        for name, x in own.items():
-            x.copy_(state[name])
 
 
 def file_sha256(path: Path) -> str:

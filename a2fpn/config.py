@@ -10,13 +10,15 @@ import dataclasses
 import json
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, Union
 
 from a2fpn._registry import did_you_mean
 
 FORMAT_VERSION = 1
+_LARGEST_ARGUMENT = 2**14
+_MOST_LAYERS = 100
 
 ConfigT = TypeVar("ConfigT")
 
@@ -76,6 +78,10 @@ class NeckConfig:
                 ) from None
         # Lists where tuples were given: a config equals the one that comes back from its file.
         object.__setattr__(self, "args", _plain(self.args))
+        # Some are counts that a constructor loops over; a config may come from anyone.
+        for number in _integers(self.args):
+            if abs(number) > _LARGEST_ARGUMENT:
+                raise ValueError(f"Neck arguments must be at most {_LARGEST_ARGUMENT}, got {number}.")
 
 
 @dataclass(frozen=True)
@@ -162,6 +168,87 @@ class RCNNConfig:
     nms_threshold: float = 0.5
     detections_per_image: int = 100
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.mask_layers <= _MOST_LAYERS:
+            raise ValueError(f"mask_layers must be between 0 and {_MOST_LAYERS}, got {self.mask_layers}.")
+
+
+@dataclass(frozen=True)
+class CascadeConfig(RCNNConfig):
+    """Heads of Cascade R-CNN and Cascade Mask R-CNN: one box head (and mask head) per stage.
+
+    Args:
+        roi_aligned: Whether RoI pooling shifts by half a pixel, as in the published cascades.
+        stage_ious: Per stage the IoU from which a box is positive; takes the place of ``box_fg_iou``.
+        stage_box_weights: Per stage the factors of a box's dx, dy, dw, dh as regression targets.
+        stage_loss_weights: Per stage the factor of its losses.
+
+    Raises:
+        ValueError: If the three don't name the same stages, a box weight has not four values, or ``box_fg_iou`` is
+            set, which a cascade doesn't read.
+    """
+
+    roi_aligned: bool = True
+    stage_ious: tuple[float, ...] = (0.5, 0.6, 0.7)
+    stage_box_weights: tuple[tuple[float, ...], ...] = (
+        (10.0, 10.0, 5.0, 5.0),
+        (20.0, 20.0, 10.0, 10.0),
+        (30.0, 30.0, 15.0, 15.0),
+    )
+    stage_loss_weights: tuple[float, ...] = (1.0, 0.5, 0.25)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        counts = {
+            "stage_ious": len(self.stage_ious),
+            "stage_box_weights": len(self.stage_box_weights),
+            "stage_loss_weights": len(self.stage_loss_weights),
+        }
+        if len(set(counts.values())) > 1 or not self.stage_ious:
+            raise ValueError(f"Every stage needs an IoU, box weights and a loss weight, got {counts}.")
+        if any(len(weights) != 4 for weights in self.stage_box_weights):
+            raise ValueError(f"stage_box_weights must be four numbers per stage, got {self.stage_box_weights}.")
+        if self.box_fg_iou != RCNNConfig.box_fg_iou:
+            raise ValueError(f"box_fg_iou={self.box_fg_iou} has no use in a cascade; set stage_ious.")
+
+
+@dataclass(frozen=True)
+class HTCConfig(CascadeConfig):
+    """Heads of Hybrid Task Cascade.
+
+    Args:
+        semantic: False leaves the semantic branch out. ``"things"`` trains it on a map made of the instance masks,
+            ``"stuff"`` on the target's own map ``semantic`` (H, W).
+        semantic_classes: Classes of the map with ``semantic="stuff"``; 255 in a map is ignored.
+        semantic_channels: Width of the semantic branch.
+        semantic_layers: Number of its 3x3 convolutions.
+        semantic_loss_weight: Factor of its loss.
+    """
+
+    semantic: Literal[False, "things", "stuff"] = False
+    semantic_classes: int = 183
+    semantic_channels: int = 256
+    semantic_layers: int = 4
+    semantic_loss_weight: float = 0.2
+
+
+HEADS: dict[str, type[RCNNConfig]] = {
+    "cascadercnn": CascadeConfig,
+    "cascademaskrcnn": CascadeConfig,
+    "htc": HTCConfig,
+}
+"""Detectors whose heads are described by something else than :class:`RCNNConfig`."""
+
+
+def heads_type(detector: object) -> type[RCNNConfig]:
+    """The class that describes a detector's heads.
+
+    Example:
+        >>> heads_type("htc").__name__, heads_type("maskrcnn").__name__
+        ('HTCConfig', 'RCNNConfig')
+    """
+    return HEADS.get(str(detector), RCNNConfig)
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -174,8 +261,12 @@ class ModelConfig:
         neck: The pyramid.
         num_classes: Number of object classes, without a background class.
         preprocess: Resizing and normalisation.
-        heads: Anchors, RPN, box and mask head.
+        heads: Anchors, RPN, box and mask head; of the class that :func:`heads_type` gives for the detector.
         categories: Ids and names of the classes in the order of the labels; empty when unknown.
+
+    Raises:
+        TypeError: If ``heads`` is the configuration of another kind of detector.
+        ValueError: If the numbers of classes and categories, or of channels and statistics, disagree.
     """
 
     architecture: str
@@ -188,6 +279,12 @@ class ModelConfig:
     categories: tuple[Category, ...] = ()
 
     def __post_init__(self) -> None:
+        expected = heads_type(self.detector)
+        if type(self.heads) is not expected:
+            raise TypeError(
+                f"The heads of {self.detector!r} are described by {expected.__name__}, got "
+                f"{type(self.heads).__name__}. Pass heads={expected.__name__}(...)."
+            )
         if self.num_classes < 1:
             raise ValueError(f"num_classes must be at least 1 (there is no background class), got {self.num_classes}.")
         if self.categories and len(self.categories) != self.num_classes:
@@ -223,6 +320,16 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def _integers(value: Any) -> Iterator[int]:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            yield from _integers(item)
+    elif isinstance(value, int):
+        yield value
+
+
 def from_dict(cls: type[ConfigT], data: Any, *, where: str = "config") -> ConfigT:
     """Builds a configuration dataclass from built-ins, checking every key and every type.
 
@@ -250,6 +357,8 @@ def from_dict(cls: type[ConfigT], data: Any, *, where: str = "config") -> Config
         if key not in fields:
             raise ValueError(f"{where}: unknown key {key!r} for {cls.__name__}. {did_you_mean(str(key), fields)}")
     hints = typing.get_type_hints(cls)
+    if issubclass(cls, ModelConfig):
+        hints["heads"] = heads_type(data.get("detector"))
     values = {key: _convert(hints[key], value, f"{where}.{key}") for key, value in data.items()}
     for name, f in fields.items():
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING

@@ -10,15 +10,16 @@ import ctypes
 import functools
 import gc
 import importlib.metadata
+import math
 import multiprocessing
 import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -27,7 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import nn
 
-Call = Callable[[], object]
+Call = Callable[[], Any]
 
 Rounds = Annotated[int, typer.Option(help="Rounds; in each, every side runs once.", min=1)]
 Quick = Annotated[bool, typer.Option(help="Tiny sizes and one round: does it run at all? Its ratios mean nothing.")]
@@ -85,7 +86,7 @@ def time_interleaved(calls: Mapping[str, Call], *, rounds: int, warmup: int = 1,
     with progress() as bar:
         task = bar.add_task(title, total=len(calls) * (warmup + rounds))
         for turn in range(-warmup, rounds):
-            for name in reversed(calls) if turn % 2 else calls:
+            for name in reversed(list(calls)) if turn % 2 else calls:
                 bar.update(task, description=f"{title}: {name}")
                 start = time.perf_counter()
                 calls[name]()
@@ -121,19 +122,34 @@ def peak_memory(prepare: Callable[..., Call], *args: object) -> float:
 
     Returns:
         Bytes; NaN where there is no ``/proc`` (Linux has it).
+
+    Raises:
+        RuntimeError: If the other process failed; its traceback is on stderr.
     """
     # A server that has imported the libraries, and run nothing, is forked for each measurement.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torchvision", "a2fpn.inference"])
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_peak_of, prepare, args, torch.get_num_threads()).result()
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send_peak, args=(sender, prepare, args, torch.get_num_threads()))
+    process.start()
+    sender.close()
+    try:
+        peak: float = receiver.recv()
+    except EOFError as error:
+        raise RuntimeError(f"The process that measures {prepare.__qualname__}{args} failed.") from error
+    finally:
+        process.join()
+    return peak
 
 
-def _peak_of(prepare: Callable[..., Call], args: tuple[object, ...], threads: int) -> float:
-    if not _CLEAR_REFS.exists():
-        return float("nan")
+def _send_peak(sender: Connection, prepare: Callable[..., Call], args: tuple[object, ...], threads: int) -> None:
     torch.set_num_threads(threads)
-    call = prepare(*args)
+    sender.send(_peak_of(prepare(*args)))
+
+
+def _peak_of(call: Call) -> float:
+    if not _CLEAR_REFS.exists():
+        return math.nan
     call()
     gc.collect()
     with contextlib.suppress(AttributeError):  # other C libraries than glibc have no such function

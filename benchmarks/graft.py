@@ -3,19 +3,17 @@
     python -m benchmarks.graft
 
 Trains a small Faster R-CNN with an FPN on synthetic shapes (a few minutes on one core), grafts it onto every target
-neck, and onto ``a2fpn`` with several centre biases. Prints two Markdown tables and saves nothing.
+neck, and onto ``a2fpn`` with several centre biases. Prints three tables and saves nothing.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from rich.progress import track
+import typer
+from rich.progress import Progress
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import box_convert, box_iou
@@ -24,58 +22,51 @@ from a2fpn import create_model
 from a2fpn.convert import TARGETS, graft_model
 from a2fpn.detectors import RCNN
 from a2fpn.evaluation import evaluate_coco
-from a2fpn.layers import CARAFE
+from a2fpn.layers import GACARAFE
 from a2fpn.layers.reassemble import KernelPredictor
+from a2fpn.necks.neck import NearestFusion
+from benchmarks import _measure as measure
 
 SIZE = 128
 CLASSES = ("rectangle", "ellipse", "triangle")
 CENTRE_BIASES = (0.0, 4.0, 6.0, 8.0, 10.0, 15.0)
+COLUMNS = ("features rms", "max", "kept", "max score diff", "max box diff", "AP50", "AP75")
+
 Target = dict[str, Tensor]
+Steps = Annotated[int, typer.Option(help="Training steps of the detector.", min=20)]
 
 
-def main() -> None:
-    """Runs the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=300, help="training steps of the toy detector")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-
-    model = train(arguments.steps, arguments.seed)
-    test = Reference(model, *shapes(32, torch.Generator().manual_seed(arguments.seed + 1)))
-    before = f"AP50 {test.before[0]:.4f}, AP75 {test.before[1]:.4f}"
-    print(f"\nToy detector after {arguments.steps} steps: {before}, {test.confident} detections with score > 0.3\n")
-
-    names = ["target"] + [name for name in Comparison.COLUMNS]
-    print_row(names)
-    print_row(["---"] * len(names))
-    for target in TARGETS:
-        print_row([target, *test.compare(graft_model(model, target=target)).cells()])
-
-    names = ["centre_bias", "weight on nearest", *Comparison.COLUMNS, "predictor gradient", "loss, scale 4", "scale 1"]
-    print()
-    print_row(names)
-    print_row(["---"] * len(names))
-    for bias in CENTRE_BIASES:
-        grafted = graft_model(model, centre_bias=bias)
-        print_row(
-            [
-                f"{bias:g}",
-                f"{math.exp(bias) / (math.exp(bias) + 24):.4f}",
-                *test.compare(grafted).cells(),
-                f"{predictor_gradient(grafted, *shapes(4, torch.Generator().manual_seed(7))):.1e}",
-                f"{learned(bias, scale=4.0):.3f}",
-                f"{learned(bias, scale=1.0):.3f}",
-            ]
-        )
-    print(
-        "\nFeature differences are relative to the standard deviation of the level, worst level. Kept: same label, IoU "
-        "> 0.9. Loss: of learned upsampling after 100 SGD steps relative to nearest neighbour; 1 is dead."
+def main(steps: Steps = 300, quick: measure.Quick = False) -> None:
+    """Trains, grafts, compares and prints."""
+    with measure.progress() as bar:
+        model = train(2 if quick else steps, bar)
+        test = Reference(model, *shapes(2 if quick else 48, torch.Generator().manual_seed(1)))
+        targets = [
+            [target, *test.compare(graft_model(model, target=target))]
+            for target in bar.track(TARGETS, description="Grafting onto every neck")
+        ]
+        fidelity, learning = [], []
+        for bias in bar.track(CENTRE_BIASES, description="Grafting with several centre biases"):
+            grafted = graft_model(model, centre_bias=bias)
+            weight = math.exp(bias) / (math.exp(bias) + 24)
+            fidelity.append([f"{bias:g}", f"{weight:.4f}", *test.compare(grafted)])
+            gradient = predictor_gradient(grafted, *shapes(4, torch.Generator().manual_seed(2)))
+            losses = [f"{learned(bias, scale=scale):.3f}" for scale in (4.0, 1.0)]
+            learning.append([f"{bias:g}", f"{gradient:.1e}", *losses])
+    ap50, ap75 = test.precision(test.detections)
+    measure.console().print(
+        f"A trained FPN detector: AP50 {ap50:.4f}, AP75 {ap75:.4f}, {test.confident} detections with score > 0.3.\n"
+        "Feature differences are relative to the standard deviation of the level, on the worst level; kept are "
+        "detections with the same label and an IoU > 0.9."
     )
-
-
-def print_row(cells: Sequence[str]) -> None:
-    """Prints a row of a Markdown table."""
-    print("| " + " | ".join(cells) + " |", flush=True)
+    measure.print_table("Grafted, centre_bias 8", ["target", *COLUMNS], targets)
+    measure.print_table("Grafted onto a2fpn", ["centre_bias", "weight on nearest", *COLUMNS], fidelity)
+    measure.print_table(
+        "Can the kernel predictor learn from there? Loss of imitating a random upsampling, after 100 steps of SGD, "
+        "relative to nearest neighbour (1 is dead)",
+        ["centre_bias", "its gradient in the detector", "loss, scale 4", "loss, scale 1"],
+        learning,
+    )
 
 
 def shapes(count: int, generator: torch.Generator) -> tuple[list[Tensor], list[Target]]:
@@ -109,9 +100,9 @@ def shapes(count: int, generator: torch.Generator) -> tuple[list[Tensor], list[T
     return images, targets
 
 
-def train(steps: int, seed: int) -> RCNN:
+def train(steps: int, bar: Progress) -> RCNN:
     """A Faster R-CNN on a randomly initialised ResNet-18, trained on shapes."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     model = create_model(
         "fasterrcnn_fpn",
         backbone="resnet18",
@@ -126,8 +117,8 @@ def train(steps: int, seed: int) -> RCNN:
     )
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, steps, pct_start=0.1)
-    generator = torch.Generator().manual_seed(seed)
-    for _ in track(range(steps), "Training the toy detector"):
+    generator = torch.Generator().manual_seed(0)
+    for _ in bar.track(range(steps), description="Training a small detector"):
         loss = total_loss(model, *shapes(4, generator))
         optimizer.zero_grad()
         loss.backward()
@@ -144,31 +135,6 @@ def total_loss(model: RCNN, images: list[Tensor], targets: list[Target]) -> Tens
     return torch.stack(list(losses.values())).sum()
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """A detector beside the one that it was grafted on."""
-
-    rms: float
-    largest: float
-    kept: str
-    score_difference: float
-    box_difference: float
-    ap50: float
-    ap75: float
-
-    COLUMNS = ("features rms", "max", "kept", "max score diff", "max box diff, px", "AP50", "AP75")
-
-    def cells(self) -> Iterator[str]:
-        """One cell for each of ``COLUMNS``."""
-        yield f"{self.rms:.2g}"
-        yield f"{self.largest:.2g}"
-        yield self.kept
-        yield f"{self.score_difference:.2g}"
-        yield f"{self.box_difference:.2g}"
-        yield f"{self.ap50:.4f}"
-        yield f"{self.ap75:.4f}"
-
-
 class Reference:
     """What the FPN detector computes on some images, to compare others with."""
 
@@ -176,7 +142,6 @@ class Reference:
         self.images = images
         self.truth = coco_truth(targets)
         self.features, self.detections = self.run(model)
-        self.before = self.precision(self.detections)
         self.confident = sum(int((d["scores"] > 0.3).sum()) for d in self.detections)
 
     @torch.inference_mode()
@@ -192,8 +157,8 @@ class Reference:
         assert metrics is not None
         return metrics.ap50, metrics.ap75
 
-    def compare(self, model: RCNN) -> Comparison:
-        """Compares another detector with this one."""
+    def compare(self, model: RCNN) -> list[str]:
+        """Compares another detector with this one: a cell for each of ``COLUMNS``."""
         features, detections = self.run(model)
         differences = [(a - b) / a.std() for a, b in zip(self.features, features, strict=True)]
         scores, boxes = [0.0], [0.0]
@@ -206,14 +171,16 @@ class Reference:
                     kept += 1
                     scores.append(float((old["scores"][i] - new["scores"][best]).abs()))
                     boxes.append(float((old["boxes"][i] - new["boxes"][best]).abs().max()))
-        return Comparison(
-            max(float(d.square().mean().sqrt()) for d in differences),
-            max(float(d.abs().max()) for d in differences),
+        ap50, ap75 = self.precision(detections)
+        return [
+            f"{max(float(d.square().mean().sqrt()) for d in differences):.2g}",
+            f"{max(float(d.abs().max()) for d in differences):.2g}",
             f"{kept}/{self.confident}",
-            max(scores),
-            max(boxes),
-            *self.precision(detections),
-        )
+            f"{max(scores):.2g}",
+            f"{max(boxes):.2g} px",
+            f"{ap50:.4f}",
+            f"{ap75:.4f}",
+        ]
 
 
 def coco_truth(targets: list[Target]) -> dict[str, Any]:
@@ -248,34 +215,28 @@ def predictor_gradient(model: RCNN, images: list[Tensor], targets: list[Target])
     return float(torch.stack([p.conv.weight.grad.norm() for p in predictors]).norm())
 
 
-def learned(centre_bias: float, *, scale: float, steps: int = 100) -> float:
-    """Loss of CARAFE trained by SGD to invert 2 x 2 average pooling of maps with edges, relative to nearest."""
-    generator = torch.Generator().manual_seed(0)
-    step = torch.randn(1, 16, 1, 1, generator=generator)
-
-    def batch() -> tuple[Tensor, Tensor]:
-        smooth = F.interpolate(torch.randn(4, 16, 5, 5, generator=generator), size=(24, 24), mode="bilinear")
-        side = F.interpolate(torch.randn(4, 1, 4, 4, generator=generator), size=(24, 24), mode="bicubic") > 0
-        fine = smooth + 2 * side * step
-        return F.avg_pool2d(fine, 2), fine
-
-    def mean_loss() -> float:
-        with torch.no_grad():
-            return sum(float(F.mse_loss(carafe(x, torch.zeros_like(y)), y)) for x, y in batches[:8]) / 8
-
-    batches = [batch() for _ in range(40)]
-    nearest = sum(float(F.mse_loss(F.interpolate(x, scale_factor=2), y)) for x, y in batches[:8]) / 8
+def learned(centre_bias: float, *, scale: float) -> float:
+    """Loss after 100 steps of SGD of an upsampling that imitates a random one, relative to nearest neighbour."""
     torch.manual_seed(0)
-    carafe = CARAFE(16)
-    carafe.kernels = KernelPredictor(64, centre_bias=centre_bias, scale=scale)
-    optimizer = torch.optim.SGD(carafe.parameters(), lr=0.02, momentum=0.9)
-    for i in range(steps):
-        x, y = batches[i % len(batches)]
+    teacher, student = GACARAFE(16, compressed_channels=16), GACARAFE(16, compressed_channels=16)
+    teacher.kernels.reset_centre(0.0)
+    nn.init.normal_(teacher.kernels.conv.weight, std=0.1)
+    student.kernels = KernelPredictor(32, centre_bias=centre_bias, scale=scale)
+    student.gates.requires_grad_(False)  # they would lower the loss without the kernels
+    maps = [(torch.randn(4, 16, 12, 12), torch.randn(4, 16, 24, 24)) for _ in range(20)]
+    with torch.no_grad():
+        batches = [(coarse, fine, teacher(coarse, fine)) for coarse, fine in maps]
+        nearest = [F.mse_loss(NearestFusion(16)(coarse, fine), wanted) for coarse, fine, wanted in batches]
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.005, momentum=0.9)
+    losses = []
+    for coarse, fine, wanted in batches * 5:
+        loss = F.mse_loss(student(coarse, fine), wanted)
         optimizer.zero_grad()
-        F.mse_loss(carafe(x, torch.zeros_like(y)), y).backward()
+        loss.backward()
         optimizer.step()
-    return mean_loss() / nearest
+        losses.append(loss.detach())
+    return float(torch.stack(losses[-len(nearest) :]).mean() / torch.stack(nearest).mean())
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

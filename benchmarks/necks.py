@@ -1,4 +1,4 @@
-"""Every registered neck on ResNet-50's channels at 800 x 1088: parameters, GMACs, time, training memory, against ``fpn``.
+"""Every registered neck against ``fpn``, on ResNet-50's channels at 800x1088: parameters, GMACs, time, memory.
 
 Targets: ``a2fpn`` at most 2.2 times the GMACs of ``fpn``, 2.5 times its forward time and its training memory;
 ``a2fpn_lite`` at most 1.8 times each.
@@ -12,6 +12,7 @@ from typing import Annotated
 import torch
 import typer
 from torch import Tensor, nn
+from torch.profiler import profile as profile_operators
 from torch.utils.flop_counter import FlopCounterMode
 
 import a2fpn
@@ -29,10 +30,9 @@ Size = tuple[int, int]
 
 
 def make_neck(name: str, channels: Sequence[int]) -> a2fpn.Neck:
-    """The neck with its default arguments, laid out as training and prediction lay it out."""
+    """The neck with its default arguments."""
     torch.manual_seed(0)
-    neck = a2fpn.create_neck(name, a2fpn.PyramidSpec.from_channels(channels))
-    return neck.to(memory_format=torch.channels_last)
+    return a2fpn.create_neck(name, a2fpn.PyramidSpec.from_channels(channels))
 
 
 def make_features(neck: a2fpn.Neck, size: Size) -> dict[str, Tensor]:
@@ -46,7 +46,8 @@ def make_features(neck: a2fpn.Neck, size: Size) -> dict[str, Tensor]:
 
 def prepare(name: str, channels: Sequence[int], size: Size, training: bool) -> measure.Call:
     """Makes neck and features; returns a forward pass, or with ``training`` also the backward pass."""
-    neck = make_neck(name, channels)
+    # Channels last, as training and prediction lay it out.
+    neck = make_neck(name, channels).to(memory_format=torch.channels_last)
     features = make_features(neck, size)
     if not training:
         return torch.inference_mode()(lambda: neck.eval()(features))
@@ -64,10 +65,10 @@ def prepare(name: str, channels: Sequence[int], size: Size, training: bool) -> m
 
 def gmacs(name: str, channels: Sequence[int], size: Size) -> float:
     """Multiplications and additions of convolutions and matrix products in a forward pass, 1e9."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
-        neck = make_neck(name, channels).eval()
-        neck(make_features(neck, size))
-    return counter.get_total_flops() / 2e9
+    call = prepare(name, channels, size, training=False)
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return int(counter.get_total_flops()) / 2e9
 
 
 def parts_of(neck: a2fpn.Neck) -> dict[str, list[nn.Module]]:
@@ -84,3 +85,96 @@ def parts_of(neck: a2fpn.Neck) -> dict[str, list[nn.Module]]:
 
 def _levels(module: nn.Module) -> list[nn.Module]:
     return list(module) if isinstance(module, nn.ModuleList) else [module]
+
+
+def main(
+    rounds: measure.Rounds = 7,
+    quick: measure.Quick = False,
+    threads: measure.Threads = 0,
+    pattern: Annotated[str, typer.Option(help="Only necks whose name fits, and fpn.")] = "",
+    profile: Annotated[bool, typer.Option(help="Print where the time goes, per neck and part.")] = False,
+) -> None:
+    """Measures the necks and prints their ratios to fpn."""
+    rounds = 1 if quick else rounds
+    channels, size = ((64, 64, 64, 64), (64, 96)) if quick else (CHANNELS, (800, 1088))
+    measure.start(threads, rounds)
+    parameters = {}
+    for name in [BASE, *(name for name in a2fpn.list_necks(pattern) if name != BASE)]:
+        try:
+            parameters[name] = sum(p.numel() for p in make_neck(name, channels).parameters())
+        except ValueError as error:
+            measure.console().print(f"{name} is left out: {error}")
+    names = list(parameters)
+    forward = measure.time_interleaved(
+        {name: prepare(name, channels, size, False) for name in names}, rounds=rounds, title="forward"
+    )
+    training = measure.time_interleaved(
+        {name: prepare(name, channels, size, True) for name in names}, rounds=rounds, title="training"
+    )
+    memory = {name: measure.peak_memory(prepare, name, channels, size, True) for name in names}
+    work = {name: gmacs(name, channels, size) for name in names}
+    ratios = {
+        name: {
+            "GMACs": work[name] / work[BASE],
+            "forward": forward.ratio(name, BASE).value,
+            "training": training.ratio(name, BASE).value,
+            "training memory": memory[name] / memory[BASE],
+        }
+        for name in names
+    }
+    measure.print_table(
+        f"Necks at {size[0]}x{size[1]}, one image; in brackets the ratio to {BASE}, for times with its range",
+        ["neck", "parameters", "GMACs", "forward", "ratio", "forward + backward", "ratio", "training memory"],
+        [
+            [
+                name,
+                f"{parameters[name] / 1e6:.2f} M",
+                f"{work[name]:.1f} ({ratios[name]['GMACs']:.2f})",
+                measure.milliseconds(forward.median(name)),
+                str(forward.ratio(name, BASE)),
+                measure.milliseconds(training.median(name)),
+                str(training.ratio(name, BASE)),
+                f"{measure.mebibytes(memory[name])} ({ratios[name]['training memory']:.2f})",
+            ]
+            for name in names
+        ],
+    )
+    measure.print_table(
+        "Targets",
+        ["neck", "figure", "ratio", "target"],
+        [
+            [name, figure, f"{ratios[name][figure]:.2f}", measure.against(ratios[name][figure], target)]
+            for name in names
+            for figure, target in TARGETS.get(name, {}).items()
+        ],
+    )
+    if profile:
+        for name in names:
+            _profile(name, channels, size, rounds)
+
+
+def _profile(name: str, channels: Sequence[int], size: Size, rounds: int) -> None:
+    neck = make_neck(name, channels).to(memory_format=torch.channels_last).eval()
+    features = make_features(neck, size)
+    call = torch.inference_mode()(lambda: neck(features))
+    seconds = measure.time_parts({name: (parts_of(neck), call)}, rounds=rounds, title=name)[name]
+    total = sum(seconds.values())
+    measure.print_table(
+        f"{name}: forward by part, each without the parts inside it",
+        ["part", "time", "share"],
+        [
+            [part, measure.milliseconds(t), f"{t / total:.0%}"]
+            for part, t in sorted(seconds.items(), key=lambda item: -item[1])
+            if t > 0.005 * total
+        ],
+    )
+    step = prepare(name, channels, size, training=True)
+    step()
+    with profile_operators() as operators:
+        step()
+    measure.console().print(f"{name}: forward and backward by operator")
+    measure.console().print(operators.key_averages().table(sort_by="self_cpu_time_total", row_limit=12))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -16,8 +16,10 @@ from a2fpn.config import (
     PreprocessConfig,
     RCNNConfig,
     from_dict,
+    heads_type,
     to_dict,
 )
+from a2fpn.detectors import DETECTORS
 
 positive = st.integers(1, 4000)
 unit = st.floats(0, 1, allow_nan=False)
@@ -78,9 +80,10 @@ def test_neck_arguments_that_json_cannot_hold_are_an_error() -> None:
         NeckConfig("fpn", {"norm_layer": int})
 
 
-def test_no_two_sections_share_a_field() -> None:
+@pytest.mark.parametrize("detector", list(DETECTORS))
+def test_no_two_sections_share_a_field(detector: str) -> None:
     # Overrides are flat keywords: each must have one section where it belongs.
-    sections = (BackboneConfig, PreprocessConfig, RCNNConfig, ModelConfig)
+    sections = (BackboneConfig, PreprocessConfig, heads_type(detector), ModelConfig)
     names = [f.name for section in sections for f in dataclasses.fields(section) if f.name != "name"]
     assert [name for name, count in collections.Counter(names).items() if count > 1] == []
 

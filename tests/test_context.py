@@ -2,7 +2,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from a2fpn.layers import ATTENTION_KINDS, MGC, orthogonality
@@ -156,6 +156,14 @@ def test_orthogonality_with_and_without_the_norm() -> None:
     norms = torch.tensor([(a @ a).item() for a in weight], dtype=torch.float64)
     torch.testing.assert_close(orthogonality(weight, unit_norm=False), across)
     torch.testing.assert_close(orthogonality(weight, unit_norm=True), across + (norms - 1).square().sum())
+
+
+def test_orthogonality_is_a_float32_loss_under_autocast() -> None:
+    weight = nn.init.orthogonal_(torch.empty(16, 32)) * 1.001
+    with torch.autocast("cpu", torch.bfloat16):
+        got = orthogonality(weight, unit_norm=True)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, orthogonality(weight, unit_norm=True))
 
 
 @kinds

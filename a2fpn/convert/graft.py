@@ -6,7 +6,8 @@ Laterals and output convolutions are taken over. What the new neck adds starts s
 * the bottom-up path's last convolution before the addition is zero, and its output convolution a Dirac delta.
   A zero factor behind a random convolution would be as exact, but leave that convolution without a gradient;
 * content-aware upsampling starts with the logit ``centre_bias`` on the nearest source pixel. This is the one part
-  that is not exact: a softmax never gives all its weight to one pixel.
+  that is not exact: a softmax never gives all its weight to one pixel. Kernels of the bottom-up path keep their own
+  start, which learns faster; what they reassemble cannot be seen yet.
 
 The default ``centre_bias`` of 8 puts 99.2 % of the weight on the nearest pixel. ``python -m benchmarks.graft``
 measures what that does to a trained detector, and that the predictor still learns from there, thanks to the fixed

@@ -4,20 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import Tensor, nn
-from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torch import nn
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
 
 from a2fpn.detectors.rcnn import RCNN, Detection, register_detector
-from a2fpn.heads import paste_masks
-
-
-class Float32MaskPredictor(MaskRCNNPredictor):  # type: ignore[misc]
-    """Mask predictor whose outputs leave autocast."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Mask logits ``(R, K + 1, M, M)``, float32."""
-        logits: Tensor = super().forward(x).float()
-        return logits
+from a2fpn.heads import Float32MaskPredictor, paste_masks
 
 
 @register_detector("maskrcnn")
@@ -25,6 +16,7 @@ class MaskRCNN(RCNN):
     """Faster R-CNN plus a mask for every object; torchvision's heads on any neck."""
 
     has_masks = True
+    target_keys: tuple[str, ...] = ("boxes", "labels", "masks")
 
     def mask_branch(self, pooled: Mapping[str, int]) -> dict[str, nn.Module]:
         """RoI pooling, convolutions and predictor of the mask branch."""

@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import RoIHeads
-from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+from torchvision.models.detection.rpn import RegionProposalNetwork
 
 from a2fpn._registry import Registry
 from a2fpn.backbones import TimmBackbone
 from a2fpn.config import ModelConfig
-from a2fpn.heads import StrideAnchors, StrideRoIAlign
+from a2fpn.heads import Float32BoxPredictor, Float32RPNHead, StrideAnchors, StrideRoIAlign
 from a2fpn.necks import Neck
 from a2fpn.preprocess import Batch, Preprocess, resize_boxes, resize_target
 from a2fpn.pyramid import Features
@@ -26,26 +26,8 @@ from a2fpn.pyramid import Features
 Detection = dict[str, Tensor]
 
 
-class Float32RPNHead(RPNHead):  # type: ignore[misc]
-    """RPN head whose outputs leave autocast: decoded in bf16, boxes are off by pixels."""
-
-    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Objectness ``(B, A, H, W)`` and deltas ``(B, 4 A, H, W)`` per level, float32."""
-        objectness, deltas = super().forward(x)
-        return [y.float() for y in objectness], [y.float() for y in deltas]
-
-
-class Float32BoxPredictor(FastRCNNPredictor):  # type: ignore[misc]
-    """Box predictor whose outputs leave autocast."""
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Class logits ``(R, K + 1)`` and deltas ``(R, 4 (K + 1))``, float32."""
-        logits, deltas = super().forward(x)
-        return logits.float(), deltas.float()
-
-
 class RCNN(nn.Module):
-    """Base of Faster and Mask R-CNN (Ren et al., NeurIPS 2015; Lin et al., CVPR 2017).
+    """Base of the two-stage detectors (Ren et al., NeurIPS 2015; Lin et al., CVPR 2017).
 
     Anchors, RoI pooling and the size divisor come from the neck's pyramid. Labels are ``0..num_classes - 1`` in
     training and in results; the background class exists only inside the heads.
@@ -57,9 +39,15 @@ class RCNN(nn.Module):
 
     Attributes:
         preprocess: The resize, normalisation and padding rule.
+        has_masks: Whether it trains on masks and predicts them.
+        box_detector: The registered detector of its kind that needs no masks.
+        target_keys: What it reads of a target.
+        class_dependent: How the names of the tensors begin that depend on the number of classes.
     """
 
     has_masks = False
+    box_detector = "fasterrcnn"
+    target_keys: tuple[str, ...] = ("boxes", "labels")
     class_dependent: tuple[str, ...] = ("roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_logits.")
 
     def __init__(self, config: ModelConfig, backbone: TimmBackbone, neck: Neck) -> None:
@@ -68,7 +56,7 @@ class RCNN(nn.Module):
         heads = config.heads
         strides = neck.out_spec.strides
         # The coarsest level only serves the RPN when the neck added it by subsampling.
-        pooled = {name: neck.out_spec[name].stride for name in neck.out_spec.names[: len(neck.in_spec)]}
+        pooled = {name: neck.out_spec[name].stride for name in neck.roi_levels}
         self.preprocess = Preprocess(config.preprocess, divisor=max(pooled.values()))
         self.backbone = backbone
         self.neck = neck
@@ -86,15 +74,43 @@ class RCNN(nn.Module):
             nms_thresh=heads.rpn_nms_threshold,
             score_thresh=heads.rpn_score_threshold,
         )
-        self.roi_heads = RoIHeads(
+        self.roi_heads = self.build_roi_heads(pooled)
+
+    def build_roi_heads(self, pooled: Mapping[str, int]) -> nn.Module:
+        """What turns proposals into detections or losses; called like torchvision's ``RoIHeads``.
+
+        Args:
+            pooled: Name and stride of the levels that RoIs are pooled from.
+        """
+        heads: nn.Module = self.stage(pooled, fg_iou=self.config.heads.box_fg_iou)
+        return heads
+
+    def stage(
+        self,
+        pooled: Mapping[str, int],
+        *,
+        fg_iou: float,
+        box_weights: Sequence[float] | None = None,
+        class_agnostic: bool = False,
+    ) -> RoIHeads:
+        """One round of box (and mask) heads.
+
+        Args:
+            pooled: Name and stride of the levels that RoIs are pooled from.
+            fg_iou: IoU from which a box is positive.
+            box_weights: Factors of dx, dy, dw, dh as regression targets; None takes torchvision's.
+            class_agnostic: Whether boxes are regressed once for all classes.
+        """
+        heads, classes = self.config.heads, self.config.num_classes + 1
+        return RoIHeads(
             box_roi_pool=self.roi_pool(pooled, heads.box_pool_size),
-            box_head=TwoMLPHead(neck.out_channels * heads.box_pool_size**2, heads.box_channels),
-            box_predictor=Float32BoxPredictor(heads.box_channels, config.num_classes + 1),
-            fg_iou_thresh=heads.box_fg_iou,
-            bg_iou_thresh=heads.box_fg_iou,
+            box_head=TwoMLPHead(self.neck.out_channels * heads.box_pool_size**2, heads.box_channels),
+            box_predictor=Float32BoxPredictor(heads.box_channels, classes, class_agnostic=class_agnostic),
+            fg_iou_thresh=fg_iou,
+            bg_iou_thresh=fg_iou,
             batch_size_per_image=heads.box_batch_size,
             positive_fraction=heads.box_positive_fraction,
-            bbox_reg_weights=None,
+            bbox_reg_weights=box_weights,
             score_thresh=heads.score_threshold,
             nms_thresh=heads.nms_threshold,
             detections_per_img=heads.detections_per_image,
@@ -105,7 +121,7 @@ class RCNN(nn.Module):
         """Modules of the mask branch as keyword arguments of torchvision's ``RoIHeads``; none here."""
         return {}
 
-    def roi_pool(self, pooled: Mapping[str, int], output_size: int) -> StrideRoIAlign:
+    def roi_pool(self, pooled: Mapping[str, int], output_size: int) -> nn.Module:
         """RoI pooling over the levels with the given strides, as configured."""
         heads = self.config.heads
         return StrideRoIAlign(
@@ -158,8 +174,7 @@ class RCNN(nn.Module):
         batch = self.preprocess(images, resize=resize)
         inner = []
         for target, old, new in zip(targets, batch.original_sizes, batch.sizes, strict=True):
-            keys = ("boxes", "labels", "masks") if self.has_masks else ("boxes", "labels")
-            tensors = {key: target[key].as_subclass(Tensor).to(batch.tensor.device) for key in keys}
+            tensors = {key: target[key].as_subclass(Tensor).to(batch.tensor.device) for key in self.target_keys}
             tensors["boxes"] = tensors["boxes"].float()
             tensors["labels"] = tensors["labels"] + 1
             inner.append(resize_target(tensors, old, new))
@@ -173,13 +188,16 @@ class RCNN(nn.Module):
         if len(images) != len(targets):
             raise ValueError(f"{len(images)} images came with {len(targets)} targets.")
         for index, (image, target) in enumerate(zip(images, targets, strict=True)):
-            where = f"image_id {target['image_id']}" if "image_id" in target else f"image {index} of the batch"
+            where = place(target, index)
+            if "boxes" not in target or "labels" not in target:
+                raise ValueError(f"{where}: a target needs boxes and labels, got {', '.join(sorted(target))}.")
             boxes, labels = target["boxes"], target["labels"]
             if boxes.ndim != 2 or boxes.shape[1] != 4 or len(boxes) != len(labels):
                 raise ValueError(
                     f"{where}: expected boxes (N, 4) and labels (N,), got {tuple(boxes.shape)}, {tuple(labels.shape)}."
                 )
-            bad = torch.where((boxes[:, 2:] <= boxes[:, :2]).any(1))[0]
+            # Written so that NaN is bad as well.
+            bad = torch.where(~(boxes[:, 2:] > boxes[:, :2]).all(1))[0]
             if len(bad):
                 raise ValueError(
                     f"{where}: box {int(bad[0])} {boxes[bad[0]].tolist()} has no positive width and height."
@@ -194,7 +212,7 @@ class RCNN(nn.Module):
                 got = tuple(target["masks"].shape) if "masks" in target else "none"
                 raise ValueError(
                     f"{where}: {self.config.detector} trains on masks (N, H, W) = {(len(boxes), *image.shape[1:])}, "
-                    f"got {got}. Without masks use fasterrcnn."
+                    f"got {got}. Without masks use {self.box_detector}."
                 )
 
     def _detect(self, images: Sequence[Tensor], resize: bool, paste_masks: bool) -> list[Detection]:
@@ -224,6 +242,11 @@ class RCNN(nn.Module):
     def _result(self, raw: Detection, size: tuple[int, int], original: tuple[int, int], paste: bool) -> Detection:
         boxes = resize_boxes(raw["boxes"], size, original)
         return {"boxes": boxes, "scores": raw["scores"], "labels": raw["labels"] - 1}
+
+
+def place(target: Mapping[str, Any], index: int) -> str:
+    """How messages name an image of a batch."""
+    return f"image_id {target['image_id']}" if "image_id" in target else f"image {index} of the batch"
 
 
 DETECTORS: Registry[Callable[[ModelConfig, TimmBackbone, Neck], RCNN]] = Registry("detector")

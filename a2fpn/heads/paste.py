@@ -76,8 +76,8 @@ def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int], *, rule: Pa
                 [0., 0., 0., 0.]])
     """
     pasted = masks.new_zeros(len(masks), 1, *size)
-    for image, (window, top, left) in zip(pasted, mask_windows(masks, boxes, size, rule=rule), strict=True):
-        image[0, top : top + window.shape[0], left : left + window.shape[1]] = window
+    for i, (window, top, left) in enumerate(mask_windows(masks, boxes, size, rule=rule)):
+        pasted[i, 0, top : top + window.shape[0], left : left + window.shape[1]] = window
     return pasted
 
 

@@ -164,6 +164,7 @@ def orthogonality(weight: Tensor, *, unit_norm: bool) -> Tensor:
         >>> orthogonality(2 * torch.eye(3), unit_norm=True), orthogonality(2 * torch.eye(3), unit_norm=False)
         (tensor(27.), tensor(0.))
     """
-    gram = weight @ weight.T
-    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    return (gram - identity if unit_norm else gram * (1 - identity)).square().sum()
+    with torch.autocast(weight.device.type, enabled=False):
+        gram = weight @ weight.T
+        identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        return (gram - identity if unit_norm else gram * (1 - identity)).square().sum()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from timm.layers import get_act_layer, get_norm_layer
 from torch import Tensor, nn
 
@@ -46,8 +48,8 @@ class ConvNormAct(nn.Module):
         nn.init.kaiming_uniform_(self.conv.weight, a=1)
         if self.conv.bias is not None:
             nn.init.zeros_(self.conv.bias)
-        self.norm = nn.Identity() if norm_layer is None else _layer("norm_layer", norm_layer)(out_channels)
-        self.act = nn.Identity() if act_layer is None else _layer("act_layer", act_layer)()
+        self.norm = nn.Identity() if norm_layer is None else resolve_layer("norm_layer", norm_layer)(out_channels)
+        self.act = nn.Identity() if act_layer is None else resolve_layer("act_layer", act_layer)()
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps ``(B, in_channels, H, W)`` to ``(B, out_channels, ceil(H / stride), ceil(W / stride))``."""
@@ -55,7 +57,12 @@ class ConvNormAct(nn.Module):
         return y
 
 
-def _layer(argument: str, name: str) -> type[nn.Module]:
+def resolve_layer(argument: Literal["norm_layer", "act_layer"], name: str) -> type[nn.Module]:
+    """Class of a norm or activation by timm's name.
+
+    Raises:
+        ValueError: If timm has none of this name.
+    """
     try:
         layer = (get_norm_layer if argument == "norm_layer" else get_act_layer)(name)
     except (KeyError, AssertionError, AttributeError) as error:

@@ -152,9 +152,7 @@ class _Reassemble(torch.autograd.Function):
         return blocks.join(out)
 
     @staticmethod
-    def backward(
-        ctx: torch.autograd.function.FunctionCtx, grad: Tensor
-    ) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, kernels = ctx.saved_tensors  # type: ignore[attr-defined]
         k: int = ctx.k  # type: ignore[attr-defined]
         blocks = _Blocks(x, kernels, k)

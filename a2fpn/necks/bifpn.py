@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from a2fpn.layers import ConvNormAct
-from a2fpn.layers.conv import _layer
+from a2fpn.layers.conv import resolve_layer
 from a2fpn.necks.neck import Neck, register_neck
 from a2fpn.pyramid import PyramidSpec
 
@@ -68,8 +68,6 @@ class BiFPN(Neck):
             raise ValueError(f"bifpn fuses levels and needs at least 2, got {levels}; raise extra_levels.")
         if repeats < 1:
             raise ValueError(f"Expected repeats >= 1, got {repeats}.")
-        # fuse() returns the extra levels itself; none are left for the base class to subsample.
-        self.extra_levels = 0
         self.lateral = nn.ModuleList(
             ConvNormAct(channels, out_channels, norm_layer=norm_layer) for channels in in_spec.channels
         )
@@ -139,7 +137,7 @@ class WeightedFusion(nn.Module):
     def __init__(self, channels: int, inputs: int, *, norm_layer: str | None, act_layer: str | None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(inputs))
-        self.act = nn.Identity() if act_layer is None else _layer("act_layer", act_layer)()
+        self.act = nn.Identity() if act_layer is None else resolve_layer("act_layer", act_layer)()
         self.depthwise = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
         self.pointwise = ConvNormAct(channels, channels, norm_layer=norm_layer)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +33,15 @@ class Neck(nn.Module, ABC):
         out_channels: Channels ``d`` of every output level.
         extra_levels: Coarser levels added by subsampling the last one by two each, as R-CNN's RPN wants.
 
+    Attributes:
+        out_spec: What the neck gives.
+        fuses_levels: Whether the neck merges several backbone levels; False for one that makes its levels from one.
+
     Raises:
         ValueError: For fewer than one channel or a negative number of extra levels.
     """
+
+    fuses_levels: ClassVar[bool] = True
 
     def __init__(self, in_spec: PyramidSpec, *, out_channels: int = 256, extra_levels: int = 1) -> None:
         super().__init__()
@@ -56,7 +63,15 @@ class Neck(nn.Module, ABC):
         Args:
             features: Backbone maps, finest first.
             valid: Per level a bool map ``(B, 1, H_i, W_i)``, False on padding, or None when nothing is padded.
+
+        Returns:
+            The levels of ``out_spec``; extra levels may be left out and are then subsampled from the last one.
         """
+
+    @property
+    def roi_levels(self) -> tuple[str, ...]:
+        """Names of the levels that RoI heads pool from: all but the extra ones, which only serve proposals."""
+        return self.out_spec.names[: len(self.out_spec) - self.extra_levels]
 
     def losses(self) -> dict[str, Tensor]:
         """Losses on the neck's own parameters, ready to be added to the detector's; none by default."""
@@ -86,7 +101,7 @@ class Neck(nn.Module, ABC):
                 )
         valid = [_valid_map(x, s, image_sizes) for x, s in zip(maps, self.in_spec.strides, strict=True)]
         pyramid = self.fuse(maps, valid)
-        for _ in range(self.extra_levels):
+        while len(pyramid) < len(self.out_spec):
             pyramid.append(F.max_pool2d(pyramid[-1], kernel_size=1, stride=2))
         return dict(zip(self.out_spec.names, pyramid, strict=True))
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from a2fpn.layers import ConvNormAct
-from a2fpn.layers.conv import _layer
+from a2fpn.layers.conv import resolve_layer
 from a2fpn.necks.neck import Neck, register_neck
 from a2fpn.pyramid import PyramidSpec
 
@@ -40,6 +40,8 @@ class SimpleFPN(Neck):
         >>> {name: tuple(x.shape[-2:]) for name, x in pyramid.items()}
         {'p2': (20, 28), 'p3': (10, 14), 'p4': (5, 7), 'p5': (3, 4), 'p6': (2, 2)}
     """
+
+    fuses_levels = False
 
     def __init__(
         self,
@@ -87,8 +89,8 @@ def _resample(
         modules.append(nn.ConvTranspose2d(channels, channels // 2, 2, stride=2))
         source, channels = source // 2, channels // 2
         if source > target:
-            modules += [] if norm_layer is None else [_layer("norm_layer", norm_layer)(channels)]
-            modules += [] if act_layer is None else [_layer("act_layer", act_layer)()]
+            modules += [] if norm_layer is None else [resolve_layer("norm_layer", norm_layer)(channels)]
+            modules += [] if act_layer is None else [resolve_layer("act_layer", act_layer)()]
     if source < target:
         # Partial windows count, so that odd sizes round up as strided convolutions do.
         modules.append(nn.MaxPool2d(target // source, ceil_mode=True))

@@ -1,0 +1,51 @@
+"""Cascade R-CNN and Cascade Mask R-CNN: Cai & Vasconcelos, CVPR 2018 and TPAMI 2019."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Mapping
+
+from torch import nn
+from torchvision.models.detection.roi_heads import RoIHeads
+
+from a2fpn.backbones import TimmBackbone
+from a2fpn.config import CascadeConfig, ModelConfig
+from a2fpn.detectors.mask_rcnn import MaskRCNN
+from a2fpn.detectors.rcnn import RCNN, register_detector
+from a2fpn.heads import CascadeRoIHeads
+from a2fpn.necks import Neck
+
+
+@register_detector("cascadercnn")
+class CascadeRCNN(RCNN):
+    """Box heads in stages of rising IoU, each starting from the boxes of the one before."""
+
+    def __init__(self, config: ModelConfig, backbone: TimmBackbone, neck: Neck) -> None:
+        super().__init__(config, backbone, neck)
+        predictors = ("box_predictor.cls_score.", "mask_predictor.mask_fcn_logits.")
+        stages = range(len(self.cascade.stage_ious))
+        self.class_dependent = tuple(f"roi_heads.stages.{i}.{name}" for i in stages for name in predictors)
+
+    @property
+    def cascade(self) -> CascadeConfig:
+        """The heads' configuration."""
+        return typing.cast(CascadeConfig, self.config.heads)
+
+    def build_roi_heads(self, pooled: Mapping[str, int]) -> nn.Module:
+        """The stages."""
+        return CascadeRoIHeads(self.stages(pooled), loss_weights=self.cascade.stage_loss_weights)
+
+    def stages(self, pooled: Mapping[str, int]) -> list[RoIHeads]:
+        """Heads that differ in IoU and box weights and share no parameter."""
+        heads = self.cascade
+        return [
+            self.stage(pooled, fg_iou=iou, box_weights=weights, class_agnostic=True)
+            for iou, weights in zip(heads.stage_ious, heads.stage_box_weights, strict=True)
+        ]
+
+
+@register_detector("cascademaskrcnn")
+class CascadeMaskRCNN(CascadeRCNN, MaskRCNN):
+    """Cascade R-CNN with a mask head per stage, whose masks are averaged."""
+
+    box_detector = "cascadercnn"

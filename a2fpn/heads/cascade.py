@@ -1,0 +1,200 @@
+"""Cascaded RoI heads: Cai & Vasconcelos, "Cascade R-CNN", CVPR 2018, with a mask head per stage.
+
+Each stage is one of torchvision's ``RoIHeads``, of which it uses the sampling, the box coder and the post-processing.
+Boxes are regressed once for all classes, and each stage starts from the boxes of the one before.
+
+Shape shorthand: ``R`` RoIs of the batch, ``K`` classes without background, ``M`` side of a predicted mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_inference, maskrcnn_loss
+from torchvision.ops import clip_boxes_to_image, remove_small_boxes
+
+from a2fpn.pyramid import Features
+
+Sizes = list[tuple[int, int]]
+Targets = list[dict[str, Tensor]]
+
+
+class Samples(NamedTuple):
+    """What a stage learns from, per image.
+
+    Args:
+        boxes: ``(S, 4)`` xyxy.
+        objects: ``(S,)`` index of the object that each box is held against.
+        labels: ``(S,)`` its class, 0 for background.
+        deltas: ``(S, 4)`` regression targets.
+    """
+
+    boxes: list[Tensor]
+    objects: list[Tensor]
+    labels: list[Tensor]
+    deltas: list[Tensor]
+
+    def positives(self) -> Samples:
+        """The boxes that are held against an object."""
+        keep = [torch.where(labels > 0)[0] for labels in self.labels]
+        return Samples(*([x[rows] for x, rows in zip(field, keep, strict=True)] for field in self))
+
+
+class CascadeRoIHeads(nn.Module):
+    """Stages of box heads, and of mask heads where the stages have them; called like torchvision's ``RoIHeads``.
+
+    Losses are summed over the stages. At test time scores and masks are averaged over the stages.
+
+    Args:
+        stages: torchvision's heads with class-agnostic box predictors; their matchers, box coders and predictors
+            differ, and none shares a parameter with another.
+        loss_weights: Factor of each stage's losses.
+    """
+
+    interleaved = False
+    """Whether a stage's mask head sees the boxes that the stage's box head gives, instead of those it gets."""
+
+    stages: Sequence[RoIHeads]
+
+    def __init__(self, stages: Sequence[RoIHeads], *, loss_weights: Sequence[float]) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(stages)  # type: ignore[assignment]
+        self.loss_weights = tuple(loss_weights)
+
+    def has_mask(self) -> bool:
+        """Whether the stages have mask heads."""
+        return bool(self.stages[0].has_mask())
+
+    @property
+    def box_roi_pool(self) -> nn.Module:
+        """RoI pooling of the box heads, the same in every stage."""
+        pool: nn.Module = self.stages[0].box_roi_pool
+        return pool
+
+    def forward(
+        self, features: Features, proposals: list[Tensor], image_sizes: Sizes, targets: Targets | None = None
+    ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+        """Detects objects, or computes the losses in training mode.
+
+        Args:
+            features: The pyramid.
+            proposals: Per image ``(P, 4)`` xyxy in pixels of the batch.
+            image_sizes: Per image height and width without padding.
+            targets: In training mode per image ``boxes``, ``labels`` from 1 and, with mask heads, ``masks``.
+
+        Returns:
+            Per image ``boxes``, ``scores``, ``labels`` from 1 and ``masks`` (N, 1, M, M), or nothing in training; and
+            the losses, none in evaluation.
+        """
+        if targets is None:
+            return self.detect(features, proposals, image_sizes), {}
+        return [], self.losses(features, proposals, image_sizes, targets)
+
+    def losses(
+        self, features: Features, proposals: list[Tensor], image_sizes: Sizes, targets: Targets
+    ) -> dict[str, Tensor]:
+        """Losses of all stages, weighted and summed."""
+        totals: dict[str, Tensor] = {}
+        for index, (stage, weight) in enumerate(zip(self.stages, self.loss_weights, strict=True)):
+            samples = Samples(*stage.select_training_samples(proposals, targets))
+            logits, deltas = _box_outputs(stage, features, samples.boxes, image_sizes)
+            losses = _box_losses(logits, deltas, samples)
+            proposals = _refine_samples(stage, deltas, samples, image_sizes)
+            if self.has_mask():
+                if self.interleaved:
+                    samples = Samples(*stage.select_training_samples(proposals, targets))
+                losses["loss_mask"] = self._mask_loss(index, features, samples.positives(), image_sizes, targets)
+            for name, loss in losses.items():
+                totals[name] = totals.get(name, 0) + weight * loss
+        return totals
+
+    def detect(self, features: Features, proposals: list[Tensor], image_sizes: Sizes) -> list[dict[str, Tensor]]:
+        """Boxes of the last stage, with scores and masks averaged over the stages."""
+        boxes, probabilities = proposals, []
+        for index, stage in enumerate(self.stages):
+            logits, deltas = _box_outputs(stage, features, boxes, image_sizes)
+            probabilities.append(logits.softmax(-1))
+            if index + 1 < len(self.stages):
+                boxes = _refine(stage, deltas, boxes, image_sizes)
+        mean = torch.stack(probabilities).mean(0)
+        # torchvision's post-processing takes logits and one box per class: softmax(log p) = p.
+        found = self.stages[-1].postprocess_detections(mean.log(), deltas.repeat(1, mean.shape[1]), boxes, image_sizes)
+        results = [dict(zip(("boxes", "scores", "labels"), image, strict=True)) for image in zip(*found, strict=True)]
+        if self.has_mask():
+            masks = self._masks(features, found[0], found[2], image_sizes)
+            for result, mask in zip(results, masks, strict=True):
+                result["masks"] = mask
+        return results
+
+    def mask_features(self, index: int, x: Tensor, previous: Tensor | None) -> Tensor:
+        """What the mask predictor of a stage sees, ``(R, C, S, S)``.
+
+        Args:
+            index: Number of the stage, from 0.
+            x: Pooled features of the RoIs.
+            previous: Mask features of the stage before for the same RoIs; unused here.
+        """
+        y: Tensor = self.stages[index].mask_head(x)
+        return y
+
+    def training_mask_features(self, index: int, x: Tensor) -> Tensor:
+        """Mask features of a stage in training, ``(R, C, S, S)``."""
+        return self.mask_features(index, x, None)
+
+    def _mask_loss(
+        self, index: int, features: Features, positives: Samples, image_sizes: Sizes, targets: Targets
+    ) -> Tensor:
+        stage = self.stages[index]
+        x = stage.mask_roi_pool(features, positives.boxes, image_sizes)
+        logits = stage.mask_predictor(self.training_mask_features(index, x))
+        masks, labels = [t["masks"] for t in targets], [t["labels"] for t in targets]
+        loss: Tensor = maskrcnn_loss(logits, positives.boxes, masks, labels, positives.objects)
+        return loss
+
+    def _masks(self, features: Features, boxes: list[Tensor], labels: list[Tensor], image_sizes: Sizes) -> list[Tensor]:
+        x = self.stages[0].mask_roi_pool(features, boxes, image_sizes)
+        previous, probabilities = None, []
+        for index, stage in enumerate(self.stages):
+            previous = self.mask_features(index, x, previous)
+            probabilities.append(maskrcnn_inference(stage.mask_predictor(previous), labels))
+        return [torch.stack(stages).mean(0) for stages in zip(*probabilities, strict=True)]
+
+
+def _box_outputs(stage: RoIHeads, features: Features, boxes: list[Tensor], sizes: Sizes) -> tuple[Tensor, Tensor]:
+    """Class logits ``(R, K + 1)`` and deltas ``(R, 4)``."""
+    logits, deltas = stage.box_predictor(stage.box_head(stage.box_roi_pool(features, boxes, sizes)))
+    return logits, deltas
+
+
+def _box_losses(logits: Tensor, deltas: Tensor, samples: Samples) -> dict[str, Tensor]:
+    """Cross entropy, and smooth L1 with beta 1 over the positives; both per sample, and zero without samples."""
+    labels, wanted = torch.cat(samples.labels), torch.cat(samples.deltas)
+    count = max(1, len(labels))
+    positive = torch.where(labels > 0)[0]
+    return {
+        "loss_classifier": F.cross_entropy(logits, labels, reduction="sum") / count,
+        "loss_box_reg": F.smooth_l1_loss(deltas[positive], wanted[positive], reduction="sum") / count,
+    }
+
+
+def _refine(stage: RoIHeads, deltas: Tensor, boxes: list[Tensor], sizes: Sizes) -> list[Tensor]:
+    """The boxes as a stage corrects them, clipped to their images; no gradient passes."""
+    refined = stage.box_coder.decode_single(deltas.detach(), torch.cat(boxes)).split([len(b) for b in boxes])
+    return [clip_boxes_to_image(b, size) for b, size in zip(refined, sizes, strict=True)]
+
+
+def _refine_samples(stage: RoIHeads, deltas: Tensor, samples: Samples, sizes: Sizes) -> list[Tensor]:
+    """Refined training boxes, without degenerate ones and without those that were objects themselves.
+
+    Objects join the proposals anew at each stage; refining them would flood later stages with near copies.
+    """
+    proposals = []
+    for image, boxes in enumerate(_refine(stage, deltas, samples.boxes, sizes)):
+        born = (samples.labels[image] > 0) & (samples.deltas[image] == 0).all(1)
+        boxes = boxes[~born]
+        proposals.append(boxes[remove_small_boxes(boxes, min_size=1e-2)])
+    return proposals

@@ -1,0 +1,193 @@
+"""Hybrid Task Cascade: Chen et al., CVPR 2019.
+
+Boxes and masks are interleaved, mask features flow from stage to stage, and a semantic branch may add context to what
+the box and mask heads see. Layers are those of mmdetection's HTC.
+
+Shape shorthand: ``B`` images, ``R`` RoIs of the batch, ``C`` pyramid channels, ``S`` side of a pooled RoI.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.ops import Conv2dNormActivation
+
+from a2fpn.heads.cascade import CascadeRoIHeads, Sizes, Targets
+from a2fpn.heads.roi_pool import StrideRoIAlign
+from a2fpn.pyramid import Features, level_size
+
+SEMANTIC = "semantic"
+"""Under this name the semantic embedding travels with the pyramid."""
+IGNORE = 255
+"""Label of pixels that the semantic loss leaves out."""
+
+
+class SemanticBranch(nn.Module):
+    """Fuses the pyramid at one level into a semantic embedding and class logits.
+
+    Args:
+        channels: Channels ``C`` of the pyramid, and of the embedding.
+        levels: Number of levels of the pyramid.
+        level: Index of the level whose size the branch works at.
+        width: Channels inside the branch.
+        layers: Number of 3x3 convolutions.
+        classes: Number of classes of the map.
+    """
+
+    def __init__(self, channels: int, levels: int, *, level: int, width: int, layers: int, classes: int) -> None:
+        super().__init__()
+        self.level = level
+        self.lateral = nn.ModuleList(_conv(channels, channels, 1) for _ in range(levels))
+        self.convs = nn.Sequential(*(_conv(channels if i == 0 else width, width, 3) for i in range(layers)))
+        width = width if layers else channels
+        self.embedding = _conv(width, channels, 1)
+        self.logits = nn.Conv2d(width, classes, 1)
+
+    def forward(self, features: Features) -> tuple[Tensor, Tensor]:
+        """Maps the pyramid to an embedding ``(B, C, H, W)`` and float32 logits ``(B, classes, H, W)``."""
+        maps = list(features.values())
+        size = maps[self.level].shape[-2:]
+        laterals = [
+            lateral(F.interpolate(x, size=size, mode="bilinear", align_corners=True))
+            for lateral, x in zip(self.lateral, maps, strict=True)
+        ]
+        x = self.convs(torch.stack(laterals).sum(0))
+        return self.embedding(x), self.logits(x).float()
+
+
+class SemanticRoIPool(nn.Module):
+    """RoI features of the pyramid plus those of the semantic embedding.
+
+    The embedding is always pooled at mask resolution and averaged down, as in mmdetection.
+
+    Args:
+        pyramid: Pooling of the pyramid.
+        stride: Stride of the embedding.
+        size: Side at which the embedding is pooled.
+    """
+
+    def __init__(self, pyramid: StrideRoIAlign, *, stride: int, size: int) -> None:
+        super().__init__()
+        self.pyramid = pyramid
+        self.semantic = StrideRoIAlign(
+            {SEMANTIC: stride}, size, sampling_ratio=pyramid.sampling_ratio, aligned=pyramid.aligned
+        )
+        # torchvision's heads read the output size.
+        self.output_size = pyramid.output_size
+
+    def forward(self, features: Features, boxes: Sequence[Tensor], sizes: Sizes | None = None) -> Tensor:
+        """Pools boxes into ``(R, C, S, S)``; see :meth:`a2fpn.heads.StrideRoIAlign.forward`."""
+        context = F.adaptive_avg_pool2d(self.semantic(features, boxes), self.output_size)
+        pooled: Tensor = self.pyramid(features, boxes) + context
+        return pooled
+
+
+class HTCRoIHeads(CascadeRoIHeads):
+    """Cascade with interleaved execution, mask information flow and an optional semantic branch.
+
+    Args:
+        stages: As in :class:`~a2fpn.heads.cascade.CascadeRoIHeads`, with mask heads.
+        loss_weights: Factor of each stage's losses.
+        pooled_channels: Channels of pooled RoI features.
+        mask_channels: Channels that the mask heads give.
+        semantic: The semantic branch, or None.
+        semantic_stride: Input pixels per pixel of its map.
+        semantic_loss_weight: Factor of its loss.
+        things: Whether its target is made of the instance masks (class 0 is background); otherwise it is the target's
+            ``semantic`` map.
+    """
+
+    interleaved = True
+
+    def __init__(
+        self,
+        stages: Sequence[RoIHeads],
+        *,
+        loss_weights: Sequence[float],
+        pooled_channels: int,
+        mask_channels: int,
+        semantic: SemanticBranch | None = None,
+        semantic_stride: int = 8,
+        semantic_loss_weight: float = 0.2,
+        things: bool = False,
+    ) -> None:
+        super().__init__(stages, loss_weights=loss_weights)
+        self.mask_flow = nn.ModuleList(_conv(mask_channels, pooled_channels, 1) for _ in stages[1:])
+        self.semantic = semantic
+        self.semantic_stride = semantic_stride
+        self.semantic_loss_weight = semantic_loss_weight
+        self.things = things
+
+    def forward(
+        self, features: Features, proposals: list[Tensor], image_sizes: Sizes, targets: Targets | None = None
+    ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+        """See :meth:`CascadeRoIHeads.forward`; with a semantic branch there is also ``loss_semantic``."""
+        if self.semantic is None:
+            return super().forward(features, proposals, image_sizes, targets)
+        embedding, logits = self.semantic(features)
+        detections, losses = super().forward({**features, SEMANTIC: embedding}, proposals, image_sizes, targets)
+        if targets is not None:
+            losses["loss_semantic"] = self.semantic_loss_weight * self._semantic_loss(logits, targets, image_sizes)
+        return detections, losses
+
+    def mask_features(self, index: int, x: Tensor, previous: Tensor | None) -> Tensor:
+        """Adds what flows in from the stage before; see :meth:`CascadeRoIHeads.mask_features`."""
+        if previous is not None:
+            x = x + self.mask_flow[index - 1](previous)
+        return super().mask_features(index, x, None)
+
+    def training_mask_features(self, index: int, x: Tensor) -> Tensor:
+        """Runs the mask heads of all stages up to this one over the same RoIs."""
+        y = self.mask_features(0, x, None)
+        for i in range(1, index + 1):
+            y = self.mask_features(i, x, y)
+        return y
+
+    def _semantic_loss(self, logits: Tensor, targets: Targets, image_sizes: Sizes) -> Tensor:
+        """Mean cross entropy over the labelled pixels; zero where there are none."""
+        wanted = torch.full((len(logits), *logits.shape[2:]), IGNORE, dtype=torch.long, device=logits.device)
+        for canvas, target, size in zip(wanted, targets, image_sizes, strict=True):
+            height, width = level_size(size, self.semantic_stride)
+            if self.things:
+                semantic = things_map(_nearest(target["masks"], height, width), target["labels"])
+            else:
+                semantic = _nearest(target[SEMANTIC], height, width)
+            canvas[:height, :width] = semantic
+        loss = F.cross_entropy(logits, wanted, ignore_index=IGNORE, reduction="sum")
+        return loss / (wanted != IGNORE).sum().clamp(min=1)
+
+
+def things_map(masks: Tensor, labels: Tensor) -> Tensor:
+    """A semantic map made of instance masks; where instances overlap, the smaller one is on top.
+
+    Args:
+        masks: ``(N, H, W)`` in {0, 1}.
+        labels: ``(N,)`` from 1.
+
+    Returns:
+        ``(H, W)`` with the label of the instance at each pixel, 0 where there is none.
+
+    Example:
+        >>> masks = torch.tensor([[[0, 1, 1]], [[1, 1, 1]]])
+        >>> things_map(masks, torch.tensor([1, 2])).tolist()
+        [[2, 1, 1]]
+    """
+    canvas = torch.zeros(masks.shape[1:], dtype=torch.long, device=masks.device)
+    for index in masks.flatten(1).sum(1).argsort(descending=True):
+        canvas[masks[index] > 0] = labels[index]
+    return canvas
+
+
+def _nearest(x: Tensor, height: int, width: int) -> Tensor:
+    """Maps ``(..., H, W)`` resized to a size by taking the pixel under each new pixel's centre."""
+    rows = ((torch.arange(height, device=x.device) + 0.5) * (x.shape[-2] / height)).long()
+    columns = ((torch.arange(width, device=x.device) + 0.5) * (x.shape[-1] / width)).long()
+    return x[..., rows[:, None], columns]
+
+
+def _conv(in_channels: int, out_channels: int, kernel_size: int) -> nn.Module:
+    return Conv2dNormActivation(in_channels, out_channels, kernel_size, norm_layer=None, inplace=False)  # type: ignore[no-any-return]

@@ -1,0 +1,98 @@
+"""The command line for publishing: ``python -m hub push | card | verify``."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import a2fpn
+from a2fpn import cli
+from a2fpn.checkpoint import read_checkpoint
+from a2fpn.hub import Repo, download_checkpoint, model_card
+
+TOLERANCE = 0.002
+"""Largest difference of an AP measured again that other kernels explain."""
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Folder = Annotated[Path, typer.Argument(help="A checkpoint folder, such as runs/cells/best.", metavar="MODEL_DIR")]
+RepoName = Annotated[str, typer.Option(help="The repository on the Hub.", metavar="ORG/NAME")]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line and exits; what the user can mend ends in one line.
+
+    Args:
+        argv: Arguments without the program's name; None takes ``sys.argv``.
+    """
+    try:
+        app(args=argv, prog_name="python -m hub")
+    except (OSError, ValueError) as error:
+        sys.exit(f"hub: error: {error}")
+
+
+@app.callback()
+def _options() -> None:
+    """Publish detectors on the Hugging Face Hub, as safetensors, with a card. Log in with `hf auth login`."""
+
+
+@app.command()
+def push(
+    folder: Folder,
+    *,
+    repo: RepoName,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
+) -> None:
+    """Publish a checkpoint folder in one commit; its README.md is the card if it has one."""
+    commit = a2fpn.push_to_hub(folder, repo, private=private or None, create_pr=create_pr)
+    typer.echo(f'Load it: a2fpn.from_pretrained("{repo}", revision="{commit}")')
+
+
+@app.command()
+def card(folder: Folder, *, repo: RepoName) -> None:
+    """Print the card that `push` would write, to be edited and saved as README.md in the folder."""
+    typer.echo(model_card(read_checkpoint(folder), repo))
+
+
+@app.command()
+def verify(
+    name: Annotated[str, typer.Argument(help="What was pushed.", metavar="ORG/NAME[@REVISION]")],
+    *,
+    images: Annotated[Path, typer.Option(help="Folder of the images it was evaluated on.", metavar="DIR")],
+    annotations: Annotated[Path, typer.Option(help="COCO file with the ground truth.", metavar="JSON")],
+) -> None:
+    """Download what was pushed into an empty cache, evaluate it, and compare with the metrics that it states."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = download_checkpoint(Repo.parse(name, cache_dir=temporary))
+        metadata = read_checkpoint(folder).metadata
+        numbers = Path(temporary) / "metrics.json"
+        limit = metadata.get("max_detections", 100)
+        cli.evaluate(model=str(folder), images=images, annotations=annotations, save=numbers, max_detections=limit)
+        measured = json.loads(numbers.read_text(encoding="utf-8"))
+    stated = {key: value for key, value in metadata.get("metrics", {}).items() if key in ("bbox/ap", "segm/ap")}
+    if not stated:
+        raise ValueError(f"{name!r} states no metrics to compare with.")
+    wrong = [
+        f"{key} is {measured.get(key, -1):.4f}, stated {value:.4f}"
+        for key, value in stated.items()
+        if abs(measured.get(key, -1) - value) > TOLERANCE
+    ]
+    if wrong:
+        raise ValueError(f"{name!r} is not what it says: {'; '.join(wrong)}.")
+    typer.echo(f"{name}: {', '.join(f'{key} {value:.4f}' for key, value in stated.items())}, as stated.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""The benchmarks run and print ratios; no figure is judged here."""
+
+import functools
+import re
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import _measure as measure
+from benchmarks import import_time, inference, necks, reassemble
+
+
+def test_inference_compares_equal_outputs_and_prints_ratios(capsys):
+    inference.main(quick=True)
+    out = capsys.readouterr().out
+    assert re.search(r"\d+ objects on either side", out)
+    assert re.search(r"maskrcnn_a2fpn_r50 .* \d\.\d\d \(\d\.\d\d–\d\.\d\d\)", out)
+
+
+def test_reassemble_prints_a_ratio_of_time_and_memory_for_each_map(capsys):
+    reassemble.main(quick=True)
+    out = capsys.readouterr().out
+    assert len(re.findall(r"<= \d\.\d\d (?:met|missed)", out)) == 8
+    assert "pooling (GACAP)" in out
+
+
+def test_necks_measure_every_neck_that_takes_a_backbones_pyramid(capsys):
+    necks.main(quick=True, pattern="*fpn*")
+    out = capsys.readouterr().out
+    assert re.search(r"│ fpn .* 1\.00 \(1\.00–1\.00\)", out)
+    assert re.search(r"simple_fpn is left out: .* one map", out)
+    assert re.search(r"│ a2fpn_lite +│ GMACs +│ +\d\.\d\d │ +<= 1\.80", out)
+
+
+def test_import_time_prints_a_ratio(capsys, monkeypatch):
+    monkeypatch.setattr(import_time, "BASE", "import json")
+    monkeypatch.setattr(import_time, "OURS", "import json, decimal")
+    import_time.main(quick=True)
+    assert re.search(r"import json, decimal +│ +\d+\.\d ms +│ +\d+\.\d\d", capsys.readouterr().out)
+
+
+def test_unequal_outputs_stop_the_comparison():
+    theirs = {
+        "boxes": torch.tensor([[0.0, 0.0, 9.0, 9.0], [5.0, 5.0, 9.0, 9.0]]),
+        "scores": torch.tensor([0.9, 0.8]),
+        "labels": torch.tensor([1, 2]),
+        "masks": torch.ones(2, 1, 10, 10),
+    }
+    ours = {key: x.flip(0) for key, x in theirs.items()} | {"labels": torch.tensor([1, 0])}
+    assert inference.compare(theirs, ours).startswith("2 objects on either side")
+    with pytest.raises(RuntimeError, match=r"scores differ by 1\.0e-01"):
+        inference.compare(theirs, ours | {"scores": torch.tensor([0.8, 1.0])})
+    with pytest.raises(RuntimeError, match="found 2 objects, ours 1"):
+        inference.compare(theirs, {key: x[:1] for key, x in ours.items()})
+
+
+def touch(size):
+    return functools.partial(np.ones, size, dtype=np.uint8)
+
+
+def test_peak_memory_counts_what_the_call_allocates_alone():
+    few, many = (measure.peak_memory(touch, size << 20) for size in (8, 64))
+    assert 7 << 20 <= few <= 10 << 20
+    assert 63 << 20 <= many <= 66 << 20
+
+
+def test_a_failure_while_measuring_memory_is_raised(capfd):
+    with pytest.raises(RuntimeError, match=r"measures touch\('no size',\) failed"):
+        measure.peak_memory(touch, "no size")
+    assert "TypeError" in capfd.readouterr().err
+
+
+class Pause(nn.Module):
+    def __init__(self, seconds, inner=None):
+        super().__init__()
+        self.seconds, self.inner = seconds, inner
+
+    def forward(self):
+        time.sleep(self.seconds)
+        if self.inner:
+            self.inner()
+
+
+def test_parts_exclude_the_parts_inside_them():
+    inner = Pause(0.05)
+    outer = Pause(0.0, inner)
+    seconds = measure.time_parts({"side": ({"outer": [outer], "inner": [inner]}, outer)}, rounds=1)["side"]
+    assert seconds["inner"] >= 0.05 > seconds["outer"]
+    assert not outer._forward_hooks
+    assert not inner._forward_pre_hooks
+
+
+def test_calls_take_turns():
+    order = []
+    timings = measure.time_interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=2)
+    assert "".join(order) == "baabba"
+    assert len(timings.seconds["a"]) == 2

@@ -1,0 +1,427 @@
+"""The Hub: what is published comes back to the byte, and what goes wrong is told and leaves nothing behind."""
+
+import json
+import multiprocessing
+import re
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub import ModelCard, constants, hf_api
+
+import a2fpn
+from a2fpn import hub as client
+from a2fpn.checkpoint import CONFIG_FILE, WEIGHTS_FILE, CheckpointError, read_checkpoint
+from a2fpn.cli import evaluate
+from a2fpn.hub import (
+    HubAccessError,
+    HubError,
+    HubIntegrityError,
+    HubNotFoundError,
+    HubOfflineError,
+    HubServerError,
+    Repo,
+    download_checkpoint,
+    push_to_hub,
+)
+from hub.__main__ import main
+from tests.coco_data import write_coco
+from tests.helpers import tiny_model
+from tests.hub_server import HubServer, sha256
+
+REPO = "alice/cells"
+METADATA = {"metrics": {"bbox/ap": 0.5, "segm/ap": 0.25}, "dataset": {"data": "cells"}, "licence": "cc0-1.0"}
+FETCH = {"lfs": r"GET /alice/.*/resolve/.*safetensors", "xet": "GET /cas/data"}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[HubServer]:
+    server = HubServer()
+    server.tokens |= {"hf_alice": "alice", "hf_bob": "bob"}
+    yield server
+    server.stop()
+
+
+@pytest.fixture(params=["lfs", "xet"])
+def transfer(request):
+    return request.param
+
+
+@pytest.fixture
+def hub(server, monkeypatch, tmp_path) -> HubServer:
+    """An empty Hub that the real client talks to, with an empty cache, over LFS."""
+    server.reset()
+    server.repos.clear()
+    server.large.clear()
+    server.cas.by_sha256.clear()
+    server.cas.files.clear()
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(hf_api.api, "endpoint", server.url)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    huggingface_hub.utils.disable_progress_bars()
+    return server
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(1)
+    return tiny_model(categories=[{"id": 7, "name": "shape 7"}], num_classes=1).eval()
+
+
+@pytest.fixture
+def published(hub, model) -> str:
+    """The commit of the model in a public repository."""
+    commit = push_to_hub(model, REPO, token="hf_alice", metadata=METADATA)
+    hub.reset()
+    return commit
+
+
+def same(a, b) -> bool:
+    return a.config == b.config and all(
+        torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
+
+
+def cached_files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("models--*/snapshots/*/*"))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_round_trip(hub, model, transfer, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", transfer == "lfs")
+    commit = push_to_hub(model, REPO, token="hf_alice", metadata=METADATA)
+    assert sum("/commit/" in line for line in hub.requests) == 1
+    assert any("/cas/" in line for line in hub.requests) == (transfer == "xet")
+    assert set(hub.repos[REPO].commits[commit]) == {".gitattributes", CONFIG_FILE, WEIGHTS_FILE, "README.md"}
+    for name in (REPO, f"hf-hub:{REPO}", f"{REPO}@{commit}", f"hf-hub:{REPO}@main"):
+        assert same(a2fpn.from_pretrained(name), model)
+    assert same(a2fpn.create_model(f"hf-hub:{REPO}@{commit}", pretrained=True), model)
+
+
+def test_requests_of_a_cached_model(hub, published):
+    a2fpn.from_pretrained(REPO)
+    assert sum("GET" in line and "resolve" in line for line in hub.requests) == 2
+    hub.reset()
+    a2fpn.from_pretrained(REPO)
+    assert hub.requests == [f"GET /api/models/{REPO}"]
+    hub.reset()
+    a2fpn.from_pretrained(REPO, revision=published)
+    a2fpn.from_pretrained(REPO, local_files_only=True)
+    assert hub.requests == []
+
+
+def test_without_pretrained_only_the_config_is_downloaded(hub, published, model):
+    fresh = a2fpn.create_model(f"hf-hub:{REPO}")
+    assert fresh.config == model.config
+    assert not same(fresh, model)
+    assert not any("safetensors" in line for line in hub.requests)
+
+
+def test_all_files_come_from_one_commit(hub, published, model, monkeypatch):
+    download = client._download
+
+    def download_and_commit(repo, name, *args, **options):
+        path = download(repo, name, *args, **options)
+        if name == CONFIG_FILE:
+            hub.repos[REPO].commit({CONFIG_FILE: b"{}", WEIGHTS_FILE: b""})
+        return path
+
+    monkeypatch.setattr(client, "_download", download_and_commit)
+    assert same(a2fpn.from_pretrained(REPO), model)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_tags_and_pull_requests_are_revisions(hub, published, model, transfer, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", transfer == "lfs")
+    hub.repos[REPO].refs["v1.0"] = published
+    other = tiny_model("fasterrcnn_fpn")
+    push_to_hub(other, REPO, token="hf_alice", create_pr=True)
+    assert same(a2fpn.from_pretrained(f"{REPO}@refs/pr/1"), other)
+    assert same(a2fpn.from_pretrained(REPO), model)
+    assert same(a2fpn.from_pretrained(REPO, revision="v1.0"), model)
+    with pytest.raises(ValueError, match="give one of them"):
+        a2fpn.from_pretrained(f"{REPO}@v1.0", revision="main")
+
+
+def test_folders_need_no_hub(hub, model, tmp_path):
+    folder = a2fpn.save_pretrained(model, tmp_path / "saved")
+    assert same(a2fpn.from_pretrained(folder), model)
+    assert same(a2fpn.from_pretrained(f"local-dir:{folder}"), model)
+    assert same(a2fpn.create_model(f"local-dir:{folder}", pretrained=True), model)
+    assert hub.requests == []
+    with pytest.raises(ValueError, match=r"is a file; give its folder.*never pickles"):
+        a2fpn.from_pretrained(folder / WEIGHTS_FILE)
+    with pytest.raises(HubNotFoundError, match=r"There is no folder 'runs/cells' here, and: 'runs/cells' of http"):
+        a2fpn.from_pretrained("runs/cells")
+
+
+def test_private_and_gated(hub, model):
+    push_to_hub(model, REPO, token="hf_alice", private=True)
+    assert hub.repos[REPO].private
+    assert same(a2fpn.from_pretrained(REPO, token="hf_alice"), model)
+    for token in (False, "hf_bob"):
+        with pytest.raises(HubNotFoundError, match=r"does not exist, or is private and not for this token"):
+            a2fpn.from_pretrained(REPO, token=token)
+    hub.repos[REPO].private, hub.repos[REPO].gated = False, True
+    with pytest.raises(HubAccessError, match=rf"is gated: ask for access at {hub.url}/{REPO}"):
+        a2fpn.from_pretrained(f"hf-hub:{REPO}", token="hf_bob", cache_dir=constants.HF_HUB_CACHE + "2")
+
+
+def test_what_does_not_exist(hub, published, model):
+    with pytest.raises(HubNotFoundError, match=r"'alice/cells' of http://127.0.0.1:\d+ has no revision 'v9'"):
+        a2fpn.from_pretrained(REPO, revision="v9")
+    with pytest.raises(HubNotFoundError, match=r"has no revision '0{40}'"):
+        a2fpn.from_pretrained(REPO, revision="0" * 40)
+    with pytest.raises(HubNotFoundError, match=r"'alice/none' of .* does not exist"):
+        a2fpn.from_pretrained("alice/none")
+    with pytest.raises(HubAccessError, match=r"The token was refused \(401\)"):
+        a2fpn.from_pretrained(REPO, token="hf_revoked")
+    files = hub.repos[REPO].commits[published]
+    hub.repos[REPO].commit({WEIGHTS_FILE: files[WEIGHTS_FILE]})
+    with pytest.raises(HubNotFoundError, match=r"is no checkpoint of a2fpn: it has no config.json"):
+        a2fpn.from_pretrained(REPO)
+    hub.repos[REPO].commit({CONFIG_FILE: files[CONFIG_FILE]})
+    with pytest.raises(HubNotFoundError, match=r"has no model.safetensors; only safetensors"):
+        a2fpn.from_pretrained(REPO)
+    hub.repos[REPO].commit({CONFIG_FILE: files[CONFIG_FILE], "pytorch_model.bin": b"\x80\x04."})
+    with pytest.raises(HubNotFoundError, match=r"but pytorch_model.bin: a pickle can run any code and is never loaded"):
+        a2fpn.from_pretrained(REPO)
+    assert not any("pytorch_model.bin" in line for line in hub.requests)
+
+
+def test_an_oversized_config_is_not_downloaded(hub, published):
+    hub.repos[REPO].commit({CONFIG_FILE: b" " * (2**24 + 1), WEIGHTS_FILE: b""})
+    with pytest.raises(CheckpointError, match=r"config.json of \d+ bytes; refused unread"):
+        a2fpn.from_pretrained(REPO)
+    assert not any("resolve" in line for line in hub.requests)
+
+
+def test_config_and_weights_of_two_models_are_refused(hub, published):
+    files = hub.repos[REPO].commits[published]
+    hub.repos[REPO].commit(files | {WEIGHTS_FILE: files[WEIGHTS_FILE] + b" "})
+    with pytest.raises(CheckpointError, match=r"config.json expects"):
+        a2fpn.from_pretrained(REPO)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_flipped_bit_is_repaired_once(hub, model, transfer, monkeypatch, tmp_path):
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", transfer == "lfs")
+    push_to_hub(model, REPO, token="hf_alice")
+    hub.fault(FETCH[transfer], flip=-100)
+    assert same(a2fpn.from_pretrained(REPO), model)
+    hub.fault(FETCH[transfer], flip=-100, times=99)
+    with pytest.raises((HubIntegrityError, HubServerError), match=r"downloaded again in vain|broke"):
+        a2fpn.from_pretrained(REPO, cache_dir=tmp_path / "other")
+
+
+def test_a_flipped_bit_in_the_config(hub, published, model):
+    hub.fault(r"GET .*/resolve/.*config.json", flip=40)
+    assert same(a2fpn.from_pretrained(REPO), model)
+
+
+def test_a_damaged_cache_is_repaired_or_reported(hub, published, model):
+    a2fpn.from_pretrained(REPO)
+    (weights,) = Path(constants.HF_HUB_CACHE).glob(f"models--*/snapshots/*/{WEIGHTS_FILE}")
+    data = bytearray(weights.read_bytes())
+    data[-5] ^= 1
+    weights.resolve().write_bytes(data)
+    with pytest.raises(HubIntegrityError, match=r"model.safetensors of 'alice/cells' .* is damaged.*load it once with"):
+        a2fpn.from_pretrained(REPO, local_files_only=True)
+    assert same(a2fpn.from_pretrained(REPO), model)
+    assert same(a2fpn.from_pretrained(REPO, local_files_only=True), model)
+
+
+def test_a_cache_without_links_is_checked_too(hub, published, model, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_SYMLINKS", True)
+    monkeypatch.setattr(huggingface_hub.file_download, "are_symlinks_supported", lambda *_: False)
+    hub.fault(FETCH["lfs"], flip=-100)
+    assert same(a2fpn.from_pretrained(REPO), model)
+    assert not any(path.is_symlink() for path in Path(constants.HF_HUB_CACHE).glob("models--*/snapshots/*/*"))
+
+
+@pytest.mark.parametrize("status", [500, 503])
+def test_a_failing_server(hub, published, status, tmp_path):
+    hub.fault("GET /api/models", status=status, times=99)
+    with pytest.raises(HubServerError, match=rf"the server answered {status}; try again later"):
+        a2fpn.from_pretrained(REPO)
+    hub.reset()
+    hub.fault(FETCH["lfs"].replace("GET", "^GET"), status=status, times=99)
+    with pytest.raises(HubServerError, match=r"server"):
+        a2fpn.from_pretrained(f"hf-hub:{REPO}", revision=published)
+    assert cached_files(Path(constants.HF_HUB_CACHE)) in ([], [CONFIG_FILE])
+
+
+def test_a_connection_cut_once_is_taken_up_again(hub, published, model):
+    hub.fault(FETCH["lfs"], truncate=1000)
+    assert same(a2fpn.from_pretrained(REPO), model)
+
+
+def test_a_connection_cut_always_leaves_nothing(hub, published, model, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    hub.fault("GET .*/resolve/.*safetensors", drop=True, times=99)
+    with pytest.raises(HubServerError, match=r"broke .* Nothing half-done was kept; try again"):
+        a2fpn.from_pretrained(REPO, revision=published)
+    assert cached_files(Path(constants.HF_HUB_CACHE)) == [CONFIG_FILE]
+    hub.reset()
+    assert same(a2fpn.from_pretrained(REPO), model)
+
+
+def test_offline_says_what_is_missing_and_how_to_get_it(hub, published, model, monkeypatch, tmp_path):
+    expected = (
+        rf"config.json and model.safetensors of 'alice/cells' at revision 'main' of {hub.url} are not in the cache"
+    )
+    command = f"run: hf download {REPO} config.json model.safetensors --revision main --cache-dir {tmp_path}"
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(HubOfflineError, match=rf"{expected} .*, and offline mode is on .*{command}"):
+        a2fpn.from_pretrained(f"{REPO}@main", cache_dir=tmp_path)
+    with pytest.raises(HubOfflineError, match=r"local_files_only=True"):
+        a2fpn.from_pretrained(REPO, local_files_only=True)
+    with pytest.raises(HubOfflineError, match="Nothing was published"):
+        push_to_hub(model, REPO, token="hf_alice")
+    assert hub.requests == []
+
+
+def test_no_network(hub, published, model, monkeypatch, tmp_path):
+    a2fpn.from_pretrained(REPO)
+    url = "http://127.0.0.1:9"  # nothing listens there
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(hf_api.api, "endpoint", url)
+    assert same(a2fpn.from_pretrained(REPO), model)
+    start = time.perf_counter()
+    for revision in (None, published):
+        with pytest.raises(HubOfflineError, match=r"the Hub cannot be reached \(ConnectError"):
+            a2fpn.from_pretrained(REPO, revision=revision, cache_dir=tmp_path / "empty")
+    assert time.perf_counter() - start < 2
+
+
+def test_offline_the_cache_serves_without_a_request(hub, published, model, monkeypatch):
+    a2fpn.from_pretrained(REPO)
+    hub.reset()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert same(a2fpn.from_pretrained(REPO), model)
+    assert hub.requests == []
+
+
+def start_load(commits: "multiprocessing.Queue[str]") -> multiprocessing.Process:
+    def load() -> None:
+        commits.put(download_checkpoint(Repo(REPO)).name)
+
+    process = multiprocessing.get_context("fork").Process(target=load)
+    process.start()
+    return process
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork and kill")
+def test_killed_and_concurrent_downloads(hub, published, model):
+    """A process killed in mid-download leaves no half file, and two at once fetch the weights one time."""
+    commits = multiprocessing.get_context("fork").Queue()
+    hub.fault(FETCH["lfs"], throttle=1000)
+    killed = start_load(commits)
+    deadline = time.monotonic() + 60
+    while not any("safetensors" in line and line.startswith("GET") for line in hub.requests):
+        assert killed.is_alive()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    killed.kill()
+    killed.join()
+    assert WEIGHTS_FILE not in cached_files(Path(constants.HF_HUB_CACHE))
+    hub.reset()
+    both = [start_load(commits), start_load(commits)]
+    assert [commits.get(timeout=60) for _ in both] == [published] * 2
+    for process in both:
+        process.join()
+    assert sum("GET" in line and "safetensors" in line for line in hub.requests) == 1
+    assert same(a2fpn.from_pretrained(REPO), model)
+
+
+def test_refused_pushes_publish_nothing(hub, published, model, tmp_path):
+    for token, error, message in [
+        ("hf_bob", HubAccessError, r"The token was refused \(403\).* write to 'alice/cells'"),
+        ("hf_revoked", HubAccessError, r"The token was refused \(401\)"),
+    ]:
+        with pytest.raises(error, match=message):
+            push_to_hub(model, REPO, token=token)
+    hub.fault("POST .*/commit/", status=500, times=99)
+    with pytest.raises(HubServerError, match="answered 500"):
+        push_to_hub(model, REPO, token="hf_alice")
+    folder = a2fpn.save_pretrained(model, tmp_path / "saved")
+    with pytest.raises(ValueError, match="has its own metadata"):
+        push_to_hub(folder, REPO, token="hf_alice", metadata={"a": 1})
+    (folder / WEIGHTS_FILE).write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match="is damaged"):
+        push_to_hub(folder, REPO, token="hf_alice")
+    assert hub.repos[REPO].refs["main"] == published
+
+
+def test_a_folder_is_pushed_with_its_own_card_and_nothing_else(hub, model, tmp_path):
+    folder = a2fpn.save_pretrained(model, tmp_path / "saved")
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
+    (folder / "optimizer.bin").write_bytes(b"\x80\x04.")
+    commit = push_to_hub(folder, REPO, token="hf_alice")
+    files = hub.repos[REPO].commits[commit]
+    assert set(files) == {".gitattributes", CONFIG_FILE, WEIGHTS_FILE, "README.md"}
+    assert b"# Mine" in files["README.md"]
+    assert sha256(files[WEIGHTS_FILE]) == read_checkpoint(folder).sha256
+
+
+def test_the_card(hub, published):
+    card = ModelCard(hub.repos[REPO].commits[published]["README.md"].decode())
+    assert (card.data.license, card.data.library_name, card.data.pipeline_tag) == (
+        "cc0-1.0",
+        "a2fpn",
+        "image-segmentation",
+    )
+    results = {(r.task_type, r.metric_name, r.metric_value, r.dataset_name) for r in card.data.eval_results}
+    assert results == {
+        ("object-detection", "box AP", 0.5, "cells"),
+        ("image-segmentation", "mask AP", 0.25, "cells"),
+    }
+    assert f'a2fpn.from_pretrained("{REPO}")' in card.text
+    assert "Classes: shape 7\n" in card.text
+
+
+def test_every_error_is_a_hub_error():
+    children = [HubAccessError, HubIntegrityError, HubNotFoundError, HubOfflineError, HubServerError]
+    assert all(issubclass(child, HubError) for child in children)
+    assert a2fpn.HubError is HubError
+
+
+def test_the_command_line(hub, model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_alice")
+    images, annotations = write_coco(tmp_path / "data", images=1, category_ids=[7])
+    measured = tmp_path / "measured.json"
+    folder = a2fpn.save_pretrained(model, tmp_path / "first")
+    evaluate(model=str(folder), images=images, annotations=annotations, save=measured)
+    metrics = {key: value for key, value in json.loads(measured.read_text()).items() if key.endswith("/ap")}
+    for offset, outcome in [(0.0, None), (0.1, r"hub: error: 'alice/cells' is not what it says: bbox/ap is ")]:
+        stated = {key: value + offset for key, value in metrics.items()}
+        a2fpn.save_pretrained(model, folder, metadata={"metrics": stated})
+        assert run("push", str(folder), "--repo", REPO) is None
+        assert f'a2fpn.from_pretrained("{REPO}", revision="{hub.repos[REPO].refs["main"]}")' in capsys.readouterr().out
+        said = run("verify", REPO, "--images", str(images), "--annotations", str(annotations))
+        assert said is None if outcome is None else re.match(outcome, said)
+    capsys.readouterr()
+    assert run("card", str(folder), "--repo", REPO) is None
+    card = hub.repos[REPO].commits[hub.repos[REPO].refs["main"]]["README.md"].decode()
+    assert capsys.readouterr().out.strip() == card.strip()
+    assert "is no checkpoint folder" in run("card", str(tmp_path), "--repo", REPO)
+
+
+def run(*arguments: str) -> str | None:
+    """What a command ends with: None, or its error."""
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    return ended.value.code or None
