@@ -172,8 +172,22 @@ def _profile(name: str, channels: Sequence[int], size: Size, rounds: int) -> Non
     step()
     with profile_operators() as operators:
         step()
-    measure.console().print(f"{name}: forward and backward by operator")
-    measure.console().print(operators.key_averages().table(sort_by="self_cpu_time_total", row_limit=12))
+    averages = sorted(operators.key_averages(), key=lambda op: -op.self_cpu_time_total)
+    total = sum(op.self_cpu_time_total for op in averages)
+    measure.print_table(
+        f"{name}: forward and backward by operator",
+        ["operator", "time", "share", "calls"],
+        [
+            [
+                op.key,
+                measure.milliseconds(op.self_cpu_time_total / 1e6),
+                f"{op.self_cpu_time_total / total:.0%}",
+                str(op.count),
+            ]
+            for op in averages
+            if op.self_cpu_time_total > 0.02 * total
+        ],
+    )
 
 
 if __name__ == "__main__":

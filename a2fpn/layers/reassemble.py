@@ -140,32 +140,41 @@ class _Blocks:
 
 
 class _Reassemble(torch.autograd.Function):
+    """The op; its products run in the dtype of ``x``, in both passes, whatever autocast says around them."""
+
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, kernels: Tensor, k: int) -> Tensor:
         ctx.save_for_backward(x, kernels)
         ctx.k = k  # type: ignore[attr-defined]
-        blocks = _Blocks(x, kernels, k)
-        out = x.new_empty(blocks.batch, blocks.height, blocks.width, blocks.scale**2, blocks.channels)
-        for block in blocks.row_blocks():
-            product = torch.bmm(blocks.weights(block), blocks.windows(block))
-            out[:, block] = product.reshape(blocks.batch, -1, *out.shape[2:])
-        return blocks.join(out)
+        with torch.autocast(x.device.type, enabled=False):
+            return _weigh(_Blocks(x, kernels, k))
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, kernels = ctx.saved_tensors  # type: ignore[attr-defined]
-        k: int = ctx.k  # type: ignore[attr-defined]
-        blocks = _Blocks(x, kernels, k)
-        grads = blocks.split(grad)
-        grad_padded = torch.zeros_like(blocks.padded)
-        grad_kernels = torch.empty_like(blocks.kernels)
-        for block in blocks.row_blocks():
-            g = grads[:, block].reshape(-1, blocks.scale**2, blocks.channels)
-            product = torch.bmm(g, blocks.windows(block).transpose(1, 2))
-            grad_kernels[:, block] = product.reshape(blocks.batch, -1, *grad_kernels.shape[2:])
-            grad_windows = torch.bmm(blocks.weights(block).transpose(1, 2), g)
-            blocks.add_windows(grad_padded, grad_windows, block)
-        return _fold_border(grad_padded, k // 2).permute(0, 3, 1, 2), blocks.join(grad_kernels), None
+        with torch.autocast(x.device.type, enabled=False):
+            grad_x, grad_kernels = _weigh_backward(_Blocks(x, kernels, ctx.k), grad)  # type: ignore[attr-defined]
+        return grad_x, grad_kernels, None
+
+
+def _weigh(blocks: _Blocks) -> Tensor:
+    out = blocks.padded.new_empty(blocks.batch, blocks.height, blocks.width, blocks.scale**2, blocks.channels)
+    for block in blocks.row_blocks():
+        product = torch.bmm(blocks.weights(block), blocks.windows(block))
+        out[:, block] = product.reshape(blocks.batch, -1, *out.shape[2:])
+    return blocks.join(out)
+
+
+def _weigh_backward(blocks: _Blocks, grad: Tensor) -> tuple[Tensor, Tensor]:
+    grads = blocks.split(grad)
+    grad_padded = torch.zeros_like(blocks.padded)
+    grad_kernels = torch.empty_like(blocks.kernels)
+    for block in blocks.row_blocks():
+        g = grads[:, block].reshape(-1, blocks.scale**2, blocks.channels)
+        product = torch.bmm(g, blocks.windows(block).transpose(1, 2))
+        grad_kernels[:, block] = product.reshape(blocks.batch, -1, *grad_kernels.shape[2:])
+        blocks.add_windows(grad_padded, torch.bmm(blocks.weights(block).transpose(1, 2), g), block)
+    return _fold_border(grad_padded, blocks.k // 2).permute(0, 3, 1, 2), blocks.join(grad_kernels)
 
 
 def _fold_border(padded: Tensor, pad: int) -> Tensor:
