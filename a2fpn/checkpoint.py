@@ -84,13 +84,14 @@ def save_checkpoint(
         for name, x in state.items()
     }
     # Written beside and renamed, so that a reader never meets half a file.
-    temporary = directory / f".{WEIGHTS_FILE}.tmp"
-    save_file(tensors, temporary, metadata={"format": "pt"})
-    checkpoint = Checkpoint(model=config, sha256=file_sha256(temporary), metadata=metadata or {})
-    os.replace(temporary, directory / WEIGHTS_FILE)
-    temporary = directory / f".{CONFIG_FILE}.tmp"
-    temporary.write_text(json.dumps(to_dict(checkpoint), indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, directory / CONFIG_FILE)
+    weights, description = directory / f".{WEIGHTS_FILE}.tmp", directory / f".{CONFIG_FILE}.tmp"
+    save_file(tensors, weights, metadata={"format": "pt"})
+    checkpoint = Checkpoint(model=config, sha256=file_sha256(weights), metadata=metadata or {})
+    description.write_text(json.dumps(to_dict(checkpoint), indent=2) + "\n", encoding="utf-8")
+    # safetensors makes files that only their owner may read.
+    weights.chmod(description.stat().st_mode)
+    os.replace(weights, directory / WEIGHTS_FILE)
+    os.replace(description, directory / CONFIG_FILE)
     return directory
 
 
