@@ -47,7 +47,8 @@ class Ratio:
     high: float
 
     def __str__(self) -> str:
-        return f"{self.value:.2f} ({self.low:.2f}–{self.high:.2f})"
+        spread = f" ({self.low:.2f}–{self.high:.2f})" if self.low < self.high else ""
+        return f"{self.value:.2f}{spread}"
 
 
 @dataclass(frozen=True)
@@ -237,7 +238,7 @@ def start(threads: int, rounds: int) -> None:
 def console() -> Console:
     """A console on stdout, wide enough for the tables when it is no terminal."""
     here = Console(highlight=False)
-    return here if here.is_terminal else Console(highlight=False, width=132)
+    return here if here.is_terminal else Console(highlight=False, width=140)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -17,7 +17,7 @@ def test_inference_compares_equal_outputs_and_prints_ratios(capsys):
     inference.main(quick=True)
     out = capsys.readouterr().out
     assert re.search(r"\d+ objects on either side", out)
-    assert re.search(r"maskrcnn_a2fpn_r50 .* \d\.\d\d \(\d\.\d\d–\d\.\d\d\)", out)
+    assert re.search(r"maskrcnn_a2fpn_r50 .* ms │ +\d+\.\d\d │", out)
 
 
 def test_reassemble_prints_a_ratio_of_time_and_memory_for_each_map(capsys):
@@ -30,7 +30,7 @@ def test_reassemble_prints_a_ratio_of_time_and_memory_for_each_map(capsys):
 def test_necks_measure_every_neck_that_takes_a_backbones_pyramid(capsys):
     necks.main(quick=True, pattern="*fpn*", profile=True)
     out = capsys.readouterr().out
-    assert re.search(r"│ fpn .* 1\.00 \(1\.00–1\.00\)", out)
+    assert re.search(r"│ fpn .* ms │ +1\.00 │", out)
     assert re.search(r"simple_fpn is left out: .* one map", out)
     assert re.search(r"│ a2fpn_lite +│ +GMACs │ +\d\.\d\d │ +<= 1\.80", out)
     assert re.search(r"│ context\.query +│", out)
@@ -99,3 +99,9 @@ def test_calls_take_turns():
     timings = measure.time_interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=2)
     assert "".join(order) == "baabba"
     assert len(timings.seconds["a"]) == 2
+
+
+def test_ratios_are_medians_of_the_rounds_ratios():
+    timings = measure.Timings({"ours": [1.0, 20.0, 3.0], "theirs": [2.0, 20.0, 4.0]})
+    assert str(timings.ratio("ours", "theirs")) == "0.75 (0.50–1.00)"
+    assert str(timings.ratio("ours", "ours")) == "1.00"
