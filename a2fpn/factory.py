@@ -190,8 +190,7 @@ def create_model(
     if pretrained and weights is None:
         available = ", ".join(PRETRAINED)
         raise ValueError(f"There are no pretrained weights for {name!r}; there are some for: {available}.")
-    if pretrained or (weights is not None and name == weights[0]):
-        assert weights is not None  # checked above
+    if weights is not None and (pretrained or name == weights[0]):
         return _from_folder(weights[1].folder, num_classes=num_classes, load=pretrained, overrides=overrides)
     backbone_weights = overrides.pop("backbone_weights", None)
     config = _parse_name(name, overrides.pop("backbone", None))
@@ -429,11 +428,4 @@ def _categories(categories: Sequence[Category | Mapping[str, Any]]) -> tuple[Cat
 
 
 def _keyword_arguments(neck: Callable[..., Neck]) -> set[str]:
-    """Keyword arguments of a neck's constructor, through ``**options`` up the class hierarchy."""
-    names: set[str] = set()
-    for cls in inspect.getmro(neck) if inspect.isclass(neck) else (neck,):
-        parameters = inspect.signature(cls.__init__ if inspect.isclass(cls) else cls).parameters.values()
-        names |= {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            break
-    return names - {"top_down", "bottom_up", "context"}
+    return {p.name for p in inspect.signature(neck).parameters.values() if p.kind is p.KEYWORD_ONLY}

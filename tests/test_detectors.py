@@ -318,7 +318,8 @@ def test_an_image_is_seen_alike_alone_and_among_others(detector: RCNN) -> None:
     together = detector(images)
     for image, result in zip(images, together, strict=True):
         (alone,) = detector([image])
-        same(result, alone)
+        # Products of other batch sizes round differently, and random weights amplify it.
+        same(result, alone, tolerance=5e-4)
 
 
 def test_bytes_are_seen_as_255ths(detector: RCNN) -> None:

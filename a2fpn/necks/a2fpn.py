@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import ClassVar
 
 from torch import Tensor
 
 from a2fpn.layers import GACAP, GACARAFE, MGC, AttentionKind
-from a2fpn.necks.neck import Fusion, NearestFusion, PyramidNeck, StridedFusion, register_neck
+from a2fpn.necks.neck import NearestFusion, PyramidNeck, StridedFusion, register_neck
 from a2fpn.pyramid import PyramidSpec
 
 _logger = logging.getLogger(__name__)
@@ -23,45 +24,42 @@ class ContextNeck(PyramidNeck):
 
     Args:
         in_spec: What the backbone gives.
-        top_down: Top-down fusion.
-        bottom_up: Bottom-up fusion, or None.
         out_channels: Channels of every level.
         extra_levels: Coarser levels added by subsampling.
         attention: Kind of attention in all steps of MGC.
         nodes: Semantic nodes per level; None takes ``node_budget * (6 - i)`` on level ``i`` (stride ``2**i``) and at
             most the level's channels.
-        node_budget: Nodes of the level of stride 32; finer levels have 2, 3, 4 times as many.
+        node_budget: Nodes of the level of stride 32, finer levels have 2, 3, 4 times as many; None takes the class's.
         orthogonal_weight: Weight of the orthogonal regularisation.
         norm_layer: Norm after each convolution (timm name), or None.
         act_layer: Activation after each convolution (timm name), or None.
     """
 
+    default_node_budget: ClassVar[int] = 64
+
     def __init__(
         self,
         in_spec: PyramidSpec,
         *,
-        top_down: Fusion,
-        bottom_up: Fusion | None,
         out_channels: int = 256,
         extra_levels: int = 1,
         attention: AttentionKind = "scaled_cosine",
         nodes: Sequence[int] | None = None,
-        node_budget: int = 64,
+        node_budget: int | None = None,
         orthogonal_weight: float = 1e-4,
         norm_layer: str | None = None,
         act_layer: str | None = None,
     ) -> None:
-        nodes = _default_nodes(in_spec, node_budget) if nodes is None else nodes
         super().__init__(
             in_spec,
-            top_down=top_down,
-            bottom_up=bottom_up,
-            context=MGC(in_spec.channels, out_channels, nodes=nodes, attention=attention),
             out_channels=out_channels,
             extra_levels=extra_levels,
             norm_layer=norm_layer,
             act_layer=act_layer,
         )
+        if nodes is None:
+            nodes = _default_nodes(in_spec, node_budget or self.default_node_budget)
+        self.context = MGC(in_spec.channels, out_channels, nodes=nodes, attention=attention)
         self.orthogonal_weight = orthogonal_weight
 
     def losses(self) -> dict[str, Tensor]:
@@ -83,29 +81,29 @@ def _default_nodes(in_spec: PyramidSpec, budget: int) -> list[int]:
 class PAFPNMGC(ContextNeck):
     """PAFPN with MGC: the rows of the supplement's Table 1; ``attention`` picks the kind.
 
-    Takes the arguments of :class:`ContextNeck` except the fusions.
+    Takes the arguments of :class:`ContextNeck`.
     """
 
-    def __init__(self, in_spec: PyramidSpec, **options: object) -> None:
-        super().__init__(in_spec, top_down=NearestFusion, bottom_up=StridedFusion, **options)  # type: ignore[arg-type]
+    top_down_fusion = NearestFusion
+    bottom_up_fusion = StridedFusion
 
 
 @register_neck("a2fpn_lite")
 class A2FPNLite(ContextNeck):
-    """MGC and GACARAFE without a bottom-up path.
+    """MGC with half the nodes, and GACARAFE without a bottom-up path.
 
-    Takes the arguments of :class:`ContextNeck` except the fusions.
+    Takes the arguments of :class:`ContextNeck`.
     """
 
-    def __init__(self, in_spec: PyramidSpec, *, node_budget: int = 32, **options: object) -> None:
-        super().__init__(in_spec, top_down=GACARAFE, bottom_up=None, node_budget=node_budget, **options)  # type: ignore[arg-type]
+    top_down_fusion = GACARAFE
+    default_node_budget = 32
 
 
 @register_neck("a2fpn")
 class A2FPN(ContextNeck):
     """The whole A2-FPN: MGC, GACARAFE on the way down, GACAP on the way up.
 
-    Takes the arguments of :class:`ContextNeck` except the fusions.
+    Takes the arguments of :class:`ContextNeck`.
 
     Example:
         >>> import torch
@@ -117,5 +115,5 @@ class A2FPN(ContextNeck):
         ['loss_orthogonal']
     """
 
-    def __init__(self, in_spec: PyramidSpec, **options: object) -> None:
-        super().__init__(in_spec, top_down=GACARAFE, bottom_up=GACAP, **options)  # type: ignore[arg-type]
+    top_down_fusion = GACARAFE
+    bottom_up_fusion = GACAP

@@ -4,35 +4,13 @@ from __future__ import annotations
 
 from a2fpn.layers import CARAFE
 from a2fpn.necks.neck import PyramidNeck, register_neck
-from a2fpn.pyramid import PyramidSpec
 
 
 @register_neck("carafe_fpn")
 class CARAFEFPN(PyramidNeck):
     """FPN whose top-down path reassembles the coarse map with kernels that it predicts itself.
 
-    Args:
-        in_spec: What the backbone gives.
-        out_channels: Channels of every level.
-        extra_levels: Coarser levels added by subsampling.
-        norm_layer: Norm after each convolution (timm name), or None.
-        act_layer: Activation after each convolution (timm name), or None.
+    Takes the arguments of :class:`~a2fpn.necks.neck.PyramidNeck`.
     """
 
-    def __init__(
-        self,
-        in_spec: PyramidSpec,
-        *,
-        out_channels: int = 256,
-        extra_levels: int = 1,
-        norm_layer: str | None = None,
-        act_layer: str | None = None,
-    ) -> None:
-        super().__init__(
-            in_spec,
-            top_down=CARAFE,
-            out_channels=out_channels,
-            extra_levels=extra_levels,
-            norm_layer=norm_layer,
-            act_layer=act_layer,
-        )
+    top_down_fusion = CARAFE

@@ -18,9 +18,6 @@ from a2fpn._registry import Registry
 from a2fpn.layers import MGC, ConvNormAct
 from a2fpn.pyramid import Features, LevelSpec, PyramidSpec, check_features, level_name, level_size
 
-Fusion = Callable[[int], nn.Module]
-"""Makes a module ``(source, target, valid) -> merged`` for ``d`` channels that merges one level into the next."""
-
 
 class Neck(nn.Module, ABC):
     """Turns backbone features into a pyramid of equal channels.
@@ -124,61 +121,6 @@ NECKS: Registry[Callable[..., Neck]] = Registry("neck")
 register_neck = NECKS.register
 
 
-class PyramidNeck(Neck):
-    """Lateral convolutions, optional global context, a top-down and an optional bottom-up path.
-
-    The members of the family differ in the parts that they plug in.
-
-    Args:
-        in_spec: What the backbone gives.
-        out_channels: Channels ``d`` of every level.
-        extra_levels: Coarser levels added by subsampling.
-        top_down: Makes the module that merges a coarse level into the next finer one.
-        bottom_up: Makes the module that merges a fine level into the next coarser one; None leaves the path out.
-        context: Global context added to the laterals, or None.
-        norm_layer: Norm after each convolution (timm name), or None.
-        act_layer: Activation after each convolution (timm name), or None.
-    """
-
-    def __init__(
-        self,
-        in_spec: PyramidSpec,
-        *,
-        top_down: Fusion,
-        bottom_up: Fusion | None = None,
-        context: MGC | None = None,
-        out_channels: int = 256,
-        extra_levels: int = 1,
-        norm_layer: str | None = None,
-        act_layer: str | None = None,
-    ) -> None:
-        super().__init__(in_spec, out_channels=out_channels, extra_levels=extra_levels)
-
-        def conv(in_channels: int, kernel_size: int) -> ConvNormAct:
-            return ConvNormAct(in_channels, out_channels, kernel_size, norm_layer=norm_layer, act_layer=act_layer)
-
-        steps = range(len(in_spec) - 1)
-        self.lateral = nn.ModuleList(conv(channels, 1) for channels in in_spec.channels)
-        self.context = context
-        self.top_down = nn.ModuleList(top_down(out_channels) for _ in steps)
-        self.output = nn.ModuleList(conv(out_channels, 3) for _ in in_spec)
-        self.bottom_up = None if bottom_up is None else nn.ModuleList(bottom_up(out_channels) for _ in steps)
-        self.bottom_up_output = None if bottom_up is None else nn.ModuleList(conv(out_channels, 3) for _ in steps)
-
-    def fuse(self, features: list[Tensor], valid: list[Tensor | None]) -> list[Tensor]:
-        """See :meth:`Neck.fuse`."""
-        pyramid: list[Tensor] = [lateral(x) for lateral, x in zip(self.lateral, features, strict=True)]
-        if self.context is not None:
-            pyramid = [x + y for x, y in zip(pyramid, self.context(features, valid), strict=True)]
-        for i in reversed(range(len(pyramid) - 1)):
-            pyramid[i] = self.top_down[i](pyramid[i + 1], pyramid[i], valid[i])
-        pyramid = [output(x) for output, x in zip(self.output, pyramid, strict=True)]
-        if self.bottom_up is not None and self.bottom_up_output is not None:
-            for i, (merge, output) in enumerate(zip(self.bottom_up, self.bottom_up_output, strict=True)):
-                pyramid[i + 1] = output(merge(pyramid[i], pyramid[i + 1], valid[i + 1]))
-        return pyramid
-
-
 class NearestFusion(nn.Module):
     """Nearest-neighbour upsampling and addition (Lin et al., "Feature Pyramid Networks", CVPR 2017).
 
@@ -212,3 +154,62 @@ class StridedFusion(nn.Module):
             # Backbones that round sizes down leave a row or column over.
             down = F.interpolate(down, size=coarse.shape[-2:], mode="nearest")
         return coarse + down
+
+
+class PyramidNeck(Neck):
+    """Lateral convolutions, optional global context, a top-down and an optional bottom-up path.
+
+    The members of the family differ in the parts that they name.
+
+    Args:
+        in_spec: What the backbone gives.
+        out_channels: Channels ``d`` of every level.
+        extra_levels: Coarser levels added by subsampling.
+        norm_layer: Norm after each convolution (timm name), or None.
+        act_layer: Activation after each convolution (timm name), or None.
+
+    Attributes:
+        top_down_fusion: Module for ``d`` channels, ``(coarse, fine, valid) -> merged``, that merges a level into the
+            next finer one; ``valid`` masks the level merged into.
+        bottom_up_fusion: Module ``(fine, coarse, valid) -> merged`` that merges a level into the next coarser one;
+            None leaves the path out.
+        context: Global context added to the laterals, or None.
+    """
+
+    top_down_fusion: ClassVar[type[nn.Module]]
+    bottom_up_fusion: ClassVar[type[nn.Module] | None] = None
+
+    def __init__(
+        self,
+        in_spec: PyramidSpec,
+        *,
+        out_channels: int = 256,
+        extra_levels: int = 1,
+        norm_layer: str | None = None,
+        act_layer: str | None = None,
+    ) -> None:
+        super().__init__(in_spec, out_channels=out_channels, extra_levels=extra_levels)
+
+        def conv(in_channels: int, kernel_size: int) -> ConvNormAct:
+            return ConvNormAct(in_channels, out_channels, kernel_size, norm_layer=norm_layer, act_layer=act_layer)
+
+        steps, down = range(len(in_spec) - 1), self.bottom_up_fusion
+        self.lateral = nn.ModuleList(conv(channels, 1) for channels in in_spec.channels)
+        self.context: MGC | None = None
+        self.top_down = nn.ModuleList(self.top_down_fusion(out_channels) for _ in steps)
+        self.output = nn.ModuleList(conv(out_channels, 3) for _ in in_spec)
+        self.bottom_up = None if down is None else nn.ModuleList(down(out_channels) for _ in steps)
+        self.bottom_up_output = None if down is None else nn.ModuleList(conv(out_channels, 3) for _ in steps)
+
+    def fuse(self, features: list[Tensor], valid: list[Tensor | None]) -> list[Tensor]:
+        """See :meth:`Neck.fuse`."""
+        pyramid: list[Tensor] = [lateral(x) for lateral, x in zip(self.lateral, features, strict=True)]
+        if self.context is not None:
+            pyramid = [x + y for x, y in zip(pyramid, self.context(features, valid), strict=True)]
+        for i in reversed(range(len(pyramid) - 1)):
+            pyramid[i] = self.top_down[i](pyramid[i + 1], pyramid[i], valid[i])
+        pyramid = [output(x) for output, x in zip(self.output, pyramid, strict=True)]
+        if self.bottom_up is not None and self.bottom_up_output is not None:
+            for i, (merge, output) in enumerate(zip(self.bottom_up, self.bottom_up_output, strict=True)):
+                pyramid[i + 1] = output(merge(pyramid[i], pyramid[i + 1], valid[i + 1]))
+        return pyramid
