@@ -344,7 +344,7 @@ def test_a_bad_image_is_skipped_and_counted(arguments, tmp_path, capsys):
 
 def test_a_bad_image_stops_a_strict_run(arguments, tmp_path, capsys):
     (tmp_path / "train" / "images" / "1.png").write_bytes(b"no image")
-    assert main([*arguments, "run.epochs=1", "data.strict=true", "data.workers=1"]) == 2
+    assert main([*arguments, "run.epochs=1", "--strict-data", "data.workers=1"]) == 2
     assert "1.png: no readable image" in capsys.readouterr().err.splitlines()[-1]
 
 

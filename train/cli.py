@@ -24,9 +24,11 @@ Trains a detector on a data set in COCO format.
     ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 train/ --config RECIPE data.root=DIR
 
 Settings on the command line override the recipe: section.key=value or --section.key value.
+--strict-data is short for data.strict=true: stop at the first bad image or annotation instead of skipping it.
 """
 ASSIGNMENT = re.compile(r"\w+(\.\w+)*=")
 FLAGS = ("--help", "--print_config")  # take no value after a blank
+SHORT = {"--strict-data": "--data.strict=true"}
 UNKNOWN_KEY = re.compile(
     r"unrecognized arguments: -*(?P<argument>[\w.]+)"
     r"|Option '(?P<option>[\w.]+)' is not accepted"
@@ -61,6 +63,7 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
     """
     parser = build_parser()
     options = []
+    arguments = [SHORT.get(argument, argument) for argument in arguments]
     for previous, argument in zip(["", *arguments[:-1]], arguments, strict=True):
         is_value = previous.startswith("--") and "=" not in previous and not previous.startswith(FLAGS)
         options.append(f"--{argument}" if ASSIGNMENT.match(argument) and not is_value else argument)
