@@ -191,6 +191,11 @@ def create_model(
         available = ", ".join(PRETRAINED)
         raise ValueError(f"There are no pretrained weights for {name!r}; there are some for: {available}.")
     if weights is not None and (pretrained or name == weights[0]):
+        if pretrained_backbone and not pretrained:
+            raise ValueError(
+                f"{name!r} names trained weights. Pass pretrained=True to load them, or leave the tag out to start from "
+                "a pretrained backbone."
+            )
         return _from_folder(weights[1].folder, num_classes=num_classes, load=pretrained, overrides=overrides)
     backbone_weights = overrides.pop("backbone_weights", None)
     config = _parse_name(name, overrides.pop("backbone", None))

@@ -375,3 +375,8 @@ def test_backbones_come_by_name_and_option() -> None:
     assert backbone(torch.rand(1, 1, 32, 32))["c5"].shape[-2:] == (1, 1)
     with pytest.raises(ValueError, match=r"create_backbone: unknown key 'in_chan' .*Did you mean 'in_chans'"):
         a2fpn.create_backbone("test_resnet", in_chan=1)
+
+
+def test_a_tagged_name_does_not_start_from_a_pretrained_backbone() -> None:
+    with pytest.raises(ValueError, match="names trained weights. Pass pretrained=True to load them, or leave the tag"):
+        a2fpn.create_model("maskrcnn_a2fpn_lite0.nuclei", pretrained_backbone=True)
