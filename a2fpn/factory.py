@@ -193,8 +193,8 @@ def create_model(
     if weights is not None and (pretrained or name == weights[0]):
         if pretrained_backbone and not pretrained:
             raise ValueError(
-                f"{name!r} names trained weights. Pass pretrained=True to load them, or leave the tag out to start from "
-                "a pretrained backbone."
+                f"{name!r} names trained weights. Pass pretrained=True to load them, or leave the tag out to start "
+                "from a pretrained backbone."
             )
         return _from_folder(weights[1].folder, num_classes=num_classes, load=pretrained, overrides=overrides)
     backbone_weights = overrides.pop("backbone_weights", None)
