@@ -378,5 +378,5 @@ def test_backbones_come_by_name_and_option() -> None:
 
 
 def test_a_tagged_name_does_not_start_from_a_pretrained_backbone() -> None:
-    with pytest.raises(ValueError, match=r"names trained weights\. Pass pretrained=True to load them, or leave the tag"):
+    with pytest.raises(ValueError, match=r"names trained weights\. Pass pretrained=True to load them, or leave"):
         a2fpn.create_model("maskrcnn_a2fpn_lite0.nuclei", pretrained_backbone=True)
