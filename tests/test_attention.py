@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from a2fpn.layers import ATTENTION_KINDS, attend
+from a2fpn.layers import ATTENTION_KINDS, attend, attention
 from tests.helpers import attention_weights
 
 kinds = pytest.mark.parametrize("kind", ATTENTION_KINDS)
@@ -73,6 +73,16 @@ def test_gradients_are_finite_at_zero_vectors(kind: str, dtype: torch.dtype) -> 
         assert x.grad is not None
         assert x.grad.isfinite().all()
         assert x.grad.abs().max() < 1e6
+
+
+@pytest.mark.parametrize("norm", [0.0, 1e-5, 1e-3, 1.0])
+def test_unit_vectors_and_their_gradients_are_those_of_torch(norm: float) -> None:
+    x = (norm * F.normalize(torch.randn(2, 5, 8, dtype=torch.float64), dim=-1)).requires_grad_()
+    weight = torch.randn(2, 5, 8, dtype=torch.float64)
+    theirs, ours = F.normalize(x, dim=-1, eps=attention._EPS), attention._l2_normalise(x)
+    torch.testing.assert_close(ours, theirs)
+    expected, got = (torch.autograd.grad(y, x, weight)[0] for y in (theirs, ours))
+    torch.testing.assert_close(got, expected)
 
 
 @kinds

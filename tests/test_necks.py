@@ -114,6 +114,30 @@ def test_gradient_to_every_parameter(name: str) -> None:
 
 
 @every_neck
+def test_recomputing_in_training_changes_no_gradient(name: str) -> None:
+    neck = build_neck(name, spec_for(name))
+    randomise(neck)
+    features = random_features(spec_for(name), (65, 97))
+    gradients = []
+    for training in (True, False):
+        neck.train(training).zero_grad()
+        torch.manual_seed(0)  # the weights of the sum
+        weighted_sum(neck(features)).backward()
+        gradients.append({key: p.grad.clone() for key, p in neck.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert largest_difference(*gradients) == 0
+
+
+@every_neck
+def test_shapes_can_be_probed_without_memory(name: str) -> None:
+    with torch.device("meta"):
+        neck = build_neck(name, spec_for(name))
+        pyramid = neck(random_features(spec_for(name), (64, 96)))
+    assert [x.shape[1] for x in pyramid.values()] == list(neck.out_spec.channels)
+    assert {x.device.type for x in pyramid.values()} == {"meta"}
+
+
+@every_neck
 def test_gradient_to_every_input(name: str) -> None:
     features = random_features(spec_for(name), (65, 97), requires_grad=True)
     weighted_sum(build_neck(name, spec_for(name))(features)).backward()

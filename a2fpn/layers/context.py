@@ -11,13 +11,14 @@ Shape shorthand: ``B`` batch, ``C_i`` channels of level ``i``, ``d`` pyramid cha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from a2fpn.layers.attention import ATTENTION_KINDS, AttentionKind, attend
+from a2fpn.layers.precision import autocast_off
+from a2fpn.layers.recompute import recomputed
 
 
 class SelfAttention(nn.Module):
@@ -102,20 +103,10 @@ class MGC(nn.Module):
         """
         masks = [None] * len(features) if valid is None else valid
         collected = [
-            self._recomputed(self._collect, i, x, mask) for i, (x, mask) in enumerate(zip(features, masks, strict=True))
+            recomputed(self, self._collect, i, x, mask) for i, (x, mask) in enumerate(zip(features, masks, strict=True))
         ]
         nodes = self.global_reasoning(torch.cat(collected, 1))
-        return [self._recomputed(self._distribute, i, x, nodes) for i, x in enumerate(features)]
-
-    def _recomputed(self, step: Callable[..., Tensor], *inputs: object) -> Tensor:
-        """Runs a step; in training it keeps only its inputs and runs again in the backward pass.
-
-        Normalised pixels, queries and attended values would take several times the memory of the pyramid itself.
-        """
-        if not (self.training and torch.is_grad_enabled()):
-            return step(*inputs)
-        result: Tensor = checkpoint(step, *inputs, use_reentrant=False, preserve_rng_state=False)
-        return result
+        return [recomputed(self, self._distribute, i, x, nodes) for i, x in enumerate(features)]
 
     def _collect(self, level: int, x: Tensor, valid: Tensor | None) -> Tensor:
         pixels = x.flatten(2).transpose(1, 2)
@@ -164,7 +155,7 @@ def orthogonality(weight: Tensor, *, unit_norm: bool) -> Tensor:
         >>> orthogonality(2 * torch.eye(3), unit_norm=True), orthogonality(2 * torch.eye(3), unit_norm=False)
         (tensor(27.), tensor(0.))
     """
-    with torch.autocast(weight.device.type, enabled=False):
+    with autocast_off(weight):
         gram = weight @ weight.T
         identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         return (gram - identity if unit_norm else gram * (1 - identity)).square().sum()

@@ -12,6 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from a2fpn.layers.precision import autocast_off
+from a2fpn.layers.recompute import recomputed
+
 # Bytes of gathered windows that a block of rows may hold: about a last-level cache, so that a block is read
 # back before it leaves, and a bound on what the op needs beyond its input and output.
 _BLOCK_BYTES = {"cpu": 2**21, "cuda": 2**27}
@@ -88,22 +91,15 @@ class _Blocks:
         self.dense = (self.height, self.width) == (h, w)
         self.rows = _source_index(self.height, h, x.device)
         self.columns = _source_index(self.width, w, x.device)
-        self.padded = F.pad(x, (k // 2,) * 4, mode="replicate").permute(0, 2, 3, 1).contiguous()
-        self.kernels = self.split(kernels)
+        self.padded = _pad_channels_last(x, k // 2)
+        self.kernels = self.blocked(kernels)
         row_bytes = self.batch * self.width * k * k * self.channels * x.element_size()
         self.step = max(1, _BLOCK_BYTES.get(x.device.type, _BLOCK_BYTES["cuda"]) // max(1, row_bytes))
 
-    def split(self, x: Tensor) -> Tensor:
-        """``(B, C, H, W)`` -> ``(B, rows, columns, scale * scale, C)``."""
-        b, c, s = x.shape[0], x.shape[1], self.scale
-        x = x.permute(0, 2, 3, 1).reshape(b, self.height, s, self.width, s, c)
-        return x.transpose(2, 3).reshape(b, self.height, self.width, s * s, c)
-
-    def join(self, x: Tensor) -> Tensor:
-        """The inverse of :meth:`split`, as a channels-last ``(B, C, H, W)``."""
-        b, c, s = x.shape[0], x.shape[-1], self.scale
-        x = x.reshape(b, self.height, self.width, s, s, c).transpose(2, 3)
-        return x.reshape(b, self.height * s, self.width * s, c).permute(0, 3, 1, 2)
+    def blocked(self, x: Tensor) -> Tensor:
+        """A view of target-sized ``(B, C, H, W)`` as ``(B, rows, columns, scale, scale, C)``."""
+        s = self.scale
+        return x.permute(0, 2, 3, 1).view(x.shape[0], self.height, s, self.width, s, x.shape[1]).transpose(2, 3)
 
     def row_blocks(self) -> list[slice]:
         return [slice(start, min(start + self.step, self.height)) for start in range(0, self.height, self.step)]
@@ -139,6 +135,19 @@ class _Blocks:
         return self.kernels[:, block].reshape(-1, self.scale**2, self.k**2)
 
 
+def _pad_channels_last(x: Tensor, pad: int) -> Tensor:
+    """Replicate padding of ``(B, C, h, w)`` to ``(B, h + 2 pad, w + 2 pad, C)`` in one allocation."""
+    b, c, h, w = x.shape
+    padded = x.new_empty(b, h + 2 * pad, w + 2 * pad, c)
+    rows = padded.narrow(1, pad, h)
+    rows.narrow(2, pad, w).copy_(x.permute(0, 2, 3, 1))
+    rows.narrow(2, 0, pad).copy_(rows.narrow(2, pad, 1))
+    rows.narrow(2, pad + w, pad).copy_(rows.narrow(2, pad + w - 1, 1))
+    padded.narrow(1, 0, pad).copy_(padded.narrow(1, pad, 1))
+    padded.narrow(1, pad + h, pad).copy_(padded.narrow(1, pad + h - 1, 1))
+    return padded
+
+
 class _Reassemble(torch.autograd.Function):
     """The op; its products run in the dtype of ``x``, in both passes, whatever autocast says around them."""
 
@@ -146,41 +155,51 @@ class _Reassemble(torch.autograd.Function):
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, kernels: Tensor, k: int) -> Tensor:
         ctx.save_for_backward(x, kernels)
         ctx.k = k  # type: ignore[attr-defined]
-        with torch.autocast(x.device.type, enabled=False):
-            return _weigh(_Blocks(x, kernels, k))
+        with autocast_off(x):
+            return _weigh(_Blocks(x, kernels, k), kernels)
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, kernels = ctx.saved_tensors  # type: ignore[attr-defined]
-        with torch.autocast(x.device.type, enabled=False):
+        with autocast_off(x):
             grad_x, grad_kernels = _weigh_backward(_Blocks(x, kernels, ctx.k), grad)  # type: ignore[attr-defined]
         return grad_x, grad_kernels, None
 
 
-def _weigh(blocks: _Blocks) -> Tensor:
-    out = blocks.padded.new_empty(blocks.batch, blocks.height, blocks.width, blocks.scale**2, blocks.channels)
+def _weigh(blocks: _Blocks, kernels: Tensor) -> Tensor:
+    out = _empty_channels_last(kernels, blocks.channels)
+    blocked = blocks.blocked(out)
     for block in blocks.row_blocks():
         product = torch.bmm(blocks.weights(block), blocks.windows(block))
-        out[:, block] = product.reshape(blocks.batch, -1, *out.shape[2:])
-    return blocks.join(out)
+        blocked[:, block] = product.reshape(blocked[:, block].shape)
+    return out
 
 
 def _weigh_backward(blocks: _Blocks, grad: Tensor) -> tuple[Tensor, Tensor]:
-    grads = blocks.split(grad)
+    grads = blocks.blocked(grad)
     grad_padded = torch.zeros_like(blocks.padded)
-    grad_kernels = torch.empty_like(blocks.kernels)
+    grad_kernels = _empty_channels_last(grad, blocks.k**2)
+    blocked = blocks.blocked(grad_kernels)
     for block in blocks.row_blocks():
         g = grads[:, block].reshape(-1, blocks.scale**2, blocks.channels)
         product = torch.bmm(g, blocks.windows(block).transpose(1, 2))
-        grad_kernels[:, block] = product.reshape(blocks.batch, -1, *grad_kernels.shape[2:])
+        blocked[:, block] = product.reshape(blocked[:, block].shape)
         blocks.add_windows(grad_padded, torch.bmm(blocks.weights(block).transpose(1, 2), g), block)
-    return _fold_border(grad_padded, blocks.k // 2).permute(0, 3, 1, 2), blocks.join(grad_kernels)
+    return _fold_border(grad_padded, blocks.k // 2).permute(0, 3, 1, 2), grad_kernels
+
+
+def _empty_channels_last(like: Tensor, channels: int) -> Tensor:
+    b, _, h, w = like.shape
+    return like.new_empty(b, h, w, channels).permute(0, 3, 1, 2)
 
 
 def _fold_border(padded: Tensor, pad: int) -> Tensor:
-    """Gradient of replicate padding: adds the border of ``(B, h + 2 pad, w + 2 pad, C)`` to the edge pixels."""
+    """Gradient of replicate padding: adds the border of ``(B, h + 2 pad, w + 2 pad, C)`` to the edge pixels.
+
+    Works in place; the result is the inner part.
+    """
     for dim in (1, 2):
-        inner = padded.narrow(dim, pad, padded.shape[dim] - 2 * pad).clone()
+        inner = padded.narrow(dim, pad, padded.shape[dim] - 2 * pad)
         inner.narrow(dim, 0, 1).add_(padded.narrow(dim, 0, pad).sum(dim, keepdim=True))
         inner.narrow(dim, inner.shape[dim] - 1, 1).add_(
             padded.narrow(dim, padded.shape[dim] - pad, pad).sum(dim, keepdim=True)
@@ -277,6 +296,9 @@ class CARAFE(nn.Module):
 
     def forward(self, coarse: Tensor, fine: Tensor, valid: Tensor | None = None) -> Tensor:
         """Merges ``(B, C, h, w)`` into ``(B, C, H, W)``; ``valid`` is unused, kept for one signature of fusions."""
+        return recomputed(self, self._merge, coarse, fine)
+
+    def _merge(self, coarse: Tensor, fine: Tensor) -> Tensor:
         size = (fine.shape[-2], fine.shape[-1])
         kernels: Tensor = self.kernels(F.interpolate(self.compress(coarse), size=size, mode="nearest"))
         return fine + reassemble(coarse, kernels, size)
@@ -304,6 +326,9 @@ class GACARAFE(nn.Module):
 
     def forward(self, coarse: Tensor, fine: Tensor, valid: Tensor | None = None) -> Tensor:
         """Merges ``coarse`` ``(B, C, h, w)`` into ``fine`` ``(B, C, H, W)``; ``valid`` is the fine level's mask."""
+        return recomputed(self, self._merge, coarse, fine, valid)
+
+    def _merge(self, coarse: Tensor, fine: Tensor, valid: Tensor | None) -> Tensor:
         size = (fine.shape[-2], fine.shape[-1])
         context = F.interpolate(self.compress_coarse(coarse), size=size, mode="nearest")
         kernels = self.kernels(torch.cat([context, self.compress_fine(fine)], 1))
@@ -338,6 +363,9 @@ class GACAP(nn.Module):
 
     def forward(self, fine: Tensor, coarse: Tensor, valid: Tensor | None = None) -> Tensor:
         """Merges ``fine`` ``(B, C, H, W)`` into ``coarse`` ``(B, C, h, w)``; ``valid`` is the coarse level's mask."""
+        return recomputed(self, self._merge, fine, coarse, valid)
+
+    def _merge(self, fine: Tensor, coarse: Tensor, valid: Tensor | None) -> Tensor:
         size = (coarse.shape[-2], coarse.shape[-1])
         # Compression is linear, so averaging first gives the same map for a quarter of the work.
         context = self.compress_fine(F.adaptive_avg_pool2d(fine, size))
