@@ -6,13 +6,35 @@ import timm
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
 
-from a2fpn.backbones import ALIASES, TimmBackbone, pretrained_statistics, resolve_backbone_name
-from a2fpn.config import BackboneConfig
-from tests.helpers import randomise, weighted_sum, with_zero_gradient
+import a2fpn
+from a2fpn.backbones import (
+    ALIASES,
+    TimmBackbone,
+    pretrained_statistics,
+    resolve_backbone_name,
+    weights_licence,
+)
+from a2fpn.backbones.pretrained import _say_licence
+from a2fpn.config import BackboneConfig, PreprocessConfig
+from a2fpn.layers import resample
+from a2fpn.preprocess import Preprocess
+from a2fpn.pyramid import level_size
+from tests.helpers import (
+    largest_difference,
+    random_target,
+    randomise,
+    tiny_model,
+    weighted_sum,
+    with_zero_gradient,
+    without_gradient,
+)
 
 # One of each kind: maps at stride 2, classifier parts to leave out, sizes rounded down, channels last (NHWC).
 FAMILIES = ["test_resnet", "test_efficientnet", "test_convnext", "test_mambaout", "test_byobnet"]
+# And those that lack strides, the one by having a single one.
+EVERY_KIND = [*FAMILIES, "test_vit", "efficientvim_m1"]
 families = pytest.mark.parametrize("name", FAMILIES)
 
 
@@ -25,16 +47,31 @@ def check_maps(backbone: TimmBackbone, x: torch.Tensor) -> None:
     assert tuple(maps) == backbone.out_spec.names == ("c2", "c3", "c4", "c5")
     assert backbone.out_spec.strides == (4, 8, 16, 32)
     for name, level in backbone.out_spec.items():
-        assert maps[name].shape[:2] == (len(x), level.channels)
-        # Networks round down or up, and nothing else.
-        for side, got in zip(x.shape[-2:], maps[name].shape[-2:], strict=True):
-            assert side // level.stride <= got <= -(-side // level.stride), name
+        assert maps[name].shape == (len(x), level.channels, *level_size(x.shape[-2:], level.stride)), name
+
+
+@pytest.mark.parametrize("name", EVERY_KIND)
+@pytest.mark.parametrize("size", [(64, 96), (97, 133)])
+def test_maps_are_as_declared(name: str, size: tuple[int, int]) -> None:
+    check_maps(build(name).eval(), torch.randn(2, 3, *size))
 
 
 @families
-@pytest.mark.parametrize("size", [(64, 96), (97, 133)])
-def test_maps_are_as_declared(name: str, size: tuple[int, int]) -> None:
-    check_maps(build(name), torch.randn(2, 3, *size))
+def test_maps_lie_where_their_strides_say(name: str) -> None:
+    """What is seen at a cell comes from the pixels around it: a dot moves by whole cells when moved by the stride."""
+    backbone = build(name).eval()
+    x = torch.zeros(3, 3, 256, 256)
+    x[1, :, 128:132, 64:68] = 9
+    x[2, :, 64:68, 160:164] = 9
+    for stride, maps in zip(backbone.out_spec.strides[:2], list(backbone(x).values())[:2], strict=True):
+        for image, (row, column) in ((1, (130, 66)), (2, (66, 162))):
+            change = (maps[image] - maps[0]).abs().sum(0)
+            height, width = change.shape
+            assert (height, width) == (256 // stride, 256 // stride)
+            rows = (change.sum(1) * torch.arange(height)).sum() / change.sum()
+            columns = (change.sum(0) * torch.arange(width)).sum() / change.sum()
+            assert abs(rows.item() * stride - row) < 3 * stride
+            assert abs(columns.item() * stride - column) < 3 * stride
 
 
 CHANNELS = {
@@ -55,8 +92,7 @@ def test_aliases_are_backbones_with_a_pinned_tag(name: str) -> None:
     with torch.device("meta"):
         backbone = build(name)
         assert backbone.out_spec.channels == CHANNELS[name]
-        # Swin insists on whole patches.
-        check_maps(backbone, torch.empty(1, 3, *((100, 132) if "swin" in name else (97, 133))))
+        check_maps(backbone, torch.empty(1, 3, 97, 133))
 
 
 def test_swin_takes_images_of_any_size_and_gives_channels_first() -> None:
@@ -70,7 +106,7 @@ def test_wanted_strides_are_found_wherever_they_are() -> None:
     assert [tuple(x.shape[-2:]) for x in backbone(torch.randn(1, 3, 64, 96)).values()] == [(8, 12), (2, 3)]
 
 
-@families
+@pytest.mark.parametrize("name", EVERY_KIND)
 def test_gradient_to_every_parameter(name: str) -> None:
     backbone = build(name)
     # Residual branches start at zero, and let nothing through.
@@ -79,8 +115,138 @@ def test_gradient_to_every_parameter(name: str) -> None:
     assert with_zero_gradient(backbone) == []
 
 
-def test_any_number_of_image_channels() -> None:
-    check_maps(build("test_resnet", in_chans=5), torch.randn(1, 5, 64, 64))
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
+@pytest.mark.parametrize("channels", [1, 5])
+def test_any_number_of_image_channels(name: str, channels: int) -> None:
+    check_maps(build(name, in_chans=channels), torch.randn(1, channels, 64, 64))
+
+
+@pytest.mark.parametrize("name", EVERY_KIND)
+@pytest.mark.parametrize("strides", [(4, 8, 16), (8, 32), (16,), (8, 16, 32, 64, 128)])
+def test_no_parameter_is_dead_whatever_levels_are_wanted(name: str, strides: tuple[int, ...]) -> None:
+    backbone = build(name, strides=strides).eval()
+    assert backbone.out_spec.strides == strides
+    weighted_sum(backbone(torch.randn(1, 3, 128, 128))).backward()
+    assert without_gradient(backbone) == []
+    # What is left out is left out, and not only frozen; a few numbers timm itself freezes.
+    assert sum(p.numel() for p in backbone.parameters() if not p.requires_grad) < 10
+
+
+def test_what_lies_behind_the_last_level_is_left_out() -> None:
+    whole, part = build("test_efficientnet"), build("test_efficientnet", strides=(4, 8))
+    kept = sum(parameter.numel() for parameter in part.parameters())
+    assert kept < 0.5 * sum(parameter.numel() for parameter in whole.parameters())
+    part.load_state_dict(whole.state_dict(), strict=False)
+    x = torch.randn(1, 3, 64, 64)
+    expected = whole.eval()(x)
+    assert all(torch.equal(got, expected[name]) for name, got in part.eval()(x).items())
+
+
+def test_missing_levels_are_made_from_the_one_there_is() -> None:
+    backbone = build("test_vit").eval()
+    assert [key for key in backbone.made] == ["4", "8", "16", "32"]
+    assert len(build("test_vit", strides=(16,)).made) == 0
+    (level,) = build("test_vit", strides=(16,)).out_spec.values()
+    modules, channels = resample(level.channels, 16, 4)
+    assert [type(module) for module in backbone.made["4"][:-1]] == [type(module) for module in modules]
+    assert backbone.out_spec.channels == (channels, 2 * channels, level.channels, level.channels)
+
+
+def test_missing_levels_of_a_pyramid_are_made_from_the_nearest() -> None:
+    backbone = build("efficientvim_m1")
+    assert backbone.attachment.strides == (16, 32, 64)
+    # Those that it has stay as they are, and so do the names of its tensors.
+    assert list(backbone.made) == ["4", "8"]
+    assert backbone._sources == [0, 0, 0, 1]
+
+
+def test_no_levels_are_an_error() -> None:
+    with pytest.raises(ValueError, match="needs at least one stride, got none"):
+        build("test_resnet", strides=())
+
+
+@pytest.mark.parametrize("neck", ["a2fpn", "simple_fpn"])
+def test_a_detector_on_a_vision_transformer(neck: str) -> None:
+    model = tiny_model(f"maskrcnn_{neck}", backbone="test_vit")
+    assert model.neck.out_spec.strides == (4, 8, 16, 32, 64)
+    assert model.config.backbone.strides == ((4, 8, 16, 32) if neck == "a2fpn" else (16,))
+    losses = model([torch.rand(3, 64, 96)], [random_target([[8, 8, 40, 40]], (64, 96))])
+    torch.stack(list(losses.values())).sum().backward()
+    assert without_gradient(model.backbone) == []
+    assert len(model.eval()([torch.rand(3, 70, 50)])) == 1
+
+
+# Fixed sizes
+
+
+def on_meta(name: str, **options: object) -> TimmBackbone:
+    with torch.device("meta"):
+        return build(name, **options)
+
+
+def test_a_fixed_size_is_said_and_taken(caplog: pytest.LogCaptureFixture) -> None:
+    backbone = on_meta("mixer_s32_224").eval()
+    assert "mixer_s32_224 is built for images of 224 x 224" in caplog.text
+    check_maps(backbone, torch.empty(1, 3, 200, 224, device="meta"))
+    with pytest.raises(ValueError, match=r"built for images of at most 224 x 224, got 224 x 225"):
+        backbone(torch.empty(1, 3, 224, 225, device="meta"))
+
+
+def test_a_fixed_size_can_be_chosen() -> None:
+    backbone = on_meta("mixer_s32_224", image_size=448).eval()
+    check_maps(backbone, torch.empty(1, 3, 448, 300, device="meta"))
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "message"),
+    [
+        ("test_resnet", 224, "'test_resnet' takes images of any size; leave image_size at None, got 224"),
+        ("efficientformer_l1", 448, "exists for images of 224 x 224 only, got image_size=448"),
+        ("mixer_s32_224", 0, "image_size must be between 1 and 8192, got 0"),
+    ],
+)
+def test_sizes_that_cannot_be_are_an_error(name: str, size: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        on_meta(name, image_size=size)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("lite0", {}, {"size_divisor": None, "min_size": 800, "interpolation": "bicubic"}),
+        ("r50", {}, {"size_divisor": None, "interpolation": "bilinear"}),
+        ("r50", {"interpolation": "bicubic", "mean": [0.1, 0.2, 0.3]}, {"interpolation": "bicubic"}),
+        ("maxvit_tiny_tf_224", {}, {"size_divisor": 224, "min_size": 800}),
+        ("maxvit_tiny_tf_224", {"size_divisor": 448}, {"size_divisor": 448}),
+        ("mixer_s32_224", {}, {"size_divisor": 224, "min_size": 224, "max_size": 224}),
+        ("mixer_s32_224", {"image_size": 448}, {"size_divisor": 448, "min_size": 448, "max_size": 448}),
+    ],
+)
+def test_a_backbone_says_how_images_are_prepared(
+    name: str, options: dict[str, object], expected: dict[str, object]
+) -> None:
+    with torch.device("meta"):
+        model = a2fpn.create_model("fasterrcnn_fpn", backbone=name, **options)
+    got = vars(model.config.preprocess)
+    assert {key: got[key] for key in expected} == expected
+    assert got["mean"] == tuple(options.get("mean", pretrained_statistics(name)[0]))
+
+
+def test_images_are_resized_by_the_interpolation() -> None:
+    image = torch.rand(3, 10, 10)
+    results = {}
+    for mode in ("bilinear", "bicubic"):
+        config = PreprocessConfig(min_size=20, max_size=20, interpolation=mode, mean=(0.0,) * 3, std=(1.0,) * 3)
+        results[mode] = Preprocess(config, divisor=1)([image]).tensor
+        expected = nn.functional.interpolate(image[None], size=(20, 20), mode=mode, align_corners=False)
+        torch.testing.assert_close(results[mode], expected)
+    assert not torch.equal(*results.values())
+
+
+def test_padding_inside_does_not_depend_on_padding_outside() -> None:
+    backbone = on_meta("maxvit_tiny_tf_224").eval()
+    assert backbone.padded_size(230, 90) == (448, 224)
+    check_maps(backbone, torch.empty(1, 3, 230, 90, device="meta"))
 
 
 # Weights
@@ -193,9 +359,115 @@ def test_trainable_layers_are_at_most_the_levels(number: int) -> None:
         build("test_resnet", trainable_layers=number)
 
 
-def test_networks_whose_stages_cannot_be_told_apart_are_an_error() -> None:
-    with pytest.raises(ValueError, match="trainable_layers=2 is not supported for 'test_efficientnet'"):
-        build("test_efficientnet", trainable_layers=2)
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_vit"])
+def test_frozen_parts_get_no_gradient_and_the_others_do(name: str) -> None:
+    backbone = build(name, trainable_layers=2).train()
+    frozen = [p for p in backbone.parameters() if not p.requires_grad]
+    assert frozen
+    before = copy.deepcopy(frozen)
+    weighted_sum(backbone(torch.randn(2, 3, 64, 64))).backward()
+    assert without_gradient(backbone) == []
+    assert any(p.requires_grad for p in backbone.body.parameters())
+    torch.optim.SGD(backbone.parameters(), lr=1.0, weight_decay=0.1).step()
+    assert all(torch.equal(a, b) for a, b in zip(frozen, before, strict=True))
+
+
+def test_a_network_of_one_stride_is_frozen_from_the_image_on() -> None:
+    backbone = build("test_vit", trainable_layers=2)
+    trained = {
+        layer for name, layer in backbone.layer_ids().items() if dict(backbone.named_parameters())[name].requires_grad
+    }
+    frozen = set(backbone.layer_ids().values()) - trained
+    assert max(frozen) < min(trained)
+    assert 0.3 < len(frozen) / len(frozen | trained) < 0.7
+    # What makes the levels is new, and no one trained it before.
+    assert all(parameter.requires_grad for parameter in backbone.made.parameters())
+
+
+@pytest.mark.parametrize("norm", ["frozen", "sync", "gn"])
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_byobnet"])
+def test_norms_are_converted_with_their_activations(name: str, norm: str) -> None:
+    trained, converted = build(name).eval(), build(name, norm=norm)
+    kinds = {
+        "frozen": (timm.layers.FrozenBatchNormAct2d, FrozenBatchNorm2d),
+        "sync": (nn.SyncBatchNorm,),
+        "gn": (nn.GroupNorm,),
+    }
+    norms = {name: module for name, module in trained.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    assert norms
+    for key, old in norms.items():
+        new = converted.get_submodule(key)
+        assert isinstance(new, kinds[norm])
+        # torch's own converter drops them.
+        assert type(getattr(new, "act", None)) is type(getattr(old, "act", None))
+    if norm != "gn":
+        converted.load_state_dict(trained.state_dict(), strict=False)
+        x = torch.randn(2, 3, 64, 64)
+        assert largest_difference(trained(x), converted.eval()(x)) < 1e-4
+    else:
+        weighted_sum(converted.train()(torch.randn(1, 3, 64, 64))).backward()
+        assert without_gradient(converted) == []
+
+
+def test_batch_norm_of_vectors_is_frozen_too() -> None:
+    free, frozen = on_meta("levit_128s"), on_meta("levit_128s", norm="frozen").train()
+    assert sum(isinstance(module, nn.BatchNorm1d) for module in free.modules()) > 0
+    for module in frozen.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            assert not module.training
+            assert not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def saved_bytes(backbone: TimmBackbone, x: torch.Tensor) -> tuple[int, dict[str, torch.Tensor]]:
+    """Bytes that autograd keeps for the backward pass, and the gradients."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        return tensor
+
+    torch.manual_seed(0)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        maps = backbone(x)
+        size = sum(kept.values())
+    torch.stack([m.square().mean() for m in maps.values()]).sum().backward()
+    return size, {name: parameter.grad for name, parameter in backbone.named_parameters()}
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_vit"])
+def test_gradient_checkpointing_saves_memory_and_changes_nothing(name: str) -> None:
+    plain = build(name)
+    checkpointed = build(name, grad_checkpointing=True)
+    checkpointed.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 3, 96, 96)
+    (more, expected), (less, got) = saved_bytes(plain, x), saved_bytes(checkpointed, x)
+    assert less < 0.9 * more
+    for key in expected:
+        torch.testing.assert_close(got[key], expected[key])
+
+
+def test_networks_without_gradient_checkpointing_are_an_error() -> None:
+    with pytest.raises(ValueError, match="timm has no gradient checkpointing for 'hrnet_w18_small'"):
+        on_meta("hrnet_w18_small", grad_checkpointing=True)
+
+
+# The last two: no groups in timm, and names that a wrapper joined.
+@pytest.mark.parametrize(
+    "name", ["test_resnet", "test_efficientnet", "test_vit", "pit_ti_224", "poolformer_s12", "test_convnext"]
+)
+def test_every_parameter_has_a_layer(name: str) -> None:
+    backbone = on_meta(name)
+    ids = backbone.layer_ids()
+    assert list(sorted(ids)) == sorted(name for name, _ in backbone.named_parameters())
+    assert set(ids.values()) == set(range(max(ids.values()) + 1))
+    assert len(set(ids.values())) >= 3
+    first = next(
+        name for name, _ in backbone.body.named_parameters() if "stem" in name or "embed" in name or "conv" in name
+    )
+    assert ids[f"body.{first}"] == 0
+    assert all(layer == max(ids.values()) for name, layer in ids.items() if name.startswith("made."))
+    # Depth grows along the network: what the last map alone depends on is deeper than the stem.
+    assert max(layer for name, layer in ids.items() if name.startswith("body.")) >= max(ids.values()) - 1
 
 
 # Names
@@ -215,11 +487,47 @@ def test_unknown_names_are_an_error_with_the_closest(name: str, message: str) ->
         build(name)
 
 
-def test_networks_without_the_wanted_maps_are_an_error() -> None:
-    with pytest.raises(ValueError, match=r"'test_vit' has maps of stride \[16, 16, 16\], none of stride \[4, 8, 32\]"):
-        build("test_vit")
-
-
 def test_statistics_come_from_the_weights() -> None:
     assert pretrained_statistics("r50") == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     assert pretrained_statistics("lite0") == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+def test_a_licence_that_asks_for_care_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    _say_licence.cache_clear()
+    assert weights_licence("convnextv2_atto.fcmae") == "cc-by-nc-4.0"
+    assert weights_licence("convnextv2_atto.fcmae") == "cc-by-nc-4.0"
+    assert caplog.text.count("'cc-by-nc-4.0'") == 1
+    caplog.clear()
+    assert weights_licence("lite0") == "apache-2.0"
+    assert caplog.text == ""
+
+
+def test_the_licence_of_the_weights_goes_into_the_config(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    save_file(timm.create_model("test_resnet").state_dict(), path)
+    model = tiny_model("fasterrcnn_fpn", backbone="test_resnet.r160_in1k", backbone_weights=path)
+    assert model.config.backbone.license == "apache-2.0"
+    assert a2fpn.from_pretrained(a2fpn.save_pretrained(model, tmp_path)).config.backbone.license == "apache-2.0"
+    assert tiny_model("fasterrcnn_fpn", backbone="test_resnet").config.backbone.license is None
+
+
+# What timm's loader resizes for the switches: position embeddings, and bias tables of another size.
+@pytest.mark.parametrize(("name", "options"), [("test_vit", {}), ("test_vit_relpos", {"image_size": 320})])
+def test_weights_arrive_under_switches(name: str, options: dict[str, int], tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    save_file(timm.create_model(name).state_dict(), path)
+    backbone = TimmBackbone(BackboneConfig(name, **options), weights=path)
+    assert backbone.attachment.options or backbone.attachment.size or name == "test_vit"
+    check_maps(backbone.eval(), torch.randn(1, 3, 96, 200))
+
+
+@pytest.mark.parametrize(("trained", "wanted"), [("bn", "frozen"), ("frozen", "bn")])
+def test_trained_and_frozen_batch_norm_load_into_each_other(trained: str, wanted: str, tmp_path: Path) -> None:
+    model = tiny_model("fasterrcnn_fpn", backbone="test_resnet", norm=trained).eval()
+    folder = a2fpn.save_pretrained(model, tmp_path)
+    loaded = a2fpn.from_pretrained(folder, norm=wanted)
+    assert loaded.config.backbone.norm == wanted
+    counters = [key for key in loaded.state_dict() if key.endswith("num_batches_tracked")]
+    assert bool(counters) == (wanted == "bn")
+    x = torch.rand(1, 3, 64, 64)
+    assert largest_difference(model.backbone(x), loaded.backbone(x)) < 1e-4

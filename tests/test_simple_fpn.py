@@ -83,7 +83,7 @@ def test_a_vision_transformer_is_enough() -> None:
         (PyramidSpec.from_channels([8, 8], strides=[8, 16]), {}, r"from one map, got 2: .*c3.*c4.*such as 'fpn'"),
         (PyramidSpec({"c4": LevelSpec(8, 14)}), {}, r"power of two of their stride, got stride 14"),
         (VIT, {"strides": [4, 12]}, r"power of two of their stride, got stride 12"),
-        (VIT, {"strides": [8, 4]}, r"strides of a pyramid must increase from level to level, got \[8, 4"),
+        (VIT, {"strides": [8, 4]}, r"strides of a pyramid must not decrease from level to level, got \[8, 4"),
         (VIT, {"strides": []}, r"needs at least one stride, got none"),
     ],
 )

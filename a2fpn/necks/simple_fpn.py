@@ -9,8 +9,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from a2fpn.layers import ConvNormAct
-from a2fpn.layers.conv import resolve_layer
+from a2fpn.layers import ConvNormAct, resample
 from a2fpn.necks.neck import Neck, register_neck
 from a2fpn.pyramid import PyramidSpec
 
@@ -66,9 +65,11 @@ class SimpleFPN(Neck):
         (level,) = in_spec.values()
 
         def stage(stride: int) -> nn.Sequential:
-            resample, channels = _resample(level.channels, level.stride, stride, norm_layer, act_layer)
+            modules, channels = resample(
+                level.channels, level.stride, stride, norm_layer=norm_layer, act_layer=act_layer
+            )
             return nn.Sequential(
-                *resample,
+                *modules,
                 ConvNormAct(channels, out_channels, 1, norm_layer=norm_layer),
                 ConvNormAct(out_channels, out_channels, 3, norm_layer=norm_layer),
             )
@@ -78,20 +79,3 @@ class SimpleFPN(Neck):
     def fuse(self, features: list[Tensor], valid: list[Tensor | None]) -> list[Tensor]:
         """Maps the one ``(B, C, H, W)`` to ``(B, d, ceil(s H / t), ceil(s W / t))`` per level of stride ``t``."""
         return [stage(features[0]) for stage in self.stages]
-
-
-def _resample(
-    channels: int, source: int, target: int, norm_layer: str | None, act_layer: str | None
-) -> tuple[list[nn.Module], int]:
-    """Modules that take a map from one stride to another, and the channels they leave."""
-    modules: list[nn.Module] = []
-    while source > target:
-        modules.append(nn.ConvTranspose2d(channels, channels // 2, 2, stride=2))
-        source, channels = source // 2, channels // 2
-        if source > target:
-            modules += [] if norm_layer is None else [resolve_layer("norm_layer", norm_layer)(channels)]
-            modules += [] if act_layer is None else [resolve_layer("act_layer", act_layer)()]
-    if source < target:
-        # Partial windows count, so that odd sizes round up as strided convolutions do.
-        modules.append(nn.MaxPool2d(target // source, ceil_mode=True))
-    return modules, channels

@@ -1,0 +1,22 @@
+"""Any timm network as a backbone: maps chosen by stride, NCHW, frozen parts that stay frozen.
+
+The only part of the package that calls :func:`timm.create_model`.
+"""
+
+from a2fpn.backbones.attach import Attachment, UnsupportedBackboneError, find_attachment, list_backbones
+from a2fpn.backbones.names import ALIASES, resolve_backbone_name
+from a2fpn.backbones.pretrained import preprocessing, pretrained_statistics, weights_licence
+from a2fpn.backbones.timm_backbone import TimmBackbone
+
+__all__ = [
+    "ALIASES",
+    "Attachment",
+    "TimmBackbone",
+    "UnsupportedBackboneError",
+    "find_attachment",
+    "list_backbones",
+    "preprocessing",
+    "pretrained_statistics",
+    "resolve_backbone_name",
+    "weights_licence",
+]

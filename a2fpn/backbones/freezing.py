@@ -1,0 +1,160 @@
+"""Which parts of a network are trained, and which of its parameters matter at all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Literal
+
+import torch
+from timm.layers import BatchNormAct2d, GroupNormAct, convert_sync_batchnorm, freeze_batch_norm_2d
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+Norm = Literal["bn", "frozen", "sync", "gn"]
+
+
+def convert_norms(body: nn.Module, norm: Norm) -> nn.Module:
+    """Turns the batch norms of a network into another kind.
+
+    By timm's own converters, since torch's drop the activations that timm's norms hold. Other norms stay as they are.
+
+    Args:
+        body: The network; it is changed.
+        norm: ``"bn"`` changes nothing. ``"frozen"`` makes fixed affine maps of the 2-D ones. ``"sync"`` shares
+            statistics between processes (it trains on an accelerator only). ``"gn"`` makes group norms of at most 32
+            groups that keep the affine weights (Wu and He, "Group Normalization", ECCV 2018).
+
+    Returns:
+        The network.
+    """
+    if norm == "bn":
+        return body
+    # timm takes some maps by hooks on norms, which a converted one would not have.
+    hooked = {name: module for name, module in body.named_modules() if isinstance(module, _BatchNorm)}
+    if norm == "frozen":
+        body = freeze_batch_norm_2d(body)  # type: ignore[no-untyped-call]
+    elif norm == "sync":
+        body = convert_sync_batchnorm(body)  # type: ignore[no-untyped-call]
+    else:
+        _to_group_norm(body)
+    for name, old in hooked.items():
+        new = body.get_submodule(name)
+        new._forward_hooks.update(old._forward_hooks)
+        new._forward_pre_hooks.update(old._forward_pre_hooks)
+    return body
+
+
+def _to_group_norm(module: nn.Module) -> None:
+    for name, child in module.named_children():
+        if not isinstance(child, nn.BatchNorm2d):
+            _to_group_norm(child)
+            continue
+        groups, device = math.gcd(child.num_features, 32), next((x.device for x in child.buffers()), None)
+        if isinstance(child, BatchNormAct2d):
+            norm: nn.GroupNorm = GroupNormAct(
+                child.num_features, num_groups=groups, eps=child.eps, apply_act=False, device=device
+            )
+            norm.act, norm.drop = child.act, child.drop
+        else:
+            norm = nn.GroupNorm(groups, child.num_features, eps=child.eps, device=device)
+        if child.affine:
+            norm.weight, norm.bias = child.weight, child.bias
+        module.add_module(name, norm)
+
+
+def contributors(maps: Sequence[Tensor]) -> list[set[nn.Parameter]]:
+    """The parameters that each of several maps depends on, found by walking back what autograd recorded.
+
+    Example:
+        >>> first, second = nn.Linear(2, 2), nn.Linear(2, 2)
+        >>> x = first(torch.zeros(1, 2))
+        >>> [len(found) for found in contributors([x, second(x)])]
+        [2, 4]
+    """
+    return [_leaves(x) for x in maps]
+
+
+def _leaves(x: Tensor) -> set[nn.Parameter]:
+    leaves: set[nn.Parameter] = set()
+    seen = {x.grad_fn}
+    waiting = [x.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None:
+            continue
+        if hasattr(node, "variable"):
+            leaves.add(node.variable)
+        following = {after for after, _ in node.next_functions} - seen
+        seen |= following
+        waiting += following
+    return leaves
+
+
+def freeze_parameters(module: nn.Module, parameters: Collection[nn.Parameter]) -> Iterator[nn.Module]:
+    """Stops the training of parameters.
+
+    Args:
+        module: Where they are.
+        parameters: What to freeze.
+
+    Yields:
+        The largest modules of which all parameters are among them; these have to stay in evaluation mode.
+    """
+    own = list(module.parameters())
+    if own and all(parameter in parameters for parameter in own):
+        module.requires_grad_(False)
+        yield module
+        return
+    for parameter in module.parameters(recurse=False):
+        if parameter in parameters:
+            parameter.requires_grad_(False)
+    for child in module.children():
+        yield from freeze_parameters(child, parameters)
+
+
+def drop_dead(body: nn.Module, run: Callable[[], list[Tensor]]) -> int:
+    """Takes parameters out of a network that none of its maps depends on, heads and last norms above all.
+
+    A module that holds nothing else is left out; where the network can't run without it, and for single parameters,
+    training is stopped instead.
+
+    Args:
+        body: The network; it is changed.
+        run: Runs it, in evaluation mode and with gradients, and gives its maps.
+
+    Returns:
+        The number of tensors that were dead.
+    """
+    maps = run()
+    alive = set().union(*contributors(maps))
+    dead = {parameter for parameter in body.parameters() if parameter.requires_grad} - alive
+    shapes = [x.shape for x in maps]
+    # From the last on, since what follows wants the channels of what is left out.
+    for name in reversed(list(_dead_modules(body, dead))):
+        parent, _, child = name.rpartition(".")
+        holder = body.get_submodule(parent)
+        module = getattr(holder, child)
+        setattr(holder, child, nn.Identity())
+        if not _runs(run, shapes):
+            setattr(holder, child, module)
+    for parameter in dead:
+        parameter.requires_grad_(False)
+    return len(dead)
+
+
+def _dead_modules(module: nn.Module, dead: Collection[nn.Parameter], prefix: str = "") -> Iterator[str]:
+    for name, child in module.named_children():
+        own = list(child.parameters())
+        if own and all(parameter in dead for parameter in own):
+            yield prefix + name
+        elif own:
+            yield from _dead_modules(child, dead, f"{prefix}{name}.")
+
+
+def _runs(run: Callable[[], list[Tensor]], shapes: list[torch.Size]) -> bool:
+    # What a network raises with a part missing can't be foreseen.
+    try:
+        return [x.shape for x in run()] == shapes
+    except Exception:
+        return False

@@ -1,0 +1,43 @@
+"""Names of backbones: short aliases, and timm's own."""
+
+from __future__ import annotations
+
+import timm
+
+from a2fpn._registry import did_you_mean
+
+ALIASES = {
+    "r18": "resnet18.tv_in1k",
+    "r34": "resnet34.tv_in1k",
+    "r50": "resnet50.tv_in1k",
+    "r101": "resnet101.tv_in1k",
+    "convnext_tiny": "convnext_tiny.fb_in1k",
+    "swin_tiny": "swin_tiny_patch4_window7_224.ms_in1k",
+    "mobilenetv2_100": "mobilenetv2_100.ra_in1k",
+    "lite0": "tf_efficientnet_lite0.in1k",
+}
+"""Short names of backbones, each with its weights tag pinned: the tag alone moves AP by points."""
+
+
+def resolve_backbone_name(name: str) -> str:
+    """Full timm name for an alias or a timm name.
+
+    Raises:
+        ValueError: If neither knows it, with the closest names.
+
+    Example:
+        >>> resolve_backbone_name("r50")
+        'resnet50.tv_in1k'
+        >>> resolve_backbone_name("resnet5O")
+        Traceback (most recent call last):
+        ...
+        ValueError: Unknown backbone 'resnet5O'. Did you mean 'resnet50' or 'resnet51q' or 'resnet50t'?
+    """
+    full = ALIASES.get(name, name)
+    architecture, _, tag = full.partition(".")
+    if not timm.is_model(architecture):
+        raise ValueError(f"Unknown backbone {name!r}. {did_you_mean(name, [*ALIASES, *timm.list_models()])}")
+    known = [model.partition(".")[2] for model in timm.list_models(f"{architecture}.*", pretrained=True)]
+    if tag and tag not in known:
+        raise ValueError(f"Backbone {architecture!r} has no weights {tag!r}. {did_you_mean(tag, known)}")
+    return full

@@ -1,0 +1,143 @@
+"""Weights that timm loads, and what they expect of an image."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import timm
+from safetensors import SafetensorError
+from timm.models import load_state_dict
+from torch import Tensor, nn
+
+from a2fpn.backbones.attach import PYRAMID, Attachment, find_attachment
+from a2fpn.backbones.names import resolve_backbone_name
+from a2fpn.config import BackboneConfig
+
+_logger = logging.getLogger(__name__)
+
+_PERMISSIVE = {"apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0"}
+
+
+def create_with_weights(name: str, weights: str | Path | None, options: dict[str, Any]) -> nn.Module:
+    """Builds a network with timm's weights, or those of a local file.
+
+    timm adapts them to other image channels, and position embeddings, patches and bias tables to switches of the
+    constructor.
+
+    Args:
+        name: Full timm name.
+        weights: A local file that timm's loader reads; None downloads those that the name says.
+        options: Arguments of the constructor.
+
+    Raises:
+        ValueError: If the weights don't fit.
+        FileNotFoundError: If there is no such file.
+    """
+    if weights is not None:
+        return _create_from_file(name, Path(weights), options)
+    try:
+        body: nn.Module = timm.create_model(name, pretrained=True, **options)
+    except RuntimeError as error:
+        if "size mismatch" not in str(error) and "shape" not in str(error):
+            raise
+        raise ValueError(
+            f"The weights of {name!r} don't fit the network built with {options}: {str(error).strip()[:500]} "
+            "Without image_size it has the size of its weights."
+        ) from error
+    return body
+
+
+def _create_from_file(name: str, weights: Path, options: dict[str, Any]) -> nn.Module:
+    """Makes sure that the weights arrived.
+
+    timm loads feature extractors without looking at what is missing, since the classifier always is. Its loaders may
+    also rename and reshape. So what is compared is what the tensors hold, not what they are called.
+    """
+    if not weights.is_file():
+        raise FileNotFoundError(f"Backbone weights {str(weights)!r} do not exist.")
+    try:
+        body: nn.Module = timm.create_model(
+            name, pretrained=True, pretrained_cfg_overlay={"file": str(weights)}, **options
+        )
+        stored = {_content(x) for x in load_state_dict(str(weights)).values()}
+    except (RuntimeError, SafetensorError, UnpicklingError) as error:
+        raise ValueError(f"{str(weights)!r} holds no weights of {name!r}: {str(error).strip()}") from error
+    kernels = [x for x in body.parameters() if x.ndim > 1]
+    if 2 * sum(_content(x) in stored for x in kernels) < len(kernels):
+        raise ValueError(f"{str(weights)!r} holds no weights of {name!r}; are they those of another backbone?")
+    return body
+
+
+def _content(x: Tensor) -> tuple[int, float]:
+    return x.numel(), x.detach().flatten().double().sum().item()
+
+
+def pretrained_statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of the input that a network's weights expect, in the unit range.
+
+    Example:
+        >>> pretrained_statistics("lite0")
+        ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    """
+    config = timm.get_pretrained_cfg(resolve_backbone_name(name))
+    if config is None:
+        return (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    return tuple(config.mean), tuple(config.std)
+
+
+def preprocessing(config: BackboneConfig, *, attachment: Attachment | None = None) -> dict[str, Any]:
+    """What a backbone wants of the images, as fields of :class:`a2fpn.config.PreprocessConfig`.
+
+    Statistics and interpolation are those of its weights; sizes are those that it runs at.
+
+    Args:
+        config: The backbone.
+        attachment: How it is attached, if that is known better than from the table.
+
+    Example:
+        >>> preprocessing(BackboneConfig("lite0"))
+        {'interpolation': 'bicubic', 'mean': (0.5, 0.5, 0.5), 'std': (0.5, 0.5, 0.5)}
+        >>> preprocessing(BackboneConfig("mixer_b16_224"))["size_divisor"]
+        224
+    """
+    name = resolve_backbone_name(config.name)
+    weights, found = timm.get_pretrained_cfg(name), attachment or find_attachment(name.partition(".")[0])
+    wanted: dict[str, Any] = {}
+    if weights is not None and weights.interpolation in ("bilinear", "bicubic"):
+        wanted["interpolation"] = weights.interpolation
+    if config.in_chans == 3:
+        wanted["mean"], wanted["std"] = pretrained_statistics(name)
+    if found.size is not None:
+        side = config.image_size or found.size
+        wanted |= {"min_size": side, "max_size": side, "size_divisor": side}
+    elif PYRAMID[-1] % found.divisor:
+        wanted["size_divisor"] = math.lcm(PYRAMID[-1], found.divisor)
+    return wanted
+
+
+def weights_licence(name: str) -> str | None:
+    """Licence of a network's weights as timm states it, None where it states none; a restrictive one is said once.
+
+    Example:
+        >>> weights_licence("r50")
+        'bsd-3-clause'
+    """
+    config = timm.get_pretrained_cfg(resolve_backbone_name(name))
+    licence = None if config is None else config.license
+    if licence not in _PERMISSIVE:
+        _say_licence(name, licence)
+    return licence
+
+
+@functools.cache
+def _say_licence(name: str, licence: str | None) -> None:
+    _logger.warning(
+        "The weights of backbone %s are under %s: read it before you use or publish what comes of them.",
+        name,
+        f"the licence {licence!r}" if licence else "no licence that timm knows",
+    )

@@ -1,0 +1,325 @@
+"""A timm network as a backbone: maps by stride, channels first, frozen parts that stay frozen."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.layers import LayerNorm2d
+from timm.models import group_parameters
+from timm.models.resnet import Bottleneck
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from a2fpn.backbones.attach import PYRAMID, Attachment, feature_info, find_attachment
+from a2fpn.backbones.freezing import contributors, convert_norms, drop_dead, freeze_parameters
+from a2fpn.backbones.names import resolve_backbone_name
+from a2fpn.backbones.pretrained import create_with_weights
+from a2fpn.config import BackboneConfig
+from a2fpn.layers import resample
+from a2fpn.pyramid import Features, PyramidSpec, level_size
+
+_logger = logging.getLogger(__name__)
+
+
+class TimmBackbone(nn.Module):
+    """Features of a timm network at given strides.
+
+    Strides that the network has no map of are made from the nearest one it has: finer ones by transposed convolutions,
+    coarser ones by max pooling. Where it has one stride only, as plain vision transformers do, each level also gets a
+    norm, since these maps are sums that nothing normalised; this is the pyramid of Li et al. (ECCV 2022) without its
+    last convolutions, which the neck has.
+
+    Args:
+        config: Which network, and what of it is trained.
+        pretrained: Whether to load its weights through timm.
+        weights: A local weights file that timm's loader reads instead of downloading.
+        strides: The strides wanted, increasing; None takes those of the config.
+        attachment: How the network is attached; None looks it up.
+
+    Attributes:
+        attachment: How the network is attached.
+        body: timm's network.
+        made: The modules that make the levels that it doesn't have.
+        out_spec: Names, channels and strides of the maps.
+
+    Raises:
+        ValueError: For an option that the network doesn't have, or weights of another network.
+        UnsupportedBackboneError: If the network can't be attached; a ValueError.
+        FileNotFoundError: If there is no such weights file.
+
+    Example:
+        >>> backbone = TimmBackbone(BackboneConfig("test_resnet"))
+        >>> backbone.out_spec.strides
+        (4, 8, 16, 32)
+        >>> {name: tuple(x.shape[2:]) for name, x in backbone(torch.zeros(1, 3, 64, 90)).items()}
+        {'c2': (16, 23), 'c3': (8, 12), 'c4': (4, 6), 'c5': (2, 3)}
+        >>> TimmBackbone(BackboneConfig("test_vit")).out_spec
+        PyramidSpec(c2: 16 x stride 4, c3: 32 x stride 8, c4: 64 x stride 16, c5: 64 x stride 32)
+    """
+
+    def __init__(
+        self,
+        config: BackboneConfig,
+        *,
+        pretrained: bool = False,
+        weights: str | Path | None = None,
+        strides: Sequence[int] | None = None,
+        attachment: Attachment | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.name = resolve_backbone_name(config.name)
+        self.attachment = found = attachment or find_attachment(self.name.partition(".")[0])
+        self._size = self._fixed_size()
+        strides = tuple(config.strides if strides is None else strides)
+        if not strides:
+            raise ValueError(f"Backbone {config.name!r} needs at least one stride, got none.")
+        sources = [found.source(stride) for stride in strides]
+        # Ascending, since timm returns maps in network order whatever was asked.
+        used = sorted(set(sources))
+        options: dict[str, Any] = {
+            **self._switches(),
+            "features_only": True,
+            "out_indices": [found.indices[i] for i in used],
+            "in_chans": config.in_chans,
+        }
+        if pretrained or weights is not None:
+            self.body = create_with_weights(self.name, weights, options)
+        else:
+            self.body = timm.create_model(self.name, **options)
+        self._sources = [used.index(source) for source in sources]
+        self._own_strides = [found.strides[i] for i in used]
+        channels = feature_info(self.body).channels()
+        if config.taps:
+            channels, strides = self._measure_taps()
+            self._sources = list(range(len(strides)))
+        self.made = nn.ModuleDict()
+        out_channels = [channels[source] for source in self._sources]
+        # One level alone is for a neck that makes the others, and normalises.
+        norm = len(found.strides) == 1 and len(strides) > 1 and not config.taps
+        for i, (stride, source) in enumerate(zip(strides, self._sources, strict=True)):
+            own = stride if config.taps else self._own_strides[source]
+            modules, out_channels[i] = resample(out_channels[i], own, stride)
+            if norm:
+                modules.append(LayerNorm2d(out_channels[i]))
+            if modules:
+                self.made[f"{stride}"] = nn.Sequential(*modules)
+        self.out_spec = PyramidSpec.from_channels(out_channels, strides=strides)
+        if config.stride_in_1x1:
+            _move_strides(self.body, self.name)
+        if config.norm_eps is not None:
+            for module in self.body.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eps = config.norm_eps
+        if found.dead or strides != PYRAMID:
+            drop_dead(self.body, self._example)
+        self.body = convert_norms(self.body, config.norm)
+        self._frozen: list[nn.Module] = []
+        if config.norm == "frozen":
+            # timm leaves those of vectors as they were.
+            self._freeze({p for m in self.body.modules() if isinstance(m, _BatchNorm) for p in m.parameters()})
+        if config.trainable_layers is not None:
+            self._freeze_levels(len(strides) - config.trainable_layers)
+        if config.grad_checkpointing:
+            self._checkpoint()
+
+    def _fixed_size(self) -> int | None:
+        """Side of the only image that the network takes, None for any."""
+        found, wanted = self.attachment, self.config.image_size
+        if found.size is None:
+            if wanted is not None:
+                raise ValueError(
+                    f"Backbone {self.name!r} takes images of any size; leave image_size at None, got {wanted}."
+                )
+            return None
+        if wanted not in (None, found.size) and not found.resizable:
+            raise ValueError(
+                f"Backbone {self.name!r} exists for images of {found.size} x {found.size} only, got "
+                f"image_size={wanted}."
+            )
+        size = wanted or found.size
+        _logger.warning(
+            "Backbone %s is built for images of %d x %d: larger ones are scaled down, others padded.%s",
+            self.name,
+            size,
+            size,
+            " image_size builds it for others." if found.resizable else "",
+        )
+        return size
+
+    def _switches(self) -> dict[str, Any]:
+        resized = self._size not in (None, self.attachment.size)
+        return {**self.attachment.options, **({"img_size": self._size} if resized else {})}
+
+    def _freeze_levels(self, levels: int) -> None:
+        """Freezes what the first ``levels`` maps depend on."""
+        if not 0 <= levels <= len(self.out_spec):
+            raise ValueError(
+                f"trainable_layers must be between 0 and {len(self.out_spec)}, got {self.config.trainable_layers}."
+            )
+        if levels == 0:
+            return
+        if levels == len(self.out_spec):
+            frozen = set(self.parameters())
+        elif len(set(self._sources)) == 1:
+            # All levels come from one map: of the network's layers as many, in proportion, are frozen.
+            ids, named = self.layer_ids(), dict(self.named_parameters())
+            limit = max(ids.values()) * levels / len(self.out_spec)
+            frozen = {named[name] for name, layer in ids.items() if layer < limit}
+        else:
+            trained = set(self._sources[levels:])
+            reached = contributors(self._example())
+            frozen = set().union(*(reached[i] for i in set(self._sources[:levels]) - trained))
+        self._freeze(frozen)
+
+    def _freeze(self, parameters: set[nn.Parameter]) -> None:
+        for part in self.children():
+            self._frozen += freeze_parameters(part, parameters)
+
+    def _checkpoint(self) -> None:
+        # The wrappers of timm hold the network as one of these, or are the network.
+        held = (getattr(self.body, name, None) for name in ("model", "body"))
+        inner: Any = next((module for module in held if module is not None), self.body)
+        try:
+            inner.set_grad_checkpointing(True)
+        except (AttributeError, AssertionError) as error:
+            raise ValueError(
+                f"timm has no gradient checkpointing for {self.name!r}; leave grad_checkpointing at False."
+            ) from error
+
+    @torch.enable_grad()
+    def _example(self, side: int = 128) -> list[Tensor]:
+        """The network's own maps of a small black image, as in evaluation mode."""
+        side = min(side, self._size or side)
+        height, width = self.padded_size(side, side)
+        device = next(self.body.parameters()).device
+        mode = self.body.training
+        maps = self._run(self.body.eval(), torch.zeros(1, self.config.in_chans, height, width, device=device))
+        self.body.train(mode)
+        return maps
+
+    @torch.no_grad()
+    def _measure_taps(self) -> tuple[list[int], tuple[int, ...]]:
+        """Channels and strides of the maps that ``taps`` name, which timm knows nothing of."""
+        side = 64
+        maps = self._example(side)
+        return [x.shape[1] for x in maps], tuple(side // x.shape[-1] for x in maps)
+
+    def layer_ids(self) -> dict[str, int]:
+        """Depth of every parameter, for learning rates that decay towards the image.
+
+        By timm's ``group_matcher``, that is blocks, not stages. What was added to the network counts as its last layer.
+
+        Where timm has no groups, a parameter's layer is the first map that depends on it.
+
+        Returns:
+            Parameter name, as in ``named_parameters``, to layer: 0 next to the image, without gaps.
+
+        Example:
+            >>> ids = TimmBackbone(BackboneConfig("test_resnet")).layer_ids()
+            >>> ids["body.conv1.0.weight"], ids["body.layer4.0.conv1.weight"]
+            (0, 4)
+        """
+        with torch.device("meta"):
+            whole: Any = timm.create_model(self.name, **self._switches())
+        if hasattr(whole, "group_matcher"):
+            groups = group_parameters(whole, whole.group_matcher(coarse=False), reverse=True)
+        else:
+            groups = self._stages()
+        # timm's wrappers put a prefix before names, and some join two parts by an underscore.
+        flat = {name.replace(".", "_"): layer for name, layer in groups.items()}
+        own: dict[str, int] = {}
+        for name, _ in self.body.named_parameters():
+            candidates = (name.replace(".", "_"), name.partition(".")[2].replace(".", "_"))
+            own[f"body.{name}"] = next((flat[c] for c in candidates if c in flat), max(flat.values()))
+        order = {layer: i for i, layer in enumerate(sorted(set(own.values())))}
+        ids = {name: order[layer] for name, layer in own.items()}
+        return ids | {f"made.{name}": len(order) for name, _ in self.made.named_parameters()}
+
+    def _stages(self) -> dict[str, int]:
+        reached = contributors(self._example())
+        return {
+            name: next((i for i, found in enumerate(reached) if parameter in found), 0)
+            for name, parameter in self.body.named_parameters()
+        }
+
+    def train(self, mode: bool = True) -> TimmBackbone:
+        """Sets training mode everywhere but in the frozen part."""
+        super().train(mode)
+        for module in self._frozen:
+            module.eval()
+        return self
+
+    def forward(self, x: Tensor) -> Features:
+        """Maps images ``(B, in_chans, H, W)`` to features named as in ``out_spec``, each ``ceil(H / stride)`` high.
+
+        Raises:
+            ValueError: If the network has a fixed size that the images pass.
+        """
+        height, width = x.shape[-2:]
+        padded = self.padded_size(height, width)
+        if padded != (height, width):
+            x = F.pad(x, (0, padded[1] - width, 0, padded[0] - height))
+        maps = self._run(self.body, x)
+        if self.attachment.resized and not self.config.taps:
+            maps = [
+                F.interpolate(y, size=level_size(padded, stride), mode="bilinear", align_corners=False)
+                for y, stride in zip(maps, self._own_strides, strict=True)
+            ]
+        features = {}
+        for (name, level), source in zip(self.out_spec.items(), self._sources, strict=True):
+            key = f"{level.stride}"
+            y = self.made[key](maps[source]) if key in self.made else maps[source]
+            rows, columns = level_size((height, width), level.stride)
+            features[name] = y[..., :rows, :columns]
+        return features
+
+    def padded_size(self, height: int, width: int) -> tuple[int, int]:
+        """Size of an image after padding to what the network takes.
+
+        Raises:
+            ValueError: If the network has a fixed size that the image passes.
+        """
+        divisor = self.attachment.divisor
+        if self._size is None:
+            return (
+                (height, width) if divisor == 1 else (-(-height // divisor) * divisor, -(-width // divisor) * divisor)
+            )
+        if max(height, width) > self._size:
+            raise ValueError(
+                f"Backbone {self.name!r} is built for images of at most {self._size} x {self._size}, got {height} x "
+                f"{width}. image_size builds it for larger ones, where timm can."
+            )
+        return self._size, self._size
+
+    def _run(self, body: nn.Module, x: Tensor) -> list[Tensor]:
+        maps = _run_tapped(body, x, self.config.taps) if self.config.taps else list(body(x))
+        return [y.permute(0, 3, 1, 2) for y in maps] if self.attachment.channels_last else maps
+
+
+def _run_tapped(body: nn.Module, x: Tensor, taps: Sequence[str]) -> list[Tensor]:
+    """What modules of a network give on the way."""
+    maps: list[Tensor] = []
+    # Hooks that outlived the call would still feed this list from a deep copy of the network.
+    with contextlib.ExitStack() as stack:
+        for name in taps:
+            hook = body.get_submodule(name).register_forward_hook(lambda module, inputs, output: maps.append(output))
+            stack.callback(hook.remove)
+        body(x)
+    return maps
+
+
+def _move_strides(body: nn.Module, name: str) -> None:
+    """Gives the strides of bottlenecks to their first convolution, as in Caffe's ResNets."""
+    blocks = [module for module in body.modules() if isinstance(module, Bottleneck)]
+    if not blocks:
+        raise ValueError(f"Backbone {name!r} has no ResNet bottlenecks; leave stride_in_1x1 at False.")
+    for block in blocks:
+        block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride

@@ -1,0 +1,49 @@
+"""A map of one stride made into one of another."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from a2fpn.layers.conv import resolve_layer
+
+
+def resample(
+    channels: int,
+    source: int,
+    target: int,
+    *,
+    norm_layer: str | None = "layernorm2d",
+    act_layer: str | None = "gelu",
+) -> tuple[list[nn.Module], int]:
+    """Modules that take a map from one stride to another, and the channels they leave.
+
+    Finer by transposed convolutions that halve the channels, with norm and activation between two of them; coarser by
+    max pooling (Li et al., "Exploring Plain Vision Transformer Backbones for Object Detection", ECCV 2022). Sizes
+    round up.
+
+    Args:
+        channels: Channels of the map.
+        source: Its stride.
+        target: The stride wanted; both powers of two.
+        norm_layer: Norm between two transposed convolutions (timm name), or None.
+        act_layer: Activation between them (timm name), or None.
+
+    Example:
+        >>> modules, channels = resample(64, 16, 8)
+        >>> modules, channels
+        ([ConvTranspose2d(64, 32, kernel_size=(2, 2), stride=(2, 2))], 32)
+        >>> resample(64, 16, 16)
+        ([], 64)
+    """
+    modules: list[nn.Module] = []
+    while source > target:
+        halved = max(1, channels // 2)
+        modules.append(nn.ConvTranspose2d(channels, halved, 2, stride=2))
+        source, channels = source // 2, halved
+        if source > target:
+            modules += [] if norm_layer is None else [resolve_layer("norm_layer", norm_layer)(channels)]
+            modules += [] if act_layer is None else [resolve_layer("act_layer", act_layer)()]
+    if source < target:
+        # Partial windows count, so that odd sizes round up as strided convolutions do.
+        modules.append(nn.MaxPool2d(target // source, ceil_mode=True))
+    return modules, channels

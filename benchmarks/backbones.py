@@ -1,0 +1,295 @@
+"""Every architecture of timm as a backbone of a detector: how it attaches, and whether it then does what it declares.
+
+Makes the table that ships with the package, architecture by architecture, on the meta device: shapes and the graph of
+gradients are those of a real run, but nothing is computed. Of every family of timm the smallest member also takes a
+real training step. The output is appended to, so that a sweep may stop and go on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+import gc
+import logging
+import shutil
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import timm
+import torch
+import typer
+from torch import Tensor, nn
+
+import a2fpn
+from a2fpn._registry import match_names
+from a2fpn.backbones import Attachment, TimmBackbone, find_attachment, preprocessing
+from a2fpn.backbones.attach import feature_info, measure, probe, read_table
+from a2fpn.backbones.freezing import contributors
+from a2fpn.config import BackboneConfig, ModelConfig, NeckConfig, PreprocessConfig, RCNNConfig
+from a2fpn.detectors import DETECTORS, Detector
+from a2fpn.necks import create_neck
+from a2fpn.pyramid import level_size
+from benchmarks._measure import print_table
+
+TABLE = Path(a2fpn.__file__).parent / "assets" / "backbones.csv"
+SIZES = ((256, 256), (200, 333))
+"""Square, and not square and no multiple of 32."""
+
+_HEADS = RCNNConfig(
+    rpn_pre_nms_top_n_train=50,
+    rpn_post_nms_top_n_train=20,
+    box_channels=16,
+    box_batch_size=16,
+)
+
+
+class FaultError(Exception):
+    """A backbone doesn't do what it declares."""
+
+
+def main(
+    output: Annotated[Path, typer.Option(help="Rows go here; what it holds is not done again.")] = Path(
+        "build/backbones.csv"
+    ),
+    pattern: Annotated[str, typer.Option(help="Only architectures that match.")] = "",
+    part: Annotated[str, typer.Option(help="Only a part, '3/10' is the third tenth.")] = "1/1",
+    check: Annotated[bool, typer.Option(help="Try the shipped table instead of making one; fails on a fault.")] = False,
+    write: Annotated[bool, typer.Option(help="Put the complete output in the place of the shipped table.")] = False,
+) -> None:
+    """Sweeps over timm's architectures."""
+    names = part_of(match_names(timm.list_models(), pattern), part)
+    if check:
+        with _quiet():
+            faults = {name: fault for name in names if (fault := _fault(find_attachment(name), train=False))}
+        print(f"{len(names) - len(faults)} of {len(names)} attach as the table says.")
+        if faults:
+            raise SystemExit("\n".join(f"{name}: {fault}" for name, fault in faults.items()))
+        return
+    with _quiet():
+        rows = sweep(names, output, smallest())
+    _summarise(rows)
+    if write:
+        if missing := set(timm.list_models()) - {row["architecture"] for row in rows}:
+            raise SystemExit(f"{len(missing)} architectures are missing: {sorted(missing)[:3]} ...")
+        _write(sorted(rows, key=lambda row: row["architecture"]), TABLE)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Within it no backbone says what is special about it."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def part_of(names: list[str], part: str) -> list[str]:
+    """The k-th of n interleaved parts, from ``"k/n"``.
+
+    Raises:
+        ValueError: If it is no part.
+    """
+    index, _, count = part.partition("/")
+    if not (index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)):
+        raise ValueError(f"A part is written k/n with 1 <= k <= n, got {part!r}.")
+    return names[int(index) - 1 :: int(count)]
+
+
+def sweep(names: list[str], output: Path, trained: set[str]) -> list[dict[str, str]]:
+    """Rows of the table for some architectures, appended one by one to a file; those that it has are kept.
+
+    Args:
+        names: Architectures.
+        output: The file.
+        trained: Architectures that also take a real training step.
+    """
+    rows = _read(output)
+    done = {row["architecture"] for row in rows}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    left = [name for name in names if name not in done]
+    for number, name in enumerate(left, start=1):
+        start = time.perf_counter()
+        row = _row(probe(name), train=name in trained)
+        rows.append(row)
+        _append(row, output)
+        seconds = time.perf_counter() - start
+        print(f"{number}/{len(left)} {name}: {row['how']} ({seconds:.1f} s) {row['reason']}", flush=True)
+        if number % 25 == 0:
+            gc.collect()
+    return rows
+
+
+def _row(found: Attachment, *, train: bool) -> dict[str, str]:
+    if not found.reason:
+        fault = _fault(dataclasses.replace(found, dead=0), train=False)
+        dead = fault.dead if isinstance(fault, DeadError) else 0
+        found = dataclasses.replace(found, dead=dead)
+        if dead or train:
+            fault = _fault(found, train=train)
+        if fault:
+            found = dataclasses.replace(found, reason=str(fault))
+    return {**found.to_row(), "trained": str(train and not found.reason)}
+
+
+class DeadError(FaultError):
+    """Parameters that no gradient reaches."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__(f"No gradient reaches {len(names)} parameters: {', '.join(names[:5])}.")
+        self.dead = len(names)
+
+
+def _fault(found: Attachment, *, train: bool) -> Exception | None:
+    """What is wrong with a backbone in a detector; whatever a network raises is."""
+    try:
+        try:
+            _check(found, "meta")
+        except (RuntimeError, NotImplementedError) as error:
+            # Networks that look at values, or unroll recurrent layers, can't run without any.
+            if "meta" not in str(error):
+                raise
+            _check(found, "cpu")
+        if train:
+            _train(found)
+    except Exception as error:
+        return error
+    return None
+
+
+def _check(found: Attachment, device: str) -> None:
+    """Builds a detector, runs it up to the proposals' scores at all sizes, and compares with what was declared.
+
+    Raises:
+        FaultError: With what differs.
+    """
+    with torch.device(device):
+        model = _detector(found).eval()
+        if device == "meta" and any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            raise NotImplementedError("recurrent layers on meta")
+        backbone = model.backbone
+        for height, width in SIZES:
+            size = model.preprocess.target_size(height, width) if found.size else (height, width)
+            raw: list[Tensor] = []
+            # The graph is the same at every size.
+            with _listening(backbone.body, raw), torch.set_grad_enabled((height, width) == SIZES[0]):
+                maps = backbone(torch.zeros(1, 3, *size))
+                _compare(backbone, maps, raw, size)
+                outputs = model.dense_head(list(model.neck(maps).values()))
+            if (height, width) == SIZES[0]:
+                _require_gradients(backbone, [x for output in outputs for x in output])
+
+
+def _compare(backbone: TimmBackbone, maps: dict[str, Tensor], raw: list[Tensor], size: tuple[int, int]) -> None:
+    declared = {name: (1, level.channels, *level_size(size, level.stride)) for name, level in backbone.out_spec.items()}
+    got = {name: tuple(x.shape) for name, x in maps.items()}
+    if got != declared:
+        raise FaultError(f"For an image of {size} it declares {declared} and gives {got}.")
+    found, padded = backbone.attachment, backbone.padded_size(*size)
+    # The other side: before maps are cropped, the network itself divides the image by its strides.
+    own = measure(raw, padded, feature_info(backbone.body).channels())
+    strides = tuple(stride for stride in found.strides if stride in own.strides)
+    if own.strides != strides or not (own.exact or found.resized):
+        raise FaultError(f"For an image of {padded} the network's own strides are {own.strides}, declared {strides}.")
+
+
+def _require_gradients(module: nn.Module, outputs: list[Tensor]) -> None:
+    reached = set().union(*contributors(outputs))
+    if missing := [name for name, p in module.named_parameters() if p.requires_grad and p not in reached]:
+        raise DeadError(missing)
+
+
+def _train(found: Attachment) -> None:
+    """A training step with real numbers."""
+    torch.manual_seed(0)
+    model = _detector(found).train()
+    # Two images, since batch norm in training needs more than one value.
+    images = [torch.rand(3, 128, 160)] * 2
+    target = {"boxes": torch.tensor([[10.0, 20.0, 90.0, 100.0]]), "labels": torch.tensor([0])}
+    losses = model(images, [target] * 2)
+    torch.stack(list(losses.values())).sum().backward()
+    if missing := [name for name, p in model.backbone.named_parameters() if p.requires_grad and p.grad is None]:
+        raise DeadError(missing)
+
+
+def _detector(found: Attachment) -> Detector:
+    config = BackboneConfig(found.architecture)
+    wanted = preprocessing(config, attachment=found)
+    if found.size is None:
+        wanted["resize"] = "none"
+    neck = NeckConfig("fpn", {"out_channels": 16})
+    whole = ModelConfig(
+        "backbones", "fasterrcnn", config, neck, num_classes=2, preprocess=PreprocessConfig(**wanted), heads=_HEADS
+    )
+    backbone = TimmBackbone(config, attachment=found)
+    return DETECTORS[whole.detector](whole, backbone, create_neck(neck.name, backbone.out_spec, **neck.args))
+
+
+@contextlib.contextmanager
+def _listening(body: nn.Module, maps: list[Tensor]) -> Iterator[None]:
+    """Within it a list gets the maps that a network gives."""
+    handle = body.register_forward_hook(lambda module, inputs, output: maps.extend(output))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def smallest() -> set[str]:
+    """Of every family of timm the architecture with the fewest parameters, by the shipped table."""
+    table = read_table()
+
+    def parameters(name: str) -> float:
+        return table[name].parameters if name in table else float("inf")
+
+    families = (timm.list_models(module=module) for module in timm.list_modules())
+    return {min(family, key=parameters) for family in families if family}
+
+
+def _read(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def _append(row: dict[str, str], path: Path) -> None:
+    new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(row), lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def _write(rows: list[dict[str, str]], path: Path) -> None:
+    fresh = path.with_suffix(".part")
+    fresh.unlink(missing_ok=True)
+    for row in rows:
+        _append(row, fresh)
+    shutil.move(fresh, path)
+
+
+def _summarise(rows: list[dict[str, str]]) -> None:
+    counts = Counter(row["how"] for row in rows)
+    attached = sum(not row["reason"] for row in rows)
+    print_table(
+        f"timm {timm.__version__}: {attached} of {len(rows)} attach ({100 * attached / max(1, len(rows)):.2f} %)",
+        ["how", "architectures"],
+        [[how, str(count)] for how, count in counts.most_common()],
+    )
+    for row in rows:
+        if row["reason"]:
+            print(f"{row['architecture']}: {row['reason']}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,261 @@
+"""How timm's architectures are attached: the shipped table, the probe behind it, and the sweep that makes it."""
+
+import csv
+import dataclasses
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+import a2fpn
+from a2fpn.backbones import Attachment, TimmBackbone, UnsupportedBackboneError, attach, find_attachment
+from a2fpn.backbones.attach import PYRAMID, measure, probe, read_table
+from a2fpn.config import BackboneConfig
+from benchmarks import backbones as sweep
+
+same_timm = pytest.mark.skipif(
+    timm.__version__ != next(iter(read_table().values())).timm,
+    reason="the table was made with another version of timm",
+)
+
+
+def smallest_of_families() -> list[str]:
+    return sorted(sweep.smallest())
+
+
+# One for every word of Attachment.how, and the plain one.
+KINDS = {
+    "test_resnet": "native",
+    "test_mambaout": "permuted",
+    "test_vit2": "simple_fpn",
+    "swin_s3_tiny_224": "permuted+switched",
+    "maxvit_tiny_tf_224": "padded",
+    "test_vit_relpos": "fixed+simple_fpn",
+    "pit_ti_224": "fixed+resized+completed",
+    "convmixer_768_32": "padded+resized+simple_fpn",
+}
+
+
+@pytest.fixture
+def fresh_lookups() -> None:
+    """Nothing that a test looked up is remembered by the next one."""
+    yield
+    find_attachment.cache_clear()
+
+
+# The table
+
+
+@same_timm
+def test_the_table_knows_every_architecture_and_almost_all_attach() -> None:
+    table = read_table()
+    assert set(table) == set(timm.list_models())
+    attached = [name for name, found in table.items() if not found.reason]
+    assert len(attached) >= 0.995 * len(table)
+
+
+def test_the_table_is_what_attachments_write() -> None:
+    text = (Path(a2fpn.__file__).parent / attach.TABLE).read_text(encoding="utf-8")
+    rows = list(csv.DictReader(text.splitlines()))
+    assert [row["architecture"] for row in rows] == sorted(read_table())
+    for row in rows:
+        found = read_table()[row["architecture"]]
+        assert {key: row[key] for key in found.to_row()} == found.to_row()
+        assert Attachment.from_row(found.to_row()) == found
+        assert len(found.strides) == len(found.channels) == len(found.indices)
+        assert list(found.indices) == sorted(set(found.indices))
+        assert (found.size is None) or found.divisor == found.size
+
+
+@same_timm
+@pytest.mark.parametrize(("name", "how"), KINDS.items())
+def test_how_says_what_had_to_be_done(name: str, how: str) -> None:
+    assert read_table()[name].how == how
+
+
+def test_backbones_are_listed_by_pattern() -> None:
+    assert a2fpn.list_backbones("resnet18*") == ["resnet18", "resnet18d"]
+    every, pyramids = a2fpn.list_backbones(), a2fpn.list_backbones(pyramid=True)
+    assert set(pyramids) < set(every)
+    assert {"test_vit", "test_resnet"} <= set(every)
+    assert "test_resnet" in pyramids
+    assert all(set(PYRAMID) <= set(read_table()[name].strides) for name in pyramids)
+    assert a2fpn.list_backbones("no such*") == []
+
+
+@pytest.mark.parametrize(
+    ("strides", "wanted", "source"),
+    [
+        ((2, 4, 8, 16, 32), 8, 2),
+        ((16,), 4, 0),
+        ((8, 16), 4, 0),
+        ((8, 16), 64, 1),
+        # Of two equally near ones the coarser.
+        ((4, 16), 8, 1),
+    ],
+)
+def test_the_nearest_stride_is_the_source(strides: tuple[int, ...], wanted: int, source: int) -> None:
+    assert Attachment("x", strides=strides).source(wanted) == source
+
+
+# The probe
+
+
+@same_timm
+@pytest.mark.parametrize("name", ["test_resnet", "test_mambaout", "test_vit", "test_convnext", "test_vit_relpos"])
+def test_the_probe_finds_what_the_table_says(name: str) -> None:
+    assert dataclasses.replace(probe(name), dead=read_table()[name].dead) == read_table()[name]
+
+
+def test_an_architecture_outside_the_table_is_probed(monkeypatch: pytest.MonkeyPatch, fresh_lookups: None) -> None:
+    expected = read_table()["test_byobnet"]
+    table = {name: found for name, found in read_table().items() if name != "test_byobnet"}
+    monkeypatch.setattr(attach, "read_table", lambda: table)
+    find_attachment.cache_clear()
+    found = find_attachment("test_byobnet")
+    assert found.strides == expected.strides
+    maps = TimmBackbone(BackboneConfig("test_byobnet")).eval()(torch.zeros(1, 3, 64, 64))
+    assert [x.shape[2] for x in maps.values()] == [16, 8, 4, 2]
+
+
+def test_a_table_of_another_timm_is_not_believed(monkeypatch: pytest.MonkeyPatch, fresh_lookups: None) -> None:
+    wrong = dataclasses.replace(read_table()["test_resnet"], timm="0.9", strides=(4, 8, 16, 32, 64))
+    monkeypatch.setattr(attach, "read_table", lambda: {"test_resnet": wrong})
+    find_attachment.cache_clear()
+    assert find_attachment("test_resnet").strides == (2, 4, 8, 16, 32)
+
+
+def test_what_cannot_be_attached_says_why_and_names_three_that_can(
+    monkeypatch: pytest.MonkeyPatch, fresh_lookups: None
+) -> None:
+    refused = dataclasses.replace(read_table()["test_resnet"], reason="It has no maps.")
+    table = {**read_table(), "test_resnet": refused}
+    monkeypatch.setattr(attach, "read_table", lambda: table)
+    find_attachment.cache_clear()
+    with pytest.raises(
+        UnsupportedBackboneError, match=r"'test_resnet' can't be attached: It has no maps\. Near"
+    ) as info:
+        a2fpn.create_model("maskrcnn_a2fpn", backbone="test_resnet")
+    near = str(info.value).rpartition(": ")[2].rstrip(".").split(", ")
+    assert len(near) == 3
+    assert "test_resnet" not in near
+    assert "test_resnet" not in a2fpn.list_backbones("test_*")
+    for name in near:
+        assert not find_attachment(name).reason
+
+
+def test_a_constructor_that_fails_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object, **options: object) -> None:
+        raise RuntimeError("no such layer")
+
+    monkeypatch.setattr(attach.timm, "create_model", broken)
+    found = probe("test_resnet")
+    assert found.how == "unsupported"
+    assert "RuntimeError: no such layer" in found.reason
+
+
+@pytest.mark.parametrize(
+    ("shapes", "strides", "exact", "channels_last"),
+    [
+        ([(1, 8, 16, 24), (1, 9, 8, 12)], (4, 8), True, False),
+        ([(1, 16, 24, 8), (1, 8, 12, 9)], (4, 8), True, True),
+        # Rounded down, where ceil is declared.
+        ([(1, 8, 15, 24), (1, 9, 8, 12)], (4, 8), False, False),
+        ([(1, 8, 9, 14), (1, 9, 4, 7)], (8, 16), False, False),
+    ],
+)
+def test_strides_are_measured(
+    shapes: list[tuple[int, ...]], strides: tuple[int, ...], exact: bool, channels_last: bool
+) -> None:
+    maps = measure([torch.zeros(shape) for shape in shapes], (64, 96), (8, 9))
+    assert (maps.strides, maps.exact, maps.channels_last) == (strides, exact, channels_last)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ([(1, 8, 16, 24)], "expected 2 maps"),
+        ([(1, 8, 384), (1, 9, 96)], "expected 2 maps"),
+        ([(1, 8, 16, 24), (1, 7, 8, 12)], r"expected maps of \[8, 9\] channels"),
+        # As of a network that resizes its image inside.
+        ([(1, 8, 16, 16), (1, 9, 16, 16)], "has two strides"),
+        ([(1, 8, 8, 12), (1, 9, 16, 24)], "strides decrease"),
+    ],
+)
+def test_what_is_no_pyramid_is_an_error(shapes: list[tuple[int, ...]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        measure([torch.zeros(shape) for shape in shapes], (64, 96), (8, 9))
+
+
+# The sweep
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("test_resnet", {"strides": (2, 4, 8, 16, 64)}, "own strides are (4, 8, 16, 32), declared (4, 8, 16)"),
+        ("test_resnet", {"strides": (4, 8, 16, 32), "indices": (0, 1, 2, 3)}, "own strides are (2, 4, 8, 16)"),
+        ("test_resnet", {"channels_last": True}, "it declares"),
+        ("test_mambaout", {"channels_last": False}, "it declares"),
+        ("test_convnext", {"divisor": 1}, "it declares"),
+        ("test_vit", {"divisor": 7}, "16"),
+    ],
+)
+def test_the_sweep_finds_what_is_not_as_declared(name: str, change: dict[str, object], message: str) -> None:
+    found = find_attachment(name)
+    assert sweep._fault(found, train=False) is None
+    fault = sweep._fault(dataclasses.replace(found, **change), train=False)
+    assert message in str(fault)
+
+
+def test_the_sweep_finds_dead_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = find_attachment("pit_ti_224")
+    assert sweep._fault(found, train=False) is None
+    fault = sweep._fault(dataclasses.replace(found, dead=0), train=False)
+    assert isinstance(fault, sweep.DeadError)
+    assert "norm" in str(fault)
+
+
+def test_a_sweep_can_stop_and_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "rows.csv"
+    first = sweep.sweep(["test_resnet"], output, {"test_resnet"})
+    again = sweep.sweep(["test_resnet", "test_byobnet"], output, set())
+    assert [row["architecture"] for row in again] == ["test_resnet", "test_byobnet"]
+    assert again[0] == first[0]
+    assert (first[0]["trained"], again[1]["trained"]) == ("True", "False")
+    assert capsys.readouterr().out.count("test_resnet:") == 1
+    assert Attachment.from_row(again[1]).dead == 0
+
+
+def test_the_shipped_table_can_be_tried_in_parts(
+    monkeypatch: pytest.MonkeyPatch, fresh_lookups: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep.main(pattern="test_convnext*", part="1/2", check=True)
+    assert "2 of 2 attach as the table says." in capsys.readouterr().out
+    wrong = dataclasses.replace(find_attachment("test_convnext"), divisor=1)
+    monkeypatch.setattr(sweep, "find_attachment", lambda name: wrong)
+    with pytest.raises(SystemExit, match=r"test_convnext: For an image of .* it declares"):
+        sweep.main(pattern="test_convnext", part="1/3", check=True)
+
+
+def test_parts_are_disjoint_and_complete() -> None:
+    names = [str(i) for i in range(23)]
+    parts = [sweep.part_of(names, f"{k}/10") for k in range(1, 11)]
+    assert sorted(name for part in parts for name in part) == sorted(names)
+    for wrong in ("0/10", "11/10", "1", "a/b", ""):
+        with pytest.raises(ValueError, match="A part is written k/n"):
+            sweep.part_of(names, wrong)
+
+
+@same_timm
+@pytest.mark.parametrize("name", KINDS)
+def test_a_member_of_each_kind_does_what_it_declares(name: str) -> None:
+    assert sweep._fault(find_attachment(name), train=False) is None
+
+
+@pytest.mark.slow
+@same_timm
+@pytest.mark.parametrize("name", smallest_of_families())
+def test_a_small_member_of_each_family_trains(name: str) -> None:
+    assert sweep._fault(find_attachment(name), train=True) is None
