@@ -1,7 +1,9 @@
 """What several test modules need: small models, random pyramids and targets, formulas written out."""
 
+import dataclasses
 import itertools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import a2fpn
-from a2fpn.detectors import RCNN
+from a2fpn.config import HEADS, RCNNConfig, heads_type
+from a2fpn.detectors import Detector
 from a2fpn.necks import Neck
 from a2fpn.pyramid import Features, PyramidSpec, level_size
 
@@ -28,28 +31,43 @@ TINY: dict[str, Any] = {
     "box_channels": 16,
     "mask_channels": 8,
     "mask_layers": 1,
+    "num_keypoints": 3,
+    "keypoint_channels": 8,
+    "keypoint_layers": 1,
+    "head_layers": 1,
+    "candidates_per_level": 20,
     "score_threshold": 0.0,
     "detections_per_image": 10,
 }
 """Overrides that make any detector small enough to be built and run in a fraction of a second."""
 
 
-def tiny_model(name: str = "maskrcnn_a2fpn", **overrides: Any) -> RCNN:
+def tiny_options(name: str) -> dict[str, Any]:
+    """Those of :data:`TINY` that a detector has a field for."""
+    own = {f.name for f in dataclasses.fields(heads_type(name.partition("_")[0]))}
+    others = {f.name for kind in (RCNNConfig, *HEADS.values()) for f in dataclasses.fields(kind)} - own
+    return {key: value for key, value in TINY.items() if key not in others}
+
+
+def tiny_model(name: str = "maskrcnn_a2fpn", **overrides: Any) -> Detector:
     """A detector of some hundred thousand parameters, with random weights."""
-    options = TINY | overrides
+    options = tiny_options(name) | overrides
     options["neck_args"] = TINY["neck_args"] | overrides.get("neck_args", {})
-    if "anchor_sizes" not in overrides and options["neck_args"].get("extra_levels", 1) == 0:
-        options["anchor_sizes"] = TINY["anchor_sizes"][:-1]
+    levels = 4 + options["neck_args"].get("extra_levels", 1)
+    if "anchor_sizes" in options and "anchor_sizes" not in overrides and levels < 5:
+        options["anchor_sizes"] = TINY["anchor_sizes"][:levels]
     return a2fpn.create_model(name, **options)
 
 
 def random_target(boxes: Sequence[Sequence[float]], size: tuple[int, int], *, classes: int = 3) -> dict[str, Tensor]:
-    """A training target with masks that fill the boxes (xyxy pixels)."""
+    """A training target with masks that fill the boxes (xyxy pixels), and three keypoints: one is not labelled."""
     masks = torch.zeros(len(boxes), *size, dtype=torch.uint8)
     for mask, (x0, y0, x1, y1) in zip(masks, boxes, strict=True):
         mask[int(y0) : math.ceil(y1), int(x0) : math.ceil(x1)] = 1
+    keypoints = [[[x0 + 1, y0 + 1, 2], [(x0 + x1) / 2, (y0 + y1) / 2, 1], [0, 0, 0]] for x0, y0, x1, y1 in boxes]
     return {
         "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+        "keypoints": torch.tensor(keypoints, dtype=torch.float32).reshape(-1, 3, 3),
         "labels": torch.arange(len(boxes)) % classes,
         "masks": masks,
     }
@@ -68,6 +86,32 @@ def randomise(module: nn.Module, *, std: float = 0.1) -> None:
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(torch.randn_like(parameter) * std)
+
+
+def torchvision_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a detector with an FPN on a ResNet under the names that torchvision gives them."""
+    renames = {
+        r"^neck\.lateral\.(\d)\.conv\.": r"backbone.fpn.inner_blocks.\1.0.",
+        r"^neck\.output\.(\d)\.conv\.": r"backbone.fpn.layer_blocks.\1.0.",
+        r"^top\.": "backbone.fpn.extra_blocks.",
+    }
+    named = {}
+    for key, value in state.items():
+        for pattern, replacement in renames.items():
+            key = re.sub(pattern, replacement, key)
+        named[key] = value
+    return named
+
+
+def in_our_layout(twin: nn.Module) -> nn.Module:
+    """A detector of torchvision whose batches are channels-last as ours are: other layouts round differently."""
+
+    def relayout(module: nn.Module, inputs: Any, output: Any) -> None:
+        images, _ = output
+        images.tensors = images.tensors.contiguous(memory_format=torch.channels_last)
+
+    twin.get_submodule("transform").register_forward_hook(relayout)
+    return twin
 
 
 def without_gradient(module: nn.Module) -> list[str]:

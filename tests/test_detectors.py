@@ -9,14 +9,16 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.ops import box_iou
 
 import a2fpn
-from a2fpn.detectors import DETECTORS, RCNN
+from a2fpn.detectors import DETECTORS, RCNN, Detector
 from a2fpn.heads.paste import PASTE_RULES, paste_masks
-from tests.helpers import random_target, randomise, tiny_model, without_gradient
+from tests.helpers import random_target, randomise, tiny_model, torchvision_names, without_gradient
 
 MODELS = [f"{detector}_{neck}" for detector, neck in itertools.product(DETECTORS, ("fpn", "a2fpn"))]
 models = pytest.mark.parametrize("name", MODELS)
+every_detector = pytest.mark.parametrize("kind", list(DETECTORS))
 LOSSES = {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg"}
 SIZE = (64, 96)
 BOXES = [[5.0, 6.0, 40.0, 50.0], [50.0, 10.0, 90.0, 30.0], [20.0, 20.0, 30.0, 60.5]]
@@ -27,15 +29,37 @@ def batch(*counts: int) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
     return [torch.rand(3, *SIZE) for _ in counts], [random_target(BOXES[:count], SIZE) for count in counts]
 
 
-@pytest.fixture(scope="module")
-def detector() -> RCNN:
+def lively(name: str, **overrides: Any) -> Detector:
     """A detector in evaluation mode whose detections are many and far from each other's scores."""
     torch.manual_seed(0)
-    model = tiny_model("maskrcnn_a2fpn", resize="shortest_edge", min_size=48, max_size=96).eval()
-    randomise(model.neck)
-    randomise(model.rpn)
-    randomise(model.roi_heads)
+    model = tiny_model(name, resize="shortest_edge", min_size=48, max_size=96, **overrides).eval()
+    for part in (model.neck, *((model.rpn, model.roi_heads) if isinstance(model, RCNN) else (model.head,))):
+        randomise(part)
     return model
+
+
+@pytest.fixture(scope="module")
+def detector() -> Detector:
+    """A lively Mask R-CNN."""
+    return lively("maskrcnn_a2fpn")
+
+
+def expected_losses(model: Detector) -> set[str]:
+    """The losses that a detector documents, those of its neck included."""
+    losses = LOSSES if isinstance(model, RCNN) else {"loss_classifier", "loss_box_reg"}
+    branches = {
+        "loss_mask": model.has_masks,
+        "loss_keypoint": "keypoints" in model.target_keys,
+        "loss_centerness": model.config.detector == "fcos",
+        "loss_orthogonal": "a2fpn" in model.config.neck.name,
+    }
+    return losses | {loss for loss, present in branches.items() if present}
+
+
+def expected_keys(model: Detector) -> set[str]:
+    """The keys of a result that a detector documents."""
+    keypoints = {"keypoints", "keypoint_scores"} if "keypoints" in model.target_keys else set()
+    return {"boxes", "scores", "labels"} | ({"masks"} if model.has_masks else set()) | keypoints
 
 
 # Training
@@ -46,9 +70,7 @@ def detector() -> RCNN:
 def test_every_step_has_the_same_losses_and_reaches_every_parameter(name: str, counts: tuple[int, ...]) -> None:
     model = tiny_model(name)
     losses = model(*batch(*counts))
-    expected = LOSSES | ({"loss_mask"} if model.has_masks else set())
-    expected |= {"loss_orthogonal"} if "a2fpn" in name else set()
-    assert set(losses) == expected
+    assert set(losses) == expected_losses(model)
     assert all(loss.ndim == 0 and loss.isfinite() and loss >= 0 for loss in losses.values())
     sum(losses.values()).backward()
     assert without_gradient(model) == []
@@ -178,6 +200,18 @@ BAD_TARGETS = {
         {"boxes": torch.tensor([BOXES[0], [9.0, float("nan"), 19.0, 20.0]])},
         "image_id 42: box 1 [9.0, nan, 19.0, 20.0] has no positive width and height",
     ),
+    "box without end": (
+        {"boxes": torch.tensor([BOXES[0], [9.0, 9.0, float("inf"), 20.0]])},
+        "image_id 42: box 1 [9.0, 9.0, inf, 20.0] has no positive width and height, or is not finite",
+    ),
+    "labels that are no numbers of classes": (
+        {"labels": torch.tensor([0.0, 1.0])},
+        "image_id 42: labels must be whole numbers (int64), got torch.float32",
+    ),
+    "labels in a column": (
+        {"labels": torch.tensor([[0], [1]])},
+        "image_id 42: expected boxes (N, 4) and labels (N,), got (2, 4), (2, 1)",
+    ),
     "fewer labels than boxes": (
         {"labels": torch.tensor([0])},
         "image_id 42: expected boxes (N, 4) and labels (N,), got (2, 4), (1,)",
@@ -186,7 +220,10 @@ BAD_TARGETS = {
         {"boxes": torch.zeros(2, 5)},
         "image_id 42: expected boxes (N, 4) and labels (N,), got (2, 5), (2,)",
     ),
-    "no labels": ({"labels": None}, "image_id 42: a target needs boxes and labels, got boxes, image_id, masks"),
+    "no labels": (
+        {"labels": None},
+        "image_id 42: a target needs boxes and labels, got boxes, image_id, keypoints, masks",
+    ),
     "no masks": (
         {"masks": None},
         "image_id 42: maskrcnn trains on masks (N, H, W) = (2, 64, 96), got none. Without masks use fasterrcnn",
@@ -208,10 +245,34 @@ BAD_TARGETS = {
 
 
 @pytest.mark.parametrize(("changes", "message"), BAD_TARGETS.values(), ids=BAD_TARGETS)
-def test_a_target_that_breaks_the_contract_is_an_error(detector: RCNN, changes: dict[str, Any], message: str) -> None:
+def test_a_target_that_breaks_the_contract_is_an_error(
+    detector: Detector, changes: dict[str, Any], message: str
+) -> None:
     model = copy.deepcopy(detector).train()
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         model(*broken(**changes))
+
+
+@every_detector
+@pytest.mark.parametrize("problem", ["label too large", "box not finite", "boxes of another shape", "no labels"])
+def test_every_detector_names_the_image(kind: str, problem: str) -> None:
+    changes, message = BAD_TARGETS[problem]
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        tiny_model(f"{kind}_fpn")(*broken(**changes))
+
+
+@every_detector
+def test_every_detector_says_what_it_trains_on(kind: str) -> None:
+    model = tiny_model(f"{kind}_fpn")
+    model.check_data("train.json", {"boxes", "labels", "masks", "keypoints", "image_id"})
+    for key in set(model.target_keys) - {"boxes", "labels"}:
+        message = rf"train\.json has no {key}, which {kind} trains on\. Without {key} use {model.box_detector}"
+        with pytest.raises(ValueError, match=message):
+            model.check_data("train.json", set(model.target_keys) - {key})
+        # What it says to use does without.
+        assert DETECTORS[model.box_detector].target_keys == ("boxes", "labels")
+        with pytest.raises(ValueError, match=f"image_id 42: .*got none. Without {key} use {model.box_detector}"):
+            model(*broken(**{key: None}))
 
 
 def test_masks_are_not_asked_of_those_who_have_no_use_for_them() -> None:
@@ -234,8 +295,10 @@ def test_images_and_targets_must_come_in_pairs() -> None:
 # Detection
 
 
+@every_detector
 @pytest.mark.parametrize("paste_masks", [True, False])
-def test_detections_are_as_documented(detector: RCNN, paste_masks: bool) -> None:
+def test_detections_are_as_documented(kind: str, paste_masks: bool) -> None:
+    detector = lively(f"{kind}_a2fpn")
     images = [torch.rand(3, *size) for size in ((64, 96), (33, 47), (200, 30))]
     results = detector(images, paste_masks=paste_masks)
     assert len(results) == 3
@@ -243,9 +306,9 @@ def test_detections_are_as_documented(detector: RCNN, paste_masks: bool) -> None
         height, width = image.shape[1:]
         count = len(result["scores"])
         assert 2 <= count <= 10
-        assert set(result) == {"boxes", "scores", "labels", "masks"}
+        assert set(result) == expected_keys(detector)
         assert result["boxes"].shape == (count, 4)
-        assert {result[key].dtype for key in ("boxes", "scores", "masks")} == {torch.float32}
+        assert {result[key].dtype for key in result.keys() - {"labels"}} == {torch.float32}
         assert result["labels"].dtype == torch.int64
         assert result["labels"].shape == (count,)
         assert ((result["labels"] >= 0) & (result["labels"] < 3)).all()
@@ -254,8 +317,12 @@ def test_detections_are_as_documented(detector: RCNN, paste_masks: bool) -> None
         assert (result["boxes"] >= -1e-4).all()
         assert (result["boxes"] <= torch.tensor([width, height] * 2) + 1e-3).all()
         assert (result["boxes"][:, 2:] > result["boxes"][:, :2]).all()
-        assert result["masks"].shape == (count, 1, *((height, width) if paste_masks else (28, 28)))
-        assert ((result["masks"] >= 0) & (result["masks"] <= 1)).all()
+        if "masks" in result:
+            assert result["masks"].shape == (count, 1, *((height, width) if paste_masks else (28, 28)))
+            assert ((result["masks"] >= 0) & (result["masks"] <= 1)).all()
+        if "keypoints" in result:
+            assert result["keypoints"].shape == (count, 3, 3)
+            assert result["keypoint_scores"].shape == (count, 3)
 
 
 def test_boxes_only_where_there_are_no_masks() -> None:
@@ -271,7 +338,7 @@ def test_pasted_masks_are_the_others_pasted(rule: str) -> None:
     assert torch.equal(pasted["masks"], paste_masks(inner["masks"], inner["boxes"], (50, 70), rule=rule))
 
 
-def test_boxes_are_in_the_images_own_pixels(detector: RCNN) -> None:
+def test_boxes_are_in_the_images_own_pixels(detector: Detector) -> None:
     image = torch.rand(3, 24, 40)
     (resized,) = detector([image])
     batch = detector.preprocess([image])
@@ -282,37 +349,50 @@ def test_boxes_are_in_the_images_own_pixels(detector: RCNN) -> None:
     torch.testing.assert_close(resized["scores"], given["scores"], rtol=1e-4, atol=1e-5)
 
 
+@every_detector
 @pytest.mark.parametrize("paste_masks", [True, False])
-def test_nothing_found_is_an_empty_result(paste_masks: bool) -> None:
-    model = tiny_model("maskrcnn_fpn", score_threshold=1.0).eval()
+def test_nothing_found_is_an_empty_result(kind: str, paste_masks: bool) -> None:
+    model = tiny_model(f"{kind}_fpn", score_threshold=1.0).eval()
     (result,) = model([torch.rand(3, 50, 70)], paste_masks=paste_masks)
-    masks = (0, 1, 50, 70) if paste_masks else (0, 1, 28, 28)
-    assert {key: tuple(value.shape) for key, value in result.items()} == {
+    shapes = {
         "boxes": (0, 4),
         "scores": (0,),
         "labels": (0,),
-        "masks": masks,
+        "masks": (0, 1, 50, 70) if paste_masks else (0, 1, 28, 28),
+        "keypoints": (0, 3, 3),
+        "keypoint_scores": (0, 3),
     }
+    assert {key: tuple(x.shape) for key, x in result.items()} == {key: shapes[key] for key in expected_keys(model)}
+    assert {result[key].dtype for key in result.keys() - {"labels"}} == {torch.float32}
     assert result["labels"].dtype == torch.int64
-    assert result["masks"].dtype == torch.float32
 
 
-def test_limits_on_detections_are_obeyed() -> None:
-    model = tiny_model("fasterrcnn_fpn", detections_per_image=3).eval()
-    (result,) = model([torch.rand(3, 64, 96)])
-    assert len(result["scores"]) == 3
-    threshold = result["scores"][1].item()
-    model.roi_heads.score_thresh = threshold
-    assert len(model([torch.rand(3, 64, 96)])[0]["scores"]) <= 3
+@every_detector
+def test_limits_on_detections_are_obeyed(kind: str) -> None:
+    image = torch.rand(3, 64, 96)
+    scores = []
+    for options in ({}, {"detections_per_image": 3}, {"nms_threshold": 0.0}):
+        (result,) = lively(f"{kind}_fpn", **options)([image])
+        scores.append(result["scores"])
+    assert torch.equal(scores[1], scores[0][:3])
+    # No two of a class overlap any more.
+    overlaps = box_iou(result["boxes"], result["boxes"]) > 0.01
+    assert not (overlaps & (result["labels"] == result["labels"][:, None])).fill_diagonal_(False).any()
+    threshold = scores[0][2].item()
+    (result,) = lively(f"{kind}_fpn", score_threshold=threshold)([image])
+    torch.testing.assert_close(result["scores"], scores[0][:2])
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float = 1e-4) -> None:
+    assert a.keys() == b.keys()
     assert torch.equal(a["labels"], b["labels"])
-    for key in ("boxes", "scores", "masks"):
+    for key in a.keys() - {"labels"}:
         torch.testing.assert_close({key: a[key]}, {key: b[key]}, rtol=tolerance, atol=tolerance)
 
 
-def test_an_image_is_seen_alike_alone_and_among_others(detector: RCNN) -> None:
+@every_detector
+def test_an_image_is_seen_alike_alone_and_among_others(kind: str) -> None:
+    detector = lively(f"{kind}_a2fpn")
     # Two pairs share a padded size, in one of them with different sizes inside it.
     images = [torch.rand(3, *size) for size in ((48, 80), (45, 96), (96, 45), (64, 64), (48, 80), (10, 90))]
     together = detector(images)
@@ -322,13 +402,13 @@ def test_an_image_is_seen_alike_alone_and_among_others(detector: RCNN) -> None:
         same(result, alone, tolerance=5e-4)
 
 
-def test_bytes_are_seen_as_255ths(detector: RCNN) -> None:
+def test_bytes_are_seen_as_255ths(detector: Detector) -> None:
     image = torch.randint(0, 256, (3, 50, 70), dtype=torch.uint8)
     same(*detector([image, image / 255]))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 40), (2000, 3)])
-def test_images_of_any_shape(detector: RCNN, size: tuple[int, int]) -> None:
+def test_images_of_any_shape(detector: Detector, size: tuple[int, int]) -> None:
     image = torch.rand(3, *size)
     (result,) = detector([image])
     assert (result["boxes"] <= torch.tensor([size[1], size[0]] * 2) + 1e-3).all()
@@ -338,15 +418,16 @@ def test_images_of_any_shape(detector: RCNN, size: tuple[int, int]) -> None:
     assert all(loss.isfinite() for loss in losses.values())
 
 
-def test_detection_changes_nothing(detector: RCNN) -> None:
+def test_detection_changes_nothing(detector: Detector) -> None:
     before = copy.deepcopy(detector.state_dict())
     image = torch.rand(3, 50, 70)
     same(*(detector([image])[0] for _ in range(2)), tolerance=0)
     assert all(torch.equal(value, before[key]) for key, value in detector.state_dict().items())
 
 
-def test_bfloat16_autocast_end_to_end(detector: RCNN) -> None:
-    model = copy.deepcopy(detector)
+@every_detector
+def test_bfloat16_autocast_end_to_end(kind: str) -> None:
+    model = lively(f"{kind}_a2fpn")
     images, targets = batch(2, 0)
     with torch.autocast("cpu", torch.bfloat16):
         losses = model.train()(images, targets)
@@ -355,12 +436,12 @@ def test_bfloat16_autocast_end_to_end(detector: RCNN) -> None:
     sum(losses.values()).backward()
     assert without_gradient(model) == []
     for result in results:
-        assert {result[key].dtype for key in ("boxes", "scores", "masks")} == {torch.float32}
+        assert {result[key].dtype for key in result.keys() - {"labels"}} == {torch.float32}
         # Boxes with 8 bits of mantissa would all lie on a grid.
         assert not torch.equal(result["boxes"], result["boxes"].bfloat16().float())
 
 
-def test_rpn_and_boxes_are_decoded_in_float32_under_autocast(detector: RCNN) -> None:
+def test_rpn_and_boxes_are_decoded_in_float32_under_autocast(detector: Detector) -> None:
     seen = []
     hooks = [
         module.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
@@ -389,7 +470,7 @@ def test_frozen_parts_stay_frozen_in_training() -> None:
 # Wiring
 
 
-@models
+@pytest.mark.parametrize("name", [name for name in MODELS if issubclass(DETECTORS[name.partition("_")[0]], RCNN)])
 def test_everything_is_wired_from_the_pyramid(name: str) -> None:
     model = tiny_model(name, anchor_sizes=None, neck_args={"extra_levels": 2})
     assert model.neck.out_spec.strides == (4, 8, 16, 32, 64, 128)
@@ -417,7 +498,7 @@ def test_heads_are_as_configured() -> None:
 # The peer
 
 
-def torchvision_twin(model: RCNN) -> MaskRCNN:
+def torchvision_twin(model: Detector) -> MaskRCNN:
     """torchvision's Mask R-CNN with the weights of ours."""
     backbone = resnet_fpn_backbone(
         backbone_name="resnet18", weights=None, norm_layer=torch.nn.BatchNorm2d, trainable_layers=5
@@ -433,17 +514,7 @@ def torchvision_twin(model: RCNN) -> MaskRCNN:
         box_score_thresh=0.0,
         box_detections_per_img=30,
     )
-    renames = [
-        (r"^backbone\.body\.", "backbone.body."),
-        (r"^neck\.lateral\.(\d)\.conv\.", r"backbone.fpn.inner_blocks.\1.0."),
-        (r"^neck\.output\.(\d)\.conv\.", r"backbone.fpn.layer_blocks.\1.0."),
-    ]
-    state = {}
-    for key, value in model.state_dict().items():
-        for pattern, replacement in renames:
-            key = re.sub(pattern, replacement, key)
-        state[key] = value
-    twin.load_state_dict(state)
+    twin.load_state_dict(torchvision_names(model.state_dict()))
     return twin
 
 

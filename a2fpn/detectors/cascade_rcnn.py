@@ -10,9 +10,10 @@ from torchvision.models.detection.roi_heads import RoIHeads
 
 from a2fpn.backbones import TimmBackbone
 from a2fpn.config import CascadeConfig, ModelConfig
+from a2fpn.detectors.detector import register_detector
 from a2fpn.detectors.mask_rcnn import MaskRCNN
-from a2fpn.detectors.rcnn import RCNN, register_detector
-from a2fpn.heads import CascadeRoIHeads
+from a2fpn.detectors.rcnn import RCNN
+from a2fpn.heads import CascadeRoIHeads, CascadeRules
 from a2fpn.necks import Neck
 
 
@@ -33,19 +34,36 @@ class CascadeRCNN(RCNN):
 
     def build_roi_heads(self, pooled: Mapping[str, int]) -> nn.Module:
         """The stages."""
-        return CascadeRoIHeads(self.stages(pooled), loss_weights=self.cascade.stage_loss_weights)
+        return CascadeRoIHeads(self.stages(pooled), rules=self.rules)
+
+    @property
+    def rules(self) -> CascadeRules:
+        """How the stages work together."""
+        heads = self.cascade
+        return CascadeRules(
+            loss_weights=heads.stage_loss_weights,
+            box_loss_beta=heads.box_loss_beta,
+            average=heads.stage_average,
+            resample=heads.stage_resampling,
+            scale_gradients=heads.scale_gradients,
+            aligned=heads.roi_aligned,
+        )
 
     def stages(self, pooled: Mapping[str, int]) -> list[RoIHeads]:
         """Heads that differ in IoU and box weights and share no parameter."""
         heads = self.cascade
-        return [
+        stages = [
             self.stage(pooled, fg_iou=iou, box_weights=weights, class_agnostic=True)
             for iou, weights in zip(heads.stage_ious, heads.stage_box_weights, strict=True)
         ]
+        if heads.stage_masks == "first":
+            for stage in stages[1:]:
+                stage.mask_roi_pool = stage.mask_head = stage.mask_predictor = None
+        return stages
 
 
 @register_detector("cascademaskrcnn")
 class CascadeMaskRCNN(CascadeRCNN, MaskRCNN):
-    """Cascade R-CNN with a mask head per stage, whose masks are averaged."""
+    """Cascade R-CNN with a mask head per stage, whose masks are averaged, or with one."""
 
     box_detector = "cascadercnn"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from a2fpn.detectors.rcnn import RCNN, register_detector
+from a2fpn.detectors.detector import register_detector
+from a2fpn.detectors.rcnn import RCNN
 
 
 @register_detector("fasterrcnn")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from a2fpn.backbones import TimmBackbone
 from a2fpn.config import HTCConfig, ModelConfig
 from a2fpn.detectors.cascade_rcnn import CascadeMaskRCNN
-from a2fpn.detectors.rcnn import place, register_detector
+from a2fpn.detectors.detector import place, register_detector
 from a2fpn.heads import HTCRoIHeads, SemanticBranch, SemanticRoIPool, StrideRoIAlign
 from a2fpn.heads.htc import IGNORE
 from a2fpn.necks import Neck
@@ -55,7 +55,7 @@ class HTC(CascadeMaskRCNN):
         )
         return HTCRoIHeads(
             self.stages(pooled),
-            loss_weights=heads.stage_loss_weights,
+            rules=self.rules,
             pooled_channels=channels,
             mask_channels=heads.mask_channels if heads.mask_layers else channels,
             semantic=branch if heads.semantic else None,
@@ -72,6 +72,11 @@ class HTC(CascadeMaskRCNN):
         stride = self.neck.out_spec.strides[self.semantic_level]
         return SemanticRoIPool(pool, stride=stride, size=self.cascade.mask_pool_size)
 
+    def _instead(self, key: str) -> str:
+        if key != "semantic":
+            return super()._instead(key)
+        return "Without stuff maps use semantic='things' or False."
+
     def _check_targets(self, images: Sequence[Tensor], targets: Sequence[Mapping[str, Any]]) -> None:
         super()._check_targets(images, targets)
         if self.cascade.semantic != "stuff":
@@ -81,7 +86,7 @@ class HTC(CascadeMaskRCNN):
             if got != tuple(image.shape[1:]):
                 raise ValueError(
                     f"{place(target, index)}: htc with semantic='stuff' trains on a map semantic (H, W) = "
-                    f"{tuple(image.shape[1:])}, got {got}. Without stuff maps use semantic='things' or False."
+                    f"{tuple(image.shape[1:])}, got {got}. {self._instead('semantic')}"
                 )
             wrong = [
                 c for c in target["semantic"].unique().tolist() if c >= self.cascade.semantic_classes and c != IGNORE

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from torch import nn
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
 
-from a2fpn.detectors.rcnn import RCNN, Detection, register_detector
+from a2fpn.detectors.detector import Detection, register_detector
+from a2fpn.detectors.rcnn import RCNN
 from a2fpn.heads import Float32MaskPredictor, paste_masks
+from a2fpn.heads.paste import PasteRule
 
 
 @register_detector("maskrcnn")
@@ -18,21 +20,22 @@ class MaskRCNN(RCNN):
     has_masks = True
     target_keys: tuple[str, ...] = ("boxes", "labels", "masks")
 
-    def mask_branch(self, pooled: Mapping[str, int]) -> dict[str, nn.Module]:
+    def branches(self, pooled: Mapping[str, int]) -> dict[str, nn.Module]:
         """RoI pooling, convolutions and predictor of the mask branch."""
-        heads = self.config.heads
+        heads, layers = self.rcnn, (self.rcnn.mask_channels,) * self.rcnn.mask_layers
         return {
             "mask_roi_pool": self.roi_pool(pooled, heads.mask_pool_size),
-            "mask_head": MaskRCNNHeads(self.neck.out_channels, (heads.mask_channels,) * heads.mask_layers, 1),
-            "mask_predictor": Float32MaskPredictor(
-                heads.mask_channels, heads.mask_channels, self.config.num_classes + 1
-            ),
+            "mask_head": MaskRCNNHeads(self.neck.out_channels, layers, 1, norm_layer=self.norm_layer),
+            "mask_predictor": Float32MaskPredictor(heads.mask_channels, heads.mask_channels, self.num_outputs),
         }
+
+    @property
+    def mask_paste(self) -> PasteRule:
+        """See :attr:`~a2fpn.detectors.Detector.mask_paste`."""
+        return self.rcnn.mask_paste
 
     def _result(self, raw: Detection, size: tuple[int, int], original: tuple[int, int], paste: bool) -> Detection:
         result = super()._result(raw, size, original, paste)
-        result["masks"] = raw["masks"]
         if paste:
-            rule = self.config.heads.mask_paste
-            result["masks"] = paste_masks(raw["masks"], result["boxes"], original, rule=rule)
+            result["masks"] = paste_masks(raw["masks"], result["boxes"], original, rule=self.mask_paste)
         return result

@@ -21,6 +21,8 @@ class StrideAnchors(AnchorGenerator):  # type: ignore[misc]
         sizes: Per level the anchor sizes in pixels.
         aspect_ratios: Height / width, the same on every level.
         strides: Per level the stride in pixels.
+        rounded: Whether the sides are rounded so that corners lie on whole pixels, as in torchvision.
+        legacy: Whether to take torchvision's strides all the same, for a detector that was trained with them.
 
     Raises:
         ValueError: If the number of size tuples is not the number of levels, or tuples differ in length.
@@ -34,7 +36,15 @@ class StrideAnchors(AnchorGenerator):  # type: ignore[misc]
                 [-8., -8.,  8.,  8.]])
     """
 
-    def __init__(self, sizes: Sequence[Sequence[int]], aspect_ratios: Sequence[float], strides: Sequence[int]) -> None:
+    def __init__(
+        self,
+        sizes: Sequence[Sequence[int]],
+        aspect_ratios: Sequence[float],
+        strides: Sequence[int],
+        *,
+        rounded: bool = True,
+        legacy: bool = False,
+    ) -> None:
         if len(sizes) != len(strides):
             raise ValueError(
                 f"anchor_sizes must have one tuple per pyramid level: {len(strides)} levels of strides "
@@ -42,14 +52,37 @@ class StrideAnchors(AnchorGenerator):  # type: ignore[misc]
             )
         if len({len(s) for s in sizes}) > 1:
             raise ValueError(f"Every level needs the same number of anchor sizes, got {[tuple(s) for s in sizes]}.")
+        # The base class makes its anchors in its constructor.
+        self.rounded = rounded
         super().__init__(tuple(tuple(s) for s in sizes), (tuple(aspect_ratios),) * len(sizes))
         self.strides = tuple(strides)
+        self.legacy = legacy
+
+    def generate_anchors(
+        self,
+        scales: Sequence[int],
+        aspect_ratios: Sequence[float],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ) -> Tensor:
+        """Anchors around the origin, ``(A, 4)``, ratio by ratio."""
+        if self.rounded:
+            rounded: Tensor = super().generate_anchors(scales, aspect_ratios, dtype, device)
+            return rounded
+        heights = torch.tensor(aspect_ratios, dtype=dtype, device=device).sqrt()
+        sizes = torch.tensor(scales, dtype=dtype, device=device)
+        half = torch.stack([(sizes / heights[:, None]).flatten(), (heights[:, None] * sizes).flatten()], 1) / 2
+        return torch.cat([-half, half], 1)
 
     def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
         """Anchors of each image, ``(A, 4)`` xyxy float32 in pixels of the batch, level by level."""
         device = feature_maps[0].device
         self.set_cell_anchors(torch.float32, device)
         grids = [list(x.shape[-2:]) for x in feature_maps]
-        strides = [[torch.tensor(s, device=device)] * 2 for s in self.strides]
+        pairs = [(stride, stride) for stride in self.strides]
+        if self.legacy:
+            height, width = image_list.tensors.shape[-2:]
+            pairs = [(height // rows, width // columns) for rows, columns in grids]
+        strides = [[torch.tensor(side, device=device) for side in pair] for pair in pairs]
         anchors = torch.cat(self.grid_anchors(grids, strides))
         return [anchors for _ in image_list.image_sizes]

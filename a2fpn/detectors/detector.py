@@ -1,0 +1,247 @@
+"""What every detector is: images in, results or losses out; backbone -> neck -> heads in between.
+
+Shape shorthand: ``B`` images, ``N`` objects of an image, ``M`` side of a predicted mask.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from a2fpn._registry import Registry
+from a2fpn.backbones import TimmBackbone
+from a2fpn.config import ModelConfig
+from a2fpn.heads.paste import PasteRule
+from a2fpn.necks import Neck
+from a2fpn.preprocess import Batch, Preprocess, resize_boxes, resize_target
+from a2fpn.pyramid import Features, PyramidSpec
+
+Detection = dict[str, Tensor]
+
+
+class Detector(nn.Module, ABC):
+    """Base of the detectors: preprocessing, checks of targets, grouping of images.
+
+    Subclasses add heads and implement :meth:`losses` and :meth:`detect`. Everything that depends on a stride comes
+    from :attr:`spec`. Labels are ``0..num_classes - 1`` in training and in results.
+
+    Args:
+        config: What was built, kept for saving.
+        backbone: Features.
+        neck: Pyramid.
+
+    Attributes:
+        preprocess: The resize, normalisation and padding rule.
+        has_masks: Whether it trains on masks and predicts them.
+        box_detector: The registered detector of its kind that needs nothing but boxes.
+        target_keys: What it reads of a target.
+        class_dependent: How the names of the tensors begin that depend on the number of classes.
+        strides: Strides of the backbone's maps, unless the model's configuration says otherwise.
+        neck_args: Arguments of the neck, likewise.
+    """
+
+    has_masks = False
+    box_detector = "fasterrcnn"
+    target_keys: tuple[str, ...] = ("boxes", "labels")
+    class_dependent: tuple[str, ...] = ()
+    strides: ClassVar[tuple[int, ...]] = (4, 8, 16, 32)
+    neck_args: ClassVar[Mapping[str, Any]] = {}
+
+    def __init__(self, config: ModelConfig, backbone: TimmBackbone, neck: Neck) -> None:
+        super().__init__()
+        self.config = config
+        # Levels that only serve proposals, or that the detector adds, need not be covered by padding.
+        coarsest = max(neck.out_spec[name].stride for name in neck.roi_levels)
+        self.preprocess = Preprocess(config.preprocess, divisor=coarsest)
+        self.backbone = backbone
+        self.neck = neck
+
+    @property
+    def spec(self) -> PyramidSpec:
+        """The levels that the heads work on."""
+        return self.neck.out_spec
+
+    @property
+    @abstractmethod
+    def dense_head(self) -> nn.Module:
+        """What runs at every location of the pyramid; called with the list of maps."""
+
+    @abstractmethod
+    def losses(self, features: Features, batch: Batch, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The heads' losses, with the same keys on every step.
+
+        Args:
+            features: The pyramid.
+            batch: The images.
+            targets: Per image what :attr:`target_keys` names, in pixels of the batch.
+        """
+
+    @abstractmethod
+    def detect(self, features: Features, batch: Batch) -> list[Detection]:
+        """Per image the detections, in pixels of the batch, best first.
+
+        Args:
+            features: The pyramid.
+            batch: The images.
+        """
+
+    def forward(
+        self,
+        images: Sequence[Tensor],
+        targets: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        resize: bool = True,
+        paste_masks: bool = True,
+    ) -> dict[str, Tensor] | list[Detection]:
+        """Detects objects, or computes the losses in training mode.
+
+        Args:
+            images: ``(C, H, W)`` each, float in [0, 1] or uint8 in [0, 255], any sizes.
+            targets: In training mode, per image ``boxes`` (N, 4) float xyxy pixels, ``labels`` (N,) int64 in
+                ``0..num_classes - 1``, whatever else :attr:`target_keys` names (``masks`` (N, H, W) in {0, 1},
+                ``keypoints`` (N, K, 3)), optionally ``image_id``.
+            resize: Whether images (and targets) are resized by the model's rule; False when they come resized.
+            paste_masks: Whether masks are pasted into the image, ``(N, 1, H, W)``, or returned as they were
+                predicted inside each box, ``(N, 1, M, M)``.
+
+        Returns:
+            In training mode a dict of scalar losses, with the same keys on every step. Otherwise per image
+            ``boxes`` (N, 4) float32 xyxy in the image's own pixels, ``scores`` (N,) descending, ``labels`` (N,),
+            for mask detectors ``masks`` as float32 probabilities, for keypoint detectors ``keypoints`` (N, K, 3).
+
+        Raises:
+            ValueError: For images, boxes, labels, masks or keypoints that break the contract.
+        """
+        if not images:
+            raise ValueError("Expected at least one image, got none.")
+        if self.training:
+            if targets is None:
+                raise ValueError("In training mode targets must be given; call model.eval() to detect.")
+            return self._losses(images, targets, resize)
+        return self._detect(images, resize, paste_masks)
+
+    def features(self, batch: Batch) -> Features:
+        """The pyramid of a batch, named as in :attr:`spec`."""
+        maps = self.backbone(batch.tensor)
+        return self.add_levels(maps, self.neck(maps, batch.sizes))
+
+    def add_levels(self, maps: Features, pyramid: Features) -> Features:
+        """The neck's pyramid with what the detector adds to it; nothing here.
+
+        Args:
+            maps: What the backbone gives.
+            pyramid: What the neck gives.
+        """
+        return pyramid
+
+    @property
+    def mask_paste(self) -> PasteRule:
+        """How masks are pasted into the image, see :class:`~a2fpn.config.RCNNConfig`."""
+        return "exact"
+
+    def check_data(self, name: str, keys: Collection[str]) -> None:
+        """Checks, before anything is trained, that a data set has what the detector trains on.
+
+        Args:
+            name: The data set, for messages.
+            keys: What its targets hold, e.g. :attr:`a2fpn.data.CocoDataset.target_keys`.
+
+        Raises:
+            ValueError: That names the detector to use instead.
+        """
+        for key in self.target_keys:
+            if key not in keys:
+                raise ValueError(f"{name} has no {key}, which {self.config.detector} trains on. {self._instead(key)}")
+
+    def _instead(self, key: str) -> str:
+        """What to do where targets lack ``key``."""
+        return f"Without {key} use {self.box_detector}."
+
+    def _losses(
+        self, images: Sequence[Tensor], targets: Sequence[Mapping[str, Any]], resize: bool
+    ) -> dict[str, Tensor]:
+        self._check_targets(images, targets)
+        batch = self.preprocess(images, resize=resize)
+        inner = []
+        for target, old, new in zip(targets, batch.original_sizes, batch.sizes, strict=True):
+            tensors = {key: target[key].as_subclass(Tensor).to(batch.tensor.device) for key in self.target_keys}
+            tensors |= {"boxes": tensors["boxes"].float(), "labels": tensors["labels"].long()}
+            inner.append(self._inner_target(tensors, old, new))
+        return {**self.losses(self.features(batch), batch, inner), **self.neck.losses()}
+
+    def _inner_target(self, target: dict[str, Tensor], old: tuple[int, int], new: tuple[int, int]) -> dict[str, Tensor]:
+        """A checked target as the heads want it, moved from one image size (height, width) to another."""
+        return resize_target(target, old, new)
+
+    def _check_targets(self, images: Sequence[Tensor], targets: Sequence[Mapping[str, Any]]) -> None:
+        if len(images) != len(targets):
+            raise ValueError(f"{len(images)} images came with {len(targets)} targets.")
+        for index, (image, target) in enumerate(zip(images, targets, strict=True)):
+            where = place(target, index)
+            if "boxes" not in target or "labels" not in target:
+                raise ValueError(f"{where}: a target needs boxes and labels, got {', '.join(sorted(target))}.")
+            boxes, labels = target["boxes"], target["labels"]
+            if boxes.ndim != 2 or boxes.shape[1] != 4 or labels.shape != boxes.shape[:1]:
+                raise ValueError(
+                    f"{where}: expected boxes (N, 4) and labels (N,), got {tuple(boxes.shape)}, {tuple(labels.shape)}."
+                )
+            good = (boxes[:, 2:] > boxes[:, :2]).all(1) & boxes.isfinite().all(1)
+            if not good.all():
+                bad = int(torch.where(~good)[0][0])
+                raise ValueError(
+                    f"{where}: box {bad} {boxes[bad].tolist()} has no positive width and height, or is not finite."
+                )
+            if labels.is_floating_point() or labels.dtype == torch.bool:
+                raise ValueError(f"{where}: labels must be whole numbers (int64), got {labels.dtype}.")
+            wrong = torch.where((labels < 0) | (labels >= self.config.num_classes))[0]
+            if len(wrong):
+                raise ValueError(
+                    f"{where}: label {int(labels[wrong[0]])} is out of 0..{self.config.num_classes - 1}; labels are "
+                    "contiguous and there is no background class."
+                )
+            if self.has_masks and ("masks" not in target or target["masks"].shape != (len(boxes), *image.shape[1:])):
+                got = tuple(target["masks"].shape) if "masks" in target else "none"
+                raise ValueError(
+                    f"{where}: {self.config.detector} trains on masks (N, H, W) = {(len(boxes), *image.shape[1:])}, "
+                    f"got {got}. {self._instead('masks')}"
+                )
+
+    def _detect(self, images: Sequence[Tensor], resize: bool, paste_masks: bool) -> list[Detection]:
+        results: list[Detection] = [{}] * len(images)
+        for group in self._groups(images, resize):
+            batch = self.preprocess([images[i] for i in group], resize=resize)
+            features = self.features(batch)
+            detections = self.detect(features, batch)
+            for i, raw, size, original in zip(group, detections, batch.sizes, batch.original_sizes, strict=True):
+                results[i] = self._result(raw, size, original, paste_masks)
+        return results
+
+    def _groups(self, images: Sequence[Tensor], resize: bool) -> Iterator[list[int]]:
+        """Indices of images that pad to the same size.
+
+        Images of different padded sizes never share a batch: padding beyond the divisor would reach the features
+        through convolutions, and a prediction would depend on its neighbours in the batch.
+        """
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for index, image in enumerate(images):
+            size = (int(image.shape[-2]), int(image.shape[-1]))
+            target = self.preprocess.target_size(*size) if resize else size
+            groups.setdefault(tuple(-(-side // self.preprocess.divisor) for side in target), []).append(index)
+        yield from groups.values()
+
+    def _result(self, raw: Detection, size: tuple[int, int], original: tuple[int, int], paste: bool) -> Detection:
+        """A detection in pixels of the batch moved into the image as it came; sizes are (height, width)."""
+        return {**raw, "boxes": resize_boxes(raw["boxes"], size, original)}
+
+
+def place(target: Mapping[str, Any], index: int) -> str:
+    """How messages name an image of a batch."""
+    return f"image_id {target['image_id']}" if "image_id" in target else f"image {index} of the batch"
+
+
+DETECTORS: Registry[type[Detector]] = Registry("detector")
+register_detector = DETECTORS.register

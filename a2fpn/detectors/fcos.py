@@ -1,0 +1,65 @@
+"""FCOS: Tian et al., "FCOS: A Simple and Strong Anchor-free Object Detector", TPAMI 2020."""
+
+from __future__ import annotations
+
+import typing
+
+from torch import Tensor
+
+from a2fpn.config import FCOSConfig
+from a2fpn.detectors.detector import register_detector
+from a2fpn.detectors.one_stage import OneStage
+from a2fpn.heads import StrideAnchors
+from a2fpn.heads.dense import Float32FCOSHead
+from a2fpn.heads.matching import match_locations
+from a2fpn.preprocess import Batch
+from a2fpn.pyramid import Features
+
+
+@register_detector("fcos")
+class FCOS(OneStage):
+    """Boxes, classes and centreness at every location; torchvision's head and losses on any neck.
+
+    The losses are ``loss_classifier`` (focal), ``loss_box_reg`` (GIoU) and ``loss_centerness``. The stride of a level
+    is the unit of centre sampling, of the range of sizes that a level is responsible for, and of the boxes.
+    """
+
+    head: Float32FCOSHead
+    class_dependent = ("head.classification_head.cls_logits.",)
+
+    @property
+    def fcos(self) -> FCOSConfig:
+        """The head's configuration."""
+        return typing.cast(FCOSConfig, self.config.heads)
+
+    def build_anchors(self) -> StrideAnchors:
+        """One square per location, as large as the stride: what torchvision's head takes for a point."""
+        strides = self.spec.strides
+        return StrideAnchors([(stride,) for stride in strides], (1.0,), strides, legacy=self.fcos.legacy_anchors)
+
+    def build_head(self) -> Float32FCOSHead:
+        """Torchvision's head."""
+        return Float32FCOSHead(self.neck.out_channels, self.config.num_classes, num_layers=self.fcos.head_layers)
+
+    def losses(self, features: Features, batch: Batch, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """See :meth:`~a2fpn.detectors.Detector.losses`."""
+        outputs, anchors, counts = self.outputs(features, batch)
+        matches = [
+            match_locations(t["boxes"], a, per_level=counts, radius=self.fcos.centre_radius)
+            for t, a in zip(targets, anchors, strict=True)
+        ]
+        losses = self.head.compute_loss(targets, outputs, anchors, matches)
+        return {
+            "loss_classifier": losses["classification"],
+            "loss_box_reg": losses["bbox_regression"],
+            "loss_centerness": losses["bbox_ctrness"],
+        }
+
+    def scores(self, outputs: dict[str, Tensor]) -> Tensor:
+        """See :meth:`OneStage.scores`; the geometric mean of class score and centreness."""
+        return (outputs["cls_logits"].sigmoid() * outputs["bbox_ctrness"].sigmoid()).sqrt()
+
+    def decode(self, deltas: Tensor, anchors: Tensor) -> Tensor:
+        """See :meth:`OneStage.decode`."""
+        boxes: Tensor = self.head.box_coder.decode(deltas, anchors)
+        return boxes

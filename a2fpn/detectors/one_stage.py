@@ -1,0 +1,119 @@
+"""What the one-stage detectors share: levels added by strided convolutions, one dense head, one NMS.
+
+Shape shorthand: ``B`` images, ``N`` anchors of all levels, ``K`` classes.
+"""
+
+from __future__ import annotations
+
+import typing
+from abc import abstractmethod
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection.image_list import ImageList
+
+from a2fpn.backbones import TimmBackbone
+from a2fpn.config import ModelConfig, OneStageConfig
+from a2fpn.detectors.detector import Detection, Detector
+from a2fpn.heads import StrideAnchors
+from a2fpn.heads.dense import LevelOutputs, TopLevels, dense_detections
+from a2fpn.heads.nms import DetectionRule
+from a2fpn.necks import Neck
+from a2fpn.preprocess import Batch
+from a2fpn.pyramid import Features, PyramidSpec
+
+
+class OneStage(Detector):
+    """Base of the one-stage detectors.
+
+    By default the neck gives the strides 8, 16 and 32 and no extra level (stride 4 would hold most of the anchors),
+    and the detector adds p6 and p7. Both are settings: ``strides``, ``neck_args`` and ``top_levels``.
+
+    Args:
+        config: What was built, kept for saving.
+        backbone: Features.
+        neck: Pyramid.
+
+    Raises:
+        ValueError: If levels are to be made of a backbone map that is not as coarse as the pyramid.
+    """
+
+    strides = (8, 16, 32)
+    neck_args: typing.ClassVar = {"extra_levels": 0}
+
+    def __init__(self, config: ModelConfig, backbone: TimmBackbone, neck: Neck) -> None:
+        super().__init__(config, backbone, neck)
+        heads = self.one_stage
+        coarsest, channels = neck.out_spec.strides[-1], neck.out_channels
+        source = list((neck.out_spec if heads.top_source == "neck" else backbone.out_spec).values())[-1]
+        if source.stride != coarsest:
+            raise ValueError(
+                f"The levels beyond stride {coarsest} cannot be made of the backbone's map of stride {source.stride}; "
+                "set top_source='neck' or neck_args={'extra_levels': 0}."
+            )
+        levels = [*neck.out_spec.strides, *(coarsest << (i + 1) for i in range(heads.top_levels))]
+        self._spec = PyramidSpec.from_channels([channels] * len(levels), strides=levels, prefix="p")
+        self.top = TopLevels(source.channels, channels, self._spec.names[len(neck.out_spec) :])
+        self.anchor_generator = self.build_anchors()
+        self.head = self.build_head()
+        self.rule = DetectionRule(heads.score_threshold, heads.nms_threshold, heads.detections_per_image)
+
+    @abstractmethod
+    def build_anchors(self) -> StrideAnchors:
+        """The anchors of :attr:`spec`."""
+
+    @abstractmethod
+    def build_head(self) -> nn.Module:
+        """What maps the list of maps to a dict of outputs ``(B, N, ...)``, float32."""
+
+    @abstractmethod
+    def scores(self, outputs: dict[str, Tensor]) -> Tensor:
+        """What the head's outputs say of each class, ``(B, N, K)`` in [0, 1]."""
+
+    @abstractmethod
+    def decode(self, deltas: Tensor, anchors: Tensor) -> Tensor:
+        """Boxes ``(n, 4)`` of deltas and anchors ``(n, 4)``."""
+
+    @property
+    def one_stage(self) -> OneStageConfig:
+        """The heads' configuration."""
+        return typing.cast(OneStageConfig, self.config.heads)
+
+    @property
+    def spec(self) -> PyramidSpec:
+        """See :attr:`Detector.spec`."""
+        return self._spec
+
+    @property
+    def dense_head(self) -> nn.Module:
+        """See :attr:`Detector.dense_head`."""
+        return self.head
+
+    def add_levels(self, maps: Features, pyramid: Features) -> Features:
+        """See :meth:`Detector.add_levels`; the coarse levels."""
+        source = pyramid if self.one_stage.top_source == "neck" else maps
+        added: Features = self.top(list(source.values())[-1])
+        return pyramid | added
+
+    def detect(self, features: Features, batch: Batch) -> list[Detection]:
+        """See :meth:`Detector.detect`."""
+        outputs, anchors, counts = self.outputs(features, batch)
+        images = zip(self.scores(outputs), outputs["bbox_regression"], anchors, strict=True)
+        levels = [zip(*(torch.split(x, counts) for x in image), strict=True) for image in images]
+        return [
+            dense_detections(
+                [LevelOutputs(*level) for level in image],
+                self.decode,
+                size,
+                rule=self.rule,
+                candidates_per_level=self.one_stage.candidates_per_level,
+            )
+            for image, size in zip(levels, batch.sizes, strict=True)
+        ]
+
+    def outputs(self, features: Features, batch: Batch) -> tuple[dict[str, Tensor], list[Tensor], list[int]]:
+        """What the head says, the anchors of each image, ``(N, 4)``, and how many of them each level has."""
+        maps = list(features.values())
+        anchors: list[Tensor] = self.anchor_generator(ImageList(batch.tensor, batch.sizes), maps)
+        (per_location,) = set(self.anchor_generator.num_anchors_per_location())
+        return self.head(maps), anchors, [x.shape[-2] * x.shape[-1] * per_location for x in maps]

@@ -1,0 +1,180 @@
+"""Which object each anchor, proposal or location learns from, in memory that does not grow with their product.
+
+The rules are torchvision's: IoU with low-quality matches (Ren et al., "Faster R-CNN", NeurIPS 2015) and centre
+sampling (Tian et al., "FCOS", TPAMI 2020). torchvision compares every object with every anchor at once; 2,000 objects
+and 250,000 anchors then take 10 GB. Above :data:`PAIRS_AT_ONCE` the same comparisons run over one chunk of anchors
+after the other, with the same results.
+
+Shape shorthand: ``G`` objects and ``N`` anchors, proposals or locations of an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchvision.models.detection._utils import Matcher
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.ops import box_iou
+
+PAIRS_AT_ONCE = 2**23
+"""Pairs of an object and an anchor that are compared at once; each takes about 32 bytes."""
+
+BACKGROUND = -1
+"""In place of an object's index: learns to be background."""
+
+IGNORED = -2
+"""In place of an object's index: learns nothing."""
+
+
+class BoxPairs(NamedTuple):
+    """Boxes to be matched, in the place of the matrix of their IoUs.
+
+    Args:
+        objects: ``(G, 4)`` xyxy.
+        boxes: ``(N, 4)`` xyxy.
+    """
+
+    objects: Tensor
+    boxes: Tensor
+
+
+class ChunkedMatcher(Matcher):  # type: ignore[misc]
+    """torchvision's ``Matcher``, called with :class:`BoxPairs` instead of a matrix.
+
+    An anchor gets the object of the highest IoU if that reaches ``high_threshold``, is background below
+    ``low_threshold``, and is ignored between. With ``allow_low_quality_matches``, every anchor that no other surpasses
+    in IoU with some object gets its own best object all the same.
+
+    Example:
+        >>> objects = torch.tensor([[0.0, 0.0, 10.0, 10.0]])
+        >>> boxes = torch.tensor([[0.0, 0.0, 10.0, 9.0], [0.0, 0.0, 10.0, 5.0], [20.0, 0.0, 30.0, 9.0]])
+        >>> ChunkedMatcher(0.7, 0.3)(BoxPairs(objects, boxes))
+        tensor([ 0, -2, -1])
+    """
+
+    def __call__(self, pairs: BoxPairs) -> Tensor:
+        """Matches boxes.
+
+        Args:
+            pairs: What is matched; no object makes everything background.
+
+        Returns:
+            Per box the index of its object, :data:`BACKGROUND` or :data:`IGNORED`, ``(N,)`` int64.
+        """
+        objects, boxes = pairs
+        if not len(objects) or not len(boxes):
+            return boxes.new_full((len(boxes),), BACKGROUND, dtype=torch.int64)
+        if len(objects) * len(boxes) <= PAIRS_AT_ONCE:
+            whole: Tensor = super().__call__(box_iou(objects, boxes))
+            return whole
+        # Filled in place: small results kept between large ones would pin the allocator's memory.
+        highest, value = objects.new_zeros(len(objects)), boxes.new_empty(len(boxes))
+        candidates = torch.empty(len(boxes), dtype=torch.int64, device=boxes.device)
+        for rows, iou in _iou_chunks(pairs):
+            value[rows], candidates[rows] = iou.max(0)
+            torch.maximum(highest, iou.amax(1), out=highest)
+        matches = candidates.clone()
+        matches[value < self.high_threshold] = IGNORED
+        matches[value < self.low_threshold] = BACKGROUND
+        if self.allow_low_quality_matches:
+            # A second round of comparisons costs time; keeping the first one's would cost the memory.
+            for rows, iou in _iou_chunks(pairs):
+                unsurpassed = (iou == highest[:, None]).any(0)
+                matches[rows] = torch.where(unsurpassed, candidates[rows], matches[rows])
+        return matches
+
+
+def _iou_chunks(pairs: BoxPairs) -> Iterator[tuple[slice, Tensor]]:
+    """Some of the boxes after the other, and their IoU with all objects, ``(G, n)``."""
+    step = max(1, PAIRS_AT_ONCE // len(pairs.objects))
+    for start in range(0, len(pairs.boxes), step):
+        rows = slice(start, start + step)
+        yield rows, box_iou(pairs.objects, pairs.boxes[rows])
+
+
+class ChunkedRoIHeads(RoIHeads):  # type: ignore[misc]
+    """torchvision's ``RoIHeads`` with :class:`ChunkedMatcher`; it takes the same arguments."""
+
+    proposal_matcher: ChunkedMatcher
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
+        matcher = self.proposal_matcher
+        self.proposal_matcher = ChunkedMatcher(matcher.high_threshold, matcher.low_threshold)
+
+    def assign_targets_to_proposals(
+        self, proposals: list[Tensor], gt_boxes: list[Tensor], gt_labels: list[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Objects and labels for proposals.
+
+        Args:
+            proposals: Per image ``(N, 4)`` xyxy.
+            gt_boxes: Per image ``(G, 4)`` xyxy.
+            gt_labels: Per image ``(G,)`` from 1.
+
+        Returns:
+            Per image the index of each proposal's object, 0 where it has none, and its label: 0 is background, -1 is
+            ignored; ``(N,)`` int64 both.
+        """
+        indices, labels = [], []
+        for boxes, objects, classes in zip(proposals, gt_boxes, gt_labels, strict=True):
+            matches = self.proposal_matcher(BoxPairs(objects, boxes))
+            index = matches.clamp(min=0)
+            label = classes[index] if len(classes) else index.clone()
+            label[matches == BACKGROUND] = 0
+            label[matches == IGNORED] = -1
+            indices.append(index)
+            labels.append(label)
+        return indices, labels
+
+
+def match_locations(objects: Tensor, anchors: Tensor, *, per_level: Sequence[int], radius: float) -> Tensor:
+    """Objects for the locations of FCOS.
+
+    A location belongs to an object if it lies inside its box, at most ``radius`` strides from its centre, and the
+    farthest side of the box is between 4 and 8 strides away; below 8 on the finest, above 4 on the coarsest level. Of
+    several objects it takes the smallest. (torchvision compares ``1e8 - area`` in float32, to which areas that differ
+    by less than 8 square pixels may be equal.)
+
+    Args:
+        objects: Boxes ``(G, 4)`` xyxy.
+        anchors: Squares ``(N, 4)`` xyxy around the locations, as large as the stride, level by level.
+        per_level: Number of locations on each level.
+        radius: In strides.
+
+    Returns:
+        Per location the index of its object or :data:`BACKGROUND`, ``(N,)`` int64.
+
+    Example:
+        >>> anchors = torch.tensor([[4.0, 4.0, 12.0, 12.0], [28.0, 4.0, 36.0, 12.0]])
+        >>> match_locations(torch.tensor([[0.0, 0.0, 20.0, 20.0]]), anchors, per_level=[2], radius=1.5)
+        tensor([ 0, -1])
+    """
+    if not len(objects) or not len(anchors):
+        return anchors.new_full((len(anchors),), BACKGROUND, dtype=torch.int64)
+    stride = anchors[:, 2] - anchors[:, 0]
+    nearest, farthest = stride * 4, stride * 8
+    nearest[: per_level[0]] = 0
+    farthest[len(anchors) - per_level[-1] :] = torch.inf
+    rows = torch.stack([*((anchors[:, :2] + anchors[:, 2:]) / 2).unbind(1), stride, nearest, farthest], 1)
+    # Twice as many numbers per pair as an IoU takes.
+    chunks = torch.split(rows, max(1, PAIRS_AT_ONCE // 2 // len(objects)))
+    return torch.cat([_match_locations(objects, chunk, radius) for chunk in chunks])
+
+
+def _match_locations(objects: Tensor, rows: Tensor, radius: float) -> Tensor:
+    x, y, stride, nearest, farthest = rows[:, :, None].unbind(1)
+    x0, y0, x1, y1 = objects.T[:, None]
+    off_centre = torch.maximum((x - (x0 + x1) / 2).abs(), (y - (y0 + y1) / 2).abs())
+    belongs = off_centre < radius * stride
+    sides = (x - x0, y - y0, x1 - x, y1 - y)
+    belongs &= torch.minimum(torch.minimum(sides[0], sides[1]), torch.minimum(sides[2], sides[3])) > 0
+    reach = torch.maximum(torch.maximum(sides[0], sides[1]), torch.maximum(sides[2], sides[3]))
+    belongs &= (reach > nearest) & (reach < farthest)
+    areas = ((x1 - x0) * (y1 - y0)).expand_as(belongs)
+    smallest, index = areas.masked_fill(~belongs, torch.inf).min(1)
+    nothing: Tensor = smallest.isinf()
+    return torch.where(nothing, BACKGROUND, index)
