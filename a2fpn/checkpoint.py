@@ -129,7 +129,7 @@ def missing_weights(where: str, files: Iterable[str]) -> str:
         return f"{where} has no {WEIGHTS_FILE}; only safetensors are loaded."
     return (
         f"{where} has no {WEIGHTS_FILE} but {', '.join(pickles[:5])}: a pickle can run any code and is never loaded. "
-        "Turn it into safetensors where you trust it."
+        "Turn the weights of another framework into a checkpoint with `python -m hub convert`."
     )
 
 

@@ -33,7 +33,7 @@ from a2fpn.checkpoint import (
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-    from a2fpn.detectors import RCNN
+    from a2fpn.detectors import Detector
 
 CARD_FILE = "README.md"
 
@@ -206,7 +206,7 @@ def _download(repo: Repo, name: str, commit: str, *, offline: bool, expected: st
 
 
 def push_to_hub(
-    model: RCNN | str | Path,
+    model: Detector | str | Path,
     repo_id: str,
     *,
     private: bool | None = None,

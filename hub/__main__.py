@@ -1,4 +1,4 @@
-"""The command line for publishing: ``python -m hub push | card | verify``."""
+"""The command line for publishing: ``python -m hub push | card | convert | verify``."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 
 import a2fpn
 from a2fpn import cli
-from a2fpn.checkpoint import read_checkpoint
+from a2fpn.checkpoint import CONFIG_FILE, file_sha256, read_checkpoint, save_checkpoint
+from a2fpn.convert import from_detectron2, from_mmdet, read_state_dict
 from a2fpn.hub import Repo, download_checkpoint, model_card
 
 TOLERANCE = 0.002
 """Largest difference of an AP measured again that other kernels explain."""
+
+CONVERTERS = {"detectron2": from_detectron2, "mmdet": from_mmdet}
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -64,6 +67,49 @@ def push(
 def card(folder: Folder, *, repo: RepoName) -> None:
     """Print the card that `push` would write, to be edited and saved as README.md in the folder."""
     typer.echo(model_card(read_checkpoint(folder), repo))
+
+
+@app.command()
+def convert(
+    file: Annotated[Path, typer.Argument(help="Its weights: .pth, .pkl or .safetensors.", metavar="FILE")],
+    *,
+    source: Annotated[Literal["detectron2", "mmdet"], typer.Option("--from", help="What wrote the file.")],
+    model: Annotated[str, typer.Option(help="What it is here, such as maskrcnn_fpn_r50.", metavar="NAME")],
+    output: Annotated[Path, typer.Option(help="Folder to write, with no checkpoint in it.", metavar="DIR")],
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Argument of the converter or of create_model as JSON, such as stride_in_1x1=false; may be repeated.",
+            metavar="KEY=VALUE",
+        ),
+    ] = None,
+) -> None:
+    """Turn the weights of another framework into a checkpoint folder; no code of the file is run."""
+    if (output / CONFIG_FILE).exists():
+        raise ValueError(f"{str(output)!r} holds a checkpoint; choose another folder.")
+    options = _options_of(option or [])
+    state = read_state_dict(file)
+    try:
+        config, converted = CONVERTERS[source](state, model, **options)
+    except TypeError as error:
+        raise ValueError(f"--option: {error}") from error
+    origin = {"framework": source, "file": file.name, "sha256": file_sha256(file)}
+    save_checkpoint(output, config, converted, metadata={"converted_from": origin})
+    typer.echo(f'Load it: a2fpn.from_pretrained("{output}")')
+
+
+def _options_of(pairs: Sequence[str]) -> dict[str, Any]:
+    """``KEY=VALUE`` as keyword arguments; what is no JSON is text."""
+    options = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--option {pair!r}: expected KEY=VALUE.")
+        try:
+            options[key] = json.loads(text)
+        except ValueError:
+            options[key] = text
+    return options
 
 
 @app.command()

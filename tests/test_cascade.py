@@ -1,17 +1,19 @@
 """Cascade R-CNN and Cascade Mask R-CNN."""
 
 import dataclasses
+import math
 import re
 from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from helpers import random_target, tiny_model, without_gradient
 from torchvision.models.detection.image_list import ImageList
 
 import a2fpn
 from a2fpn.config import CascadeConfig, ModelConfig, RCNNConfig, from_dict, heads_type, to_dict
-from a2fpn.heads.cascade import CascadeRoIHeads, Samples, _box_losses, _refine_samples
+from a2fpn.heads.cascade import CascadeRoIHeads, Samples, _box_losses, _label, _refine_samples, mask_targets
 
 NAMES = ["cascadercnn", "cascademaskrcnn", "htc"]
 BOX_LOSSES = {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg"}
@@ -30,7 +32,7 @@ def test_stages_are_as_published(name: str) -> None:
     assert [s.proposal_matcher.high_threshold for s in stages] == [0.5, 0.6, 0.7]
     assert [s.proposal_matcher.low_threshold for s in stages] == [0.5, 0.6, 0.7]
     assert [s.box_coder.weights for s in stages] == [(10, 10, 5, 5), (20, 20, 10, 10), (30, 30, 15, 15)]
-    assert model.roi_heads.loss_weights == (1, 0.5, 0.25)
+    assert model.roi_heads.rules.loss_weights == (1, 0.5, 0.25)
     assert all(s.box_roi_pool.aligned for s in stages)
     assert {s.box_predictor.bbox_pred.out_features for s in stages} == {4}
     assert {s.box_predictor.cls_score.out_features for s in stages} == {4}
@@ -65,7 +67,9 @@ def test_a_last_stage_without_positives_changes_nothing_of_the_contract(name: st
 def test_no_sample_at_all_gives_zero_losses() -> None:
     logits, deltas = torch.randn(0, 4, requires_grad=True), torch.randn(0, 4, requires_grad=True)
     empty = torch.zeros(0, 4)
-    losses = _box_losses(logits, deltas, Samples([empty], [empty[:, 0].long()], [empty[:, 0].long()], [empty]))
+    losses = _box_losses(
+        logits, deltas, Samples([empty], [empty[:, 0].long()], [empty[:, 0].long()], [empty]), beta=1.0
+    )
     assert {name: loss.item() for name, loss in losses.items()} == {"loss_classifier": 0, "loss_box_reg": 0}
 
 
@@ -82,13 +86,14 @@ def test_training_boxes_are_refined_without_gradient_objects_and_degenerate_boxe
         [torch.tensor([0, 1, 0, 1])],
         [torch.tensor([[1.0, 0, 0, 0], [0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1]])],
     )
-    (refined,) = _refine_samples(stage, deltas, samples, [(64, 64)])
+    (refined,) = _refine_samples(stage, deltas, samples, [(64, 64)], objects=False)
     assert refined.tolist() == [[10, 0, 30, 20], [10, 10, 30, 30]]
     assert not refined.requires_grad
 
 
-def test_scores_and_masks_are_averaged_over_the_stages() -> None:
-    model = tiny_model("cascademaskrcnn_fpn").eval()
+@pytest.mark.parametrize("average", ["probabilities", "logits"])
+def test_scores_and_masks_are_averaged_over_the_stages(average: str) -> None:
+    model = tiny_model("cascademaskrcnn_fpn", stage_average=average).eval()
     heads = model.roi_heads
     batch = model.preprocess([torch.rand(3, *SIZE)])
     with torch.no_grad():
@@ -97,16 +102,17 @@ def test_scores_and_masks_are_averaged_over_the_stages() -> None:
         features = model.features(batch)
         proposals, _ = model.rpn(ImageList(batch.tensor, batch.sizes), features)
         (found,) = heads.detect(features, proposals, batch.sizes)
-        boxes, probabilities, masks = proposals, [], []
+        boxes, scores, masks = proposals, [], []
         for stage in heads.stages:
             logits, deltas = stage.box_predictor(stage.box_head(stage.box_roi_pool(features, boxes)))
-            probabilities.append(logits.softmax(1))
+            scores.append(logits.softmax(1) if average == "probabilities" else logits)
             used, boxes = boxes, [stage.box_coder.decode(deltas, boxes)[:, 0]]
             boxes = [torch.stack([boxes[0][:, i].clamp(0, SIZE[1 - i % 2]) for i in range(4)], 1)]
             x = stage.mask_head(stage.mask_roi_pool(features, [found["boxes"]]))
             masks.append(stage.mask_predictor(x)[range(len(x)), found["labels"]].sigmoid())
     assert used[0].shape == proposals[0].shape
-    mean = sum(probabilities) / 3
+    mean = sum(scores) / 3
+    mean = mean if average == "probabilities" else mean.softmax(1)
     assert found["scores"][0] == pytest.approx(mean[:, 1:].max().item(), abs=1e-6)
     assert found["masks"].shape[1:] == (1, 28, 28)
     torch.testing.assert_close(found["masks"][:, 0], sum(masks) / 3)
@@ -184,6 +190,9 @@ def test_anchors_and_heads_are_float32_under_autocast() -> None:
         ({"stage_ious": (), "stage_box_weights": (), "stage_loss_weights": ()}, "Every stage needs an IoU"),
         ({"stage_box_weights": ((10.0,),) * 3}, "stage_box_weights must be four numbers"),
         ({"box_fg_iou": 0.4}, r"box_fg_iou=0\.4 has no use in a cascade; set stage_ious"),
+        ({"box_loss_beta": -1.0}, r"box_loss_beta must be 0 or more, got -1\.0"),
+        ({"box_loss_beta": math.nan}, r"box_loss_beta must be 0 or more, got nan"),
+        ({"stage_average": "scores"}, r"expected one of 'probabilities', 'logits', got 'scores'"),
     ],
 )
 def test_stages_that_do_not_fit_are_an_error(options: dict[str, object], message: str) -> None:
@@ -212,9 +221,109 @@ def test_losses_are_weighted_sums_over_stages(monkeypatch: pytest.MonkeyPatch) -
     model = tiny_model("cascadercnn_fpn")
     monkeypatch.setattr(
         "a2fpn.heads.cascade._box_losses",
-        lambda *_: {"loss_classifier": torch.tensor(4.0), "loss_box_reg": torch.tensor(8.0)},
+        lambda *_, **__: {"loss_classifier": torch.tensor(4.0), "loss_box_reg": torch.tensor(8.0)},
     )
     losses = losses_of(model, BOXES)
     assert isinstance(model.roi_heads, CascadeRoIHeads)
     assert losses["loss_classifier"] == 4 * 1.75
     assert losses["loss_box_reg"] == 8 * 1.75
+
+
+def test_one_mask_head_serves_all_stages() -> None:
+    model = tiny_model("cascademaskrcnn_fpn", stage_masks="first")
+    assert [stage.has_mask() for stage in model.roi_heads.stages] == [True, False, False]
+    assert not [name for name in model.state_dict() if re.search(r"stages\.[12]\.mask", name)]
+    losses = losses_of(model, BOXES)
+    sum(losses.values()).backward()
+    assert without_gradient(model) == []
+    heads = model.eval().roi_heads
+    with torch.no_grad():
+        batch = model.preprocess([torch.rand(3, *SIZE)])
+        features = model.features(batch)
+        proposals, _ = model.rpn(ImageList(batch.tensor, batch.sizes), features)
+        (found,) = heads.detect(features, proposals, batch.sizes)
+        stage = heads.stages[0]
+        masks = stage.mask_predictor(stage.mask_head(stage.mask_roi_pool(features, [found["boxes"]]))).sigmoid()
+    torch.testing.assert_close(found["masks"][:, 0], masks[range(len(masks)), found["labels"]])
+
+
+@pytest.mark.parametrize("resample", [True, False])
+def test_later_stages_sample_anew_or_keep_the_first_sample(resample: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("cascadercnn_fpn", stage_resampling=resample, box_positive_fraction=1.0)
+    heads = model.roi_heads
+    seen: list[torch.Tensor] = []
+    for stage in heads.stages:
+        torch.nn.init.zeros_(stage.box_predictor.bbox_pred.weight)
+        pool = stage.box_roi_pool.forward
+        monkeypatch.setattr(
+            stage.box_roi_pool, "forward", lambda x, boxes, sizes, pool=pool: seen.append(boxes[0]) or pool(x, boxes)
+        )
+    with torch.no_grad():
+        heads.stages[0].box_predictor.bbox_pred.bias.copy_(torch.tensor([1.0, 0, 0, 0]))  # a tenth of a width
+        heads.stages[1].box_predictor.bbox_pred.bias.zero_()
+    proposals = torch.tensor([[4.0, 4, 24, 24], [10, 10, 40, 30], [40, 20, 60, 50]])
+    target = random_target(BOXES, SIZE)
+    target["labels"] += 1
+    features = model.features(model.preprocess([torch.rand(3, *SIZE)]))
+    losses = heads.losses(features, [proposals], [SIZE], [target])
+    assert all(loss.isfinite() for loss in losses.values())
+    moved = torch.cat([proposals, target["boxes"]])
+    moved[:, ::2] += (moved[:, 2:3] - moved[:, :1]) / 10
+    moved[:, ::2].clamp_(max=SIZE[1])
+    if resample:
+        moved[-len(BOXES) :] = target["boxes"]
+    torch.testing.assert_close(seen[1], moved)
+    torch.testing.assert_close(seen[2], moved)
+
+
+def test_boxes_are_labelled_by_the_stages_own_iou() -> None:
+    stages = tiny_model("cascadercnn_fpn").roi_heads.stages
+    target = {"boxes": torch.tensor([[0.0, 0, 20, 20]]), "labels": torch.tensor([2])}
+    boxes = torch.tensor([[0.0, 0, 20, 13], [0, 0, 20, 15], [50, 50, 60, 60]])  # IoU 0.65, 0.75, 0
+    labels = [_label(stage, [boxes], [target]).labels[0].tolist() for stage in stages]
+    assert labels == [[2, 2, 0], [2, 2, 0], [0, 2, 0]]
+    empty = _label(stages[0], [boxes], [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}])
+    assert empty.labels[0].tolist() == [0, 0, 0]
+    assert _label(stages[1], [boxes], [target]).deltas[0][1, 3].item() == pytest.approx(10 * math.log(20 / 15))
+
+
+def test_gradients_into_the_pyramid_are_divided_by_the_number_of_stages() -> None:
+    model = tiny_model("cascadercnn_fpn")
+    target = random_target(BOXES, SIZE)
+    target["labels"] += 1
+    batch = model.preprocess([torch.rand(3, *SIZE)])
+    gradients, totals = [], []
+    for scale in (False, True):
+        heads = tiny_model("cascadercnn_fpn", scale_gradients=scale).roi_heads
+        heads.load_state_dict(model.roi_heads.state_dict())
+        features = {name: x.detach().requires_grad_() for name, x in model.features(batch).items()}
+        torch.manual_seed(0)
+        total = sum(heads.losses(features, [target["boxes"] + 1], [SIZE], [target]).values())
+        total.backward()
+        totals.append(total.item())
+        gradients.append((features["p2"].grad, heads.stages[2].box_head.fc6.weight.grad))
+    assert totals[0] == totals[1]
+    assert gradients[0][0].any()
+    torch.testing.assert_close(gradients[1][0], gradients[0][0] / 3)
+    torch.testing.assert_close(gradients[1][1], gradients[0][1])
+
+
+def test_with_beta_0_the_box_loss_is_plain_l1() -> None:
+    deltas, wanted = torch.randn(5, 4), torch.randn(5, 4)
+    samples = Samples([deltas], [torch.zeros(5).long()], [torch.tensor([1, 0, 2, 0, 1])], [wanted])
+    losses = {beta: _box_losses(torch.randn(5, 4), deltas, samples, beta=beta)["loss_box_reg"] for beta in (0.0, 1.0)}
+    assert losses[0.0].item() == pytest.approx((deltas - wanted)[[0, 2, 4]].abs().sum().item() / 5)
+    assert losses[1.0] < losses[0.0]
+
+
+def test_mask_targets_lie_where_the_features_lie() -> None:
+    masks = torch.zeros(2, 16, 16, dtype=torch.uint8)
+    masks[1, 4:12, 4:12] = 1
+    box, objects = torch.tensor([[2.0, 2, 14, 14]]), torch.tensor([1])
+    target = mask_targets(masks, box, objects, 12, aligned=True)
+    assert torch.equal(target[0], masks[1, 2:14, 2:14].float())  # one cell per pixel
+    unaligned = mask_targets(masks, box, objects, 12, aligned=False)
+    assert not torch.equal(unaligned, target)
+    soft = torchvision.ops.roi_align(masks[:, None].float(), torch.tensor([[1.0, 2, 2, 14, 14]]), 12)[0, 0]
+    assert torch.equal(unaligned[0], (soft >= 0.5).float())
+    assert mask_targets(masks, box[:0], objects[:0], 12, aligned=True).shape == (0, 12, 12)

@@ -172,3 +172,14 @@ def test_a_stuff_map_that_does_not_fit_is_an_error(semantic: Tensor | None, mess
 def test_an_unknown_kind_of_map_is_an_error() -> None:
     with pytest.raises(ValueError, match="expected one of False, 'things', 'stuff', got 'all'"):
         htc("all")
+
+
+def test_scores_are_averages_of_logits_as_in_its_own_code() -> None:
+    assert tiny_model("htc_fpn").roi_heads.rules.average == "logits"
+    assert tiny_model("cascademaskrcnn_fpn").roi_heads.rules.average == "probabilities"
+
+
+@pytest.mark.parametrize("option", [{"stage_masks": "first"}, {"stage_resampling": False}])
+def test_every_stage_samples_anew_and_has_a_mask_head(option: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="In HTC every stage samples anew and has a mask head: stage_masks='all'"):
+        tiny_model("htc_fpn", **option)

@@ -1,5 +1,18 @@
 """State dicts in, state dicts out: foreign checkpoints to ours, and an FPN detector to an A2-FPN detector."""
 
+from a2fpn.convert._common import load_array_pickle, read_state_dict
+from a2fpn.convert.detectron2 import from_detectron2
 from a2fpn.convert.graft import TARGETS, graft, graft_model
+from a2fpn.convert.mmdet import from_mmdet
+from a2fpn.convert.torchvision import from_torchvision
 
-__all__ = ["TARGETS", "graft", "graft_model"]
+__all__ = [
+    "TARGETS",
+    "from_detectron2",
+    "from_mmdet",
+    "from_torchvision",
+    "graft",
+    "graft_model",
+    "load_array_pickle",
+    "read_state_dict",
+]

@@ -27,12 +27,11 @@ from torch import Tensor, nn
 
 from a2fpn._registry import did_you_mean
 from a2fpn.checkpoint import load_weights
-from a2fpn.config import NeckConfig
-from a2fpn.detectors import DETECTORS, RCNN
-from a2fpn.factory import create_neck
+from a2fpn.config import ModelConfig, NeckConfig
+from a2fpn.detectors import DETECTORS, Detector
 from a2fpn.layers import GACAP, ConvNormAct
 from a2fpn.layers.reassemble import KernelPredictor
-from a2fpn.necks import PyramidNeck
+from a2fpn.necks import PyramidNeck, create_neck
 from a2fpn.necks.neck import StridedFusion
 from a2fpn.pyramid import PyramidSpec
 
@@ -100,7 +99,9 @@ def graft(
     return {**state, **{f"neck.{key}": x for key, x in (new | fpn).items()}}
 
 
-def graft_model(model: RCNN, *, target: str = "a2fpn", centre_bias: float = 8.0, seed: int = 0, **options: Any) -> RCNN:
+def graft_model(
+    model: Detector, *, target: str = "a2fpn", centre_bias: float = 8.0, seed: int = 0, **options: Any
+) -> Detector:
     """Builds the detector that :func:`graft` gives the weights of.
 
     Args:
@@ -123,17 +124,34 @@ def graft_model(model: RCNN, *, target: str = "a2fpn", centre_bias: float = 8.0,
         NeckConfig(name='a2fpn_lite', args={'out_channels': 16, 'attention': 'dot'})
     """
     spec = model.neck.in_spec
-    args = {**model.config.neck.args, **options}
+    config = graft_config(model.config, target=target, **options)
+    args = config.neck.args
     state = graft(model.state_dict(), target=target, centre_bias=centre_bias, seed=seed, strides=spec.strides, **args)
-    stem = f"{model.config.detector}_{{}}".format
-    config = dataclasses.replace(
-        model.config,
-        architecture=model.config.architecture.replace(stem(model.config.neck.name), stem(target), 1),
-        neck=NeckConfig(target, args),
-    )
     grafted = DETECTORS[config.detector](config, copy.deepcopy(model.backbone), create_neck(target, spec, **args))
     load_weights(grafted, state)
     return grafted.to(next(model.parameters())).train(model.training)
+
+
+def graft_config(config: ModelConfig, *, target: str = "a2fpn", **options: Any) -> ModelConfig:
+    """The configuration of the detector that :func:`graft` gives the weights of.
+
+    Args:
+        config: That of a detector with neck ``fpn``.
+        target: One of :data:`TARGETS`.
+        **options: The target neck's own arguments, beside those of the FPN.
+
+    Example:
+        >>> from a2fpn.config import BackboneConfig
+        >>> config = ModelConfig("fasterrcnn_fpn_r18", "fasterrcnn", BackboneConfig("resnet18"), NeckConfig("fpn"))
+        >>> graft_config(config, target="pafpn").architecture
+        'fasterrcnn_pafpn_r18'
+    """
+    stem = f"{config.detector}_{{}}".format
+    return dataclasses.replace(
+        config,
+        architecture=config.architecture.replace(stem(config.neck.name), stem(target), 1),
+        neck=NeckConfig(target, {**config.neck.args, **options}),
+    )
 
 
 def _not_an_fpn(found: str) -> ValueError:

@@ -1,7 +1,8 @@
 """Cascaded RoI heads: Cai & Vasconcelos, "Cascade R-CNN", CVPR 2018, with a mask head per stage.
 
 Each stage is one of torchvision's ``RoIHeads``, of which it uses the sampling, the box coder and the post-processing.
-Boxes are regressed once for all classes, and each stage starts from the boxes of the one before.
+Boxes are regressed once for all classes, and each stage starts from the boxes of the one before. The published
+implementations differ; what they differ in is :class:`CascadeRules`.
 
 Shape shorthand: ``R`` RoIs of the batch, ``K`` classes without background, ``M`` side of a predicted mask.
 """
@@ -9,18 +10,43 @@ Shape shorthand: ``R`` RoIs of the batch, ``K`` classes without background, ``M`
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_inference, maskrcnn_loss
-from torchvision.ops import clip_boxes_to_image, remove_small_boxes
+from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_inference
+from torchvision.ops import clip_boxes_to_image, remove_small_boxes, roi_align
 
 from a2fpn.pyramid import Features
 
 Sizes = list[tuple[int, int]]
 Targets = list[dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class CascadeRules:
+    """What the published cascades do in different ways; the defaults are mmdetection's, but for ``average``.
+
+    Args:
+        loss_weights: Per stage the factor of its losses.
+        box_loss_beta: Where the box loss turns from L2 to L1, in regression targets; 0 is plain L1 (detectron2).
+        average: What is averaged over the stages at test time: ``"probabilities"`` (the paper's code, detectron2) or
+            ``"logits"`` (mmdetection).
+        resample: Whether every stage samples anew from the boxes it gets and the objects; False keeps the first
+            stage's sample, objects included, and only labels it anew (detectron2).
+        scale_gradients: Whether the box heads' gradients into the pyramid are divided by the number of stages
+            (detectron2, with loss weights of 1).
+        aligned: Whether mask targets are cut out with RoIAlign's shift by half a pixel, as the features are.
+    """
+
+    loss_weights: tuple[float, ...]
+    box_loss_beta: float = 1.0
+    average: Literal["probabilities", "logits"] = "probabilities"
+    resample: bool = True
+    scale_gradients: bool = False
+    aligned: bool = True
 
 
 class Samples(NamedTuple):
@@ -47,12 +73,12 @@ class Samples(NamedTuple):
 class CascadeRoIHeads(nn.Module):
     """Stages of box heads, and of mask heads where the stages have them; called like torchvision's ``RoIHeads``.
 
-    Losses are summed over the stages. At test time scores and masks are averaged over the stages.
+    Losses are summed over the stages. At test time scores and masks are averaged over the stages that have them.
 
     Args:
         stages: torchvision's heads with class-agnostic box predictors; their matchers, box coders and predictors
-            differ, and none shares a parameter with another.
-        loss_weights: Factor of each stage's losses.
+            differ, and none shares a parameter with another. Mask heads are in all of them, in the first, or in none.
+        rules: How they work together.
     """
 
     interleaved = False
@@ -60,13 +86,13 @@ class CascadeRoIHeads(nn.Module):
 
     stages: Sequence[RoIHeads]
 
-    def __init__(self, stages: Sequence[RoIHeads], *, loss_weights: Sequence[float]) -> None:
+    def __init__(self, stages: Sequence[RoIHeads], *, rules: CascadeRules) -> None:
         super().__init__()
         self.stages = nn.ModuleList(stages)  # type: ignore[assignment]
-        self.loss_weights = tuple(loss_weights)
+        self.rules = rules
 
     def has_mask(self) -> bool:
-        """Whether the stages have mask heads."""
+        """Whether the first stage, or every one, has a mask head."""
         return bool(self.stages[0].has_mask())
 
     @property
@@ -99,12 +125,17 @@ class CascadeRoIHeads(nn.Module):
     ) -> dict[str, Tensor]:
         """Losses of all stages, weighted and summed."""
         totals: dict[str, Tensor] = {}
-        for index, (stage, weight) in enumerate(zip(self.stages, self.loss_weights, strict=True)):
-            samples = Samples(*stage.select_training_samples(proposals, targets))
-            logits, deltas = _box_outputs(stage, features, samples.boxes, image_sizes)
-            losses = _box_losses(logits, deltas, samples)
-            proposals = _refine_samples(stage, deltas, samples, image_sizes)
-            if self.has_mask():
+        rules = self.rules
+        scale = 1 / len(self.stages) if rules.scale_gradients else 1.0
+        for index, (stage, weight) in enumerate(zip(self.stages, rules.loss_weights, strict=True)):
+            if rules.resample or index == 0:
+                samples = Samples(*stage.select_training_samples(proposals, targets))
+            else:
+                samples = _label(stage, proposals, targets)
+            logits, deltas = _box_outputs(stage, features, samples.boxes, image_sizes, gradient_scale=scale)
+            losses = _box_losses(logits, deltas, samples, beta=rules.box_loss_beta)
+            proposals = _refine_samples(stage, deltas, samples, image_sizes, objects=not rules.resample)
+            if stage.has_mask():
                 if self.interleaved:
                     samples = Samples(*stage.select_training_samples(proposals, targets))
                 losses["loss_mask"] = self._mask_loss(index, features, samples.positives(), image_sizes, targets)
@@ -114,15 +145,18 @@ class CascadeRoIHeads(nn.Module):
 
     def detect(self, features: Features, proposals: list[Tensor], image_sizes: Sizes) -> list[dict[str, Tensor]]:
         """Boxes of the last stage, with scores and masks averaged over the stages."""
-        boxes, probabilities = proposals, []
+        boxes, scores = proposals, []
+        probabilities = self.rules.average == "probabilities"
         for index, stage in enumerate(self.stages):
             logits, deltas = _box_outputs(stage, features, boxes, image_sizes)
-            probabilities.append(logits.softmax(-1))
+            scores.append(logits.softmax(-1) if probabilities else logits)
             if index + 1 < len(self.stages):
                 boxes = _refine(stage, deltas, boxes, image_sizes)
-        mean = torch.stack(probabilities).mean(0)
-        # torchvision's post-processing takes logits and one box per class: softmax(log p) = p.
-        found = self.stages[-1].postprocess_detections(mean.log(), deltas.repeat(1, mean.shape[1]), boxes, image_sizes)
+        mean = torch.stack(scores).mean(0)
+        if probabilities:
+            # torchvision's post-processing takes logits and one box per class: softmax(log p) = p.
+            mean = mean.log()
+        found = self.stages[-1].postprocess_detections(mean, deltas.repeat(1, mean.shape[1]), boxes, image_sizes)
         results = [dict(zip(("boxes", "scores", "labels"), image, strict=True)) for image in zip(*found, strict=True)]
         if self.has_mask():
             masks = self._masks(features, found[0], found[2], image_sizes)
@@ -151,33 +185,85 @@ class CascadeRoIHeads(nn.Module):
         stage = self.stages[index]
         x = stage.mask_roi_pool(features, positives.boxes, image_sizes)
         logits = stage.mask_predictor(self.training_mask_features(index, x))
-        masks, labels = [t["masks"] for t in targets], [t["labels"] for t in targets]
-        loss: Tensor = maskrcnn_loss(logits, positives.boxes, masks, labels, positives.objects)
+        if not len(logits):
+            nothing: Tensor = logits.sum() * 0
+            return nothing
+        wanted = torch.cat(
+            [
+                mask_targets(target["masks"], boxes, objects, logits.shape[-1], aligned=self.rules.aligned)
+                for target, boxes, objects in zip(targets, positives.boxes, positives.objects, strict=True)
+            ]
+        )
+        rows = torch.arange(len(logits), device=logits.device)
+        loss: Tensor = F.binary_cross_entropy_with_logits(logits[rows, torch.cat(positives.labels)], wanted)
         return loss
 
     def _masks(self, features: Features, boxes: list[Tensor], labels: list[Tensor], image_sizes: Sizes) -> list[Tensor]:
         x = self.stages[0].mask_roi_pool(features, boxes, image_sizes)
         previous, probabilities = None, []
-        for index, stage in enumerate(self.stages):
+        for index, stage in enumerate(stage for stage in self.stages if stage.has_mask()):
             previous = self.mask_features(index, x, previous)
             probabilities.append(maskrcnn_inference(stage.mask_predictor(previous), labels))
         return [torch.stack(stages).mean(0) for stages in zip(*probabilities, strict=True)]
 
 
-def _box_outputs(stage: RoIHeads, features: Features, boxes: list[Tensor], sizes: Sizes) -> tuple[Tensor, Tensor]:
+def mask_targets(masks: Tensor, boxes: Tensor, objects: Tensor, size: int, *, aligned: bool) -> Tensor:
+    """What a mask head should give: the parts of the instance masks inside boxes, resized by RoIAlign, then binary.
+
+    torchvision's own targets are never shifted and not binary; shifted features need shifted targets.
+
+    Args:
+        masks: ``(N, H, W)`` in {0, 1}.
+        boxes: ``(R, 4)`` xyxy in pixels of the masks.
+        objects: ``(R,)`` which mask belongs to each box.
+        size: Side of a predicted mask.
+        aligned: Whether to shift by half a pixel.
+
+    Returns:
+        ``(R, size, size)`` float32 in {0, 1}.
+
+    Example:
+        >>> masks = torch.tensor([[[0, 0, 1, 1]] * 4])
+        >>> box = torch.tensor([[0.0, 0.0, 4.0, 4.0]])
+        >>> mask_targets(masks, box, torch.tensor([0]), 2, aligned=True)
+        tensor([[[0., 1.],
+                 [0., 1.]]])
+    """
+    rois = torch.cat([objects[:, None].to(boxes), boxes], 1).float()
+    cut: Tensor = roi_align(masks[:, None].float(), rois, size, sampling_ratio=0, aligned=aligned)
+    return (cut[:, 0] >= 0.5).float()
+
+
+def _box_outputs(
+    stage: RoIHeads, features: Features, boxes: list[Tensor], sizes: Sizes, *, gradient_scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """Class logits ``(R, K + 1)`` and deltas ``(R, 4)``."""
-    logits, deltas = stage.box_predictor(stage.box_head(stage.box_roi_pool(features, boxes, sizes)))
+    pooled: Tensor = stage.box_roi_pool(features, boxes, sizes)
+    if gradient_scale != 1 and pooled.requires_grad:
+        pooled.register_hook(lambda gradient: gradient * gradient_scale)  # type: ignore[no-untyped-call]
+    logits, deltas = stage.box_predictor(stage.box_head(pooled))
     return logits, deltas
 
 
-def _box_losses(logits: Tensor, deltas: Tensor, samples: Samples) -> dict[str, Tensor]:
-    """Cross entropy, and smooth L1 with beta 1 over the positives; both per sample, and zero without samples."""
+def _label(stage: RoIHeads, proposals: list[Tensor], targets: Targets) -> Samples:
+    """All boxes as samples, held against the objects by the stage's IoU."""
+    boxes = [target["boxes"].to(proposals[0]) for target in targets]
+    objects, labels = stage.assign_targets_to_proposals(proposals, boxes, [target["labels"] for target in targets])
+    matched = [
+        own[index] if len(own) else torch.zeros_like(given)
+        for own, index, given in zip(boxes, objects, proposals, strict=True)
+    ]
+    return Samples(proposals, objects, labels, list(stage.box_coder.encode(matched, proposals)))
+
+
+def _box_losses(logits: Tensor, deltas: Tensor, samples: Samples, *, beta: float) -> dict[str, Tensor]:
+    """Cross entropy, and smooth L1 over the positives; both per sample, and zero without samples."""
     labels, wanted = torch.cat(samples.labels), torch.cat(samples.deltas)
     count = max(1, len(labels))
     positive = torch.where(labels > 0)[0]
     return {
         "loss_classifier": F.cross_entropy(logits, labels, reduction="sum") / count,
-        "loss_box_reg": F.smooth_l1_loss(deltas[positive], wanted[positive], reduction="sum") / count,
+        "loss_box_reg": F.smooth_l1_loss(deltas[positive], wanted[positive], beta=beta, reduction="sum") / count,
     }
 
 
@@ -187,14 +273,15 @@ def _refine(stage: RoIHeads, deltas: Tensor, boxes: list[Tensor], sizes: Sizes) 
     return [clip_boxes_to_image(b, size) for b, size in zip(refined, sizes, strict=True)]
 
 
-def _refine_samples(stage: RoIHeads, deltas: Tensor, samples: Samples, sizes: Sizes) -> list[Tensor]:
-    """Refined training boxes, without degenerate ones and without those that were objects themselves.
+def _refine_samples(stage: RoIHeads, deltas: Tensor, samples: Samples, sizes: Sizes, *, objects: bool) -> list[Tensor]:
+    """Refined training boxes, without degenerate ones and, unless asked for, those that were objects themselves.
 
-    Objects join the proposals anew at each stage; refining them would flood later stages with near copies.
+    Where objects join the proposals anew at each stage, refining them would flood later stages with near copies.
     """
     proposals = []
     for image, boxes in enumerate(_refine(stage, deltas, samples.boxes, sizes)):
-        born = (samples.labels[image] > 0) & (samples.deltas[image] == 0).all(1)
-        boxes = boxes[~born]
+        if not objects:
+            born = (samples.labels[image] > 0) & (samples.deltas[image] == 0).all(1)
+            boxes = boxes[~born]
         proposals.append(boxes[remove_small_boxes(boxes, min_size=1e-2)])
     return proposals

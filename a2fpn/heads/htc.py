@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.ops import Conv2dNormActivation
 
-from a2fpn.heads.cascade import CascadeRoIHeads, Sizes, Targets
+from a2fpn.heads.cascade import CascadeRoIHeads, CascadeRules, Sizes, Targets
 from a2fpn.heads.roi_pool import StrideRoIAlign
 from a2fpn.pyramid import Features, level_size
 
@@ -90,8 +90,8 @@ class HTCRoIHeads(CascadeRoIHeads):
     """Cascade with interleaved execution, mask information flow and an optional semantic branch.
 
     Args:
-        stages: As in :class:`~a2fpn.heads.cascade.CascadeRoIHeads`, with mask heads.
-        loss_weights: Factor of each stage's losses.
+        stages: As in :class:`~a2fpn.heads.cascade.CascadeRoIHeads`, all with mask heads.
+        rules: How they work together.
         pooled_channels: Channels of pooled RoI features.
         mask_channels: Channels that the mask heads give.
         semantic: The semantic branch, or None.
@@ -107,7 +107,7 @@ class HTCRoIHeads(CascadeRoIHeads):
         self,
         stages: Sequence[RoIHeads],
         *,
-        loss_weights: Sequence[float],
+        rules: CascadeRules,
         pooled_channels: int,
         mask_channels: int,
         semantic: SemanticBranch | None = None,
@@ -115,7 +115,7 @@ class HTCRoIHeads(CascadeRoIHeads):
         semantic_loss_weight: float = 0.2,
         things: bool = False,
     ) -> None:
-        super().__init__(stages, loss_weights=loss_weights)
+        super().__init__(stages, rules=rules)
         self.mask_flow = nn.ModuleList(_conv(mask_channels, pooled_channels, 1) for _ in stages[1:])
         self.semantic = semantic
         self.semantic_stride = semantic_stride

@@ -1,0 +1,101 @@
+"""State dicts of mmdetection's Faster, Mask, Cascade and Cascade Mask R-CNN and HTC with an FPN -> ours.
+
+Names and conventions are those of https://github.com/open-mmlab/mmdetection (Apache-2.0), version 2 and newer.
+``python -m benchmarks.parity --source mmdet`` compares both sides where mmdetection is installed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from torch import Tensor
+
+from a2fpn.config import ModelConfig
+from a2fpn.convert._common import POOLING, Layout, Pixels, convert
+
+_DETECTORS = ("fasterrcnn_", "maskrcnn_", "cascadercnn_", "cascademaskrcnn_", "htc_")
+
+_RULES = (
+    (r"^backbone\.body\.", "backbone."),
+    (r"^neck\.lateral\.", "neck.lateral_convs."),
+    (r"^neck\.output\.", "neck.fpn_convs."),
+    (r"^rpn\.head\.conv\.0\.0\.", "rpn_head.rpn_conv."),
+    (r"^rpn\.head\.cls_logits\.", "rpn_head.rpn_cls."),
+    (r"^rpn\.head\.bbox_pred\.", "rpn_head.rpn_reg."),
+    (r"^roi_heads\.stages\.(\d+)\.(\w+)\.", r"roi_heads.\2.\1."),
+    (r"^roi_heads\.semantic\.lateral\.(\d+)\.0\.", r"roi_head.semantic_head.lateral_convs.\1.conv."),
+    (r"^roi_heads\.semantic\.convs\.(\d+)\.0\.", r"roi_head.semantic_head.convs.\1.conv."),
+    (r"^roi_heads\.semantic\.embedding\.0\.", "roi_head.semantic_head.conv_embedding.conv."),
+    (r"^roi_heads\.semantic\.logits\.", "roi_head.semantic_head.conv_logits."),
+    (r"^roi_heads\.", "roi_head."),
+    (r"\.box_head\.(.*)fc6\.", r".bbox_head.\1shared_fcs.0."),
+    (r"\.box_head\.(.*)fc7\.", r".bbox_head.\1shared_fcs.1."),
+    (r"\.box_predictor\.(.*)cls_score\.", r".bbox_head.\1fc_cls."),
+    (r"\.box_predictor\.(.*)bbox_pred\.", r".bbox_head.\1fc_reg."),
+    (r"\.mask_head\.(\d+\.)?(\d+)\.0\.", r".mask_head.\1convs.\2.conv."),
+    (r"\.mask_predictor\.(.*)conv5_mask\.", r".mask_head.\1upsample."),
+    (r"\.mask_predictor\.(.*)mask_fcn_logits\.", r".mask_head.\1conv_logits."),
+)
+
+
+def from_mmdet(
+    state: Mapping[str, Tensor],
+    name: str,
+    *,
+    style: Literal["pytorch", "caffe"] = "pytorch",
+    bgr_to_rgb: bool = True,
+    mean: tuple[float, ...] = (123.675, 116.28, 103.53),
+    std: tuple[float, ...] = (58.395, 57.12, 57.375),
+    **overrides: Any,
+) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Turns a state dict of mmdetection into one of ours.
+
+    The defaults are those of mmdetection's configurations ``*_r50_fpn_*``. Colours are swapped in the first
+    convolution where need be, and the statistics expressed in the configuration.
+
+    Args:
+        state: The tensors, as ``model.state_dict()`` or :func:`~a2fpn.convert.read_state_dict` gives them; not
+            changed.
+        name: The model to make: ``fasterrcnn_fpn_r50``, ``maskrcnn_fpn_r101``, ``cascademaskrcnn_fpn_r50``,
+            ``htc_fpn_r50``, ...
+        style: ``style`` of the source's ResNet. The state dict doesn't tell.
+        bgr_to_rgb: ``bgr_to_rgb`` of its data preprocessor.
+        mean: Its ``mean``, in the order that the network sees.
+        std: Its ``std``, likewise.
+        **overrides: As in :func:`a2fpn.create_model` (``categories``, ``min_size``, ...).
+
+    Returns:
+        Configuration and state dict.
+
+    Raises:
+        ValueError: For another kind of detector, or tensors that are missing, left over or of another shape, by
+            mmdetection's names.
+    """
+    if not name.startswith(_DETECTORS):
+        raise ValueError(f"{name!r} has no counterpart in mmdetection; take a name that begins with {_DETECTORS}.")
+    pixels = Pixels(tuple(mean), tuple(std), bgr=not bgr_to_rgb)
+    rules: dict[str, Any] = {**POOLING, "stride_in_1x1": style == "caffe", "rpn_post_nms_top_n_train": 1000}
+    if name.startswith(("cascade", "htc")):
+        rules |= {
+            "rpn_post_nms_top_n_train": 2000,
+            "stage_average": "logits",
+            "stage_box_weights": tuple((1 / xy, 1 / xy, 1 / wh, 1 / wh) for xy, wh in _STAGE_STDS),
+        }
+    if name.startswith("htc"):
+        rules["score_threshold"] = 0.001
+    return convert(state, name, Layout("mmdetection", _rename), pixels, {**rules, **overrides})
+
+
+_STAGE_STDS = ((0.1, 0.2), (0.05, 0.1), (0.033, 0.067))
+"""Per stage the ``target_stds`` of a box's centre and of its size."""
+
+
+def _rename(key: str) -> str:
+    flow = re.fullmatch(r"roi_heads\.mask_flow\.(\d+)\.0\.(\w+)", key)
+    if flow:
+        return f"roi_head.mask_head.{int(flow[1]) + 1}.conv_res.conv.{flow[2]}"
+    for pattern, replacement in _RULES:
+        key = re.sub(pattern, replacement, key)
+    return key
