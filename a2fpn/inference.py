@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import torch
@@ -22,11 +22,15 @@ from torch import Tensor
 from a2fpn.config import Category
 from a2fpn.data.coco import read_image, to_rgb
 from a2fpn.data.masks import Rle, decode_rle, encode_box_masks
+from a2fpn.heads.nms import DetectionRule, SoftNms, using_rule
+from a2fpn.tiling import TileDetections, merge_tiles, tile_windows
+from a2fpn.tta import Augmentation, detect_augmented
 
 if TYPE_CHECKING:
     import supervision
 
-    from a2fpn.detectors import RCNN
+    from a2fpn.detectors import Detector
+    from a2fpn.optimize import OptimizedDetector
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
@@ -187,6 +191,52 @@ class Result:
         return draw(self.above(score_threshold), image, boxes=boxes, labels=labels, legend=legend)
 
 
+@dataclass(frozen=True)
+class PredictOptions:
+    """How images are predicted; None leaves a limit to the model's own configuration.
+
+    Args:
+        score_threshold: Objects that score less are dropped, between 0 and 1. Below the model's own threshold (0.05
+            unless configured) there are more objects than it gives by itself.
+        nms_threshold: IoU above which an object removes a worse one of its class, between 0 and 1.
+        detections_per_image: Most objects of an image, or of a tile.
+        soft_nms: ``"linear"`` or ``"gaussian"`` lowers the scores of objects that overlap better ones, where NMS
+            removes them; see :func:`a2fpn.heads.soft_nms`. False removes.
+        tile: Side in pixels of the overlapping tiles in which larger images are predicted one by one, and whose
+            objects are merged; None predicts images whole. Each tile is resized by the model's own rule.
+        overlap: Least share of a tile that the next one shows too. Objects up to this size are seen whole.
+        tta: True sees each image, or tile, at three sizes and mirrored, and fuses what is found; an
+            :class:`~a2fpn.tta.Augmentation` says which views to take. Takes several times as long.
+
+    Raises:
+        ValueError: For a value out of its range.
+    """
+
+    score_threshold: float | None = None
+    nms_threshold: float | None = None
+    detections_per_image: int | None = None
+    soft_nms: SoftNms | Literal[False] = False
+    tile: int | None = None
+    overlap: float = 0.2
+    tta: bool | Augmentation = False
+
+    def __post_init__(self) -> None:
+        DetectionRule(**self.changes)
+        tile_windows((1, 1), self.tile or 16, self.overlap)
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """The fields of the model's rule that are replaced."""
+        limits = ("score_threshold", "nms_threshold", "detections_per_image")
+        given = {name: getattr(self, name) for name in limits if getattr(self, name) is not None}
+        return {**given, "soft_nms": self.soft_nms or None}
+
+    @property
+    def augmentation(self) -> Augmentation | None:
+        """Which views are taken, if more than one."""
+        return (Augmentation() if self.tta else None) if isinstance(self.tta, bool) else self.tta
+
+
 class Predictor:
     """Runs a detector on images as people have them: files, folders, PIL images, arrays, tensors.
 
@@ -194,16 +244,17 @@ class Predictor:
     each call, so that a model can be looked at in the midst of its training.
 
     Args:
-        model: A detector of :func:`a2fpn.create_model` or :func:`a2fpn.from_pretrained`.
+        model: A detector of :func:`a2fpn.create_model`, :func:`a2fpn.from_pretrained` or
+            :func:`a2fpn.optimize_for_inference`.
         device: Where to run, for example ``"cuda"``; None leaves the model where it is.
-        score_threshold: Objects that score less are dropped, between 0 and 1; None keeps all that the model
-            gives, from its own threshold on (0.05 unless configured).
         channels_last: Whether to lay out the model's weights for convolutions on NHWC memory, which is faster on
             CPUs and on tensor cores, with the same results up to rounding.
+        **options: Fields of :class:`PredictOptions`, for every call that doesn't say otherwise: ``score_threshold``,
+            ``nms_threshold``, ``detections_per_image``, ``soft_nms``, ``tile``, ``overlap``, ``tta``.
 
     Raises:
-        TypeError: If the model is none of this package's detectors.
-        ValueError: If the threshold is out of range.
+        TypeError: If the model is none of this package's detectors, or for an unknown option.
+        ValueError: If an option is out of range.
 
     Example:
         >>> import a2fpn
@@ -216,34 +267,32 @@ class Predictor:
 
     def __init__(
         self,
-        model: RCNN,
+        model: Detector | OptimizedDetector,
         *,
         device: torch.device | str | None = None,
-        score_threshold: float | None = None,
         channels_last: bool = True,
+        **options: Any,
     ) -> None:
         if not hasattr(model, "config") or not hasattr(model, "preprocess"):
             raise TypeError(
                 f"Predictor expects a detector of a2fpn.create_model(...) or a2fpn.from_pretrained(...), "
                 f"got {type(model).__name__}."
             )
-        if score_threshold is not None and not 0 <= score_threshold <= 1:
-            raise ValueError(f"score_threshold must be between 0 and 1, got {score_threshold}.")
+        self.options = PredictOptions(**options)
         self.model = model.to(device)
         if channels_last:
             self.model.to(memory_format=torch.channels_last)
         self.categories = model.config.labelled_categories
-        self.score_threshold = score_threshold
 
     @overload
-    def __call__(self, images: ImageInMemory) -> Result: ...
+    def __call__(self, images: ImageInMemory, **options: Any) -> Result: ...
     @overload
-    def __call__(self, images: ImagePath) -> Result | list[Result]: ...  # type: ignore[overload-overlap]
+    def __call__(self, images: ImagePath, **options: Any) -> Result | list[Result]: ...
     @overload
-    def __call__(self, images: Sequence[ImageInMemory | ImagePath]) -> list[Result]: ...
+    def __call__(self, images: Sequence[ImageInMemory | ImagePath], **options: Any) -> list[Result]: ...
 
     def __call__(
-        self, images: ImageInMemory | ImagePath | Sequence[ImageInMemory | ImagePath]
+        self, images: ImageInMemory | ImagePath | Sequence[ImageInMemory | ImagePath], **options: Any
     ) -> Result | list[Result]:
         """Detects objects, one image after the other.
 
@@ -252,6 +301,7 @@ class Predictor:
                 images. An image is a path, a PIL image (taken as it is; EXIF orientation is applied to files), a
                 uint8 array (H, W, 3) in RGB order or (H, W) in grey (OpenCV reads BGR: pass
                 ``image[..., ::-1]``), or a tensor (3, H, W), uint8 or float in [0, 1].
+            **options: Fields of :class:`PredictOptions` for this call, e.g. ``tile=1024``.
 
         Returns:
             A result for one image, a list of results for a folder or a sequence.
@@ -262,48 +312,101 @@ class Predictor:
             OSError: If there is no such file.
         """
         if isinstance(images, (str, os.PathLike)) and Path(images).is_dir():
-            return [self._predict_one(path) for path in list_images(images)]
+            return [self._predict_one(path, options) for path in list_images(images)]
         if isinstance(images, Sequence) and not isinstance(images, str):
-            return [self._predict_one(image) for image in images]
-        return self._predict_one(images)
+            return [self._predict_one(image, options) for image in images]
+        return self._predict_one(images, options)
 
-    def predict(self, images: Sequence[Tensor]) -> list[Result]:
+    def predict(self, images: Sequence[Tensor], **options: Any) -> list[Result]:
         """Detects objects in a batch of tensors: the call for evaluation and training.
 
         Args:
             images: (3, H, W) tensors of any sizes, float32 in [0, 1] or uint8 in [0, 255].
+            **options: Fields of :class:`PredictOptions` for this call.
 
         Returns:
             A result per image, without image and path.
         """
+        chosen = replace(self.options, **options)
         device = next(self.model.parameters()).device
-        with _evaluating(self.model), torch.inference_mode():
-            outputs = self.model([image.to(device) for image in images], paste_masks=False)
-        return [self._result(output, image.shape[-2:]) for output, image in zip(outputs, images, strict=True)]
+        images = [image.to(device) for image in images]
+        changes = chosen.changes
+        if "score_threshold" in changes:
+            # The heads keep what scores more than their threshold, a result what scores no less.
+            below = float(np.nextafter(np.float32(changes["score_threshold"]), np.float32(-1)))
+            changes["score_threshold"] = max(0.0, below)
+        with _evaluating(self.model), using_rule(self.model, **changes) as rule, torch.inference_mode():
+            if chosen.tile is not None:
+                return [self._tiled(image, chosen, rule) for image in images]
+            return [
+                self._result(output, _size(image), chosen)
+                for output, image in zip(self._detect(images, chosen, rule), images, strict=True)
+            ]
 
-    def _predict_one(self, image: ImageInMemory | ImagePath) -> Result:
+    def _detect(
+        self, images: Sequence[Tensor], options: PredictOptions, rule: DetectionRule
+    ) -> Sequence[Mapping[str, Tensor]]:
+        """What the model, or the fusion of what it sees in several views, finds in each image."""
+        model, augmentation = self.model, options.augmentation
+        if augmentation is None or not all(image.ndim == 3 for image in images):
+            found: Sequence[Mapping[str, Tensor]] = model(images, paste_masks=False)
+            return found
+        return [
+            detect_augmented(
+                lambda view: model([view], resize=False, paste_masks=False)[0],
+                image,
+                model.preprocess.target_size(*_size(image)),
+                augmentation,
+                rule,
+            )
+            for image in images
+        ]
+
+    def _tiled(self, image: Tensor, options: PredictOptions, rule: DetectionRule) -> Result:
+        size = _size(image)
+        results = []
+        windows = tile_windows(size, options.tile or max(size), options.overlap)
+        # One by one: a batch of tiles takes several times the memory and saves no time on a CPU.
+        for x0, y0, x1, y1 in windows:
+            (output,) = self._detect([image[..., y0:y1, x0:x1]], options, rule)
+            moved = {**output, "boxes": output["boxes"] + output["boxes"].new_tensor([x0, y0, x0, y0])}
+            results.append(self._result(moved, size, options))
+        if len(results) == 1:
+            return results[0]
+        tiles = [
+            TileDetections(window, result.boxes, result.scores, result.labels, result.rles)
+            for window, result in zip(windows, results, strict=True)
+        ]
+        merged = merge_tiles(tiles, size)
+        return replace(results[0], boxes=merged.boxes, scores=merged.scores, labels=merged.labels, rles=merged.rles)
+
+    def _predict_one(self, image: ImageInMemory | ImagePath, options: Mapping[str, Any]) -> Result:
         if isinstance(image, (str, os.PathLike)):
-            (result,) = self.predict([read_image(Path(image))])
+            (result,) = self.predict([read_image(Path(image))], **options)
             return replace(result, path=os.fspath(image))
         tensor = _to_tensor(image)
-        (result,) = self.predict([tensor])
+        (result,) = self.predict([tensor], **options)
         return replace(result, image=_to_array(tensor))
 
-    def _result(self, output: Mapping[str, Tensor], size: Sequence[int]) -> Result:
-        height, width = size
+    def _result(self, output: Mapping[str, Tensor], size: tuple[int, int], options: PredictOptions) -> Result:
         boxes, masks = output["boxes"], output.get("masks")
         result = Result(
             boxes=boxes.cpu().numpy(),
             scores=output["scores"].cpu().numpy(),
             labels=output["labels"].cpu().numpy(),
-            size=(height, width),
+            size=size,
             categories=self.categories,
-            rles=None if masks is None else self._encode(masks, boxes, (height, width)),
+            rles=None if masks is None else self._encode(masks, boxes, size),
         )
-        return result if self.score_threshold is None else result.above(self.score_threshold)
+        return result if options.score_threshold is None else result.above(options.score_threshold)
 
     def _encode(self, masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> tuple[Rle, ...]:
-        return tuple(encode_box_masks(masks, boxes, size, rule=self.model.config.heads.mask_paste))
+        return tuple(encode_box_masks(masks, boxes, size, rule=self.model.mask_paste))
+
+
+def _size(image: Tensor) -> tuple[int, int]:
+    """Height and width."""
+    return int(image.shape[-2]), int(image.shape[-1])
 
 
 def list_images(folder: ImagePath) -> list[Path]:
@@ -323,7 +426,7 @@ def list_images(folder: ImagePath) -> list[Path]:
 
 
 @contextlib.contextmanager
-def _evaluating(model: RCNN) -> Iterator[None]:
+def _evaluating(model: Detector | OptimizedDetector) -> Iterator[None]:
     """Puts a model into evaluation mode and every module back into its own afterwards: parts may be frozen."""
     before = {module: module.training for module in model.modules()}
     model.eval()

@@ -12,6 +12,7 @@ import gc
 import importlib.metadata
 import math
 import multiprocessing
+import os
 import platform
 import statistics
 import time
@@ -229,10 +230,15 @@ def start(threads: int, rounds: int) -> None:
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     console().print(
         f"{versions}, Python {platform.python_version()}; CPU with {torch.backends.cpu.get_cpu_capability()}, "
-        f"{torch.get_num_threads()} threads; float32.\n"
+        f"{torch.get_num_threads()} threads; load before the start {_load()}.\n"
         f"Times are medians of {rounds} interleaved rounds, ratios medians of the rounds' ratios (lowest–highest); "
         "memory is the peak during the call beyond what was held before it."
     )
+
+
+def _load() -> str:
+    """Processes that wanted to run in the last minute: what else the machine was doing."""
+    return f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
 
 
 def console() -> Console:

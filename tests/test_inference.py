@@ -7,12 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from pycocotools import mask as mask_utils
 
 import a2fpn
+from a2fpn.cli import DEMO_DATA
 from a2fpn.config import Category
 from a2fpn.data import encode_box_masks
 from a2fpn.evaluation import evaluate_coco
 from a2fpn.inference import Predictor, Result, list_images
+from a2fpn.tta import Augmentation
 
 CATEGORIES = (Category(7, "cat"), Category(23, "dog"), Category(90, "x-ray"))
 SMALL = {
@@ -304,3 +307,117 @@ def test_gpu_finds_the_same_as_cpu(pixels):
     expected = Predictor(create())(pixels)
     result = Predictor(create(), device="cuda")(pixels)
     np.testing.assert_allclose(result.boxes[:3], expected.boxes[:3], atol=0.1)
+
+
+# Options of a prediction
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"nms_threshold": 2.0}, ValueError, r"nms_threshold must be between 0 and 1, got 2\.0"),
+        ({"detections_per_image": 0}, ValueError, "at least 1, got 0"),
+        ({"soft_nms": "hard"}, ValueError, "linear, gaussian or None, got 'hard'"),
+        ({"tile": 8}, ValueError, "tile must be at least 16 pixels, got 8"),
+        ({"overlap": -0.1}, ValueError, r"overlap must be between 0 and 0\.9"),
+        ({"tiles": 64}, TypeError, "unexpected keyword argument 'tiles'"),
+    ],
+)
+def test_options_out_of_range(predictor, pixels, options, error, message):
+    with pytest.raises(error, match=message):
+        predictor(pixels, **options)
+    with pytest.raises(error, match=message):
+        Predictor(predictor.model, **options)
+
+
+def test_options_of_a_call_take_the_place_of_those_of_the_predictor(pixels):
+    predictor = Predictor(create(), detections_per_image=4)
+    assert len(predictor(pixels)) == 4
+    assert len(predictor(pixels, detections_per_image=2)) == 2
+    assert len(predictor(pixels, detections_per_image=None)) == 8
+    assert [len(result) for result in predictor([pixels, pixels], detections_per_image=3)] == [3, 3]
+    assert len(predictor(pixels)) == 4
+    assert predictor.model.roi_heads.rule.detections_per_image == 8
+
+
+def test_a_threshold_below_the_models_own_finds_more(pixels):
+    model = create(score_threshold=0.99)
+    assert len(Predictor(model)(pixels)) == 0
+    assert len(Predictor(model, score_threshold=0.0)(pixels)) == 8
+
+
+def test_nms_and_soft_nms(pixels):
+    predictor = Predictor(create(detections_per_image=1000))
+    plain = predictor(pixels)
+    assert len(predictor(pixels, nms_threshold=0.1)) < len(plain) < len(predictor(pixels, nms_threshold=0.9))
+    for kind in ("linear", "gaussian"):
+        soft = predictor(pixels, soft_nms=kind)
+        assert len(soft) > len(plain)
+        assert (np.diff(soft.scores) <= 0).all()
+
+
+@pytest.mark.parametrize("name", ["maskrcnn_fpn", "fasterrcnn_fpn"])
+def test_one_unchanged_view_is_the_prediction_itself(pixels, name):
+    predictor = Predictor(create(name, nms_threshold=0.3))
+    expected = predictor(pixels)
+    result = predictor(pixels, tta=Augmentation(scales=(1.0,), horizontal_flip=False))
+    np.testing.assert_allclose(result.boxes, expected.boxes, atol=1e-2)
+    np.testing.assert_allclose(result.scores, expected.scores, atol=1e-4)
+    np.testing.assert_array_equal(result.labels, expected.labels)
+    if expected.masks is not None:
+        assert (result.masks != expected.masks).mean() < 0.01
+
+
+def test_tta_on_a_mirrored_image_gives_the_mirrored_result(pixels):
+    predictor = Predictor(create(), tta=True)
+    result = predictor(pixels)
+    mirrored = predictor(np.ascontiguousarray(pixels[:, ::-1]))
+    assert len(result) > 0
+    np.testing.assert_allclose(mirrored.scores, result.scores, atol=1e-3)
+    np.testing.assert_allclose(
+        np.sort(80 - mirrored.boxes[:, [2, 0]], axis=0), np.sort(result.boxes[:, [0, 2]], axis=0), atol=0.05
+    )
+
+
+@pytest.mark.parametrize("name", ["maskrcnn_fpn", "fasterrcnn_fpn"])
+def test_an_image_that_fits_a_tile_is_predicted_whole(pixels, name):
+    predictor = Predictor(create(name))
+    expected, result = predictor(pixels), predictor(pixels, tile=128)
+    np.testing.assert_array_equal(result.boxes, expected.boxes)
+    assert result.rles == expected.rles
+
+
+def test_tiles_with_views_give_one_result_of_the_whole_image(predictor, pixels):
+    result = predictor(pixels, tile=40, overlap=0.3, tta=Augmentation(scales=(1.0,)))
+    assert result.size == (48, 80)
+    assert result.masks.shape == (len(result), 48, 80)
+    assert (result.boxes <= [80, 48, 80, 48]).all()
+    assert result.boxes[:, 0].max() > 40
+    assert (np.diff(result.scores) <= 0).all()
+    assert len(predictor(pixels, tile=40, score_threshold=1.0)) == 0
+
+
+@pytest.fixture(scope="module")
+def mosaic():
+    """Two by two images of nuclei, 512 x 512 pixels."""
+    folder = DEMO_DATA / "images"
+    images = [np.asarray(Image.open(path).convert("RGB"))[:256, :256] for path in sorted(folder.iterdir())]
+    images = [image for image in images if image.shape == (256, 256, 3)][:4]
+    return np.concatenate([np.concatenate(images[:2], 1), np.concatenate(images[2:], 1)], 0)
+
+
+def test_nuclei_in_tiles_are_those_of_the_whole_image(mosaic):
+    # Not enlarged, so that a tile shows the nuclei as large as the whole image does.
+    model = a2fpn.create_model("maskrcnn_a2fpn_lite0.nuclei", pretrained=True, resize="none")
+    predictor = Predictor(model, score_threshold=0.5)
+    whole, tiled = predictor(mosaic), predictor(mosaic, tile=320)
+    assert len(whole) > 50
+
+    def iou(a, b):
+        return mask_utils.iou(list(a.rles), list(b.rles), [0] * len(b))
+
+    assert (iou(whole, tiled).max(1) > 0.5).mean() > 0.95
+    # The network's global context sees a tile, not the image, and is a little less strict: a tolerance of 30 %.
+    assert len(whole) * 0.95 <= len(tiled) <= len(whole) * 1.3
+    # NMS by boxes leaves some masks that overlap; tiles add none.
+    assert (iou(tiled, tiled) > 0.5).sum() - len(tiled) <= (iou(whole, whole) > 0.5).sum() - len(whole)

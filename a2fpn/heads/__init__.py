@@ -1,23 +1,42 @@
 """What torchvision's heads lack: anchors and RoI pooling from declared strides, cascades, exact pasting of masks."""
 
 from a2fpn.heads.anchors import StrideAnchors
-from a2fpn.heads.cascade import CascadeRoIHeads
+from a2fpn.heads.cascade import CascadeRoIHeads, CascadeRules
+from a2fpn.heads.dense import Float32FCOSHead, Float32RetinaNetHead, TopLevels
 from a2fpn.heads.htc import HTCRoIHeads, SemanticBranch, SemanticRoIPool
+from a2fpn.heads.keypoints import Float32KeypointPredictor
+from a2fpn.heads.matching import BoxPairs, ChunkedMatcher, ChunkedRoIHeads, match_locations
+from a2fpn.heads.nms import DetectionRoIHeads, DetectionRule, SoftNms, soft_nms, suppress, using_rule
 from a2fpn.heads.paste import mask_windows, paste_masks
 from a2fpn.heads.predictors import Float32BoxPredictor, Float32MaskPredictor, Float32RPNHead
 from a2fpn.heads.roi_pool import StrideRoIAlign, roi_align
 
 __all__ = [
+    "BoxPairs",
     "CascadeRoIHeads",
+    "CascadeRules",
+    "ChunkedMatcher",
+    "ChunkedRoIHeads",
+    "DetectionRoIHeads",
+    "DetectionRule",
     "Float32BoxPredictor",
+    "Float32FCOSHead",
+    "Float32KeypointPredictor",
     "Float32MaskPredictor",
     "Float32RPNHead",
+    "Float32RetinaNetHead",
     "HTCRoIHeads",
     "SemanticBranch",
     "SemanticRoIPool",
+    "SoftNms",
     "StrideAnchors",
     "StrideRoIAlign",
+    "TopLevels",
     "mask_windows",
+    "match_locations",
     "paste_masks",
     "roi_align",
+    "soft_nms",
+    "suppress",
+    "using_rule",
 ]

@@ -30,7 +30,7 @@ def roi_align(x: Tensor, rois: Tensor, *, output_size: int, stride: int, samplin
         rois: ``(R, 5)``: image index in the batch, then xyxy in input pixels.
         output_size: Side ``S`` of the output.
         stride: Input pixels per map pixel.
-        sampling_ratio: Samples per bin side, at least 1.
+        sampling_ratio: Samples per bin side; 0 takes one per map pixel, on the CPU with torchvision's slower kernel.
         aligned: Whether to shift by half a pixel (detectron2's ``aligned=True``).
 
     Returns:
@@ -42,7 +42,7 @@ def roi_align(x: Tensor, rois: Tensor, *, output_size: int, stride: int, samplin
         >>> roi_align(x, box, output_size=1, stride=4, sampling_ratio=2, aligned=True).item()
         2.5
     """
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or not sampling_ratio:
         pooled: Tensor = torchvision.ops.roi_align(
             x, rois.to(x.dtype), output_size, 1.0 / stride, sampling_ratio, aligned
         )
