@@ -9,24 +9,27 @@
 from typing import TYPE_CHECKING, Any
 
 from a2fpn._version import __version__
+from a2fpn.backbones import list_backbones
 from a2fpn.checkpoint import CheckpointError
 from a2fpn.config import Category, ModelConfig
 from a2fpn.factory import (
     create_backbone,
     create_model,
-    create_neck,
     from_pretrained,
     list_models,
     list_necks,
     register_model,
     save_pretrained,
 )
+from a2fpn.finite import NonFiniteError, check_finite
 from a2fpn.hub import HubError, push_to_hub
-from a2fpn.necks import Neck, register_neck
+from a2fpn.necks import Neck, create_neck, register_neck
 from a2fpn.pyramid import LevelSpec, PyramidSpec
+from a2fpn.weights import list_pretrained
 
 if TYPE_CHECKING:
     from a2fpn.inference import Predictor, Result
+    from a2fpn.optimize import optimize_for_inference
 
 __all__ = [
     "Category",
@@ -35,16 +38,21 @@ __all__ = [
     "LevelSpec",
     "ModelConfig",
     "Neck",
+    "NonFiniteError",
     "Predictor",
     "PyramidSpec",
     "Result",
     "__version__",
+    "check_finite",
     "create_backbone",
     "create_model",
     "create_neck",
     "from_pretrained",
+    "list_backbones",
     "list_models",
     "list_necks",
+    "list_pretrained",
+    "optimize_for_inference",
     "push_to_hub",
     "register_model",
     "register_neck",
@@ -58,4 +66,8 @@ def __getattr__(name: str) -> Any:
         from a2fpn import inference
 
         return getattr(inference, name)
+    if name == "optimize_for_inference":
+        from a2fpn.optimize import optimize_for_inference
+
+        return optimize_for_inference
     raise AttributeError(f"module 'a2fpn' has no attribute {name!r}")

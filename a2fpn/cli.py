@@ -10,10 +10,10 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 import typer
@@ -21,7 +21,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from typer.core import TyperGroup
 
@@ -29,8 +28,10 @@ from a2fpn._version import __version__
 
 if TYPE_CHECKING:
     from a2fpn.data import CocoDataset
-    from a2fpn.detectors import RCNN
+    from a2fpn.detectors import Detector
     from a2fpn.evaluation import CocoMetrics
+    from a2fpn.inference import Predictor
+    from a2fpn.weights import PretrainedModel
 
 DEMO_MODEL = "maskrcnn_a2fpn_lite0.nuclei"
 DEMO_DATA = Path(str(resources.files("a2fpn"))) / "assets" / "nuclei_demo"
@@ -90,6 +91,50 @@ Output = Annotated[Path, typer.Option(help="Folder for what is written; made if 
 Threshold = Annotated[float, typer.Option(min=0, max=1, help="Objects that score less are left out.")]
 Device = Annotated[
     str | None, typer.Option(help="Where to run, such as cpu or cuda:1; by default cuda where there is one.")
+]
+Tile = Annotated[
+    int | None,
+    typer.Option(
+        min=16,
+        metavar="PIXELS",
+        help="Side of the overlapping tiles in which larger images are predicted, and whose objects are merged: for "
+        "images far larger than those of the training. By default an image is predicted whole.",
+    ),
+]
+Overlap = Annotated[
+    float,
+    typer.Option(
+        min=0, max=0.9, help="With --tile: least share of a tile that the next shows too. Objects up to it stay whole."
+    ),
+]
+Tta = Annotated[
+    bool,
+    typer.Option(
+        "--tta", help="See each image at three sizes, each also mirrored, and fuse what is found: six times the work."
+    ),
+]
+Nms = Annotated[
+    float | None,
+    typer.Option(
+        "--nms-threshold", min=0, max=1, help="IoU above which an object removes a worse one; by default the model's."
+    ),
+]
+SoftNmsKind = Annotated[
+    Literal["linear", "gaussian"] | None,
+    typer.Option("--soft-nms", help="Lower the scores of objects that overlap better ones instead of removing them."),
+]
+MostObjects = Annotated[
+    int | None,
+    typer.Option(
+        "--detections-per-image", min=1, help="Most objects of an image, or of a tile; by default the model's."
+    ),
+]
+Optimize = Annotated[
+    bool, typer.Option("--optimize", help="Fold the model for speed first: same results up to rounding.")
+]
+Precision = Annotated[
+    Literal["float32", "bf16"],
+    typer.Option(help="bf16 (implies --optimize) is up to twice as fast where the processor knows it, and rounds."),
 ]
 
 
@@ -181,22 +226,43 @@ def predict(
     model: Model,
     output: Output = Path("predictions"),
     score_threshold: Threshold = 0.5,
+    tile: Tile = None,
+    overlap: Overlap = 0.2,
+    tta: Tta = False,
+    nms_threshold: Nms = None,
+    soft_nms: SoftNmsKind = None,
+    detections_per_image: MostObjects = None,
+    optimize: Optimize = False,
+    dtype: Precision = "float32",
     device: Device = None,
 ) -> None:
     """Find objects in images: a picture for each, and all results as COCO JSON.
 
     Example: `a2fpn predict photos/ extra.jpg --model runs/cells --output found`
 
+    A slide of many thousand pixels: `a2fpn predict slide.png --model runs/cells --tile 1024`
+
     The file `predictions.json` is a list of COCO results, to which `file_name` is added. Where all file names are
     numbers, as in COCO, these are the image ids; otherwise images count from 1.
     """
     from a2fpn.data import ImageError
-    from a2fpn.inference import Predictor
 
     paths = _image_files(images)
     if output.resolve() in {path.resolve().parent for path in paths}:
         raise ValueError(f"--output {output} is a folder that images are read from; choose another one.")
-    predictor = Predictor(_load(model), device=_device(device), score_threshold=score_threshold)
+    predictor = _predictor(
+        _load(model),
+        device,
+        optimize=optimize,
+        dtype=dtype,
+        score_threshold=score_threshold,
+        nms_threshold=nms_threshold,
+        soft_nms=soft_nms or False,
+        detections_per_image=detections_per_image,
+        tile=tile,
+        overlap=overlap,
+        tta=tta,
+    )
     output.mkdir(parents=True, exist_ok=True)
     jobs = list(zip(paths, _image_ids(paths), _picture_files(paths, output), strict=True))
 
@@ -240,6 +306,14 @@ def evaluate(
         int, typer.Option(min=1, help="Best detections that count per image and class; COCO says 100.")
     ] = 100,
     save: Annotated[Path | None, typer.Option("--json", help="File to write the numbers to.", metavar="OUT")] = None,
+    tile: Tile = None,
+    overlap: Overlap = 0.2,
+    tta: Tta = False,
+    nms_threshold: Nms = None,
+    soft_nms: SoftNmsKind = None,
+    detections_per_image: MostObjects = None,
+    optimize: Optimize = False,
+    dtype: Precision = "float32",
     device: Device = None,
 ) -> None:
     """Measure a model on annotated images: the 12 COCO numbers for boxes and masks, and AP per class.
@@ -250,12 +324,22 @@ def evaluate(
     """
     from a2fpn.data import CocoDataset, read_image
     from a2fpn.evaluation import evaluate_coco
-    from a2fpn.inference import Predictor
 
     detector = _load(model)
     dataset = CocoDataset(images, annotations, categories=detector.config.categories or None)
     _check_categories(detector, dataset)
-    predictor = Predictor(detector, device=_device(device))
+    predictor = _predictor(
+        detector,
+        device,
+        optimize=optimize,
+        dtype=dtype,
+        nms_threshold=nms_threshold,
+        soft_nms=soft_nms or False,
+        detections_per_image=detections_per_image,
+        tile=tile,
+        overlap=overlap,
+        tta=tta,
+    )
     predictor.categories = dataset.categories
     known = {category.id for category in dataset.coco.categories}
     records = []
@@ -285,11 +369,17 @@ def list_names(
 
     Example: `a2fpn list "maskrcnn_a2fpn_*"`
 
+    With `--pretrained` each line also says where the weights come from, whether they were trained as they are or
+    grafted on another neck (to be fine-tuned), their AP on the data of their source, and their licence.
+
     The backbone may also be any other model of timm, written out: `maskrcnn_a2fpn_convnext_small.fb_in22k`.
     """
     import a2fpn
 
-    names = a2fpn.list_necks(pattern) if necks else a2fpn.list_models(pattern, pretrained=pretrained)
+    if pretrained:
+        names = _columns(map(_pretrained_line, a2fpn.list_pretrained(pattern)))
+    else:
+        names = a2fpn.list_necks(pattern) if necks else a2fpn.list_models(pattern)
     if not names:
         raise ValueError(f"Nothing here matches {pattern!r}; without a filter everything is listed.")
     typer.echo("\n".join(names))
@@ -305,9 +395,10 @@ def info(
     """
     import a2fpn
     from a2fpn.checkpoint import read_checkpoint
-    from a2fpn.weights import PRETRAINED
+    from a2fpn.weights import PRETRAINED, WeightsConfig
 
-    folder = PRETRAINED[model].folder if model in PRETRAINED else Path(model)
+    weights = PRETRAINED.get(model)
+    folder = weights.folder if isinstance(weights, WeightsConfig) else Path(model)
     detector = a2fpn.from_pretrained(folder) if folder.is_dir() else a2fpn.create_model(model).eval()
     config = detector.config
     preprocess = config.preprocess
@@ -324,6 +415,14 @@ def info(
     }
     if folder.is_dir():
         facts |= {key: _as_text(value) for key, value in read_checkpoint(folder).metadata.items()}
+    elif weights is not None:
+        row = next(row for row in a2fpn.list_pretrained(model) if row.name == model)
+        facts |= {
+            "weights": row.origin,
+            "kind": "trained" if row.trained else "grafted, to be fine-tuned",
+            "AP": f"{', '.join(filter(None, _aps(row)))} ({row.measured})",
+            "licence": row.licence,
+        }
     console = Console()
     grid = Table.grid(padding=(0, 2))
     for key, text in facts.items():
@@ -339,6 +438,23 @@ def info(
     console.print(pyramid)
 
 
+def _aps(row: PretrainedModel) -> list[str]:
+    """Box, mask and keypoint AP of pretrained weights; empty where there is none."""
+    values = {"box": row.box_ap, "mask": row.mask_ap, "keypoint": row.keypoint_ap}
+    return ["" if ap is None else f"{kind} {ap:.3f}" for kind, ap in values.items()]
+
+
+def _pretrained_line(row: PretrainedModel) -> list[str]:
+    return [row.name, row.source, "trained" if row.trained else "grafted", *_aps(row), f"licence: {row.licence}"]
+
+
+def _columns(rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of text with the columns one below the other."""
+    table = list(rows)
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
+
+
 def _progress() -> Progress:
     """A progress bar on standard error, so that standard output stays clean."""
     return Progress(console=Console(stderr=True))
@@ -348,11 +464,24 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _load(source: str) -> RCNN:
+def _load(source: str) -> Detector:
     """A detector with its weights."""
     import a2fpn
 
     return a2fpn.from_pretrained(source)
+
+
+def _predictor(detector: Detector, device: str | None, *, optimize: bool, dtype: str, **options: Any) -> Predictor:
+    """The detector, optimised if that is wanted, with the options of a command."""
+    import a2fpn
+
+    where = _device(device)
+    if optimize or dtype == "bf16":
+        ready = a2fpn.optimize_for_inference(
+            detector.to(where), dtype=torch.bfloat16 if dtype == "bf16" else torch.float32
+        )
+        return a2fpn.Predictor(ready, channels_last=False, **options)
+    return a2fpn.Predictor(detector, device=where, **options)
 
 
 def _device(name: str | None) -> torch.device:
@@ -393,7 +522,7 @@ def _picture_files(paths: Sequence[Path], output: Path) -> list[Path]:
     return [output / f"{name}.png" for name in names.values()]
 
 
-def _check_categories(detector: RCNN, dataset: CocoDataset) -> None:
+def _check_categories(detector: Detector, dataset: CocoDataset) -> None:
     """Stops where model and data mean different things by the same category."""
     if not detector.config.categories and detector.config.num_classes != len(dataset.categories):
         raise ValueError(
@@ -431,12 +560,12 @@ def _print_metrics(metrics: CocoMetrics, *, title: str) -> None:
         Console().print(table)
 
 
-def _print_cost(detector: RCNN) -> None:
+def _print_cost(detector: Detector) -> None:
     """Parameters of all parts, and operations of those whose work doesn't depend on what is in the image."""
     batch = detector.preprocess([torch.zeros(len(detector.config.preprocess.mean), *INFO_SIZE)])
     operations: dict[str, float] = {}
 
-    def run(name: str, module: nn.Module, *args: Any) -> Any:
+    def run(name: str, module: Callable[..., Any], *args: Any) -> Any:
         with FlopCounterMode(display=False) as counter:
             out = module(*args)
         operations[name] = counter.get_total_flops() / 2e9
@@ -445,10 +574,15 @@ def _print_cost(detector: RCNN) -> None:
     with torch.inference_mode():
         features = run("backbone", detector.backbone, batch.tensor)
         pyramid = run("neck", detector.neck, features, batch.sizes)
-        run("rpn", detector.rpn.head, list(pyramid.values()))
+        pyramid = run("top", detector.add_levels, features, pyramid)
+        dense = next(name for name, part in detector.named_children() if detector.dense_head in part.modules())
+        run(dense, detector.dense_head, list(pyramid.values()))
     table = _table("part", "parameters", "GMACs")
-    parts = {name: module for name, module in detector.named_children() if name != "roi_heads"}
-    for name, module in {**parts, **dict(detector.roi_heads.named_children()), "all": detector}.items():
+    parts = dict(detector.named_children())
+    roi_heads = parts.pop("roi_heads", None)
+    if roi_heads is not None:
+        parts |= dict(roi_heads.named_children())
+    for name, module in {**parts, "all": detector}.items():
         parameters = sum(parameter.numel() for parameter in module.parameters())
         gmacs = sum(operations.values()) if name == "all" else operations.get(name)
         if parameters:
@@ -458,7 +592,8 @@ def _print_cost(detector: RCNN) -> None:
     )
     typer.echo(f"\nCost for an image of {image}, resized to {resized}, padded to {padded}")
     Console().print(table)
-    typer.echo("GMACs are those of convolutions and matrix products; the heads' grow with the number of proposals.")
+    more = "; the heads' grow with the number of proposals" if roi_heads is not None else ""
+    typer.echo(f"GMACs are those of convolutions and matrix products{more}.")
 
 
 def _table(label: str, *numbers: str) -> Table:

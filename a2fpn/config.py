@@ -19,6 +19,7 @@ from a2fpn._registry import did_you_mean
 FORMAT_VERSION = 1
 _LARGEST_ARGUMENT = 2**14
 _MOST_LAYERS = 100
+_LARGEST_IMAGE = 8192
 
 ConfigT = TypeVar("ConfigT")
 
@@ -43,14 +44,43 @@ class BackboneConfig:
     Args:
         name: Full timm name with the weights tag pinned, e.g. ``resnet50.tv_in1k``.
         in_chans: Channels of the input image.
-        norm: ``"bn"`` trains batch norm, ``"frozen"`` turns it into a fixed affine map.
+        norm: ``"bn"`` trains batch norm, ``"frozen"`` turns it into a fixed affine map, ``"sync"`` shares its
+            statistics between processes, ``"gn"`` puts group norm in its place.
+        stride_in_1x1: Whether a ResNet's bottlenecks have their strides in the first 1x1 convolution (Caffe's and
+            detectron2's MSRA weights) instead of in the 3x3 convolution.
+        strides: Strides of the maps that the neck gets, increasing.
         trainable_layers: How many levels, counted from the deepest, are trained; None trains all.
+        norm_eps: Epsilon of every batch norm, 0 or more; None keeps timm's. torchvision's older COCO detectors were
+            trained with 0: with another value their detections are others.
+        taps: Modules whose outputs are the maps, in network order, in place of the deepest map of each stride. Several
+            may have one stride.
+        image_size: Side of the square image that a network of fixed size is built for; None takes the size of its
+            weights. Most networks take any size.
+        grad_checkpointing: Whether training recomputes activations to save memory.
+        license: Licence of the weights that training began with, as timm states it; None if it began with none.
+
+    Raises:
+        ValueError: If ``norm_eps`` is negative, or ``image_size`` out of 1..8192.
     """
 
     name: str
     in_chans: int = 3
-    norm: Literal["bn", "frozen"] = "bn"
+    norm: Literal["bn", "frozen", "sync", "gn"] = "bn"
+    stride_in_1x1: bool = False
+    strides: tuple[int, ...] = (4, 8, 16, 32)
     trainable_layers: int | None = None
+    norm_eps: float | None = None
+    taps: tuple[str, ...] = ()
+    image_size: int | None = None
+    grad_checkpointing: bool = False
+    license: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.image_size is not None and not 1 <= self.image_size <= _LARGEST_IMAGE:
+            raise ValueError(f"image_size must be between 1 and {_LARGEST_IMAGE}, got {self.image_size}.")
+        # Written so that NaN is bad as well.
+        if self.norm_eps is not None and not self.norm_eps >= 0:
+            raise ValueError(f"norm_eps must be 0 or more, got {self.norm_eps}.")
 
 
 @dataclass(frozen=True)
@@ -97,6 +127,7 @@ class PreprocessConfig:
         mean: Per-channel mean of the input in the unit range.
         std: Per-channel standard deviation of the input in the unit range.
         size_divisor: The padded size is a multiple of this; None takes the model's coarsest RoI stride.
+        interpolation: How pixels between pixels are found in resizing.
     """
 
     resize: Literal["shortest_edge", "at_least", "none"] = "shortest_edge"
@@ -105,15 +136,38 @@ class PreprocessConfig:
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     size_divisor: int | None = None
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
 
 
 @dataclass(frozen=True)
-class RCNNConfig:
+class HeadsConfig:
+    """What the heads of all detectors have in common.
+
+    Args:
+        legacy_anchors: Whether anchors lie as in torchvision, which takes ``image size // grid size`` for the stride
+            of a level; on sizes that are no multiple of it they drift. For detectors that were trained so.
+        score_threshold: Detections below this score are dropped.
+        nms_threshold: IoU above which the per-class NMS removes a detection.
+        detections_per_image: Most detections returned for an image.
+    """
+
+    legacy_anchors: bool = False
+    score_threshold: float = 0.05
+    nms_threshold: float = 0.5
+    detections_per_image: int = 100
+
+
+@dataclass(frozen=True)
+class RCNNConfig(HeadsConfig):
     """Heads of the two-stage detectors; the defaults are torchvision's Faster and Mask R-CNN.
+
+    The fields of :class:`HeadsConfig`, and:
 
     Args:
         anchor_sizes: One tuple of anchor sizes in pixels per pyramid level; None derives 8 x stride.
         anchor_ratios: Height / width of the anchors, the same on every level.
+        anchor_rounding: Whether anchors are rounded to whole pixels, as torchvision's are; detectron2's and
+            mmdetection's are not.
         rpn_pre_nms_top_n_train: Proposals kept per level before NMS in training.
         rpn_pre_nms_top_n_test: The same in evaluation.
         rpn_post_nms_top_n_train: Proposals kept per image after NMS in training.
@@ -124,7 +178,10 @@ class RCNNConfig:
         rpn_batch_size: Anchors sampled per image for the RPN loss.
         rpn_positive_fraction: Share of positives among them.
         rpn_score_threshold: Proposals below this objectness are dropped.
-        box_channels: Width of the two-layer box head.
+        rpn_layers: Number of the RPN's 3x3 convolutions; torchvision's second version of the detectors has 2.
+        box_channels: Width of the box head's fully connected layers.
+        box_layers: Number of 3x3 convolutions of the box head, one fully connected layer follows; 0 gives two
+            fully connected layers. torchvision's second version has 4.
         box_pool_size: Output size of the box head's RoI pooling.
         box_fg_iou: IoU from which a proposal is positive.
         box_batch_size: Proposals sampled per image for the box loss.
@@ -132,17 +189,20 @@ class RCNNConfig:
         mask_channels: Width of the mask head's convolutions.
         mask_layers: Number of the mask head's convolutions.
         mask_pool_size: Output size of the mask head's RoI pooling; masks have twice this size.
+        head_norm: ``"bn"`` puts batch norm behind the convolutions of the box and mask heads, as torchvision's second
+            version does.
         mask_paste: ``"exact"`` samples masks at pixel centres; ``"torchvision"`` rounds boxes to whole pixels first,
             for the same pixels as torchvision's detectors.
-        roi_sampling_ratio: Samples per bin side in RoI pooling.
+        roi_sampling_ratio: Samples per bin side in RoI pooling; 0 takes one per map pixel (detectron2, mmdetection).
         roi_aligned: Whether RoI pooling shifts by half a pixel (detectron2's ``aligned=True``).
-        score_threshold: Detections below this score are dropped.
-        nms_threshold: IoU above which the per-class NMS removes a detection.
-        detections_per_image: Most detections returned for an image.
+        unused_outputs: Outputs of the box predictor that stand for no class. They take part in the softmax and in
+            post-processing, and what they find is dropped. torchvision's COCO detectors have ten, for the ids that
+            COCO left out: without them scores would be others.
     """
 
     anchor_sizes: tuple[tuple[int, ...], ...] | None = None
     anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    anchor_rounding: bool = True
     rpn_pre_nms_top_n_train: int = 2000
     rpn_pre_nms_top_n_test: int = 1000
     rpn_post_nms_top_n_train: int = 2000
@@ -153,7 +213,9 @@ class RCNNConfig:
     rpn_batch_size: int = 256
     rpn_positive_fraction: float = 0.5
     rpn_score_threshold: float = 0.0
+    rpn_layers: int = 1
     box_channels: int = 1024
+    box_layers: int = 0
     box_pool_size: int = 7
     box_fg_iou: float = 0.5
     box_batch_size: int = 512
@@ -162,15 +224,16 @@ class RCNNConfig:
     mask_layers: int = 4
     mask_pool_size: int = 14
     mask_paste: Literal["exact", "torchvision"] = "exact"
+    head_norm: Literal["none", "bn"] = "none"
     roi_sampling_ratio: int = 2
     roi_aligned: bool = False
-    score_threshold: float = 0.05
-    nms_threshold: float = 0.5
-    detections_per_image: int = 100
+    unused_outputs: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.mask_layers <= _MOST_LAYERS:
-            raise ValueError(f"mask_layers must be between 0 and {_MOST_LAYERS}, got {self.mask_layers}.")
+        _check_layers(rpn_layers=self.rpn_layers, least=1)
+        _check_layers(box_layers=self.box_layers, mask_layers=self.mask_layers)
+        if self.unused_outputs < 0:
+            raise ValueError(f"unused_outputs must be 0 or more, got {self.unused_outputs}.")
 
 
 @dataclass(frozen=True)
@@ -182,10 +245,19 @@ class CascadeConfig(RCNNConfig):
         stage_ious: Per stage the IoU from which a box is positive; takes the place of ``box_fg_iou``.
         stage_box_weights: Per stage the factors of a box's dx, dy, dw, dh as regression targets.
         stage_loss_weights: Per stage the factor of its losses.
+        stage_average: What is averaged over the stages for the scores: ``"probabilities"`` (the paper's code,
+            detectron2) or ``"logits"`` (mmdetection).
+        stage_masks: ``"all"`` gives every stage a mask head and averages the masks (mmdetection). ``"first"`` gives
+            one to the first alone, trained on the proposals and used for all (detectron2).
+        stage_resampling: Whether every stage samples anew from the boxes it gets and the objects; False keeps the
+            sample of the first (detectron2).
+        scale_gradients: Whether the box heads' gradients into the pyramid are divided by the number of stages
+            (detectron2, where the loss weights are 1).
+        box_loss_beta: Where the box loss turns from L2 to L1, in regression targets; 0 is plain L1 (detectron2).
 
     Raises:
-        ValueError: If the three don't name the same stages, a box weight has not four values, or ``box_fg_iou`` is
-            set, which a cascade doesn't read.
+        ValueError: If the three don't name the same stages, a box weight has not four values, ``box_loss_beta`` is
+            negative, or ``box_fg_iou`` is set, which a cascade doesn't read.
     """
 
     roi_aligned: bool = True
@@ -196,6 +268,11 @@ class CascadeConfig(RCNNConfig):
         (30.0, 30.0, 15.0, 15.0),
     )
     stage_loss_weights: tuple[float, ...] = (1.0, 0.5, 0.25)
+    stage_average: Literal["probabilities", "logits"] = "probabilities"
+    stage_masks: Literal["all", "first"] = "all"
+    stage_resampling: bool = True
+    scale_gradients: bool = False
+    box_loss_beta: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -210,6 +287,9 @@ class CascadeConfig(RCNNConfig):
             raise ValueError(f"stage_box_weights must be four numbers per stage, got {self.stage_box_weights}.")
         if self.box_fg_iou != RCNNConfig.box_fg_iou:
             raise ValueError(f"box_fg_iou={self.box_fg_iou} has no use in a cascade; set stage_ious.")
+        # Written so that NaN is bad as well.
+        if not self.box_loss_beta >= 0:
+            raise ValueError(f"box_loss_beta must be 0 or more, got {self.box_loss_beta}.")
 
 
 @dataclass(frozen=True)
@@ -217,30 +297,150 @@ class HTCConfig(CascadeConfig):
     """Heads of Hybrid Task Cascade.
 
     Args:
+        stage_average: See :class:`CascadeConfig`; HTC's own code averages logits.
         semantic: False leaves the semantic branch out. ``"things"`` trains it on a map made of the instance masks,
             ``"stuff"`` on the target's own map ``semantic`` (H, W).
         semantic_classes: Classes of the map with ``semantic="stuff"``; 255 in a map is ignored.
         semantic_channels: Width of the semantic branch.
         semantic_layers: Number of its 3x3 convolutions.
         semantic_loss_weight: Factor of its loss.
+
+    Raises:
+        ValueError: See :class:`CascadeConfig`; also if not every stage samples anew and has a mask head.
     """
 
+    stage_average: Literal["probabilities", "logits"] = "logits"
     semantic: Literal[False, "things", "stuff"] = False
     semantic_classes: int = 183
     semantic_channels: int = 256
     semantic_layers: int = 4
     semantic_loss_weight: float = 0.2
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.stage_masks != "all" or not self.stage_resampling:
+            raise ValueError(
+                "In HTC every stage samples anew and has a mask head: stage_masks='all', stage_resampling=True, got "
+                f"{self.stage_masks!r}, {self.stage_resampling}."
+            )
 
-HEADS: dict[str, type[RCNNConfig]] = {
+
+@dataclass(frozen=True)
+class KeypointRCNNConfig(RCNNConfig):
+    """Heads of Keypoint R-CNN; the defaults are torchvision's.
+
+    The fields of :class:`RCNNConfig`, and:
+
+    Args:
+        num_keypoints: Keypoints of every object.
+        keypoint_channels: Width of the keypoint head's convolutions.
+        keypoint_layers: Number of the keypoint head's 3x3 convolutions.
+        keypoint_pool_size: Output size of the keypoint head's RoI pooling; heatmaps have four times this size.
+
+    Raises:
+        ValueError: For a count that makes no head.
+    """
+
+    num_keypoints: int = 17
+    keypoint_channels: int = 512
+    keypoint_layers: int = 8
+    keypoint_pool_size: int = 14
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_keypoints < 1:
+            raise ValueError(f"num_keypoints must be at least 1, got {self.num_keypoints}.")
+        _check_layers(keypoint_layers=self.keypoint_layers)
+
+
+@dataclass(frozen=True)
+class OneStageConfig(HeadsConfig):
+    """What the heads of the one-stage detectors have in common, besides the fields of :class:`HeadsConfig`.
+
+    Args:
+        top_levels: Coarser levels made from the pyramid by strided convolutions, p6 and p7 on a pyramid that ends at
+            p5.
+        top_source: What the first of them is made from: the neck's coarsest level, or the backbone's.
+        candidates_per_level: Most detections of a level that take part in the NMS.
+
+    Raises:
+        ValueError: For a negative number of levels.
+    """
+
+    top_levels: int = 2
+    top_source: Literal["neck", "backbone"] = "neck"
+    candidates_per_level: int = 1000
+
+    def __post_init__(self) -> None:
+        _check_layers(top_levels=self.top_levels)
+
+
+@dataclass(frozen=True)
+class RetinaNetConfig(OneStageConfig):
+    """Head of RetinaNet; the defaults are torchvision's.
+
+    Its second version has ``top_source="backbone"``, ``head_norm="gn"`` and ``box_loss="giou"``. The fields of
+    :class:`OneStageConfig`, and:
+
+    Args:
+        anchor_sizes: One tuple of anchor sizes in pixels per pyramid level; None derives 4 x stride times 1,
+            ``2**(1/3)`` and ``2**(2/3)``, in whole pixels.
+        anchor_ratios: Height / width of the anchors, the same on every level.
+        fg_iou: IoU from which an anchor is positive.
+        bg_iou: IoU under which an anchor is negative.
+        head_norm: ``"gn"`` puts group norm behind the head's convolutions.
+        box_loss: Kind of the box loss.
+    """
+
+    anchor_sizes: tuple[tuple[int, ...], ...] | None = None
+    anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    fg_iou: float = 0.5
+    bg_iou: float = 0.4
+    detections_per_image: int = 300
+    head_norm: Literal["none", "gn"] = "none"
+    box_loss: Literal["l1", "smooth_l1", "giou", "diou", "ciou"] = "l1"
+
+
+@dataclass(frozen=True)
+class FCOSConfig(OneStageConfig):
+    """Head of FCOS; the defaults are torchvision's.
+
+    The fields of :class:`OneStageConfig`, and:
+
+    Args:
+        centre_radius: A location is positive up to this many strides from the centre of an object.
+        head_layers: Number of 3x3 convolutions of each branch.
+    """
+
+    centre_radius: float = 1.5
+    head_layers: int = 4
+    score_threshold: float = 0.2
+    nms_threshold: float = 0.6
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_layers(head_layers=self.head_layers)
+
+
+def _check_layers(*, least: int = 0, **counts: int) -> None:
+    """Counts that a constructor loops over; a config may come from anyone."""
+    for name, count in counts.items():
+        if not least <= count <= _MOST_LAYERS:
+            raise ValueError(f"{name} must be between {least} and {_MOST_LAYERS}, got {count}.")
+
+
+HEADS: dict[str, type[HeadsConfig]] = {
     "cascadercnn": CascadeConfig,
     "cascademaskrcnn": CascadeConfig,
+    "fcos": FCOSConfig,
     "htc": HTCConfig,
+    "keypointrcnn": KeypointRCNNConfig,
+    "retinanet": RetinaNetConfig,
 }
 """Detectors whose heads are described by something else than :class:`RCNNConfig`."""
 
 
-def heads_type(detector: object) -> type[RCNNConfig]:
+def heads_type(detector: object) -> type[HeadsConfig]:
     """The class that describes a detector's heads.
 
     Example:
@@ -261,7 +461,7 @@ class ModelConfig:
         neck: The pyramid.
         num_classes: Number of object classes, without a background class.
         preprocess: Resizing and normalisation.
-        heads: Anchors, RPN, box and mask head; of the class that :func:`heads_type` gives for the detector.
+        heads: Anchors, thresholds and the heads' sizes; of the class that :func:`heads_type` gives for the detector.
         categories: Ids and names of the classes in the order of the labels; empty when unknown.
 
     Raises:
@@ -275,7 +475,7 @@ class ModelConfig:
     neck: NeckConfig
     num_classes: int = 80
     preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
-    heads: RCNNConfig = field(default_factory=RCNNConfig)
+    heads: HeadsConfig = field(default_factory=RCNNConfig)
     categories: tuple[Category, ...] = ()
 
     def __post_init__(self) -> None:

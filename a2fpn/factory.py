@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import inspect
 import itertools
 import logging
+import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,21 +17,37 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from a2fpn._registry import Registry, did_you_mean, match_names
-from a2fpn.backbones import ALIASES, TimmBackbone, pretrained_statistics, resolve_backbone_name
+from a2fpn.backbones import (
+    ALIASES,
+    TimmBackbone,
+    find_attachment,
+    preprocessing,
+    resolve_backbone_name,
+    weights_licence,
+)
 from a2fpn.checkpoint import CheckpointError, check_shapes, load_weights, read_checkpoint, read_weights, save_checkpoint
 from a2fpn.config import (
     BackboneConfig,
     Category,
     ModelConfig,
     NeckConfig,
+    RCNNConfig,
     from_dict,
     heads_type,
 )
-from a2fpn.detectors import DETECTORS, RCNN
-from a2fpn.hub import HubError, Repo, download_checkpoint, is_repo_id
-from a2fpn.necks import NECKS, Neck
-from a2fpn.pyramid import PyramidSpec
-from a2fpn.weights import PRETRAINED, find_weights
+from a2fpn.detectors import DETECTORS, Detector
+from a2fpn.hub import HubError, HubIntegrityError, Repo, download_checkpoint, is_repo_id
+from a2fpn.necks import NECKS, create_neck
+from a2fpn.necks.neck import keyword_arguments
+from a2fpn.weights import (
+    PRETRAINED,
+    GraftedWeights,
+    HubWeights,
+    TorchvisionWeights,
+    Weights,
+    find_weights,
+    read_torchvision,
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -53,17 +69,32 @@ def register_model(name: str) -> Callable[[Callable[[], ModelConfig]], Callable[
     return MODELS.register(name)
 
 
+_NARROW = {"box_channels": 512, "mask_channels": 96, "keypoint_channels": 128}
+
+
 def _register_narrow() -> None:
     """Detectors on EfficientNet-Lite0 with a pyramid and heads as narrow as the backbone, for use on a CPU."""
     for detector, neck in itertools.product(DETECTORS, _composable_necks()):
+        heads = heads_type(detector)
         config = ModelConfig(
             architecture=f"{detector}_{neck}_lite0",
             detector=detector,
-            backbone=BackboneConfig(ALIASES["lite0"]),
-            neck=NeckConfig(neck, {"out_channels": 96}),
-            heads=heads_type(detector)(box_channels=512, mask_channels=96),
+            backbone=BackboneConfig(ALIASES["lite0"], strides=DETECTORS[detector].strides),
+            neck=NeckConfig(neck, {**_neck_args(detector, neck), "out_channels": 96}),
+            heads=from_dict(heads, {key: value for key, value in _NARROW.items() if key in _fields(heads)}),
         )
         register_model(config.architecture)(functools.partial(_identity, config))
+
+
+def _neck_args(detector: str, neck: str) -> dict[str, Any]:
+    """What a detector wants of a neck, as far as the neck has such arguments."""
+    accepted = keyword_arguments(NECKS[neck])
+    return {key: value for key, value in DETECTORS[detector].neck_args.items() if key in accepted}
+
+
+def _fields(config: object) -> set[str]:
+    """Names of the fields of a configuration or of its class."""
+    return {f.name for f in dataclasses.fields(typing.cast(Any, config))}
 
 
 def _identity(config: ModelConfig) -> ModelConfig:
@@ -105,43 +136,23 @@ def list_necks(pattern: str = "") -> list[str]:
     return NECKS.names(pattern)
 
 
-def create_neck(name: str, in_spec: PyramidSpec, **options: Any) -> Neck:
-    """Builds a neck.
-
-    Args:
-        name: A registered neck.
-        in_spec: What the backbone gives.
-        **options: The neck's own arguments (``out_channels``, ``attention``, ...).
-
-    Raises:
-        ValueError: For an unknown name or argument.
-
-    Example:
-        >>> neck = create_neck("a2fpn", PyramidSpec.from_channels([64, 128, 256, 512]), out_channels=64)
-        >>> neck.out_spec.strides
-        (4, 8, 16, 32, 64)
-    """
-    neck = NECKS[name]
-    accepted = _keyword_arguments(neck)
-    for option in options:
-        if option not in accepted:
-            raise ValueError(f"Neck {name!r} has no argument {option!r}. {did_you_mean(option, accepted)}")
-    return neck(in_spec, **options)
-
-
-def create_backbone(name: str, *, pretrained: bool = False, **options: Any) -> TimmBackbone:
+def create_backbone(
+    name: str, *, levels: Sequence[int] = (4, 8, 16, 32), pretrained: bool = False, **options: Any
+) -> TimmBackbone:
     """Builds a backbone.
 
     Args:
-        name: An alias or a timm name, with or without a tag.
+        name: An alias or a timm name, with or without a tag; see :func:`a2fpn.list_backbones`.
+        levels: Strides of the maps, increasing powers of two. What the network lacks is made from its nearest map.
         pretrained: Whether to load timm's ImageNet weights.
         **options: Fields of :class:`a2fpn.config.BackboneConfig`.
 
     Example:
-        >>> create_backbone("test_resnet").out_spec.strides
-        (4, 8, 16, 32)
+        >>> backbone = create_backbone("test_resnet", levels=(8, 16))
+        >>> list(backbone.out_spec.items())
+        [('c3', LevelSpec(channels=48, stride=8)), ('c4', LevelSpec(channels=192, stride=16))]
     """
-    config = from_dict(BackboneConfig, {"name": name, **options}, where="create_backbone")
+    config = from_dict(BackboneConfig, {"name": name, "strides": levels, **options}, where="create_backbone")
     return TimmBackbone(config, pretrained=pretrained)
 
 
@@ -152,14 +163,17 @@ def create_model(
     pretrained_backbone: bool = False,
     num_classes: int | None = None,
     **overrides: Any,
-) -> RCNN:
+) -> Detector:
     """Builds a detector.
 
     Args:
         name: ``<detector>_<neck>_<backbone>``, see :func:`list_models`; the backbone may be any timm name or be left
-            out when ``backbone`` is given. With a tag (``maskrcnn_a2fpn_lite0.nuclei``): the model as it was trained.
+            out when ``backbone`` is given. With a tag of :func:`a2fpn.list_pretrained` (``maskrcnn_fpn_r50.tv_coco``):
+            the model as it was trained.
             ``hf-hub:org/name@revision`` and ``local-dir:PATH`` name checkpoints, as in :func:`from_pretrained`.
-        pretrained: Whether to load detector weights. No backbone weights are loaded then.
+        pretrained: Whether to load detector weights; without a tag the first that are listed for the model. No
+            backbone weights are loaded then. Those of torchvision are fetched once into torch.hub's cache and
+            converted; a graft of them on another neck is told by a log line.
         pretrained_backbone: Whether to load ImageNet weights of the backbone; its batch norm is then frozen unless
             ``norm`` says otherwise.
         num_classes: Number of classes without background; None takes the checkpoint's, or 80. With pretrained
@@ -188,23 +202,20 @@ def create_model(
         return _from_folder(folder, num_classes=num_classes, load=pretrained, overrides=overrides)
     weights = find_weights(name)
     if pretrained and weights is None:
-        available = ", ".join(PRETRAINED)
-        raise ValueError(f"There are no pretrained weights for {name!r}; there are some for: {available}.")
+        raise ValueError(f"There are no pretrained weights for {name!r}. {did_you_mean(name, PRETRAINED)}")
     if weights is not None and (pretrained or name == weights[0]):
         if pretrained_backbone and not pretrained:
             raise ValueError(
                 f"{name!r} names trained weights. Pass pretrained=True to load them, or leave the tag out to start "
                 "from a pretrained backbone."
             )
-        return _from_folder(weights[1].folder, num_classes=num_classes, load=pretrained, overrides=overrides)
+        return _from_weights(*weights, num_classes=num_classes, load=pretrained, overrides=overrides)
     backbone_weights = overrides.pop("backbone_weights", None)
     config = _parse_name(name, overrides.pop("backbone", None))
-    if (pretrained_backbone or backbone_weights) and "norm" not in overrides:
-        overrides["norm"] = "frozen"
-    mean, std = pretrained_statistics(config.backbone.name)
-    if overrides.get("in_chans", 3) == 3:
-        overrides = {"mean": mean, "std": std, **overrides}
-    config = _override(config, num_classes, overrides)
+    if pretrained_backbone or backbone_weights:
+        overrides.setdefault("norm", "frozen")
+        overrides["license"] = weights_licence(config.backbone.name)
+    config = _attached(_override(config, num_classes, overrides), overrides)
     return _build(config, pretrained_backbone=pretrained_backbone, backbone_weights=backbone_weights)
 
 
@@ -217,7 +228,7 @@ def from_pretrained(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
     **overrides: Any,
-) -> RCNN:
+) -> Detector:
     """Loads a detector from a folder, the Hub, or by the name of pretrained weights; nothing has to be retyped.
 
     Args:
@@ -246,7 +257,7 @@ def from_pretrained(
     if Path(source).is_dir():
         folder: Path | None = Path(source)
     elif weights is not None:
-        folder = weights[1].folder
+        return _from_weights(*weights, num_classes=num_classes, load=True, overrides=overrides, **options)
     elif Path(source).is_file():
         raise ValueError(f"{name!r} is a file; give its folder. Only safetensors are loaded, never pickles.")
     else:
@@ -265,7 +276,7 @@ def from_pretrained(
 
 
 def save_pretrained(
-    model: RCNN, directory: str | Path, *, half: bool = False, metadata: Mapping[str, Any] | None = None
+    model: Detector, directory: str | Path, *, half: bool = False, metadata: Mapping[str, Any] | None = None
 ) -> Path:
     """Saves a detector as ``config.json`` and ``model.safetensors``.
 
@@ -296,10 +307,64 @@ def _prefixed_folder(name: str, *, weights: bool = True, **options: Any) -> Path
     return Path(name.removeprefix("local-dir:")) if name.startswith("local-dir:") else None
 
 
-def _from_folder(folder: Path, *, num_classes: int | None, load: bool, overrides: Mapping[str, Any]) -> RCNN:
+def _from_folder(folder: Path, *, num_classes: int | None, load: bool, overrides: Mapping[str, Any]) -> Detector:
     checkpoint = read_checkpoint(folder)
     state = read_weights(folder, checkpoint) if load else None
     return _assemble(checkpoint.model, state, where=str(folder), num_classes=num_classes, overrides=overrides)
+
+
+def _from_weights(
+    name: str,
+    weights: Weights,
+    *,
+    num_classes: int | None,
+    load: bool,
+    overrides: Mapping[str, Any],
+    **options: Any,
+) -> Detector:
+    config, state = _read(weights, load=load, **options)
+    if load and isinstance(weights, GraftedWeights):
+        _logger.warning(
+            "%s is a graft, not a detector that was trained with neck %s: the weights of %s in that neck, set up to "
+            "compute the same, ready to be fine-tuned. For that detector itself: create_model(%r, pretrained=True).",
+            name,
+            weights.neck,
+            weights.base,
+            weights.base,
+        )
+    return _assemble(config, state, where=name, num_classes=num_classes, overrides=overrides)
+
+
+def _read(weights: Weights, *, load: bool, **options: Any) -> tuple[ModelConfig, dict[str, Tensor] | None]:
+    """The configuration of pretrained weights, and the tensors if they are wanted."""
+    # Not at the top: most converters build models with this module.
+    from a2fpn.convert.graft import graft, graft_config
+    from a2fpn.convert.torchvision import published_config, torchvision_state
+
+    state: dict[str, Tensor] | None = None
+    if isinstance(weights, GraftedWeights):
+        base, tensors = _read(PRETRAINED[weights.base], load=load, **options)
+        config = graft_config(base, target=weights.neck)
+        if tensors is not None:
+            state = graft(tensors, target=weights.neck, strides=base.backbone.strides, **base.neck.args)
+        return config, state
+    if isinstance(weights, TorchvisionWeights):
+        config = published_config(weights)
+        if load:
+            found = read_torchvision(weights, local_files_only=options.get("local_files_only", False))
+            state = torchvision_state(found, config)
+        return config, state
+    if isinstance(weights, HubWeights):
+        folder = download_checkpoint(Repo(weights.repo, **{**options, "revision": weights.revision}), weights=load)
+    else:
+        folder = weights.folder
+    checkpoint = read_checkpoint(folder)
+    if isinstance(weights, HubWeights) and checkpoint.sha256 != weights.sha256:
+        raise HubIntegrityError(
+            f"{weights.repo!r} at revision {weights.revision!r} is not what this version of a2fpn lists: its weights "
+            f"have the sha256 {checkpoint.sha256}, expected {weights.sha256}."
+        )
+    return checkpoint.model, read_weights(folder, checkpoint) if load else None
 
 
 def _assemble(
@@ -309,7 +374,7 @@ def _assemble(
     where: str,
     num_classes: int | None,
     overrides: Mapping[str, Any],
-) -> RCNN:
+) -> Detector:
     """Builds a model as it was saved but for the overrides, with weights if there are any."""
     shapes = None if state is None else {name: tuple(x.shape) for name, x in state.items()}
     _check_buildable(saved, shapes, where)
@@ -327,8 +392,21 @@ def _assemble(
             config.num_classes,
             ", ".join(renewed),
         )
-    load_weights(model, state)
+    load_weights(model, _with_counters_of(model.backbone.state_dict(prefix="backbone."), state))
     return model.eval()
+
+
+def _with_counters_of(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights with exactly the batch counters of a backbone: those of frozen batch norm and trained go into each other.
+
+    Nothing reads the counters but a batch norm without momentum.
+    """
+    fitting = {
+        key: value
+        for key, value in state.items()
+        if key in own or not (key.startswith("backbone.") and key.endswith(".num_batches_tracked"))
+    }
+    return fitting | {key: x for key, x in own.items() if key.endswith(".num_batches_tracked") and key not in state}
 
 
 def _check_buildable(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]] | None, where: str) -> None:
@@ -367,10 +445,20 @@ def _few_parameters(most: int) -> Iterator[None]:
 
 def _build(
     config: ModelConfig, *, pretrained_backbone: bool = False, backbone_weights: str | Path | None = None
-) -> RCNN:
+) -> Detector:
     backbone = TimmBackbone(config.backbone, pretrained=pretrained_backbone, weights=backbone_weights)
     neck = create_neck(config.neck.name, backbone.out_spec, **config.neck.args)
     return DETECTORS[config.detector](config, backbone, neck)
+
+
+def _attached(config: ModelConfig, overrides: Mapping[str, Any]) -> ModelConfig:
+    """A config with what its backbone wants of images and gives to a neck, but for what was asked for."""
+    wanted = {key: value for key, value in preprocessing(config.backbone).items() if key not in overrides}
+    backbone = config.backbone
+    own = find_attachment(backbone.name.partition(".")[0]).strides
+    if config.neck.name not in _composable_necks() and len(own) == 1 and "strides" not in overrides:
+        backbone = dataclasses.replace(backbone, strides=own)
+    return dataclasses.replace(config, backbone=backbone, preprocess=dataclasses.replace(config.preprocess, **wanted))
 
 
 def _parse_name(name: str, backbone: str | None) -> ModelConfig:
@@ -393,8 +481,13 @@ def _parse_name(name: str, backbone: str | None) -> ModelConfig:
                 if backbone is not None:
                     raise
                 continue
-            heads = heads_type(detector)()
-            return ModelConfig(name, detector, BackboneConfig(full), NeckConfig(neck), heads=heads)
+            return ModelConfig(
+                name,
+                detector,
+                BackboneConfig(full, strides=DETECTORS[detector].strides),
+                NeckConfig(neck, _neck_args(detector, neck)),
+                heads=heads_type(detector)(),
+            )
     raise ValueError(f"Unknown model {name!r}. {did_you_mean(name, list_models())}")
 
 
@@ -417,7 +510,8 @@ def _override(config: ModelConfig, num_classes: int | None, overrides: Mapping[s
     }
     neck = config.neck
     if "neck" in overrides and overrides["neck"] != neck.name:
-        neck = NeckConfig(overrides["neck"], {k: v for k, v in neck.args.items() if k == "out_channels"})
+        kept = {k: v for k, v in neck.args.items() if k == "out_channels"}
+        neck = NeckConfig(overrides["neck"], {**_neck_args(config.detector, overrides["neck"]), **kept})
     if "neck_args" in overrides:
         neck = NeckConfig(neck.name, {**neck.args, **overrides["neck_args"]})
     categories = _categories(overrides["categories"]) if "categories" in overrides else config.categories
@@ -425,12 +519,11 @@ def _override(config: ModelConfig, num_classes: int | None, overrides: Mapping[s
         num_classes = len(categories) if "categories" in overrides else config.num_classes
     elif num_classes != config.num_classes and "categories" not in overrides:
         categories = ()
+    if num_classes != config.num_classes and isinstance(parts["heads"], RCNNConfig):
+        # They stood for what the old classes left out.
+        parts["heads"] = dataclasses.replace(parts["heads"], unused_outputs=overrides.get("unused_outputs", 0))
     return dataclasses.replace(config, neck=neck, num_classes=num_classes, categories=categories, **parts)
 
 
 def _categories(categories: Sequence[Category | Mapping[str, Any]]) -> tuple[Category, ...]:
     return tuple(c if isinstance(c, Category) else from_dict(Category, c, where="categories") for c in categories)
-
-
-def _keyword_arguments(neck: Callable[..., Neck]) -> set[str]:
-    return {p.name for p in inspect.signature(neck).parameters.values() if p.kind is p.KEYWORD_ONLY}

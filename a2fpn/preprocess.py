@@ -109,7 +109,7 @@ class Preprocess(nn.Module):
         x = (x - self.mean) / self.std
         size = self.target_size(int(x.shape[1]), int(x.shape[2]))
         if resize and size != tuple(x.shape[1:]):
-            x = F.interpolate(x[None], size=size, mode="bilinear", align_corners=False)[0]
+            x = F.interpolate(x[None], size=size, mode=self.config.interpolation, align_corners=False)[0]
         return x
 
 

@@ -1,7 +1,8 @@
 """What flows between backbone, neck and heads: named feature maps with declared channels and strides.
 
 Shape shorthand used everywhere: ``B`` batch, ``C`` channels, ``H`` and ``W`` height and width of a map in
-pixels of that map. A level's name says its stride: backbone ``cK`` and neck ``pK`` have stride ``2**K``.
+pixels of that map. A level's name says its stride: backbone ``cK`` and neck ``pK`` have stride ``2**K``; of several
+levels of one stride the later ones get a letter, ``c5`` and ``c5b``.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ class PyramidSpec(Mapping[str, LevelSpec]):
     """Ordered mapping from level name to :class:`LevelSpec`, finest level first.
 
     Args:
-        levels: The levels; strides must increase.
+        levels: The levels; strides must not decrease.
 
     Raises:
-        ValueError: If there is no level, or strides don't increase.
+        ValueError: If there is no level, or strides decrease.
 
     Example:
         >>> spec = PyramidSpec.from_channels([64, 128], strides=[8, 16])
@@ -51,8 +52,8 @@ class PyramidSpec(Mapping[str, LevelSpec]):
         strides = [level.stride for level in levels.values()]
         if not strides:
             raise ValueError("A pyramid needs at least one level, got none.")
-        if any(fine >= coarse for fine, coarse in itertools.pairwise(strides)):
-            raise ValueError(f"The strides of a pyramid must increase from level to level, got {strides}.")
+        if any(fine > coarse for fine, coarse in itertools.pairwise(strides)):
+            raise ValueError(f"The strides of a pyramid must not decrease from level to level, got {strides}.")
         self._levels = dict(levels)
 
     @classmethod
@@ -66,9 +67,8 @@ class PyramidSpec(Mapping[str, LevelSpec]):
         """
         if len(channels) != len(strides):
             raise ValueError(f"{len(channels)} channel counts were given for {len(strides)} strides {list(strides)}.")
-        return cls(
-            {level_name(prefix, stride): LevelSpec(c, stride) for c, stride in zip(channels, strides, strict=True)}
-        )
+        names = level_names(prefix, strides)
+        return cls({name: LevelSpec(c, s) for name, c, s in zip(names, channels, strides, strict=True)})
 
     def __getitem__(self, name: str) -> LevelSpec:
         return self._levels[name]
@@ -112,6 +112,23 @@ def level_name(prefix: str, stride: int) -> str:
     if stride < 1 or stride & (stride - 1):
         raise ValueError(f"Levels are named by the power of two of their stride, got stride {stride}.")
     return f"{prefix}{stride.bit_length() - 1}"
+
+
+def level_names(prefix: str, strides: Sequence[int]) -> tuple[str, ...]:
+    """Names of levels by their strides.
+
+    Raises:
+        ValueError: If a stride is no power of two.
+
+    Example:
+        >>> level_names("c", [16, 32, 32])
+        ('c4', 'c5', 'c5b')
+    """
+    repeats = [list(strides[:i]).count(stride) for i, stride in enumerate(strides)]
+    return tuple(
+        level_name(prefix, stride) + (chr(ord("a") + repeat) if repeat else "")
+        for stride, repeat in zip(strides, repeats, strict=True)
+    )
 
 
 def check_features(features: Mapping[str, Tensor], spec: PyramidSpec) -> None:

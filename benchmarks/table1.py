@@ -7,6 +7,7 @@ backbone only compare the rows with each other.
 
 from __future__ import annotations
 
+import functools
 import json
 import statistics
 import subprocess
@@ -24,11 +25,12 @@ from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 import a2fpn
+from a2fpn.detectors import Detector
 from benchmarks import _measure as measure
 
 METRICS = ("bbox/ap", "segm/ap", "segm/ap50", "segm/ap75", "segm/ap_small", "segm/ap_medium", "segm/ap_large")
 HEADINGS = ("AP^bb", "AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L")
-GMACS_SIZE = (512, 512)
+SIZE = (512, 512)
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ def main(
     recipe: Annotated[Path, typer.Option(help="Recipe of train/; its neck is replaced row by row.")],
     output: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs/table1"),
     seeds: Annotated[int, typer.Option(help="Runs per row, with the seeds 0, 1, ...", min=1)] = 2,
+    rounds: measure.Rounds = 7,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Further setting of train for every run, e.g. run.epochs=4.")
     ] = None,
@@ -84,7 +87,7 @@ def main(
             bar.update(task, description=f"{row.method} {row.attention}, seed {seed}")
             _train(row, seed, data, recipe, output, settings or [])
             bar.advance(task)
-    _print(output, seeds)
+    _print(output, seeds, rounds)
 
 
 def _folder(output: Path, row: Row, seed: int) -> Path:
@@ -105,36 +108,41 @@ def _train(row: Row, seed: int, data: Path, recipe: Path, output: Path, settings
     (folder / "seconds").write_text(f"{time.perf_counter() - start:.0f}\n", encoding="utf-8")
 
 
-def _print(output: Path, seeds: int) -> None:
+def _print(output: Path, seeds: int, rounds: int) -> None:
     table = Table(title=f"Mean of {seeds} seed(s), ± half the range; in brackets the paper on COCO val2017, ResNet-50")
-    for heading in ("Method", "Atten.", *HEADINGS, "params M", "GMACs", "images/s in training"):
+    for heading in ("Method", "Atten.", *HEADINGS, "params M", "GMACs", "images/s"):
         table.add_column(heading, justify="left" if heading in ("Method", "Atten.") else "right")
+    models = {row.key: a2fpn.from_pretrained(_folder(output, row, 0) / "last") for row in ROWS}
+    passes = {key: functools.partial(_features, model) for key, model in models.items()}
+    timings = measure.time_interleaved(passes, rounds=rounds, title="images/s")
     for row in ROWS:
         records = [_last_record(_folder(output, row, seed)) for seed in range(seeds)]
         cells = []
         for index, metric in enumerate(METRICS):
             values = [100 * record[metric] for record in records]
-            spread = (max(values) - min(values)) / 2
+            mean, spread = statistics.mean(values), (max(values) - min(values)) / 2
             paper = f" ({row.paper[index]})" if row.paper else ""
-            cells.append(f"{statistics.mean(values):.1f} ± {spread:.1f}{paper}")
-        parameters, gmacs = _size(_folder(output, row, 0) / "last")
-        speed = statistics.median(record["images_per_second"] for record in records)
+            # COCO's mark for a size that no object of the data has.
+            cells.append(f"{mean:.1f} ± {spread:.1f}{paper}" if min(values) >= 0 else f"none{paper}")
+        with FlopCounterMode(display=False) as counter:
+            passes[row.key]()
+        gmacs = counter.get_total_flops() / 2e9
+        parameters = sum(p.numel() for p in models[row.key].parameters()) / 1e6
+        speed = 1 / timings.median(row.key)
         table.add_row(row.method, row.attention, *cells, f"{parameters:.1f}", f"{gmacs:.1f}", f"{speed:.1f}")
     Console(width=200).print(table)
+    measure.console().print(f"GMACs and images/s: backbone and neck at {SIZE[0]}x{SIZE[1]}, one image.")
+
+
+@torch.inference_mode()
+def _features(model: Detector) -> None:
+    model.neck(model.backbone(torch.zeros(1, 3, *SIZE)))
 
 
 def _last_record(folder: Path) -> dict[str, float]:
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     record: dict[str, float] = json.loads(lines[-1])
     return record
-
-
-def _size(checkpoint: Path) -> tuple[float, float]:
-    """Parameters in millions and GMACs of backbone and neck at ``GMACS_SIZE``."""
-    model = a2fpn.from_pretrained(checkpoint)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model.neck(model.backbone(torch.zeros(1, 3, *GMACS_SIZE)))
-    return sum(p.numel() for p in model.parameters()) / 1e6, counter.get_total_flops() / 2e9
 
 
 if __name__ == "__main__":

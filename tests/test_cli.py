@@ -262,7 +262,11 @@ def test_list():
     assert run("list", "maskrcnn_a2fpn_r").split() == a2fpn.list_models("maskrcnn_a2fpn_r")
     assert run("list", "*_fpn_r50").split() == a2fpn.list_models("*_fpn_r50")
     assert run("list", "--necks").split() == a2fpn.list_necks()
-    assert run("list", "--pretrained").split() == a2fpn.list_models(pretrained=True)
+    lines = run("list", "--pretrained").splitlines()
+    assert [line.split()[0] for line in lines] == a2fpn.list_models(pretrained=True)
+    (graft,) = run("list", "--pretrained", "maskrcnn_a2fpn_r50").splitlines()
+    assert " torchvision  grafted  box 0.379  mask 0.346 " in graft
+    assert "licence: not stated by torchvision" in graft
     assert "matches 'nonsense'" in fails("list", "nonsense")
 
 
@@ -289,6 +293,16 @@ def test_info_counts_multiplications(tmp_path):
         macs += (spec.channels * 16 + 9 * 16 * 16) * (height // spec.stride) * (width // spec.stride)
     (line,) = [line for line in output.splitlines() if "neck" in line and "M" in line]
     assert f"{macs / 1e9:.2f}" in line
+
+
+def test_info_of_torchvision_weights_fetches_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    name = "fasterrcnn_fpn_mobilenetv3_large_100.tv_coco_320"
+    output = " ".join(run("info", name).split())
+    (row,) = a2fpn.list_pretrained(name)
+    for expected in (f"weights {row.origin}", "kind trained", f"AP box 0.228 ({row.measured})", "80: person, bicycle"):
+        assert expected in output
+    assert not list(tmp_path.rglob("*"))
 
 
 def test_info_of_a_name(checkpoint):
@@ -370,3 +384,40 @@ def test_python_dash_m_starts_without_what_it_does_not_need():
     imported = {line.rpartition("|")[2].strip() for line in process.stderr.splitlines()}
     assert "a2fpn.cli" in imported
     assert not {"matplotlib", "supervision", "pycocotools"} & imported
+
+
+def test_predict_in_tiles_and_views(checkpoint, data, tmp_path):
+    arguments = ("predict", data[0] / "0.png", "--model", checkpoint, "--output", tmp_path, "--score-threshold", 0)
+    assert "Found 5 objects" in run(*arguments)
+    assert "Found 2 objects" in run(*arguments, "--detections-per-image", 2)
+    run(*arguments, "--tile", 40, "--overlap", 0.3, "--tta", "--soft-nms", "gaussian", "--nms-threshold", 0.3)
+    records = json.loads((tmp_path / "predictions.json").read_text())
+    assert records
+    assert all(record["segmentation"]["size"] in ([64, 80], [80, 64]) for record in records)
+
+
+@pytest.mark.parametrize("arguments", [["--optimize"], ["--dtype", "bf16"]])
+def test_predict_with_an_optimised_model(checkpoint, data, tmp_path, arguments):
+    common = ("predict", data[0] / "0.png", "--model", checkpoint, "--output", tmp_path, "--score-threshold", 0)
+    run(*common)
+    expected = json.loads((tmp_path / "predictions.json").read_text())
+    run(*common, *arguments)
+    records = json.loads((tmp_path / "predictions.json").read_text())
+    tolerance = 1e-4 if "--optimize" in arguments else 0.02
+    scores = [record["score"] for record in records]
+    assert scores == pytest.approx([record["score"] for record in expected], abs=tolerance)
+
+
+def test_evaluate_takes_the_same_options(checkpoint, data, tmp_path):
+    common = ("evaluate", "--model", checkpoint, "--images", data[0], "--annotations", data[1], "--json")
+    run(*common, tmp_path / "a.json", "--optimize", "--detections-per-image", 3)
+    run(*common, tmp_path / "b.json", "--tile", 64, "--tta", "--soft-nms", "linear", "--dtype", "bf16")
+    assert json.loads((tmp_path / "a.json").read_text()).keys() == json.loads((tmp_path / "b.json").read_text()).keys()
+
+
+@pytest.mark.parametrize("arguments", [["--tile", 8], ["--overlap", 1], ["--soft-nms", "hard"], ["--dtype", "fp8"]])
+def test_options_out_of_range_are_named(checkpoint, data, tmp_path, arguments):
+    output = run(
+        "predict", data[0] / "0.png", "--model", checkpoint, "--output", tmp_path, *arguments, code=2
+    )  # fmt: skip
+    assert arguments[0] in output

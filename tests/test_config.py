@@ -102,10 +102,14 @@ def test_configs_are_frozen(config: Any) -> None:
     ("section", "key", "message"),
     [
         ("", "num_clases", "config: unknown key 'num_clases' for ModelConfig. Did you mean 'num_classes'?"),
-        ("backbone", "norms", "config.backbone: unknown key 'norms' for BackboneConfig. Did you mean 'norm'?"),
+        (
+            "backbone",
+            "norms",
+            "config.backbone: unknown key 'norms' for BackboneConfig. Did you mean 'norm' or 'norm_eps'?",
+        ),
         ("neck", "arg", "config.neck: unknown key 'arg' for NeckConfig. Did you mean 'args'?"),
         ("preprocess", "minsize", "config.preprocess: unknown key 'minsize' for PreprocessConfig. Did you mean 'min"),
-        ("heads", "nms", "config.heads: unknown key 'nms' for RCNNConfig. Known: anchor_ratios, anchor_sizes, "),
+        ("heads", "nms", "config.heads: unknown key 'nms' for RCNNConfig. Known: anchor_ratios, anchor_rounding, "),
     ],
 )
 def test_an_unknown_key_is_an_error_that_says_where(section: str, key: str, message: str) -> None:
@@ -156,7 +160,10 @@ def test_a_value_of_the_wrong_type_is_an_error_that_says_where(path: str, value:
 
 @pytest.mark.parametrize(
     ("section", "key", "choices"),
-    [("preprocess", "resize", "'shortest_edge', 'at_least', 'none'"), ("backbone", "norm", "'bn', 'frozen'")],
+    [
+        ("preprocess", "resize", "'shortest_edge', 'at_least', 'none'"),
+        ("backbone", "norm", "'bn', 'frozen', 'sync', 'gn'"),
+    ],
 )
 def test_a_value_out_of_its_choices_is_an_error(section: str, key: str, choices: str) -> None:
     data = to_dict(model_config())

@@ -33,15 +33,21 @@ def test_a_spec_does_not_follow_its_source() -> None:
     assert spec.names == ("c2",)
 
 
-@pytest.mark.parametrize("strides", [[8, 4], [4, 4], [4, 16, 8]])
-def test_strides_must_increase(strides: list[int]) -> None:
-    with pytest.raises(ValueError, match=r"must increase from level to level, got \["):
+@pytest.mark.parametrize("strides", [[8, 4], [4, 4, 2], [4, 16, 8]])
+def test_strides_must_not_decrease(strides: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"must not decrease from level to level, got \["):
         PyramidSpec({str(i): LevelSpec(8, stride) for i, stride in enumerate(strides)})
 
 
 def test_a_spec_needs_a_level() -> None:
     with pytest.raises(ValueError, match="at least one level"):
         PyramidSpec({})
+
+
+def test_levels_of_one_stride_are_told_apart() -> None:
+    spec = PyramidSpec.from_channels([8, 16, 32, 64], strides=[16, 32, 32, 32])
+    assert spec.names == ("c4", "c5", "c5b", "c5c")
+    assert spec.strides == (16, 32, 32, 32)
 
 
 def test_channels_and_strides_must_have_one_count() -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from pycocotools import mask as mask_utils
 from torch.utils.data import Dataset
@@ -70,6 +71,8 @@ class Annotation:
         rle: The mask, or None in a file without masks.
         area: Pixels; as in the file, else of the mask, else of the box.
         iscrowd: Whether it marks a group, which is ignored in training and evaluation.
+        keypoints: x, y in pixels and visibility (0: not labelled, 1: hidden, 2: visible) of each keypoint; empty in a
+            file without keypoints, and in one with them for an object that has none.
     """
 
     category_id: int
@@ -77,6 +80,7 @@ class Annotation:
     rle: Rle | None
     area: float
     iscrowd: bool
+    keypoints: tuple[tuple[float, float, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,8 @@ class CocoFile:
         annotations: By image id; every image has an entry.
         has_masks: False if no annotation of the file has a segmentation.
         problems: One message for each annotation that was left out.
+        num_keypoints: Keypoints of every object; 0 if no annotation of the file has any.
+        keypoint_names: Their names, if the categories give them.
     """
 
     name: str
@@ -98,6 +104,8 @@ class CocoFile:
     annotations: Mapping[int, Sequence[Annotation]]
     has_masks: bool
     problems: tuple[str, ...]
+    num_keypoints: int = 0
+    keypoint_names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -161,12 +169,13 @@ def read_coco(source: str | Path | Mapping[str, Any] | CocoFile, *, strict: bool
     categories = _index((_parse_category(raw, name) for raw in data["categories"]), f"{name}: category")
     entries: list[Any] = data["annotations"]
     has_masks = not entries or any(isinstance(raw, Mapping) and raw.get("segmentation") for raw in entries)
+    keypoint_names, num_keypoints = _keypoints_of_file(data)
 
     annotations: dict[int, list[Annotation]] = {image_id: [] for image_id in images}
     problems: list[str] = []
     for position, raw in enumerate(entries):
         try:
-            annotation = _parse_annotation(raw, images, categories, has_masks=has_masks)
+            annotation = _parse_annotation(raw, images, categories, has_masks=has_masks, num_keypoints=num_keypoints)
         except (ValueError, OverflowError) as error:
             has_id = isinstance(raw, Mapping) and "id" in raw
             label = f"annotation {raw['id']}" if has_id else f"the annotation at position {position}"
@@ -180,7 +189,7 @@ def read_coco(source: str | Path | Mapping[str, Any] | CocoFile, *, strict: bool
         shown = "\n  ".join(problems[:_PROBLEMS_SHOWN] + more)
         logger.warning("%s: skipped %d of %d annotations:\n  %s", name, len(problems), len(entries), shown)
     ordered = tuple(categories[category_id] for category_id in sorted(categories))
-    return CocoFile(name, images, ordered, annotations, has_masks, tuple(problems))
+    return CocoFile(name, images, ordered, annotations, has_masks, tuple(problems), num_keypoints, keypoint_names)
 
 
 class CocoDataset(Dataset[Sample]):
@@ -192,6 +201,8 @@ class CocoDataset(Dataset[Sample]):
     - ``boxes``: ``tv_tensors.BoundingBoxes`` float32 (N, 4), xyxy in pixels, clipped to the image,
     - ``labels``: int64 (N,) in 0..len(categories) - 1; there is no background label,
     - ``masks``: ``tv_tensors.Mask`` uint8 (N, H, W) of 0 and 1; absent if the file has no masks at all,
+    - ``keypoints``: float32 (N, K, 3), x, y in pixels and visibility (0: not labelled); absent if the file has none,
+    - ``semantic``: ``tv_tensors.Mask`` uint8 (H, W) of classes, only with ``semantic``,
     - ``iscrowd``: int64 (N,), only with ``keep_crowd=True``.
 
     N may be 0. In the place of an unreadable image (missing, corrupt, of another size than the file says)
@@ -205,6 +216,8 @@ class CocoDataset(Dataset[Sample]):
         categories: The classes in the order of their labels, usually a model's; matched by id. By default
             the file's own, sorted by id.
         keep_crowd: Whether crowds appear among the objects, marked in ``iscrowd``.
+        semantic: A folder of maps, each an 8-bit PNG (palette or grey) of classes with the name of its image and the
+            suffix ``.png``; 255 marks pixels to ignore. COCO's ``stuffthingmaps`` are such.
         strict: Whether bad annotations and unreadable images are errors.
 
     Attributes:
@@ -226,11 +239,15 @@ class CocoDataset(Dataset[Sample]):
         transforms: Callable[..., Any] | None = None,
         categories: Sequence[Category] | None = None,
         keep_crowd: bool = False,
+        semantic: str | Path | None = None,
         strict: bool = False,
     ) -> None:
         self.root = Path(images)
         if not self.root.is_dir():
             raise DataError(f"{self.root}: no such folder of images.")
+        self.semantic = None if semantic is None else Path(semantic)
+        if self.semantic is not None and not self.semantic.is_dir():
+            raise DataError(f"{self.semantic}: no such folder of semantic maps.")
         self.coco = read_coco(annotations, strict=strict)
         self.categories = self.coco.categories if categories is None else tuple(categories)
         self.image_ids = list(self.coco.images)
@@ -241,6 +258,17 @@ class CocoDataset(Dataset[Sample]):
         self._check_categories()
         self._unreadable = torch.zeros(len(self.image_ids), dtype=torch.bool)
         self._unreadable.share_memory_()  # type: ignore[no-untyped-call]  # one for all workers
+
+    @property
+    def target_keys(self) -> tuple[str, ...]:
+        """What the targets hold: a detector that trains on something else says so before anything is trained."""
+        optional = {
+            "masks": self.coco.has_masks,
+            "keypoints": bool(self.coco.num_keypoints),
+            "semantic": self.semantic is not None,
+            "iscrowd": self.keep_crowd,
+        }
+        return ("image_id", "boxes", "labels", *(key for key, present in optional.items() if present))
 
     @property
     def skipped(self) -> SkipReport:
@@ -259,6 +287,7 @@ class CocoDataset(Dataset[Sample]):
             entry = self.coco.images[self.image_ids[position]]
             try:
                 image = read_image(self.root / entry.file_name, size=(entry.height, entry.width))
+                target = self._target(entry)
             except ImageError as error:
                 if self.strict:
                     raise
@@ -266,7 +295,6 @@ class CocoDataset(Dataset[Sample]):
                     self._unreadable[position] = True
                     logger.warning("skipped an image: %s", error)
             else:
-                target = self._target(entry)
                 return self.transforms(image, target) if self.transforms else (image, target)
         raise ImageError(f"{self.root}: {attempt + 1} images in a row are unreadable, the last is {entry.file_name}.")
 
@@ -284,6 +312,13 @@ class CocoDataset(Dataset[Sample]):
         if self.coco.has_masks:
             masks = decode_rle([a.rle for a in objects if a.rle], size=size)
             target["masks"] = tv_tensors.Mask(torch.from_numpy(masks.view(np.uint8)))
+        if self.coco.num_keypoints:
+            none = ((0.0, 0.0, 0.0),) * self.coco.num_keypoints
+            keypoints = torch.tensor([a.keypoints or none for a in objects], dtype=torch.float32)
+            target["keypoints"] = keypoints.reshape(-1, self.coco.num_keypoints, 3)
+        if self.semantic is not None:
+            path = (self.semantic / entry.file_name).with_suffix(".png")
+            target["semantic"] = tv_tensors.Mask(torch.from_numpy(_read_labels(path, size)))
         if self.keep_crowd:
             target["iscrowd"] = torch.tensor([a.iscrowd for a in objects], dtype=torch.int64)
         return target
@@ -358,6 +393,26 @@ def read_image(path: str | Path, *, size: tuple[int, int] | None = None) -> tv_t
         raise ImageError(f"{path}: no readable image ({reason}).") from error
 
 
+def _read_labels(path: Path, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Reads a map of classes, uint8 (H, W), of the given size.
+
+    Raises:
+        ImageError: If the file is missing, no such map, or not of the size.
+    """
+    if not path.is_file():
+        raise ImageError(f"{path}: no such file; every image needs a semantic map of its name.")
+    try:
+        with Image.open(path) as image:
+            if image.mode not in ("L", "P"):
+                raise ImageError(f"{path}: a semantic map must be an 8-bit palette or grey image, got {image.mode!r}.")
+            labels = np.array(image, dtype=np.uint8)
+    except (OSError, SyntaxError) as error:
+        raise ImageError(f"{path}: no readable image ({error}).") from error
+    if labels.shape != size:
+        raise ImageError(f"{path}: the map is {labels.shape[::-1]} pixels wide and high, its image {size[::-1]}.")
+    return labels
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """Converts an image of any mode to 8-bit RGB, as :func:`read_image` documents.
 
@@ -410,8 +465,44 @@ def _parse_category(raw: Any, name: str) -> Category:
     raise DataError(f"{name}: a category needs a whole-number id and a name, got {raw}.")
 
 
+def _keypoints_of_file(data: Mapping[str, Any]) -> tuple[tuple[str, ...], int]:
+    """Names and number of the keypoints of a COCO file; no names and 0 if it has none."""
+    lengths = [
+        len(raw["keypoints"])
+        for raw in data["annotations"]
+        if isinstance(raw, Mapping) and isinstance(raw.get("keypoints"), list) and raw["keypoints"]
+    ]
+    if not lengths:
+        return (), 0
+    names = next((raw["keypoints"] for raw in data["categories"] if isinstance(raw.get("keypoints"), list)), None)
+    return ((), lengths[0] // 3) if names is None else (tuple(map(str, names)), len(names))
+
+
+def _parse_keypoints(values: Any, count: int) -> tuple[tuple[float, float, float], ...]:
+    """Keypoints of an annotation; none where they are left out.
+
+    Raises:
+        ValueError: If there is another number of them, or something else than numbers.
+    """
+    if not count or values is None or values == []:
+        return ()
+    if not isinstance(values, list) or len(values) != 3 * count:
+        got = len(values) if isinstance(values, list) else type(values).__name__
+        raise ValueError(f"its keypoints must be a list of 3 x {count} numbers as in the rest of the file, got {got}")
+    if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in values):
+        raise ValueError("its keypoints hold something else than numbers")
+    return tuple(
+        (float(x), float(y), float(v)) for x, y, v in zip(values[::3], values[1::3], values[2::3], strict=True)
+    )
+
+
 def _parse_annotation(
-    raw: Any, images: Mapping[int, CocoImage], categories: Mapping[int, Category], *, has_masks: bool
+    raw: Any,
+    images: Mapping[int, CocoImage],
+    categories: Mapping[int, Category],
+    *,
+    has_masks: bool,
+    num_keypoints: int,
 ) -> Annotation:
     match raw:
         case {"image_id": int(image_id), "category_id": int(category_id), "bbox": list(bbox)} if len(bbox) == 4:
@@ -433,4 +524,5 @@ def _parse_annotation(
     area = raw.get("area")
     if not isinstance(area, (int, float)) or not math.isfinite(area):
         area = mask_utils.area(rle) if rle else width * height
-    return Annotation(category_id, (x, y, width, height), rle, float(area), bool(raw.get("iscrowd", 0)))
+    keypoints = _parse_keypoints(raw.get("keypoints"), num_keypoints)
+    return Annotation(category_id, (x, y, width, height), rle, float(area), bool(raw.get("iscrowd", 0)), keypoints)

@@ -8,7 +8,8 @@ itself resizes and normalises.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,8 @@ from torchvision.transforms.v2 import functional as F
 
 Target = dict[str, Any]
 
-_PER_OBJECT = ("boxes", "labels", "masks", "iscrowd")
+_MAPS = {"masks", "semantic"}
+_PER_OBJECT = ("boxes", "labels", "masks", "keypoints", "iscrowd")
 
 
 def train_transforms(
@@ -33,6 +35,7 @@ def train_transforms(
     rotate90: float = 0.0,
     colour_jitter: float = 0.0,
     min_box_size: float = 1.0,
+    keypoint_names: Sequence[str] = (),
 ) -> Callable[..., Any]:
     """Returns the training augmentation for a model.
 
@@ -53,6 +56,8 @@ def train_transforms(
         colour_jitter: Brightness, contrast and saturation change by a factor of at most 1 +- this, the hue
             by at most a tenth of this times 360 degrees; in [0, 1].
         min_box_size: Objects whose box is less wide or high are dropped, pixels after resizing.
+        keypoint_names: Names of the keypoints, usually the data set's ``coco.keypoint_names``; a flip exchanges
+            those that differ in ``left`` and ``right``.
 
     Returns:
         A callable ``(image, target) -> (image, target)``; it can be pickled if ``target_size`` can.
@@ -83,8 +88,8 @@ def train_transforms(
     jitter = v2.ColorJitter(colour_jitter, colour_jitter, colour_jitter, colour_jitter / 10)
     steps = [
         _RandomScaleCrop(target_size, scale_range, crop_size),
-        v2.RandomHorizontalFlip(horizontal_flip),
-        v2.RandomVerticalFlip(vertical_flip),
+        _RandomFlip(0, horizontal_flip, _mirrored(keypoint_names)),
+        _RandomFlip(1, vertical_flip, _mirrored(keypoint_names)),
         _RandomRotate90(rotate90),
         *([jitter] if colour_jitter else []),
         _FitObjects(min_box_size),
@@ -116,15 +121,58 @@ class _RandomScaleCrop:
         boxes = (target["boxes"].as_subclass(Tensor) - torch.tensor([left, top, left, top])) * factor
         boxes = torch.minimum(boxes.clamp(min=0), torch.tensor(crop).flip(0).repeat(2))
         target = {**target, "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=tuple(crop))}
+        if "keypoints" in target:
+            xy = (target["keypoints"][..., :2] - torch.tensor([left, top])) * factor[:2]
+            inside = ((xy >= 0) & (xy < torch.tensor(crop).flip(0))).all(-1, keepdim=True)
+            target["keypoints"] = torch.cat([xy, target["keypoints"][..., 2:]], -1) * inside
         visible = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
-        if "masks" in target:
-            target["masks"] = target["masks"].as_subclass(Tensor)[:, top : top + window[0], left : left + window[1]]
+        for key in _MAPS & target.keys():
+            target[key] = target[key].as_subclass(Tensor)[..., top : top + window[0], left : left + window[1]]
         target = _select(target, visible)
-        if "masks" in target:
-            # The source pixel nearest to the centre of every pixel ("nearest-exact"), as the image is resized.
-            rows, columns = (((torch.arange(c) + 0.5) * (w / c)).long() for c, w in zip(crop, window, strict=True))
-            target["masks"] = tv_tensors.Mask(target["masks"].index_select(2, columns).index_select(1, rows))
+        # The source pixel nearest to the centre of every pixel ("nearest-exact"), as the image is resized.
+        rows, columns = (((torch.arange(c) + 0.5) * (w / c)).long() for c, w in zip(crop, window, strict=True))
+        for key in _MAPS & target.keys():
+            target[key] = tv_tensors.Mask(target[key].index_select(-1, columns).index_select(-2, rows))
         return image, target
+
+
+@dataclass(frozen=True)
+class _RandomFlip:
+    """Mirrors the image along an axis (0 is x), and exchanges keypoints."""
+
+    axis: int
+    probability: float
+    mirrored: tuple[int, ...]
+
+    def __call__(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:
+        if torch.rand(1) >= self.probability:
+            return image, target
+        flip = (F.horizontal_flip, F.vertical_flip)[self.axis]
+        flipped = {key: flip(x) if isinstance(x, tv_tensors.TVTensor) else x for key, x in target.items()}
+        if "keypoints" in target:
+            keypoints = target["keypoints"].clone()
+            keypoints[..., self.axis] = image.shape[-1 - self.axis] - keypoints[..., self.axis]
+            flipped["keypoints"] = _hide(keypoints[:, list(self.mirrored)] if self.mirrored else keypoints)
+        return flip(image), flipped
+
+
+def _mirrored(names: Sequence[str]) -> tuple[int, ...]:
+    """For each keypoint the index of the one that is in its place in a mirror.
+
+    Raises:
+        ValueError: If one of a pair is missing.
+    """
+    swap = {"left": "right", "right": "left"}
+    others = [re.sub("left|right", lambda side: swap[side[0]], name) for name in names]
+    missing = sorted(set(others) - set(names))
+    if missing:
+        raise ValueError(f"keypoint_names need both sides of a pair, got {list(names)} without {missing}.")
+    return tuple(list(names).index(other) for other in others)
+
+
+def _hide(keypoints: Tensor) -> Tensor:
+    """Keypoints (N, K, 3) with zeros for those that are not labelled, as COCO has them."""
+    return keypoints * (keypoints[..., 2:] > 0)
 
 
 @dataclass(frozen=True)
@@ -143,8 +191,11 @@ class _RandomRotate90:
             boxes = torch.stack((y0, width - x1, y1, width - x0), dim=1)
             size = (image.shape[-2], image.shape[-1])
             target = {**target, "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size)}
-            if "masks" in target:
-                target["masks"] = tv_tensors.Mask(target["masks"].as_subclass(Tensor).rot90(dims=(-2, -1)))
+            for key in _MAPS & target.keys():
+                target[key] = tv_tensors.Mask(target[key].as_subclass(Tensor).rot90(dims=(-2, -1)))
+            if "keypoints" in target:
+                x, y, visibility = target["keypoints"].unbind(-1)
+                target["keypoints"] = _hide(torch.stack((y, width - x, visibility), dim=-1))
         return image, target
 
 

@@ -1,7 +1,7 @@
 """Necks: pyramid in, pyramid out. Importing this package registers every neck."""
 
 from a2fpn.necks import a2fpn, bifpn, carafe_fpn, fpn, pafpn, simple_fpn
-from a2fpn.necks.neck import NECKS, Neck, PyramidNeck, register_neck
+from a2fpn.necks.neck import NECKS, Neck, PyramidNeck, create_neck, register_neck
 
 __all__ = [
     "NECKS",
@@ -10,6 +10,7 @@ __all__ = [
     "a2fpn",
     "bifpn",
     "carafe_fpn",
+    "create_neck",
     "fpn",
     "pafpn",
     "register_neck",

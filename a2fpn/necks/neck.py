@@ -5,18 +5,19 @@ Shape shorthand: ``B`` batch, ``C_i`` channels and ``H_i, W_i`` size of backbone
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from a2fpn._registry import Registry
+from a2fpn._registry import Registry, did_you_mean
 from a2fpn.layers import MGC, ConvNormAct
-from a2fpn.pyramid import Features, LevelSpec, PyramidSpec, check_features, level_name, level_size
+from a2fpn.pyramid import Features, PyramidSpec, check_features, level_size
 
 
 class Neck(nn.Module, ABC):
@@ -51,7 +52,7 @@ class Neck(nn.Module, ABC):
         self.extra_levels = extra_levels
         strides = list(in_spec.strides)
         strides += [strides[-1] << (i + 1) for i in range(extra_levels)]
-        self.out_spec = PyramidSpec({level_name("p", stride): LevelSpec(out_channels, stride) for stride in strides})
+        self.out_spec = PyramidSpec.from_channels([out_channels] * len(strides), strides=strides, prefix="p")
 
     @abstractmethod
     def fuse(self, features: list[Tensor], valid: list[Tensor | None]) -> list[Tensor]:
@@ -67,8 +68,12 @@ class Neck(nn.Module, ABC):
 
     @property
     def roi_levels(self) -> tuple[str, ...]:
-        """Names of the levels that RoI heads pool from: all but the extra ones, which only serve proposals."""
-        return self.out_spec.names[: len(self.out_spec) - self.extra_levels]
+        """Names of the levels that RoI heads pool from: the first of each stride, without the extra ones.
+
+        The others only serve proposals.
+        """
+        levels = list(self.out_spec.items())[: len(self.out_spec) - self.extra_levels]
+        return tuple(name for i, (name, level) in enumerate(levels) if level not in dict(levels[:i]).values())
 
     def losses(self) -> dict[str, Tensor]:
         """Losses on the neck's own parameters, ready to be added to the detector's; none by default."""
@@ -119,6 +124,35 @@ def _valid_map(x: Tensor, stride: int, image_sizes: Sequence[tuple[int, int]] | 
 
 NECKS: Registry[Callable[..., Neck]] = Registry("neck")
 register_neck = NECKS.register
+
+
+def create_neck(name: str, in_spec: PyramidSpec, **options: Any) -> Neck:
+    """Builds a neck.
+
+    Args:
+        name: A registered neck.
+        in_spec: What the backbone gives.
+        **options: The neck's own arguments (``out_channels``, ``attention``, ...).
+
+    Raises:
+        ValueError: For an unknown name or argument.
+
+    Example:
+        >>> neck = create_neck("a2fpn", PyramidSpec.from_channels([64, 128, 256, 512]), out_channels=64)
+        >>> neck.out_spec.strides
+        (4, 8, 16, 32, 64)
+    """
+    neck = NECKS[name]
+    accepted = keyword_arguments(neck)
+    for option in options:
+        if option not in accepted:
+            raise ValueError(f"Neck {name!r} has no argument {option!r}. {did_you_mean(option, accepted)}")
+    return neck(in_spec, **options)
+
+
+def keyword_arguments(neck: Callable[..., Neck]) -> set[str]:
+    """Names of a neck's own arguments."""
+    return {p.name for p in inspect.signature(neck).parameters.values() if p.kind is p.KEYWORD_ONLY}
 
 
 class NearestFusion(nn.Module):
