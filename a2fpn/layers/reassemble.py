@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from a2fpn.layers.precision import autocast_off
 from a2fpn.layers.recompute import recomputed
 
-# Bytes of gathered windows that a block of rows may hold: about a last-level cache, so that a block is read
+# Bytes of gathered windows that a block of rows may hold: about a core's cache, so that a block is read
 # back before it leaves, and a bound on what the op needs beyond its input and output.
-_BLOCK_BYTES = {"cpu": 2**21, "cuda": 2**27}
+_BLOCK_BYTES = {"cpu": 2**20, "cuda": 2**27}
 
 
 def reassemble(x: Tensor, kernels: Tensor, size: tuple[int, int]) -> Tensor:
