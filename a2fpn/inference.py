@@ -358,6 +358,7 @@ class Predictor:
                 model.preprocess.target_size(*_size(image)),
                 augmentation,
                 rule,
+                interpolation=model.preprocess.config.interpolation,
             )
             for image in images
         ]

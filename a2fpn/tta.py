@@ -57,6 +57,8 @@ def detect_augmented(
     size: tuple[int, int],
     augmentation: Augmentation,
     rule: DetectionRule,
+    *,
+    interpolation: str = "bilinear",
 ) -> Detection:
     """Detections of all views of an image, fused.
 
@@ -66,6 +68,7 @@ def detect_augmented(
         size: Height and width to which the model itself would resize it.
         augmentation: Which views.
         rule: What makes a detection; its two limits hold after the fusion too.
+        interpolation: How the model itself resizes.
 
     Returns:
         Boxes in pixels of the image, scores, labels and, if there are any, masks (n, 1, M, M).
@@ -77,7 +80,7 @@ def detect_augmented(
     found = []
     for scale, flips in augmentation.views():
         height, width = (max(1, round(side * scale)) for side in size)
-        view = F.interpolate(pixels[None], size=(height, width), mode="bilinear", align_corners=False)[0]
+        view = F.interpolate(pixels[None], size=(height, width), mode=interpolation, align_corners=False)[0]
         detection = detect(view.flip(flips))
         if "keypoints" in detection:
             raise ValueError("Test-time augmentation can't mirror keypoints; use a detector of boxes or masks.")
