@@ -1,4 +1,6 @@
 import copy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -174,6 +176,20 @@ def test_a_detector_on_a_vision_transformer(neck: str) -> None:
     torch.stack(list(losses.values())).sum().backward()
     assert without_gradient(model.backbone) == []
     assert len(model.eval()([torch.rand(3, 70, 50)])) == 1
+
+
+def test_images_laid_out_channels_last_do_not_crash_torch() -> None:
+    """A 1x1 convolution with stride on few channels; without care the process dies, so another one is asked."""
+    code = """
+import torch, a2fpn
+backbone = a2fpn.create_backbone("fastvit_t8", levels=(4,))
+for _ in range(4):
+    x = torch.rand(2, 3, 128, 160).contiguous(memory_format=torch.channels_last)
+    backbone(x)["c2"].square().mean().backward()
+print("alive")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "alive", done.stderr
 
 
 # Fixed sizes

@@ -112,6 +112,15 @@ class TimmBackbone(nn.Module):
             if modules:
                 self.made[f"{stride}"] = nn.Sequential(*modules)
         self.out_spec = PyramidSpec.from_channels(out_channels, strides=strides)
+        # With few channels laid out last, the gradient of such a convolution writes where it should not: torch 2.15
+        # then crashes on a CPU.
+        self._needs_channels_first = any(
+            isinstance(module, nn.Conv2d)
+            and module.kernel_size == (1, 1)
+            and module.stride != (1, 1)
+            and module.in_channels < 16
+            for module in self.body.modules()
+        )
         if config.stride_in_1x1:
             _move_strides(self.body, self.name)
         if config.norm_eps is not None:
@@ -267,7 +276,7 @@ class TimmBackbone(nn.Module):
         padded = self.padded_size(height, width)
         if padded != (height, width):
             x = F.pad(x, (0, padded[1] - width, 0, padded[0] - height))
-        maps = self._run(self.body, x)
+        maps = self._run(self.body, x.contiguous() if self._needs_channels_first else x)
         if self.attachment.resized and not self.config.taps:
             maps = [
                 F.interpolate(y, size=level_size(padded, stride), mode="bilinear", align_corners=False)
