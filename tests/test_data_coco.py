@@ -1,3 +1,4 @@
+import io
 import json
 import logging
 import pickle
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 
 from a2fpn.config import Category
-from a2fpn.data import CocoDataset, DataError, ImageError, collate, read_coco, read_image
+from a2fpn.data import CocoDataset, CocoImage, DataError, ImageError, SampleMaker, collate, read_coco, read_image
 
 IMAGE = {"id": 5, "file_name": "a.png", "height": 40, "width": 60}
 SQUARE = [[10, 10, 20, 10, 20, 20, 10, 20]]
@@ -374,3 +375,41 @@ def test_what_is_no_image_is_an_error_that_names_it(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(ImageError, match=r"b\.png: no readable image \(Image size \(900 pixels\) exceeds limit"):
         read_image(saved(tmp_path, Image.new("RGB", (30, 30)), "b.png"))
+
+
+def png(image):
+    file = io.BytesIO()
+    image.save(file, "png")
+    return file.getvalue()
+
+
+def test_a_sample_made_of_bytes_is_the_samples_of_the_folder(tmp_path):
+    folder, annotations = write_coco(tmp_path)
+    maps = tmp_path / "maps"
+    maps.mkdir()
+    for path in folder.iterdir():
+        Image.open(path).convert("L").save(maps / path.name)
+    dataset = CocoDataset(folder, annotations, semantic=maps, keep_crowd=True)
+    for index, image_id in enumerate(dataset.image_ids):
+        entry = dataset.coco.images[image_id]
+        image, target = dataset.make_sample(
+            entry,
+            dataset.coco.annotations[image_id],
+            (folder / entry.file_name).read_bytes(),
+            semantic=(maps / entry.file_name).read_bytes(),
+        )
+        expected_image, expected = dataset[index]
+        assert torch.equal(image, expected_image)
+        assert target.keys() == expected.keys() == set(dataset.target_keys)
+        for key, value in expected.items():
+            assert target[key] == value if key == "image_id" else torch.equal(target[key], value), key
+
+
+def test_messages_name_images_that_are_given_as_bytes():
+    with pytest.raises(ImageError, match=r"shard/7\.jpg: no readable image"):
+        read_image(b"no image", name="shard/7.jpg")
+    maker, picture = SampleMaker(()), png(Image.new("RGB", (1, 2)))
+    with pytest.raises(ImageError, match=r"^a\.png: the image is 1 x 2 pixels"):
+        maker(CocoImage(5, "a.png", 3, 4), [], picture)
+    with pytest.raises(ImageError, match=r"^the semantic map of a\.png: the map is \(3, 2\) pixels"):
+        maker(CocoImage(5, "a.png", 2, 1), [], picture, semantic=png(Image.new("L", (3, 2))))

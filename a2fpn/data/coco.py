@@ -7,6 +7,8 @@ at all, or names a category the model doesn't know, is always an error.
 
 from __future__ import annotations
 
+import functools
+import io
 import json
 import logging
 import math
@@ -192,6 +194,84 @@ def read_coco(source: str | Path | Mapping[str, Any] | CocoFile, *, strict: bool
     return CocoFile(name, images, ordered, annotations, has_masks, tuple(problems), num_keypoints, keypoint_names)
 
 
+@dataclass(frozen=True)
+class SampleMaker:
+    """Turns an image and its annotations, wherever they come from, into a sample as :class:`CocoDataset` gives it.
+
+    Args:
+        categories: The classes in the order of their labels.
+        has_masks: Whether targets have masks; then every annotation must.
+        num_keypoints: Keypoints of every object; 0 for targets without.
+        keep_crowd: Whether crowds appear among the objects, marked in ``iscrowd``.
+
+    Example:
+        >>> import io
+        >>> file = io.BytesIO()
+        >>> Image.new("RGB", (60, 40)).save(file, "png")
+        >>> make_sample = SampleMaker((Category(7, "cat"),))
+        >>> cat = Annotation(category_id=7, bbox=(10, 10, 20, 20), rle=None, area=400, iscrowd=False)
+        >>> image, target = make_sample(CocoImage(5, "a.png", height=40, width=60), [cat], file.getvalue())
+        >>> tuple(image.shape), target["boxes"].tolist()
+        ((3, 40, 60), [[10.0, 10.0, 30.0, 30.0]])
+    """
+
+    categories: tuple[Category, ...]
+    has_masks: bool = False
+    num_keypoints: int = 0
+    keep_crowd: bool = False
+
+    @functools.cached_property
+    def labels(self) -> dict[int, int]:
+        """The label of each category id."""
+        return {category.id: label for label, category in enumerate(self.categories)}
+
+    def __call__(
+        self,
+        entry: CocoImage,
+        annotations: Sequence[Annotation],
+        image: str | Path | bytes,
+        *,
+        semantic: str | Path | bytes | None = None,
+    ) -> Sample:
+        """Makes a sample.
+
+        Args:
+            entry: The image's entry; its size must be the image's.
+            annotations: Its checked annotations, e.g. of :func:`read_coco`; their categories are among the classes.
+            image: The image file or its content.
+            semantic: Its semantic map likewise, see :class:`CocoDataset`.
+
+        Returns:
+            Image and target, see :class:`CocoDataset`.
+
+        Raises:
+            ImageError: If the image or the map can't be read or has another size.
+        """
+        size = (entry.height, entry.width)
+        pixels = read_image(image, size=size, name=entry.file_name)
+        objects = [a for a in annotations if self.keep_crowd or not a.iscrowd]
+        boxes = torch.tensor([a.bbox for a in objects], dtype=torch.float64).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        boxes = torch.minimum(boxes.clamp(min=0), boxes.new_tensor(size[::-1] * 2)).float()
+        target: dict[str, Any] = {
+            "image_id": entry.id,
+            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),
+            "labels": torch.tensor([self.labels[a.category_id] for a in objects], dtype=torch.int64),
+        }
+        if self.has_masks:
+            masks = decode_rle([a.rle for a in objects if a.rle], size=size)
+            target["masks"] = tv_tensors.Mask(torch.from_numpy(masks.view(np.uint8)))
+        if self.num_keypoints:
+            none = ((0.0, 0.0, 0.0),) * self.num_keypoints
+            keypoints = torch.tensor([a.keypoints or none for a in objects], dtype=torch.float32)
+            target["keypoints"] = keypoints.reshape(-1, self.num_keypoints, 3)
+        if semantic is not None:
+            target["semantic"] = tv_tensors.Mask(torch.from_numpy(_read_labels(semantic, size, entry.file_name)))
+        if self.keep_crowd:
+            target["iscrowd"] = torch.tensor([a.iscrowd for a in objects], dtype=torch.int64)
+        return pixels, target
+
+
 class CocoDataset(Dataset[Sample]):
     """Images of a folder with the annotations of a COCO file.
 
@@ -224,6 +304,7 @@ class CocoDataset(Dataset[Sample]):
         coco: The checked file.
         categories: The classes in the order of their labels.
         image_ids: Ids in the order of the samples.
+        make_sample: What makes a sample of an image and its annotations.
 
     Raises:
         DataError: If the folder is missing, the JSON is no COCO file, an annotation has a category that is
@@ -254,7 +335,12 @@ class CocoDataset(Dataset[Sample]):
         self.transforms = transforms
         self.keep_crowd = keep_crowd
         self.strict = strict
-        self._labels = {category.id: label for label, category in enumerate(self.categories)}
+        self.make_sample = SampleMaker(
+            self.categories,
+            has_masks=self.coco.has_masks,
+            num_keypoints=self.coco.num_keypoints,
+            keep_crowd=keep_crowd,
+        )
         self._check_categories()
         self._unreadable = torch.zeros(len(self.image_ids), dtype=torch.bool)
         self._unreadable.share_memory_()  # type: ignore[no-untyped-call]  # one for all workers
@@ -286,8 +372,9 @@ class CocoDataset(Dataset[Sample]):
             position = (index + attempt) % len(self)
             entry = self.coco.images[self.image_ids[position]]
             try:
-                image = read_image(self.root / entry.file_name, size=(entry.height, entry.width))
-                target = self._target(entry)
+                annotations = self.coco.annotations[entry.id]
+                semantic = self.semantic and (self.semantic / entry.file_name).with_suffix(".png")
+                sample = self.make_sample(entry, annotations, self.root / entry.file_name, semantic=semantic)
             except ImageError as error:
                 if self.strict:
                     raise
@@ -295,37 +382,12 @@ class CocoDataset(Dataset[Sample]):
                     self._unreadable[position] = True
                     logger.warning("skipped an image: %s", error)
             else:
-                return self.transforms(image, target) if self.transforms else (image, target)
+                return self.transforms(*sample) if self.transforms else sample
         raise ImageError(f"{self.root}: {attempt + 1} images in a row are unreadable, the last is {entry.file_name}.")
-
-    def _target(self, entry: CocoImage) -> dict[str, Any]:
-        objects = [a for a in self.coco.annotations[entry.id] if self.keep_crowd or not a.iscrowd]
-        size = (entry.height, entry.width)
-        boxes = torch.tensor([a.bbox for a in objects], dtype=torch.float64).reshape(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]
-        boxes = torch.minimum(boxes.clamp(min=0), boxes.new_tensor(size[::-1] * 2)).float()
-        target: dict[str, Any] = {
-            "image_id": entry.id,
-            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),
-            "labels": torch.tensor([self._labels[a.category_id] for a in objects], dtype=torch.int64),
-        }
-        if self.coco.has_masks:
-            masks = decode_rle([a.rle for a in objects if a.rle], size=size)
-            target["masks"] = tv_tensors.Mask(torch.from_numpy(masks.view(np.uint8)))
-        if self.coco.num_keypoints:
-            none = ((0.0, 0.0, 0.0),) * self.coco.num_keypoints
-            keypoints = torch.tensor([a.keypoints or none for a in objects], dtype=torch.float32)
-            target["keypoints"] = keypoints.reshape(-1, self.coco.num_keypoints, 3)
-        if self.semantic is not None:
-            path = (self.semantic / entry.file_name).with_suffix(".png")
-            target["semantic"] = tv_tensors.Mask(torch.from_numpy(_read_labels(path, size)))
-        if self.keep_crowd:
-            target["iscrowd"] = torch.tensor([a.iscrowd for a in objects], dtype=torch.int64)
-        return target
 
     def _check_categories(self) -> None:
         used = {a.category_id for annotations in self.coco.annotations.values() for a in annotations}
-        unknown = [f"{c.id} ({c.name})" for c in self.coco.categories if c.id in used - self._labels.keys()]
+        unknown = [f"{c.id} ({c.name})" for c in self.coco.categories if c.id in used - self.make_sample.labels.keys()]
         if unknown:
             known = ", ".join(str(category.id) for category in self.categories)
             raise DataError(
@@ -346,7 +408,9 @@ def collate(batch: Sequence[Sample]) -> tuple[list[tv_tensors.Image], list[dict[
     return list(images), list(targets)
 
 
-def read_image(path: str | Path, *, size: tuple[int, int] | None = None) -> tv_tensors.Image:
+def read_image(
+    source: str | Path | bytes, *, size: tuple[int, int] | None = None, name: str = "the given bytes"
+) -> tv_tensors.Image:
     """Reads any image PIL knows as 8-bit RGB.
 
     - EXIF orientation: applied. With ``size``, the stored pixels are taken as they are if they have that
@@ -359,8 +423,9 @@ def read_image(path: str | Path, *, size: tuple[int, int] | None = None) -> tv_t
     - Animations and multi-page files: the first frame.
 
     Args:
-        path: The image file.
+        source: The image file, or its content.
         size: (H, W) that the image must have, pixels.
+        name: What messages call an image given by its content.
 
     Returns:
         uint8 (3, H, W) in [0, 255].
@@ -374,42 +439,53 @@ def read_image(path: str | Path, *, size: tuple[int, int] | None = None) -> tv_t
         ...
         a2fpn.data.coco.ImageError: missing.png: no such file.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ImageError(f"{path}: no such file.")
+    name, file = _opened(source, name)
     try:
-        with Image.open(path) as opened:
+        with Image.open(file) as opened:
             image: Image.Image = opened
             if size is None or image.size != size[::-1]:
                 image = ImageOps.exif_transpose(image)
             if size is not None and image.size != size[::-1]:
                 got, wanted = " x ".join(map(str, opened.size)), " x ".join(map(str, size[::-1]))
-                raise ImageError(f"{path}: the image is {got} pixels wide and high, the annotations say {wanted}.")
+                raise ImageError(f"{name}: the image is {got} pixels wide and high, the annotations say {wanted}.")
             return tv_tensors.Image(F.to_image(to_rgb(image)))
     except ImageError:
         raise
     except Exception as error:  # PIL's decoders raise almost anything on a corrupt file
         reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
-        raise ImageError(f"{path}: no readable image ({reason}).") from error
+        raise ImageError(f"{name}: no readable image ({reason}).") from error
 
 
-def _read_labels(path: Path, size: tuple[int, int]) -> NDArray[np.uint8]:
+def _opened(source: str | Path | bytes, name: str, hint: str = "") -> tuple[str, Path | io.BytesIO]:
+    """What messages call an image file or content, and what PIL opens.
+
+    Raises:
+        ImageError: If there is no such file.
+    """
+    if isinstance(source, bytes):
+        return name, io.BytesIO(source)
+    path = Path(source)
+    if not path.is_file():
+        raise ImageError(f"{path}: no such file{hint}.")
+    return str(path), path
+
+
+def _read_labels(source: str | Path | bytes, size: tuple[int, int], name: str) -> NDArray[np.uint8]:
     """Reads a map of classes, uint8 (H, W), of the given size.
 
     Raises:
         ImageError: If the file is missing, no such map, or not of the size.
     """
-    if not path.is_file():
-        raise ImageError(f"{path}: no such file; every image needs a semantic map of its name.")
+    name, file = _opened(source, f"the semantic map of {name}", "; every image needs a semantic map of its name")
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             if image.mode not in ("L", "P"):
-                raise ImageError(f"{path}: a semantic map must be an 8-bit palette or grey image, got {image.mode!r}.")
+                raise ImageError(f"{name}: a semantic map must be an 8-bit palette or grey image, got {image.mode!r}.")
             labels = np.array(image, dtype=np.uint8)
     except (OSError, SyntaxError) as error:
-        raise ImageError(f"{path}: no readable image ({error}).") from error
+        raise ImageError(f"{name}: no readable image ({error}).") from error
     if labels.shape != size:
-        raise ImageError(f"{path}: the map is {labels.shape[::-1]} pixels wide and high, its image {size[::-1]}.")
+        raise ImageError(f"{name}: the map is {labels.shape[::-1]} pixels wide and high, its image {size[::-1]}.")
     return labels
 
 
