@@ -17,6 +17,8 @@ from typing import Any, Literal, TypeVar, Union
 from a2fpn._registry import did_you_mean
 
 FORMAT_VERSION = 1
+STAGES = 5
+"""Stages of a backbone, of stride 2 to 32: as a ResNet's stem and its four layers."""
 _LARGEST_ARGUMENT = 2**14
 _MOST_LAYERS = 100
 _LARGEST_IMAGE = 8192
@@ -49,7 +51,11 @@ class BackboneConfig:
         stride_in_1x1: Whether a ResNet's bottlenecks have their strides in the first 1x1 convolution (Caffe's and
             detectron2's MSRA weights) instead of in the 3x3 convolution.
         strides: Strides of the maps that the neck gets, increasing.
-        trainable_layers: How many levels, counted from the deepest, are trained; None trains all.
+        trainable_layers: How many of the five stages, counted from the deepest, are trained, as torchvision counts
+            them, whatever levels are taken: 3 trains the stages that end at strides 8, 16 and 32 (``layer2`` to
+            ``layer4`` of a ResNet), 4 also that of stride 4, 5 and None all, 0 none. A network that halves its image
+            only once or has branches side by side has no such stages: so many fifths of its layers are trained. What
+            makes levels that the network lacks is always trained.
         norm_eps: Epsilon of every batch norm, 0 or more; None keeps timm's. torchvision's older COCO detectors were
             trained with 0: with another value their detections are others.
         taps: Modules whose outputs are the maps, in network order, in place of the deepest map of each stride. Several
@@ -60,7 +66,7 @@ class BackboneConfig:
         license: Licence of the weights that training began with, as timm states it; None if it began with none.
 
     Raises:
-        ValueError: If ``norm_eps`` is negative, or ``image_size`` out of 1..8192.
+        ValueError: If ``norm_eps`` is negative, ``trainable_layers`` out of 0..5, or ``image_size`` out of 1..8192.
     """
 
     name: str
@@ -78,6 +84,8 @@ class BackboneConfig:
     def __post_init__(self) -> None:
         if self.image_size is not None and not 1 <= self.image_size <= _LARGEST_IMAGE:
             raise ValueError(f"image_size must be between 1 and {_LARGEST_IMAGE}, got {self.image_size}.")
+        if self.trainable_layers is not None and not 0 <= self.trainable_layers <= STAGES:
+            raise ValueError(f"trainable_layers must be between 0 and {STAGES}, got {self.trainable_layers}.")
         # Written so that NaN is bad as well.
         if self.norm_eps is not None and not self.norm_eps >= 0:
             raise ValueError(f"norm_eps must be 0 or more, got {self.norm_eps}.")

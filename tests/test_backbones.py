@@ -1,6 +1,8 @@
 import copy
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -336,19 +338,23 @@ def test_frozen_norm_is_a_fixed_map(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_convnext", "test_byobnet"])
-@pytest.mark.parametrize("trained", range(5))
-def test_the_deepest_levels_are_trained_and_the_others_stay_as_they_are(name: str, trained: int) -> None:
-    backbone = build(name, trainable_layers=trained).train()
+@pytest.mark.parametrize("trained", range(6))
+@pytest.mark.parametrize("strides", [(4, 8, 16, 32), (8, 16, 32)])
+def test_the_deepest_stages_are_trained_and_the_others_stay_as_they_are(
+    name: str, trained: int, strides: tuple[int, ...]
+) -> None:
+    backbone = build(name, trainable_layers=trained, strides=strides).train()
     before = copy.deepcopy(backbone.state_dict())
     maps = backbone(torch.randn(2, 3, 64, 64))
-    assert [x.requires_grad for x in maps.values()] == [level >= 4 - trained for level in range(4)]
+    assert [x.requires_grad for x in maps.values()] == [stride > 32 >> trained for stride in strides]
     if trained:
         weighted_sum(maps).backward()
         torch.optim.SGD(backbone.parameters(), lr=1.0).step()
     changed = {key.split(".")[1] for key, value in backbone.state_dict().items() if not torch.equal(value, before[key])}
     stages = [child for child, _ in backbone.body.named_children() if child.startswith(("layer", "stages"))]
-    assert stages[4 - trained :] == [stage for stage in stages if stage in changed]
-    assert (changed <= set(stages)) == (trained < 4)
+    assert stages[max(0, 4 - trained) :] == [stage for stage in stages if stage in changed]
+    # The stem of a network without a map of stride 2 belongs to the stage of stride 4.
+    assert (changed <= set(stages)) == (trained < (5 if 2 in backbone.attachment.strides else 4))
 
 
 def test_frozen_parts_stay_in_evaluation_mode() -> None:
@@ -369,10 +375,20 @@ def test_a_copy_has_its_own_frozen_parts() -> None:
     assert backbone.body.layer4.training
 
 
-@pytest.mark.parametrize("number", [-1, 5])
-def test_trainable_layers_are_at_most_the_levels(number: int) -> None:
-    with pytest.raises(ValueError, match=f"trainable_layers must be between 0 and 4, got {number}"):
+@pytest.mark.parametrize("number", [-1, 6])
+def test_trainable_layers_are_at_most_the_stages(number: int) -> None:
+    with pytest.raises(ValueError, match=f"trainable_layers must be between 0 and 5, got {number}"):
         build("test_resnet", trainable_layers=number)
+
+
+def test_branches_side_by_side_are_frozen_from_the_image_on() -> None:
+    """The finest map of such a network depends on the deepest layers."""
+    backbone = on_meta("hrnet_w18_small", trainable_layers=3)
+    trained = {name for name, p in backbone.body.named_parameters() if p.requires_grad}
+    ids = backbone.layer_ids()
+    frozen = {ids[f"body.{name}"] for name, p in backbone.body.named_parameters() if not p.requires_grad}
+    assert max(frozen) < min(ids[f"body.{name}"] for name in trained)
+    assert any(name.startswith("stage4") for name in trained)
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_vit"])
@@ -389,15 +405,33 @@ def test_frozen_parts_get_no_gradient_and_the_others_do(name: str) -> None:
 
 
 def test_a_network_of_one_stride_is_frozen_from_the_image_on() -> None:
-    backbone = build("test_vit", trainable_layers=2)
+    backbone = build("test_vit", trainable_layers=3)
     trained = {
         layer for name, layer in backbone.layer_ids().items() if dict(backbone.named_parameters())[name].requires_grad
     }
     frozen = set(backbone.layer_ids().values()) - trained
     assert max(frozen) < min(trained)
-    assert 0.3 < len(frozen) / len(frozen | trained) < 0.7
+    assert 0.3 < len(frozen) / len(frozen | trained) < 0.5
     # What makes the levels is new, and no one trained it before.
-    assert all(parameter.requires_grad for parameter in backbone.made.parameters())
+    for number in (0, 3):
+        assert all(p.requires_grad for p in build("test_vit", trainable_layers=number).made.parameters())
+    assert not any(p.requires_grad for p in build("test_vit", trainable_layers=0).body.parameters())
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_vit"])
+def test_the_mode_that_a_network_is_built_in_does_not_matter(
+    name: str, mode: Callable[[], AbstractContextManager]
+) -> None:
+    options = {"strides": (8, 16), "trainable_layers": 3}
+    expected = build(name, **options)
+    with mode():
+        backbone = build(name, **options)
+    assert [(key, p.shape, p.requires_grad) for key, p in backbone.named_parameters()] == [
+        (key, p.shape, p.requires_grad) for key, p in expected.named_parameters()
+    ]
+    weighted_sum(backbone.train()(torch.randn(2, 3, 64, 64))).backward()
+    assert without_gradient(backbone) == []
 
 
 @pytest.mark.parametrize("norm", ["frozen", "sync", "gn"])

@@ -20,7 +20,7 @@ import a2fpn
 from a2fpn import CheckpointError
 from a2fpn.backbones import TimmBackbone
 from a2fpn.convert import from_torchvision
-from a2fpn.convert.torchvision import published_config, torchvision_config, torchvision_state
+from a2fpn.convert.torchvision import _backbone, published_config, torchvision_config, torchvision_state
 from a2fpn.detectors import Detector
 from a2fpn.factory import _build
 from a2fpn.heads import dense, roi_pool
@@ -520,14 +520,14 @@ def test_sizes_that_torchvision_rounds_down_are_few() -> None:
 
 
 def test_pretrained_backbones_are_frozen_as_torchvision_does() -> None:
-    # trainable_layers counts levels from the deepest, as torchvision counts layers.
     assert ResNet50_Weights.IMAGENET1K_V1 is not None
-    for trained in range(5):
+    for trained, stages in itertools.product(range(6), ([1, 2, 3, 4], [2, 3, 4])):
         with torch.device("meta"):
-            backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None, trainable_layers=trained)
-            config = torchvision_config(tv.FasterRCNN(backbone, 3)).backbone
+            backbone = resnet_fpn_backbone(
+                backbone_name="resnet18", weights=None, trainable_layers=trained, returned_layers=stages
+            )
+            config = _backbone(backbone.body)
             ours = TimmBackbone(config)
+        assert config.trainable_layers == (None if trained == 5 else trained)
         theirs = {name for name, p in backbone.body.named_parameters() if p.requires_grad}
-        found = {name for name, p in ours.body.named_parameters() if p.requires_grad}
-        late = {name for name in itertools.chain(theirs, found) if name.startswith("layer")}
-        assert theirs & late == found & late
+        assert {name for name, p in ours.body.named_parameters() if p.requires_grad} == theirs

@@ -18,7 +18,7 @@ import itertools
 import json
 import math
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +44,7 @@ _RARE_DIVISORS = (28, 56, 96, 128, 224, 256, 384)
 # Not square, and each side of one at least 1.4 times that of the other: a network that resizes its input inside, and
 # so gives maps of one size, is found out.
 _SIZES = ((200, 333), (445, 230))
+_UNKNOWN = "?"
 
 
 class UnsupportedBackboneError(ValueError):
@@ -65,7 +66,10 @@ class Attachment:
         resizable: Whether it can be built for another fixed size.
         channels_last: Whether its maps are ``(B, H, W, C)``.
         resized: Whether its maps are only nearly of their strides, and resized to them.
-        dead: Parameter tensors that no map of stride 4 to 32 depends on; -1 where nobody counted.
+        dead: What no map of stride 4 to 32 depends on: modules that are left out, and parameters that are frozen since
+            the network does not run without them. None where nobody looked.
+        through: Whether the deepest of these maps depends on all the others, so that finer ones can be done without
+            and nothing more is dead.
         parameters: Parameters, in millions.
         reason: Why it can't be attached; empty if it can.
         timm: Version of timm that this was found with.
@@ -81,7 +85,8 @@ class Attachment:
     resizable: bool = False
     channels_last: bool = False
     resized: bool = False
-    dead: int = -1
+    dead: tuple[str, ...] | None = None
+    through: bool = False
     parameters: float = 0.0
     reason: str = ""
     timm: str = timm.__version__
@@ -112,12 +117,19 @@ class Attachment:
         # Of two equally near ones the coarser, which knows more.
         return max(i for i, distance in enumerate(distances) if distance == min(distances))
 
+    def dead_among(self, sources: Collection[int]) -> tuple[str, ...] | None:
+        """``dead`` for maps at the given positions; None where it is not known."""
+        every = {self.source(stride) for stride in PYRAMID}
+        known = set(sources) == every or (self.through and set(sources) <= every and max(sources) == max(every))
+        return self.dead if known else None
+
     def to_row(self) -> dict[str, str]:
         """As text for the table."""
         return {
             "architecture": self.architecture,
             "how": self.how,
             **{f.name: _text(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "architecture"},
+            **({"dead": _UNKNOWN} if self.dead is None else {}),
         }
 
     @classmethod
@@ -126,10 +138,10 @@ class Attachment:
         readers: dict[str, Callable[[str], Any]] = {
             "options": json.loads,
             "divisor": int,
-            "dead": int,
+            "dead": lambda text: None if text == _UNKNOWN else tuple(text.split()),
             "parameters": float,
             "size": lambda text: int(text) if text else None,
-            **dict.fromkeys(("resizable", "channels_last", "resized"), "True".__eq__),
+            **dict.fromkeys(("resizable", "channels_last", "resized", "through"), "True".__eq__),
             **dict.fromkeys(("strides", "channels", "indices"), lambda text: tuple(map(int, text.split()))),
         }
         return cls(**{f.name: readers.get(f.name, str)(row[f.name]) for f in dataclasses.fields(cls)})

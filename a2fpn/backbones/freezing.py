@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -113,7 +113,7 @@ def freeze_parameters(module: nn.Module, parameters: Collection[nn.Parameter]) -
         yield from freeze_parameters(child, parameters)
 
 
-def drop_dead(body: nn.Module, run: Callable[[], list[Tensor]]) -> int:
+def drop_dead(body: nn.Module, run: Callable[[], list[Tensor]]) -> tuple[str, ...]:
     """Takes parameters out of a network that none of its maps depends on, heads and last norms above all.
 
     A module that holds nothing else is left out; where the network can't run without it, and for single parameters,
@@ -124,23 +124,49 @@ def drop_dead(body: nn.Module, run: Callable[[], list[Tensor]]) -> int:
         run: Runs it, in evaluation mode and with gradients, and gives its maps.
 
     Returns:
-        The number of tensors that were dead.
+        Names of the modules that are left out and of the parameters that are frozen, for :func:`leave_out`.
     """
     maps = run()
     alive = set().union(*contributors(maps))
     dead = {parameter for parameter in body.parameters() if parameter.requires_grad} - alive
     shapes = [x.shape for x in maps]
+    left_out = []
     # From the last on, since what follows wants the channels of what is left out.
     for name in reversed(list(_dead_modules(body, dead))):
         parent, _, child = name.rpartition(".")
         holder = body.get_submodule(parent)
         module = getattr(holder, child)
         setattr(holder, child, nn.Identity())
-        if not _runs(run, shapes):
+        if _runs(run, shapes):
+            left_out.append(name)
+        else:
             setattr(holder, child, module)
-    for parameter in dead:
-        parameter.requires_grad_(False)
-    return len(dead)
+    names = (*left_out, *(name for name, parameter in body.named_parameters() if parameter in dead))
+    leave_out(body, names)
+    return names
+
+
+def leave_out(body: nn.Module, names: Iterable[str]) -> None:
+    """Takes modules out of a network, and stops the training of parameters.
+
+    Args:
+        body: The network; it is changed.
+        names: Of modules and parameters.
+
+    Example:
+        >>> body = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        >>> leave_out(body, ["1", "0.bias"])
+        >>> body[1], body[0].bias.requires_grad
+        (Identity(), False)
+    """
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        holder = body.get_submodule(parent)
+        part = getattr(holder, child)
+        if isinstance(part, nn.Module):
+            setattr(holder, child, nn.Identity())
+        else:
+            part.requires_grad_(False)
 
 
 def _dead_modules(module: nn.Module, dead: Collection[nn.Parameter], prefix: str = "") -> Iterator[str]:

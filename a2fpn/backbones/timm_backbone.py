@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,10 +19,10 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from a2fpn.backbones.attach import PYRAMID, Attachment, feature_info, find_attachment
-from a2fpn.backbones.freezing import contributors, convert_norms, drop_dead, freeze_parameters
+from a2fpn.backbones.freezing import contributors, convert_norms, drop_dead, freeze_parameters, leave_out
 from a2fpn.backbones.names import resolve_backbone_name
 from a2fpn.backbones.pretrained import create_with_weights
-from a2fpn.config import BackboneConfig
+from a2fpn.config import STAGES, BackboneConfig
 from a2fpn.layers import resample
 from a2fpn.pyramid import Features, PyramidSpec, level_size
 
@@ -46,6 +47,7 @@ class TimmBackbone(nn.Module):
     Attributes:
         attachment: How the network is attached.
         body: timm's network.
+        left_out: Names of the modules of it that no map depends on, and of parameters, which are frozen then.
         made: The modules that make the levels that it doesn't have.
         out_spec: Names, channels and strides of the maps.
 
@@ -64,6 +66,8 @@ class TimmBackbone(nn.Module):
         PyramidSpec(c2: 16 x stride 4, c3: 32 x stride 8, c4: 64 x stride 16, c5: 64 x stride 32)
     """
 
+    # In inference mode the parameters would be such that autograd could not tell which of them matter.
+    @torch.inference_mode(False)
     def __init__(
         self,
         config: BackboneConfig,
@@ -127,15 +131,19 @@ class TimmBackbone(nn.Module):
             for module in self.body.modules():
                 if isinstance(module, _BatchNorm):
                     module.eps = config.norm_eps
-        if found.dead or strides != PYRAMID:
-            drop_dead(self.body, self._example)
+        dead = None if config.taps else found.dead_among(sources)
+        if dead is None:
+            dead = drop_dead(self.body, self._example)
+        else:
+            leave_out(self.body, dead)
+        self.left_out = dead
         self.body = convert_norms(self.body, config.norm)
         self._frozen: list[nn.Module] = []
         if config.norm == "frozen":
             # timm leaves those of vectors as they were.
             self._freeze({p for m in self.body.modules() if isinstance(m, _BatchNorm) for p in m.parameters()})
-        if config.trainable_layers is not None:
-            self._freeze_levels(len(strides) - config.trainable_layers)
+        if config.trainable_layers is not None and config.trainable_layers < STAGES:
+            self._freeze(self._early_parameters(STAGES - config.trainable_layers))
         if config.grad_checkpointing:
             self._checkpoint()
 
@@ -167,30 +175,39 @@ class TimmBackbone(nn.Module):
         resized = self._size not in (None, self.attachment.size)
         return {**self.attachment.options, **({"img_size": self._size} if resized else {})}
 
-    def _freeze_levels(self, levels: int) -> None:
-        """Freezes what the first ``levels`` maps depend on."""
-        if not 0 <= levels <= len(self.out_spec):
-            raise ValueError(
-                f"trainable_layers must be between 0 and {len(self.out_spec)}, got {self.config.trainable_layers}."
-            )
-        if levels == 0:
-            return
-        if levels == len(self.out_spec):
-            frozen = set(self.parameters())
-        elif len(set(self._sources)) == 1:
-            # All levels come from one map: of the network's layers as many, in proportion, are frozen.
-            ids, named = self.layer_ids(), dict(self.named_parameters())
-            limit = max(ids.values()) * levels / len(self.out_spec)
-            frozen = {named[name] for name, layer in ids.items() if layer < limit}
-        else:
-            trained = set(self._sources[levels:])
-            reached = contributors(self._example())
-            frozen = set().union(*(reached[i] for i in set(self._sources[:levels]) - trained))
-        self._freeze(frozen)
-
     def _freeze(self, parameters: set[nn.Parameter]) -> None:
-        for part in self.children():
-            self._frozen += freeze_parameters(part, parameters)
+        self._frozen += freeze_parameters(self.body, parameters)
+
+    def _early_parameters(self, stages: int) -> set[nn.Parameter]:
+        """The network's parameters in the first of its stages, which end at strides 2, 4, 8, 16 and 32."""
+        named = dict(self.body.named_parameters())
+        if stages == STAGES:
+            return set(named.values())
+        reached = self._reached(1 << stages)
+        if len(reached) > 1 and all(fine <= coarse for fine, coarse in itertools.pairwise(reached.values())):
+            names = set().union(*(found for stride, found in reached.items() if stride <= 1 << stages))
+        else:
+            # There are no stages, or their branches run side by side: of the layers as many, in proportion.
+            ids = {name.removeprefix("body."): layer for name, layer in self.layer_ids().items()}
+            last = max(ids[name] for name in named)
+            names = {name for name in named if ids[name] < last * stages / STAGES}
+        return {named[name] for name in names & set(named)}
+
+    def _reached(self, stride: int) -> dict[int, set[str]]:
+        """Per stride of the network's own maps, up to the given one and beyond, names of the parameters behind it."""
+        body, strides = self.body, tuple(self._own_strides)
+        wanted = {own for own in self.attachment.strides if own <= stride}
+        if self.config.taps or not wanted <= set(strides):
+            # The body does not make these maps. Recurrent layers would be unrolled on the meta device, for minutes.
+            recurrent = any(isinstance(module, nn.RNNBase) for module in body.modules())
+            with torch.device("cpu" if recurrent else "meta"):
+                options = {**self._switches(), "in_chans": self.config.in_chans}
+                indices = self.attachment.indices
+                body = timm.create_model(self.name, features_only=True, out_indices=indices, **options)
+            strides = self.attachment.strides
+        names = {parameter: name for name, parameter in body.named_parameters()}
+        maps = contributors(self._example(body))
+        return {own: {names[p] for p in behind} for own, behind in zip(strides, maps, strict=True)}
 
     def _checkpoint(self) -> None:
         # The wrappers of timm hold the network as one of these, or are the network.
@@ -204,22 +221,22 @@ class TimmBackbone(nn.Module):
             ) from error
 
     @torch.enable_grad()
-    def _example(self, side: int = 128) -> list[Tensor]:
+    def _example(self, body: nn.Module | None = None) -> list[Tensor]:
         """The network's own maps of a small black image, as in evaluation mode."""
-        side = min(side, self._size or side)
-        height, width = self.padded_size(side, side)
-        device = next(self.body.parameters()).device
-        mode = self.body.training
-        maps = self._run(self.body.eval(), torch.zeros(1, self.config.in_chans, height, width, device=device))
-        self.body.train(mode)
+        body = body or self.body
+        mode, device = body.training, next(body.parameters()).device
+        maps = self._run(body.eval(), torch.zeros(1, self.config.in_chans, *self._example_size(), device=device))
+        body.train(mode)
         return maps
 
-    @torch.no_grad()
+    def _example_size(self) -> tuple[int, int]:
+        side = min(64, self._size or 64)
+        return self.padded_size(side, side)
+
     def _measure_taps(self) -> tuple[list[int], tuple[int, ...]]:
         """Channels and strides of the maps that ``taps`` name, which timm knows nothing of."""
-        side = 64
-        maps = self._example(side)
-        return [x.shape[1] for x in maps], tuple(side // x.shape[-1] for x in maps)
+        maps = self._example()
+        return [x.shape[1] for x in maps], tuple(self._example_size()[1] // x.shape[-1] for x in maps)
 
     def layer_ids(self) -> dict[str, int]:
         """Depth of every parameter, for learning rates that decay towards the image.
@@ -309,7 +326,8 @@ class TimmBackbone(nn.Module):
         return self._size, self._size
 
     def _run(self, body: nn.Module, x: Tensor) -> list[Tensor]:
-        maps = _run_tapped(body, x, self.config.taps) if self.config.taps else list(body(x))
+        tapped = self.config.taps and body is self.body
+        maps = _run_tapped(body, x, self.config.taps) if tapped else list(body(x))
         return [y.permute(0, 3, 1, 2) for y in maps] if self.attachment.channels_last else maps
 
 

@@ -32,6 +32,7 @@ from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastL
 from a2fpn.backbones import ALIASES, TimmBackbone
 from a2fpn.checkpoint import load_weights
 from a2fpn.config import (
+    STAGES,
     BackboneConfig,
     Category,
     ModelConfig,
@@ -166,7 +167,8 @@ def published_config(weights: TorchvisionWeights) -> ModelConfig:
     changes: dict[str, Any] = {}
     if weights.frozen_eps is not None:
         changes |= {"norm": "frozen", "norm_eps": weights.frozen_eps}
-    if config.backbone.strides == (4, 8, 16, 32) and not config.backbone.taps:
+    # Layers of MobileNet are frozen one by one.
+    if not config.backbone.taps:
         changes["trainable_layers"] = 3
     return dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, **changes))
 
@@ -214,10 +216,10 @@ def _backbone(body: IntermediateLayerGetter) -> BackboneConfig:
     if signature not in _RESNETS:
         raise _other("backbone", f"a ResNet of {signature[0]} blocks, {width} wide", list(_RESNETS.values()))
     strides = tuple(2 << int(level.removeprefix("layer")) for level in levels)
-    frozen_stages = itertools.takewhile(lambda stage: not any(p.requires_grad for p in stage.parameters()), stages)
-    coarsest_frozen = 2 << len(list(frozen_stages))
-    trained = sum(stride > coarsest_frozen for stride in strides)
-    options["trainable_layers"] = trained if trained < len(strides) else None
+    every = [body.conv1, *stages]
+    frozen_stages = itertools.takewhile(lambda stage: not any(p.requires_grad for p in stage.parameters()), every)
+    trained = STAGES - len(list(frozen_stages))
+    options["trainable_layers"] = None if trained == STAGES else trained
     return BackboneConfig(f"{_RESNETS[signature]}.tv_in1k", strides=strides, **options)
 
 
