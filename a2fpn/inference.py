@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from a2fpn.config import Category
-from a2fpn.data.coco import read_image, to_rgb
+from a2fpn.data.images import read_image, to_rgb
 from a2fpn.data.masks import Rle, decode_rle, encode_box_masks
 from a2fpn.heads.nms import DetectionRule, SoftNms, using_rule
 from a2fpn.tiling import TileDetections, merge_tiles, tile_windows

@@ -461,7 +461,11 @@ class _MaskRoIHeads(DetectionRoIHeads):
     """RoI heads that predict masks of the classes found instead of all classes."""
 
     def forward(
-        self, features: Features, proposals: list[Tensor], image_shapes: list[tuple[int, int]], targets: None = None
+        self,
+        features: Features,
+        proposals: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+        targets: list[dict[str, Any]] | None = None,
     ) -> tuple[list[dict[str, Tensor]], dict[str, Any]]:
         """Per image ``boxes``, ``scores``, ``labels`` from 1 and ``masks`` (N, 1, M, M), and no losses."""
         pooled = self.box_roi_pool(features, proposals, image_shapes)

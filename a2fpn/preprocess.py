@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,8 +62,13 @@ class Preprocess(nn.Module):
         self.register_buffer("mean", torch.tensor(config.mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(config.std)[:, None, None], persistent=False)
 
-    def target_size(self, height: int, width: int) -> tuple[int, int]:
+    def target_size(self, height: int, width: int, *, min_size: int | None = None) -> tuple[int, int]:
         """Size an image is resized to, at least one pixel per side.
+
+        Args:
+            height: Pixels.
+            width: Pixels.
+            min_size: Takes the place of the rule's; the rule's ``max_size`` stays.
 
         Raises:
             ValueError: For an image without pixels.
@@ -72,7 +78,7 @@ class Preprocess(nn.Module):
         if self.config.resize == "none":
             return height, width
         # Fractions, since 97 * (800 / 97) is 799.99... in floating point.
-        scale = Fraction(self.config.min_size, min(height, width))
+        scale = Fraction(min_size or self.config.min_size, min(height, width))
         if self.config.resize == "at_least":
             scale = max(Fraction(1), scale)
         scale = min(scale, Fraction(self.config.max_size, max(height, width)))
@@ -124,15 +130,14 @@ def resize_boxes(boxes: Tensor, old: tuple[int, int], new: tuple[int, int]) -> T
     return boxes * factor
 
 
-def resize_target(target: Mapping[str, Tensor], old: tuple[int, int], new: tuple[int, int]) -> dict[str, Tensor]:
-    """A training target moved from one image size (height, width) to another; masks by nearest neighbour."""
+def resize_target(target: Mapping[str, Any], old: tuple[int, int], new: tuple[int, int]) -> dict[str, Any]:
+    """A training target moved from one image size (height, width) to another.
+
+    Its ``masks``, if any, are :class:`~a2fpn.masks.InstanceMasks`.
+    """
     if old == new:
         return dict(target)
     resized = dict(target) | {"boxes": resize_boxes(target["boxes"], old, new)}
     if "masks" in target:
-        masks = target["masks"]
-        if len(masks):
-            resized["masks"] = F.interpolate(masks[:, None].float(), size=new, mode="nearest")[:, 0].to(masks.dtype)
-        else:
-            resized["masks"] = masks.new_zeros(0, *new)
+        resized["masks"] = target["masks"].resize(new)
     return resized

@@ -13,7 +13,7 @@ from torchvision.models.detection.image_list import ImageList
 
 import a2fpn
 from a2fpn.config import CascadeConfig, ModelConfig, RCNNConfig, from_dict, heads_type, to_dict
-from a2fpn.heads.cascade import CascadeRoIHeads, Samples, _box_losses, _label, _refine_samples, mask_targets
+from a2fpn.heads.cascade import CascadeRoIHeads, Samples, _box_losses, _label, _refine_samples
 
 NAMES = ["cascadercnn", "cascademaskrcnn", "htc"]
 BOX_LOSSES = {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg"}
@@ -314,16 +314,3 @@ def test_with_beta_0_the_box_loss_is_plain_l1() -> None:
     losses = {beta: _box_losses(torch.randn(5, 4), deltas, samples, beta=beta)["loss_box_reg"] for beta in (0.0, 1.0)}
     assert losses[0.0].item() == pytest.approx((deltas - wanted)[[0, 2, 4]].abs().sum().item() / 5)
     assert losses[1.0] < losses[0.0]
-
-
-def test_mask_targets_lie_where_the_features_lie() -> None:
-    masks = torch.zeros(2, 16, 16, dtype=torch.uint8)
-    masks[1, 4:12, 4:12] = 1
-    box, objects = torch.tensor([[2.0, 2, 14, 14]]), torch.tensor([1])
-    target = mask_targets(masks, box, objects, 12, aligned=True)
-    assert torch.equal(target[0], masks[1, 2:14, 2:14].float())  # one cell per pixel
-    unaligned = mask_targets(masks, box, objects, 12, aligned=False)
-    assert not torch.equal(unaligned, target)
-    soft = torchvision.ops.roi_align(masks[:, None].float(), torch.tensor([[1.0, 2, 2, 14, 14]]), 12)[0, 0]
-    assert torch.equal(unaligned[0], (soft >= 0.5).float())
-    assert mask_targets(masks, box[:0], objects[:0], 12, aligned=True).shape == (0, 12, 12)

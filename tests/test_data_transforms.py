@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 
-from a2fpn.data import CocoDataset, collate, train_transforms
+from a2fpn.data import CocoDataset, InstanceMasks, collate, train_transforms
 
 
 def double(height, width):
@@ -37,7 +37,7 @@ def sample(height, width, boxes, *, masks=True):
         "labels": torch.arange(len(boxes)),
     }
     if masks:
-        target["masks"] = tv_tensors.Mask(planes)
+        target["masks"] = InstanceMasks.from_dense(planes)
     return tv_tensors.Image(image), target
 
 
@@ -68,9 +68,8 @@ def test_whatever_comes_out_is_a_consistent_sample(boxes, seed, crop, masks):
     assert target["boxes"].canvas_size == (height, width)
     assert ("masks" in target) == masks
     if masks:
-        assert target["masks"].dtype == torch.uint8
         assert target["masks"].shape == (len(target["boxes"]), height, width)
-        for box, mask in zip(target["boxes"].tolist(), target["masks"], strict=True):
+        for box, mask in zip(target["boxes"].tolist(), target["masks"].dense(), strict=True):
             ys, xs = mask.nonzero().unbind(1)
             assert box == [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
 
@@ -87,14 +86,14 @@ def test_image_masks_and_boxes_move_together(seed, masks):
     seen = torch.tensor([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1])
     assert (target["boxes"][0] - seen).abs().max() <= 1.01
     if masks:
-        assert ((image[0] > 100) != target["masks"][0].bool()).sum() <= 0.05 * target["masks"].sum() + 2
+        assert ((image[0] > 100) != target["masks"].dense()[0].bool()).sum() <= 0.05 * target["masks"].areas().sum() + 2
 
 
 def test_switched_off_it_is_the_models_own_size_and_nothing_else():
     image, target = sample(20, 30, [(3, 4, 10, 12), (5, 5, 6, 20)])
     new_image, new_target = train_transforms(same, **STILL)(image, target)
     assert torch.equal(new_image, image)
-    assert torch.equal(new_target["masks"], target["masks"])
+    assert torch.equal(new_target["masks"].dense(), target["masks"].dense())
     assert torch.equal(new_target["boxes"], target["boxes"])
     doubled, doubled_target = train_transforms(double, **STILL)(image, target)
     assert doubled.shape == (3, 40, 60)
@@ -106,7 +105,7 @@ def test_masks_are_resized_about_pixel_centres():
     image, target = sample(4, 4, [(1, 1, 2, 2), (2, 2, 3, 3)])
     _, target = train_transforms(lambda h, w: (2, 2), **STILL)(image, target)
     assert target["labels"].tolist() == [0]
-    assert target["masks"][0].tolist() == [[1, 0], [0, 0]]
+    assert target["masks"].dense()[0].tolist() == [[1, 0], [0, 0]]
 
 
 @pytest.mark.parametrize(
@@ -138,7 +137,9 @@ def test_colours_change_only_when_asked():
 
 def test_boxes_fit_the_masks_and_small_rests_are_dropped():
     image, target = sample(20, 30, [(1, 2, 10, 6), (3, 3, 5, 12), (0, 0, 9, 9)])
-    target["masks"][2] = 0
+    planes = target["masks"].dense()
+    planes[2] = 0
+    target["masks"] = InstanceMasks.from_dense(planes)
     target["boxes"] += 0.4
     _, fitted = train_transforms(same, **STILL)(image, target)
     assert fitted["boxes"].tolist() == [[1, 2, 10, 6], [3, 3, 5, 12]]
@@ -163,14 +164,16 @@ def test_extreme_sizes(size):
 
 def test_the_input_is_left_alone_and_the_seed_decides():
     image, target = sample(20, 30, [(1, 2, 10, 6)])
-    before = (image.clone(), target["boxes"].clone(), target["masks"].clone())
+    before = (image.clone(), target["boxes"].clone(), target["masks"].dense())
     augment = train_transforms(double, crop_size=20, rotate90=0.5, colour_jitter=0.2)
     results = []
     for _ in range(2):
         torch.manual_seed(3)
         results.append(augment(image, target)[0])
     assert torch.equal(*results)
-    assert all(torch.equal(a, b) for a, b in zip(before, (image, target["boxes"], target["masks"]), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(before, (image, target["boxes"], target["masks"].dense()), strict=True)
+    )
 
 
 def test_works_in_a_loader_and_survives_pickling(tmp_path):

@@ -47,7 +47,10 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "hub": ({"_version", "checkpoint", "detectors"}, {"httpx2", "huggingface_hub", "timm"}),
     "factory": (BUILDING | {"convert"}, {"torch"}),
     "convert": (BUILDING, {"torch", "torchvision", "safetensors"}),
-    "data": ({"config", "heads", "masks"}, {"torch", "torchvision", "numpy", "PIL", "pycocotools"}),
+    "data": (
+        {"config", "heads", "masks"},
+        {"datasets", "fsspec", "torch", "torchvision", "numpy", "PIL", "pycocotools"},
+    ),
     "evaluation": ({"data"}, {"faster_coco_eval", "hotcoco", "numpy", "pycocotools"}),
     "optimize": (
         {"config", "detectors", "heads", "preprocess", "pyramid"},

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 import a2fpn
 from a2fpn.detectors import RCNN
 from a2fpn.heads.htc import SEMANTIC, things_map
+from a2fpn.masks import InstanceMasks
 
 SIZE = (64, 96)
 BOXES = [[8.0, 8.0, 40.0, 50.0], [30.0, 20.0, 90.0, 60.0]]
@@ -70,9 +71,9 @@ def test_the_semantic_target_is_the_nearest_pixel_at_stride_8() -> None:
 def test_things_are_painted_small_over_large() -> None:
     masks = torch.zeros(3, 4, 4, dtype=torch.uint8)
     masks[0, 1:3, 1:3], masks[1], masks[2, 1, 1] = 1, 1, 1
-    painted = things_map(masks, torch.tensor([5, 1, 3]))
+    painted = things_map(InstanceMasks.from_dense(masks), torch.tensor([5, 1, 3]))
     assert painted.tolist() == [[1, 1, 1, 1], [1, 3, 5, 1], [1, 5, 5, 1], [1, 1, 1, 1]]
-    assert things_map(masks[:0], torch.zeros(0, dtype=torch.long)).tolist() == [[0] * 4] * 4
+    assert things_map(InstanceMasks.from_dense(masks[:0]), torch.zeros(0, dtype=torch.long)).tolist() == [[0] * 4] * 4
 
 
 def test_mask_features_flow_from_stage_to_stage_for_the_same_boxes() -> None:

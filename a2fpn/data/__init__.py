@@ -6,15 +6,16 @@ from a2fpn.data.coco import (
     CocoFile,
     CocoImage,
     DataError,
-    ImageError,
     SampleMaker,
     SkipReport,
     collate,
     read_coco,
-    read_image,
 )
+from a2fpn.data.images import ImageError, read_image
 from a2fpn.data.masks import Rle, decode_rle, encode_box_masks, encode_masks, segmentation_to_rle
+from a2fpn.data.outlines import Outlines
 from a2fpn.data.transforms import train_transforms
+from a2fpn.masks import InstanceMasks
 
 __all__ = [
     "Annotation",
@@ -23,6 +24,8 @@ __all__ = [
     "CocoImage",
     "DataError",
     "ImageError",
+    "InstanceMasks",
+    "Outlines",
     "Rle",
     "SampleMaker",
     "SkipReport",

@@ -8,7 +8,6 @@ at all, or names a category the model doesn't know, is always an error.
 from __future__ import annotations
 
 import functools
-import io
 import json
 import logging
 import math
@@ -17,17 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image, ImageOps
 from pycocotools import mask as mask_utils
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
-from torchvision.transforms.v2 import functional as F
 
 from a2fpn.config import Category
-from a2fpn.data.masks import Rle, decode_rle, segmentation_to_rle
+from a2fpn.data.images import ImageError, read_image, read_labels
+from a2fpn.data.masks import Polygons, Rle, parse_segmentation
+from a2fpn.data.outlines import Outlines
 
 logger = logging.getLogger(__name__)
 
@@ -40,10 +37,6 @@ _MIN_BOX_SIDE = 0.01  # pixels; less may vanish when float32 holds the corners o
 
 class DataError(ValueError):
     """A COCO file can't be used; the message names the file and the annotation."""
-
-
-class ImageError(ValueError):
-    """An image can't be used; the message names the file."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +63,7 @@ class Annotation:
     Args:
         category_id: Id of the class, as in the file.
         bbox: x, y, width, height in pixels, as in the file; positive width and height.
-        rle: The mask, or None in a file without masks.
+        mask: The mask, or None in a file without masks.
         area: Pixels; as in the file, else of the mask, else of the box.
         iscrowd: Whether it marks a group, which is ignored in training and evaluation.
         keypoints: x, y in pixels and visibility (0: not labelled, 1: hidden, 2: visible) of each keypoint; empty in a
@@ -79,10 +72,15 @@ class Annotation:
 
     category_id: int
     bbox: tuple[float, float, float, float]
-    rle: Rle | None
+    mask: Polygons | Rle | None
     area: float
     iscrowd: bool
     keypoints: tuple[tuple[float, float, float], ...] = ()
+
+    @property
+    def rle(self) -> Rle | None:
+        """The mask as run lengths; polygons are filled on each call, about 20 µs."""
+        return self.mask.to_rle() if isinstance(self.mask, Polygons) else self.mask
 
 
 @dataclass(frozen=True)
@@ -134,7 +132,7 @@ def read_coco(source: str | Path | Mapping[str, Any] | CocoFile, *, strict: bool
     """Reads and checks a COCO file.
 
     Annotation ids may be 0, repeated or missing: nothing depends on them. A missing ``iscrowd`` is 0, a
-    missing ``area`` is computed. Masks are converted to RLE here, about 20 µs each.
+    missing ``area`` is computed.
 
     Args:
         source: The JSON file, or its content. A :class:`CocoFile` is returned as it is.
@@ -173,6 +171,40 @@ def read_coco(source: str | Path | Mapping[str, Any] | CocoFile, *, strict: bool
     has_masks = not entries or any(isinstance(raw, Mapping) and raw.get("segmentation") for raw in entries)
     keypoint_names, num_keypoints = _keypoints_of_file(data)
 
+    annotations, found = check_annotations(
+        entries, images, categories, has_masks=has_masks, num_keypoints=num_keypoints
+    )
+    problems = [f"{name}: {problem}" for problem in found]
+    if problems and strict:
+        raise DataError(problems[0])
+    if problems:
+        more = [f"and {len(problems) - _PROBLEMS_SHOWN} more"] if len(problems) > _PROBLEMS_SHOWN else []
+        shown = "\n  ".join(problems[:_PROBLEMS_SHOWN] + more)
+        logger.warning("%s: skipped %d of %d annotations:\n  %s", name, len(problems), len(entries), shown)
+    ordered = tuple(categories[category_id] for category_id in sorted(categories))
+    return CocoFile(name, images, ordered, annotations, has_masks, tuple(problems), num_keypoints, keypoint_names)
+
+
+def check_annotations(
+    entries: Sequence[Any],
+    images: Mapping[int, CocoImage],
+    categories: Mapping[int, Category],
+    *,
+    has_masks: bool,
+    num_keypoints: int = 0,
+) -> tuple[dict[int, list[Annotation]], list[str]]:
+    """Checks annotations as :func:`read_coco` does, for sources that give them image by image.
+
+    Args:
+        entries: What stands in ``annotations`` of a COCO file.
+        images: By image id.
+        categories: By category id.
+        has_masks: Whether every object must have a mask.
+        num_keypoints: Keypoints of every object; 0 for none.
+
+    Returns:
+        The usable ones by image id, with an entry for every image, and one message for each of the others.
+    """
     annotations: dict[int, list[Annotation]] = {image_id: [] for image_id in images}
     problems: list[str] = []
     for position, raw in enumerate(entries):
@@ -181,17 +213,10 @@ def read_coco(source: str | Path | Mapping[str, Any] | CocoFile, *, strict: bool
         except (ValueError, OverflowError) as error:
             has_id = isinstance(raw, Mapping) and "id" in raw
             label = f"annotation {raw['id']}" if has_id else f"the annotation at position {position}"
-            problems.append(f"{name}: {label}: {error}")
-            if strict:
-                raise DataError(problems[-1]) from None
+            problems.append(f"{label}: {error}")
         else:
             annotations[raw["image_id"]].append(annotation)
-    if problems:
-        more = [f"and {len(problems) - _PROBLEMS_SHOWN} more"] if len(problems) > _PROBLEMS_SHOWN else []
-        shown = "\n  ".join(problems[:_PROBLEMS_SHOWN] + more)
-        logger.warning("%s: skipped %d of %d annotations:\n  %s", name, len(problems), len(entries), shown)
-    ordered = tuple(categories[category_id] for category_id in sorted(categories))
-    return CocoFile(name, images, ordered, annotations, has_masks, tuple(problems), num_keypoints, keypoint_names)
+    return annotations, problems
 
 
 @dataclass(frozen=True)
@@ -206,10 +231,11 @@ class SampleMaker:
 
     Example:
         >>> import io
+        >>> from PIL import Image
         >>> file = io.BytesIO()
         >>> Image.new("RGB", (60, 40)).save(file, "png")
         >>> make_sample = SampleMaker((Category(7, "cat"),))
-        >>> cat = Annotation(category_id=7, bbox=(10, 10, 20, 20), rle=None, area=400, iscrowd=False)
+        >>> cat = Annotation(category_id=7, bbox=(10, 10, 20, 20), mask=None, area=400, iscrowd=False)
         >>> image, target = make_sample(CocoImage(5, "a.png", height=40, width=60), [cat], file.getvalue())
         >>> tuple(image.shape), target["boxes"].tolist()
         ((3, 40, 60), [[10.0, 10.0, 30.0, 30.0]])
@@ -232,6 +258,7 @@ class SampleMaker:
         image: str | Path | bytes,
         *,
         semantic: str | Path | bytes | None = None,
+        transforms: Callable[..., Any] | None = None,
     ) -> Sample:
         """Makes a sample.
 
@@ -240,6 +267,8 @@ class SampleMaker:
             annotations: Its checked annotations, e.g. of :func:`read_coco`; their categories are among the classes.
             image: The image file or its content.
             semantic: Its semantic map likewise, see :class:`CocoDataset`.
+            transforms: Called as ``transforms(image, target)``; masks are :class:`Outlines` there and become pixels
+                afterwards, at the size they have then.
 
         Returns:
             Image and target, see :class:`CocoDataset`.
@@ -259,16 +288,19 @@ class SampleMaker:
             "labels": torch.tensor([self.labels[a.category_id] for a in objects], dtype=torch.int64),
         }
         if self.has_masks:
-            masks = decode_rle([a.rle for a in objects if a.rle], size=size)
-            target["masks"] = tv_tensors.Mask(torch.from_numpy(masks.view(np.uint8)))
+            target["masks"] = Outlines.of([a.mask for a in objects if a.mask], size)
         if self.num_keypoints:
             none = ((0.0, 0.0, 0.0),) * self.num_keypoints
             keypoints = torch.tensor([a.keypoints or none for a in objects], dtype=torch.float32)
             target["keypoints"] = keypoints.reshape(-1, self.num_keypoints, 3)
         if semantic is not None:
-            target["semantic"] = tv_tensors.Mask(torch.from_numpy(_read_labels(semantic, size, entry.file_name)))
+            target["semantic"] = tv_tensors.Mask(read_labels(semantic, size, name=entry.file_name))
         if self.keep_crowd:
             target["iscrowd"] = torch.tensor([a.iscrowd for a in objects], dtype=torch.int64)
+        if transforms is not None:
+            pixels, target = transforms(pixels, target)
+        if isinstance(target.get("masks"), Outlines):
+            target = {**target, "masks": target["masks"].to_pixels()}
         return pixels, target
 
 
@@ -280,7 +312,8 @@ class CocoDataset(Dataset[Sample]):
     - ``image_id``: int, as in the file,
     - ``boxes``: ``tv_tensors.BoundingBoxes`` float32 (N, 4), xyxy in pixels, clipped to the image,
     - ``labels``: int64 (N,) in 0..len(categories) - 1; there is no background label,
-    - ``masks``: ``tv_tensors.Mask`` uint8 (N, H, W) of 0 and 1; absent if the file has no masks at all,
+    - ``masks``: :class:`~a2fpn.masks.InstanceMasks`, whose ``dense()`` gives (N, H, W); absent if the file has no
+      masks at all,
     - ``keypoints``: float32 (N, K, 3), x, y in pixels and visibility (0: not labelled); absent if the file has none,
     - ``semantic``: ``tv_tensors.Mask`` uint8 (H, W) of classes, only with ``semantic``,
     - ``iscrowd``: int64 (N,), only with ``keep_crowd=True``.
@@ -292,7 +325,9 @@ class CocoDataset(Dataset[Sample]):
     Args:
         images: The image folder.
         annotations: The JSON file or its content, see :func:`read_coco`.
-        transforms: Called as ``transforms(image, target)``, e.g. :func:`a2fpn.data.train_transforms`.
+        transforms: Called as ``transforms(image, target)``, e.g. :func:`a2fpn.data.train_transforms`. Masks are
+            :class:`Outlines` there. torchvision's own transforms pass them by; where they move anything, put
+            ``tv_tensors.Mask(target["masks"].to_pixels().dense())`` in their place first.
         categories: The classes in the order of their labels, usually a model's; matched by id. By default
             the file's own, sorted by id.
         keep_crowd: Whether crowds appear among the objects, marked in ``iscrowd``.
@@ -374,15 +409,15 @@ class CocoDataset(Dataset[Sample]):
             try:
                 annotations = self.coco.annotations[entry.id]
                 semantic = self.semantic and (self.semantic / entry.file_name).with_suffix(".png")
-                sample = self.make_sample(entry, annotations, self.root / entry.file_name, semantic=semantic)
+                return self.make_sample(
+                    entry, annotations, self.root / entry.file_name, semantic=semantic, transforms=self.transforms
+                )
             except ImageError as error:
                 if self.strict:
                     raise
                 if not self._unreadable[position]:
                     self._unreadable[position] = True
                     logger.warning("skipped an image: %s", error)
-            else:
-                return self.transforms(*sample) if self.transforms else sample
         raise ImageError(f"{self.root}: {attempt + 1} images in a row are unreadable, the last is {entry.file_name}.")
 
     def _check_categories(self) -> None:
@@ -406,106 +441,6 @@ def collate(batch: Sequence[Sample]) -> tuple[list[tv_tensors.Image], list[dict[
     """
     images, targets = zip(*batch, strict=True)
     return list(images), list(targets)
-
-
-def read_image(
-    source: str | Path | bytes, *, size: tuple[int, int] | None = None, name: str = "the given bytes"
-) -> tv_tensors.Image:
-    """Reads any image PIL knows as 8-bit RGB.
-
-    - EXIF orientation: applied. With ``size``, the stored pixels are taken as they are if they have that
-      size, and only otherwise turned: labelling tools differ in whether they obey EXIF.
-    - 16-bit grey: the full range 0..65535 becomes 0..255, by division by 257 and rounding, whatever range
-      the image uses. So does 32-bit integer grey, if its values lie in that range. Floating-point images
-      have no agreed range and are an error.
-    - Transparency: composed over white.
-    - Grey, palette, CMYK and the other colour spaces: PIL's conversion.
-    - Animations and multi-page files: the first frame.
-
-    Args:
-        source: The image file, or its content.
-        size: (H, W) that the image must have, pixels.
-        name: What messages call an image given by its content.
-
-    Returns:
-        uint8 (3, H, W) in [0, 255].
-
-    Raises:
-        ImageError: If the file is missing, no image, corrupt, or not of the size.
-
-    Example:
-        >>> read_image("missing.png")
-        Traceback (most recent call last):
-        ...
-        a2fpn.data.coco.ImageError: missing.png: no such file.
-    """
-    name, file = _opened(source, name)
-    try:
-        with Image.open(file) as opened:
-            image: Image.Image = opened
-            if size is None or image.size != size[::-1]:
-                image = ImageOps.exif_transpose(image)
-            if size is not None and image.size != size[::-1]:
-                got, wanted = " x ".join(map(str, opened.size)), " x ".join(map(str, size[::-1]))
-                raise ImageError(f"{name}: the image is {got} pixels wide and high, the annotations say {wanted}.")
-            return tv_tensors.Image(F.to_image(to_rgb(image)))
-    except ImageError:
-        raise
-    except Exception as error:  # PIL's decoders raise almost anything on a corrupt file
-        reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
-        raise ImageError(f"{name}: no readable image ({reason}).") from error
-
-
-def _opened(source: str | Path | bytes, name: str, hint: str = "") -> tuple[str, Path | io.BytesIO]:
-    """What messages call an image file or content, and what PIL opens.
-
-    Raises:
-        ImageError: If there is no such file.
-    """
-    if isinstance(source, bytes):
-        return name, io.BytesIO(source)
-    path = Path(source)
-    if not path.is_file():
-        raise ImageError(f"{path}: no such file{hint}.")
-    return str(path), path
-
-
-def _read_labels(source: str | Path | bytes, size: tuple[int, int], name: str) -> NDArray[np.uint8]:
-    """Reads a map of classes, uint8 (H, W), of the given size.
-
-    Raises:
-        ImageError: If the file is missing, no such map, or not of the size.
-    """
-    name, file = _opened(source, f"the semantic map of {name}", "; every image needs a semantic map of its name")
-    try:
-        with Image.open(file) as image:
-            if image.mode not in ("L", "P"):
-                raise ImageError(f"{name}: a semantic map must be an 8-bit palette or grey image, got {image.mode!r}.")
-            labels = np.array(image, dtype=np.uint8)
-    except (OSError, SyntaxError) as error:
-        raise ImageError(f"{name}: no readable image ({error}).") from error
-    if labels.shape != size:
-        raise ImageError(f"{name}: the map is {labels.shape[::-1]} pixels wide and high, its image {size[::-1]}.")
-    return labels
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Converts an image of any mode to 8-bit RGB, as :func:`read_image` documents.
-
-    Raises:
-        ValueError: If its values have no agreed range.
-    """
-    if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError(f"grey values of {values.min()} to {values.max()} don't fit 16 bits; convert it to 8 bits")
-        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
-    elif image.mode == "F":
-        raise ValueError("floating-point grey values have no agreed range; convert it to 8 bits")
-    elif "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
 
 
 def _load_json(path: Path) -> Any:
@@ -596,9 +531,10 @@ def _parse_annotation(
     inside = (min(x + width, image.width) - max(x, 0), min(y + height, image.height) - max(y, 0))
     if min(inside) < _MIN_BOX_SIDE:
         raise ValueError(f"its box {bbox} has no area inside the image of {image.width} x {image.height} pixels")
-    rle = segmentation_to_rle(raw.get("segmentation"), image.height, image.width) if has_masks else None
+    mask = parse_segmentation(raw.get("segmentation"), image.height, image.width) if has_masks else None
     area = raw.get("area")
     if not isinstance(area, (int, float)) or not math.isfinite(area):
+        rle = mask.to_rle() if isinstance(mask, Polygons) else mask
         area = mask_utils.area(rle) if rle else width * height
     keypoints = _parse_keypoints(raw.get("keypoints"), num_keypoints)
-    return Annotation(category_id, (x, y, width, height), rle, float(area), bool(raw.get("iscrowd", 0)), keypoints)
+    return Annotation(category_id, (x, y, width, height), mask, float(area), bool(raw.get("iscrowd", 0)), keypoints)

@@ -1,8 +1,8 @@
 """Augmentation for training: random scale, crop, flips, rotations and colours, from torch's random numbers.
 
 Shape shorthand: ``N`` objects, ``H`` x ``W`` pixels. Every transform takes and returns ``(image, target)`` as
-:class:`a2fpn.data.CocoDataset` gives them and works for N = 0. Evaluation uses none of them: the model
-itself resizes and normalises.
+:class:`a2fpn.data.CocoDataset` gives them, the masks as outlines or as pixels, and works for N = 0. Evaluation uses
+none of them: the model itself resizes and normalises.
 """
 
 from __future__ import annotations
@@ -19,16 +19,21 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+from a2fpn.data.outlines import Outlines
+from a2fpn.masks import nearest_pixels
+
 Target = dict[str, Any]
 
-_MAPS = {"masks", "semantic"}
-_PER_OBJECT = ("boxes", "labels", "masks", "keypoints", "iscrowd")
+_PER_OBJECT = {"boxes", "labels", "masks", "keypoints", "iscrowd"}
 
 
 def train_transforms(
-    target_size: Callable[[int, int], tuple[int, int]],
+    target_size: Callable[..., tuple[int, int]],
     *,
+    min_sizes: Sequence[int] = (),
     scale_range: tuple[float, float] = (0.75, 1.33),
+    large_scale_jitter: tuple[float, float] | None = None,
+    crop_range: tuple[float, float] = (1.0, 1.0),
     crop_size: int | None = 384,
     horizontal_flip: float = 0.5,
     vertical_flip: float = 0.0,
@@ -39,16 +44,23 @@ def train_transforms(
 ) -> Callable[..., Any]:
     """Returns the training augmentation for a model.
 
-    An image is resized to the model's own size for it times a random factor, cropped, flipped, turned and
-    recoloured. The boxes are then those of what is left of the masks, if there are masks, and objects of
-    which too little is left are dropped; so an image may end up without objects. Train on the result with
-    ``model(images, targets, resize=False)``: the sizes are already the network's.
+    An image is cropped, resized to the model's own size for it times a random factor, cropped again, flipped, turned
+    and recoloured; it is never padded, which is the model's part. The boxes are then those of what is left of the
+    masks, if there are masks, and objects of which too little is left are dropped; so an image may end up without
+    objects. Train on the result with ``model(images, targets, resize=False)``: the sizes are already the network's.
 
     Args:
         target_size: ``(H, W) -> (H, W)``, the size at which the model sees an image: its
-            ``model.preprocess.target_size``.
+            ``model.preprocess.target_size``. It also takes ``min_size=``, if ``min_sizes`` are given.
+        min_sizes: Multi-scale training: of these short sides, in pixels, one is drawn in the place of the model's
+            own; the model's ``max_size`` stays. None takes the model's own.
         scale_range: The lowest and highest factor on that size, drawn uniformly on a logarithmic scale.
-        crop_size: Longest side of the random crop, pixels after resizing; smaller images are not padded.
+        large_scale_jitter: The lowest and highest factor of large-scale jitter (Ghiasi et al., CVPR 2021: 0.1 and
+            2): the longest side becomes ``crop_size`` times a factor drawn uniformly, in the place of the model's
+            size and ``scale_range``. None is off.
+        crop_range: The lowest and highest share of each side that the first random crop keeps, drawn uniformly for
+            each side.
+        crop_size: Longest side of the second random crop, pixels after resizing; smaller images are not padded.
             None doesn't crop.
         horizontal_flip: Probability.
         vertical_flip: Probability.
@@ -81,59 +93,112 @@ def train_transforms(
     for name, share in shares.items():
         if not 0 <= share <= 1:
             raise ValueError(f"{name} must lie in [0, 1], got {share}.")
-    if not 0 < scale_range[0] <= scale_range[1]:
-        raise ValueError(f"scale_range must be (lowest, highest) with 0 < lowest <= highest, got {scale_range}.")
+    for name, factors in {"scale_range": scale_range, "large_scale_jitter": large_scale_jitter or (1, 1)}.items():
+        if not 0 < factors[0] <= factors[1]:
+            raise ValueError(f"{name} must be (lowest, highest) with 0 < lowest <= highest, got {factors}.")
+    if not 0 < crop_range[0] <= crop_range[1] <= 1:
+        raise ValueError(f"crop_range must be (lowest, highest) with 0 < lowest <= highest <= 1, got {crop_range}.")
+    if min(min_sizes, default=1) < 1:
+        raise ValueError(f"min_sizes must be at least 1 pixel each, got {list(min_sizes)}.")
     if crop_size is not None and crop_size < 1:
         raise ValueError(f"crop_size must be at least 1 pixel, or None for no crop, got {crop_size}.")
+    if large_scale_jitter and crop_size is None:
+        raise ValueError("large_scale_jitter needs a crop_size: its factors are those of the crop's side.")
+    if large_scale_jitter and min_sizes:
+        raise ValueError("large_scale_jitter and min_sizes both decide the size; give one of them.")
     jitter = v2.ColorJitter(colour_jitter, colour_jitter, colour_jitter, colour_jitter / 10)
+    scale = (
+        _LargeScaleJitter(large_scale_jitter, crop_size)
+        if large_scale_jitter and crop_size
+        else _ModelScale(target_size, tuple(min_sizes), scale_range)
+    )
     steps = [
-        _RandomScaleCrop(target_size, scale_range, crop_size),
+        _RandomScaleCrop(scale, crop_range, crop_size),
         _RandomFlip(0, horizontal_flip, _mirrored(keypoint_names)),
         _RandomFlip(1, vertical_flip, _mirrored(keypoint_names)),
         _RandomRotate90(rotate90),
         *([jitter] if colour_jitter else []),
-        _FitObjects(min_box_size),
+        FitObjects(min_box_size),
     ]
     composed: Callable[..., Any] = v2.Compose(steps)
     return composed
 
 
 @dataclass(frozen=True)
-class _RandomScaleCrop:
-    """Resizes by a random factor and crops; crops first, so that only the crop is ever resized."""
+class _ModelScale:
+    """Draws the size of an image about the one at which a model sees it."""
 
-    target_size: Callable[[int, int], tuple[int, int]]
+    target_size: Callable[..., tuple[int, int]]
+    min_sizes: tuple[int, ...]
     scale_range: tuple[float, float]
+
+    def __call__(self, height: int, width: int) -> list[float]:
+        options = {}
+        if self.min_sizes:
+            options["min_size"] = self.min_sizes[int(torch.randint(len(self.min_sizes), ()))]
+        low, high = (math.log(factor) for factor in self.scale_range)
+        scale = math.exp(_uniform(low, high))
+        return [side * scale for side in self.target_size(height, width, **options)]
+
+
+@dataclass(frozen=True)
+class _LargeScaleJitter:
+    """Draws the size of an image whose longest side would fill a canvas."""
+
+    factors: tuple[float, float]
+    canvas: int
+
+    def __call__(self, height: int, width: int) -> list[float]:
+        scale = _uniform(*self.factors) * self.canvas / max(height, width)
+        return [height * scale, width * scale]
+
+
+def _uniform(low: float, high: float) -> float:
+    return torch.empty((), dtype=torch.float64).uniform_(low, high).item() if low < high else low
+
+
+@dataclass(frozen=True)
+class _RandomScaleCrop:
+    """Crops, resizes and crops; the crops come first, so that only what is left is ever resized."""
+
+    scale: Callable[[int, int], Sequence[float]]
+    crop_range: tuple[float, float]
     crop_size: int | None
 
     def __call__(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:
-        height, width = image.shape[-2:]
-        low, high = self.scale_range
-        scale = math.exp(torch.empty(()).uniform_(math.log(low), math.log(high)).item())
-        scaled = [max(1, round(side * scale)) for side in self.target_size(height, width)]
+        full = (image.shape[-2], image.shape[-1])
+        size = [max(1, round(side * _uniform(*self.crop_range))) for side in full]
+        corner = [int(torch.randint(n - s + 1, ())) for n, s in zip(full, size, strict=True)]
+        scaled = [max(1, round(side)) for side in self.scale(*size)]
         crop = [min(side, self.crop_size or side) for side in scaled]
         # The window of native pixels that becomes the crop; whole pixels, so the factor is off by < 1 pixel.
-        window = [max(1, round(n * c / s)) for n, c, s in zip((height, width), crop, scaled, strict=True)]
-        top, left = (int(torch.randint(n - w + 1, ())) for n, w in zip((height, width), window, strict=True))
+        window = [max(1, round(n * c / s)) for n, c, s in zip(size, crop, scaled, strict=True)]
+        top, left = (
+            start + int(torch.randint(n - w + 1, ())) for start, n, w in zip(corner, size, window, strict=True)
+        )
         image = F.resize(F.crop(image, top, left, *window), crop, antialias=True)
+        return image, _cut(target, (top, left, window[0], window[1]), (crop[0], crop[1]))
 
-        factor = torch.tensor([c / w for c, w in zip(crop, window, strict=True)]).flip(0).repeat(2)
-        boxes = (target["boxes"].as_subclass(Tensor) - torch.tensor([left, top, left, top])) * factor
-        boxes = torch.minimum(boxes.clamp(min=0), torch.tensor(crop).flip(0).repeat(2))
-        target = {**target, "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=tuple(crop))}
-        if "keypoints" in target:
-            xy = (target["keypoints"][..., :2] - torch.tensor([left, top])) * factor[:2]
-            inside = ((xy >= 0) & (xy < torch.tensor(crop).flip(0))).all(-1, keepdim=True)
-            target["keypoints"] = torch.cat([xy, target["keypoints"][..., 2:]], -1) * inside
-        visible = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
-        for key in _MAPS & target.keys():
-            target[key] = target[key].as_subclass(Tensor)[..., top : top + window[0], left : left + window[1]]
-        target = _select(target, visible)
-        # The source pixel nearest to the centre of every pixel ("nearest-exact"), as the image is resized.
-        rows, columns = (((torch.arange(c) + 0.5) * (w / c)).long() for c, w in zip(crop, window, strict=True))
-        for key in _MAPS & target.keys():
-            target[key] = tv_tensors.Mask(target[key].index_select(-1, columns).index_select(-2, rows))
-        return image, target
+
+def _cut(target: Target, window: tuple[int, int, int, int], size: tuple[int, int]) -> Target:
+    """A target inside a window (top, left, height, width) of its image, which is resized to (H, W)."""
+    top, left, height, width = window
+    factor = torch.tensor([size[1] / width, size[0] / height]).repeat(2)
+    limit = torch.tensor([size[1], size[0]])
+    boxes = (target["boxes"].as_subclass(Tensor) - torch.tensor([left, top, left, top])) * factor
+    boxes = torch.minimum(boxes.clamp(min=0), limit.repeat(2))
+    target = {**target, "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size)}
+    if "keypoints" in target:
+        xy = (target["keypoints"][..., :2] - torch.tensor([left, top])) * factor[:2]
+        inside = ((xy >= 0) & (xy < limit)).all(-1, keepdim=True)
+        target["keypoints"] = torch.cat([xy, target["keypoints"][..., 2:]], -1) * inside
+    if "masks" in target:
+        target["masks"] = target["masks"].crop(*window).resize(size)
+    if "semantic" in target:
+        part = target["semantic"].as_subclass(Tensor)[top : top + height, left : left + width]
+        rows, columns = (nearest_pixels(new, old) for new, old in zip(size, (height, width), strict=True))
+        target["semantic"] = tv_tensors.Mask(part.index_select(0, rows).index_select(1, columns))
+    return select(target, (boxes[:, 2:] > boxes[:, :2]).all(1))
 
 
 @dataclass(frozen=True)
@@ -149,6 +214,8 @@ class _RandomFlip:
             return image, target
         flip = (F.horizontal_flip, F.vertical_flip)[self.axis]
         flipped = {key: flip(x) if isinstance(x, tv_tensors.TVTensor) else x for key, x in target.items()}
+        if "masks" in target:
+            flipped["masks"] = target["masks"].flip(self.axis)
         if "keypoints" in target:
             keypoints = target["keypoints"].clone()
             keypoints[..., self.axis] = image.shape[-1 - self.axis] - keypoints[..., self.axis]
@@ -191,8 +258,10 @@ class _RandomRotate90:
             boxes = torch.stack((y0, width - x1, y1, width - x0), dim=1)
             size = (image.shape[-2], image.shape[-1])
             target = {**target, "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size)}
-            for key in _MAPS & target.keys():
-                target[key] = tv_tensors.Mask(target[key].as_subclass(Tensor).rot90(dims=(-2, -1)))
+            if "masks" in target:
+                target["masks"] = target["masks"].rotate90()
+            if "semantic" in target:
+                target["semantic"] = tv_tensors.Mask(target["semantic"].as_subclass(Tensor).rot90())
             if "keypoints" in target:
                 x, y, visibility = target["keypoints"].unbind(-1)
                 target["keypoints"] = _hide(torch.stack((y, width - x, visibility), dim=-1))
@@ -200,41 +269,41 @@ class _RandomRotate90:
 
 
 @dataclass(frozen=True)
-class _FitObjects:
-    """Fits the boxes to the masks and drops the objects of which too little is left."""
+class FitObjects:
+    """Makes pixels of the masks, fits the boxes to them and drops the objects of which too little is left.
+
+    Args:
+        min_box_size: Pixels.
+    """
 
     min_box_size: float
 
     def __call__(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:
+        """The image as it is, and the target with pixels for masks."""
         if "masks" in target:
-            boxes = _tight_boxes(target["masks"].as_subclass(Tensor))
-            target = {**target, "boxes": tv_tensors.wrap(boxes, like=target["boxes"])}
+            masks = target["masks"]
+            masks = masks.to_pixels() if isinstance(masks, Outlines) else masks.tight()
+            boxes = tv_tensors.wrap(masks.windows.float(), like=target["boxes"])
+            target = {**target, "masks": masks, "boxes": boxes}
         boxes = target["boxes"].as_subclass(Tensor)
-        sides = (boxes[:, 2:] - boxes[:, :2]).amin(dim=1)
-        return image, _select(target, (sides >= self.min_box_size) & (sides > 0))
+        sides = (boxes[:, 2:] - boxes[:, :2]).amin(1)
+        return image, select(target, (sides >= self.min_box_size) & (sides > 0))
 
 
-def _tight_boxes(masks: Tensor) -> Tensor:
-    """Returns float32 (N, 4) xyxy around the pixels of (N, H, W) masks; zeros for an empty mask.
+def select(target: Target, keep: Tensor) -> Target:
+    """Some of the objects of a target.
 
-    The box ends after the last pixel, as COCO's; torchvision's ``masks_to_boxes`` ends at its index.
+    Args:
+        target: With N objects.
+        keep: ``(N,)`` bool.
     """
-    edges = []
-    for filled in (masks.any(dim=1).float(), masks.any(dim=2).float()):
-        first, after_last = filled.argmax(dim=1), filled.shape[1] - filled.flip(1).argmax(dim=1)
-        edges.append(torch.stack((first, after_last)) * filled.amax(dim=1))
-    (x0, x1), (y0, y1) = edges
-    return torch.stack((x0, y0, x1, y1), dim=1)
-
-
-def _select(target: Target, keep: Tensor) -> Target:
-    """Keeps some of the objects; (N,) bool."""
     if keep.all():
         return target
     selected = dict(target)
-    for key in _PER_OBJECT:
-        if key in target:
-            value = target[key]
-            rest = value.as_subclass(Tensor)[keep]
-            selected[key] = tv_tensors.wrap(rest, like=value) if isinstance(value, tv_tensors.TVTensor) else rest
+    for key in _PER_OBJECT & target.keys():
+        value = target[key]
+        if isinstance(value, tv_tensors.TVTensor):
+            selected[key] = tv_tensors.wrap(value.as_subclass(Tensor)[keep], like=value)
+        else:
+            selected[key] = value[keep]
     return selected

@@ -16,6 +16,7 @@ from a2fpn._registry import Registry
 from a2fpn.backbones import TimmBackbone
 from a2fpn.config import ModelConfig
 from a2fpn.heads.paste import PasteRule
+from a2fpn.masks import InstanceMasks
 from a2fpn.necks import Neck
 from a2fpn.preprocess import Batch, Preprocess, resize_boxes, resize_target
 from a2fpn.pyramid import Features, PyramidSpec
@@ -102,8 +103,8 @@ class Detector(nn.Module, ABC):
         Args:
             images: ``(C, H, W)`` each, float in [0, 1] or uint8 in [0, 255], any sizes.
             targets: In training mode, per image ``boxes`` (N, 4) float xyxy pixels, ``labels`` (N,) int64 in
-                ``0..num_classes - 1``, whatever else :attr:`target_keys` names (``masks`` (N, H, W) in {0, 1},
-                ``keypoints`` (N, K, 3)), optionally ``image_id``.
+                ``0..num_classes - 1``, whatever else :attr:`target_keys` names (``masks``
+                :class:`~a2fpn.masks.InstanceMasks`, or dense (N, H, W) in {0, 1}, ``keypoints`` (N, K, 3)), optionally ``image_id``.
             resize: Whether images (and targets) are resized by the model's rule; False when they come resized.
             paste_masks: Whether masks are pasted into the image, ``(N, 1, H, W)``, or returned as they were
                 predicted inside each box, ``(N, 1, M, M)``.
@@ -168,12 +169,14 @@ class Detector(nn.Module, ABC):
         batch = self.preprocess(images, resize=resize)
         inner = []
         for target, old, new in zip(targets, batch.original_sizes, batch.sizes, strict=True):
-            tensors = {key: target[key].as_subclass(Tensor).to(batch.tensor.device) for key in self.target_keys}
-            tensors |= {"boxes": tensors["boxes"].float(), "labels": tensors["labels"].long()}
-            inner.append(self._inner_target(tensors, old, new))
+            own = {key: _plain(target[key]).to(batch.tensor.device) for key in self.target_keys}
+            own |= {"boxes": own["boxes"].float(), "labels": own["labels"].long()}
+            if "masks" in own and not isinstance(own["masks"], InstanceMasks):
+                own["masks"] = InstanceMasks.from_dense(own["masks"])
+            inner.append(self._inner_target(own, old, new))
         return {**self.losses(self.features(batch), batch, inner), **self.neck.losses()}
 
-    def _inner_target(self, target: dict[str, Tensor], old: tuple[int, int], new: tuple[int, int]) -> dict[str, Tensor]:
+    def _inner_target(self, target: dict[str, Any], old: tuple[int, int], new: tuple[int, int]) -> dict[str, Any]:
         """A checked target as the heads want it, moved from one image size (height, width) to another."""
         return resize_target(target, old, new)
 
@@ -236,6 +239,11 @@ class Detector(nn.Module, ABC):
     def _result(self, raw: Detection, size: tuple[int, int], original: tuple[int, int], paste: bool) -> Detection:
         """A detection in pixels of the batch moved into the image as it came; sizes are (height, width)."""
         return {**raw, "boxes": resize_boxes(raw["boxes"], size, original)}
+
+
+def _plain(value: Any) -> Any:
+    """A tensor of a subclass, e.g. of torchvision's, as a tensor."""
+    return value.as_subclass(Tensor) if isinstance(value, Tensor) else value
 
 
 def place(target: Mapping[str, Any], index: int) -> str:

@@ -11,18 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_inference
-from torchvision.ops import clip_boxes_to_image, remove_small_boxes, roi_align
+from torchvision.ops import clip_boxes_to_image, remove_small_boxes
 
+from a2fpn.heads.mask_targets import mask_loss
 from a2fpn.pyramid import Features
 
 Sizes = list[tuple[int, int]]
-Targets = list[dict[str, Tensor]]
+Targets = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -185,18 +186,15 @@ class CascadeRoIHeads(nn.Module):
         stage = self.stages[index]
         x = stage.mask_roi_pool(features, positives.boxes, image_sizes)
         logits = stage.mask_predictor(self.training_mask_features(index, x))
-        if not len(logits):
-            nothing: Tensor = logits.sum() * 0
-            return nothing
-        wanted = torch.cat(
-            [
-                mask_targets(target["masks"], boxes, objects, logits.shape[-1], aligned=self.rules.aligned)
-                for target, boxes, objects in zip(targets, positives.boxes, positives.objects, strict=True)
-            ]
+        return mask_loss(
+            logits,
+            [target["masks"] for target in targets],
+            positives.boxes,
+            positives.objects,
+            positives.labels,
+            aligned=self.rules.aligned,
+            binary=True,
         )
-        rows = torch.arange(len(logits), device=logits.device)
-        loss: Tensor = F.binary_cross_entropy_with_logits(logits[rows, torch.cat(positives.labels)], wanted)
-        return loss
 
     def _masks(self, features: Features, boxes: list[Tensor], labels: list[Tensor], image_sizes: Sizes) -> list[Tensor]:
         x = self.stages[0].mask_roi_pool(features, boxes, image_sizes)
@@ -205,33 +203,6 @@ class CascadeRoIHeads(nn.Module):
             previous = self.mask_features(index, x, previous)
             probabilities.append(maskrcnn_inference(stage.mask_predictor(previous), labels))
         return [torch.stack(stages).mean(0) for stages in zip(*probabilities, strict=True)]
-
-
-def mask_targets(masks: Tensor, boxes: Tensor, objects: Tensor, size: int, *, aligned: bool) -> Tensor:
-    """What a mask head should give: the parts of the instance masks inside boxes, resized by RoIAlign, then binary.
-
-    torchvision's own targets are never shifted and not binary; shifted features need shifted targets.
-
-    Args:
-        masks: ``(N, H, W)`` in {0, 1}.
-        boxes: ``(R, 4)`` xyxy in pixels of the masks.
-        objects: ``(R,)`` which mask belongs to each box.
-        size: Side of a predicted mask.
-        aligned: Whether to shift by half a pixel.
-
-    Returns:
-        ``(R, size, size)`` float32 in {0, 1}.
-
-    Example:
-        >>> masks = torch.tensor([[[0, 0, 1, 1]] * 4])
-        >>> box = torch.tensor([[0.0, 0.0, 4.0, 4.0]])
-        >>> mask_targets(masks, box, torch.tensor([0]), 2, aligned=True)
-        tensor([[[0., 1.],
-                 [0., 1.]]])
-    """
-    rois = torch.cat([objects[:, None].to(boxes), boxes], 1).float()
-    cut: Tensor = roi_align(masks[:, None].float(), rois, size, sampling_ratio=0, aligned=aligned)
-    return (cut[:, 0] >= 0.5).float()
 
 
 def _box_outputs(

@@ -18,6 +18,7 @@ from torchvision.ops import Conv2dNormActivation
 
 from a2fpn.heads.cascade import CascadeRoIHeads, CascadeRules, Sizes, Targets
 from a2fpn.heads.roi_pool import StrideRoIAlign
+from a2fpn.masks import InstanceMasks, nearest_pixels
 from a2fpn.pyramid import Features, level_size
 
 SEMANTIC = "semantic"
@@ -153,40 +154,39 @@ class HTCRoIHeads(CascadeRoIHeads):
         for canvas, target, size in zip(wanted, targets, image_sizes, strict=True):
             height, width = level_size(size, self.semantic_stride)
             if self.things:
-                semantic = things_map(_nearest(target["masks"], height, width), target["labels"])
+                semantic = things_map(target["masks"].resize((height, width)), target["labels"])
             else:
-                semantic = _nearest(target[SEMANTIC], height, width)
+                rows, columns = (
+                    nearest_pixels(new, old, device=logits.device)
+                    for new, old in zip((height, width), target[SEMANTIC].shape, strict=True)
+                )
+                semantic = target[SEMANTIC][rows[:, None], columns]
             canvas[:height, :width] = semantic
         loss = F.cross_entropy(logits, wanted, ignore_index=IGNORE, reduction="sum")
         return loss / (wanted != IGNORE).sum().clamp(min=1)
 
 
-def things_map(masks: Tensor, labels: Tensor) -> Tensor:
+def things_map(masks: InstanceMasks, labels: Tensor) -> Tensor:
     """A semantic map made of instance masks; where instances overlap, the smaller one is on top.
 
     Args:
-        masks: ``(N, H, W)`` in {0, 1}.
+        masks: N masks.
         labels: ``(N,)`` from 1.
 
     Returns:
         ``(H, W)`` with the label of the instance at each pixel, 0 where there is none.
 
     Example:
-        >>> masks = torch.tensor([[[0, 1, 1]], [[1, 1, 1]]])
+        >>> masks = InstanceMasks.from_dense(torch.tensor([[[0, 1, 1]], [[1, 1, 1]]]))
         >>> things_map(masks, torch.tensor([1, 2])).tolist()
         [[2, 1, 1]]
     """
-    canvas = torch.zeros(masks.shape[1:], dtype=torch.long, device=masks.device)
-    for index in masks.flatten(1).sum(1).argsort(descending=True):
-        canvas[masks[index] > 0] = labels[index]
+    canvas = torch.zeros(masks.size, dtype=torch.long, device=labels.device)
+    crops, windows = masks.crops(), masks.windows.tolist()
+    for index in masks.areas().argsort(descending=True).tolist():
+        left, top, right, bottom = windows[index]
+        canvas[top:bottom, left:right][crops[index] > 0] = labels[index]
     return canvas
-
-
-def _nearest(x: Tensor, height: int, width: int) -> Tensor:
-    """Maps ``(..., H, W)`` resized to a size by taking the pixel under each new pixel's centre."""
-    rows = ((torch.arange(height, device=x.device) + 0.5) * (x.shape[-2] / height)).long()
-    columns = ((torch.arange(width, device=x.device) + 0.5) * (x.shape[-1] / width)).long()
-    return x[..., rows[:, None], columns]
 
 
 def _conv(in_channels: int, out_channels: int, kernel_size: int) -> nn.Module:

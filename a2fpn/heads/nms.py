@@ -14,9 +14,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image, remove_small_boxes
 
+from a2fpn.heads.cascade import Samples
+from a2fpn.heads.mask_targets import mask_loss
 from a2fpn.heads.matching import ChunkedRoIHeads
+from a2fpn.pyramid import Features
 
 SoftNms = Literal["linear", "gaussian"]
 SOFT_NMS: tuple[str, ...] = typing.get_args(SoftNms)
@@ -200,6 +204,40 @@ class DetectionRoIHeads(ChunkedRoIHeads):
         self.score_thresh, self.nms_thresh = rule.score_threshold, rule.nms_threshold
         self.detections_per_img = rule.detections_per_image
         self._soft_nms = (rule.soft_nms, rule.soft_nms_sigma)
+
+    def forward(
+        self,
+        features: Features,
+        proposals: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+        targets: list[dict[str, Any]] | None = None,
+    ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+        """As torchvision's; ``masks`` of a target are :class:`~a2fpn.masks.InstanceMasks`, the losses are the same.
+
+        Args:
+            features: The pyramid.
+            proposals: Per image ``(P, 4)`` xyxy.
+            image_shapes: Per image height and width without padding.
+            targets: In training mode per image ``boxes``, ``labels`` from 1 and what the mask or keypoint head needs.
+        """
+        if targets is None or not self.has_mask():
+            found: tuple[list[dict[str, Tensor]], dict[str, Tensor]] = super().forward(
+                features, proposals, image_shapes, targets
+            )
+            return found
+        samples = Samples(*self.select_training_samples(proposals, targets))
+        pooled = self.box_head(self.box_roi_pool(features, samples.boxes, image_shapes))
+        loss_classifier, loss_box = fastrcnn_loss(*self.box_predictor(pooled), samples.labels, samples.deltas)
+        positives = samples.positives()
+        pooled = self.mask_head(self.mask_roi_pool(features, positives.boxes, image_shapes))
+        loss_mask = mask_loss(
+            self.mask_predictor(pooled),
+            [target["masks"] for target in targets],
+            positives.boxes,
+            positives.objects,
+            positives.labels,
+        )
+        return [], {"loss_classifier": loss_classifier, "loss_box_reg": loss_box, "loss_mask": loss_mask}
 
     def postprocess_detections(
         self,

@@ -1,0 +1,176 @@
+"""Image files and their content as 8-bit RGB tensors."""
+
+from __future__ import annotations
+
+import io
+import math
+import struct
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms.v2 import functional as F
+
+
+class ImageError(ValueError):
+    """An image can't be used; the message names the file."""
+
+
+def read_image(
+    source: str | Path | bytes, *, size: tuple[int, int] | None = None, name: str = "the given bytes"
+) -> tv_tensors.Image:
+    """Reads any image PIL knows as 8-bit RGB.
+
+    - EXIF orientation: applied. With ``size``, the stored pixels are taken as they are if they have that
+      size, and only otherwise turned: labelling tools differ in whether they obey EXIF.
+    - 16-bit grey: the full range 0..65535 becomes 0..255, by division by 257 and rounding, whatever range
+      the image uses. So does 32-bit integer grey, if its values lie in that range. Floating-point images
+      have no agreed range and are an error.
+    - Transparency: composed over white.
+    - Grey, palette, CMYK and the other colour spaces: PIL's conversion.
+    - Animations and multi-page files: the first frame.
+
+    Args:
+        source: The image file, or its content.
+        size: (H, W) that the image must have, pixels.
+        name: What messages call an image given by its content.
+
+    Returns:
+        uint8 (3, H, W) in [0, 255].
+
+    Raises:
+        ImageError: If the file is missing, no image, corrupt, or not of the size.
+
+    Example:
+        >>> read_image("missing.png")
+        Traceback (most recent call last):
+        ...
+        a2fpn.data.images.ImageError: missing.png: no such file.
+    """
+    name, file = _opened(source, name)
+    pixels = _decode_plain_jpeg(file, size)
+    if pixels is not None:
+        return tv_tensors.Image(pixels)
+    try:
+        with Image.open(file) as opened:
+            image: Image.Image = opened
+            if size is None or image.size != size[::-1]:
+                image = ImageOps.exif_transpose(image)
+            if size is not None and image.size != size[::-1]:
+                got, wanted = " x ".join(map(str, opened.size)), " x ".join(map(str, size[::-1]))
+                raise ImageError(f"{name}: the image is {got} pixels wide and high, the annotations say {wanted}.")
+            return tv_tensors.Image(F.to_image(to_rgb(image)))
+    except ImageError:
+        raise
+    except Exception as error:  # PIL's decoders raise almost anything on a corrupt file
+        reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
+        raise ImageError(f"{name}: no readable image ({reason}).") from error
+
+
+def _decode_plain_jpeg(file: Path | io.BytesIO, size: tuple[int, int] | None) -> Tensor | None:
+    """Decodes a JPEG in half of PIL's time, where the result is the same for sure; None elsewhere.
+
+    That is 8-bit grey or three-channel pixels of the wanted size, and, where no size is wanted, no EXIF.
+    """
+    content = bytearray(file.read_bytes() if isinstance(file, Path) else file.getbuffer())
+    header = _jpeg_header(content)
+    if header is None or header.channels not in (1, 3) or header.bits != 8:
+        return None
+    if header.size != size if size is not None else header.has_metadata:
+        return None
+    if Image.MAX_IMAGE_PIXELS is not None and math.prod(header.size) > Image.MAX_IMAGE_PIXELS:
+        return None
+    try:
+        pixels: Tensor = decode_jpeg(torch.frombuffer(content, dtype=torch.uint8), mode=ImageReadMode.RGB)
+    except RuntimeError:  # PIL says better what is wrong with it
+        return None
+    return pixels if tuple(pixels.shape[1:]) == header.size else None
+
+
+class _JpegHeader(NamedTuple):
+    bits: int
+    size: tuple[int, int]
+    channels: int
+    has_metadata: bool
+
+
+def _jpeg_header(content: bytearray) -> _JpegHeader | None:
+    """Reads what comes before the pixels of a JPEG (ITU T.81, annex B); None for anything else."""
+    position, has_metadata, frame = 2, False, None
+    if content[:2] != b"\xff\xd8":
+        return None
+    while position + 10 <= len(content) and content[position] == 0xFF:
+        marker = content[position + 1]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # a frame: DHT, JPG and DAC are none
+            frame = struct.unpack_from(">BHHB", content, position + 4)
+        if marker == 0xDA and frame is not None:  # the pixels
+            bits, height, width, channels = frame
+            return _JpegHeader(bits, (height, width), channels, has_metadata)
+        has_metadata |= marker == 0xE1  # EXIF or XMP, both of which may name an orientation
+        position += 2 + struct.unpack_from(">H", content, position + 2)[0]
+    return None
+
+
+def _opened(source: str | Path | bytes, name: str, hint: str = "") -> tuple[str, Path | io.BytesIO]:
+    """What messages call an image file or content, and what PIL opens.
+
+    Raises:
+        ImageError: If there is no such file.
+    """
+    if isinstance(source, bytes):
+        return name, io.BytesIO(source)
+    path = Path(source)
+    if not path.is_file():
+        raise ImageError(f"{path}: no such file{hint}.")
+    return str(path), path
+
+
+def read_labels(source: str | Path | bytes, size: tuple[int, int], *, name: str) -> Tensor:
+    """Reads a map of classes.
+
+    Args:
+        source: An 8-bit palette or grey image, the file or its content.
+        size: (H, W) that it must have, pixels.
+        name: The image's name, for messages about content.
+
+    Returns:
+        uint8 (H, W).
+
+    Raises:
+        ImageError: If the file is missing, no such map, or not of the size.
+    """
+    name, file = _opened(source, f"the semantic map of {name}", "; every image needs a semantic map of its name")
+    try:
+        with Image.open(file) as image:
+            if image.mode not in ("L", "P"):
+                raise ImageError(f"{name}: a semantic map must be an 8-bit palette or grey image, got {image.mode!r}.")
+            labels = np.array(image, dtype=np.uint8)
+    except (OSError, SyntaxError) as error:
+        raise ImageError(f"{name}: no readable image ({error}).") from error
+    if labels.shape != size:
+        raise ImageError(f"{name}: the map is {labels.shape[::-1]} pixels wide and high, its image {size[::-1]}.")
+    return torch.from_numpy(labels)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Converts an image of any mode to 8-bit RGB, as :func:`read_image` documents.
+
+    Raises:
+        ValueError: If its values have no agreed range.
+    """
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"grey values of {values.min()} to {values.max()} don't fit 16 bits; convert it to 8 bits")
+        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("floating-point grey values have no agreed range; convert it to 8 bits")
+    elif "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
