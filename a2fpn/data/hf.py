@@ -1,0 +1,263 @@
+"""Detection data sets of the Hugging Face ``datasets`` library, streamed or on the disk."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+from PIL import Image
+
+from a2fpn.config import Category
+from a2fpn.data.coco import DataError
+from a2fpn.data.storage import read_bytes
+from a2fpn.data.streams import RawSample, StreamDataset, random_generator, random_order
+
+BoxFormat = Literal["xywh", "xyxy", "cxcywh"]
+
+_TO_XYWH: dict[BoxFormat, Callable[[float, float, float, float], list[float]]] = {
+    "xywh": lambda x, y, width, height: [x, y, width, height],
+    "xyxy": lambda left, top, right, bottom: [left, top, right - left, bottom - top],
+    "cxcywh": lambda x, y, width, height: [x - width / 2, y - height / 2, width, height],
+}
+_CATEGORY = ("category_id", "category", "label", "labels")  # what data sets call it
+
+
+class HfDataset(StreamDataset):
+    """A detection data set of the ``datasets`` library.
+
+    A row has the columns
+
+    - ``image``: an ``Image`` feature, or the file's content as bytes,
+    - ``objects``: a list of objects, or an object of lists, with ``bbox`` in pixels, ``category_id`` or ``category``,
+      and optionally ``area``, ``iscrowd``, ``id``, ``keypoints`` and ``segmentation``: polygons, a run-length encoding,
+      or either of them as JSON text,
+    - optionally ``image_id``, by default the place in the epoch, and ``width`` and ``height``, by default the file's.
+
+    The samples are those of :class:`CocoDataset` for the same images and annotations. See :class:`StreamDataset` for
+    iterating, and :meth:`read` for the order of an epoch.
+
+    Args:
+        dataset: A split, ``datasets.Dataset`` or ``datasets.IterableDataset``, e.g. of
+            ``datasets.load_dataset(..., split="train", streaming=True)``.
+        transforms: Called as ``transforms(image, target)`` when iterating.
+        categories: The classes in the order of their labels, usually a model's; matched by id. By default those of the
+            category's ``ClassLabel``, with ids from 0.
+        num_samples: Number of rows; by default what the data set says.
+        bbox_format: What ``bbox`` holds: x, y, width and height as in COCO, two corners, or centre and size.
+        num_keypoints: Keypoints of every object; 0 does not read any.
+        keep_crowd: Whether crowds appear among the objects, marked in ``iscrowd``.
+        shuffle_buffer: Rows that are held in memory and shuffled, of a streamed data set.
+        split_by_file: Whether each process reads its own files of a streamed data set, instead of reading all and
+            keeping its part; the number of files must be a multiple of that of processes, all with as many rows.
+        strict: Whether bad annotations and unreadable images are errors.
+
+    Raises:
+        DataError: If the columns are others, the number of rows is unknown, or ``categories`` lacks one.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        *,
+        transforms: Callable[..., Any] | None = None,
+        categories: Sequence[Category] | None = None,
+        num_samples: int | None = None,
+        bbox_format: BoxFormat = "xywh",
+        num_keypoints: int = 0,
+        keep_crowd: bool = False,
+        shuffle_buffer: int = 512,
+        split_by_file: bool = False,
+        strict: bool = False,
+    ) -> None:
+        library = _library()
+        if isinstance(dataset, Mapping):
+            raise DataError(f"the data set has the splits {', '.join(dataset)}; give one of them, e.g. by split=.")
+        if bbox_format not in _TO_XYWH:
+            raise DataError(f"bbox_format must be one of {', '.join(_TO_XYWH)}, got {bbox_format!r}.")
+        name = "/".join(str(part) for part in (dataset.info.dataset_name, dataset.split) if part) or "the data set"
+        features = dataset.features
+        if not features or not {"image", "objects"} <= features.keys():
+            raise DataError(
+                f"{name}: needs the columns image and objects, got {', '.join(features or ()) or 'unknown'}."
+            )
+        objects = _fields(features["objects"])
+        self._category_key = next((key for key in _CATEGORY if key in objects), "")
+        if "bbox" not in objects or not self._category_key:
+            raise DataError(f"{name}: objects need bbox and one of {', '.join(_CATEGORY)}, got {', '.join(objects)}.")
+        names = getattr(_innermost(objects[self._category_key]), "names", None)
+        own = None if names is None else [Category(number, label) for number, label in enumerate(names)]
+        if own is None and categories is None:
+            raise DataError(
+                f"{name}: {self._category_key} is no ClassLabel, so the classes must be given as categories."
+            )
+        source_categories: Sequence[Category] = own if own is not None else categories or ()
+        if num_samples is None and isinstance(dataset, library.Dataset):
+            num_samples = len(dataset)
+        elif num_samples is None and dataset.info.splits and dataset.split:
+            num_samples = dataset.info.splits[str(dataset.split)].num_examples
+        if not num_samples:
+            raise DataError(f"{name}: does not say how many rows it has; give num_samples.")
+        super().__init__(
+            name,
+            source_categories=source_categories,
+            used_categories=[category.id for category in source_categories],
+            num_samples=num_samples,
+            categories=categories,
+            has_masks="segmentation" in objects,
+            num_keypoints=num_keypoints,
+            has_semantic=False,
+            transforms=transforms,
+            keep_crowd=keep_crowd,
+            strict=strict,
+        )
+        if isinstance(features["image"], library.Image):
+            dataset = dataset.cast_column("image", library.Image(decode=False))
+        self._dataset = dataset
+        self._ids_by_name = {category.name: category.id for category in source_categories}
+        self._to_xywh = _TO_XYWH[bbox_format]
+        self._shuffle_buffer = shuffle_buffer
+        self._split_by_file = split_by_file
+
+    @classmethod
+    def load(cls, path: str, *, options: Mapping[str, Any] | None = None, **arguments: Any) -> HfDataset:
+        """Opens a data set of the Hub, of files or of a folder that ``save_to_disk`` wrote; all but the last streamed.
+
+        Args:
+            path: What ``datasets.load_dataset`` takes, or the folder.
+            options: Its further arguments, such as ``split``, ``revision`` and ``data_files``.
+            **arguments: See the class.
+        """
+        library = _library()
+        if Path(path, "state.json").is_file():
+            return cls(library.load_from_disk(path), **arguments)
+        return cls(library.load_dataset(path, **{"streaming": True, **(options or {})}), **arguments)
+
+    def read(
+        self,
+        *,
+        batch: int,
+        seed: int | None,
+        epoch: int = 0,
+        start: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> Iterator[list[RawSample]]:
+        """See :meth:`StreamDataset.read`.
+
+        A streamed data set is shuffled by ``datasets``: the order of its files, and a buffer of rows. Every process
+        reads all rows up to its last one and keeps those of its part, so the order does not depend on the number of
+        processes; to begin at a later step, the rows before it are read again without being decoded. With
+        ``split_by_file`` this holds for a process's own files, and the order depends on the number of processes. A data
+        set on the disk is shuffled as a whole, and every process reads its own rows only.
+        """
+        library = _library()
+        steps, share = self.steps(batch), batch // world_size
+        if isinstance(self._dataset, library.Dataset):
+            count = len(self._dataset)
+            order = range(count) if seed is None else random_order(count, seed, epoch)
+            rows: Iterator[Any] = map(
+                self._dataset.__getitem__, order[start * batch + rank : steps * batch : world_size]
+            )
+        else:
+            stream = self._dataset
+            if seed is not None:
+                shuffle_seed = int(random_generator(seed, epoch).integers(2**32))
+                stream = stream.shuffle(seed=shuffle_seed, buffer_size=self._shuffle_buffer)
+            if self._split_by_file and world_size > 1:
+                if stream.num_shards % world_size:
+                    raise DataError(
+                        f"{self.name}: has {stream.num_shards} files, which {world_size} processes can't share "
+                        f"equally; turn split_by_file off or repack it."
+                    )
+                stream = library.distributed.split_dataset_by_node(stream, rank, world_size)
+                rows = iter(stream.skip(start * share))
+            else:
+                rows = islice(stream.skip(start * batch), rank, None, world_size)
+        for step in range(start, steps):
+            positions = range(step * batch + rank, (step + 1) * batch, world_size)
+            samples = [self._raw(row, position) for position, row in zip(positions, rows, strict=False)]
+            if len(samples) < share:
+                raise DataError(
+                    f"{self.name}: process {rank} of {world_size} ran out of rows in step {step} of {steps}; "
+                    f"num_samples is {self.num_samples}, which must not be more than there are"
+                    + (", in equal parts in every process's files." if self._split_by_file else ".")
+                )
+            yield samples
+
+    def _raw(self, row: Mapping[str, Any], position: int) -> RawSample:
+        """Brings a row into COCO's form."""
+        content, file = _content(row["image"])
+        image_id = row.get("image_id", position)
+        size = {key: row.get(key) for key in ("width", "height")}
+        if None in size.values():
+            try:
+                with Image.open(io.BytesIO(content)) as image:
+                    size = dict(zip(("width", "height"), image.size, strict=True))
+            except OSError:
+                pass  # told when it is decoded
+        objects = row["objects"]
+        if isinstance(objects, Mapping):
+            if len({len(values) for values in objects.values()}) > 1:
+                raise DataError(f"{self.name}: image {image_id}: its objects' columns have different lengths.")
+            objects = [dict(zip(objects, values, strict=True)) for values in zip(*objects.values(), strict=True)]
+        return RawSample(
+            f"{self.name}: {file or f'image {image_id}'}",
+            {"id": image_id, **size},
+            [self._annotation(raw, image_id) for raw in objects or ()],
+            content,
+            position=position,
+        )
+
+    def _annotation(self, raw: Mapping[str, Any], image_id: int) -> dict[str, Any]:
+        category = raw[self._category_key]
+        box, segmentation = raw["bbox"], raw.get("segmentation")
+        if isinstance(segmentation, str):
+            try:
+                segmentation = json.loads(segmentation)
+            except ValueError:
+                segmentation = None  # told when the annotation is checked
+        return {
+            **raw,
+            "image_id": image_id,
+            "category_id": self._ids_by_name.get(category, category),
+            "bbox": self._to_xywh(*box) if box and len(box) == 4 and None not in box else box,
+            "segmentation": segmentation,
+        }
+
+
+def _library() -> Any:
+    try:
+        import datasets
+        import datasets.distributed
+    except ImportError as error:
+        raise DataError("reading Hugging Face data sets needs a package: pip install datasets") from error
+    return datasets
+
+
+def _content(image: Any) -> tuple[bytes, str]:
+    """Returns the content of an image file, and its name if it has one."""
+    if isinstance(image, bytes):
+        return image, ""
+    if isinstance(image, Image.Image):  # from rows that were made by a function
+        file = io.BytesIO()
+        image.save(file, "png")
+        return file.getvalue(), ""
+    content, path = image["bytes"], image["path"] or ""
+    return content if content is not None else read_bytes(path), Path(path).name
+
+
+def _innermost(feature: Any) -> Any:
+    """Returns what a list, or a list of lists, holds."""
+    while (inner := getattr(feature, "feature", None)) is not None:
+        feature = inner
+    return feature[0] if isinstance(feature, list) else feature
+
+
+def _fields(feature: Any) -> Mapping[str, Any]:
+    """Returns the features of an object, whether there is a list of objects or an object of lists."""
+    inner = _innermost(feature)
+    return inner if isinstance(inner, Mapping) else {}

@@ -1,0 +1,261 @@
+"""Samples that arrive in a stream, for data sets that are not files on a disk.
+
+A source reads, in the order of an epoch, what is stored: an image file's bytes and its annotations as COCO writes them,
+a :class:`RawSample`. Whoever decodes it, in whatever process, gets the very sample that :class:`CocoDataset` makes of
+the same file. The order of an epoch depends on the seed and the epoch, not on who reads or how fast.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from torch.utils.data import IterableDataset, get_worker_info
+
+from a2fpn.config import Category
+from a2fpn.data.coco import CocoImage, DataError, Sample, SampleMaker, SkipReport, check_annotations
+from a2fpn.data.images import ImageError
+
+logger = logging.getLogger(__name__)
+
+_PROBLEMS_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """An image file and its annotations as they are stored; cheap to hand to another process.
+
+    Args:
+        name: What messages call it: where it stands and the name of the image.
+        entry: The image as ``images`` of a COCO file has it; id, height and width are used.
+        annotations: Its objects as ``annotations`` of a COCO file has them.
+        image: The content of the image file.
+        semantic: The content of its semantic map, if the set has any.
+        position: Its place in the epoch.
+    """
+
+    name: str
+    entry: Mapping[str, Any]
+    annotations: Sequence[Any]
+    image: bytes = field(repr=False)
+    semantic: bytes | None = field(default=None, repr=False)
+    position: int = 0
+
+
+@dataclass(frozen=True)
+class SampleDecoder:
+    """Makes samples of raw ones; pickled to loader processes in place of the source.
+
+    Args:
+        make_sample: What makes a sample of checked annotations.
+        categories: The source's classes by id.
+        strict: Whether an unusable annotation is an error instead of being left out.
+    """
+
+    make_sample: SampleMaker
+    categories: Mapping[int, Category]
+    strict: bool = False
+
+    def __call__(self, raw: RawSample, transforms: Callable[..., Any] | None = None) -> tuple[Sample, list[str]]:
+        """Returns the sample and one message for each annotation that was left out.
+
+        Raises:
+            ImageError: If the image can't be read, or its entry has no id and size or another size.
+            DataError: If ``strict``, for the first unusable annotation.
+        """
+        match raw.entry:
+            case {"id": int(image_id), "height": int(height), "width": int(width)} if min(height, width) > 0:
+                entry = CocoImage(image_id, raw.name, height, width)
+            case _:
+                raise ImageError(f"{raw.name}: an image needs a whole-number id, height and width, got {raw.entry}.")
+        annotations, found = check_annotations(
+            raw.annotations,
+            {image_id: entry},
+            self.categories,
+            has_masks=self.make_sample.has_masks,
+            num_keypoints=self.make_sample.num_keypoints,
+        )
+        problems = [f"{raw.name}: {problem}" for problem in found]
+        if problems and self.strict:
+            raise DataError(problems[0])
+        sample = self.make_sample(entry, annotations[image_id], raw.image, semantic=raw.semantic, transforms=transforms)
+        return sample, problems
+
+
+class StreamDataset(IterableDataset[Sample]):
+    """What streamed data sets have in common.
+
+    Iterating gives every sample once, as :class:`CocoDataset` makes it, in the stored order; in loader processes each
+    takes its share. An unreadable image is left out, logged and counted, or an error if ``strict``. Training reads with
+    :meth:`read` instead, which knows about steps, processes and shuffling.
+
+    Args:
+        name: The source, for messages.
+        source_categories: The classes that the annotations name.
+        used_categories: Ids of those that may occur.
+        num_samples: Images.
+        categories: The classes in the order of their labels, usually a model's; matched by id. By default the
+            source's own, sorted by id.
+        has_masks: Whether every object has a mask.
+        num_keypoints: Keypoints of every object; 0 for none.
+        has_semantic: Whether every image has a semantic map.
+        transforms: Called as ``transforms(image, target)`` when iterating.
+        keep_crowd: Whether crowds appear among the objects, marked in ``iscrowd``.
+        strict: Whether bad annotations and unreadable images are errors.
+
+    Attributes:
+        name: The source, for messages.
+        categories: The classes in the order of their labels.
+        num_samples: Images.
+        decoder: What makes samples of raw ones.
+
+    Raises:
+        DataError: If a used category is not among ``categories``.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        source_categories: Sequence[Category],
+        used_categories: Collection[int],
+        num_samples: int,
+        categories: Sequence[Category] | None,
+        has_masks: bool,
+        num_keypoints: int,
+        has_semantic: bool,
+        transforms: Callable[..., Any] | None,
+        keep_crowd: bool,
+        strict: bool,
+    ) -> None:
+        by_id = {category.id: category for category in source_categories}
+        own = tuple(by_id[category_id] for category_id in sorted(by_id))
+        self.name = name
+        self.categories = own if categories is None else tuple(categories)
+        self.num_samples = num_samples
+        self.transforms = transforms
+        self.strict = strict
+        make_sample = SampleMaker(
+            self.categories, has_masks=has_masks, num_keypoints=num_keypoints, keep_crowd=keep_crowd
+        )
+        unknown = [f"{c.id} ({c.name})" for c in own if c.id in set(used_categories) - make_sample.labels.keys()]
+        if unknown:
+            known = ", ".join(str(category.id) for category in self.categories)
+            raise DataError(
+                f"{name}: the category {', '.join(unknown)} is not among the given ones with the ids {known}."
+            )
+        self.decoder = SampleDecoder(make_sample, by_id, strict)
+        self._has_semantic = has_semantic
+        self._skipped_annotations: dict[str, None] = {}
+        self._skipped_images: dict[str, None] = {}
+
+    @property
+    def target_keys(self) -> tuple[str, ...]:
+        """What the targets hold, as :attr:`CocoDataset.target_keys`."""
+        maker = self.decoder.make_sample
+        optional = {
+            "masks": maker.has_masks,
+            "keypoints": bool(maker.num_keypoints),
+            "semantic": self._has_semantic,
+            "iscrowd": maker.keep_crowd,
+        }
+        return ("image_id", "boxes", "labels", *(key for key, present in optional.items() if present))
+
+    @property
+    def skipped(self) -> SkipReport:
+        """What was left out so far, as far as this process knows."""
+        return SkipReport(tuple(self._skipped_annotations), tuple(self._skipped_images))
+
+    def note_annotations(self, problems: Iterable[str]) -> None:
+        """Counts annotations that were left out, by their messages, and logs the first few."""
+        for problem in problems:
+            if problem not in self._skipped_annotations:
+                self._skipped_annotations[problem] = None
+                if len(self._skipped_annotations) <= _PROBLEMS_SHOWN:
+                    logger.warning("skipped an annotation: %s", problem)
+
+    def note_images(self, names: Iterable[str], reason: str) -> None:
+        """Counts images that were left out, by their names, and logs the reason unless all are known."""
+        new = [name for name in names if name not in self._skipped_images]
+        if new:
+            self._skipped_images |= dict.fromkeys(new)
+            logger.warning("skipped %s: %s", "an image" if len(new) == 1 else f"{len(new)} images", reason)
+
+    def steps(self, batch: int) -> int:
+        """Steps of an epoch, each of ``batch`` images over all processes; what does not fill one is left for the next.
+
+        Raises:
+            DataError: If there are fewer images than one step takes.
+        """
+        if batch > self.num_samples:
+            raise DataError(f"{self.name}: has {self.num_samples} readable images, fewer than the {batch} of one step.")
+        return self.num_samples // batch
+
+    @abstractmethod
+    def read(
+        self,
+        *,
+        batch: int,
+        seed: int | None,
+        epoch: int = 0,
+        start: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> Iterator[list[RawSample]]:
+        """Reads one process's part of every step of an epoch.
+
+        No sample is read twice in an epoch, by whichever process.
+
+        Args:
+            batch: Images of one step over all processes; a multiple of ``world_size``.
+            seed: What the order depends on, with the epoch; None reads in the stored order.
+            epoch: From 0.
+            start: The step to begin with; the order from there on is as if it had begun with 0.
+            rank: Index of this process.
+            world_size: Number of processes.
+
+        Yields:
+            The ``batch / world_size`` samples of the process; their positions are ``step * batch + rank``,
+            ``step * batch + rank + world_size``, ...
+
+        Raises:
+            DataError: If the source can't be read; the message names the file.
+        """
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __iter__(self) -> Iterator[Sample]:
+        worker = get_worker_info()
+        steps = self.read(batch=1, seed=None)
+        for (raw,) in islice(steps, worker.id, None, worker.num_workers) if worker else steps:
+            try:
+                sample, problems = self.decoder(raw, self.transforms)
+            except ImageError as error:
+                if self.strict:
+                    raise
+                self.note_images([raw.name], str(error))
+            else:
+                self.note_annotations(problems)
+                yield sample
+
+
+def random_order(count: int, *parts: int) -> list[int]:
+    """A permutation of 0..count - 1 that depends on the parts alone.
+
+    Example:
+        >>> sorted(random_order(4, 0, 1)), random_order(9, 0, 1) == random_order(9, 0, 1)
+        ([0, 1, 2, 3], True)
+    """
+    order: list[int] = random_generator(*parts).permutation(count).tolist()
+    return order
+
+
+def random_generator(*parts: int) -> np.random.Generator:
+    """A generator that depends on the parts, which may be negative, alone."""
+    return np.random.default_rng([part % 2**64 for part in parts])

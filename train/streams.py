@@ -1,0 +1,217 @@
+"""Feeds a run from data that is streamed: shards, or a data set of the ``datasets`` library.
+
+The training process reads, in the order of the epoch; loader processes decode and augment. So the order is the source's
+whatever the number of workers and however fast each is, and a worker's random numbers are those of the sample's place.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from a2fpn.data import ImageError, RawSample, Sample, SampleDecoder, StreamDataset, collate
+from train.seeding import seeded
+
+if TYPE_CHECKING:
+    from train.feed import Batch
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RawBatch:
+    """What a loader process makes a batch of.
+
+    Args:
+        epoch: The epoch.
+        samples: The samples.
+        spare: Another sample, which stands in where none of them can be read.
+    """
+
+    epoch: int
+    samples: Sequence[RawSample]
+    spare: RawSample
+
+
+class LoadedBatch(NamedTuple):
+    """What comes back.
+
+    Args:
+        images: Images, augmented.
+        targets: Their targets.
+        problems: A message for each annotation that was left out.
+        unreadable: The reason for each image that could not be read, by its name.
+    """
+
+    images: Sequence[Any]
+    targets: Sequence[Any]
+    problems: Sequence[str]
+    unreadable: dict[str, str]
+
+
+class RawBatches:
+    """The sampler of one process: what it has read of the epoch that was set last."""
+
+    def __init__(self) -> None:
+        self._batches: Iterable[RawBatch] = ()
+
+    def set(self, batches: Iterable[RawBatch]) -> None:
+        """Sets what the next pass gives."""
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[RawBatch]:
+        return iter(self._batches)
+
+
+class DecodedBatches(Dataset[LoadedBatch]):
+    """Decodes and augments; lives in the loader processes.
+
+    Args:
+        decoder: The source's.
+        transforms: Called as ``transforms(image, target)``.
+        seed: The run's seed.
+    """
+
+    def __init__(self, decoder: SampleDecoder, transforms: Callable[..., Any] | None, seed: int) -> None:
+        self._decoder = decoder
+        self._transforms = transforms
+        self._seed = seed
+
+    def __getitem__(self, raw: RawBatch) -> LoadedBatch:
+        samples: list[Sample] = []
+        problems: list[str] = []
+        unreadable: dict[str, str] = {}
+        for place, wanted in enumerate(raw.samples):
+            for candidate in (*raw.samples[place:], *raw.samples[:place], raw.spare):
+                try:
+                    with seeded("sample", self._seed, raw.epoch, wanted.position):
+                        sample, found = self._decoder(candidate, self._transforms)
+                except ImageError as error:
+                    if self._decoder.strict:
+                        raise
+                    unreadable[candidate.name] = str(error)
+                else:
+                    samples.append(sample)
+                    problems += found
+                    break
+            else:
+                raise ImageError(f"{len(unreadable)} images in a row are unreadable: {'; '.join(unreadable.values())}")
+        return LoadedBatch(*collate(samples), problems, unreadable)
+
+
+class StreamFeed:
+    """Feeds a streamed data set; a :class:`~train.feed.Feed`.
+
+    In the place of an unreadable image stands the next readable one of its batch, or one of a neighbouring step; it is
+    logged and counted in the source's ``skipped``.
+
+    Args:
+        source: The data set.
+        transforms: Random changes, called as ``transforms(image, target)``, with torch's random numbers.
+        batch_size: Images per batch and process.
+        grad_accumulation: Batches per step and process.
+        workers: Loader processes; 0 loads in this process.
+        seed: The run's seed.
+        rank: Index of this process.
+        world_size: Number of processes.
+        pin_memory: Whether batches are put into page-locked memory, for a GPU.
+
+    Raises:
+        DataError: If the source has fewer images than one step takes.
+    """
+
+    def __init__(
+        self,
+        source: StreamDataset,
+        *,
+        transforms: Callable[..., Any] | None = None,
+        batch_size: int,
+        grad_accumulation: int = 1,
+        workers: int = 0,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        pin_memory: bool = False,
+    ) -> None:
+        self._source = source
+        self._batch_size, self._seed = batch_size, seed
+        self._per_step = batch_size * grad_accumulation * world_size
+        self._rank, self._world_size = rank, world_size
+        self._steps = source.steps(self._per_step)
+        self._raw = RawBatches()
+        self._loader: DataLoader[LoadedBatch] = DataLoader(
+            DecodedBatches(source.decoder, transforms, seed),
+            batch_size=None,  # the sampler gives whole batches
+            sampler=self._raw,
+            num_workers=workers,
+            collate_fn=_unchanged,
+            pin_memory=pin_memory,
+            persistent_workers=workers > 0,
+            # Workers draw nothing themselves; a generator of its own keeps the loader off torch's global one.
+            generator=torch.Generator(),
+        )
+
+    def steps(self, epoch: int) -> int:
+        """See :meth:`train.feed.Feed.steps`."""
+        return self._steps
+
+    def batches(self, epoch: int, *, start: int = 0) -> Iterator[Batch]:
+        """See :meth:`train.feed.Feed.batches`."""
+        self._raw.set(self._raw_batches(epoch, start))
+        for loaded in self._loader:
+            self._source.note_annotations(loaded.problems)
+            for name, reason in loaded.unreadable.items():
+                self._source.note_images([name], reason)
+            yield list(loaded.images), list(loaded.targets)
+
+    def _raw_batches(self, epoch: int, start: int) -> Iterator[RawBatch]:
+        """Reads this process's part of the epoch; the spare of a step is of the next, of the last of the one before."""
+        if start >= self._steps:
+            return
+        first = min(start, max(self._steps - 2, 0))
+        read = ahead(
+            self._source.read(
+                batch=self._per_step,
+                seed=self._seed,
+                epoch=epoch,
+                start=first,
+                rank=self._rank,
+                world_size=self._world_size,
+            ),
+            depth=2,
+        )
+        before = part = next(read)
+        for step in range(first, self._steps):
+            after = next(read, before)
+            if step >= start:
+                for at in range(0, len(part), self._batch_size):
+                    yield RawBatch(epoch, part[at : at + self._batch_size], after[at])
+            before, part = part, after
+
+
+def ahead(items: Iterator[T], *, depth: int) -> Iterator[T]:
+    """Takes ``depth`` items in advance, in a thread; an error comes where its item would.
+
+    Example:
+        >>> list(ahead(iter("abc"), depth=2))
+        ['a', 'b', 'c']
+    """
+    end = object()
+    pool = ThreadPoolExecutor(1, "reader")
+    try:
+        pending = deque(pool.submit(next, items, end) for _ in range(depth))
+        while (item := pending.popleft().result()) is not end:
+            pending.append(pool.submit(next, items, end))
+            yield item  # type: ignore[misc]  # not the end
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _unchanged(batch: LoadedBatch) -> LoadedBatch:
+    return batch
