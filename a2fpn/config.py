@@ -341,15 +341,17 @@ class KeypointRCNNConfig(RCNNConfig):
 
     Args:
         num_keypoints: Keypoints of every object.
+        keypoint_names: Their names; empty when unknown.
         keypoint_channels: Width of the keypoint head's convolutions.
         keypoint_layers: Number of the keypoint head's 3x3 convolutions.
         keypoint_pool_size: Output size of the keypoint head's RoI pooling; heatmaps have four times this size.
 
     Raises:
-        ValueError: For a count that makes no head.
+        ValueError: For a count that makes no head, or another number of names.
     """
 
     num_keypoints: int = 17
+    keypoint_names: tuple[str, ...] = ()
     keypoint_channels: int = 512
     keypoint_layers: int = 8
     keypoint_pool_size: int = 14
@@ -358,6 +360,11 @@ class KeypointRCNNConfig(RCNNConfig):
         super().__post_init__()
         if self.num_keypoints < 1:
             raise ValueError(f"num_keypoints must be at least 1, got {self.num_keypoints}.")
+        if len(self.keypoint_names) not in (0, self.num_keypoints):
+            raise ValueError(
+                f"num_keypoints is {self.num_keypoints} and keypoint_names has {len(self.keypoint_names)} names; give "
+                "one name per keypoint, or none."
+            )
         _check_layers(keypoint_layers=self.keypoint_layers)
 
 

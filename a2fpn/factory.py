@@ -505,6 +505,9 @@ def _override(config: ModelConfig, num_classes: int | None, overrides: Mapping[s
         elif key not in own:
             known = [*owner, *own, "backbone", "backbone_weights", "num_classes"]
             raise ValueError(f"Unknown argument {key!r} of a model. {did_you_mean(key, known)}")
+    points = getattr(config.heads, "num_keypoints", None)
+    if changed["heads"].get("num_keypoints", points) != points:
+        changed["heads"].setdefault("keypoint_names", ())  # they named the old ones
     parts = {
         key: from_dict(type(part), dataclasses.asdict(part) | changed[key], where=key) for key, part in sections.items()
     }

@@ -1,6 +1,6 @@
 """From images to detections: :class:`Predictor` runs a detector, :class:`Result` holds what it found in an image.
 
-Shape shorthand: N objects, an image of H x W pixels, C = 3 channels in the order R, G, B.
+Shape shorthand: N objects of K keypoints, an image of H x W pixels, C = 3 channels in the order R, G, B.
 """
 
 from __future__ import annotations
@@ -53,6 +53,9 @@ class Result:
         rles: A COCO run-length encoding per object; None if the model gives no masks.
         image: (H, W, 3) uint8 RGB; None if the image was read from ``path`` and can be read again.
         path: The file the image was read from, if any.
+        keypoints: (N, K, 3) float32, x and y in pixels of the image and 1 for visible; None if the model gives none.
+        keypoint_scores: (N, K) float32, the height of each keypoint's heatmap, a logit: above 0 the model is sure.
+        keypoint_names: K names, or empty if the model doesn't know them.
 
     Example:
         >>> result = Result(
@@ -76,6 +79,9 @@ class Result:
     rles: tuple[Rle, ...] | None = None
     image: NDArray[np.uint8] | None = None
     path: str | None = None
+    keypoints: NDArray[np.float32] | None = None
+    keypoint_scores: NDArray[np.float32] | None = None
+    keypoint_names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -113,6 +119,8 @@ class Result:
             scores=self.scores[kept],
             labels=self.labels[kept],
             rles=None if self.rles is None else tuple(self.rles[index] for index in kept),
+            keypoints=None if self.keypoints is None else self.keypoints[kept],
+            keypoint_scores=None if self.keypoint_scores is None else self.keypoint_scores[kept],
         )
 
     def to_coco(self, image_id: int) -> list[dict[str, Any]]:
@@ -123,7 +131,8 @@ class Result:
 
         Returns:
             Per object image_id, category_id (the original id of its category), bbox (x, y, width, height in
-            pixels), score and, if there are masks, segmentation (compressed RLE).
+            pixels), score and, if there are masks, segmentation (compressed RLE), if there are keypoints, keypoints
+            (x, y and visibility of each, 3 K numbers).
         """
         corners = self.boxes.astype(np.float64)
         sides = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
@@ -133,16 +142,40 @@ class Result:
         ]
         for record, rle in zip(records, self.rles or (), strict=False):
             record["segmentation"] = rle
+        if self.keypoints is not None:
+            for record, points in zip(records, self.keypoints, strict=True):
+                record["keypoints"] = points.ravel().tolist()
         return records
 
     def to_supervision(self) -> supervision.Detections:
-        """Returns supervision's ``Detections``, with dense masks and the names as ``data["class_name"]``."""
+        """Returns supervision's ``Detections``, with dense masks and the names as ``data["class_name"]``.
+
+        ``Detections`` have no place for keypoints: they are in ``data["keypoints"]``, and in
+        :meth:`to_supervision_keypoints`.
+        """
         import supervision
 
+        points = {} if self.keypoints is None else {"keypoints": self.keypoints}
         return supervision.Detections(
             xyxy=self.boxes,
             mask=self.masks,
             confidence=self.scores,
+            class_id=self.labels,
+            data={"class_name": np.array(self.names, dtype=np.str_), **points},
+        )
+
+    def to_supervision_keypoints(self) -> supervision.KeyPoints:
+        """Returns supervision's ``KeyPoints``, which its annotators of keypoints draw.
+
+        Raises:
+            ValueError: If the model gives no keypoints.
+        """
+        import supervision
+
+        if self.keypoints is None:
+            raise ValueError("This result has no keypoints; they come from detectors such as keypointrcnn.")
+        return supervision.KeyPoints(
+            xy=self.keypoints[..., :2],
             class_id=self.labels,
             data={"class_name": np.array(self.names, dtype=np.str_)},
         )
@@ -203,7 +236,8 @@ class PredictOptions:
         soft_nms: ``"linear"`` or ``"gaussian"`` lowers the scores of objects that overlap better ones, where NMS
             removes them; see :func:`a2fpn.heads.soft_nms`. False removes.
         tile: Side in pixels of the overlapping tiles in which larger images are predicted one by one, and whose
-            objects are merged; None predicts images whole. Each tile is resized by the model's own rule.
+            objects are merged; None predicts images whole. Each tile is resized by the model's own rule. Keypoints
+            can't be merged, nor fused by ``tta``: with a detector of keypoints both are errors.
         overlap: Least share of a tile that the next one shows too. Objects up to this size are seen whole.
         tta: True sees each image, or tile, at three sizes and mirrored, and fuses what is found; an
             :class:`~a2fpn.tta.Augmentation` says which views to take. Takes several times as long.
@@ -326,6 +360,9 @@ class Predictor:
 
         Returns:
             A result per image, without image and path.
+
+        Raises:
+            ValueError: For an option out of its range, or one that a detector of keypoints has no answer to.
         """
         chosen = replace(self.options, **options)
         device = next(self.model.parameters()).device
@@ -370,6 +407,8 @@ class Predictor:
         # One by one: a batch of tiles takes several times the memory and saves no time on a CPU.
         for x0, y0, x1, y1 in windows:
             (output,) = self._detect([image[..., y0:y1, x0:x1]], options, rule)
+            if "keypoints" in output and len(windows) > 1:
+                raise ValueError("Keypoints of several tiles can't be merged; predict without tile.")
             moved = {**output, "boxes": output["boxes"] + output["boxes"].new_tensor([x0, y0, x0, y0])}
             results.append(self._result(moved, size, options))
         if len(results) == 1:
@@ -391,6 +430,9 @@ class Predictor:
 
     def _result(self, output: Mapping[str, Tensor], size: tuple[int, int], options: PredictOptions) -> Result:
         boxes, masks = output["boxes"], output.get("masks")
+        points: dict[str, Any] = {
+            name: output[name].cpu().numpy() for name in ("keypoints", "keypoint_scores") if name in output
+        }
         result = Result(
             boxes=boxes.cpu().numpy(),
             scores=output["scores"].cpu().numpy(),
@@ -398,6 +440,8 @@ class Predictor:
             size=size,
             categories=self.categories,
             rles=None if masks is None else self._encode(masks, boxes, size),
+            keypoint_names=getattr(self.model.config.heads, "keypoint_names", ()),
+            **points,
         )
         return result if options.score_threshold is None else result.above(options.score_threshold)
 

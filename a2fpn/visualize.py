@@ -50,6 +50,13 @@ _MIN_WIDTH = 480  # pixels the legend needs to be readable
 _MAX_LABELLED = 40  # objects; above that scores are noise, and the legend gives their range
 _MAX_COVERED = 0.2  # share of any object's box that a label may cover
 _LINE = 1.9  # distance of the legend's lines in letter sizes
+_LIMBS = (
+    ("left_shoulder right_shoulder", "left_shoulder left_hip", "right_shoulder right_hip", "left_hip right_hip")
+    + ("left_shoulder left_elbow", "left_elbow left_wrist", "right_shoulder right_elbow", "right_elbow right_wrist")
+    + ("left_hip left_knee", "left_knee left_ankle", "right_hip right_knee", "right_knee right_ankle")
+    + ("nose left_eye", "nose right_eye", "left_eye left_ear", "right_eye right_ear")
+)
+"""What the skeleton joins, by COCO's names of keypoints."""
 _DPI = 64  # a power of two, so that inches x dpi gives back whole pixels
 
 
@@ -121,6 +128,14 @@ def draw(
     if boxes:
         outlines = [_box_outline(result.boxes[index]) for index in order]
         canvas.outline(outlines, colors[order], scale=scale, line=unit)
+    if result.keypoints is not None:
+        radius = 2.5 * unit / scale
+        drawn = [_skeleton(result, index, radius) for index in order]
+        limbs, joints = ([outlines[part] for outlines in drawn] for part in range(2))
+        canvas.outline(limbs, _BLACK, scale=scale, line=3.5 * unit, opacity=0.6)
+        canvas.outline(limbs, colors[order], scale=scale, line=2 * unit)
+        canvas.outline(joints, _WHITE, scale=scale, line=2 * unit)
+        canvas.outline(joints, colors[order], scale=scale, line=0, fill=1)
     if labels:
         texts = [f"{score:.2f}" for score in result.scores.tolist()]
         if not one_class:
@@ -293,6 +308,27 @@ def _box_outline(box: NDArray[np.float32]) -> Outline:
     """The border of a box."""
     x0, y0, x1, y1 = box
     return Outline([(x0, y0), (x1, y0), (x1, y1), (x0, y1), (x0, y0)], closed=True)
+
+
+def _skeleton(result: Result, index: int, radius: float) -> tuple[Outline, Outline]:
+    """The limbs between an object's keypoints, as far as their names tell, and a circle around each keypoint.
+
+    Those are left out that are not labelled, or of which the model is not sure.
+    """
+    assert result.keypoints is not None
+    sure = result.keypoints[index, :, 2] > 0
+    if result.keypoint_scores is not None:
+        sure &= result.keypoint_scores[index] > 0
+    places = result.keypoints[index, :, :2]
+    known = {name: places[point] for point, name in enumerate(result.keypoint_names) if sure[point]}
+    ends = [limb.split() for limb in _LIMBS]
+    limbs = [Outline([known[start], known[end]]) for start, end in ends if start in known and end in known]
+    return _together(limbs), _together([Outline.circle(place, radius) for place in places[sure]])
+
+
+def _together(outlines: list[Outline]) -> Outline:
+    """One outline of several, or of none."""
+    return Outline.make_compound_path(*outlines) if outlines else Outline(np.empty((0, 2)))
 
 
 def _place_labels(

@@ -10,12 +10,15 @@ from PIL import Image
 from pycocotools import mask as mask_utils
 
 import a2fpn
+from a2fpn import factory
 from a2fpn.cli import DEMO_DATA
 from a2fpn.config import Category
+from a2fpn.convert.torchvision import published_config
 from a2fpn.data import encode_box_masks
 from a2fpn.evaluation import evaluate_coco
 from a2fpn.inference import Predictor, Result, list_images
 from a2fpn.tta import Augmentation
+from a2fpn.weights import TorchvisionWeights
 
 CATEGORIES = (Category(7, "cat"), Category(23, "dog"), Category(90, "x-ray"))
 SMALL = {
@@ -300,6 +303,92 @@ def test_plot_reads_the_file_again(predictor, pixels, tmp_path):
     path.unlink()
     with pytest.raises(ValueError, match=r"image\.png: no such file"):
         result.plot()
+
+
+# Keypoints
+
+
+@pytest.fixture(scope="module")
+def keypoint_predictor():
+    options = {key: value for key, value in SMALL.items() if not key.startswith("mask_")}
+    torch.manual_seed(0)
+    return Predictor(
+        a2fpn.create_model(
+            "keypointrcnn_fpn",
+            **options,
+            keypoint_channels=8,
+            keypoint_layers=1,
+            num_keypoints=3,
+            keypoint_names=["nose", "left_ear", "right_ear"],
+            categories=CATEGORIES,
+        )
+    )
+
+
+def test_keypoints_are_those_of_the_model(keypoint_predictor, pixels):
+    with torch.inference_mode():
+        (expected,) = keypoint_predictor.model.eval()([torch.from_numpy(pixels).permute(2, 0, 1)])
+    result = keypoint_predictor(pixels)
+    np.testing.assert_array_equal(result.keypoints, expected["keypoints"].numpy())
+    np.testing.assert_array_equal(result.keypoint_scores, expected["keypoint_scores"].numpy())
+    assert result.keypoints.shape == (8, 3, 3)
+    assert result.keypoints.dtype == result.keypoint_scores.dtype == np.float32
+    assert result.keypoint_names == ("nose", "left_ear", "right_ear")
+    assert result.masks is None
+    best = result.above(float(result.scores[2]))
+    np.testing.assert_array_equal(best.keypoints, result.keypoints[: len(best)])
+    np.testing.assert_array_equal(best.keypoint_scores, result.keypoint_scores[: len(best)])
+
+
+def test_keypoints_in_the_formats_of_others(keypoint_predictor, pixels):
+    result = keypoint_predictor(pixels)
+    records = json.loads(json.dumps(result.to_coco(4)))
+    for record, points, score in zip(records, result.keypoints, result.scores, strict=True):
+        assert record["keypoints"] == points.ravel().tolist()
+        assert len(record["keypoints"]) == 9
+        assert record["score"] == pytest.approx(float(score))
+    detections, keypoints = result.to_supervision(), result.to_supervision_keypoints()
+    np.testing.assert_array_equal(detections.data["keypoints"], result.keypoints)
+    np.testing.assert_array_equal(detections[:2].data["keypoints"], result.keypoints[:2])
+    np.testing.assert_array_equal(keypoints.xy, result.keypoints[..., :2])
+    np.testing.assert_array_equal(keypoints.class_id, result.labels)
+    assert keypoints.data["class_name"].tolist() == list(result.names)
+    assert result.plot(score_threshold=0).width >= 480
+    empty = result.above(1.0)
+    assert (empty.to_coco(1), len(empty.to_supervision_keypoints().xy)) == ([], 0)
+    assert empty.keypoints.shape == (0, 3, 3)
+    assert "keypoints" not in make_result().to_supervision().data
+    with pytest.raises(ValueError, match="has no keypoints; they come from detectors such as keypointrcnn"):
+        make_result().to_supervision_keypoints()
+
+
+def test_keypoints_of_several_views_or_tiles_are_an_error(keypoint_predictor, pixels):
+    with pytest.raises(ValueError, match="Keypoints of several tiles can't be merged; predict without tile"):
+        keypoint_predictor(pixels, tile=40)
+    with pytest.raises(ValueError, match="can't mirror keypoints; use a detector of boxes or masks"):
+        keypoint_predictor(pixels, tta=True)
+    whole = keypoint_predictor(pixels, tile=80)  # it fits one tile
+    np.testing.assert_array_equal(whole.keypoints, keypoint_predictor(pixels).keypoints)
+
+
+def test_names_go_with_the_keypoints_that_they_name(tmp_path):
+    with torch.device("meta"):
+        source = a2fpn.create_model("keypointrcnn_fpn_r18", keypoint_names=[f"point {i}" for i in range(17)])
+        other = a2fpn.create_model("keypointrcnn_fpn_r18", num_keypoints=4)
+    assert source.config.heads.keypoint_names[16] == "point 16"
+    assert other.config.heads.keypoint_names == ()
+    model = a2fpn.create_model(
+        "keypointrcnn_fpn", backbone="test_resnet", num_keypoints=2, keypoint_names=["a", "b"], keypoint_layers=0
+    )
+    a2fpn.save_pretrained(model, tmp_path / "model")
+    assert a2fpn.from_pretrained(tmp_path / "model").config.heads.keypoint_names == ("a", "b")
+    published = published_config(TorchvisionWeights("keypointrcnn_resnet50_fpn", frozen_eps=0.0))
+    assert published.heads.keypoint_names[:2] == ("nose", "left_eye")
+    changed = factory._override(published, None, {"num_keypoints": 5})
+    assert (changed.heads.num_keypoints, changed.heads.keypoint_names) == (5, ())
+    assert factory._override(published, None, {"num_keypoints": 17}).heads == published.heads
+    with pytest.raises(ValueError, match="num_keypoints is 17 and keypoint_names has 2 names; give one name per"):
+        a2fpn.create_model("keypointrcnn_fpn_r18", keypoint_names=["a", "b"])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -179,6 +179,54 @@ def test_labels_hide_neither_objects_nor_each_other(n, seed):
         assert (visualize._overlap(rect, boxes) <= 0.2 * visualize._areas(boxes) + 1e-3).all()
 
 
+def pose(names=(), *, scores=None, visible=(1, 1, 1)):
+    """One object of three keypoints that hang one under the other in the middle of a grey image."""
+    return Result(
+        boxes=np.array([[100, 100, 700, 700]], dtype=np.float32),
+        scores=np.array([0.9], dtype=np.float32),
+        labels=np.array([0]),
+        size=(800, 800),
+        categories=(Category(1, "person"),),
+        keypoints=np.array([[[400, y, v] for y, v in zip((200, 400, 600), visible, strict=True)]], dtype=np.float32),
+        keypoint_scores=None if scores is None else np.array([scores], dtype=np.float32),
+        keypoint_names=names,
+    )
+
+
+ARM = ("left_shoulder", "left_elbow", "left_wrist")
+
+
+@pytest.mark.parametrize(
+    ("result", "points", "limbs"),
+    [
+        (pose(ARM), (200, 400, 600), (300, 500)),
+        (pose(), (200, 400, 600), ()),
+        (pose(("left_shoulder", "tail", "left_wrist")), (200, 400, 600), ()),
+        (pose(ARM, visible=(1, 1, 0)), (200, 400), (300,)),
+        (pose(ARM, scores=(5, -1, 2)), (200, 600), ()),
+        (pose(visible=(0, 0, 0)), (), ()),
+    ],
+)
+def test_keypoints_are_drawn_and_joined_where_their_names_are_known(result, points, limbs):
+    image = np.full((800, 800, 3), 90, dtype=np.uint8)
+    picture = np.asarray(draw(result, image, boxes=False, labels=False, legend=False)).astype(int)
+    changed = (picture != 90).any(2)
+    for y in (200, 300, 400, 500, 600):
+        assert changed[y, 400] == (y in (*points, *limbs)), y
+        # In the colour of the object, not white.
+        if changed[y, 400]:
+            assert np.ptp(picture[y, 400]) > 50
+    assert changed.sum() < 3000
+    assert not changed[:, :380].any()
+
+
+def test_keypoints_scale_with_the_picture():
+    small = pose(ARM)
+    small = Result(**{**vars(small), "boxes": small.boxes / 10, "size": (80, 80), "keypoints": small.keypoints / 10})
+    picture = np.asarray(draw(small, np.full((80, 80, 3), 90, dtype=np.uint8), boxes=False, labels=False, legend=False))
+    assert (picture[200] != 90).any(1).nonzero()[0].mean() == pytest.approx(400, abs=1)
+
+
 def test_one_object_with_room_gets_its_label_on_top():
     (place,) = visualize._place_labels(["cat 0.97"], np.array([[100, 100, 300, 300]], dtype=np.float32), (600, 600), 12)
     assert place[0] == 100

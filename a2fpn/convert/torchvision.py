@@ -139,6 +139,9 @@ def torchvision_config(module: nn.Module, *, categories: Sequence[str] | None = 
     num_classes = len(found) or (outputs if one_stage else outputs - 1)
     if not one_stage:
         options["unused_outputs"] = outputs - 1 - num_classes
+    if detector == "keypointrcnn" and found and categories is None:  # what makes the classes COCO's
+        published = _published(detector)["keypoint_names"]
+        options["keypoint_names"] = tuple(published) if len(published) == options["num_keypoints"] else ()
     short = next((alias for alias, full in ALIASES.items() if full == backbone.name), backbone.name)
     return ModelConfig(
         architecture=f"{detector}_fpn_{short.partition('.')[0]}",
@@ -378,10 +381,16 @@ def _num_outputs(module: FasterRCNN | RetinaNet | FCOS) -> int:
     return int(module.head.classification_head.num_classes)
 
 
+def _published(detector: str) -> Mapping[str, Any]:
+    """What torchvision says of its own weights."""
+    meta: Mapping[str, Any] = get_model_weights(f"{detector}_resnet50_fpn")["COCO_V1"].meta
+    return meta
+
+
 def _categories(detector: str, outputs: int, names: Sequence[str] | None) -> tuple[Category, ...]:
     """The outputs that are categories; the number of an output is the category's id, as in COCO."""
     if names is None:
-        published = get_model_weights(f"{detector}_resnet50_fpn")["COCO_V1"].meta["categories"]
+        published = _published(detector)["categories"]
         names = published if len(published) == outputs else []
     if names and len(names) != outputs:
         raise ValueError(f"{len(names)} categories were given for a detector with {outputs} outputs.")
