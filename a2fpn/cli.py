@@ -10,7 +10,7 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.core import TyperGroup
 
 from a2fpn._version import __version__
+from a2fpn.config import KeypointRCNNConfig
 
 if TYPE_CHECKING:
     from a2fpn.data import CocoDataset
@@ -47,6 +48,9 @@ METRICS = {
     "ar1": "AR, 1 detection per image",
     "ar10": "AR, 10 detections per image",
     "ar100": "AR, {max_detections} detections per image",
+    "ar": "AR of keypoints, mean of OKS 0.50 to 0.95",
+    "ar50": "AR of keypoints at OKS 0.50",
+    "ar75": "AR of keypoints at OKS 0.75",
     "ar_small": "AR, small objects",
     "ar_medium": "AR, medium objects",
     "ar_large": "AR, large objects",
@@ -315,19 +319,35 @@ def evaluate(
     optimize: Optimize = False,
     dtype: Precision = "float32",
     device: Device = None,
+    oks_sigmas: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B,...",
+            help="How precisely people place each keypoint, in units of the object's size; by default those of COCO's "
+            "17 keypoints.",
+        ),
+    ] = None,
+    backend: Annotated[
+        Literal["auto", "hotcoco", "faster-coco-eval", "pycocotools"],
+        typer.Option(help="What counts: by default hotcoco. All agree; pycocotools is the reference, and slow."),
+    ] = "auto",
 ) -> None:
-    """Measure a model on annotated images: the 12 COCO numbers for boxes and masks, and AP per class.
+    """Measure a model on annotated images: the COCO numbers for boxes, masks and keypoints, and AP per class.
 
     Example: `a2fpn evaluate --model runs/cells --images cells/val --annotations cells/val.json`
 
-    Categories are matched by id. An image that can't be read is an error: left out, it would count as missed.
+    What the model predicts and the file has annotated is measured. Categories are matched by id. An image that can't
+    be read is an error: left out, it would count as missed.
     """
     from a2fpn.data import CocoDataset, read_image
-    from a2fpn.evaluation import evaluate_coco
+    from a2fpn.evaluation import COCO_SIGMAS, common_iou_types, evaluate_coco
 
     detector = _load(model)
     dataset = CocoDataset(images, annotations, categories=detector.config.categories or None)
     _check_categories(detector, dataset)
+    kinds = common_iou_types(dataset.coco, detector.target_keys)
+    if "keypoints" in kinds:
+        _check_keypoints(detector, dataset)
     predictor = _predictor(
         detector,
         device,
@@ -342,13 +362,21 @@ def evaluate(
     )
     predictor.categories = dataset.categories
     known = {category.id for category in dataset.coco.categories}
-    records = []
-    with _progress() as progress:
-        for entry in progress.track(list(dataset.coco.images.values()), description="evaluating"):
-            (result,) = predictor.predict([read_image(images / entry.file_name, size=(entry.height, entry.width))])
-            records += [record for record in result.to_coco(entry.id) if record["category_id"] in known]
-    kinds = ["bbox", "segm"] if detector.has_masks and dataset.coco.has_masks else ["bbox"]
-    metrics = evaluate_coco(dataset.coco, records, iou_types=kinds, max_detections=max_detections)
+
+    def records() -> Iterator[dict[str, Any]]:
+        with _progress() as progress:
+            for entry in progress.track(list(dataset.coco.images.values()), description="evaluating"):
+                (result,) = predictor.predict([read_image(images / entry.file_name, size=(entry.height, entry.width))])
+                yield from (record for record in result.to_coco(entry.id) if record["category_id"] in known)
+
+    metrics = evaluate_coco(
+        dataset.coco,
+        records(),
+        iou_types=kinds,
+        max_detections=max_detections,
+        oks_sigmas=COCO_SIGMAS if oks_sigmas is None else _numbers(oks_sigmas),
+        backend=backend,
+    )
     _print_metrics(metrics, title=f"{model} on {_count(len(dataset), 'image')}")
     if save is not None:
         numbers = {"max_detections": max_detections, **metrics.to_dict(per_class=True)}
@@ -538,16 +566,36 @@ def _check_categories(detector: Detector, dataset: CocoDataset) -> None:
             )
 
 
+def _check_keypoints(detector: Detector, dataset: CocoDataset) -> None:
+    """Stops where model and data have other keypoints."""
+    heads, coco = detector.config.heads, dataset.coco
+    assert isinstance(heads, KeypointRCNNConfig)
+    if heads.num_keypoints != coco.num_keypoints:
+        raise ValueError(f"The model gives {heads.num_keypoints} keypoints, {coco.name} has {coco.num_keypoints}.")
+    if heads.keypoint_names and coco.keypoint_names and heads.keypoint_names != coco.keypoint_names:
+        raise ValueError(
+            f"The model's keypoints are {_as_text(heads.keypoint_names)}, those of {coco.name} are "
+            f"{_as_text(coco.keypoint_names)}; give both the same names in the same order."
+        )
+
+
+def _numbers(text: str) -> list[float]:
+    """Numbers of an option."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"Expected numbers with commas between, such as 0.026,0.025, got {text!r}.") from None
+
+
 def _ap(metrics: CocoMetrics, kind: str, name: str = "ap") -> str:
-    """A number of an evaluation for people."""
-    value = metrics.to_dict(per_class=True)[f"{kind}/{name}"]
-    return "-" if value < 0 else f"{value:.3f}"
+    """A number of an evaluation for people; nothing for one that the kind of IoU doesn't have."""
+    value = metrics.to_dict(per_class=True).get(f"{kind}/{name}")
+    return "" if value is None else "-" if value < 0 else f"{value:.3f}"
 
 
 def _print_metrics(metrics: CocoMetrics, *, title: str) -> None:
-    kinds = {"bbox": metrics.bbox, "segm": metrics.segm}
-    measured = {kind: numbers for kind, numbers in kinds.items() if numbers is not None}
-    columns = [{"bbox": "boxes", "segm": "masks"}[kind] for kind in measured]
+    measured = metrics.measured
+    columns = [{"bbox": "boxes", "segm": "masks", "keypoints": "keypoints (OKS)"}[kind] for kind in measured]
     tables = [(title, {label.format(max_detections=metrics.max_detections): key for key, label in METRICS.items()})]
     classes = next(iter(measured.values())).per_class
     if len(classes) > 1:
@@ -555,7 +603,9 @@ def _print_metrics(metrics: CocoMetrics, *, title: str) -> None:
     for heading, keys in tables:
         table = _table("", *columns)
         for label, key in keys.items():
-            table.add_row(escape(label), *(_ap(metrics, kind, key) for kind in measured))
+            cells = [_ap(metrics, kind, key) for kind in measured]
+            if any(cells):
+                table.add_row(escape(label), *cells)
         typer.echo(heading)
         Console().print(table)
 

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 import a2fpn
 from a2fpn import cli, weights
 from a2fpn.config import Category
+from a2fpn.evaluation import BACKENDS
 
 SMALL = {
     "backbone": "test_efficientnet",
@@ -222,6 +223,78 @@ def test_evaluate_a_model_without_categories(data, tmp_path):
     message = fails("evaluate", "--model", other, "--images", data[0], "--annotations", data[1])
     assert "2 classes" in message
     assert "has 3" in message
+
+
+def test_evaluate_a_mask_detector_on_a_file_without_masks(checkpoint, data, tmp_path):
+    truth = json.loads(data[1].read_text())
+    truth["annotations"] = [{k: v for k, v in a.items() if k != "segmentation"} for a in truth["annotations"]]
+    annotations, out = tmp_path / "boxes.json", tmp_path / "numbers.json"
+    annotations.write_text(json.dumps(truth))
+    output = run("evaluate", "--model", checkpoint, "--images", data[0], "--annotations", annotations, "--json", out)
+    assert "masks" not in output
+    numbers = json.loads(out.read_text())
+    assert not [key for key in numbers if key.startswith("segm")]
+    run("evaluate", "--model", checkpoint, "--images", data[0], "--annotations", data[1], "--json", out)
+    with_masks = json.loads(out.read_text())
+    assert {key: with_masks[key] for key in numbers} == numbers  # the file says how large each object is
+
+
+def test_evaluate_with_every_library_gives_the_same_numbers(checkpoint, data, tmp_path):
+    common = ("evaluate", "--model", checkpoint, "--images", data[0], "--annotations", data[1], "--json")
+    numbers = []
+    for backend in ("auto", "hotcoco", "pycocotools"):
+        run(*common, tmp_path / backend, "--backend", backend)
+        numbers.append(json.loads((tmp_path / backend).read_text()))
+    assert numbers[0] == numbers[1] == pytest.approx(numbers[2], abs=1e-12)
+    text = run("evaluate", "--help")
+    assert [backend for backend in BACKENDS if backend not in text] == []
+
+
+NOSES = ["nose", "left_ear", "right_ear"]
+
+
+def with_keypoints(annotations, path, count=3):
+    """The annotations with keypoints inside their boxes, the last of which is not labelled."""
+    truth = json.loads(annotations.read_text())
+    for annotation in truth["annotations"]:
+        x, y, w, h = annotation["bbox"]
+        points = [[x + w * step / count, y + h * step / count, 2] for step in range(count - 1)] + [[0, 0, 0]]
+        annotation["keypoints"] = [value for point in points for value in point]
+        del annotation["segmentation"]
+    truth["categories"] = [{**category, "keypoints": NOSES[:count]} for category in truth["categories"]]
+    path.write_text(json.dumps(truth))
+    return path
+
+
+def test_evaluate_a_keypoint_detector(data, tmp_path):
+    small = {key: value for key, value in SMALL.items() if not key.startswith("mask_")}
+    model = a2fpn.create_model(
+        "keypointrcnn_fpn", **small, categories=CATEGORIES, keypoint_channels=8, keypoint_layers=1, num_keypoints=3,
+        keypoint_names=NOSES,
+    )  # fmt: skip
+    checkpoint = a2fpn.save_pretrained(model, tmp_path / "model")
+    common = ("evaluate", "--model", checkpoint, "--images", data[0], "--annotations")
+    annotations, out = with_keypoints(data[1], tmp_path / "keypoints.json"), tmp_path / "numbers.json"
+    output = run(*common, annotations, "--oks-sigmas", "0.1,0.1,0.2", "--json", out)
+    assert "keypoints (OKS)" in output
+    assert "AR of keypoints at OKS 0.75" in output
+    assert "masks" not in output
+    numbers = json.loads(out.read_text())
+    assert len([key for key in numbers if key.startswith("keypoints/") and key.count("/") == 1]) == 10
+    assert "keypoints/ap/shape 23" in numbers
+    assert "masks" not in run(*common, data[1])
+    assert "keypoints" not in run(*common, data[1])
+
+    assert "has 3 keypoints per object, oks_sigmas are 17" in fails(*common, annotations)
+    assert "numbers with commas between, such as 0.026,0.025, got 'a,b'" in fails(
+        *common, annotations, "--oks-sigmas", "a,b"
+    )
+    two = with_keypoints(data[1], tmp_path / "two.json", count=2)
+    assert "The model gives 3 keypoints, " in fails(*common, two)
+    truth = json.loads(annotations.read_text())
+    truth["categories"][0]["keypoints"] = ["tail", "left_ear", "right_ear"]
+    two.write_text(json.dumps(truth))
+    assert "The model's keypoints are nose, left_ear, right_ear, those of " in fails(*common, two)
 
 
 def test_evaluate_detections_of_classes_the_data_lacks_do_not_count(checkpoint, tmp_path):
