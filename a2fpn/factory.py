@@ -137,23 +137,40 @@ def list_necks(pattern: str = "") -> list[str]:
 
 
 def create_backbone(
-    name: str, *, levels: Sequence[int] = (4, 8, 16, 32), pretrained: bool = False, **options: Any
+    name: str,
+    *,
+    levels: Sequence[int] = (4, 8, 16, 32),
+    pretrained: bool = False,
+    weights: str | Path | None = None,
+    **options: Any,
 ) -> TimmBackbone:
     """Builds a backbone.
 
     Args:
         name: An alias or a timm name, with or without a tag; see :func:`a2fpn.list_backbones`.
         levels: Strides of the maps, increasing powers of two. What the network lacks is made from its nearest map.
-        pretrained: Whether to load timm's ImageNet weights.
+        pretrained: Whether to load the weights that timm has for the name; batch norm is then frozen unless ``norm``
+            says otherwise.
+        weights: A local file of weights to load instead.
         **options: Fields of :class:`a2fpn.config.BackboneConfig`.
+
+    Raises:
+        ValueError: For an unknown name or option, a network that can't be attached, or weights that don't fit.
 
     Example:
         >>> backbone = create_backbone("test_resnet", levels=(8, 16))
         >>> list(backbone.out_spec.items())
         [('c3', LevelSpec(channels=48, stride=8)), ('c4', LevelSpec(channels=192, stride=16))]
     """
+    if pretrained or weights is not None:
+        options = _of_trained(name) | options
     config = from_dict(BackboneConfig, {"name": name, "strides": levels, **options}, where="create_backbone")
-    return TimmBackbone(config, pretrained=pretrained)
+    return TimmBackbone(config, pretrained=pretrained, weights=weights)
+
+
+def _of_trained(backbone: str) -> dict[str, Any]:
+    """Fields of a backbone that come with pretrained weights, unless they are set."""
+    return {"norm": "frozen", "license": weights_licence(backbone)}
 
 
 def create_model(
@@ -212,9 +229,8 @@ def create_model(
         return _from_weights(*weights, num_classes=num_classes, load=pretrained, overrides=overrides)
     backbone_weights = overrides.pop("backbone_weights", None)
     config = _parse_name(name, overrides.pop("backbone", None))
-    if pretrained_backbone or backbone_weights:
-        overrides.setdefault("norm", "frozen")
-        overrides["license"] = weights_licence(config.backbone.name)
+    if pretrained_backbone or backbone_weights is not None:
+        overrides = _of_trained(config.backbone.name) | overrides
     config = _attached(_override(config, num_classes, overrides), overrides)
     return _build(config, pretrained_backbone=pretrained_backbone, backbone_weights=backbone_weights)
 

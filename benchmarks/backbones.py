@@ -10,15 +10,16 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
+import datetime
 import gc
 import logging
 import shutil
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import timm
 import torch
@@ -29,13 +30,14 @@ import a2fpn
 from a2fpn._registry import match_names
 from a2fpn.backbones import Attachment, TimmBackbone, find_attachment, preprocessing
 from a2fpn.backbones.attach import feature_info, measure, probe, read_table
-from a2fpn.backbones.freezing import contributors
+from a2fpn.backbones.freezing import contributors, drop_dead
 from a2fpn.config import BackboneConfig, ModelConfig, NeckConfig, PreprocessConfig, RCNNConfig
 from a2fpn.detectors import DETECTORS, Detector
 from a2fpn.necks import create_neck
 from a2fpn.pyramid import level_size
 from benchmarks._measure import print_table
 
+T = TypeVar("T")
 TABLE = Path(a2fpn.__file__).parent / "assets" / "backbones.csv"
 SIZES = ((256, 256), (200, 333))
 """Square, and not square and no multiple of 32."""
@@ -57,21 +59,26 @@ def main(
         "build/backbones.csv"
     ),
     pattern: Annotated[str, typer.Option(help="Only architectures that match.")] = "",
-    part: Annotated[str, typer.Option(help="Only a part, '3/10' is the third tenth.")] = "1/1",
+    part: Annotated[
+        str, typer.Option(help="Only a part: '3/10' is the third tenth, 'today/10' each day another one.")
+    ] = "1/1",
     check: Annotated[bool, typer.Option(help="Try the shipped table instead of making one; fails on a fault.")] = False,
     write: Annotated[bool, typer.Option(help="Put the complete output in the place of the shipped table.")] = False,
 ) -> None:
     """Sweeps over timm's architectures."""
-    names = part_of(match_names(timm.list_models(), pattern), part)
+    number, count = read_part(part, datetime.datetime.now(datetime.timezone.utc).date())
+    names, trained = match_names(timm.list_models(), pattern)[number - 1 :: count], smallest()
+    print(f"Part {number}/{count} of timm {timm.__version__}: {len(names)} architectures.", flush=True)
     if check:
-        with _quiet():
-            faults = {name: fault for name in names if (fault := _fault(find_attachment(name), train=False))}
-        print(f"{len(names) - len(faults)} of {len(names)} attach as the table says.")
+        with quiet():
+            faults = {name: fault for name in names if (fault := _fault(find_attachment(name), train=name in trained))}
+        real = len(trained & set(names))
+        print(f"{len(names) - len(faults)} of {len(names)} attach as the table says; {real} also took a training step.")
         if faults:
             raise SystemExit("\n".join(f"{name}: {fault}" for name, fault in faults.items()))
         return
-    with _quiet():
-        rows = sweep(names, output, smallest())
+    with quiet():
+        rows = sweep(names, output, trained)
     _summarise(rows)
     if write:
         if missing := set(timm.list_models()) - {row["architecture"] for row in rows}:
@@ -80,7 +87,7 @@ def main(
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Within it no backbone says what is special about it."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
@@ -92,16 +99,18 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def part_of(names: list[str], part: str) -> list[str]:
-    """The k-th of n interleaved parts, from ``"k/n"``.
+def read_part(part: str, today: datetime.date) -> tuple[int, int]:
+    """Which of how many interleaved parts, from ``"k/n"`` or ``"today/n"``, which takes turns day by day.
 
     Raises:
         ValueError: If it is no part.
     """
     index, _, count = part.partition("/")
+    if index == "today" and count.isdigit() and int(count):
+        index = str(today.toordinal() % int(count) + 1)
     if not (index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)):
-        raise ValueError(f"A part is written k/n with 1 <= k <= n, got {part!r}.")
-    return names[int(index) - 1 :: int(count)]
+        raise ValueError(f"A part is written k/n with 1 <= k <= n, or today/n, got {part!r}.")
+    return int(index), int(count)
 
 
 def sweep(names: list[str], output: Path, trained: set[str]) -> list[dict[str, str]]:
@@ -129,40 +138,48 @@ def sweep(names: list[str], output: Path, trained: set[str]) -> list[dict[str, s
 
 
 def _row(found: Attachment, *, train: bool) -> dict[str, str]:
-    if not found.reason:
-        fault = _fault(dataclasses.replace(found, dead=0), train=False)
-        dead = fault.dead if isinstance(fault, DeadError) else 0
-        found = dataclasses.replace(found, dead=dead)
-        if dead or train:
-            fault = _fault(found, train=train)
-        if fault:
-            found = dataclasses.replace(found, reason=str(fault))
+    try:
+        if not found.reason:
+            found = _on_meta(_survey, found)
+            _try(found, train=train)
+    except Exception as error:
+        found = dataclasses.replace(found, reason=str(error))
     return {**found.to_row(), "trained": str(train and not found.reason)}
 
 
-class DeadError(FaultError):
-    """Parameters that no gradient reaches."""
-
-    def __init__(self, names: list[str]) -> None:
-        super().__init__(f"No gradient reaches {len(names)} parameters: {', '.join(names[:5])}.")
-        self.dead = len(names)
+def _survey(found: Attachment, device: str) -> Attachment:
+    """Finds out what is dead in a network."""
+    with torch.device(device):
+        backbone = _backbone(dataclasses.replace(found, dead=()), device)
+        dead = drop_dead(backbone.body, backbone._example)
+        deepest = contributors(backbone._example())[-1]
+    through = all(p in deepest for p in backbone.body.parameters() if p.requires_grad)
+    return dataclasses.replace(found, dead=dead, through=through)
 
 
 def _fault(found: Attachment, *, train: bool) -> Exception | None:
     """What is wrong with a backbone in a detector; whatever a network raises is."""
     try:
-        try:
-            _check(found, "meta")
-        except (RuntimeError, NotImplementedError) as error:
-            # Networks that look at values, or unroll recurrent layers, can't run without any.
-            if "meta" not in str(error):
-                raise
-            _check(found, "cpu")
-        if train:
-            _train(found)
+        _try(found, train=train)
     except Exception as error:
         return error
     return None
+
+
+def _try(found: Attachment, *, train: bool) -> None:
+    _on_meta(_check, found)
+    if train:
+        _train(found)
+
+
+def _on_meta(call: Callable[[Attachment, str], T], found: Attachment) -> T:
+    """Calls on the meta device, or with real numbers for networks that look at values or unroll recurrent layers."""
+    try:
+        return call(found, "meta")
+    except (RuntimeError, NotImplementedError) as error:
+        if "meta" not in str(error):
+            raise
+    return call(found, "cpu")
 
 
 def _check(found: Attachment, device: str) -> None:
@@ -172,10 +189,8 @@ def _check(found: Attachment, device: str) -> None:
         FaultError: With what differs.
     """
     with torch.device(device):
-        model = _detector(found).eval()
-        if device == "meta" and any(isinstance(module, nn.RNNBase) for module in model.modules()):
-            raise NotImplementedError("recurrent layers on meta")
-        backbone = model.backbone
+        backbone = _backbone(found, device)
+        model = _detector(backbone).eval()
         for height, width in SIZES:
             size = model.preprocess.target_size(height, width) if found.size else (height, width)
             raw: list[Tensor] = []
@@ -186,6 +201,8 @@ def _check(found: Attachment, device: str) -> None:
                 outputs = model.dense_head(list(model.neck(maps).values()))
             if (height, width) == SIZES[0]:
                 _require_gradients(backbone, [x for output in outputs for x in output])
+                if found.through:
+                    _require_gradients(backbone.body, raw[-1:])
 
 
 def _compare(backbone: TimmBackbone, maps: dict[str, Tensor], raw: list[Tensor], size: tuple[int, int]) -> None:
@@ -203,25 +220,35 @@ def _compare(backbone: TimmBackbone, maps: dict[str, Tensor], raw: list[Tensor],
 
 def _require_gradients(module: nn.Module, outputs: list[Tensor]) -> None:
     reached = set().union(*contributors(outputs))
-    if missing := [name for name, p in module.named_parameters() if p.requires_grad and p not in reached]:
-        raise DeadError(missing)
+    _no_dead([name for name, p in module.named_parameters() if p.requires_grad and p not in reached])
+
+
+def _no_dead(names: list[str]) -> None:
+    if names:
+        raise FaultError(f"No gradient reaches {len(names)} parameters: {', '.join(names[:5])}.")
 
 
 def _train(found: Attachment) -> None:
     """A training step with real numbers."""
     torch.manual_seed(0)
-    model = _detector(found).train()
+    model = _detector(_backbone(found)).train()
     # Two images, since batch norm in training needs more than one value.
     images = [torch.rand(3, 128, 160)] * 2
     target = {"boxes": torch.tensor([[10.0, 20.0, 90.0, 100.0]]), "labels": torch.tensor([0])}
     losses = model(images, [target] * 2)
     torch.stack(list(losses.values())).sum().backward()
-    if missing := [name for name, p in model.backbone.named_parameters() if p.requires_grad and p.grad is None]:
-        raise DeadError(missing)
+    _no_dead([name for name, p in model.backbone.named_parameters() if p.requires_grad and p.grad is None])
 
 
-def _detector(found: Attachment) -> Detector:
-    config = BackboneConfig(found.architecture)
+def _backbone(found: Attachment, device: str = "cpu") -> TimmBackbone:
+    backbone = TimmBackbone(BackboneConfig(found.architecture), attachment=found)
+    if device == "meta" and any(isinstance(module, nn.RNNBase) for module in backbone.modules()):
+        raise NotImplementedError("recurrent layers on meta")
+    return backbone
+
+
+def _detector(backbone: TimmBackbone) -> Detector:
+    config, found = backbone.config, backbone.attachment
     wanted = preprocessing(config, attachment=found)
     if found.size is None:
         wanted["resize"] = "none"
@@ -229,7 +256,6 @@ def _detector(found: Attachment) -> Detector:
     whole = ModelConfig(
         "backbones", "fasterrcnn", config, neck, num_classes=2, preprocess=PreprocessConfig(**wanted), heads=_HEADS
     )
-    backbone = TimmBackbone(config, attachment=found)
     return DETECTORS[whole.detector](whole, backbone, create_neck(neck.name, backbone.out_spec, **neck.args))
 
 

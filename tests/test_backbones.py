@@ -1,4 +1,6 @@
 import copy
+import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,7 +22,7 @@ from a2fpn.backbones import (
     resolve_backbone_name,
     weights_licence,
 )
-from a2fpn.backbones.pretrained import _say_licence
+from a2fpn.backbones.pretrained import _resized, _say_licence
 from a2fpn.config import BackboneConfig, PreprocessConfig
 from a2fpn.layers import resample
 from a2fpn.preprocess import Preprocess
@@ -169,11 +171,11 @@ def test_no_levels_are_an_error() -> None:
         build("test_resnet", strides=())
 
 
-@pytest.mark.parametrize("neck", ["a2fpn", "simple_fpn"])
+@pytest.mark.parametrize("neck", a2fpn.list_necks())
 def test_a_detector_on_a_vision_transformer(neck: str) -> None:
     model = tiny_model(f"maskrcnn_{neck}", backbone="test_vit")
     assert model.neck.out_spec.strides == (4, 8, 16, 32, 64)
-    assert model.config.backbone.strides == ((4, 8, 16, 32) if neck == "a2fpn" else (16,))
+    assert model.config.backbone.strides == ((16,) if neck == "simple_fpn" else (4, 8, 16, 32))
     losses = model([torch.rand(3, 64, 96)], [random_target([[8, 8, 40, 40]], (64, 96))])
     torch.stack(list(losses.values())).sum().backward()
     assert without_gradient(model.backbone) == []
@@ -561,14 +563,121 @@ def test_the_licence_of_the_weights_goes_into_the_config(tmp_path: Path) -> None
     assert tiny_model("fasterrcnn_fpn", backbone="test_resnet").config.backbone.license is None
 
 
-# What timm's loader resizes for the switches: position embeddings, and bias tables of another size.
-@pytest.mark.parametrize(("name", "options"), [("test_vit", {}), ("test_vit_relpos", {"image_size": 320})])
-def test_weights_arrive_under_switches(name: str, options: dict[str, int], tmp_path: Path) -> None:
+# The first four are resized by timm's loader, the others by ours: position embeddings and tables of attention biases of
+# every layout, one network for each.
+@pytest.mark.parametrize(
+    ("name", "size", "resized"),
+    [
+        ("vit_tiny_patch16_224", None, r"^$"),
+        ("swin_s3_tiny_224", None, r"^$"),
+        ("eva02_tiny_patch14_224", None, r"pos_embed|patch_embed\.proj\.weight"),
+        ("test_coatnet", 320, r"bias_table"),
+        ("cait_xxs24_224", 448, r"pos_embed"),
+        ("convit_tiny", 448, r"pos_embed"),
+        ("crossvit_tiny_240", 480, r"pos_embed_[01]"),
+        ("eca_botnext26ts_256", 512, r"(height|width)_rel"),
+        ("efficientformerv2_s0", 448, r"attention_biases"),
+        ("gcvit_xxtiny", 448, r"bias_table"),
+        ("hiera_tiny_224", 448, r"pos_embed"),
+        ("levit_128s", 448, r"attention_biases"),
+        ("nest_tiny", 448, r"pos_embed"),
+        ("pit_ti_224", 448, r"pos_embed"),
+        ("visformer_tiny", 448, r"pos_embed[123]"),
+        ("volo_d1_224", 448, r"pos_embed"),
+    ],
+)
+def test_weights_arrive_under_switches(name: str, size: int | None, resized: str, tmp_path: Path) -> None:
+    source = timm.create_model(name)
+    # Told apart from what a constructor makes, and smooth.
+    for key, x in source.state_dict().items():
+        if re.search(resized, key) and "proj" not in key:
+            x.copy_(torch.linspace(1, 2, x.numel()).reshape(x.shape))
     path = tmp_path / "weights.safetensors"
-    save_file(timm.create_model(name).state_dict(), path)
-    backbone = TimmBackbone(BackboneConfig(name, **options), weights=path)
-    assert backbone.attachment.options or backbone.attachment.size or name == "test_vit"
-    check_maps(backbone.eval(), torch.randn(1, 3, 96, 200))
+    save_file({key: x.contiguous() for key, x in source.state_dict().items()}, path)
+    backbone = TimmBackbone(BackboneConfig(name, image_size=size), weights=path)
+    stored = {key.replace(".", "_"): x for key, x in source.state_dict().items()}
+    different = set()
+    for key, x in backbone.body.state_dict().items():
+        # Wrappers of timm put a prefix before names, or join their parts.
+        candidates = (key.replace(".", "_"), key.partition(".")[2].replace(".", "_"))
+        before = next(stored[c] for c in candidates if c in stored)
+        if before.shape != x.shape:
+            different.add(key)
+            assert re.search(resized, key)
+            assert "proj" in key or 0.8 < x.min() < x.max() < 2.2
+            torch.testing.assert_close(x.mean(), before.mean(), rtol=0.1, atol=0.01)
+        else:
+            assert torch.equal(before, x), key
+    assert bool(different) == (resized != "^$")
+
+
+def test_weights_that_know_one_size_only_are_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    save_file(timm.create_model("gmlp_ti16_224").state_dict(), path)
+    with pytest.raises(
+        ValueError, match=r"gate\.proj\.weight is \(196, 196\), expected \(784, 784\)\. Without image_size"
+    ):
+        TimmBackbone(BackboneConfig("gmlp_ti16_224", image_size=448), weights=path)
+    TimmBackbone(BackboneConfig("gmlp_ti16_224"), weights=path)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "wanted", "axes"),
+    [
+        ("pos_embed", (1, 49, 3), (1, 81, 3), (1,)),
+        ("pos_embed", (1, 5, 7, 3), (1, 10, 14, 3), (1, 2)),
+        ("pos_embed1", (1, 3, 7, 7), (1, 3, 14, 14), (2, 3)),
+        ("levels.0.pos_embed", (1, 4, 49, 3), (1, 4, 196, 3), (2,)),
+        ("attn.attention_biases", (2, 49), (2, 196), (1,)),
+        ("attn.relative_position_bias_table", (169, 2), (729, 2), (0,)),
+        # Fifteen and thirty-one would also make grids beside six others.
+        ("attn.pos_embed.height_rel", (15, 4), (31, 4), (0,)),
+    ],
+)
+def test_positions_are_interpolated(
+    name: str, shape: tuple[int, ...], wanted: tuple[int, ...], axes: tuple[int, ...]
+) -> None:
+    """A ramp along the rows is one afterwards, and other axes are not mixed."""
+    cells = shape[axes[0]] if len(axes) == 2 or name.endswith("_rel") else math.isqrt(shape[axes[0]])
+    goal = wanted[axes[0]] if len(axes) == 2 or name.endswith("_rel") else math.isqrt(wanted[axes[0]])
+
+    def ramp(count: int, whole: tuple[int, ...]) -> torch.Tensor:
+        rows = torch.linspace(-1, 1, count)
+        if len(axes) == 1 and not name.endswith("_rel"):
+            rows = rows.repeat_interleave(count)
+        values = rows.reshape([len(rows) if axis == axes[0] else 1 for axis in range(len(whole))])
+        others = [axis for axis in range(len(whole)) if axis not in axes]
+        factors = torch.arange(1.0, 1 + math.prod(whole[axis] for axis in others))
+        return values * factors.reshape([whole[axis] if axis in others else 1 for axis in range(len(whole))]).expand(
+            whole
+        )
+
+    got, expected = _resized(name, ramp(cells, shape), torch.Size(wanted)), ramp(goal, wanted)
+    assert got.shape == wanted
+    # Corners differ by how far a cell's centre lies from the edge.
+    assert (got - expected).abs().max() < 0.2 * expected.abs().max()
+    torch.testing.assert_close(got.flip(axes[0]), -got, rtol=1e-4, atol=1e-4)
+
+
+def test_class_tokens_stay_when_positions_are_interpolated() -> None:
+    x = torch.randn(1, 2 + 16, 3)
+    got = _resized("pos_embed", x, torch.Size((1, 2 + 64, 3)))
+    assert torch.equal(got[:, :2], x[:, :2])
+
+
+@pytest.mark.parametrize(("name", "shape"), [("layer1.0.conv1.weight", (8, 4, 3, 3)), ("pos_embed", (2, 81, 4))])
+def test_only_positions_are_interpolated(name: str, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=rf"{name} is .*, expected \({shape[0]}, "):
+        _resized(name, torch.zeros([1, 49, 3] if name == "pos_embed" else [4, 4, 3, 3]), torch.Size(shape))
+
+
+def test_pretrained_backbones_have_frozen_norms_and_a_licence(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    save_file(timm.create_model("test_resnet").state_dict(), path)
+    backbone = a2fpn.create_backbone("test_resnet.r160_in1k", weights=path)
+    assert (backbone.config.norm, backbone.config.license) == ("frozen", "apache-2.0")
+    assert a2fpn.create_backbone("test_resnet.r160_in1k", weights=path, norm="bn").config.norm == "bn"
+    assert a2fpn.create_backbone("test_resnet").config.norm == "bn"
 
 
 @pytest.mark.parametrize(("trained", "wanted"), [("bn", "frozen"), ("frozen", "bn")])

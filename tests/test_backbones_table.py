@@ -2,6 +2,8 @@
 
 import csv
 import dataclasses
+import datetime
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from a2fpn.backbones import Attachment, TimmBackbone, UnsupportedBackboneError, 
 from a2fpn.backbones.attach import PYRAMID, measure, probe, read_table
 from a2fpn.config import BackboneConfig
 from benchmarks import backbones as sweep
+from benchmarks import construction
 
 same_timm = pytest.mark.skipif(
     timm.__version__ != next(iter(read_table().values())).timm,
@@ -105,7 +108,8 @@ def test_the_nearest_stride_is_the_source(strides: tuple[int, ...], wanted: int,
 @same_timm
 @pytest.mark.parametrize("name", ["test_resnet", "test_mambaout", "test_vit", "test_convnext", "test_vit_relpos"])
 def test_the_probe_finds_what_the_table_says(name: str) -> None:
-    assert dataclasses.replace(probe(name), dead=read_table()[name].dead) == read_table()[name]
+    known = read_table()[name]
+    assert dataclasses.replace(probe(name), dead=known.dead, through=known.through) == known
 
 
 def test_an_architecture_outside_the_table_is_probed(monkeypatch: pytest.MonkeyPatch, fresh_lookups: None) -> None:
@@ -209,12 +213,80 @@ def test_the_sweep_finds_what_is_not_as_declared(name: str, change: dict[str, ob
     assert message in str(fault)
 
 
-def test_the_sweep_finds_dead_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = find_attachment("pit_ti_224")
+@same_timm
+@pytest.mark.parametrize(
+    ("name", "dead", "through"),
+    [
+        ("test_resnet", (), True),
+        ("pit_ti_224", ("body.norm",), True),
+        # Its finest map depends on layers that the deepest does not.
+        ("hrnet_w18_small", (), False),
+    ],
+)
+def test_the_sweep_finds_dead_parameters(name: str, dead: tuple[str, ...], through: bool) -> None:
+    found = find_attachment(name)
+    assert (found.dead, found.through) == (dead, through)
+    nobody_looked = dataclasses.replace(found, dead=None, through=False)
+    assert sweep._on_meta(sweep._survey, nobody_looked) == found
     assert sweep._fault(found, train=False) is None
-    fault = sweep._fault(dataclasses.replace(found, dead=0), train=False)
-    assert isinstance(fault, sweep.DeadError)
-    assert "norm" in str(fault)
+    if dead:
+        fault = sweep._fault(dataclasses.replace(found, dead=()), train=False)
+        assert str(fault) == "No gradient reaches 2 parameters: body.body.norm.weight, body.body.norm.bias."
+    if not through:
+        fault = sweep._fault(dataclasses.replace(found, through=True), train=False)
+        assert re.match(r"No gradient reaches \d+ parameters: stage4", str(fault))
+
+
+@pytest.mark.parametrize(
+    ("strides", "through", "expected"),
+    [
+        ((4, 8, 16, 32), False, ("head",)),
+        ((32, 4, 16, 8), False, ("head",)),
+        ((8, 32), True, ("head",)),
+        ((8, 32), False, None),
+        # Without the deepest level what makes it is dead, and with finer ones something may be alive.
+        ((8, 16), True, None),
+        ((2, 4, 8, 16, 32), True, None),
+        ((4, 8, 16, 64), True, None),
+    ],
+)
+def test_what_is_dead_is_known_for_the_usual_levels(
+    strides: tuple[int, ...], through: bool, expected: tuple[str, ...] | None
+) -> None:
+    found = Attachment("x", strides=(2, 4, 8, 16, 32, 64), dead=("head",), through=through)
+    assert found.dead_among([found.source(stride) for stride in strides]) == expected
+    nobody_looked = dataclasses.replace(found, dead=None)
+    assert nobody_looked.dead_among([found.source(stride) for stride in strides]) is None
+    assert Attachment.from_row(nobody_looked.to_row()) == nobody_looked
+
+
+@same_timm
+@pytest.mark.parametrize("strides", [(4, 8, 16, 32), (8, 16, 32)])
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "pit_ti_224", "crossvit_tiny_240"])
+def test_what_the_table_knows_is_not_tried(
+    name: str, strides: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The network itself is not run at construction, and no second one is made."""
+    built, run = [], []
+    create = timm.create_model
+
+    def counting(*args: object, **options: object) -> torch.nn.Module:
+        body: torch.nn.Module = create(*args, **options)
+        body.register_forward_pre_hook(lambda module, inputs: run.append(module))
+        built.append(body)
+        return body
+
+    monkeypatch.setattr(timm, "create_model", counting)
+    backbone = TimmBackbone(BackboneConfig(name, strides=strides))
+    assert (len(built), run) == (1, [])
+    assert backbone.left_out == read_table()[name].dead
+    # What was left out is what a look at the network itself would leave out.
+    looked = TimmBackbone(
+        BackboneConfig(name, strides=strides), attachment=dataclasses.replace(backbone.attachment, dead=None)
+    )
+    assert len(run) > 0
+    assert set(looked.left_out) == set(backbone.left_out)
+    assert looked.state_dict().keys() == backbone.state_dict().keys()
 
 
 def test_a_sweep_can_stop_and_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -225,27 +297,50 @@ def test_a_sweep_can_stop_and_go_on(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert again[0] == first[0]
     assert (first[0]["trained"], again[1]["trained"]) == ("True", "False")
     assert capsys.readouterr().out.count("test_resnet:") == 1
-    assert Attachment.from_row(again[1]).dead == 0
+    assert Attachment.from_row(again[1]).dead == ()
 
 
 def test_the_shipped_table_can_be_tried_in_parts(
     monkeypatch: pytest.MonkeyPatch, fresh_lookups: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sweep.main(pattern="test_convnext*", part="1/2", check=True)
-    assert "2 of 2 attach as the table says." in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"Part 1/2 of timm {timm.__version__}: 2 architectures." in out
+    assert "2 of 2 attach as the table says; 1 also took a training step." in out
     wrong = dataclasses.replace(find_attachment("test_convnext"), divisor=1)
     monkeypatch.setattr(sweep, "find_attachment", lambda name: wrong)
     with pytest.raises(SystemExit, match=r"test_convnext: For an image of .* it declares"):
         sweep.main(pattern="test_convnext", part="1/3", check=True)
 
 
-def test_parts_are_disjoint_and_complete() -> None:
-    names = [str(i) for i in range(23)]
-    parts = [sweep.part_of(names, f"{k}/10") for k in range(1, 11)]
-    assert sorted(name for part in parts for name in part) == sorted(names)
-    for wrong in ("0/10", "11/10", "1", "a/b", ""):
+def test_parts_take_turns() -> None:
+    first = datetime.date(2026, 1, 28)
+    days = [first + datetime.timedelta(days=i) for i in range(10)]
+    assert sorted(sweep.read_part("today/10", day) for day in days) == [(k, 10) for k in range(1, 11)]
+    assert sweep.read_part("today/10", first) == sweep.read_part("today/10", first + datetime.timedelta(days=10))
+    assert sweep.read_part("3/10", first) == (3, 10)
+    for wrong in ("0/10", "11/10", "1", "a/b", "", "today", "today/0", "today/x"):
         with pytest.raises(ValueError, match="A part is written k/n"):
-            sweep.part_of(names, wrong)
+            sweep.read_part(wrong, first)
+
+
+def test_parts_are_disjoint_and_complete(monkeypatch: pytest.MonkeyPatch, fresh_lookups: None) -> None:
+    swept: list[str] = []
+    monkeypatch.setattr(sweep, "_fault", lambda found, train: swept.append(found.architecture))
+    for k in range(1, 8):
+        sweep.main(pattern="test_*", part=f"{k}/7", check=True)
+    assert sorted(swept) == timm.list_models("test_*")
+
+
+# The benchmark
+
+
+def test_construction_is_compared_with_that_of_its_parts(capsys: pytest.CaptureFixture[str]) -> None:
+    construction.main(pattern="test_resnet", quick=True)
+    out = capsys.readouterr().out
+    assert (
+        len(re.findall(r"│ test_resnet │( +[\d.]+ ms │){4} +\d+\.\d\d │ +\d+\.\d\d │ <= 1\.30 (met|missed)", out)) == 2
+    )
 
 
 @same_timm
@@ -254,8 +349,22 @@ def test_a_member_of_each_kind_does_what_it_declares(name: str) -> None:
     assert sweep._fault(find_attachment(name), train=False) is None
 
 
-@pytest.mark.slow
 @same_timm
 @pytest.mark.parametrize("name", smallest_of_families())
 def test_a_small_member_of_each_family_trains(name: str) -> None:
     assert sweep._fault(find_attachment(name), train=True) is None
+
+
+@same_timm
+@pytest.mark.parametrize("name", smallest_of_families())
+def test_every_parameter_of_each_family_has_a_layer(name: str) -> None:
+    with torch.device("meta"):
+        backbone = TimmBackbone(BackboneConfig(name))
+        ids = backbone.layer_ids()
+    assert list(sorted(ids)) == sorted(name for name, _ in backbone.named_parameters())
+    assert set(ids.values()) == set(range(max(ids.values()) + 1))
+    # The network's own parameters are spread over its depth, and not all in the last layer for want of a match.
+    own = [ids[f"body.{name}"] for name, _ in backbone.body.named_parameters()]
+    assert min(own) == 0
+    assert max(own) >= 3
+    assert own.count(max(own)) < 0.6 * len(own)

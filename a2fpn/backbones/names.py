@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import timm
 
 from a2fpn._registry import did_you_mean
@@ -19,6 +21,7 @@ ALIASES = {
 """Short names of backbones, each with its weights tag pinned: the tag alone moves AP by points."""
 
 
+@functools.cache
 def resolve_backbone_name(name: str) -> str:
     """Full timm name for an alias or a timm name.
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import re
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import timm
+import torch
 from safetensors import SafetensorError
+from timm.layers import resample_patch_embed
 from timm.models import load_state_dict
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from a2fpn.backbones.attach import PYRAMID, Attachment, find_attachment
 from a2fpn.backbones.names import resolve_backbone_name
@@ -20,14 +24,16 @@ from a2fpn.config import BackboneConfig
 
 _logger = logging.getLogger(__name__)
 
+# Absolute embeddings, tables by distance, and tables by offset along both axes or one.
+_POSITIONS = re.compile(r"pos_embed\w*$|attention_biases$|relative_position_bias_table$|(height|width)_rel$")
 _PERMISSIVE = {"apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0"}
 
 
 def create_with_weights(name: str, weights: str | Path | None, options: dict[str, Any]) -> nn.Module:
     """Builds a network with timm's weights, or those of a local file.
 
-    timm adapts them to other image channels, and position embeddings, patches and bias tables to switches of the
-    constructor.
+    timm adapts them to other image channels, and those of most families to switches of the constructor; position
+    embeddings, tables of attention biases and patches that it leaves as they are, are resized here.
 
     Args:
         name: Full timm name.
@@ -40,16 +46,70 @@ def create_with_weights(name: str, weights: str | Path | None, options: dict[str
     """
     if weights is not None:
         return _create_from_file(name, Path(weights), options)
+    return _create(name, {}, options)
+
+
+def _create(name: str, source: dict[str, Any], options: dict[str, Any]) -> nn.Module:
     try:
-        body: nn.Module = timm.create_model(name, pretrained=True, **options)
+        return _load(name, source, options)
     except RuntimeError as error:
-        if "size mismatch" not in str(error) and "shape" not in str(error):
+        if "size mismatch" not in str(error):
             raise
+    # As timm builds it they fit; from there on names are the same whatever file it was.
+    native = _load(name, source, {"num_classes": 0}).state_dict()
+    own = ("features_only", "out_indices", "in_chans")
+    with torch.device("meta"):
+        switched = timm.create_model(name, **{key: x for key, x in options.items() if key not in own}).state_dict()
+    try:
+        resized = {key: _resized(key, x, switched[key].shape) for key, x in native.items()}
+    except ValueError as error:
         raise ValueError(
-            f"The weights of {name!r} don't fit the network built with {options}: {str(error).strip()[:500]} "
-            "Without image_size it has the size of its weights."
+            f"The weights of {name!r} don't fit the network built with {options}: {error} Without image_size it has "
+            "the size of its weights."
         ) from error
+    return _load(name, {"state_dict": resized}, options)
+
+
+def _load(name: str, source: dict[str, Any], options: dict[str, Any]) -> nn.Module:
+    body: nn.Module = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=source, **options)
     return body
+
+
+def _resized(name: str, x: Tensor, shape: torch.Size) -> Tensor:
+    """Interpolates a parameter that holds one value per position.
+
+    The positions are two axes, or one: a grid row by row behind what belongs to no position (class tokens), or a line.
+
+    Raises:
+        ValueError: If it holds something else.
+    """
+    if x.shape == shape:
+        return x
+    axes = [axis for axis, (old, new) in enumerate(zip(x.shape, shape, strict=True)) if old != new]
+    if name.endswith("patch_embed.proj.weight"):
+        return resample_patch_embed(x, list(shape[2:]))
+    if not _POSITIONS.search(name) or len(axes) > 2:
+        raise ValueError(f"{name} is {tuple(x.shape)}, expected {tuple(shape)}.")
+    last, size = list(range(-len(axes), 0)), [shape[axis] for axis in axes]
+    moved = x.movedim(axes, last)
+    if len(axes) == 2:
+        moved = _interpolated(moved, size)
+    elif name.endswith(("height_rel", "width_rel")):
+        moved = _interpolated(moved.unsqueeze(-2), [1, *size]).squeeze(-2)
+    else:
+        side = math.isqrt(moved.shape[-1])
+        others = moved.shape[-1] - side**2
+        grid, size = moved[..., others:].unflatten(-1, (side, side)), [math.isqrt(size[0] - others)] * 2
+        # A table of distances begins with 0 in a corner, which stays there.
+        grid = _interpolated(grid, size, align_corners=name.endswith("attention_biases"))
+        moved = torch.cat([moved[..., :others], grid.flatten(-2)], dim=-1)
+    return moved.movedim(last, axes).contiguous()
+
+
+def _interpolated(x: Tensor, size: list[int], *, align_corners: bool = False) -> Tensor:
+    """The last two axes in another size."""
+    planes = x.reshape(1, -1, *x.shape[-2:])
+    return F.interpolate(planes, size=size, mode="bicubic", align_corners=align_corners).reshape(*x.shape[:-2], *size)
 
 
 def _create_from_file(name: str, weights: Path, options: dict[str, Any]) -> nn.Module:
@@ -61,9 +121,7 @@ def _create_from_file(name: str, weights: Path, options: dict[str, Any]) -> nn.M
     if not weights.is_file():
         raise FileNotFoundError(f"Backbone weights {str(weights)!r} do not exist.")
     try:
-        body: nn.Module = timm.create_model(
-            name, pretrained=True, pretrained_cfg_overlay={"file": str(weights)}, **options
-        )
+        body = _create(name, {"file": str(weights)}, options)
         stored = {_content(x) for x in load_state_dict(str(weights)).values()}
     except (RuntimeError, SafetensorError, UnpicklingError) as error:
         raise ValueError(f"{str(weights)!r} holds no weights of {name!r}: {str(error).strip()}") from error

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from a2fpn.backbones.attach import PYRAMID, Attachment, feature_info, find_attachment
+from a2fpn.backbones.attach import Attachment, feature_info, find_attachment
 from a2fpn.backbones.freezing import contributors, convert_norms, drop_dead, freeze_parameters, leave_out
 from a2fpn.backbones.names import resolve_backbone_name
 from a2fpn.backbones.pretrained import create_with_weights
@@ -104,27 +104,10 @@ class TimmBackbone(nn.Module):
         if config.taps:
             channels, strides = self._measure_taps()
             self._sources = list(range(len(strides)))
+            self._own_strides = list(strides)
         self.made = nn.ModuleDict()
-        out_channels = [channels[source] for source in self._sources]
-        # One level alone is for a neck that makes the others, and normalises.
-        norm = len(found.strides) == 1 and len(strides) > 1 and not config.taps
-        for i, (stride, source) in enumerate(zip(strides, self._sources, strict=True)):
-            own = stride if config.taps else self._own_strides[source]
-            modules, out_channels[i] = resample(out_channels[i], own, stride)
-            if norm:
-                modules.append(LayerNorm2d(out_channels[i]))
-            if modules:
-                self.made[f"{stride}"] = nn.Sequential(*modules)
-        self.out_spec = PyramidSpec.from_channels(out_channels, strides=strides)
-        # With few channels laid out last, the gradient of such a convolution writes where it should not: torch 2.15
-        # then crashes on a CPU.
-        self._needs_channels_first = any(
-            isinstance(module, nn.Conv2d)
-            and module.kernel_size == (1, 1)
-            and module.stride != (1, 1)
-            and module.in_channels < 16
-            for module in self.body.modules()
-        )
+        self.out_spec = self._make_levels(strides, channels)
+        self._needs_channels_first = any(map(_crashes_channels_last, self.body.modules()))
         if config.stride_in_1x1:
             _move_strides(self.body, self.name)
         if config.norm_eps is not None:
@@ -146,6 +129,19 @@ class TimmBackbone(nn.Module):
             self._freeze(self._early_parameters(STAGES - config.trainable_layers))
         if config.grad_checkpointing:
             self._checkpoint()
+
+    def _make_levels(self, strides: Sequence[int], channels: Sequence[int]) -> PyramidSpec:
+        """Fills ``made`` with what makes the levels of maps with so many channels."""
+        out_channels = [channels[source] for source in self._sources]
+        # One level alone is for a neck that makes the others, and normalises.
+        norm = len(self.attachment.strides) == 1 and len(strides) > 1 and not self.config.taps
+        for i, (stride, source) in enumerate(zip(strides, self._sources, strict=True)):
+            modules, out_channels[i] = resample(out_channels[i], self._own_strides[source], stride)
+            if norm:
+                modules.append(LayerNorm2d(out_channels[i]))
+            if modules:
+                self.made[f"{stride}"] = nn.Sequential(*modules)
+        return PyramidSpec.from_channels(out_channels, strides=strides)
 
     def _fixed_size(self) -> int | None:
         """Side of the only image that the network takes, None for any."""
@@ -246,7 +242,8 @@ class TimmBackbone(nn.Module):
         Where timm has no groups, a parameter's layer is the first map that depends on it.
 
         Returns:
-            Parameter name, as in ``named_parameters``, to layer: 0 next to the image, without gaps.
+            Parameter name, as in ``named_parameters``, to layer: 0 next to the image, without gaps; so there are
+            ``1 + max(ids.values())`` layers.
 
         Example:
             >>> ids = TimmBackbone(BackboneConfig("test_resnet")).layer_ids()
@@ -341,6 +338,16 @@ def _run_tapped(body: nn.Module, x: Tensor, taps: Sequence[str]) -> list[Tensor]
             stack.callback(hook.remove)
         body(x)
     return maps
+
+
+def _crashes_channels_last(module: nn.Module) -> bool:
+    """Whether torch 2.15 may crash on a CPU: with few channels laid out last, such a gradient writes astray."""
+    return (
+        isinstance(module, nn.Conv2d)
+        and module.kernel_size == (1, 1)
+        and module.stride != (1, 1)
+        and module.in_channels < 16
+    )
 
 
 def _move_strides(body: nn.Module, name: str) -> None:
