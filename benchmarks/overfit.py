@@ -121,7 +121,7 @@ def load(data: Path, *, quick: bool) -> tuple[CocoDataset, list[tuple[Tensor, Ta
         image, target = dataset[index]
         if "masks" not in target:
             raise DataError(f"{dataset.coco.name} has no masks.")
-        keypoints = torch.stack([mask_keypoints(mask) for mask in target["masks"].as_subclass(Tensor)])
+        keypoints = torch.stack([mask_keypoints(mask) for mask in target["masks"].dense()])
         samples.append((image, {**target, "keypoints": keypoints}))
     return dataset, samples
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torchvision
 from helpers import random_target, tiny_model, without_gradient
 from torchvision.models.detection.image_list import ImageList
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -14,7 +15,10 @@ from torch import Tensor
 from a2fpn.data.masks import Polygons, Rle, decode_window
 from a2fpn.masks import InstanceMasks
 
+_Window = tuple[NDArray[np.uint8], tuple[int, int, int, int]]
+
 _IDENTITY = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0))
+_NOTHING: _Window = (np.zeros((0, 0), np.uint8), (0, 0, 0, 0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +29,7 @@ class Outlines:
 
     Args:
         polygons: Of N objects the polygons, each ``(K, 2)`` x, y; none for an object that is given as pixels.
-        pixels: The N masks of the others, in the image as it is now; empty for an object with polygons.
+        pixels: The masks of those, in the image as it is now.
         matrix: What makes pixels of the image as it is now of the polygons' points: x and y are each a sum of x, y
             and 1 times these.
 
@@ -48,11 +52,8 @@ class Outlines:
             masks: N masks of the image.
             size: (H, W) of the image, pixels.
         """
-        nothing = (np.zeros((0, 0), np.uint8), (0, 0, 0, 0))
-        windows = [nothing if isinstance(mask, Polygons) else decode_window(mask) for mask in masks]
-        return cls(
-            tuple(mask.points if isinstance(mask, Polygons) else () for mask in masks), _from_windows(windows, size)
-        )
+        polygons = tuple(mask.points if isinstance(mask, Polygons) else () for mask in masks)
+        return cls(polygons, _join([decode_window(mask) for mask in masks if not isinstance(mask, Polygons)], size))
 
     @property
     def size(self) -> tuple[int, int]:
@@ -64,8 +65,10 @@ class Outlines:
 
     def __getitem__(self, index: Tensor) -> Outlines:
         """Some of the objects, see :meth:`InstanceMasks.__getitem__`."""
-        rows = torch.where(index)[0] if index.dtype == torch.bool else index
-        return replace(self, polygons=tuple(self.polygons[row] for row in rows.tolist()), pixels=self.pixels[index])
+        rows = (torch.where(index)[0] if index.dtype == torch.bool else index).tolist()
+        place = np.cumsum([not polygons for polygons in self.polygons]) - 1
+        given = torch.tensor([place[row] for row in rows if not self.polygons[row]], dtype=torch.int64)
+        return replace(self, polygons=tuple(self.polygons[row] for row in rows), pixels=self.pixels[given])
 
     def crop(self, top: int, left: int, height: int, width: int) -> Outlines:
         """See :meth:`InstanceMasks.crop`."""
@@ -93,40 +96,40 @@ class Outlines:
 
     def to_pixels(self) -> InstanceMasks:
         """The masks as pixels of the image as it is now, in the smallest windows; pycocotools decides which pixels."""
-        matrix = np.array(self.matrix)
+        matrix, pixels = np.array(self.matrix), self.pixels.tight()
+        given = zip((crop.numpy() for crop in pixels.crops()), pixels.windows.tolist(), strict=True)
         windows = [
             _fill([points @ matrix[:, :2].T + matrix[:, 2] for points in polygons], *self.size)
             if polygons
-            else (crop.numpy(), (x0, y0, x1, y1))
-            for polygons, crop, (x0, y0, x1, y1) in zip(
-                self.polygons, self.pixels.crops(), self.pixels.windows.tolist(), strict=True
-            )
+            else next(given)
+            for polygons in self.polygons
         ]
-        return _from_windows(windows, self.size).tight()
+        return _join(windows, self.size)
 
 
-def _from_windows(
-    windows: Sequence[tuple[NDArray[np.uint8], tuple[int, int, int, int]]], size: tuple[int, int]
-) -> InstanceMasks:
-    crops = [np.empty(0, np.uint8), *(crop.reshape(-1) for crop, _ in windows)]
+def _join(windows: Sequence[_Window], size: tuple[int, int]) -> InstanceMasks:
+    ends = np.cumsum([0, *(crop.size for crop, _ in windows)])
+    pixels = np.empty(ends[-1], np.uint8)
+    for (crop, _), start, end in zip(windows, ends[:-1], ends[1:], strict=True):
+        pixels[start:end].reshape(crop.shape)[:] = crop
     edges = torch.tensor([window for _, window in windows], dtype=torch.int64).reshape(-1, 4)
-    return InstanceMasks(torch.from_numpy(np.concatenate(crops)), edges, size)
+    return InstanceMasks(torch.from_numpy(pixels), edges, size)
 
 
-def _fill(
-    polygons: Sequence[NDArray[np.float64]], height: int, width: int
-) -> tuple[NDArray[np.uint8], tuple[int, int, int, int]]:
+def _fill(polygons: Sequence[NDArray[np.float64]], height: int, width: int) -> _Window:
     """Rasterises one object in the rectangle around it; the same pixels as in the whole image.
 
     pycocotools rounds coordinates at fifths of a pixel, which moves by whole pixels don't change. It rounds negative
     ones differently; but the rectangle begins at 0 where there are any.
     """
-    low = np.floor(np.min([points.min(0) for points in polygons], 0))
-    high = np.ceil(np.max([points.max(0) for points in polygons], 0)) + 1
-    left, top = (int(v) for v in np.clip(low, 0, (width, height)))
-    right, bottom = (int(v) for v in np.clip(high, 0, (width, height)))
-    sides = (bottom - top, right - left)
-    if min(sides) < 1:
-        return np.zeros((0, 0), np.uint8), (0, 0, 0, 0)
-    shapes = mask_utils.frPyObjects([(points - (left, top)).reshape(-1) for points in polygons], *sides)
-    return mask_utils.decode(mask_utils.merge(shapes)), (left, top, right, bottom)
+    points = np.concatenate(polygons)
+    left, top = (min(max(math.floor(v), 0), n) for v, n in zip(points.min(0), (width, height), strict=True))
+    right, bottom = (min(math.ceil(v) + 1, n) for v, n in zip(points.max(0), (width, height), strict=True))
+    if right <= left or bottom <= top:
+        return _NOTHING
+    flat = [(points - (left, top)).reshape(-1) for points in polygons]
+    rle = mask_utils.merge(mask_utils.frPyObjects(flat, bottom - top, right - left))
+    x, y, w, h = (int(v) for v in mask_utils.toBbox(rle))
+    if not w:
+        return _NOTHING
+    return mask_utils.decode(rle)[y : y + h, x : x + w], (left + x, top + y, left + x + w, top + y + h)

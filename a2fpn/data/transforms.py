@@ -177,11 +177,17 @@ class _RandomScaleCrop:
             start + int(torch.randint(n - w + 1, ())) for start, n, w in zip(corner, size, window, strict=True)
         )
         image = F.resize(F.crop(image, top, left, *window), crop, antialias=True)
-        return image, _cut(target, (top, left, window[0], window[1]), (crop[0], crop[1]))
+        return image, cut(target, (top, left, window[0], window[1]), (crop[0], crop[1]))
 
 
-def _cut(target: Target, window: tuple[int, int, int, int], size: tuple[int, int]) -> Target:
-    """A target inside a window (top, left, height, width) of its image, which is resized to (H, W)."""
+def cut(target: Target, window: tuple[int, int, int, int], size: tuple[int, int]) -> Target:
+    """A target inside a window of its image, which is resized; objects whose boxes lie outside are dropped.
+
+    Args:
+        target: Of an image.
+        window: Top, left, height and width, pixels.
+        size: (H, W) that the window becomes.
+    """
     top, left, height, width = window
     factor = torch.tensor([size[1] / width, size[0] / height]).repeat(2)
     limit = torch.tensor([size[1], size[0]])

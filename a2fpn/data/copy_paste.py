@@ -1,0 +1,123 @@
+"""Simple copy-paste: Ghiasi et al., CVPR 2021."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+
+from a2fpn.data.coco import Sample
+from a2fpn.data.transforms import FitObjects, Target, cut, select
+from a2fpn.masks import InstanceMasks
+
+
+class CopyPaste(Dataset[Sample]):
+    """Pastes objects of a random other sample onto a sample, both as their own transforms have left them.
+
+    Each object that is no crowd is taken with a probability of a half, and pasted where it is in its own image; what
+    lies outside the other image is lost. What the pasted objects cover is taken from the masks below, whose boxes
+    shrink with them. Random numbers are torch's.
+
+    Args:
+        dataset: Samples with masks, augmented, e.g. a :class:`CocoDataset` with :func:`train_transforms`.
+        probability: That a sample gets objects of another one.
+        min_visible: Objects of whose pixels less than this share is left uncovered are dropped; in [0, 1].
+        min_box_size: Pasted and covered objects whose box is less wide or high are dropped, pixels.
+
+    Raises:
+        ValueError: For an argument out of its range, or samples without masks.
+    """
+
+    def __init__(
+        self, dataset: Any, *, probability: float = 0.5, min_visible: float = 0.1, min_box_size: float = 1.0
+    ) -> None:
+        for name, share in {"probability": probability, "min_visible": min_visible}.items():
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {share}.")
+        if "masks" not in dataset.target_keys:
+            raise ValueError(f"Copy-paste needs masks, the samples have {', '.join(dataset.target_keys)}.")
+        self.dataset = dataset
+        self.probability = probability
+        self.min_visible = min_visible
+        self.min_box_size = min_box_size
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Sample:
+        sample: Sample = self.dataset[index]
+        if torch.rand(()) >= self.probability:
+            return sample
+        source: Sample = self.dataset[int(torch.randint(len(self), ()))]
+        chosen = torch.rand(len(source[1]["labels"])) < 0.5
+        if "iscrowd" in source[1]:
+            chosen &= source[1]["iscrowd"] == 0
+        image, target = source
+        return paste(
+            sample, (image, select(target, chosen)), min_visible=self.min_visible, min_box_size=self.min_box_size
+        )
+
+
+def paste(sample: Sample, source: Sample, *, min_visible: float = 0.1, min_box_size: float = 1.0) -> Sample:
+    """A sample with all objects of another one on top, see :class:`CopyPaste`."""
+    (image, target), (other, pasted) = sample, source
+    height, width = (min(a, b) for a, b in zip(image.shape[-2:], other.shape[-2:], strict=True))
+    size = (image.shape[-2], image.shape[-1])
+    _, pasted = FitObjects(min_box_size)(other, cut(pasted, (0, 0, height, width), (height, width)))
+    if not len(pasted["labels"]):
+        return sample
+    pasted = {**pasted, "masks": replace(pasted["masks"], size=size)}
+
+    covered = _union(pasted["masks"])
+    part = covered[:height, :width]
+    image = image.clone()
+    image[:, :height, :width] = torch.where(part, other[:, :height, :width], image[:, :height, :width])
+    target = _uncovered(target, covered, min_visible=min_visible, min_box_size=min_box_size)
+    joined = {**target, "masks": target["masks"] + pasted["masks"]}
+    for key in {"labels", "boxes", "keypoints", "iscrowd"} & target.keys():
+        joined[key] = torch.cat([x[key].as_subclass(Tensor) for x in (target, pasted)])
+    joined["boxes"] = tv_tensors.wrap(joined["boxes"], like=target["boxes"])
+    if "semantic" in target:
+        joined["semantic"] = target["semantic"].clone()
+        joined["semantic"][:height, :width][part] = pasted["semantic"][part]
+    return image, joined
+
+
+def _union(masks: InstanceMasks) -> Tensor:
+    """Where any of the objects is, (H, W) bool."""
+    plane = torch.zeros(masks.size, dtype=torch.bool)
+    for crop, (left, top, right, bottom) in zip(masks.crops(), masks.windows.tolist(), strict=True):
+        plane[top:bottom, left:right] |= crop > 0
+    return plane
+
+
+def _uncovered(target: Target, covered: Tensor, *, min_visible: float, min_box_size: float) -> Target:
+    """What is left of the objects outside the pixels (H, W) bool; boxes fit those of which something is lost."""
+    masks: InstanceMasks = target["masks"]
+    free = (~covered).to(torch.uint8)
+    crops = [
+        crop * free[top:bottom, left:right]
+        for crop, (left, top, right, bottom) in zip(masks.crops(), masks.windows.tolist(), strict=True)
+    ]
+    left_over = InstanceMasks.from_crops(crops, masks.windows, masks.size).tight()
+    before, after = masks.areas(), left_over.areas()
+    boxes = target["boxes"].as_subclass(Tensor)
+    boxes = torch.where((after < before)[:, None], left_over.windows.to(boxes), boxes)
+    sides = (boxes[:, 2:] - boxes[:, :2]).amin(1)
+    target = {**target, "masks": left_over, "boxes": tv_tensors.wrap(boxes, like=target["boxes"])}
+    if "keypoints" in target:
+        target["keypoints"] = _hidden(target["keypoints"], covered)
+    touched = (after < before) & ((after == 0) | (after < min_visible * before) | (sides < min_box_size))
+    return select(target, ~touched)
+
+
+def _hidden(keypoints: Tensor, covered: Tensor) -> Tensor:
+    """Keypoints (N, K, 3) of which those under covered pixels are hidden: visibility 1 instead of 2."""
+    limit = torch.tensor([covered.shape[1], covered.shape[0]]) - 1
+    x, y = torch.minimum(keypoints[..., :2].long().clamp(min=0), limit).unbind(-1)
+    visibility = torch.where(covered[y, x], keypoints[..., 2].clamp(max=1), keypoints[..., 2])
+    return torch.cat([keypoints[..., :2], visibility[..., None]], -1)
