@@ -1,4 +1,4 @@
-"""Draws detections on an image: masks, boxes, scores, and a legend that never hides the picture.
+"""Draws detections or annotations on an image: masks, boxes, scores, and a legend that never hides the picture.
 
 Everything is drawn by matplotlib's anti-aliased Agg canvas, in pixels of the output. Small images are enlarged
 by a whole factor first, and text is only written where it covers neither objects nor other text, so that a
@@ -10,8 +10,11 @@ Shape shorthand: N objects, K colours, an image of H x W pixels. Boxes are (N, 4
 from __future__ import annotations
 
 import functools
+import itertools
 import math
+import textwrap
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,8 +33,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from a2fpn.data import ImageError, read_image
+
 if TYPE_CHECKING:
-    from a2fpn.data.masks import Rle
+    from a2fpn.data import DataReport, Rle
     from a2fpn.inference import Result
 
 Colors = NDArray[np.float64]
@@ -41,7 +46,7 @@ _PALETTE: Colors = to_rgba_array(
     ["#E69F00", "#56B4E9", "#009E73", "#F0E442", "#D55E00", "#CC79A7", "#0072B2", "#AADD55"]
     + ["#AA4499", "#44DDCC", "#BB5566", "#7788FF"]
 )[:, :3]
-_BLACK, _DARK, _GREY, _WHITE = to_rgba_array(["black", "#222222", "#666666", "white"])[:, :3]
+_BLACK, _DARK, _GREY, _WHITE, _RED = to_rgba_array(["black", "#222222", "#666666", "white", "#B00020"])[:, :3]
 _MIN_SIDE = 768  # pixels the picture's long side has at least
 _MIN_OBJECT = 16  # pixels the side of a typical object has, unless the picture then passes _MAX_ENLARGED
 _MAX_ENLARGED = 2560
@@ -49,6 +54,7 @@ _MAX_SIDE, _MAX_AREA = 2**15, 2**26  # beyond these the picture is shrunk; Agg's
 _MIN_WIDTH = 480  # pixels the legend needs to be readable
 _MAX_LABELLED = 40  # objects; above that scores are noise, and the legend gives their range
 _MAX_COVERED = 0.2  # share of any object's box that a label may cover
+_INSET = 0.7  # white left of the legend in letter sizes
 _LINE = 1.9  # distance of the legend's lines in letter sizes
 _LIMBS = (
     ("left_shoulder right_shoulder", "left_shoulder left_hip", "right_shoulder right_hip", "left_hip right_hip")
@@ -57,6 +63,8 @@ _LIMBS = (
     + ("nose left_eye", "nose right_eye", "left_eye left_ear", "right_eye right_ear")
 )
 """What the skeleton joins, by COCO's names of keypoints."""
+_CELL = (640, 480)  # pixels that an image of a grid may take
+_CAPTION, _GAP = 14, 24  # pixels: letters under an image of a grid, white around it
 _DPI = 64  # a power of two, so that inches x dpi gives back whole pixels
 
 
@@ -67,6 +75,8 @@ def draw(
     boxes: bool | None = None,
     labels: bool | None = None,
     legend: bool = True,
+    scores: bool = True,
+    fit: tuple[int, int] | None = None,
 ) -> Image.Image:
     """Draws a result on its image; :meth:`a2fpn.Result.plot` is the usual way to call it.
 
@@ -80,9 +90,12 @@ def draw(
         image: (H, W, 3) uint8, RGB.
         boxes: Whether to draw the boxes; None draws them unless there are masks and more than 40 objects.
         labels: Whether to write class and score beside the objects that have room for it; None does for up to
-            40 objects.
+            40 objects, if they differ in either.
         legend: Whether to add a strip with the classes, their counts and ranges of score: under the picture, or
             beside it if it is narrow.
+        scores: Whether labels and legend tell scores; annotations have none.
+        fit: Width and height in pixels that the picture is scaled to fit into, without its legend; None enlarges
+            small images as said above.
 
     Returns:
         An RGB image, at least 480 pixels wide if it has a legend.
@@ -97,19 +110,18 @@ def draw(
         )
     few = len(result) <= _MAX_LABELLED
     boxes = few or result.rles is None if boxes is None else boxes
-    labels = few if labels is None else labels
-    scale = _scale(result)
+    colors, one_class = _object_colors(result)
+    labels = few and (scores or not one_class) if labels is None else labels
+    room = () if fit is None else zip(fit, result.size[::-1], strict=True)
+    scale = min((most / side for most, side in room), default=_scale(result))
     width, height = (max(1, round(side * scale)) for side in result.size[::-1])
     unit = min(max(math.sqrt(width * height) / 1024, 1.0), 2.5)  # lines and letters grow with the picture
-    by_class = _class_colors(result.labels)
-    one_class = len(by_class) <= 1
-    colors = _neighbour_colors(result.boxes) if one_class else np.array([by_class[i] for i in result.labels.tolist()])
 
     rows: list[list[tuple[float, _Entry]]] = []
     left = top = 0.0
     shape = (width, height)
     if legend:
-        rows = _wrap(_legend(result, colors), max(width, _MIN_WIDTH), 14 * unit)
+        rows = _wrap(_legend(result, colors, scores=scores), max(width, _MIN_WIDTH), 14 * unit)
         strip = math.ceil(_LINE * 14 * unit * len(rows))
         if width < _MIN_WIDTH:
             left, shape = width, (width + _MIN_WIDTH, max(height, strip))
@@ -137,9 +149,9 @@ def draw(
         canvas.outline(joints, _WHITE, scale=scale, line=2 * unit)
         canvas.outline(joints, colors[order], scale=scale, line=0, fill=1)
     if labels:
-        texts = [f"{score:.2f}" for score in result.scores.tolist()]
-        if not one_class:
-            texts = [f"{_shorten(name)} {text}" for name, text in zip(result.names, texts, strict=True)]
+        texts = [f"{score:.2f}" if scores else "" for score in result.scores.tolist()]
+        if not (scores and one_class):
+            texts = [f"{_shorten(name)} {text}".rstrip() for name, text in zip(result.names, texts, strict=True)]
         places = _place_labels(texts, result.boxes * scale, (width, height), 11.5 * unit)
         for text, place, color in zip(texts, places, colors, strict=True):
             if place is not None:
@@ -148,6 +160,95 @@ def draw(
         for x, entry in pieces:
             canvas.entry(left + x, top + _LINE * 14 * unit * (row + 0.7), entry, 14 * unit)
     return canvas.image()
+
+
+def draw_grid(results: Sequence[Result], notes: Sequence[str], *, columns: int = 3) -> Image.Image:
+    """Draws annotated images side by side, each with its name, a remark and its classes under it; no scores.
+
+    Args:
+        results: The images with their objects.
+        notes: A remark on each image, such as what is wrong with it; may be empty.
+        columns: Images in a row.
+
+    Returns:
+        An RGB picture; its cells are 640 pixels wide and hold images of up to 640 x 480 pixels.
+
+    Raises:
+        ValueError: If there is no image, or not one remark per image.
+    """
+    line, inset = _LINE * _CAPTION, _INSET * _CAPTION
+    if not results or len(notes) != len(results):
+        raise ValueError(f"Expected a remark for each of at least one image, got {len(notes)} for {len(results)}.")
+    cells = []
+    for result, note in zip(results, notes, strict=True):
+        picture = draw(result, result.load_image(), legend=False, scores=False, fit=_CELL)
+        title, *classes = _wrap(_legend(result, _object_colors(result)[0], scores=False), _CELL[0], _CAPTION)
+        cells.append((picture, title, textwrap.wrap(note, _CELL[0] // 8, break_on_hyphens=False), classes))
+    rows = [cells[start : start + columns] for start in range(0, len(cells), columns)]
+    pictured = [max(picture.height for picture, *_ in row) for row in rows]
+    captioned = [math.ceil(max(1 + len(x) + len(y) for *_, x, y in row) * line) for row in rows]
+    width = min(columns, len(cells)) * (_CELL[0] + _GAP) + _GAP
+    canvas = _Canvas(width, sum(pictured) + sum(captioned) + (2 * len(rows) + 1) * _GAP)
+    top = _GAP
+    for row, height, caption in zip(rows, pictured, captioned, strict=True):
+        for left, (picture, title, remark, classes) in zip(itertools.count(_GAP, _CELL[0] + _GAP), row, strict=False):
+            canvas.paste(picture, left, top + height - picture.height)
+            y = top + height + line
+            for x, entry in title:
+                canvas.entry(left + x - inset, y, entry, _CAPTION)
+            for text in remark:
+                y += line
+                canvas.text(left, y, text, _CAPTION, _RED)
+            for pieces in classes:
+                y += line
+                for x, entry in pieces:
+                    canvas.entry(left + x - inset, y, entry, _CAPTION)
+        top += height + caption + 2 * _GAP
+    return canvas.image()
+
+
+def draw_report(report: DataReport, images: str | Path) -> Image.Image:
+    """Draws the examples of a check of data, with the codes of what was found in each.
+
+    Where an image can't be read its annotations are drawn on grey.
+
+    Args:
+        report: Of :func:`a2fpn.data.check_data` with ``examples``.
+        images: The image folder.
+
+    Returns:
+        See :func:`draw_grid`.
+
+    Raises:
+        ValueError: If the report has no examples.
+    """
+    from a2fpn.inference import Result
+
+    if not report.examples:
+        raise ValueError(f"{report.name}: no image to draw.")
+    # As in the report, with escapes in the place of what can't be written.
+    classes = [replace(count.category, name=repr(count.category.name)[1:-1]) for count in report.classes]
+    categories = (*classes, *(replace(category, name=f"{category.name} (crowd)") for category in classes))
+    results = []
+    for example in report.examples:
+        path = Path(images) / example.file_name
+        try:
+            pixels = np.asarray(read_image(path, size=example.size)).transpose(1, 2, 0)
+        except (ImageError, OSError):  # the latter for a name that no file system takes
+            pixels = np.full((*example.size, 3), 200, dtype=np.uint8)
+        results.append(
+            Result(
+                boxes=example.boxes,
+                scores=np.ones(len(example.boxes), dtype=np.float32),
+                labels=example.labels + len(classes) * example.crowds,
+                size=example.size,
+                categories=categories,
+                rles=example.rles,
+                image=pixels,
+                path=repr(example.file_name)[1:-1],
+            )
+        )
+    return draw_grid(results, [f"image {x.image_id}: {', '.join(x.codes)}" if x.codes else "" for x in report.examples])
 
 
 class _Entry(NamedTuple):
@@ -176,10 +277,11 @@ class _Canvas:
         self.figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI)
         self.clip = self.figure.bbox
 
-    def paste(self, picture: Image.Image) -> None:
-        """Puts a picture into the top left corner; outlines are cut off at its border."""
-        self.figure.figimage(np.asarray(picture), yo=self.height - picture.height, origin="upper")
-        self.clip = Bbox.from_extents(0, self.height - picture.height, picture.width, self.height)
+    def paste(self, picture: Image.Image, left: int = 0, top: int = 0) -> None:
+        """Puts a picture's top left corner at (left, top); outlines are cut off at its border."""
+        bottom = self.height - top - picture.height
+        self.figure.figimage(np.asarray(picture), xo=left, yo=bottom, origin="upper")
+        self.clip = Bbox.from_extents(left, bottom, left + picture.width, bottom + picture.height)
 
     def outline(
         self,
@@ -378,7 +480,15 @@ def _overlap(rect: NDArray[np.float64], boxes: NDArray[np.floating]) -> NDArray[
     return areas
 
 
-def _legend(result: Result, colors: Colors) -> list[_Entry]:
+def _object_colors(result: Result) -> tuple[Colors, bool]:
+    """The colour of each object, and whether all objects are of one class."""
+    by_class = _class_colors(result.labels)
+    if len(by_class) <= 1:
+        return _neighbour_colors(result.boxes), True
+    return np.array([by_class[label] for label in result.labels.tolist()]), False
+
+
+def _legend(result: Result, colors: Colors, *, scores: bool = True) -> list[_Entry]:
     """What the legend says: the picture's name and size, then each class."""
     height, width = result.size
     title = Path(result.path).name if result.path else ""
@@ -386,10 +496,11 @@ def _legend(result: Result, colors: Colors) -> list[_Entry]:
     entries = [_Entry(np.empty((0, 3)), _shorten(title), f"{width} × {height} px, {objects}")]
     for label in np.unique(result.labels).tolist():
         chosen = result.labels == label
-        low, high = result.scores[chosen].min(), result.scores[chosen].max()
-        scores = f"{low:.2f}" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f}–{high:.2f}"
+        low, high = (f"{score:.2f}" for score in (result.scores[chosen].min(), result.scores[chosen].max()))
         swatches = np.array(list(dict.fromkeys(map(tuple, colors[chosen])))[:4])
-        note = f"{chosen.sum()}, score {scores}"
+        note = f"{chosen.sum()}"
+        if scores:
+            note += f", score {low if low == high else f'{low}–{high}'}"
         entries.append(_Entry(swatches, _shorten(result.categories[label].name), note))
     return entries
 
@@ -401,7 +512,7 @@ def _wrap(entries: list[_Entry], width: int, size: float) -> list[list[tuple[flo
     for index, entry in enumerate(entries):
         if index <= 1 or x + entry.width(size) > width:
             rows.append([])
-            x = 0.7 * size
+            x = _INSET * size
         rows[-1].append((x, entry))
         x += entry.width(size)
     return rows

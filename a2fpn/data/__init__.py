@@ -1,38 +1,58 @@
 """Reading COCO-format data, augmenting it for training, and keeping masks small."""
 
+from a2fpn.data.check import check_data
 from a2fpn.data.coco import (
     Annotation,
     CocoDataset,
     CocoFile,
     CocoImage,
     DataError,
+    Sample,
     SampleMaker,
     SkipReport,
     collate,
     read_coco,
 )
 from a2fpn.data.copy_paste import CopyPaste
+from a2fpn.data.hf import HfDataset
 from a2fpn.data.images import ImageError, read_image
 from a2fpn.data.masks import Rle, decode_rle, encode_box_masks, encode_masks, segmentation_to_rle
 from a2fpn.data.outlines import Outlines
+from a2fpn.data.report import AnnotatedImage, ClassCount, DataReport, Finding
 from a2fpn.data.samplers import aspect_ratio_groups, epoch_order, repeat_factors
+from a2fpn.data.shards import Shard, ShardDataset, ShardIndex, check_shards, write_shards
+from a2fpn.data.streams import RawSample, SampleDecoder, StreamDataset
 from a2fpn.data.transforms import train_transforms
 from a2fpn.masks import InstanceMasks
 
 __all__ = [
+    "AnnotatedImage",
     "Annotation",
+    "ClassCount",
     "CocoDataset",
     "CocoFile",
     "CocoImage",
     "CopyPaste",
     "DataError",
+    "DataReport",
+    "Finding",
+    "HfDataset",
     "ImageError",
     "InstanceMasks",
     "Outlines",
+    "RawSample",
     "Rle",
+    "Sample",
+    "SampleDecoder",
     "SampleMaker",
+    "Shard",
+    "ShardDataset",
+    "ShardIndex",
     "SkipReport",
+    "StreamDataset",
     "aspect_ratio_groups",
+    "check_data",
+    "check_shards",
     "collate",
     "decode_rle",
     "encode_box_masks",
@@ -43,4 +63,5 @@ __all__ = [
     "repeat_factors",
     "segmentation_to_rle",
     "train_transforms",
+    "write_shards",
 ]

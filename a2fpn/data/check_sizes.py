@@ -39,7 +39,7 @@ def size_findings(
             f"That is small: enlarge the input {2 * _SMALL / median:.1f} times (min_size, max_size), or train on tiles."
         )
     elif median > _LARGE:
-        advice = f"That is large: an input {_LARGE / median:.2f} times as large would be faster and see as much."
+        advice = f"That is large: on an input {_LARGE / median:.2f} times the size they would measure {_LARGE:.0f}."
     yield Finding(severity, "object-size", message, advice, len(sides))
     if not anchor_sizes:
         return

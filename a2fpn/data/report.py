@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import textwrap
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ T = TypeVar("T")
 SHOWN = 5  # offenders that a message names
 PICTURED = 50  # images of a finding that are remembered for pictures
 _CLASSES_SHOWN = 40
+_WIDTH = 110  # letters in a line
 
 
 class Track(Protocol):
@@ -59,7 +61,12 @@ class Finding:
     fatal: bool = False
 
     def __str__(self) -> str:
-        return f"{self.severity:<8} {self.message} [{self.code}]\n{'':<8} {self.advice}"
+        first, other = f"{self.severity:<9}", " " * 9
+        parts = ((first, f"{self.message} [{self.code}]"), (other, self.advice))
+        return "\n".join(
+            textwrap.fill(text, _WIDTH, initial_indent=start, subsequent_indent=other, break_on_hyphens=False)
+            for start, text in parts
+        )
 
 
 @dataclass(frozen=True)
