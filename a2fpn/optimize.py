@@ -24,12 +24,11 @@ from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads
-from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.ops import FrozenBatchNorm2d, batched_nms, clip_boxes_to_image, remove_small_boxes
 
 from a2fpn.config import ModelConfig
 from a2fpn.detectors import Detector
-from a2fpn.heads import DetectionRoIHeads, Float32RPNHead
+from a2fpn.heads import DetectionRoIHeads, Float32RPNHead, ProposalNetwork
 from a2fpn.preprocess import Preprocess
 from a2fpn.pyramid import Features
 
@@ -342,7 +341,7 @@ def _replace_heads(detector: Detector) -> None:
     for module in list(detector.modules()):
         if type(module) is Float32RPNHead:
             _replace(detector, module, _RPNHead(module))
-        elif type(module) is RegionProposalNetwork:
+        elif type(module) is ProposalNetwork:
             module.__class__ = _Proposals
         elif isinstance(module, RoIHeads):
             if type(module.box_head) is TwoMLPHead:
@@ -376,7 +375,7 @@ class _RPNHead(nn.Module):
         return [y[:, : self.anchors] for y in outputs], [y[:, self.anchors :] for y in outputs]
 
 
-class _Proposals(RegionProposalNetwork):  # type: ignore[misc]
+class _Proposals(ProposalNetwork):
     """torchvision's proposals, decoded after the best of each level are chosen instead of before."""
 
     def forward(

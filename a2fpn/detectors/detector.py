@@ -16,6 +16,7 @@ from a2fpn._registry import Registry
 from a2fpn.backbones import TimmBackbone
 from a2fpn.config import ModelConfig
 from a2fpn.heads.paste import PasteRule
+from a2fpn.heads.share import share_losses
 from a2fpn.masks import InstanceMasks
 from a2fpn.necks import Neck
 from a2fpn.preprocess import Batch, Preprocess, resize_boxes, resize_target
@@ -143,6 +144,13 @@ class Detector(nn.Module, ABC):
     def mask_paste(self) -> PasteRule:
         """How masks are pasted into the image, see :class:`~a2fpn.config.RCNNConfig`."""
         return "exact"
+
+    def share_losses(self, *, enabled: bool = True) -> None:
+        """Makes several processes learn what one with all the images would, see :class:`~a2fpn.heads.LossShare`.
+
+        Every process then has to compute losses at the same time, as it does in training.
+        """
+        share_losses(self, enabled=enabled)
 
     def check_data(self, name: str, keys: Collection[str]) -> None:
         """Checks, before anything is trained, that a data set has what the detector trains on.

@@ -49,11 +49,9 @@ class FCOS(OneStage):
             for t, a in zip(targets, anchors, strict=True)
         ]
         losses = self.head.compute_loss(targets, outputs, anchors, matches)
-        return {
-            "loss_classifier": losses["classification"],
-            "loss_box_reg": losses["bbox_regression"],
-            "loss_centerness": losses["bbox_ctrness"],
-        }
+        names = {"classification": "classifier", "bbox_regression": "box_reg", "bbox_ctrness": "centerness"}
+        positives = sum(int((match >= 0).sum()) for match in matches)
+        return {f"loss_{ours}": self.head.share(losses[theirs], positives) for theirs, ours in names.items()}
 
     def scores(self, outputs: dict[str, Tensor]) -> Tensor:
         """See :meth:`OneStage.scores`; the geometric mean of class score and centreness."""

@@ -9,13 +9,11 @@ from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import RoIHeads
-from torchvision.models.detection.rpn import RegionProposalNetwork
 
 from a2fpn.backbones import TimmBackbone
 from a2fpn.config import ModelConfig, RCNNConfig
 from a2fpn.detectors.detector import Detection, Detector
-from a2fpn.heads import Float32BoxPredictor, Float32RPNHead, StrideAnchors, StrideRoIAlign
-from a2fpn.heads.matching import BoxPairs, ChunkedMatcher
+from a2fpn.heads import Float32BoxPredictor, Float32RPNHead, ProposalNetwork, StrideAnchors, StrideRoIAlign
 from a2fpn.heads.nms import DetectionRoIHeads
 from a2fpn.necks import Neck
 from a2fpn.preprocess import Batch
@@ -44,7 +42,7 @@ class RCNN(Detector):
         anchors = StrideAnchors(
             sizes, heads.anchor_ratios, strides, rounded=heads.anchor_rounding, legacy=heads.legacy_anchors
         )
-        self.rpn = RegionProposalNetwork(
+        self.rpn = ProposalNetwork(
             anchors,
             Float32RPNHead(neck.out_channels, anchors.num_anchors_per_location()[0], heads.rpn_layers),
             fg_iou_thresh=heads.rpn_fg_iou,
@@ -56,8 +54,6 @@ class RCNN(Detector):
             nms_thresh=heads.rpn_nms_threshold,
             score_thresh=heads.rpn_score_threshold,
         )
-        self.rpn.box_similarity = BoxPairs
-        self.rpn.proposal_matcher = ChunkedMatcher(heads.rpn_fg_iou, heads.rpn_bg_iou, allow_low_quality_matches=True)
         self.roi_heads = self.build_roi_heads(pooled)
 
     @property

@@ -9,7 +9,9 @@ from a2fpn.heads.matching import BoxPairs, ChunkedMatcher, ChunkedRoIHeads, matc
 from a2fpn.heads.nms import DetectionRoIHeads, DetectionRule, SoftNms, soft_nms, suppress, using_rule
 from a2fpn.heads.paste import mask_windows, paste_masks
 from a2fpn.heads.predictors import Float32BoxPredictor, Float32MaskPredictor, Float32RPNHead
+from a2fpn.heads.proposals import ProposalNetwork
 from a2fpn.heads.roi_pool import StrideRoIAlign, roi_align
+from a2fpn.heads.share import LossShare, share_losses
 
 __all__ = [
     "BoxPairs",
@@ -26,6 +28,8 @@ __all__ = [
     "Float32RPNHead",
     "Float32RetinaNetHead",
     "HTCRoIHeads",
+    "LossShare",
+    "ProposalNetwork",
     "SemanticBranch",
     "SemanticRoIPool",
     "SoftNms",
@@ -36,6 +40,7 @@ __all__ = [
     "match_locations",
     "paste_masks",
     "roi_align",
+    "share_losses",
     "soft_nms",
     "suppress",
     "using_rule",

@@ -20,6 +20,7 @@ from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_inference
 from torchvision.ops import clip_boxes_to_image, remove_small_boxes
 
 from a2fpn.heads.mask_targets import mask_loss
+from a2fpn.heads.share import LossShare
 from a2fpn.pyramid import Features
 
 Sizes = list[tuple[int, int]]
@@ -91,6 +92,7 @@ class CascadeRoIHeads(nn.Module):
         super().__init__()
         self.stages = nn.ModuleList(stages)  # type: ignore[assignment]
         self.rules = rules
+        self.share = LossShare()
 
     def has_mask(self) -> bool:
         """Whether the first stage, or every one, has a mask head."""
@@ -134,7 +136,11 @@ class CascadeRoIHeads(nn.Module):
             else:
                 samples = _label(stage, proposals, targets)
             logits, deltas = _box_outputs(stage, features, samples.boxes, image_sizes, gradient_scale=scale)
-            losses = _box_losses(logits, deltas, samples, beta=rules.box_loss_beta)
+            count = sum(map(len, samples.labels))
+            losses = {
+                name: self.share(loss, count)
+                for name, loss in _box_losses(logits, deltas, samples, beta=rules.box_loss_beta).items()
+            }
             proposals = _refine_samples(stage, deltas, samples, image_sizes, objects=not rules.resample)
             if stage.has_mask():
                 if self.interleaved:
@@ -186,7 +192,7 @@ class CascadeRoIHeads(nn.Module):
         stage = self.stages[index]
         x = stage.mask_roi_pool(features, positives.boxes, image_sizes)
         logits = stage.mask_predictor(self.training_mask_features(index, x))
-        return mask_loss(
+        loss = mask_loss(
             logits,
             [target["masks"] for target in targets],
             positives.boxes,
@@ -195,6 +201,8 @@ class CascadeRoIHeads(nn.Module):
             aligned=self.rules.aligned,
             binary=True,
         )
+        shared: Tensor = self.share(loss, sum(map(len, positives.labels)))
+        return shared
 
     def _masks(self, features: Features, boxes: list[Tensor], labels: list[Tensor], image_sizes: Sizes) -> list[Tensor]:
         x = self.stages[0].mask_roi_pool(features, boxes, image_sizes)

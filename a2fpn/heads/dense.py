@@ -19,6 +19,7 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import clip_boxes_to_image, remove_small_boxes
 
 from a2fpn.heads.nms import DetectionRule, suppress
+from a2fpn.heads.share import LossShare
 
 _SMALLEST = 1e-2  # pixels, as in the R-CNN heads
 
@@ -99,6 +100,7 @@ class Float32FCOSHead(FCOSHead):  # type: ignore[misc]
         self.box_coder = BoxLinearCoder(normalize_by_size=True)
         self.classification_head = FCOSClassificationHead(in_channels, 1, num_classes, num_layers, norm_layer=norm)
         self.regression_head = FCOSRegressionHead(in_channels, 1, num_layers, norm_layer=norm)
+        self.share = LossShare()
 
     def forward(self, x: list[Tensor]) -> dict[str, Tensor]:
         """``cls_logits`` (B, N, K), ``bbox_regression`` (B, N, 4) and ``bbox_ctrness`` (B, N, 1), float32."""

@@ -163,7 +163,9 @@ class HTCRoIHeads(CascadeRoIHeads):
                 semantic = target[SEMANTIC][rows[:, None], columns]
             canvas[:height, :width] = semantic
         loss = F.cross_entropy(logits, wanted, ignore_index=IGNORE, reduction="sum")
-        return loss / (wanted != IGNORE).sum().clamp(min=1)
+        labelled = int((wanted != IGNORE).sum())
+        shared: Tensor = self.share(loss / max(1, labelled), labelled)
+        return shared
 
 
 def things_map(masks: InstanceMasks, labels: Tensor) -> Tensor:

@@ -14,12 +14,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection.roi_heads import fastrcnn_loss
+from torchvision.models.detection.roi_heads import fastrcnn_loss, keypointrcnn_loss, keypoints_to_heatmap
 from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image, remove_small_boxes
 
 from a2fpn.heads.cascade import Samples
 from a2fpn.heads.mask_targets import mask_loss
 from a2fpn.heads.matching import ChunkedRoIHeads
+from a2fpn.heads.share import LossShare
 from a2fpn.pyramid import Features
 
 SoftNms = Literal["linear", "gaussian"]
@@ -193,6 +194,7 @@ class DetectionRoIHeads(ChunkedRoIHeads):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.rule = DetectionRule(self.score_thresh, self.nms_thresh, self.detections_per_img)
+        self.share = LossShare()
 
     @property
     def rule(self) -> DetectionRule:
@@ -220,24 +222,36 @@ class DetectionRoIHeads(ChunkedRoIHeads):
             image_shapes: Per image height and width without padding.
             targets: In training mode per image ``boxes``, ``labels`` from 1 and what the mask or keypoint head needs.
         """
-        if targets is None or not self.has_mask():
+        if targets is None:
             found: tuple[list[dict[str, Tensor]], dict[str, Tensor]] = super().forward(
-                features, proposals, image_shapes, targets
+                features, proposals, image_shapes
             )
             return found
         samples = Samples(*self.select_training_samples(proposals, targets))
         pooled = self.box_head(self.box_roi_pool(features, samples.boxes, image_shapes))
         loss_classifier, loss_box = fastrcnn_loss(*self.box_predictor(pooled), samples.labels, samples.deltas)
+        count = sum(map(len, samples.labels))
+        losses = {"loss_classifier": self.share(loss_classifier, count), "loss_box_reg": self.share(loss_box, count)}
         positives = samples.positives()
-        pooled = self.mask_head(self.mask_roi_pool(features, positives.boxes, image_shapes))
-        loss_mask = mask_loss(
-            self.mask_predictor(pooled),
-            [target["masks"] for target in targets],
-            positives.boxes,
-            positives.objects,
-            positives.labels,
-        )
-        return [], {"loss_classifier": loss_classifier, "loss_box_reg": loss_box, "loss_mask": loss_mask}
+        if self.has_mask():
+            pooled = self.mask_head(self.mask_roi_pool(features, positives.boxes, image_shapes))
+            loss = mask_loss(
+                self.mask_predictor(pooled),
+                [target["masks"] for target in targets],
+                positives.boxes,
+                positives.objects,
+                positives.labels,
+            )
+            losses["loss_mask"] = self.share(loss, sum(map(len, positives.labels)))
+        if self.has_keypoint():
+            pooled = self.keypoint_head(self.keypoint_roi_pool(features, positives.boxes, image_shapes))
+            logits = self.keypoint_predictor(pooled)
+            keypoints = [target["keypoints"] for target in targets]
+            loss = keypointrcnn_loss(logits, positives.boxes, keypoints, positives.objects)
+            images = zip(keypoints, positives.boxes, positives.objects, strict=True)
+            visible = sum(int(keypoints_to_heatmap(k[i], b, logits.shape[-1])[1].sum()) for k, b, i in images)
+            losses["loss_keypoint"] = self.share(loss, visible)
+        return [], losses
 
     def postprocess_detections(
         self,
