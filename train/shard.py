@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         interruption.
     """
     from a2fpn.data import ShardIndex, check_shards, write_shards  # not before --help: torch takes seconds
-    from train.cli import configure_logging, explain
+    from train.cli import configure_logging
 
     console = Console(stderr=True)
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 progress=lambda total: bar.update(task, total=total, advance=1),
             )
     except (OSError, ValueError) as error:
-        return _fail(explain(error))
+        return _fail(" ".join(str(error).split()))
     except KeyboardInterrupt:
         return _fail("interrupted; there is no index yet: start again with --force", code=130)
     sys.stdout.write(f"{options.output}: {index.num_samples} images in {len(index.shards)} shards\n")

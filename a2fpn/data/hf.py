@@ -153,6 +153,9 @@ class HfDataset(StreamDataset):
         processes; to begin at a later step, the rows before it are read again without being decoded. With
         ``split_by_file`` this holds for a process's own files, and the order depends on the number of processes. A data
         set on the disk is shuffled as a whole, and every process reads its own rows only.
+
+        Where ``datasets`` reads parquet files by threads it waits five seconds when a shuffled pass ends, see
+        ``datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN``.
         """
         library = _library()
         steps, share = self.steps(batch), batch // world_size

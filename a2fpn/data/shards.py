@@ -147,8 +147,8 @@ class ShardDataset(StreamDataset):
             set's own, sorted by id.
         keep_crowd: Whether crowds appear among the objects, marked in ``iscrowd``.
         shuffle_buffer: Images, over all processes, that are held as files in memory and shuffled.
-        strict: Whether bad annotations, unreadable images and bad shards are errors. Otherwise a local shard that is
-            missing or of another size is left out, and any other stretch that can't be read is replaced by the next.
+        strict: Whether bad annotations, unreadable images and bad shards are errors. Otherwise they are counted and
+            left out when iterating; in training, which takes as many steps, others stand in for what can't be read.
 
     Attributes:
         index: What ``index.json`` says.
@@ -190,8 +190,8 @@ class ShardDataset(StreamDataset):
         )
         self._location = location
         self._shuffle_buffer = shuffle_buffer
-        self._shards = index.shards if is_remote(location) else [shard for shard in index.shards if self._sound(shard)]
-        self.num_samples = sum(shard.samples for shard in self._shards)
+        for shard in () if is_remote(location) else index.shards:
+            self._check_size(shard)
 
     def read(
         self,
@@ -211,7 +211,7 @@ class ShardDataset(StreamDataset):
         of processes nor the step at which reading begins changes the order.
         """
         steps = self.steps(batch)
-        shards = self._shards
+        shards = self.index.shards
         if seed is not None:
             shards = [shards[number] for number in random_order(len(shards), seed, epoch)]
         first = list(accumulate((shard.samples for shard in shards), initial=0))
@@ -237,32 +237,37 @@ class ShardDataset(StreamDataset):
         length = math.ceil(self._shuffle_buffer / batch)
         # Lanes begin with stretches of different lengths, so that they don't all read at the same step.
         bounds = [max(begin, 0) for begin in range(-(lane * length // batch), steps, length)]
-        stretches = list(zip(bounds, [*bounds[1:], steps], strict=True))
-        for number, (begin, end) in enumerate(stretches):
+        for number, (begin, end) in enumerate(zip(bounds, [*bounds[1:], steps], strict=True)):
             if end > start:
                 size = end - begin
                 order = range(size) if seed is None else random_order(size, seed, epoch, lane, number)
-                samples = self._stretch(row, [*stretches[number:], *stretches[:number]], lane * steps)
+                samples = self._stretch(row, lane * steps + begin, size, whole=seed is not None)
                 yield from (samples[place] for place in order[max(start - begin, 0) :])
 
-    def _stretch(
-        self, row: Sequence[tuple[Shard, int]], stretches: Sequence[tuple[int, int]], offset: int
-    ) -> list[RawSample]:
-        """Reads the first of some stretches; where it can't be read, the next that can stands in, unless strict."""
-        size = stretches[0][1] - stretches[0][0]
-        found: list[RawSample] = []
-        for begin, end in stretches:
+    def _stretch(self, row: Sequence[tuple[Shard, int]], begin: int, size: int, *, whole: bool) -> list[RawSample]:
+        """Reads a stretch of the row of shards; unless strict, what can't be read is counted.
+
+        With ``whole`` what can be read of it is repeated in its place, or the next stretch of which anything can;
+        otherwise an empty sample stands there.
+        """
+        for place in (*range(begin, self.num_samples, size), *range(0, begin, size)):
+            samples: list[RawSample] = []
             for shard, first in row:
-                here = range(max(offset + begin - first, 0), min(offset + end - first, shard.samples))
+                here = range(max(place - first, 0), min(place + size - first, shard.samples))
                 try:
-                    found += self._read(shard, here) if here else []
+                    samples += self._read(shard, here) if here else []
                 except DataError as error:
                     if self.strict:
                         raise
-                    self.note_images(self._names(shard, here), str(error))
-            if found:
-                return list(islice(cycle(found), size))
-        raise DataError(f"{self.name}: none of {sum(end - begin for begin, end in stretches)} images can be read.")
+                    names = self._names(shard, here)
+                    self.note_images(names, str(error))
+                    samples += [RawSample(name, {}, (), b"") for name in names]
+            readable = [sample for sample in samples if sample.entry]
+            if not whole:
+                return samples
+            if readable:
+                return list(islice(cycle(readable), size))
+        raise DataError(f"{self.name}: none of {self.num_samples} images can be read.")
 
     def _read(self, shard: Shard, samples: range) -> list[RawSample]:
         """Reads some samples of a shard in one go."""
@@ -286,8 +291,8 @@ class ShardDataset(StreamDataset):
         """What samples that can't be read are counted as."""
         return [f"{_join(self._location, shard.name)}: image {number}" for number in samples]
 
-    def _sound(self, shard: Shard) -> bool:
-        """Whether a local shard is there and has its size; if not, and not strict, it is counted as skipped."""
+    def _check_size(self, shard: Shard) -> None:
+        """Finds out before any training whether a local shard is there and has its size."""
         path = Path(_join(self._location, shard.name))
         if not path.is_file():
             problem = f"{path}: no such file; the index says that it holds {shard.samples} images."
@@ -297,11 +302,10 @@ class ShardDataset(StreamDataset):
                 f"the file is cut off, damaged or another one."
             )
         else:
-            return True
+            return
         if self.strict:
             raise DataError(problem)
         self.note_images(self._names(shard, range(shard.samples)), problem)
-        return False
 
 
 def write_shards(
@@ -384,7 +388,9 @@ def write_shards(
                     raise DataError(f"{error.filename}: can't be read ({error.strerror}).") from error
                 missing.append(f"{error.filename}: can't be read ({error.strerror})")
                 if len(missing) == len(entries) or (len(missing) == _MISSING_IN_A_ROW and not shards):
-                    raise DataError(f"{len(missing)} images in a row can't be read, the last is {missing[-1]}.") from error
+                    raise DataError(
+                        f"{len(missing)} images in a row can't be read, the last is {missing[-1]}."
+                    ) from error
             else:
                 label = {"image": raw, "annotations": objects[raw["id"]]}
                 yield [*files, (f"{key}.json", json.dumps(label, separators=(",", ":")).encode())]

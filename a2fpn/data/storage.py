@@ -52,6 +52,8 @@ def read_bytes(location: str | Path, start: int = 0, end: int | None = None) -> 
             raise DataError(f"{location}: no such file.") from None
         except ImportError as error:
             raise DataError(f"{location}: needs a further package, pip install it: {error}") from error
+        except ValueError as error:
+            raise DataError(f"{location}: can't be read ({error}).") from error
         except (OSError, HTTPException) as error:
             wait = next(waits, None)
             final = isinstance(error, HTTPError) and error.code < 500 and error.code not in _BUSY

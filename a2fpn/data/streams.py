@@ -193,7 +193,7 @@ class StreamDataset(IterableDataset[Sample]):
             DataError: If there are fewer images than one step takes.
         """
         if batch > self.num_samples:
-            raise DataError(f"{self.name}: has {self.num_samples} readable images, fewer than the {batch} of one step.")
+            raise DataError(f"{self.name}: has {self.num_samples} images, fewer than the {batch} of one step.")
         return self.num_samples // batch
 
     @abstractmethod
