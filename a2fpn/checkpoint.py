@@ -6,6 +6,7 @@ sha256 that ``config.json`` names.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -24,12 +25,42 @@ from a2fpn.config import FORMAT_VERSION, ModelConfig, from_dict, to_dict
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-CONFIG_LIMIT = 2**24
+CONFIG_LIMIT = 2**22
 """Bytes above which a ``config.json`` is not read."""
 
 
 class CheckpointError(ValueError):
     """A checkpoint that is missing, damaged, or not what it says it is."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What others read of a checkpoint's metadata: cards, lists, ``python -m hub verify``. All may be missing.
+
+    Args:
+        metrics: Measured numbers, such as ``bbox/ap`` in 0..1; -1 where there was nothing to measure.
+        data: What it was trained and measured on.
+        data_licence: Licence of the data.
+        licence: Licence of the weights.
+        recipe: How it was trained.
+        max_detections: Best detections per image and class that counted for the metrics.
+
+    Raises:
+        TypeError: If a metric is no number.
+    """
+
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    data: str | None = None
+    data_licence: str | None = None
+    licence: str | None = None
+    recipe: str | None = None
+    max_detections: int = 100
+
+    def __post_init__(self) -> None:
+        for key, value in self.metrics.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"The metric {key!r} must be a number, got {value!r}.")
+        object.__setattr__(self, "metrics", {key: float(value) for key, value in self.metrics.items()})
 
 
 @dataclass(frozen=True)
@@ -41,7 +72,11 @@ class Checkpoint:
         sha256: Hex digest of the weights file.
         format_version: Version of this format.
         a2fpn_version: Version of the package that wrote it.
-        metadata: Anything worth knowing: metrics, recipe, data, licences. JSON values only.
+        metadata: Anything worth knowing, as JSON values; what :class:`Facts` has a field for must be of its type.
+        code_licence: Licence of the package that wrote it. That of the backbone's weights is in ``model.backbone``.
+
+    Raises:
+        TypeError: If a fact is of another type.
     """
 
     model: ModelConfig
@@ -49,6 +84,16 @@ class Checkpoint:
     format_version: int = FORMAT_VERSION
     a2fpn_version: str = __version__
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    code_licence: str = "Apache-2.0"
+
+    def __post_init__(self) -> None:
+        self.facts  # noqa: B018 - wrong ones are an error here, not where they are read
+
+    @property
+    def facts(self) -> Facts:
+        """What the metadata say of what others read."""
+        known = {f.name for f in dataclasses.fields(Facts)}
+        return from_dict(Facts, {key: x for key, x in self.metadata.items() if key in known}, where="metadata")
 
 
 def save_checkpoint(
@@ -73,10 +118,11 @@ def save_checkpoint(
         The directory.
 
     Raises:
-        TypeError: If the metadata cannot be written as JSON.
+        TypeError: If the metadata cannot be written as JSON, or a fact in it is of another type.
     """
-    # First of all, before a good file is replaced: metadata that JSON cannot hold is an error.
+    # First of all, before a good file is replaced: metadata that JSON cannot hold, or of a wrong type, are an error.
     json.dumps(dict(metadata or {}))
+    checkpoint = Checkpoint(model=config, sha256="", metadata=metadata or {})
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {
@@ -86,7 +132,7 @@ def save_checkpoint(
     # Written beside and renamed, so that a reader never meets half a file.
     weights, description = directory / f".{WEIGHTS_FILE}.tmp", directory / f".{CONFIG_FILE}.tmp"
     save_file(tensors, weights, metadata={"format": "pt"})
-    checkpoint = Checkpoint(model=config, sha256=file_sha256(weights), metadata=metadata or {})
+    checkpoint = dataclasses.replace(checkpoint, sha256=file_sha256(weights))
     description.write_text(json.dumps(to_dict(checkpoint), indent=2) + "\n", encoding="utf-8")
     # safetensors makes files that only their owner may read.
     weights.chmod(description.stat().st_mode)

@@ -6,6 +6,7 @@ What goes wrong is told as a :class:`HubError` in one sentence: what was wanted,
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import shlex
@@ -14,7 +15,19 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
+
+from httpx2 import ConnectError, ConnectTimeout, HTTPError, ProxyError, Timeout, TimeoutException
+from huggingface_hub import (
+    HfApi,
+    ResolvedRevision,
+    constants,
+    errors,
+    get_token,
+    hf_hub_download,
+    try_to_load_from_cache,
+)
+from huggingface_hub.utils.sha import git_hash
 
 from a2fpn._version import __version__
 from a2fpn.checkpoint import (
@@ -29,11 +42,7 @@ from a2fpn.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
-
-if TYPE_CHECKING:
-    from huggingface_hub import HfApi
-
-    from a2fpn.detectors import Detector
+from a2fpn.detectors import DETECTORS, Detector
 
 CARD_FILE = "README.md"
 
@@ -55,7 +64,11 @@ class HubOfflineError(HubError):
 
 
 class HubServerError(HubError):
-    """A server that failed, or a connection that broke."""
+    """A server that failed, or a connection that broke or was too slow."""
+
+
+class HubCacheError(HubError):
+    """A cache that cannot be written to, because the disk is full above all."""
 
 
 class HubIntegrityError(HubError):
@@ -127,37 +140,38 @@ def download_checkpoint(repo: Repo, *, weights: bool = True) -> Path:
         HubError: See its children.
         CheckpointError: If the repository holds no checkpoint of this package.
     """
-    from huggingface_hub import resolve_revision, try_to_load_from_cache
-    from huggingface_hub.constants import is_offline_mode
-
     names = [CONFIG_FILE, WEIGHTS_FILE] if weights else [CONFIG_FILE]
-    offline = repo.local_files_only or is_offline_mode()
+    offline = repo.local_files_only or constants.is_offline_mode()
     with _explained(repo, names):
-        commit = resolve_revision(
-            repo.id, revision=repo.revision, token=repo.token, cache_dir=repo.cache_dir, local_files_only=offline
-        )
+        commit = _resolve(repo, offline=offline)
         missing = [
             name
             for name in names
-            if not isinstance(
-                try_to_load_from_cache(repo.id, name, cache_dir=repo.cache_dir, revision=commit.resolved), str
-            )
+            if not isinstance(try_to_load_from_cache(repo.id, name, cache_dir=repo.cache_dir, revision=commit), str)
         ]
         if missing and offline:
             raise HubOfflineError(_offline(repo, missing))
         if missing:
-            _check_files(repo, commit.resolved, missing)
-        folder = _download(repo, CONFIG_FILE, commit.resolved, offline=offline).parent
+            _check_files(repo, commit, missing)
+        folder = _download(repo, CONFIG_FILE, commit, offline=offline).parent
         if weights:
             expected = read_checkpoint(folder).sha256
-            _download(repo, WEIGHTS_FILE, commit.resolved, offline=offline, expected=expected)
+            _download(repo, WEIGHTS_FILE, commit, offline=offline, expected=expected)
     return folder
+
+
+def _resolve(repo: Repo, *, offline: bool) -> str:
+    """The one commit that a load takes everything from; the cache's where the Hub cannot be reached."""
+    commit: ResolvedRevision = _api(repo.token).resolve_revision(
+        repo.id, revision=repo.revision, token=repo.token, cache_dir=repo.cache_dir, local_files_only=offline
+    )
+    return commit.resolved
 
 
 def _check_files(repo: Repo, commit: str, names: Sequence[str]) -> None:
     """Asks once, without retries, whether the files are there and can be what they are called."""
     # Not hf_hub_download's own look: on a server that is down it retries for 23 s.
-    info = _api(repo.token).model_info(repo.id, revision=commit, files_metadata=True)
+    info = _api(repo.token).repo_info(repo.id, revision=commit, files_metadata=True)
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
     if WEIGHTS_FILE in names and WEIGHTS_FILE not in sizes:
         raise HubNotFoundError(missing_weights(_where(repo), sizes))
@@ -169,9 +183,6 @@ def _check_files(repo: Repo, commit: str, names: Sequence[str]) -> None:
 
 def _download(repo: Repo, name: str, commit: str, *, offline: bool, expected: str | None = None) -> Path:
     """Path of a file in the cache whose content has the hash that the Hub recorded for it."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.utils.sha import git_hash
-
     for again in (False, True):
         path = Path(
             hf_hub_download(
@@ -232,7 +243,7 @@ def push_to_hub(
     Raises:
         HubError: If the Hub refuses or cannot be reached.
         CheckpointError: If the folder holds no sound checkpoint.
-        ValueError: If metadata are given with a folder, or the folder's card has no valid header.
+        ValueError: If metadata are given with a folder, or the folder's card is a link or has no valid header.
     """
     repo = Repo.parse(repo_id, token=token)
     if isinstance(model, (str, Path)) and metadata:
@@ -241,6 +252,11 @@ def push_to_hub(
         folder = Path(temporary)
         if isinstance(model, (str, Path)):
             check_weights(model, read_checkpoint(model))
+            if (Path(model) / CARD_FILE).is_symlink():
+                raise ValueError(
+                    f"{CARD_FILE} of {str(model)!r} is a link; what it leads to would be published. Put the file "
+                    "itself there."
+                )
             for name in (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE):
                 if (Path(model) / name).is_file():
                     shutil.copyfile(Path(model) / name, folder / name)
@@ -261,23 +277,33 @@ def push_to_hub(
     return commit.oid
 
 
-def _api(token: str | bool | None) -> HfApi:
-    from huggingface_hub import HfApi
+CONNECT_SECONDS = 1.5
+"""How long a connection may take to be made: one lost packet is sent again after a second."""
 
-    return HfApi(token=token, library_name="a2fpn", library_version=__version__)
+
+class _Api(HfApi):
+    """The client's own would wait for ever where packets vanish or a server keeps silent."""
+
+    def repo_info(self, *args: Any, **options: Any) -> Any:
+        patience = Timeout(constants.HF_HUB_ETAG_TIMEOUT, connect=CONNECT_SECONDS)
+        return super().repo_info(*args, **options, timeout=cast(float, patience))
+
+
+def _api(token: str | bool | None) -> _Api:
+    return _Api(token=token, library_name="a2fpn", library_version=__version__)
 
 
 def _where(repo: Repo) -> str:
     """A repository as messages name it."""
-    from huggingface_hub import constants
-
     revision = f" at revision {repo.revision!r}" if repo.revision else ""
     return f"{repo.id!r}{revision} of {constants.ENDPOINT}"
 
 
-def _offline(repo: Repo, missing: Sequence[str], cause: BaseException | None = None) -> str:
-    from huggingface_hub import constants
+def _cache(repo: Repo) -> str:
+    return str(repo.cache_dir or constants.HF_HUB_CACHE)
 
+
+def _offline(repo: Repo, missing: Sequence[str], cause: BaseException | None = None) -> str:
     reason = (
         "local_files_only=True"
         if repo.local_files_only
@@ -285,13 +311,12 @@ def _offline(repo: Repo, missing: Sequence[str], cause: BaseException | None = N
         if constants.is_offline_mode()
         else f"the Hub cannot be reached ({_detail(cause)})"
     )
-    cache = repo.cache_dir or constants.HF_HUB_CACHE
     command = ["hf", "download", repo.id, CONFIG_FILE, WEIGHTS_FILE]
     command += ["--revision", repo.revision] if repo.revision else []
     command += ["--cache-dir", str(repo.cache_dir)] if repo.cache_dir else []
     return (
-        f"{' and '.join(missing)} of {_where(repo)} {'are' if len(missing) > 1 else 'is'} not in the cache {cache}, "
-        f"and {reason}. Where there is a network, run: {shlex.join(command)}"
+        f"{' and '.join(missing)} of {_where(repo)} {'are' if len(missing) > 1 else 'is'} not in the cache "
+        f"{_cache(repo)}, and {reason}. Where there is a network, run: {shlex.join(command)}"
     )
 
 
@@ -308,62 +333,91 @@ def _explained(repo: Repo, files: Sequence[str] = ()) -> Iterator[None]:
         repo: What is talked about.
         files: What is to be downloaded; nothing when something is published.
     """
-    from httpx2 import HTTPError
-    from huggingface_hub.errors import RevisionResolutionError
-
     try:
         yield
     except (HubError, CheckpointError):
         raise
     # hf_xet raises built-in errors, RuntimeError among them; a ValueError with a cause is a download forced in vain.
-    except (HTTPError, RevisionResolutionError, OSError, RuntimeError, ValueError) as error:
+    except (HTTPError, errors.RevisionResolutionError, OSError, RuntimeError, ValueError) as error:
         if isinstance(error, ValueError) and error.__cause__ is None:
             raise
         raise _translated(error, repo, files) from error
 
 
 def _translated(error: Exception, repo: Repo, files: Sequence[str]) -> HubError:
-    from httpx2 import ConnectError, ConnectTimeout, ProxyError
-    from huggingface_hub import constants, errors
-
     # These only say that nothing was in the cache either.
     wrappers = (errors.LocalEntryNotFoundError, errors.RevisionResolutionError, ValueError)
     cause = error.__cause__ if isinstance(error, wrappers) else error
     where = _where(repo)
-    token = "Give another token= or run `hf auth login`."
+    log_in = "give token= or run `hf auth login`"
     if isinstance(cause, errors.GatedRepoError):
-        return HubAccessError(
-            f"{where} is gated: ask for access at {constants.ENDPOINT}/{repo.id}, then give token= or run "
-            "`hf auth login`."
-        )
+        return HubAccessError(f"{where} is gated: ask for access at {constants.ENDPOINT}/{repo.id}, then {log_in}.")
     if isinstance(cause, errors.RepositoryNotFoundError):
-        return HubNotFoundError(f"{where} does not exist, or is private and not for this token. {token}")
+        return HubNotFoundError(
+            f"{where} does not exist, or is private and not for this token. Look at the spelling, or {log_in}."
+        )
     if isinstance(cause, errors.RevisionNotFoundError):
         return HubNotFoundError(f"{repo.id!r} of {constants.ENDPOINT} has no revision {repo.revision!r}.")
-    status = cause.response.status_code if isinstance(cause, errors.HfHubHTTPError) else None
+    status = _status(cause)
+    if status in (401, 403) and not (repo.token if repo.token is not None else get_token()):
+        return HubAccessError(f"{where} is not for everyone ({status}), and no token was sent: {log_in}.")
     if status in (401, 403):
-        right = "read" if files else "write to"
+        right, public = ("read", "; token=False sends none, for what is public") if files else ("write to", "")
         return HubAccessError(
-            f"The token was refused ({status}): it is wrong, revoked or may not {right} {where}. {token}"
+            f"The token was refused ({status}): it is wrong, revoked or may not {right} {where}. Give another token= "
+            f"or run `hf auth login`{public}."
         )
     if status is not None:
         advice = "try again later" if status >= 500 else _detail(cause)
         return HubServerError(f"{where} cannot be had: the server answered {status}; {advice}.")
+    number = _error_number(cause)
+    if number is not None and number in _CACHE_ERRORS:
+        return HubCacheError(
+            f"What comes from {where} cannot be kept in the cache {_cache(repo)}: {os.strerror(number)}. Nothing "
+            "half-done was kept. Make room there, or give another cache_dir= (for all, HF_HOME)."
+        )
     unreachable = (ConnectError, ConnectTimeout, ProxyError, errors.OfflineModeIsEnabled)
-    if cause is None or isinstance(cause, unreachable) or isinstance(error, errors.RevisionResolutionError):
+    if cause is None or isinstance(cause, unreachable):
         if files:
             return HubOfflineError(_offline(repo, files, cause))
         return HubOfflineError(f"Nothing was published to {where}: it cannot be reached ({_detail(cause)}).")
+    if isinstance(cause, TimeoutException):
+        return HubServerError(
+            f"{where} keeps silent: the server or the connection is too slow ({_detail(cause)}). Nothing half-done was "
+            "kept. Try again; HF_HUB_ETAG_TIMEOUT and HF_HUB_DOWNLOAD_TIMEOUT set more than 10 seconds of patience."
+        )
     return HubServerError(
         f"The connection for {where} broke ({_detail(cause)}). Nothing half-done was kept; try again."
     )
 
 
+_CACHE_ERRORS = {
+    getattr(errno, name)
+    for name in ("EACCES", "EDQUOT", "EFBIG", "ENOENT", "ENOSPC", "ENOTDIR", "EPERM", "EROFS")
+    if hasattr(errno, name)
+}
+
+
+def _status(cause: BaseException | None) -> int | None:
+    """The status that a server answered with; hf_xet tells it in words alone."""
+    if isinstance(cause, errors.HfHubHTTPError):
+        return cause.response.status_code
+    told = re.search(r"HTTP status \w+ error \((\d{3})\b", str(cause)) if isinstance(cause, RuntimeError) else None
+    return int(told[1]) if told else None
+
+
+def _error_number(cause: BaseException | None) -> int | None:
+    """The number of an error of the operating system; hf_xet tells it in words alone."""
+    if isinstance(cause, RuntimeError):
+        told = re.search(r"IO Error: .*\(os error (\d+)\)", str(cause))
+        return int(told[1]) if told else None
+    return cause.errno if isinstance(cause, OSError) else None
+
+
 _CARD = """
 # {name}
 
-{detector} with neck `{neck}` on backbone `{backbone}`, {classes} classes, made with
-[a2fpn](https://pypi.org/project/a2fpn) {version}.
+A `{detector}` with neck `{neck}` on backbone `{backbone}`, {classes}, made with a2fpn {version}.
 
 ```python
 import a2fpn
@@ -374,72 +428,90 @@ result = a2fpn.Predictor(model)("image.jpg")
 
 Classes: {categories}
 
-Images are resized by the rule `{resize}` to sides of {min_size} to {max_size} pixels.
+{sizes}
 {results}
 ## Origin
 
 {facts}
 
-The code is under Apache-2.0. The weights of the backbone that training may have started from are under
-{backbone_licence}.
+The code is under {code_licence}. {backbone_licence}
 """
 
-_METRICS = {"bbox/ap": "box AP", "bbox/ap50": "box AP50", "segm/ap": "mask AP", "segm/ap50": "mask AP50"}
+_METRICS = {
+    "bbox/ap": ("object-detection", "box AP"),
+    "bbox/ap50": ("object-detection", "box AP50"),
+    "segm/ap": ("image-segmentation", "mask AP"),
+    "segm/ap50": ("image-segmentation", "mask AP50"),
+    "keypoints/ap": ("keypoint-detection", "keypoint AP"),
+    "keypoints/ap50": ("keypoint-detection", "keypoint AP50"),
+}
+"""What a card tells of the metrics, as the Hub's task and a name."""
+
+_LICENCES = (
+    *("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0"),
+    *("cc-by-nc-sa-4.0", "gpl-2.0", "gpl-3.0", "lgpl-3.0", "agpl-3.0", "mpl-2.0", "openrail", "unlicense"),
+)
+"""Licences that the Hub has a name for, most of them; in the header of a card any other goes by ``other``."""
 
 
 def model_card(checkpoint: Checkpoint, repo_id: str) -> str:
     """The ``README.md`` of a published checkpoint, with results in the Hub's own form.
 
     Args:
-        checkpoint: What is published; ``metrics``, ``dataset`` and ``licence`` of its metadata are used.
+        checkpoint: What is published.
         repo_id: Where it is published.
 
     Returns:
         Markdown with a YAML header.
     """
-    import timm
     from huggingface_hub import EvalResult, ModelCardData
 
-    model, metadata = checkpoint.model, checkpoint.metadata
-    dataset = metadata.get("dataset") or {}
-    metrics = {key: value for key, value in (metadata.get("metrics") or {}).items() if key in _METRICS}
-    backbone = timm.get_pretrained_cfg(model.backbone.name)
+    model, facts = checkpoint.model, checkpoint.facts
+    metrics = {key: facts.metrics[key] for key in _METRICS if key in facts.metrics}
     results = [
         EvalResult(
-            task_type="image-segmentation" if key.startswith("segm") else "object-detection",
+            task_type=_METRICS[key][0],
             dataset_type="custom",
-            dataset_name=str(dataset.get("data", "not stated")),
+            dataset_name=facts.data or "not stated",
             metric_type=key.replace("/", "-"),
-            metric_name=_METRICS[key],
-            metric_value=round(float(value), 4),
+            metric_name=_METRICS[key][1],
+            metric_value=round(value, 4),
         )
         for key, value in metrics.items()
     ]
+    task = "image-segmentation" if DETECTORS[model.detector].has_masks else "object-detection"
+    licence = (facts.licence or "").lower().replace(" ", "-")
     data = ModelCardData(
-        license=metadata.get("licence"),
+        license=licence if licence in _LICENCES else "other" if licence else None,
+        license_name=None if licence in _LICENCES else facts.licence,
         library_name="a2fpn",
-        pipeline_tag="image-segmentation" if model.detector.startswith("mask") else "object-detection",
-        tags=[model.detector, model.neck.name, "object-detection"],
-        base_model=f"timm/{model.backbone.name}" if backbone is not None and backbone.hf_hub_id else None,
+        pipeline_tag=task,
+        tags=list(dict.fromkeys([model.detector, model.neck.name, "object-detection"])),
+        base_model=f"timm/{model.backbone.name}" if model.backbone.license else None,
         model_name=model.architecture,
         eval_results=results or None,
     )
-    table = "\n".join(f"| {_METRICS[key]} | {float(value):.4f} |" for key, value in metrics.items())
-    facts = {key: value for key, value in metadata.items() if key != "metrics"} | {"sha256": checkpoint.sha256}
+    table = "\n".join(f"| {_METRICS[key][1]} | {value:.4f} |" for key, value in metrics.items())
+    told = {key: value for key, value in checkpoint.metadata.items() if key != "metrics"}
+    told["sha256"] = checkpoint.sha256
+    sizes = model.preprocess
     text = _CARD.format(
         name=model.architecture,
         detector=model.detector,
         neck=model.neck.name,
         backbone=model.backbone.name,
-        classes=model.num_classes,
+        classes="1 class" if model.num_classes == 1 else f"{model.num_classes} classes",
         version=checkpoint.a2fpn_version,
         repo_id=repo_id,
         categories=", ".join(category.name for category in model.labelled_categories),
-        resize=model.preprocess.resize,
-        min_size=model.preprocess.min_size,
-        max_size=model.preprocess.max_size,
+        sizes="Images keep their size."
+        if sizes.resize == "none"
+        else f"Images are resized by the rule `{sizes.resize}`, min_size {sizes.min_size}, max_size {sizes.max_size}.",
         results=f"\n| metric | value |\n| --- | --- |\n{table}\n" if table else "",
-        facts="\n".join(f"* {key}: {value}" for key, value in facts.items()),
-        backbone_licence=(backbone.license if backbone is not None else None) or "no stated licence",
+        facts="\n".join(f"* {key}: {value}" for key, value in told.items()),
+        code_licence=checkpoint.code_licence,
+        backbone_licence="No licence of backbone weights is recorded."
+        if model.backbone.license is None
+        else f"The weights of the backbone that training began with are under {model.backbone.license}.",
     )
     return f"---\n{data.to_yaml()}\n---\n{text}"

@@ -15,14 +15,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torchvision.models import WeightsEnum, get_model_weights
 
 from a2fpn._registry import match_names
-from a2fpn.checkpoint import CheckpointError, file_sha256, read_checkpoint
+from a2fpn.checkpoint import CheckpointError, Facts, file_sha256, read_checkpoint
 from a2fpn.hub import (
     HubAccessError,
     HubIntegrityError,
@@ -57,13 +57,13 @@ class HubWeights:
         repo: ``org/name``.
         revision: The commit.
         sha256: Hex digest of ``model.safetensors``.
-        metadata: ``metrics`` and ``licence`` of its ``config.json``, so that listing needs no network.
+        facts: Those of its ``config.json``, so that listing needs no network.
     """
 
     repo: str
     revision: str
     sha256: str
-    metadata: Mapping[str, Any]
+    facts: Facts
 
 
 @dataclass(frozen=True)
@@ -215,16 +215,15 @@ def _describe(name: str, weights: Weights) -> PretrainedModel:
             licence=meta.get("license") or "not stated by torchvision, whose code is under BSD-3-Clause",
         )
     embedded = isinstance(weights, WeightsConfig)
-    metadata = read_checkpoint(weights.folder).metadata if isinstance(weights, WeightsConfig) else weights.metadata
-    metrics = metadata.get("metrics") or {}
+    facts = read_checkpoint(weights.folder).facts if isinstance(weights, WeightsConfig) else weights.facts
     return PretrainedModel(
         name=name,
         source="embedded" if embedded else "hub",
         origin=str(weights.folder.name) if isinstance(weights, WeightsConfig) else f"{weights.repo}@{weights.revision}",
         trained=True,
-        **{f"{kind}_ap": metrics.get(f"{key}/ap") for kind, key in _METRICS.items()},
-        measured=str(metadata.get("data") or "not stated"),
-        licence=str(metadata.get("licence") or metadata.get("license") or "not stated"),
+        **{f"{kind}_ap": facts.metrics.get(f"{key}/ap") for kind, key in _METRICS.items()},
+        measured=facts.data or "not stated",
+        licence=facts.licence or "not stated",
     )
 
 

@@ -1,26 +1,34 @@
-"""The command line for publishing: ``python -m hub push | card | convert | verify``."""
+"""The command line for publishing: ``python -m hub push | card | convert | verify | backbone``."""
 
 from __future__ import annotations
 
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import typer
 
 import a2fpn
 from a2fpn import cli
+from a2fpn.backbones import export_backbone
 from a2fpn.checkpoint import CONFIG_FILE, file_sha256, read_checkpoint, save_checkpoint
-from a2fpn.convert import from_detectron2, from_mmdet, read_state_dict
+from a2fpn.convert import from_detectron2, from_mmdet, from_torchvision, load_torchvision, read_state_dict
 from a2fpn.hub import Repo, download_checkpoint, model_card
 
 TOLERANCE = 0.002
 """Largest difference of an AP measured again that other kernels explain."""
 
-CONVERTERS = {"detectron2": from_detectron2, "mmdet": from_mmdet}
+VERIFIED = ("bbox/ap", "segm/ap", "keypoints/ap")
+"""Metrics that are measured again."""
+
+PARITY = 1e-3
+"""Largest difference of features (relative) and of scores that rounding explains."""
+
+CONVERTERS: dict[str, Callable[..., Any]] = {"detectron2": from_detectron2, "mmdet": from_mmdet}
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -73,29 +81,73 @@ def card(folder: Folder, *, repo: RepoName) -> None:
 def convert(
     file: Annotated[Path, typer.Argument(help="Its weights: .pth, .pkl or .safetensors.", metavar="FILE")],
     *,
-    source: Annotated[Literal["detectron2", "mmdet"], typer.Option("--from", help="What wrote the file.")],
-    model: Annotated[str, typer.Option(help="What it is here, such as maskrcnn_fpn_r50.", metavar="NAME")],
+    source: Annotated[Literal["torchvision", "detectron2", "mmdet"], typer.Option("--from", help="What wrote it.")],
+    model: Annotated[
+        str,
+        typer.Option(
+            help="What it is here, such as maskrcnn_fpn_r50; of torchvision the function that built it, such as "
+            "maskrcnn_resnet50_fpn.",
+            metavar="NAME",
+        ),
+    ],
     output: Annotated[Path, typer.Option(help="Folder to write, with no checkpoint in it.", metavar="DIR")],
     option: Annotated[
         list[str] | None,
         typer.Option(
-            help="Argument of the converter or of create_model as JSON, such as stride_in_1x1=false; may be repeated.",
+            help="Argument of the converter, or of create_model or torchvision's function, as JSON, such as "
+            "stride_in_1x1=false; may be repeated.",
             metavar="KEY=VALUE",
         ),
     ] = None,
 ) -> None:
-    """Turn the weights of another framework into a checkpoint folder; no code of the file is run."""
+    """Turn the weights of another framework into a checkpoint folder; no code of the file is run.
+
+    What was torchvision's is run on both sides, and an error if the two differ. For the others
+    `python -m benchmarks.parity` does that where they are installed.
+    """
     if (output / CONFIG_FILE).exists():
         raise ValueError(f"{str(output)!r} holds a checkpoint; choose another folder.")
     options = _options_of(option or [])
     state = read_state_dict(file)
     try:
-        config, converted = CONVERTERS[source](state, model, **options)
+        if source == "torchvision":
+            categories = options.pop("categories", None)
+            module = load_torchvision(state, model, **options)
+            detector = from_torchvision(module, categories=categories)
+            typer.echo(_compare(module, detector))
+            config, converted = detector.config, detector.state_dict()
+        else:
+            config, converted = CONVERTERS[source](state, model, **options)
     except TypeError as error:
         raise ValueError(f"--option: {error}") from error
     origin = {"framework": source, "file": file.name, "sha256": file_sha256(file)}
     save_checkpoint(output, config, converted, metadata={"converted_from": origin})
     typer.echo(f'Load it: a2fpn.from_pretrained("{output}")')
+
+
+@torch.no_grad()
+def _compare(theirs: Any, ours: a2fpn.Detector) -> str:
+    """Runs both on a random image that neither resizes.
+
+    Raises:
+        ValueError: If they differ by more than rounding.
+    """
+    size, divisor = theirs.transform.min_size[-1], theirs.transform.size_divisible
+    side = -(-size // divisor) * divisor
+    image = torch.rand(3, side, side, generator=torch.Generator().manual_seed(0))
+    batch = ours.preprocess([image])
+    pairs = list(zip(theirs.backbone(batch.tensor).values(), ours.features(batch).values(), strict=True))
+    features = max(((a - b).abs().max() / a.abs().max()).item() for a, b in pairs)
+    expected, got = theirs([image])[0]["scores"], ours([image])[0]["scores"]
+    scores = (expected - got).abs().max().item() if len(expected) == len(got) > 0 else float(len(expected) != len(got))
+    if max(features, scores) > PARITY:
+        raise ValueError(
+            f"The two sides differ on a random image: features by {features:.1e} (relative), scores by {scores:.1e} "
+            f"({len(expected)} and {len(got)} detections)."
+        )
+    return (
+        f"Same as torchvision on a random image: features differ by {features:.1e} (relative), scores by {scores:.1e}."
+    )
 
 
 def _options_of(pairs: Sequence[str]) -> dict[str, Any]:
@@ -122,12 +174,12 @@ def verify(
     """Download what was pushed into an empty cache, evaluate it, and compare with the metrics that it states."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = download_checkpoint(Repo.parse(name, cache_dir=temporary))
-        metadata = read_checkpoint(folder).metadata
+        facts = read_checkpoint(folder).facts
         numbers = Path(temporary) / "metrics.json"
-        limit = metadata.get("max_detections", 100)
+        limit = facts.max_detections
         cli.evaluate(model=str(folder), images=images, annotations=annotations, save=numbers, max_detections=limit)
         measured = json.loads(numbers.read_text(encoding="utf-8"))
-    stated = {key: value for key, value in metadata.get("metrics", {}).items() if key in ("bbox/ap", "segm/ap")}
+    stated = {key: value for key, value in facts.metrics.items() if key in VERIFIED}
     if not stated:
         raise ValueError(f"{name!r} states no metrics to compare with.")
     wrong = [
@@ -138,6 +190,18 @@ def verify(
     if wrong:
         raise ValueError(f"{name!r} is not what it says: {'; '.join(wrong)}.")
     typer.echo(f"{name}: {', '.join(f'{key} {value:.4f}' for key, value in stated.items())}, as stated.")
+
+
+@app.command()
+def backbone(
+    name: Annotated[str, typer.Argument(help="A checkpoint folder, repository or pretrained name.", metavar="MODEL")],
+    *,
+    output: Annotated[Path, typer.Option(help="Folder to write.", metavar="DIR")],
+) -> None:
+    """Write a detector's backbone as a folder that timm loads; `hf upload org/name DIR` publishes it."""
+    detector = a2fpn.from_pretrained(name)
+    export_backbone(detector.backbone, output, preprocess=detector.config.preprocess)
+    typer.echo(f'Load it: timm.create_model("local-dir:{output}", pretrained=True, features_only=True)')
 
 
 if __name__ == "__main__":

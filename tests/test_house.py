@@ -129,7 +129,7 @@ def test_only_backbones_build_timm_networks() -> None:
     ("folder", "public"),
     [
         ("train", {"a2fpn.data", "a2fpn.evaluation", "a2fpn.inference"}),
-        ("hub", {"a2fpn.checkpoint", "a2fpn.cli", "a2fpn.convert", "a2fpn.hub"}),
+        ("hub", {"a2fpn.backbones", "a2fpn.checkpoint", "a2fpn.cli", "a2fpn.convert", "a2fpn.hub"}),
     ],
 )
 def test_tools_use_the_public_api_and_not_each_other(folder: str, public: set[str]) -> None:

@@ -34,7 +34,7 @@ from tests.helpers import tiny_model
 from tests.hub_server import HubServer, sha256
 
 REPO = "alice/cells"
-METADATA = {"metrics": {"bbox/ap": 0.5, "segm/ap": 0.25}, "dataset": {"data": "cells"}, "licence": "cc0-1.0"}
+METADATA = {"metrics": {"bbox/ap": 0.5, "segm/ap": 0.25}, "data": "cells", "licence": "cc0-1.0"}
 FETCH = {"lfs": r"GET /alice/.*/resolve/.*safetensors", "xet": "GET /cas/data"}
 
 

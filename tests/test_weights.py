@@ -22,6 +22,7 @@ from torchvision.ops import MultiScaleRoIAlign
 import a2fpn
 from a2fpn import CheckpointError
 from a2fpn import weights as weights_module
+from a2fpn.checkpoint import Facts
 from a2fpn.convert import graft
 from a2fpn.factory import _read
 from a2fpn.hub import HubAccessError, HubIntegrityError, HubNotFoundError, HubOfflineError, HubServerError
@@ -287,7 +288,7 @@ def test_published_checkpoints_go_before_grafts(
     monkeypatch.setattr("a2fpn.factory.download_checkpoint", download)
     digest = a2fpn.checkpoint.read_checkpoint(saved).sha256
     name = "fasterrcnn_a2fpn_lite_r18.coco"
-    row = HubWeights("acme/cells", "c0ffee", digest, {"metrics": {"bbox/ap": 0.4}, "licence": "Apache-2.0"})
+    row = HubWeights("acme/cells", "c0ffee", digest, Facts({"bbox/ap": 0.4}, licence="Apache-2.0"))
     published = {name: row, **PRETRAINED}
     for module in ("a2fpn.factory.PRETRAINED", "a2fpn.weights.PRETRAINED"):
         monkeypatch.setattr(module, published)
@@ -297,7 +298,7 @@ def test_published_checkpoints_go_before_grafts(
     (listing,) = a2fpn.list_pretrained(name)
     assert (listing.source, listing.origin, listing.trained) == ("hub", "acme/cells@c0ffee", True)
     assert (listing.box_ap, listing.licence) == (0.4, "Apache-2.0")
-    published[name] = HubWeights("acme/cells", "c0ffee", "0" * 64, {})
+    published[name] = HubWeights("acme/cells", "c0ffee", "0" * 64, Facts())
     with pytest.raises(
         HubIntegrityError, match=f"'acme/cells' at revision 'c0ffee' is not what .*{digest}, expected 000"
     ):

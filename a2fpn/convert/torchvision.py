@@ -13,6 +13,7 @@ softmax (``unused_outputs``); RetinaNet's and FCOS's outputs do not see each oth
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,6 +30,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool, LastLevelP6P7
 
+from a2fpn._registry import did_you_mean
 from a2fpn.backbones import ALIASES, TimmBackbone
 from a2fpn.checkpoint import load_weights
 from a2fpn.config import (
@@ -44,7 +46,7 @@ from a2fpn.config import (
 )
 from a2fpn.detectors import DETECTORS, Detector
 from a2fpn.necks import create_neck
-from a2fpn.weights import TorchvisionWeights
+from a2fpn.weights import PRETRAINED, TorchvisionWeights
 
 # Blocks, channels and groups' width of the first block's second convolution, and its number of convolutions.
 _RESNETS = {
@@ -98,6 +100,73 @@ def from_torchvision(module: nn.Module, *, categories: Sequence[str] | None = No
     model = DETECTORS[config.detector](config, backbone, neck)
     load_weights(model, torchvision_state(module.state_dict(), config))
     return model.to(next(module.parameters())).train(module.training)
+
+
+def load_torchvision(
+    state: Mapping[str, Tensor], builder: str, *, norm_eps: float | None = None, **options: Any
+) -> nn.Module:
+    """Builds the torchvision detector that a state dict belongs to, for :func:`from_torchvision`.
+
+    Args:
+        state: Its tensors; numbers of classes and keypoints are read from them.
+        builder: The function of ``torchvision.models.detection`` that made it, such as ``fasterrcnn_resnet50_fpn``.
+        norm_eps: Epsilon of the backbone's batch norm, which no file says. torchvision has 0 where training began with
+            the older COCO weights of a ResNet-50, and 1e-5 elsewhere; where both can be, it must be given.
+        **options: Other arguments that the builder was called with, ``min_size`` and so on.
+
+    Returns:
+        The detector in evaluation mode.
+
+    Raises:
+        ValueError: For an unknown builder, tensors of another detector, or a ``norm_eps`` that is missing.
+    """
+    known = {w.builder: w for w in PRETRAINED.values() if isinstance(w, TorchvisionWeights)}
+    if builder not in known:
+        raise ValueError(f"torchvision's {builder!r} cannot be converted. {did_you_mean(builder, known)}")
+    if norm_eps is None:
+        if known[builder].frozen_eps == 0:
+            raise ValueError(
+                f"Give norm_eps: what {builder} computes depends on it, and the file does not say. It is 0.0 if "
+                "training began with torchvision's COCO weights (weights='DEFAULT'), or this is their file, and 1e-5 if "
+                "it began with weights_backbone= or from nothing."
+            )
+        norm_eps = 1e-5
+    module: nn.Module = get_model_builder(builder)(
+        weights=None, weights_backbone=None, **{**_numbers(state), **options}
+    ).eval()
+    arguments = inspect.signature(type(module)).parameters
+    for name in options:
+        # torchvision itself swallows any.
+        if name not in arguments:
+            raise ValueError(f"{builder} has no argument {name!r}. {did_you_mean(name, arguments)}")
+    body = module.get_submodule("backbone.body")
+    tracked = any(".body." in key and key.endswith("num_batches_tracked") for key in state)
+    for name, norm in [(name, m) for name, m in body.named_modules() if isinstance(m, nn.BatchNorm2d)]:
+        norm.eps = norm_eps
+        if not tracked:
+            owner, _, attribute = name.rpartition(".")
+            setattr(body.get_submodule(owner), attribute, FrozenBatchNorm2d(norm.num_features, eps=norm_eps))
+    try:
+        module.load_state_dict(dict(state))
+    except RuntimeError as error:
+        raise ValueError(
+            f"The state dict is not that of torchvision's {builder}: {str(error).strip()[:500]}"
+        ) from error
+    return module
+
+
+def _numbers(state: Mapping[str, Tensor]) -> dict[str, int]:
+    """What the tensors of a torchvision detector tell of its builder's arguments."""
+    rows = {key.removesuffix(".weight"): x.shape for key, x in state.items() if key.endswith(".weight")}
+    found = {}
+    if shape := rows.get("roi_heads.box_predictor.cls_score"):
+        found["num_classes"] = shape[0]
+    if shape := rows.get("roi_heads.keypoint_predictor.kps_score_lowres"):
+        found["num_keypoints"] = shape[1]
+    logits, boxes = rows.get("head.classification_head.cls_logits"), rows.get("head.regression_head.bbox_reg")
+    if logits and boxes:
+        found["num_classes"] = 4 * logits[0] // boxes[0]
+    return found
 
 
 def torchvision_config(module: nn.Module, *, categories: Sequence[str] | None = None) -> ModelConfig:
