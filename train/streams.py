@@ -7,9 +7,10 @@ whatever the number of workers and however fast each is, and a worker's random n
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
@@ -56,17 +57,46 @@ class LoadedBatch(NamedTuple):
 
 
 class RawBatches:
-    """The sampler of one process: what it has read of the epoch that was set last."""
+    """The sampler of one process: reads its part of an epoch.
 
-    def __init__(self) -> None:
-        self._batches: Iterable[RawBatch] = ()
+    It knows nothing of the loader. A loader in a reference cycle waits five seconds for each worker when it is deleted.
 
-    def set(self, batches: Iterable[RawBatch]) -> None:
-        """Sets what the next pass gives."""
-        self._batches = batches
+    Args:
+        source: The data set.
+        batch_size: Images per batch.
+        per_step: Images of one step over all processes.
+        seed: The run's seed.
+        rank: Index of this process.
+        world_size: Number of processes.
+
+    Attributes:
+        epoch: The epoch that the next pass reads.
+        start: The step that it begins with.
+        steps: Steps of an epoch.
+    """
+
+    def __init__(
+        self, source: StreamDataset, *, batch_size: int, per_step: int, seed: int, rank: int, world_size: int
+    ) -> None:
+        self.epoch = self.start = 0
+        self.steps = source.steps(per_step)
+        self._batch_size = batch_size
+        self._read = partial(source.read, batch=per_step, seed=seed, rank=rank, world_size=world_size)
 
     def __iter__(self) -> Iterator[RawBatch]:
-        return iter(self._batches)
+        """The spare sample of a step is of the next, that of the last step of the one before."""
+        epoch, start = self.epoch, self.start
+        if start >= self.steps:
+            return
+        first = min(start, max(self.steps - 2, 0))
+        read = ahead(self._read(epoch=epoch, start=first), depth=2)
+        before = part = next(read)
+        for step in range(first, self.steps):
+            after = next(read, before)
+            if step >= start:
+                for at in range(0, len(part), self._batch_size):
+                    yield RawBatch(epoch, part[at : at + self._batch_size], after[at])
+            before, part = part, after
 
 
 class DecodedBatches(Dataset[LoadedBatch]):
@@ -140,11 +170,14 @@ class StreamFeed:
         pin_memory: bool = False,
     ) -> None:
         self._source = source
-        self._batch_size, self._seed = batch_size, seed
-        self._per_step = batch_size * grad_accumulation * world_size
-        self._rank, self._world_size = rank, world_size
-        self._steps = source.steps(self._per_step)
-        self._raw = RawBatches()
+        self._raw = RawBatches(
+            source,
+            batch_size=batch_size,
+            per_step=batch_size * grad_accumulation * world_size,
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+        )
         self._loader: DataLoader[LoadedBatch] = DataLoader(
             DecodedBatches(source.decoder, transforms, seed),
             batch_size=None,  # the sampler gives whole batches
@@ -159,40 +192,16 @@ class StreamFeed:
 
     def steps(self, epoch: int) -> int:
         """See :meth:`train.feed.Feed.steps`."""
-        return self._steps
+        return self._raw.steps
 
     def batches(self, epoch: int, *, start: int = 0) -> Iterator[Batch]:
         """See :meth:`train.feed.Feed.batches`."""
-        self._raw.set(self._raw_batches(epoch, start))
+        self._raw.epoch, self._raw.start = epoch, start
         for loaded in self._loader:
             self._source.note_annotations(loaded.problems)
             for name, reason in loaded.unreadable.items():
                 self._source.note_images([name], reason)
             yield list(loaded.images), list(loaded.targets)
-
-    def _raw_batches(self, epoch: int, start: int) -> Iterator[RawBatch]:
-        """Reads this process's part of the epoch; the spare of a step is of the next, of the last of the one before."""
-        if start >= self._steps:
-            return
-        first = min(start, max(self._steps - 2, 0))
-        read = ahead(
-            self._source.read(
-                batch=self._per_step,
-                seed=self._seed,
-                epoch=epoch,
-                start=first,
-                rank=self._rank,
-                world_size=self._world_size,
-            ),
-            depth=2,
-        )
-        before = part = next(read)
-        for step in range(first, self._steps):
-            after = next(read, before)
-            if step >= start:
-                for at in range(0, len(part), self._batch_size):
-                    yield RawBatch(epoch, part[at : at + self._batch_size], after[at])
-            before, part = part, after
 
 
 def ahead(items: Iterator[T], *, depth: int) -> Iterator[T]:
