@@ -15,6 +15,7 @@ from a2fpn.config import Category, PreprocessConfig
 from a2fpn.data import DataError, check_data, read_coco
 from a2fpn.preprocess import Preprocess
 from a2fpn.visualize import draw_grid, draw_report
+from benchmarks import check_data as benchmark
 
 SQUARE = [[10, 10, 30, 10, 30, 30, 10, 30]]
 RLE = {"size": [40, 60], "counts": [400 + 10, *[20, 20] * 19, 20, 40 * 60 - 410 - 20 * 39]}
@@ -633,3 +634,8 @@ def test_a_model_gives_classes_input_size_and_anchors(tmp_path):
     assert "[anchors]" not in output
     assert "[anchors]" in run("check-data", "--annotations", path, "--model", "retinanet_fpn_lite0")
     assert "min_size <= max_size, got 9000 and 1333" in fails("check-data", "--annotations", path, "--min-size", 9000)
+
+
+def test_the_benchmark_runs(capsys):
+    benchmark.main(quick=True)
+    assert "100 images, 700 objects" in capsys.readouterr().out
