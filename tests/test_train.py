@@ -1,7 +1,6 @@
 import dataclasses
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,44 +15,16 @@ from hypothesis import strategies as st
 from torch import nn
 
 import a2fpn
-from a2fpn.data import CocoDataset
-from tests.coco_data import write_coco
+from tests.training import metrics, tiny_run
 from train.cli import main, parse, setting_names
 from train.config import OptimSection, RunSection, TrainConfig
-from train.loop import LossWindow, Trainer
+from train.loop import Trainer
 from train.optim import build_optimizer, build_scheduler, lr_factor, parameter_groups
 from train.state import replaced_folder
+from train.watch import LossWindow
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "train" / "recipes").glob("*.yaml"))
-
-TINY_RECIPE = """
-model:
-  name: maskrcnn_a2fpn
-  overrides:
-    backbone: test_efficientnet
-    neck_args: {out_channels: 16}
-    min_size: 64
-    max_size: 128
-    anchor_sizes: [[8], [16], [32], [64], [128]]
-    rpn_post_nms_top_n_train: 50
-    rpn_post_nms_top_n_test: 20
-    rpn_batch_size: 64
-    box_batch_size: 32
-    box_channels: 32
-    mask_channels: 16
-    mask_layers: 1
-    score_threshold: 0.0
-    detections_per_image: 10
-data:
-  train_images: train/images
-  train_annotations: train/annotations.json
-  val_images: val/images
-  val_annotations: val/annotations.json
-  workers: 0
-optim: {name: adamw, lr: 1.0e-3, warmup_steps: 2, schedule: cosine, clip_norm: 1.0}
-run: {name: tiny, epochs: 2, log_every: 1, seed: 3}
-"""
 
 
 @pytest.fixture(autouse=True)
@@ -68,14 +39,7 @@ def _fresh_accelerate(monkeypatch):
 @pytest.fixture
 def arguments(tmp_path):
     """Arguments of a tiny run: 4 training and 3 validation images."""
-    write_coco(tmp_path / "train", images=4, seed=0)
-    write_coco(tmp_path / "val", images=3, seed=1)
-    (tmp_path / "recipe.yaml").write_text(TINY_RECIPE)
-    return ["--config", str(tmp_path / "recipe.yaml"), f"data.root={tmp_path}", f"run.output={tmp_path / 'run'}"]
-
-
-def metrics(output: Path) -> list[dict]:
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return tiny_run(tmp_path)
 
 
 # The command line
@@ -207,7 +171,7 @@ def test_matrices_decay_vectors_do_not_and_the_backbone_has_its_own_rate():
     config = OptimSection(lr=0.1, weight_decay=0.05, backbone_lr_factor=0.5)
     settings = {
         id(parameter): (group["lr"], group["weight_decay"])
-        for group in parameter_groups(model, config)
+        for group in parameter_groups(model, config, lr=config.lr)
         for parameter in group["params"]
     }
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -219,13 +183,13 @@ def test_matrices_decay_vectors_do_not_and_the_backbone_has_its_own_rate():
 
 def test_a_model_without_trainable_parameters_is_an_error():
     with pytest.raises(ValueError, match="No parameter of the model is trainable"):
-        parameter_groups(nn.Linear(2, 2).requires_grad_(False), OptimSection())
+        parameter_groups(nn.Linear(2, 2).requires_grad_(False), OptimSection(), lr=1.0)
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_each_optimiser_follows_the_schedule(name):
     config = OptimSection(name=name, lr=0.1, schedule="cosine", warmup_steps=2, warmup_factor=0.5, final_factor=0.0)
-    optimizer = build_optimizer(nn.Linear(2, 2), config)
+    optimizer = build_optimizer(nn.Linear(2, 2), config, lr=config.lr)
     scheduler = build_scheduler(optimizer, 4, config)
     rates = []
     for _ in range(4):
@@ -250,7 +214,7 @@ def test_a_run_learns_evaluates_and_leaves_loadable_checkpoints(arguments, tmp_p
     assert sum(losses[-4:]) / 4 < 0.65 * losses[0]
     parts = sum(value for name, value in records[0].items() if name.startswith("train/loss_"))
     assert parts == pytest.approx(records[0]["train/loss"], rel=1e-4)
-    assert list((output / "tensorboard").iterdir())
+    assert list((output / "tiny").glob("events*"))
     assert parse(["--config", str(output / "config.yaml")]) == parse(
         [*arguments, "run.epochs=12", "run.evaluate_every=6", "optim.lr=3e-3"]
     )
@@ -271,32 +235,6 @@ def test_an_existing_run_is_not_overwritten(arguments, tmp_path, capsys):
     (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
     assert main(arguments) == 2
     assert "already holds a run" in capsys.readouterr().err
-
-
-def test_an_interrupted_run_continues_as_if_nothing_had_happened(arguments, tmp_path, monkeypatch, capsys):
-    assert main(arguments) == 0
-    whole = a2fpn.from_pretrained(tmp_path / "run" / "last").state_dict()
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-    arguments[-1] = f"run.output={tmp_path / 'again'}"
-    train_epoch = Trainer._train_epoch
-
-    def interrupt(trainer):
-        if trainer.state.epoch == 1:
-            raise KeyboardInterrupt
-        return train_epoch(trainer)
-
-    monkeypatch.setattr(Trainer, "_train_epoch", interrupt)
-    assert main(arguments) == 130
-    assert "run.resume=true continues" in capsys.readouterr().err
-    monkeypatch.undo()
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    assert main([*arguments, "run.resume=true"]) == 0
-    assert [record["epoch"] for record in metrics(tmp_path / "again")] == [1, 2]
-    resumed = a2fpn.from_pretrained(tmp_path / "again" / "last").state_dict()
-    for name, value in whole.items():
-        torch.testing.assert_close(resumed[name], value, msg=name)
 
 
 def test_gradient_accumulation_counts_steps_and_max_steps_ends_the_run(arguments, tmp_path):
@@ -355,59 +293,7 @@ def test_masks_are_needed_for_a_mask_detector(arguments, tmp_path, capsys):
         del annotation["segmentation"]
     path.write_text(json.dumps(document))
     assert main(arguments) == 2
-    assert "has no masks; train a box detector" in capsys.readouterr().err
-
-
-RANKS = """
-import json, os, sys, torch, train.loop
-from train.cli import main
-
-folder, evaluate_coco = sys.argv[1], train.loop.evaluate_coco
-
-def record_detections(truth, detections, **options):
-    with open(f"{folder}/detections.json", "w") as file:
-        json.dump(detections, file)
-    return evaluate_coco(truth, detections, **options)
-
-class RecordWeights(train.loop.Trainer):
-    def run(self):
-        super().run()
-        torch.save(self.accelerator.unwrap_model(self.model).state_dict(), f"{folder}/rank{os.environ['RANK']}.pt")
-
-train.loop.evaluate_coco, train.loop.Trainer = record_detections, RecordWeights
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[2:]))
-"""
-
-
-def test_two_processes_train_the_same_weights_and_find_what_one_finds(arguments, tmp_path):
-    (tmp_path / "ranks.py").write_text(RANKS)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    command += [str(tmp_path / "ranks.py"), str(tmp_path), *arguments, "run.epochs=1", "data.batch_size=1"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-
-    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
-    for name, value in first.items():
-        assert torch.equal(second[name], value), name
-    (record,) = metrics(tmp_path / "run")
-    assert record["step"] == 2  # 4 images, 1 per process and step
-    assert record["images_evaluated"] == 3
-
-    together = json.loads((tmp_path / "detections.json").read_text())
-    val_set = CocoDataset(tmp_path / "val" / "images", tmp_path / "val" / "annotations.json")
-    predictor = a2fpn.Predictor(a2fpn.from_pretrained(tmp_path / "run" / "last"))
-    alone = [
-        detection
-        for image, target in (val_set[index] for index in range(len(val_set)))
-        for detection in predictor.predict([image])[0].to_coco(target["image_id"])
-    ]
-    assert len(alone) == len(together) == 30  # 10 per image
-    for one, two in zip(alone, together, strict=True):
-        assert (one["image_id"], one["category_id"]) == (two["image_id"], two["category_id"])
-        assert one["bbox"] == pytest.approx(two["bbox"], abs=1e-2)
-        assert one["score"] == pytest.approx(two["score"], abs=1e-4)
+    assert "has no masks, which maskrcnn trains on. Without masks use fasterrcnn." in capsys.readouterr().err
 
 
 # Small parts

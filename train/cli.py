@@ -25,10 +25,13 @@ Trains a detector on a data set in COCO format.
 
 Settings on the command line override the recipe: section.key=value or --section.key value.
 --strict-data is short for data.strict=true: stop at the first bad image or annotation instead of skipping it.
+--resume auto is short for run.resume=auto: continue where the run was cut off, or start it.
+
+SIGTERM, SIGUSR1 and Ctrl-C end the step, write a checkpoint and exit with 128 + the signal's number.
 """
 ASSIGNMENT = re.compile(r"\w+(\.\w+)*=")
 FLAGS = ("--help", "--print_config")  # take no value after a blank
-SHORT = {"--strict-data": "--data.strict=true"}
+SHORT = {"--strict-data": "--data.strict=true", "--resume": "--run.resume"}
 UNKNOWN_KEY = re.compile(
     r"unrecognized arguments: -*(?P<argument>[\w.]+)"
     r"|Option '(?P<option>[\w.]+)' is not accepted"
@@ -121,7 +124,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Trains as the command line says.
 
     Returns:
-        The exit code: 0 after a finished run, 1 after a diverged one, 2 for wrong input, 130 for an interruption.
+        The exit code: 0 after a finished run, 1 after one that failed on the way, 2 for wrong input, 128 + the number
+        of the signal that stopped it.
     """
     try:
         config = parse(sys.argv[1:] if arguments is None else arguments)
@@ -129,8 +133,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return fail(explain(error))
     configure_logging()
 
+    # After the arguments are known to be right: torch takes seconds.
     from a2fpn.data import DataError, ImageError
-    from train.loop import NonFiniteLossError, Trainer  # after the arguments are known to be right: torch takes seconds
+    from train.loop import LoaderError, NonFiniteLossError, Trainer
+    from train.signals import StopRequest
+    from train.state import CheckpointWriteError
 
     try:
         trainer = Trainer(config)
@@ -140,13 +147,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         trainer.run()
     except (DataError, ImageError) as error:  # only with data.strict; a loader process puts its traceback in front
         return fail(str(error).strip().splitlines()[-1])
-    except NonFiniteLossError as error:
+    except (NonFiniteLossError, CheckpointWriteError, LoaderError) as error:
         return fail(error, code=1)
+    except StopRequest as stop:
+        return fail(stop, code=128 + stop.signum)
     except KeyboardInterrupt:
         saved = (trainer.output / "last").exists()
-        return fail(
-            "interrupted" + ("; run.resume=true continues after the last whole epoch" if saved else ""), code=130
-        )
+        return fail("interrupted" + ("; run.resume=auto continues from the last checkpoint" if saved else ""), code=130)
     if trainer.accelerator.is_main_process:
         sys.stdout.write(f"{trainer.summary()}\n")
     return 0

@@ -33,7 +33,10 @@ class TransformsSection:
     """Random changes of the training images, see a2fpn.data.train_transforms.
 
     Args:
-        scale_range: Lowest and highest factor on the size at which the model sees an image.
+        min_sizes: Short sides in pixels of which one is drawn for every image (multi-scale training); empty takes the
+            model's own.
+        scale_range: Lowest and highest factor on the size at which the model sees an image; 0.1 to 2 with a crop_size
+            is large-scale jitter.
         crop_size: Longest side of the random crop in pixels after resizing; null keeps the whole image.
         horizontal_flip: Probability.
         vertical_flip: Probability.
@@ -42,6 +45,7 @@ class TransformsSection:
         min_box_size: Objects of which fewer pixels are left are dropped.
     """
 
+    min_sizes: tuple[int, ...] = ()
     scale_range: tuple[float, float] = (1.0, 1.0)
     crop_size: int | None = None
     horizontal_flip: float = 0.5
@@ -52,8 +56,31 @@ class TransformsSection:
 
 
 @dataclass(frozen=True)
+class StreamSection:
+    """Training data that is not a folder, see docs/streaming.md; the validation set stays one.
+
+    Args:
+        shards: Folder or URL of shards that `python -m train.shard` wrote.
+        dataset: A data set of the `datasets` library: a name on the Hub, a builder such as parquet, or a folder.
+        options: Further arguments of datasets.load_dataset, e.g. split and data_files.
+        num_samples: Images of the data set, where it does not say it itself.
+        bbox_format: What the boxes of the data set hold.
+        split_by_file: Each process reads its own files of the data set instead of all rows.
+        shuffle_buffer: Images that are held in memory and shuffled.
+    """
+
+    shards: str | None = None
+    dataset: str | None = None
+    options: dict[str, JsonValue] = field(default_factory=dict)
+    num_samples: int | None = None
+    bbox_format: Literal["xywh", "xyxy", "cxcywh"] = "xywh"
+    split_by_file: bool = False
+    shuffle_buffer: int = 512
+
+
+@dataclass(frozen=True)
 class DataSection:
-    """Two sets in COCO format; paths are relative to the root.
+    """A training and a validation set in COCO format; paths are relative to the root.
 
     Args:
         root: Folder of the data set.
@@ -65,6 +92,12 @@ class DataSection:
         eval_batch_size: Validation images per process and step.
         workers: Loader processes per training process; 0 loads in the training process.
         strict: Stop at the first unreadable image or annotation instead of counting and skipping it.
+        check_images: Images that are opened by the check before the first step; 0 does not check.
+        group_by_aspect: Put only upright or only wide images into a batch, which saves padding.
+        repeat_threshold: Repeat images of classes that are on less than this share of the images (LVIS); 0 does not.
+        copy_paste: Probability of pasting the objects of another image onto an image.
+        oks_sigmas: Per keypoint how precisely people place it, for keypoint AP; empty takes those of COCO's 17.
+        stream: Training data that is not a folder.
         transforms: Random changes of the training images.
     """
 
@@ -77,6 +110,12 @@ class DataSection:
     eval_batch_size: int = 1
     workers: int = 2
     strict: bool = False
+    check_images: int = 32
+    group_by_aspect: bool = True
+    repeat_threshold: float = 0.0
+    copy_paste: float = 0.0
+    oks_sigmas: tuple[float, ...] = ()
+    stream: StreamSection = field(default_factory=StreamSection)
     transforms: TransformsSection = field(default_factory=TransformsSection)
 
 
@@ -86,10 +125,14 @@ class OptimSection:
 
     Args:
         name: sgd or adamw.
-        lr: Peak learning rate at this run's batch size (batch_size x processes x grad_accumulation).
+        lr: Peak learning rate for lr_batch_size images per step; scaled to those of the run (batch_size x processes x
+            grad_accumulation).
+        lr_batch_size: Images per step that lr is meant for.
+        lr_scaling: linear multiplies lr by images / lr_batch_size, sqrt by its root, none takes lr as it is.
         momentum: Momentum of SGD.
         weight_decay: Decay of the weights; never of biases, norms and other one-dimensional parameters.
         backbone_lr_factor: Learning rate of the backbone relative to lr.
+        layer_decay: Factor on the rate from each layer of the backbone to the one before it; 1 is off.
         warmup_steps: Optimiser steps over which the rate rises linearly to lr.
         warmup_factor: Rate of the first step relative to lr.
         schedule: cosine falls to final_factor; step multiplies by gamma at each milestone.
@@ -101,9 +144,12 @@ class OptimSection:
 
     name: Literal["sgd", "adamw"] = "sgd"
     lr: float = 0.02
+    lr_batch_size: int = 16
+    lr_scaling: Literal["linear", "sqrt", "none"] = "linear"
     momentum: float = 0.9
     weight_decay: float = 1e-4
     backbone_lr_factor: float = 1.0
+    layer_decay: float = 1.0
     warmup_steps: int = 500
     warmup_factor: float = 0.001
     schedule: Literal["step", "cosine"] = "step"
@@ -119,18 +165,26 @@ class RunSection:
 
     Args:
         name: Name of the recipe, kept in the checkpoints.
-        output: Folder for checkpoints, metrics.jsonl, config.yaml and TensorBoard files.
+        output: Folder for checkpoints, metrics, pictures, config.yaml and the log.
         epochs: Passes over the training images.
         max_steps: Stop after this many optimiser steps instead of after epochs.
         seed: Seed of everything random.
         mixed_precision: bf16 and fp16 run the network under autocast; weights stay in fp32.
         grad_accumulation: Batches per optimiser step.
+        sync_losses: Divide losses by the objects of all processes, so that several processes learn what one would.
+        checkpoint_every: Optimiser steps between two checkpoints, besides the one after every epoch; 0 is off.
         evaluate_every: Evaluate after every so many epochs, and always after the last one.
+        evaluator: What computes the COCO numbers; all give the same.
+        val_loss: Compute the losses of the validation images as well.
         max_detections: Detections per image that the evaluation counts (COCO's default is 100).
+        patience: Stop after so many evaluations without a better result; 0 is off.
         log_every: Optimiser steps between two log entries.
+        trackers: Where numbers and pictures go besides metrics.jsonl: tensorboard, trackio, ...
+        pictures: Validation images drawn after every evaluation.
         channels_last: Use the channels-last memory format.
         ema: Decay of an exponential moving average of the weights, which is then evaluated and saved; 0 is off.
-        resume: true continues from output/last, a path from that folder.
+        resume: auto continues from output/last where there is one and starts afresh elsewhere, true insists on it, a
+            path continues from that run or checkpoint.
     """
 
     name: str = "custom"
@@ -140,9 +194,16 @@ class RunSection:
     seed: int = 0
     mixed_precision: Literal["none", "bf16", "fp16"] = "none"
     grad_accumulation: int = 1
+    sync_losses: bool = True
+    checkpoint_every: int = 0
     evaluate_every: int = 1
+    evaluator: Literal["auto", "hotcoco", "faster-coco-eval", "pycocotools"] = "auto"
+    val_loss: bool = False
     max_detections: int = 100
+    patience: int = 0
     log_every: int = 20
+    trackers: tuple[str, ...] = ("tensorboard",)
+    pictures: int = 6
     channels_last: bool = True
     ema: float = 0.0
     resume: bool | str = False

@@ -15,10 +15,26 @@ from torch.optim.lr_scheduler import LambdaLR
 from train.config import OptimSection
 
 
-def parameter_groups(model: nn.Module, config: OptimSection) -> list[dict[str, Any]]:
+def scaled_lr(config: OptimSection, batch_size: int) -> float:
+    """The peak learning rate for so many images per step (Goyal et al., 2017: linear scaling).
+
+    Example:
+        >>> scaled_lr(OptimSection(lr=0.02, lr_batch_size=16), 4)
+        0.005
+    """
+    ratio = batch_size / config.lr_batch_size
+    return config.lr * {"linear": ratio, "sqrt": math.sqrt(ratio), "none": 1.0}[config.lr_scaling]
+
+
+def parameter_groups(model: nn.Module, config: OptimSection, *, lr: float) -> list[dict[str, Any]]:
     """Splits the trainable parameters by learning rate (backbone or not) and weight decay (matrix or not).
 
     Biases, norm weights and every other parameter of fewer than two dimensions get no weight decay.
+
+    Args:
+        model: A detector.
+        config: The settings.
+        lr: Peak learning rate of this run.
 
     Returns:
         Torch parameter groups with ``params``, ``lr`` and ``weight_decay``.
@@ -29,17 +45,17 @@ def parameter_groups(model: nn.Module, config: OptimSection) -> list[dict[str, A
     groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            lr = config.lr * (config.backbone_lr_factor if name.startswith("backbone.") else 1.0)
-            groups[lr, config.weight_decay if parameter.ndim > 1 else 0.0].append(parameter)
+            own_lr = lr * (config.backbone_lr_factor if name.startswith("backbone.") else 1.0)
+            groups[own_lr, config.weight_decay if parameter.ndim > 1 else 0.0].append(parameter)
     if not groups:
         raise ValueError("No parameter of the model is trainable; raise the backbone's trainable_layers.")
     return [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
 
 
-def build_optimizer(model: nn.Module, config: OptimSection) -> Optimizer:
+def build_optimizer(model: nn.Module, config: OptimSection, *, lr: float) -> Optimizer:
     """Returns SGD with momentum or AdamW over :func:`parameter_groups`."""
-    groups = parameter_groups(model, config)
-    return SGD(groups, lr=config.lr, momentum=config.momentum) if config.name == "sgd" else AdamW(groups, lr=config.lr)
+    groups = parameter_groups(model, config, lr=lr)
+    return SGD(groups, lr=lr, momentum=config.momentum) if config.name == "sgd" else AdamW(groups, lr=lr)
 
 
 def lr_factor(step: int, *, total_steps: int, config: OptimSection) -> float:

@@ -381,6 +381,16 @@ class CocoDataset(Dataset[Sample]):
         self._unreadable.share_memory_()  # type: ignore[no-untyped-call]  # one for all workers
 
     @property
+    def name(self) -> str:
+        """The annotation file, for messages."""
+        return self.coco.name
+
+    @property
+    def keypoint_names(self) -> tuple[str, ...]:
+        """Names of the keypoints, if the file gives them."""
+        return self.coco.keypoint_names
+
+    @property
     def target_keys(self) -> tuple[str, ...]:
         """What the targets hold: a detector that trains on something else says so before anything is trained."""
         optional = {

@@ -188,6 +188,8 @@ class ShardDataset(StreamDataset):
             keep_crowd=keep_crowd,
             strict=strict,
         )
+        names = next((raw["keypoints"] for raw in index.categories if raw.get("keypoints")), ())
+        self.keypoint_names = tuple(map(str, names)) if index.num_keypoints else ()
         self._location = location
         self._shuffle_buffer = shuffle_buffer
         for shard in () if is_remote(location) else index.shards:

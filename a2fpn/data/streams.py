@@ -112,6 +112,7 @@ class StreamDataset(IterableDataset[Sample]):
         name: The source, for messages.
         categories: The classes in the order of their labels.
         num_samples: Images.
+        keypoint_names: Names of the keypoints, if the source gives them.
         decoder: What makes samples of raw ones.
 
     Raises:
@@ -138,6 +139,7 @@ class StreamDataset(IterableDataset[Sample]):
         self.name = name
         self.categories = own if categories is None else tuple(categories)
         self.num_samples = num_samples
+        self.keypoint_names: tuple[str, ...] = ()
         self.transforms = transforms
         self.strict = strict
         make_sample = SampleMaker(

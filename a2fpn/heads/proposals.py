@@ -14,9 +14,11 @@ from a2fpn.heads.share import LossShare
 class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
     """torchvision's ``RegionProposalNetwork``; it takes the same arguments and gives the same."""
 
+    proposal_matcher: ChunkedMatcher
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        matcher = self.proposal_matcher
+        matcher: Any = self.proposal_matcher
         self.box_similarity = BoxPairs
         self.proposal_matcher = ChunkedMatcher(
             matcher.high_threshold, matcher.low_threshold, allow_low_quality_matches=True

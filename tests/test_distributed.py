@@ -1,0 +1,191 @@
+"""Several processes learn and find what one does, and go down and come up together."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.training import metrics, tiny_run
+
+ROOT = Path(__file__).resolve().parent.parent
+# Samplers of anchors and boxes that take all there are draw nothing that could depend on the process.
+ALL = {"rpn_batch_size": 10**6, "box_batch_size": 10**6, "rpn_positive_fraction": 1.0, "box_positive_fraction": 1.0}
+TAKE_ALL = [f"model.overrides.{name}={value}" for name, value in ALL.items()]
+
+
+def launch(processes: int, arguments: list[str], *, restarts: int = 0, program: str | None = None) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
+    command += ["--max-restarts", str(restarts), *([program] if program else [str(ROOT / "train")]), *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+    )
+
+
+def finish(process: subprocess.Popen, code: int = 0) -> str:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == code, output
+    return output
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model.name=maskrcnn_fpn", "optim.name=sgd"],
+        ["model.name=htc_fpn", "model.overrides.semantic=things", "optim.name=sgd"],
+    ],
+    ids=["maskrcnn", "htc"],
+)
+def test_two_processes_with_two_images_learn_what_one_with_four_does(tmp_path, overrides):
+    """On images of one size: padding up to the largest image of a batch shows in the losses, in torchvision's too."""
+    tiny_run(tmp_path, size=(64, 64))
+    arguments = [*overrides, *TAKE_ALL, "run.epochs=2", "optim.lr=1e-2", "run.pictures=0", "data.check_images=0"]
+    arguments += ["data.transforms.colour_jitter=0.5", "model.overrides.norm=frozen"]
+    one = launch(1, [*tiny_run(tmp_path, "one"), *arguments, "data.batch_size=4"])
+    two = launch(2, [*tiny_run(tmp_path, "two"), *arguments, "data.batch_size=2"])
+    finish(one)
+    finish(two)
+    for ours, theirs in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
+        for name in (name for name in theirs if name.startswith("train/")):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
+    ours, theirs = (load_file(tmp_path / run / "last" / "model.safetensors") for run in ("two", "one"))
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
+RANKS = """
+import json, os, sys, torch, train.loop, train.validate
+from train.cli import main
+
+folder, compare = sys.argv[1], train.validate.evaluate_coco
+rank = os.environ["RANK"]
+
+def record_detections(truth, detections, **options):
+    with open(f"{folder}/detections.json", "w") as file:
+        json.dump(detections, file)
+    return compare(truth, detections, **options)
+
+class RecordWeights(train.loop.Trainer):
+    def run(self):
+        super().run()
+        torch.save(self.accelerator.unwrap_model(self.model).state_dict(), f"{folder}/rank{rank}.pt")
+
+    def _check_finite(self, losses, targets):
+        with open(f"{folder}/keys{rank}.txt", "a") as file:
+            print(*sorted(losses), "objects" if any(len(t["labels"]) for t in targets) else "none", file=file)
+        super()._check_finite(losses, targets)
+
+train.validate.evaluate_coco, train.loop.Trainer = record_detections, RecordWeights
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[2:]))
+"""
+
+
+def test_two_processes_hold_the_same_weights_and_find_what_one_finds_bit_for_bit(tmp_path):
+    """3 validation images, 2 to a batch; in the first step one process sees no object at all."""
+    (tmp_path / "ranks.py").write_text(RANKS)
+    arguments = [*tiny_run(tmp_path), "run.epochs=1", "run.pictures=0", "data.check_images=0", "data.eval_batch_size=2"]
+    document = json.loads((tmp_path / "train" / "annotations.json").read_text())
+    ids = [image["id"] for image in document["images"]]
+    document["annotations"] = [a for a in document["annotations"] if a["image_id"] in ids[:1]]
+    (tmp_path / "train" / "annotations.json").write_text(json.dumps(document))
+    more = ["data.batch_size=1", "run.val_loss=true"]
+    finish(launch(2, [str(tmp_path), *arguments, *more], program=str(tmp_path / "ranks.py")))
+
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert all(torch.equal(second[name], value) for name, value in first.items())
+    lines = [(tmp_path / f"keys{rank}.txt").read_text().splitlines() for rank in (0, 1)]
+    assert {line.rsplit(" ", 1)[1] for line in lines[0] + lines[1]} == {"objects", "none"}
+    assert len({line.rsplit(" ", 1)[0] for line in lines[0] + lines[1]}) == 1  # the same losses everywhere
+    (record,) = metrics(tmp_path / "run")
+    assert (record["step"], record["images_evaluated"]) == (2, 3)
+
+    together = json.loads((tmp_path / "detections.json").read_text())
+    assert len(together) == 30  # 10 per image
+    # One process evaluates the same weights: resumed after its last step, it has nothing to do but that.
+    probe = f"""
+import sys, torch
+sys.argv = ["{tmp_path}"]
+import train.validate, train.loop
+from train.cli import parse
+torch.set_num_threads(1)
+trainer = train.loop.Trainer(parse({[*arguments, "run.resume=auto", "data.batch_size=2"]!r}))
+metrics, _ = trainer.validator.evaluate(trainer.evaluated_model)
+losses = trainer.validator.losses(trainer.evaluated_model)
+import json
+print(json.dumps([metrics, losses]))
+"""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, env=environment, check=True)
+    alone, losses = json.loads(done.stdout.splitlines()[-1])
+    assert {name: record[name] for name in alone} == alone
+    assert {name: record[name] for name in losses} == pytest.approx(losses, rel=1e-6)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("together")
+
+
+SETTINGS = ["run.epochs=3", "run.evaluate_every=3", "run.pictures=0", "data.check_images=0", "data.batch_size=1"]
+SETTINGS += ["run.checkpoint_every=1", "run.resume=auto", "run.ema=0.9"]
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    """The output of two processes that nothing disturbed."""
+    finish(launch(2, [*tiny_run(folder, "whole"), *SETTINGS]))
+    return folder / "whole"
+
+
+def wait_for_step(output: Path, process: subprocess.Popen, step: int) -> None:
+    """Returns when a checkpoint of this step or a later one is there."""
+    for _ in range(1200):
+        path = output / "last" / "config.json"
+        try:
+            if json.loads(path.read_text())["metadata"]["steps"] >= step:
+                return
+        except FileNotFoundError:
+            pass
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    raise AssertionError(f"no checkpoint of step {step}")
+
+
+def assert_same(output: Path, whole: Path) -> None:
+    for name in ("last/model.safetensors", "best/model.safetensors", "last/training_state/model.safetensors"):
+        ours, theirs = load_file(output / name), load_file(whole / name)
+        assert all(torch.equal(ours[key], value) for key, value in theirs.items()), name
+
+
+def test_a_stopped_job_writes_a_checkpoint_and_goes_on_as_if_nothing_had_happened(folder, whole):
+    """The signal reaches one process only; both stop after the same step."""
+    arguments = [*tiny_run(folder, "stopped"), *SETTINGS]
+    process = launch(2, arguments)
+    wait_for_step(folder / "stopped", process, 1)
+    one = next(child for child in psutil.Process(process.pid).children() if "train" in " ".join(child.cmdline()))
+    one.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert output.count("stopped after step") == 2
+    finish(launch(2, arguments))
+    assert_same(folder / "stopped", whole)
+
+
+def test_a_killed_process_brings_the_job_down_which_restarts_and_resumes(folder, whole):
+    process = launch(2, [*tiny_run(folder, "killed"), *SETTINGS], restarts=1)
+    wait_for_step(folder / "killed", process, 2)
+    workers = [child for child in psutil.Process(process.pid).children() if "train" in " ".join(child.cmdline())]
+    workers[-1].kill()
+    output = finish(process)
+    assert f"exitcode: {-signal.SIGKILL}" in output
+    assert "Continuing after step" in output
+    assert_same(folder / "killed", whole)

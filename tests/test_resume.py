@@ -1,0 +1,276 @@
+"""A run that was cut off at any point ends as if nothing had happened."""
+
+import functools
+import json
+import os
+import random
+import resource
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.training import Process, metrics, tiny_run
+from train.feed import SeededSamples
+from train.loop import Trainer
+from train.state import recover_folder, replaced_folder, rewind_metrics
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs signals")
+
+# 4 epochs of 2 steps, a checkpoint after every step; augmentation, moving average and loader processes at work.
+SETTINGS = ["run.epochs=4", "run.evaluate_every=2", "run.checkpoint_every=1", "run.ema=0.9", "data.check_images=0"]
+SETTINGS += ["data.transforms.colour_jitter=0.5", "data.transforms.crop_size=60", "run.pictures=0", "run.val_loss=true"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("resume")
+
+
+def arguments(folder: Path, output: str, *more: str) -> list[str]:
+    return [*tiny_run(folder, output), *SETTINGS, "run.resume=auto", *more]
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    """The output of a run that nothing disturbed."""
+    process = Process(arguments(folder, "whole"), folder / "whole.log")
+    assert process.wait() == 0, process.log.read_text()
+    return folder / "whole"
+
+
+def assert_same_run(output: Path, whole: Path) -> None:
+    """Weights, optimiser, metrics: everything a run leaves is the same to the last bit."""
+    for name in ("last/model.safetensors", "best/model.safetensors", "last/training_state/model.safetensors"):
+        ours, theirs = load_file(output / name), load_file(whole / name)
+        assert ours.keys() == theirs.keys()
+        for key, value in theirs.items():
+            assert torch.equal(ours[key], value), f"{name}: {key}"
+    states = [torch.load(run / "last/training_state/optimizer.bin", weights_only=True) for run in (output, whole)]
+    for ours, theirs in zip(*(state["state"].values() for state in states), strict=True):
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    times = {"train_seconds", "images_per_second", "eval_seconds"}
+    ours, theirs = ([{k: v for k, v in r.items() if k not in times} for r in metrics(run)] for run in (output, whole))
+    assert ours == theirs
+    assert sorted(path.name for path in output.iterdir() if path.name.startswith(".")) == []
+
+
+def test_killed_at_random_times(folder, whole):
+    """SIGKILL whenever it strikes: while building, training, evaluating or writing."""
+    chance = random.Random(0)
+    start = time.monotonic()
+    finish(folder, "random", whole)
+    length = time.monotonic() - start
+    kills = 0
+    while kills < 12:
+        process = Process(arguments(folder, "random"), folder / "random.log")
+        code = process.wait(chance.uniform(0.2, 0.9) * length)
+        if code is None:
+            process.kill()
+            assert process.wait() == -signal.SIGKILL
+            kills += 1
+        else:
+            assert code == 0, process.log.read_text()
+            finish(folder, "random", whole)
+    finish(folder, "random", whole)
+
+
+def finish(folder: Path, name: str, whole: Path) -> None:
+    """Lets a run go on to its end, compares it, and puts it aside."""
+    process = Process(arguments(folder, name), folder / f"{name}.log")
+    assert process.wait() == 0, process.log.read_text()
+    assert_same_run(folder / name, whole)
+    (folder / name).rename(folder / f"{name}.{time.monotonic_ns()}")
+
+
+class KillInWriting:
+    """Kills its process at the n-th call by which a checkpoint becomes durable.
+
+    Args:
+        number: Of the call, from 1; counted from the first save on.
+        log: A file that says which call it was.
+    """
+
+    calls = ("fsync", "rename", "replace", "unlink", "rmdir")
+
+    def __init__(self, number: int, log: Path) -> None:
+        self.number, self.log = number, log
+
+    def __call__(self) -> None:
+        for name in self.calls:
+            setattr(os, name, functools.partial(self.call, name, getattr(os, name)))
+
+    def call(self, name, original, *arguments, **options):
+        self.number -= 1
+        if not self.number:
+            with self.log.open("a") as file:
+                file.write(f"{name} {arguments[0]}\n")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **options)
+
+
+def test_killed_inside_checkpoint_writing(folder, whole):
+    """At a dozen places between the first file and the last rename of a save; each start gets one step further."""
+    killed = 0
+    for number in range(3, 3 + 9 * 12, 9):
+        before = KillInWriting(number, folder / "calls.log")
+        process = Process(arguments(folder, "writing"), folder / "writing.log", before)
+        code = process.wait()
+        if code == 0:  # the last steps write less than `number` calls
+            finish(folder, "writing", whole)
+            continue
+        assert code == -signal.SIGKILL, process.log.read_text()
+        killed += 1
+    assert killed >= 8
+    assert len(set((folder / "calls.log").read_text().splitlines())) >= 4
+    finish(folder, "writing", whole)
+
+
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, 2), (signal.SIGUSR1, 0), (signal.SIGINT, 2)])
+def test_a_signal_writes_a_checkpoint_within_the_epoch(folder, whole, number, workers):
+    """Sent to the whole group, loader processes included, as schedulers and terminals do."""
+    name = f"signal{number}"
+    more = ["run.checkpoint_every=0", f"data.workers={workers}"]
+    process = Process(arguments(folder, name, *more), folder / f"{name}.log", functools.partial(slow_steps, 0.2))
+    wait_for(process, "step 3 ")
+    for one in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+        one.send_signal(number)
+    assert process.wait() == 128 + number
+    last_line = process.log.read_text().splitlines()[-1]
+    assert "stopped after step" in last_line
+    assert "run.resume=auto continues" in last_line
+    step = json.loads((folder / name / "last" / "config.json").read_text())["metadata"]["steps"]
+    assert f"stopped after step {step};" in last_line
+    assert step >= 3
+    finish(folder, name, whole)
+
+
+def slow_steps(seconds: float) -> None:
+    """Gives a test the time to strike within an epoch."""
+    original = Trainer._step
+    Trainer._step = lambda *arguments: (time.sleep(seconds), original(*arguments))[1]
+
+
+def wait_for(process: Process, text: str) -> None:
+    """Returns when the process has said something."""
+    for _ in range(600):
+        if process.log.exists() and text in process.log.read_text():
+            return
+        assert process.wait(0.1) is None, process.log.read_text()
+    raise AssertionError(f"{text!r} is not in {process.log.read_text()}")
+
+
+def test_a_second_interrupt_does_not_wait(folder):
+    process = Process(arguments(folder, "impatient"), folder / "impatient.log", functools.partial(slow_steps, 60))
+    wait_for(process, "images per step")
+    time.sleep(1)
+    process.kill(signal.SIGINT)
+    time.sleep(0.2)
+    process.kill(signal.SIGINT)
+    assert process.wait(20) == 130
+    assert "interrupted" in process.log.read_text().splitlines()[-1]
+
+
+def test_a_killed_loader_process_is_named_and_nothing_is_lost(folder, whole):
+    """As the kernel does when memory runs out."""
+    before = functools.partial(slow_steps, 0.2)
+    process = Process(arguments(folder, "oom", "data.workers=1"), folder / "oom.log", before)
+    wait_for(process, "step 3 ")
+    for worker in psutil.Process(process.pid).children(recursive=True):
+        worker.kill()
+    assert process.wait() == 1
+    last_line = process.log.read_text().splitlines()[-1]
+    assert "is killed by signal: Killed" in last_line
+    assert "lower data.workers" in last_line
+    finish(folder, "oom", whole)
+
+
+def small_files(megabytes: float) -> None:
+    """Lets no file grow beyond so much, as a full disk does: writing more is an OSError."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limit = int(megabytes * 2**20)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(folder, whole):
+    process = Process(arguments(folder, "full"), folder / "full.log", functools.partial(slow_steps, 0.2))
+    wait_for(process, "step 3 ")
+    process.kill(signal.SIGTERM)
+    assert process.wait() == 128 + signal.SIGTERM
+    kept = {path: path.read_bytes() for path in (folder / "full").rglob("*") if path.is_file()}
+    process = Process(arguments(folder, "full"), folder / "full.log", functools.partial(small_files, 0.5))
+    assert process.wait() == 1
+    last_line = process.log.read_text().splitlines()[-1]
+    assert "cannot write a checkpoint" in last_line
+    assert "MiB free" in last_line
+    assert "last is untouched" in last_line
+    for path, content in kept.items():
+        if path.parent.name in ("last", "best", "training_state"):
+            assert path.read_bytes() == content
+    finish(folder, "full", whole)
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(folder):
+    process = Process(arguments(folder, "nan"), folder / "nan.log", nan_in_step_5)
+    assert process.wait() == 1
+    last_line = process.log.read_text().splitlines()[-1]
+    assert "The loss is not finite in step 5" in last_line
+    assert "The last good checkpoint is" in last_line
+    assert json.loads((folder / "nan" / "last" / "config.json").read_text())["metadata"]["steps"] == 4
+
+
+def nan_in_step_5() -> None:
+    original = Trainer._step
+
+    def step(trainer, *arguments):
+        if trainer.state.step == 4:
+            with torch.no_grad():
+                next(trainer.model.parameters()).fill_(float("nan"))
+        original(trainer, *arguments)
+
+    Trainer._step = step
+
+
+def test_resuming_with_other_settings_says_which(folder, whole):
+    process = Process(arguments(folder, "whole", "optim.clip_norm=7"), folder / "other.log")
+    assert process.wait() == 0
+    assert "was started with other settings: optim.clip_norm: 1.0 -> 7.0" in process.log.read_text()
+
+
+# Small parts
+
+
+def test_a_sample_depends_on_its_place_in_the_run_alone():
+    class Noise(torch.utils.data.Dataset):
+        def __getitem__(self, index):
+            return torch.rand(3)
+
+    samples = SeededSamples(Noise(), seed=0)
+    torch.manual_seed(1)
+    first = samples[2, 5, 7]
+    state = torch.get_rng_state()
+    assert torch.equal(samples[2, 5, 7], first)
+    assert torch.equal(torch.get_rng_state(), state)
+    for other in (samples[1, 5, 7], samples[2, 4, 7], SeededSamples(Noise(), seed=1)[2, 5, 7]):
+        assert not torch.equal(other, first)
+
+
+def test_metrics_are_rewound_to_the_checkpoint_even_if_the_last_line_was_cut_off(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 2}\n{"step": 4}\n{"step": 6}\n{"st')
+    rewind_metrics(tmp_path, 4)
+    assert [record["step"] for record in metrics(tmp_path)] == [2, 4]
+
+
+def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):
+    for text in ("first", "second"):
+        with replaced_folder(tmp_path / "last") as partial:
+            (partial / "a").write_text(text)
+    (tmp_path / "last").rename(tmp_path / ".last.previous")
+    (tmp_path / ".last.partial").mkdir()
+    recover_folder(tmp_path / "last")
+    assert (tmp_path / "last" / "a").read_text() == "second"
+    assert [path.name for path in tmp_path.iterdir()] == ["last"]
