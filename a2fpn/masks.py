@@ -127,12 +127,18 @@ class InstanceMasks:
         ]
         return self.from_crops(crops, windows, (height, width))
 
-    def resize(self, size: tuple[int, int]) -> InstanceMasks:
-        """Another image size (H, W); every new pixel takes the old one under its centre."""
+    def resize(self, size: tuple[int, int], *, at: float = 0.5) -> InstanceMasks:
+        """Another image size (H, W).
+
+        Args:
+            size: (H, W).
+            at: Which old pixel a new one takes, see :func:`nearest_pixels`.
+        """
         if size == self.size:
             return self
         rows, columns = (
-            nearest_pixels(new, old, device=self.windows.device) for new, old in zip(size, self.size, strict=True)
+            nearest_pixels(new, old, at=at, device=self.windows.device)
+            for new, old in zip(size, self.size, strict=True)
         )
         edges = self.windows.T.contiguous()
         windows = torch.stack(
@@ -179,14 +185,20 @@ class InstanceMasks:
         )
 
 
-def nearest_pixels(new: int, old: int, *, device: torch.device | None = None) -> Tensor:
-    """For each of ``new`` pixels that replace ``old`` ones the old one under its centre, ``(new,)`` int64.
+def nearest_pixels(new: int, old: int, *, at: float = 0.5, device: torch.device | None = None) -> Tensor:
+    """For each of ``new`` pixels that replace ``old`` ones the old one under a point of it, ``(new,)`` int64.
+
+    Args:
+        new: Pixels.
+        old: Pixels.
+        at: The point: 0.5 is the centre, 0 the upper left edge, as in ``interpolate(mode="nearest")``.
+        device: Where the result lies.
 
     Example:
-        >>> nearest_pixels(2, 4).tolist(), nearest_pixels(4, 2).tolist()
-        ([1, 3], [0, 0, 1, 1])
+        >>> nearest_pixels(2, 4).tolist(), nearest_pixels(4, 2).tolist(), nearest_pixels(2, 4, at=0).tolist()
+        ([1, 3], [0, 0, 1, 1], [0, 2])
     """
-    return ((torch.arange(new, device=device) + 0.5) * (old / new)).long()
+    return ((torch.arange(new, device=device) + at) * (old / new)).long()
 
 
 def _tight(columns: Tensor, rows: Tensor) -> Tensor:

@@ -133,11 +133,12 @@ def resize_boxes(boxes: Tensor, old: tuple[int, int], new: tuple[int, int]) -> T
 def resize_target(target: Mapping[str, Any], old: tuple[int, int], new: tuple[int, int]) -> dict[str, Any]:
     """A training target moved from one image size (height, width) to another.
 
-    Its ``masks``, if any, are :class:`~a2fpn.masks.InstanceMasks`.
+    Its ``masks``, if any, are :class:`~a2fpn.masks.InstanceMasks`; each new pixel takes the old one under its upper
+    left corner, as in torchvision.
     """
     if old == new:
         return dict(target)
     resized = dict(target) | {"boxes": resize_boxes(target["boxes"], old, new)}
     if "masks" in target:
-        resized["masks"] = target["masks"].resize(new)
+        resized["masks"] = target["masks"].resize(new, at=0.0)
     return resized

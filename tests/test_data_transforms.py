@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 
+from a2fpn.config import PreprocessConfig
 from a2fpn.data import CocoDataset, InstanceMasks, collate, train_transforms
+from a2fpn.preprocess import Preprocess
 
 
 def double(height, width):
@@ -185,6 +187,126 @@ def test_works_in_a_loader_and_survives_pickling(tmp_path):
     assert [tuple(image.shape) for image in images] == [(3, 32, 32)] * 4
 
 
+class Sizes:
+    """The size rule of a model; it keeps what it was asked for."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __call__(self, height, width, *, min_size=None):
+        self.asked.append(min_size)
+        scale = min((min_size or 40) / min(height, width), 100 / max(height, width))
+        return round(height * scale), round(width * scale)
+
+
+def test_multi_scale_draws_one_of_the_short_sides_and_keeps_the_longest():
+    rule = Sizes()
+    augment = train_transforms(rule, **STILL, min_sizes=(30, 60, 90))
+    seen = set()
+    for seed in range(40):
+        torch.manual_seed(seed)
+        image, target = augment(*sample(20, 30, [(0, 0, 30, 20)]))
+        seen.add(tuple(image.shape[1:]))
+        assert target["boxes"].tolist() == [[0, 0, image.shape[2], image.shape[1]]]
+    assert seen == {(30, 45), (60, 90), (67, 100)}
+    assert set(rule.asked) == {30, 60, 90}
+    assert augment.transforms[0].scale(20, 30) in ([30, 45], [60, 90], [67, 100])
+    train_transforms(rule, **STILL)(*sample(20, 30, []))
+    assert rule.asked[-1] is None  # the model's own
+
+
+def test_multi_scale_takes_the_models_rule():
+    rule = Preprocess(PreprocessConfig(min_size=80, max_size=120), divisor=32)
+    assert rule.target_size(20, 30) == (80, 120)
+    assert rule.target_size(20, 30, min_size=50) == (50, 75)
+    assert rule.target_size(20, 60, min_size=50) == (40, 120)
+    image, _ = train_transforms(rule.target_size, **STILL, min_sizes=[50])(*sample(20, 60, []))
+    assert image.shape == (3, 40, 120)
+
+
+def test_large_scale_jitter_is_about_the_crop_and_uniform():
+    augment = train_transforms(double, large_scale_jitter=(0.1, 2.0), crop_size=100, horizontal_flip=0)
+    longest, sizes = [], []
+    for seed in range(400):
+        torch.manual_seed(seed)
+        image, _ = augment(*sample(20, 30, []))
+        longest.append(max(image.shape[1:]))
+        sizes.append(tuple(image.shape[1:]))
+    assert 10 <= min(longest) < 20
+    assert max(longest) == 100
+    assert max(height for height, _ in sizes) == 100  # of twice the crop's side the short one is 133
+    assert 0.42 < sum(side < 100 for side in longest) / 400 < 0.53  # 0.9 of 1.9
+    assert 0.2 < sum(side < 57 for side in longest) / 400 < 0.3  # a quarter of the range
+
+
+def test_the_first_crop_keeps_a_share_of_each_side():
+    augment = train_transforms(same, **STILL, crop_range=(0.5, 1.0))
+    sizes = []
+    for seed in range(200):
+        torch.manual_seed(seed)
+        image, target = augment(*sample(20, 30, [(0, 0, 30, 20)]))
+        sizes.append(tuple(image.shape[1:]))
+        assert target["boxes"].tolist() == [[0, 0, *sizes[-1][::-1]]]
+        assert (image == 200).all()
+    assert {height for height, _ in sizes} == set(range(10, 21))
+    assert {width for _, width in sizes} == set(range(15, 31))
+    # Each side is drawn for itself.
+    assert {(height > 15, width > 22) for height, width in sizes} == {(a, b) for a in (0, 1) for b in (0, 1)}
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    size=st.tuples(st.integers(1, 60), st.integers(1, 60)),
+    count=st.integers(0, 3),
+    seed=st.integers(0, 10**6),
+    options=st.sampled_from(
+        [{"min_sizes": (7, 31), "crop_size": None}, {"large_scale_jitter": (0.1, 2.0), "crop_size": 33}]
+    ),
+)
+def test_everything_at_once_on_odd_sizes(size, count, seed, options):
+    torch.manual_seed(seed)
+    boxes = [(0, 0, size[1], size[0]), (size[1] // 2, 0, size[1] // 2 + 1, 1), (0, size[0] - 1, 1, size[0])][:count]
+    image, target = sample(*size, boxes)
+    target["semantic"] = tv_tensors.Mask(image[0].clone())
+    target["keypoints"] = torch.tensor([[[box[0] + 0.5, box[1] + 0.5, 2.0]] for box in boxes]).reshape(-1, 1, 3)
+    augment = train_transforms(Sizes(), crop_range=(0.3, 1), vertical_flip=0.5, rotate90=0.5, **options)
+    image, target = augment(image, target)
+    height, width = image.shape[1:]
+    assert target["semantic"].shape == (height, width)
+    assert target["masks"].size == (height, width)
+    assert target["boxes"].canvas_size == (height, width)
+    number = len(target["boxes"])
+    assert len(target["labels"]) == len(target["masks"]) == number
+    assert target["keypoints"].shape == (number, 1, 3)
+    assert torch.equal(target["masks"].tight().windows.float(), target["boxes"].as_subclass(torch.Tensor))
+    # Bright where the map is: both were made of the same rectangles.
+    covered = target["masks"].dense().any(0)
+    assert (target["semantic"][covered] == 200).all()
+    for box, (x, y, visible) in zip(target["boxes"].tolist(), target["keypoints"][:, 0].tolist(), strict=True):
+        assert not visible or (0 <= x <= width and 0 <= y <= height)
+        assert not visible or (box[0] - 2 <= x <= box[2] + 2 and box[1] - 2 <= y <= box[3] + 2) or min(size) < 5
+
+
+def test_outlines_and_pixels_give_the_same_objects(tmp_path):
+    """From polygons and run lengths, or from the pixels they stand for at the file's size."""
+    folder, path = write_coco(tmp_path, size=(128, 160))
+    augment = train_transforms(double, crop_size=120, vertical_flip=0.5, rotate90=0.5)
+    outlines, plain = CocoDataset(folder, path, transforms=augment), CocoDataset(folder, path)
+    agreement = []
+    for seed in range(20):
+        torch.manual_seed(seed)
+        image, target = outlines[seed % 3]
+        torch.manual_seed(seed)
+        other_image, other = augment(*plain[seed % 3])
+        assert torch.equal(image, other_image)
+        assert target["labels"].tolist() == other["labels"].tolist()
+        a, b = target["masks"].dense().bool(), other["masks"].dense().bool()
+        agreement += ((a & b).flatten(1).sum(1) / (a | b).flatten(1).sum(1)).tolist()
+        assert ((target["boxes"] - other["boxes"]).abs() <= 1).all()
+    assert min(agreement) > 0.9
+    assert len(agreement) > 30
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -194,6 +316,12 @@ def test_works_in_a_loader_and_survives_pickling(tmp_path):
         ({"scale_range": (1.3, 0.7)}, r"0 < lowest <= highest, got \(1.3, 0.7\)"),
         ({"scale_range": (0, 1)}, "0 < lowest"),
         ({"crop_size": 0}, "crop_size must be at least 1 pixel, or None for no crop, got 0"),
+        ({"min_sizes": (800, 0)}, r"min_sizes must be at least 1 pixel each, got \[800, 0\]"),
+        ({"crop_range": (0.5, 1.5)}, r"crop_range must be .* 0 < lowest <= highest <= 1, got \(0.5, 1.5\)"),
+        ({"crop_range": (0, 1)}, "crop_range must be"),
+        ({"large_scale_jitter": (2, 0.1)}, r"large_scale_jitter must be .* got \(2, 0.1\)"),
+        ({"large_scale_jitter": (0.1, 2), "crop_size": None}, "large_scale_jitter needs a crop_size"),
+        ({"large_scale_jitter": (0.1, 2), "min_sizes": [800]}, "both decide the size"),
     ],
 )
 def test_wrong_arguments(options, message):

@@ -14,6 +14,7 @@ from torchvision.ops import box_iou
 import a2fpn
 from a2fpn.detectors import DETECTORS, RCNN, Detector
 from a2fpn.heads.paste import PASTE_RULES, paste_masks
+from a2fpn.masks import InstanceMasks
 from tests.helpers import random_target, randomise, tiny_model, torchvision_names, without_gradient
 
 MODELS = [f"{detector}_{neck}" for detector, neck in itertools.product(DETECTORS, ("fpn", "a2fpn"))]
@@ -131,6 +132,19 @@ def test_a_target_may_be_of_tv_tensors_and_hold_more() -> None:
         losses.append(model.train()(given, [one]))
     assert losses[0] == losses[1]
     assert all(type(loss) is Tensor for loss in losses[0].values())
+
+
+@models
+@pytest.mark.parametrize("resize", [True, False])
+def test_masks_may_be_planes_or_small(name: str, resize: bool) -> None:
+    images, targets = batch(2, 0)
+    model = tiny_model(name, resize="shortest_edge", min_size=48, max_size=80)
+    small = [{**target, "masks": InstanceMasks.from_dense(target["masks"])} for target in targets]
+    losses = []
+    for given in (targets, small):
+        torch.manual_seed(1)
+        losses.append(model(images, given, resize=resize))
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("label", [0, 1, 2])

@@ -106,6 +106,14 @@ def test_a_new_pixel_takes_the_old_one_under_its_centre() -> None:
     assert nearest_pixels(5, 2).tolist() == [0, 0, 1, 1, 1]
 
 
+@quick
+@given(planes(), st.tuples(side, side))
+def test_at_the_corner_it_is_torchs_nearest(masks: Tensor, size: tuple[int, int]) -> None:
+    masks = torch.cat([masks, torch.ones_like(masks).sum(0, keepdim=True).clamp(max=1)])  # torch wants one at least
+    expected = torch.nn.functional.interpolate(masks[None].float(), size=size, mode="nearest")[0]
+    assert torch.equal(InstanceMasks.from_dense(masks).resize(size, at=0.0).dense(), expected.to(torch.uint8))
+
+
 def test_the_image_may_grow_and_the_masks_do_not() -> None:
     planes = torch.zeros(40, 60, 60, dtype=torch.bool)
     planes[:, 10:20, 30:35] = True

@@ -1,0 +1,187 @@
+"""JPEGs take a faster way where it gives the same pixels; PIL decides what the same is."""
+
+import io
+import os
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from a2fpn.data import ImageError, read_image
+from a2fpn.data import images as reading
+
+
+def picture(mode: str = "RGB", size: tuple[int, int] = (37, 23)) -> Image.Image:
+    """Smooth colours with some noise."""
+    rng = np.random.default_rng(0)
+    bands = len(mode) if mode in ("RGB", "CMYK") else 1
+    pixels = np.linspace(0, 200, size[0] * size[1] * bands).reshape(size[1], size[0], bands)
+    pixels = (pixels + rng.integers(0, 50, pixels.shape)).astype(np.uint8)
+    return Image.fromarray(pixels.squeeze(-1) if bands == 1 else pixels, mode)
+
+
+def jpeg(image: Image.Image, **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "jpeg", **options)
+    return file.getvalue()
+
+
+def by_pil(content: bytes) -> Tensor:
+    """What PIL makes of it, turned as EXIF says."""
+    with Image.open(io.BytesIO(content)) as image:
+        return F.to_image(reading.to_rgb(ImageOps.exif_transpose(image)))
+
+
+@pytest.fixture
+def fast(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For each JPEG that is read, whether it took the faster way to the end."""
+    taken: list[bool] = []
+    decode = reading._decode_plain_jpeg
+
+    def watched(*args: Any) -> Tensor | None:
+        pixels = decode(*args)
+        taken.append(pixels is not None)
+        return pixels
+
+    monkeypatch.setattr(reading, "_decode_plain_jpeg", watched)
+    return taken
+
+
+ORIENTATION = 0x0112
+PLAIN = {
+    "rgb": jpeg(picture()),
+    "rgb without subsampling": jpeg(picture(), subsampling=0, quality=95),
+    "progressive": jpeg(picture(), progressive=True),
+    "restart markers": jpeg(picture(), restart_marker_blocks=1),
+    "grey": jpeg(picture("L")),
+    "kept as rgb": jpeg(picture(), keep_rgb=True),
+    "with a comment and a profile": jpeg(picture(), comment=b"\xff\xd8" * 9, icc_profile=b"\xff\xc0" * 99),
+    "one pixel": jpeg(picture(size=(1, 1))),
+    "fill bytes": jpeg(picture()).replace(b"\xff\xdb", b"\xff\xff\xff\xdb", 1),  # before the tables
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_plain_jpegs_are_what_pil_makes_of_them(name: str, tmp_path: Path, fast: list[bool]) -> None:
+    content = PLAIN[name]
+    expected = by_pil(content)
+    size = (int(expected.shape[1]), int(expected.shape[2]))
+    (tmp_path / "a.jpg").write_bytes(content)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for image in (read_image(tmp_path / "a.jpg"), read_image(content), read_image(content, size=size)):
+            assert image.dtype == torch.uint8
+            assert torch.equal(image, expected)
+    assert fast == [name != "fill bytes"] * 3
+
+
+def turned(orientation: int) -> bytes:
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    return jpeg(picture(), exif=exif)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_is_obeyed_where_no_size_is_wanted(orientation: int, fast: list[bool]) -> None:
+    content = turned(orientation)
+    assert torch.equal(read_image(content), by_pil(content))
+    assert fast == [False]
+
+
+def test_the_wanted_size_decides_about_exif(fast: list[bool]) -> None:
+    content, stored = turned(6), by_pil(jpeg(picture()))
+    assert torch.equal(read_image(content, size=(23, 37)), stored)
+    assert torch.equal(read_image(content, size=(37, 23)), by_pil(content))
+    with pytest.raises(ImageError, match="the image is 37 x 23 pixels wide and high, the annotations say 40 x 23"):
+        read_image(content, size=(23, 40))
+    assert fast == [True, False, False]
+
+
+def test_exif_behind_the_frame_counts(fast: list[bool]) -> None:
+    content = turned(3)
+    start = content.index(b"\xff\xe1")
+    length = 2 + int.from_bytes(content[start + 2 : start + 4], "big")
+    segment, rest = content[start : start + length], content[:start] + content[start + length :]
+    scan = rest.index(b"\xff\xda")
+    moved = rest[:scan] + segment + rest[scan:]
+    assert torch.equal(read_image(moved), by_pil(moved))
+    assert fast == [False]
+
+
+@pytest.mark.parametrize("image", [picture("CMYK"), picture("L").convert("1").convert("L").convert("CMYK")])
+def test_what_has_four_channels_is_left_to_pil(image: Image.Image, fast: list[bool]) -> None:
+    content = jpeg(image)
+    assert torch.equal(read_image(content), by_pil(content))
+    assert fast == [False]
+
+
+def test_other_formats_are_left_to_pil(fast: list[bool]) -> None:
+    for kind in ("png", "bmp", "tiff", "webp"):
+        file = io.BytesIO()
+        picture().save(file, kind, **({"lossless": True} if kind == "webp" else {}))
+        assert torch.equal(read_image(file.getvalue()), F.to_image(picture()))
+    assert fast == [False] * 4
+
+
+@pytest.mark.parametrize("name", ["rgb", "progressive", "grey"])
+def test_a_cut_off_jpeg_is_what_it_is_to_pil(name: str) -> None:
+    """At any length: an error with PIL's reason, or the same pixels."""
+    content, outcomes = PLAIN[name], set()
+    for length in [*range(0, len(content) - 20, 41), *range(len(content) - 20, len(content))]:
+        part = content[:length]
+        try:
+            expected = by_pil(part)
+        except Exception as error:
+            outcomes.add("error")
+            reason = re.split(r"[\n<]| \(", str(error))[0].rstrip(".")  # without numbers of bytes and addresses
+            with pytest.raises(ImageError, match=rf"^cut\.jpg: no readable image \({re.escape(reason)}"):
+                read_image(part, name="cut.jpg")
+        else:
+            outcomes.add("pixels")
+            assert torch.equal(read_image(part), expected)
+    assert "error" in outcomes
+
+
+def test_damage_inside_is_what_it_is_to_pil() -> None:
+    rng = np.random.default_rng(1)
+    content = jpeg(picture(size=(90, 70)))
+    start = content.index(b"\xff\xda") + 20
+    for position in rng.integers(start, len(content) - 2, 60).tolist():
+        damaged = bytearray(content)
+        damaged[position] ^= int(rng.integers(1, 255))
+        try:
+            expected = by_pil(bytes(damaged))
+        except Exception:
+            with pytest.raises(ImageError):
+                read_image(bytes(damaged))
+        else:
+            assert torch.equal(read_image(bytes(damaged)), expected)
+
+
+def test_without_torchvisions_operator_everything_is_pils(monkeypatch: pytest.MonkeyPatch, fast: list[bool]) -> None:
+    monkeypatch.setattr(torch.ops, "image", object())
+    assert torch.equal(read_image(PLAIN["rgb"]), by_pil(PLAIN["rgb"]))
+    assert fast == [False]
+
+
+def test_pils_limit_of_pixels_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ImageError, match="exceeds limit of 200 pixels"):
+        read_image(PLAIN["rgb"])
+
+
+@pytest.mark.skipif("A2FPN_DATA" not in os.environ, reason="A2FPN_DATA does not name a folder of COCO sets")
+def test_photographs_are_what_pil_makes_of_them(fast: list[bool]) -> None:
+    paths = sorted((Path(os.environ["A2FPN_DATA"]) / "coco128" / "images").rglob("*.jpg"))
+    for path in paths:
+        expected = by_pil(path.read_bytes())
+        assert torch.equal(read_image(path, size=(int(expected.shape[1]), int(expected.shape[2]))), expected), path
+    assert fast == [True] * len(paths)
+    assert len(paths) > 100
