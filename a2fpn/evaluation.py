@@ -270,7 +270,7 @@ def annotations_as_detections(ground_truth: str | Path | Mapping[str, Any] | Coc
             "category_id": annotation.category_id,
             "bbox": list(annotation.bbox),
             "score": 1.0,
-            **({"segmentation": annotation.rle} if annotation.rle else {}),
+            **({"segmentation": rle} if (rle := annotation.rle) else {}),
             **({"keypoints": _perfect_keypoints(annotation, coco)} if coco.num_keypoints else {}),
         }
         for image_id, annotations in coco.annotations.items()
@@ -345,9 +345,9 @@ class _Scene:
                 "image_id": image_numbers[image_id],
                 "category_id": category_numbers[annotation.category_id],
                 "bbox": list(annotation.bbox),
-                "segmentation": annotation.rle,
                 "area": annotation.area,
                 "iscrowd": int(annotation.iscrowd),
+                **({"segmentation": annotation.rle} if kind == "segm" else {}),  # polygons become one at each access
                 **(_truth_keypoints(annotation, coco) if kind == "keypoints" else {}),
             }
             for image_id, annotations in coco.annotations.items()

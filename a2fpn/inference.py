@@ -204,6 +204,8 @@ class Result:
     ) -> Image.Image:
         """Draws the objects on the image, enlarging small images by a whole factor.
 
+        Keypoints that the model is sure of are drawn, and joined to a skeleton where they have the names of COCO's.
+
         Args:
             image: (H, W, 3) uint8 RGB; None takes the image of the result, or reads its path.
             score_threshold: Objects that score less are left out; 0 draws all.
