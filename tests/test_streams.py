@@ -480,7 +480,8 @@ def test_processes_share_an_epoch_of_shards(shards, data):
 
 
 def test_the_order_changes_with_seed_and_epoch(shards, parquet, table):
-    for source in (ShardDataset(shards), hf(parquet), HfDataset(table, categories=CATEGORIES)):
+    unbuffered = ShardDataset(shards, shuffle_buffer=1)  # whose order is that of the shards
+    for source in (ShardDataset(shards), unbuffered, hf(parquet), HfDataset(table, categories=CATEGORIES)):
         orders = {
             (seed, epoch): str(raw_ids(source.read(batch=4, seed=seed, epoch=epoch)))
             for seed in (0, 1)
