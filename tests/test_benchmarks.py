@@ -7,10 +7,11 @@ import time
 import numpy as np
 import pytest
 import torch
+from coco_data import write_coco
 from torch import nn
 
 from benchmarks import _measure as measure
-from benchmarks import evaluation, import_time, inference, necks, postprocess, reassemble
+from benchmarks import evaluation, import_time, inference, loader, necks, postprocess, reassemble
 
 
 def test_inference_compares_equal_outputs_and_prints_ratios(capsys):
@@ -35,6 +36,16 @@ def test_necks_measure_every_neck_that_takes_a_backbones_pyramid(capsys):
     assert re.search(r"│ a2fpn_lite +│ +GMACs │ +\d\.\d\d │ +<= 1\.80", out)
     assert re.search(r"│ context\.query +│", out)
     assert re.search(r"│ aten::\w+ +│ +[\d.]+ ms │ +\d+% │", out)
+
+
+def test_loader_prints_how_much_faster_it_is_and_how_masks_differ(tmp_path, capsys):
+    _, annotations = write_coco(tmp_path)
+    (tmp_path / "annotations").mkdir()
+    annotations.rename(tmp_path / "annotations" / "instances.json")
+    loader.main(tmp_path, quick=True)
+    out = capsys.readouterr().out
+    assert re.search(r"torchvision, uint8 .* >= 2\.0 (met|missed)", out)
+    assert re.search(r"IoU of our masks with torchvision's: mean 0\.9\d+, .* \d objects", out)
 
 
 def test_import_time_prints_a_ratio(capsys, monkeypatch):

@@ -280,7 +280,7 @@ def test_everything_at_once_on_odd_sizes(size, count, seed, options):
     assert target["keypoints"].shape == (number, 1, 3)
     assert torch.equal(target["masks"].tight().windows.float(), target["boxes"].as_subclass(torch.Tensor))
     # Bright where the map is: both were made of the same rectangles.
-    covered = target["masks"].dense().any(0)
+    covered = target["masks"].dense().bool().any(0)
     assert (target["semantic"][covered] == 200).all()
     for box, (x, y, visible) in zip(target["boxes"].tolist(), target["keypoints"][:, 0].tolist(), strict=True):
         assert not visible or (0 <= x <= width and 0 <= y <= height)

@@ -53,7 +53,7 @@ def train_transforms(
         target_size: ``(H, W) -> (H, W)``, the size at which the model sees an image: its
             ``model.preprocess.target_size``. It also takes ``min_size=``, if ``min_sizes`` are given.
         min_sizes: Multi-scale training: of these short sides, in pixels, one is drawn in the place of the model's
-            own; the model's ``max_size`` stays. None takes the model's own.
+            own; the model's ``max_size`` stays. Empty takes the model's own.
         scale_range: The lowest and highest factor on that size, drawn uniformly on a logarithmic scale.
         large_scale_jitter: The lowest and highest factor of large-scale jitter (Ghiasi et al., CVPR 2021: 0.1 and
             2): the longest side becomes ``crop_size`` times a factor drawn uniformly, in the place of the model's
