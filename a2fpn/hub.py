@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from httpx2 import ConnectError, ConnectTimeout, HTTPError, ProxyError, Timeout, TimeoutException
+from httpx2 import ConnectError, ConnectTimeout, HTTPError, ProxyError, Timeout, TimeoutException, TransportError
 from huggingface_hub import (
     HfApi,
-    ResolvedRevision,
     constants,
     errors,
     get_token,
@@ -143,7 +142,11 @@ def download_checkpoint(repo: Repo, *, weights: bool = True) -> Path:
     names = [CONFIG_FILE, WEIGHTS_FILE] if weights else [CONFIG_FILE]
     offline = repo.local_files_only or constants.is_offline_mode()
     with _explained(repo, names):
-        commit = _resolve(repo, offline=offline)
+        api = _api(repo.token)
+        # The cache's where the Hub cannot be reached.
+        commit = api.resolve_revision(
+            repo.id, revision=repo.revision, token=repo.token, cache_dir=repo.cache_dir, local_files_only=offline
+        ).resolved
         missing = [
             name
             for name in names
@@ -152,7 +155,7 @@ def download_checkpoint(repo: Repo, *, weights: bool = True) -> Path:
         if missing and offline:
             raise HubOfflineError(_offline(repo, missing))
         if missing:
-            _check_files(repo, commit, missing)
+            _check_files(api, repo, commit, missing)
         folder = _download(repo, CONFIG_FILE, commit, offline=offline).parent
         if weights:
             expected = read_checkpoint(folder).sha256
@@ -160,18 +163,10 @@ def download_checkpoint(repo: Repo, *, weights: bool = True) -> Path:
     return folder
 
 
-def _resolve(repo: Repo, *, offline: bool) -> str:
-    """The one commit that a load takes everything from; the cache's where the Hub cannot be reached."""
-    commit: ResolvedRevision = _api(repo.token).resolve_revision(
-        repo.id, revision=repo.revision, token=repo.token, cache_dir=repo.cache_dir, local_files_only=offline
-    )
-    return commit.resolved
-
-
-def _check_files(repo: Repo, commit: str, names: Sequence[str]) -> None:
+def _check_files(api: _Api, repo: Repo, commit: str, names: Sequence[str]) -> None:
     """Asks once, without retries, whether the files are there and can be what they are called."""
     # Not hf_hub_download's own look: on a server that is down it retries for 23 s.
-    info = _api(repo.token).repo_info(repo.id, revision=commit, files_metadata=True)
+    info = api.repo_info(repo.id, revision=commit, files_metadata=True)
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
     if WEIGHTS_FILE in names and WEIGHTS_FILE not in sizes:
         raise HubNotFoundError(missing_weights(_where(repo), sizes))
@@ -282,11 +277,19 @@ CONNECT_SECONDS = 1.5
 
 
 class _Api(HfApi):
-    """The client's own would wait for ever where packets vanish or a server keeps silent."""
+    """The client's own would wait for ever where packets vanish or a server keeps silent; this one waits once."""
+
+    _failed: TransportError | None = None
 
     def repo_info(self, *args: Any, **options: Any) -> Any:
+        if self._failed is not None:
+            raise self._failed
         patience = Timeout(constants.HF_HUB_ETAG_TIMEOUT, connect=CONNECT_SECONDS)
-        return super().repo_info(*args, **options, timeout=cast(float, patience))
+        try:
+            return super().repo_info(*args, **options, timeout=cast(float, patience))
+        except TransportError as error:
+            self._failed = error
+            raise
 
 
 def _api(token: str | bool | None) -> _Api:

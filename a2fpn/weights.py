@@ -126,13 +126,16 @@ def _torchvision() -> dict[str, Weights]:
 
 
 def _grafts() -> Iterator[tuple[str, Weights]]:
-    for detector in ("maskrcnn", "fasterrcnn"):
-        base = f"{detector}_fpn_r50.tv_coco"
-        for neck in ("a2fpn", "a2fpn_lite", "pafpn", "pafpn_mgc", "carafe_fpn"):
-            yield f"{detector}_{neck}_r50.tv_coco_graft", GraftedWeights(base, neck)
-        # The second version's FPN has a norm, behind which only a neck without a bottom-up path can begin as an FPN.
-        for neck in ("a2fpn_lite", "carafe_fpn"):
-            yield f"{detector}_{neck}_r50.tv_coco_v2_graft", GraftedWeights(f"{base}_v2", neck)
+    necks = ("a2fpn", "a2fpn_lite", "pafpn", "pafpn_mgc", "carafe_fpn")
+    for detector in ("maskrcnn", "fasterrcnn", "keypointrcnn", "retinanet", "fcos"):
+        for neck in necks:
+            yield f"{detector}_{neck}_r50.tv_coco_graft", GraftedWeights(f"{detector}_fpn_r50.tv_coco", neck)
+    # In the second version of the R-CNNs the FPN has a norm, behind which only a neck without a bottom-up path can
+    # begin as an FPN.
+    plain = ("a2fpn_lite", "carafe_fpn")
+    for detector, possible in (("maskrcnn", plain), ("fasterrcnn", plain), ("retinanet", necks)):
+        for neck in possible:
+            yield f"{detector}_{neck}_r50.tv_coco_v2_graft", GraftedWeights(f"{detector}_fpn_r50.tv_coco_v2", neck)
 
 
 PRETRAINED: dict[str, Weights] = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import sys
 import tempfile
@@ -177,7 +179,9 @@ def verify(
         facts = read_checkpoint(folder).facts
         numbers = Path(temporary) / "metrics.json"
         limit = facts.max_detections
-        cli.evaluate(model=str(folder), images=images, annotations=annotations, save=numbers, max_detections=limit)
+        # Its table is headed by a folder that is gone when it is read.
+        with contextlib.redirect_stdout(io.StringIO()):
+            cli.evaluate(model=str(folder), images=images, annotations=annotations, save=numbers, max_detections=limit)
         measured = json.loads(numbers.read_text(encoding="utf-8"))
     stated = {key: value for key, value in facts.metrics.items() if key in VERIFIED}
     if not stated:

@@ -167,7 +167,7 @@ def test_grafts_are_not_passed_off_as_trained() -> None:
     assert all(row.trained for row in a2fpn.list_pretrained("*.tv_coco*") if not row.name.endswith("_graft"))
 
 
-@pytest.mark.parametrize("detector", ["maskrcnn", "fasterrcnn"])
+@pytest.mark.parametrize("detector", ["maskrcnn", "fasterrcnn", "keypointrcnn", "retinanet", "fcos"])
 @pytest.mark.parametrize("neck", ["a2fpn", "a2fpn_lite", "pafpn", "pafpn_mgc", "carafe_fpn"])
 def test_every_neck_of_the_family_has_weights(detector: str, neck: str) -> None:
     found = find_weights(f"{detector}_{neck}_r50")
@@ -182,15 +182,18 @@ def test_listed_names_are_names_of_models(name: str) -> None:
     assert state is None
 
 
-@pytest.mark.parametrize("name", a2fpn.list_models("maskrcnn_*_graft", pretrained=True))
+@pytest.mark.parametrize("name", a2fpn.list_models("*_graft", pretrained=True))
 def test_every_graft_can_be_made(name: str) -> None:
     config, _ = _read(PRETRAINED[name], load=False)
     base, _ = _read(PRETRAINED[PRETRAINED[name].base], load=False)
     with torch.device("meta"):
-        fpn = create_neck("fpn", PyramidSpec.from_channels([256, 512, 1024, 2048]), **base.neck.args)
+        strides = base.backbone.strides
+        fpn = create_neck(
+            "fpn", PyramidSpec.from_channels([64 * s for s in strides], strides=strides), **base.neck.args
+        )
         neck = create_neck(config.neck.name, fpn.in_spec, **config.neck.args)
     state = {f"neck.{key}": torch.zeros(x.shape) for key, x in fpn.state_dict().items()}
-    grafted = graft(state, target=config.neck.name, **base.neck.args)
+    grafted = graft(state, target=config.neck.name, strides=strides, **base.neck.args)
     assert {key: x.shape for key, x in grafted.items()} == {f"neck.{k}": x.shape for k, x in neck.state_dict().items()}
 
 

@@ -126,9 +126,9 @@ def load_torchvision(
     if norm_eps is None:
         if known[builder].frozen_eps == 0:
             raise ValueError(
-                f"Give norm_eps: what {builder} computes depends on it, and the file does not say. It is 0.0 if "
-                "training began with torchvision's COCO weights (weights='DEFAULT'), or this is their file, and 1e-5 if "
-                "it began with weights_backbone= or from nothing."
+                f"Give norm_eps: what {builder} computes depends on it, and the file does not say. It is 0.0 if this is"
+                " torchvision's COCO file, or training began with it (weights='DEFAULT'), and 1e-5 if it began with"
+                " weights_backbone= or from nothing."
             )
         norm_eps = 1e-5
     module: nn.Module = get_model_builder(builder)(
