@@ -11,16 +11,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from a2fpn.data import ImageError, RawSample, Sample, SampleDecoder, StreamDataset, collate
+from train.feed import Batch
 from train.seeding import seeded
-
-if TYPE_CHECKING:
-    from train.feed import Batch
 
 T = TypeVar("T")
 
