@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,14 +13,18 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 import a2fpn
+from a2fpn.data import write_shards
+from tests.test_streams import features, rows
 from tests.training import metrics, tiny_run
 from train.cli import main, parse, setting_names
 from train.config import OptimSection, RunSection, TrainConfig
 from train.loop import Trainer
-from train.optim import build_optimizer, build_scheduler, lr_factor, parameter_groups
+from train.optim import build_optimizer, build_scheduler, lr_factor, parameter_groups, scaled_lr
 from train.state import replaced_folder
 from train.watch import LossWindow
 
@@ -181,6 +186,24 @@ def test_matrices_decay_vectors_do_not_and_the_backbone_has_its_own_rate():
         assert settings[id(parameter)] == (lr, 0.05 if parameter.ndim > 1 else 0.0), name
 
 
+def test_rates_decay_layer_by_layer_towards_the_image():
+    model = a2fpn.create_model("fasterrcnn_fpn", backbone="test_resnet", num_classes=2)
+    groups = parameter_groups(model, OptimSection(layer_decay=0.5), lr=0.1)
+    rates = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+    of = {name: rates[id(parameter)] for name, parameter in model.named_parameters()}
+    layers = model.backbone.layer_ids()
+    depth = 1 + max(layers.values())
+    assert depth > 2
+    for name, layer in layers.items():
+        assert of[f"backbone.{name}"] == pytest.approx(0.1 * 0.5 ** (depth - layer)), name
+    assert {rate for name, rate in of.items() if not name.startswith("backbone.")} == {0.1}
+
+
+@pytest.mark.parametrize(("scaling", "factor"), [("linear", 0.25), ("sqrt", 0.5), ("none", 1.0)])
+def test_the_rate_follows_the_images_per_step(scaling, factor):
+    assert scaled_lr(OptimSection(lr=0.02, lr_scaling=scaling), 4) == pytest.approx(0.02 * factor)
+
+
 def test_a_model_without_trainable_parameters_is_an_error():
     with pytest.raises(ValueError, match="No parameter of the model is trainable"):
         parameter_groups(nn.Linear(2, 2).requires_grad_(False), OptimSection(), lr=1.0)
@@ -284,6 +307,127 @@ def test_a_bad_image_stops_a_strict_run(arguments, tmp_path, capsys):
     (tmp_path / "train" / "images" / "1.png").write_bytes(b"no image")
     assert main([*arguments, "run.epochs=1", "--strict-data", "data.workers=1"]) == 2
     assert "1.png: no readable image" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_log_says_to_what_the_rate_was_scaled(arguments, tmp_path):
+    assert main([*arguments, "run.max_steps=1", "optim.lr=0.16", "optim.lr_batch_size=16"]) == 0
+    assert (
+        "learning rate 0.02, which is 0.16 for 16 images, scaling: linear" in (tmp_path / "run/train.log").read_text()
+    )
+
+
+def test_a_run_stops_when_it_gets_no_better(arguments, tmp_path):
+    assert main([*arguments, "run.epochs=9", "run.patience=2", "optim.lr=0", "optim.warmup_steps=0"]) == 0
+    assert [record["epoch"] for record in metrics(tmp_path / "run")] == [1, 2, 3]
+    assert "Stopping early: no better segm/ap in 2 evaluations." in (tmp_path / "run/train.log").read_text()
+
+
+def test_validation_losses_fall_with_training_and_change_nothing(arguments, tmp_path):
+    more = ["run.epochs=6", "run.evaluate_every=3", "optim.lr=3e-3"]
+    assert main([*arguments, *more, "run.val_loss=true"]) == 0
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with_losses = [record for record in metrics(tmp_path / "run") if "val/loss" in record]
+    assert [record["epoch"] for record in with_losses] == [3, 6]
+    first, last = with_losses
+    assert {name.removeprefix("val/") for name in first if name.startswith("val/")} == {
+        name.removeprefix("train/") for name in first if name.startswith("train/")
+    }
+    assert 0 < last["val/loss"] < first["val/loss"]
+    arguments[-1] = f"run.output={tmp_path / 'without'}"
+    assert main([*arguments, *more]) == 0
+    ours, theirs = (a2fpn.from_pretrained(tmp_path / run / "last").state_dict() for run in ("run", "without"))
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+
+
+def test_a_run_leaves_pictures_a_plot_a_log_and_tracked_images(arguments, tmp_path):
+    assert main([*arguments, "run.epochs=2", "run.pictures=2"]) == 0
+    for name, least in {
+        "predictions/epoch_001.jpg": 300,
+        "predictions/epoch_002.jpg": 300,
+        "metrics.png": 1000,
+    }.items():
+        with Image.open(tmp_path / "run" / name) as picture:
+            picture.load()
+            assert picture.width > least
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert "images per step" in log
+    assert "Epoch 2/2: loss" in log
+    events = EventAccumulator(str(tmp_path / "run" / "tiny"))
+    events.Reload()
+    assert events.Tags()["images"] == ["val/predictions"]
+    assert {"train/loss", "val/segm/ap", "lr", "waiting_for_data"} <= set(events.Tags()["scalars"])
+
+
+def test_trackio_takes_the_numbers_and_pictures(arguments, tmp_path, monkeypatch):
+    trackio = pytest.importorskip("trackio", reason="pip install trackio")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    code = f"import sys; from train.cli import main; sys.exit(main({[*arguments, 'run.trackers=[trackio]']!r}))"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert trackio
+    assert list((tmp_path / "trackio").rglob("*.db"))
+    assert list((tmp_path / "trackio").rglob("*.jpg")) + list((tmp_path / "trackio").rglob("*.png"))
+
+
+@pytest.mark.parametrize("kind", ["shards", "datasets"])
+def test_a_streamed_run_is_cut_off_and_ends_as_if_nothing_had_happened(kind, arguments, tmp_path, monkeypatch):
+    source = (tmp_path / "train" / "images", tmp_path / "train" / "annotations.json")
+    if kind == "shards":
+        write_shards(*source, tmp_path / "shards", samples_per_shard=2)
+        stream = [f"data.stream.shards={tmp_path / 'shards'}"]
+    else:
+        datasets = pytest.importorskip("datasets", reason="pip install datasets")
+        names = datasets.ClassLabel(names=["shape 7", "shape 23", "shape 90"])
+        table = datasets.Dataset.from_list(rows(source, category="labels"), features=features(names))
+        table.save_to_disk(str(tmp_path / "table"))
+        stream = [f"data.stream.dataset={tmp_path / 'table'}"]
+        # A ClassLabel counts from 0.
+        document = json.loads((tmp_path / "val" / "annotations.json").read_text())
+        ids = [category["id"] for category in document["categories"]]
+        for entry in document["annotations"]:
+            entry["category_id"] = ids.index(entry["category_id"])
+        for index, entry in enumerate(document["categories"]):
+            entry["id"] = index
+        (tmp_path / "val" / "annotations.json").write_text(json.dumps(document))
+    more = [*stream, "data.group_by_aspect=false", "run.epochs=3", "run.checkpoint_every=1", "run.resume=auto"]
+    assert main([*arguments, *more]) == 0
+    whole = a2fpn.from_pretrained(tmp_path / "run" / "last").state_dict()
+    assert [record["step"] for record in metrics(tmp_path / "run")] == [2, 4, 6]
+
+    arguments[-1] = f"run.output={tmp_path / 'again'}"
+    for stop in (1, 3, None):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        with monkeypatch.context() as patch:
+            if stop:
+                patch.setattr(Trainer, "_step", interrupted_at(stop))
+            assert main([*arguments, *more]) == (130 if stop else 0)
+    resumed = a2fpn.from_pretrained(tmp_path / "again" / "last").state_dict()
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+
+
+def interrupted_at(step: int):
+    original = Trainer._step
+
+    def interrupt(trainer, *arguments):
+        if trainer.state.step == step:
+            raise KeyboardInterrupt
+        original(trainer, *arguments)
+
+    return interrupt
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ([], "data.group_by_aspect needs a folder of images; set it to False"),
+        (["data.group_by_aspect=false", "data.copy_paste=0.5"], "data.copy_paste needs a folder of images"),
+        (["data.stream.dataset=x"], "exclude each other"),
+    ],
+)
+def test_what_a_stream_cannot_do_is_an_error(more, message, arguments, tmp_path, capsys):
+    assert main([*arguments, f"data.stream.shards={tmp_path}", *more]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_masks_are_needed_for_a_mask_detector(arguments, tmp_path, capsys):

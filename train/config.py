@@ -16,13 +16,16 @@ class ModelSection:
     """Which detector is trained; its classes are the categories of the training annotations.
 
     Args:
-        name: A registered model name, see `a2fpn list`.
+        name: A registered model name, see `a2fpn list`, or local-dir:PATH of a checkpoint.
+        pretrained: Start from the detector's own weights, see `a2fpn list --pretrained`; what depends on the classes
+            starts anew.
         pretrained_backbone: Start from timm's ImageNet weights, downloaded once.
         backbone_weights: Start from this file of backbone weights (timm's keys) instead; needs no network.
         overrides: Further keywords of a2fpn.create_model, e.g. --model.overrides.neck fpn.
     """
 
     name: str = "maskrcnn_a2fpn_r50"
+    pretrained: bool = False
     pretrained_backbone: bool = False
     backbone_weights: str | None = None
     overrides: dict[str, JsonValue] = field(default_factory=dict)
@@ -35,8 +38,9 @@ class TransformsSection:
     Args:
         min_sizes: Short sides in pixels of which one is drawn for every image (multi-scale training); empty takes the
             model's own.
-        scale_range: Lowest and highest factor on the size at which the model sees an image; 0.1 to 2 with a crop_size
-            is large-scale jitter.
+        scale_range: Lowest and highest factor on the size at which the model sees an image.
+        large_scale_jitter: Lowest and highest factor on a size that fills crop_size, e.g. 0.1 and 2; null is off.
+        crop_range: Lowest and highest share of each side that a first random crop keeps.
         crop_size: Longest side of the random crop in pixels after resizing; null keeps the whole image.
         horizontal_flip: Probability.
         vertical_flip: Probability.
@@ -47,6 +51,8 @@ class TransformsSection:
 
     min_sizes: tuple[int, ...] = ()
     scale_range: tuple[float, float] = (1.0, 1.0)
+    large_scale_jitter: tuple[float, float] | None = None
+    crop_range: tuple[float, float] = (1.0, 1.0)
     crop_size: int | None = None
     horizontal_flip: float = 0.5
     vertical_flip: float = 0.0
@@ -88,6 +94,8 @@ class DataSection:
         train_annotations: COCO JSON of the training images.
         val_images: Folder of the validation images.
         val_annotations: COCO JSON of the validation images.
+        train_semantic: Folder of semantic maps of the training images, for htc with semantic: stuff.
+        val_semantic: The same of the validation images; only validation losses need it.
         batch_size: Training images per process and step.
         eval_batch_size: Validation images per process and step.
         workers: Loader processes per training process; 0 loads in the training process.
@@ -106,6 +114,8 @@ class DataSection:
     train_annotations: str = "annotations/instances_train.json"
     val_images: str = "images"
     val_annotations: str = "annotations/instances_val.json"
+    train_semantic: str | None = None
+    val_semantic: str | None = None
     batch_size: int = 2
     eval_batch_size: int = 1
     workers: int = 2
@@ -132,7 +142,8 @@ class OptimSection:
         momentum: Momentum of SGD.
         weight_decay: Decay of the weights; never of biases, norms and other one-dimensional parameters.
         backbone_lr_factor: Learning rate of the backbone relative to lr.
-        layer_decay: Factor on the rate from each layer of the backbone to the one before it; 1 is off.
+        layer_decay: Factor on the rate from the neck to the backbone's last layer, and from each layer to the one
+            before it, by timm's groups; 1 is off.
         warmup_steps: Optimiser steps over which the rate rises linearly to lr.
         warmup_factor: Rate of the first step relative to lr.
         schedule: cosine falls to final_factor; step multiplies by gamma at each milestone.

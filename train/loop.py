@@ -91,14 +91,17 @@ class Trainer:
         overrides: Mapping[str, Any] = config.model.overrides
         model = a2fpn.create_model(
             config.model.name,
+            pretrained=config.model.pretrained,
             pretrained_backbone=config.model.pretrained_backbone,
-            backbone_weights=config.model.backbone_weights,
             num_classes=len(train_set.categories),
+            **{"backbone_weights": weights} if (weights := config.model.backbone_weights) else {},
             categories=train_set.categories,
             **overrides,
         ).to(self.accelerator.device)
         for dataset in self.datasets:
-            model.check_data(dataset.name, dataset.target_keys)
+            # The maps of the validation images are not needed to measure boxes and masks.
+            unused = () if dataset is train_set or run.val_loss else ("semantic",)
+            model.check_data(dataset.name, (*dataset.target_keys, *unused))
             if data.check_images and isinstance(dataset, CocoDataset) and self.accelerator.is_main_process:
                 check_folder(dataset, train_set, images=data.check_images)
         if run.channels_last:

@@ -27,7 +27,7 @@ def scaled_lr(config: OptimSection, batch_size: int) -> float:
 
 
 def parameter_groups(model: nn.Module, config: OptimSection, *, lr: float) -> list[dict[str, Any]]:
-    """Splits the trainable parameters by learning rate (backbone or not) and weight decay (matrix or not).
+    """Splits the trainable parameters by learning rate (depth in the backbone) and weight decay (matrix or not).
 
     Biases, norm weights and every other parameter of fewer than two dimensions get no weight decay.
 
@@ -42,10 +42,15 @@ def parameter_groups(model: nn.Module, config: OptimSection, *, lr: float) -> li
     Raises:
         ValueError: If nothing is trainable.
     """
+    factors: dict[str, float] = {}
+    if config.layer_decay != 1:
+        layers: dict[str, int] = model.get_submodule("backbone").layer_ids()  # type: ignore[operator]
+        depth = 1 + max(layers.values())
+        factors = {f"backbone.{name}": config.layer_decay ** (depth - layer) for name, layer in layers.items()}
     groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            own_lr = lr * (config.backbone_lr_factor if name.startswith("backbone.") else 1.0)
+            own_lr = lr * (config.backbone_lr_factor if name.startswith("backbone.") else 1.0) * factors.get(name, 1.0)
             groups[own_lr, config.weight_decay if parameter.ndim > 1 else 0.0].append(parameter)
     if not groups:
         raise ValueError("No parameter of the model is trainable; raise the backbone's trainable_layers.")

@@ -37,7 +37,7 @@ def open_training_set(data: DataSection) -> TrainingSet:
     if stream.shards and stream.dataset:
         raise ValueError("data.stream.shards and data.stream.dataset exclude each other.")
     if not stream.shards and not stream.dataset:
-        return _folder(data, data.train_images, data.train_annotations)
+        return _folder(data, data.train_images, data.train_annotations, data.train_semantic)
     folder_only = {"group_by_aspect": data.group_by_aspect, "repeat_threshold": data.repeat_threshold}
     for name, value in {**folder_only, "copy_paste": data.copy_paste}.items():
         if value:
@@ -61,11 +61,15 @@ def open_validation_set(data: DataSection, training_set: TrainingSet) -> CocoDat
     Raises:
         ValueError: If a folder, a file, or its content is missing or wrong.
     """
-    return _folder(data, data.val_images, data.val_annotations, categories=training_set.categories)
+    return _folder(
+        data, data.val_images, data.val_annotations, data.val_semantic, categories=training_set.categories
+    )
 
 
-def _folder(data: DataSection, images: str, annotations: str, **options: Any) -> CocoDataset:
-    dataset = CocoDataset(Path(data.root) / images, Path(data.root) / annotations, strict=data.strict, **options)
+def _folder(data: DataSection, images: str, annotations: str, semantic: str | None, **options: Any) -> CocoDataset:
+    root = Path(data.root)
+    maps = root / semantic if semantic else None
+    dataset = CocoDataset(root / images, root / annotations, semantic=maps, strict=data.strict, **options)
     if not len(dataset):
         raise ValueError(f"{dataset.name} lists no image.")
     return dataset
