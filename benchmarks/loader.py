@@ -1,7 +1,8 @@
 """Images per second of the loader against torchvision's ``CocoDetection`` with v2 transforms, in one process.
 
-Both sides decode, flip with probability 0.5, resize to a shortest side of 800 (longest at most 1333) and deliver masks,
-boxes and labels; ours as :class:`~a2fpn.data.InstanceMasks`, theirs as planes. Targets: at least 2 times torchvision's
+Both sides decode, flip with probability 0.5, resize to a shortest side of 800 (longest at most 1333) and deliver what
+their models take: images in uint8 and masks as :class:`~a2fpn.data.InstanceMasks` here, images in float32 and masks as
+planes there. Targets: at least 2 times torchvision's
 best form, which resizes uint8, and 2.5 times the one that converts to float first. Then how much ours differ: the IoU
 of our masks, filled at the target size, with torchvision's, filled at the file's size and resized.
 """
