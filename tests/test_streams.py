@@ -49,6 +49,8 @@ def add_keypoints(path: Path) -> None:
         x, y, width, height = annotation["bbox"]
         annotation["keypoints"] = [x, y, 2, x + width / 2, y + height / 3, 1]
         annotation["num_keypoints"] = 2
+    for category in data["categories"]:
+        category["keypoints"] = ["left_end", "right_end"]
     path.write_text(json.dumps(data))
 
 
@@ -122,6 +124,7 @@ def features(category) -> "datasets.Features":
     )
 
 
+KEYPOINTS = {"num_keypoints": 2, "keypoint_names": ("left_end", "right_end")}
 CATEGORIES = tuple(Category(number, f"shape {number}") for number in (7, 23, 90))
 
 
@@ -147,7 +150,7 @@ def parquet(table, tmp_path_factory):
 
 def hf(parquet, **arguments) -> HfDataset:
     options = {"data_files": str(parquet / "*.parquet"), "split": "train"}
-    defaults = {"categories": CATEGORIES, "num_samples": IMAGES, "num_keypoints": 2}
+    defaults = {"categories": CATEGORIES, "num_samples": IMAGES, **KEYPOINTS}
     return HfDataset.load("parquet", options=options, **(defaults | arguments))
 
 
@@ -184,11 +187,12 @@ def test_folder_shards_and_datasets_give_the_same_samples(coco, shards, parquet,
     sources = [
         ShardDataset(shards, keep_crowd=keep_crowd, strict=True),
         hf(parquet, keep_crowd=keep_crowd, strict=True),
-        HfDataset(table, categories=CATEGORIES, num_keypoints=2, keep_crowd=keep_crowd, strict=True),
+        HfDataset(table, categories=CATEGORIES, keep_crowd=keep_crowd, strict=True, **KEYPOINTS),
     ]
     for source in sources:
         assert source.target_keys == folder.target_keys
         assert source.categories == folder.categories
+        assert source.keypoint_names == folder.coco.keypoint_names == ("left_end", "right_end")
         assert source.num_samples == len(source) == IMAGES
         samples = list(source)
         assert [target["image_id"] for _, target in samples] == folder.image_ids  # the stored order
@@ -782,8 +786,12 @@ def test_the_classes_come_from_the_class_label(coco):
     source = HfDataset(table, num_keypoints=2)
     assert source.categories == (Category(0, "shape 7"), Category(1, "shape 23"), Category(2, "shape 90"))
     assert all(map(equal, source, CocoDataset(*coco)))
-    with pytest.raises(DataError, match=r"the category 2 \(shape 90\) is not among"):
+    with pytest.raises(DataError, match="the classes shape 90 are not among the given ones, shape 7, shape 23"):
         HfDataset(table, categories=source.categories[:2])
+    # The numbers of a ClassLabel are no ids: those of a COCO file are found by the names.
+    categories = (Category(90, "shape 90"), Category(4, "more"), *CATEGORIES[:2])
+    source = HfDataset(table, categories=categories, num_keypoints=2, strict=True)
+    assert all(map(equal, source, CocoDataset(*coco, categories=categories)))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 DESCRIPTION = """\
-Writes a COCO-format set as WebDataset shards for data.source=webdataset, or checks shards (--check)."""
+Writes a COCO-format set as WebDataset shards for data.stream.shards, or checks shards (--check)."""
 UNITS = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 

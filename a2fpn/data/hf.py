@@ -44,11 +44,13 @@ class HfDataset(StreamDataset):
         dataset: A split, ``datasets.Dataset`` or ``datasets.IterableDataset``, e.g. of
             ``datasets.load_dataset(..., split="train", streaming=True)``.
         transforms: Called as ``transforms(image, target)`` when iterating.
-        categories: The classes in the order of their labels, usually a model's; matched by id. By default those of the
-            category's ``ClassLabel``, with ids from 0.
+        categories: The classes in the order of their labels, usually a model's, or those of a COCO file to evaluate on;
+            matched by name where the category is a ``ClassLabel`` or text, else by id. By default those of the
+            ``ClassLabel``, with ids from 0.
         num_samples: Number of rows; by default what the data set says.
         bbox_format: What ``bbox`` holds: x, y, width and height as in COCO, two corners, or centre and size.
         num_keypoints: Keypoints of every object; 0 does not read any.
+        keypoint_names: Their names, which a flip needs.
         keep_crowd: Whether crowds appear among the objects, marked in ``iscrowd``.
         shuffle_buffer: Rows that are held in memory and shuffled, of a streamed data set.
         split_by_file: Whether each process reads its own files of a streamed data set, instead of reading all and
@@ -56,7 +58,7 @@ class HfDataset(StreamDataset):
         strict: Whether bad annotations and unreadable images are errors.
 
     Raises:
-        DataError: If the columns are others, the number of rows is unknown, or ``categories`` lacks one.
+        DataError: If the columns are others, the number of rows is unknown, or ``categories`` lacks a class.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class HfDataset(StreamDataset):
         num_samples: int | None = None,
         bbox_format: BoxFormat = "xywh",
         num_keypoints: int = 0,
+        keypoint_names: Sequence[str] = (),
         keep_crowd: bool = False,
         shuffle_buffer: int = 512,
         split_by_file: bool = False,
@@ -89,12 +92,20 @@ class HfDataset(StreamDataset):
         if "bbox" not in objects or not self._category_key:
             raise DataError(f"{name}: objects need bbox and one of {', '.join(_CATEGORY)}, got {', '.join(objects)}.")
         names = getattr(_innermost(objects[self._category_key]), "names", None)
-        own = None if names is None else [Category(number, label) for number, label in enumerate(names)]
-        if own is None and categories is None:
+        if names is None and categories is None:
             raise DataError(
                 f"{name}: {self._category_key} is no ClassLabel, so the classes must be given as categories."
             )
-        source_categories: Sequence[Category] = own if own is not None else categories or ()
+        classes = [Category(number, label) for number, label in enumerate(names or ())]
+        if categories is not None:
+            classes = list(categories)
+        by_name = {category.name: category.id for category in classes}
+        if unknown := [label for label in names or () if label not in by_name]:
+            raise DataError(
+                f"{name}: the classes {', '.join(unknown)} are not among the given ones, {', '.join(by_name)}."
+            )
+        # A ClassLabel's numbers are places in its list of names; other numbers are the ids themselves.
+        self._ids: dict[Any, int] = by_name if names is None else {n: by_name[label] for n, label in enumerate(names)}
         if num_samples is None and isinstance(dataset, library.Dataset):
             num_samples = len(dataset)
         elif num_samples is None and dataset.info.splits and dataset.split:
@@ -103,8 +114,8 @@ class HfDataset(StreamDataset):
             raise DataError(f"{name}: does not say how many rows it has; give num_samples.")
         super().__init__(
             name,
-            source_categories=source_categories,
-            used_categories=[category.id for category in source_categories],
+            source_categories=classes,
+            used_categories=(),
             num_samples=num_samples,
             categories=categories,
             has_masks="segmentation" in objects,
@@ -116,8 +127,8 @@ class HfDataset(StreamDataset):
         )
         if isinstance(features["image"], library.Image):
             dataset = dataset.cast_column("image", library.Image(decode=False))
+        self.keypoint_names = tuple(keypoint_names)
         self._dataset = dataset
-        self._ids_by_name = {category.name: category.id for category in source_categories}
         self._to_xywh = _TO_XYWH[bbox_format]
         self._shuffle_buffer = shuffle_buffer
         self._split_by_file = split_by_file
@@ -226,7 +237,7 @@ class HfDataset(StreamDataset):
         return {
             **raw,
             "image_id": image_id,
-            "category_id": self._ids_by_name.get(category, category),
+            "category_id": self._ids.get(category, category),
             "bbox": self._to_xywh(*box) if box and len(box) == 4 and None not in box else box,
             "segmentation": segmentation,
         }
