@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Returns a sentence with the closest known names, or the whole list when nothing is close.
+    """Returns a sentence with the closest known names, or the first twenty of all when nothing is close.
 
     Args:
         name: What the user wrote.
@@ -26,7 +26,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     if close:
         return f"Did you mean {' or '.join(repr(match) for match in close)}?"
-    return f"Known: {', '.join(known)}."
+    more = f" and {len(known) - 20} more" if len(known) > 20 else ""
+    return f"Known: {', '.join(known[:20])}{more}."
 
 
 def natural_key(name: str) -> list[int | str]:

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import itertools
 import logging
+import math
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -438,9 +439,16 @@ def _check_buildable(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]] 
         raise CheckpointError(f"The config of {where!r} describes no model that can be built: {error}") from error
     if shapes is not None:
         check_shapes(own, shapes)
+    elif sum(map(math.prod, own.values())) > _MOST_NUMBERS:
+        raise CheckpointError(
+            f"The config of {where!r} describes a model of more than {_MOST_NUMBERS:,} numbers, and nothing shows that "
+            "there are weights for it: load it with pretrained=True."
+        )
 
 
 _MOST_PARAMETERS = 100_000
+_MOST_NUMBERS = 2**29
+"""Of a model that a config alone asks for; 2 GB."""
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ from a2fpn._registry import match_names
 from a2fpn.checkpoint import CheckpointError, Facts, file_sha256, read_checkpoint
 from a2fpn.hub import (
     HubAccessError,
+    HubCacheError,
     HubIntegrityError,
     HubNotFoundError,
     HubOfflineError,
@@ -320,6 +321,8 @@ def _explained(wanted: Download) -> Iterator[None]:
         raise HubOfflineError(_cannot(wanted, f"it cannot be reached ({error.reason})")) from error
     except (http.client.HTTPException, ConnectionError, TimeoutError) as error:
         raise HubServerError(_cannot(wanted, f"the connection broke ({type(error).__name__})")) from error
+    except OSError as error:
+        raise HubCacheError(_cannot(wanted, error.strerror or str(error))) from error
     except RuntimeError as error:
         # torch.hub's only one: the hash. Nothing was kept.
         raise HubIntegrityError(_cannot(wanted, f"what comes from there is another file ({error})")) from error

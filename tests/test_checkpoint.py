@@ -14,6 +14,7 @@ from a2fpn import CheckpointError
 from a2fpn.checkpoint import (
     CONFIG_FILE,
     WEIGHTS_FILE,
+    Facts,
     file_sha256,
     load_weights,
     read_checkpoint,
@@ -292,6 +293,35 @@ def test_a_config_that_is_no_json_object_is_an_error(folder: Path, content: byte
 def test_reading_weights_checks_them(folder: Path) -> None:
     checkpoint = read_checkpoint(folder)
     assert read_weights(folder, checkpoint).keys() == load_file(folder / WEIGHTS_FILE).keys()
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"metrics": [0.5]}, r"metadata\.metrics: expected an object, got \[0\.5\]"),
+        ({"metrics": {"bbox/ap": "0.5"}}, r"The metric 'bbox/ap' must be a number, got '0\.5'"),
+        ({"metrics": {"bbox/ap": True}}, r"The metric 'bbox/ap' must be a number, got True"),
+        ({"licence": 3}, r"metadata\.licence: expected str, got 3"),
+        ({"max_detections": "all"}, r"metadata\.max_detections: expected int, got 'all'"),
+    ],
+)
+def test_facts_of_a_wrong_type_are_an_error(folder: Path, metadata: dict[str, Any], message: str) -> None:
+    before = (folder / CONFIG_FILE).read_bytes()
+    with pytest.raises(TypeError, match=message):
+        a2fpn.save_pretrained(tiny_model(categories=CATEGORIES), folder, metadata=metadata)
+    assert (folder / CONFIG_FILE).read_bytes() == before
+    edit_config(folder, change("metadata", metadata))
+    with pytest.raises(CheckpointError, match=message):
+        read_checkpoint(folder)
+
+
+def test_facts_are_read_and_other_metadata_kept(model: RCNN, tmp_path: Path) -> None:
+    metadata = {"metrics": {"bbox/ap": 1}, "licence": "MIT", "data": "cells", "note": [1, {"a": None}]}
+    checkpoint = read_checkpoint(a2fpn.save_pretrained(model, tmp_path, metadata=metadata))
+    assert checkpoint.metadata == metadata
+    assert checkpoint.facts == Facts({"bbox/ap": 1.0}, licence="MIT", data="cells")
+    assert checkpoint.facts.max_detections == 100
+    assert checkpoint.code_licence == "Apache-2.0"
 
 
 def test_metadata_that_json_cannot_hold_is_an_error_and_replaces_nothing(folder: Path) -> None:

@@ -3,6 +3,7 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,12 +20,14 @@ from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 import a2fpn
 from a2fpn import CheckpointError
 from a2fpn.backbones import TimmBackbone
-from a2fpn.convert import from_torchvision
+from a2fpn.checkpoint import read_checkpoint
+from a2fpn.convert import from_torchvision, load_torchvision
 from a2fpn.convert.torchvision import _backbone, published_config, torchvision_config, torchvision_state
 from a2fpn.detectors import Detector
 from a2fpn.factory import _build
 from a2fpn.heads import dense, roi_pool
 from a2fpn.weights import PRETRAINED, TorchvisionWeights
+from hub.__main__ import _compare, main
 from tests.helpers import largest_difference
 
 # Few and small, so that a whole ResNet-50 detector runs in a second; no threshold that random weights miss.
@@ -531,3 +534,75 @@ def test_pretrained_backbones_are_frozen_as_torchvision_does() -> None:
         assert config.trainable_layers == (None if trained == 5 else trained)
         theirs = {name for name, p in backbone.body.named_parameters() if p.requires_grad}
         assert {name for name, p in ours.body.named_parameters() if p.requires_grad} == theirs
+
+
+# Files of torchvision
+
+
+@pytest.mark.parametrize("name", ["maskrcnn_resnet50_fpn", "fasterrcnn_mobilenet_v3_large_320_fpn"])
+def test_the_detector_of_a_state_dict_is_built_again(name: str, images: list[Tensor]) -> None:
+    module = published_like(name)
+    options = {"min_size": 64, "max_size": 112}
+    again = load_torchvision(module.state_dict(), name, norm_eps=FAST[name], **options)
+    ours, theirs = torchvision_config(again), torchvision_config(module)
+    assert (ours.backbone.norm, ours.backbone.norm_eps) == (theirs.backbone.norm, theirs.backbone.norm_eps)
+    assert (ours.num_classes, ours.categories) == (theirs.num_classes, theirs.categories)
+    batch = torch.stack([images[0]])
+    with torch.no_grad():
+        expected, got = module.backbone.eval()(batch), again.backbone(batch)
+    assert largest_difference(expected, got) == 0
+
+
+def test_numbers_are_read_from_the_tensors() -> None:
+    state = tv.keypointrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_keypoints=5).state_dict()
+    module = load_torchvision(state, "keypointrcnn_resnet50_fpn", norm_eps=1e-5)
+    assert module.roi_heads.keypoint_predictor.kps_score_lowres.out_channels == 5
+    assert torchvision_config(module).num_classes == 1
+    state = tv.retinanet_resnet50_fpn_v2(weights=None, weights_backbone=None, num_classes=7).state_dict()
+    assert torchvision_config(load_torchvision(state, "retinanet_resnet50_fpn_v2"), categories=[]).num_classes == 7
+
+
+def test_what_a_file_does_not_say_must_be_given() -> None:
+    state = {"backbone.body.conv1.weight": torch.zeros(1)}
+    for name in [name for name, eps in {**FAST, **SLOW}.items() if eps == 0]:
+        with pytest.raises(ValueError, match=rf"Give norm_eps: what {name} computes .* It is 0\.0 if"):
+            load_torchvision(state, name)
+    with pytest.raises(
+        ValueError, match=r"The state dict is not that of torchvision's fcos_resnet50_fpn: (?s:.*)Missing"
+    ):
+        load_torchvision(state, "fcos_resnet50_fpn")
+    with pytest.raises(
+        ValueError, match=r"'fasterrcnn_resnet50' cannot be converted\. Did you mean 'fasterrcnn_resnet"
+    ):
+        load_torchvision(state, "fasterrcnn_resnet50")
+    with pytest.raises(ValueError, match=r"has no argument 'minsize'\. Did you mean 'min_size'"):
+        load_torchvision(state, "fcos_resnet50_fpn", minsize=64)
+
+
+def test_the_command_line_converts_a_file_and_compares(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = "fasterrcnn_mobilenet_v3_large_320_fpn"
+    module = published_like(name).eval()
+    torch.save({"model": module.state_dict(), "epoch": 3}, tmp_path / "tuned.pth")
+    command = ["convert", str(tmp_path / "tuned.pth"), "--from", "torchvision", "--model", name, "--output"]
+    options = ["--option", "min_size=64", "--option", "max_size=112", "--option", "box_detections_per_img=4"]
+    with pytest.raises(SystemExit) as ended:
+        main([*command, str(tmp_path / "ours"), *options])
+    assert not ended.value.code
+    said = capsys.readouterr().out
+    assert re.match(
+        r"Same as torchvision on a random image: features differ by \S+ \(relative\), scores by \S+\.\n", said
+    )
+    assert f'a2fpn.from_pretrained("{tmp_path / "ours"}")' in said
+    again = a2fpn.from_pretrained(tmp_path / "ours")
+    assert largest_difference(again.state_dict(), from_torchvision(module).state_dict()) == 0
+    assert read_checkpoint(tmp_path / "ours").metadata["converted_from"]["framework"] == "torchvision"
+
+
+def test_two_sides_that_differ_are_an_error() -> None:
+    module = small()
+    model = from_torchvision(module)
+    assert "Same as torchvision" in _compare(module, model)
+    with torch.no_grad():
+        model.backbone.body.conv1.weight.mul_(1.1)
+    with pytest.raises(ValueError, match=r"The two sides differ on a random image: features by \S+ \(relative\)"):
+        _compare(module, model)

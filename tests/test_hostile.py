@@ -4,7 +4,11 @@ import contextlib
 import copy
 import json
 import math
+import re
+import shutil
 import struct
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -112,6 +116,10 @@ def test_thousands_of_hostile_configs_and_weights(folder, config, weights):
         (("model", "num_classes"), 10**10),
         (("model", "backbone", "in_chans"), 10**9),
         (("model", "backbone", "name"), "hf-hub:mallory/evil"),
+        (("model", "backbone", "name"), "local-dir:/tmp/evil"),
+        (("model", "backbone", "taps"), ["__class__", "../x"]),
+        (("metadata",), {"metrics": {"bbox/ap": 10**400}}),
+        (("metadata",), {"metrics": "__import__('os')"}),
         (("model", "neck", "name"), "../../evil"),
         (("model", "detector"), "os.system"),
         (("model", "preprocess", "min_size"), math.inf),
@@ -128,6 +136,104 @@ def test_known_attacks(folder, config, path, value):
             a2fpn.from_pretrained(folder)
     finally:
         (folder / CONFIG_FILE).write_text(json.dumps(config))
+
+
+def test_a_config_alone_asks_for_no_memory(folder, config):
+    """Without weights nothing shows that a huge model exists; with them, its tensors must be there."""
+    wide = changed(config, ("model", "neck", "args"), {"out_channels": 2**14})
+    wide = changed(wide, ("model", "heads", "box_channels"), 2**14)
+    (folder / CONFIG_FILE).write_text(json.dumps(wide))
+    try:
+        with pytest.raises(CheckpointError, match=r"more than 536,870,912 numbers, and nothing shows that there are"):
+            a2fpn.create_model(f"local-dir:{folder}")
+        with pytest.raises(CheckpointError, match=r"The weights do not fit the model"):
+            a2fpn.create_model(f"local-dir:{folder}", pretrained=True)
+    finally:
+        (folder / CONFIG_FILE).write_text(json.dumps(config))
+
+
+HOSTILE = """
+import json, pathlib, resource, struct, sys
+import a2fpn
+from a2fpn.checkpoint import CheckpointError, file_sha256
+folder = pathlib.Path(sys.argv[1])
+config, weights = json.loads((folder / "config.json").read_text()), (folder / "model.safetensors").read_bytes()
+a2fpn.from_pretrained(folder)  # what is imported late is imported
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+used = int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1]) * 1024
+resource.setrlimit(resource.RLIMIT_AS, (used + 400 * 2**20, used + 400 * 2**20))
+
+
+def refused(config_text, data=weights, load=True):
+    (folder / "model.safetensors").write_bytes(data)
+    (folder / "config.json").write_text(config_text)
+    try:
+        a2fpn.create_model(f"local-dir:{folder}", pretrained=load)
+    except CheckpointError as error:
+        print(str(error)[:300])
+    else:
+        sys.exit("it was loaded")
+
+
+def edited(data=weights, **heads):
+    new = json.loads(json.dumps(config))
+    new["model"]["heads"].update(heads)
+    (folder / "model.safetensors").write_bytes(data)
+    new["sha256"] = file_sha256(folder / "model.safetensors")
+    return json.dumps(new)
+
+
+for load in (True, False):
+    refused(edited(box_channels=10**6), load=load)
+    refused(edited(mask_channels=10**5), load=load)
+refused("[" * 10**5 + "]" * 10**5)
+refused("[" + "[]," * 10**6 + "[]]")
+refused(" " * (2**22 + 1))
+for end in (10**10, 2**63 - 1):
+    header = json.dumps({"x": {"dtype": "F32", "shape": [50_000, 50_000], "data_offsets": [0, end]}}).encode()
+    data = struct.pack("<Q", len(header)) + header
+    refused(edited(data), data)
+data = struct.pack("<Q", 2**40) + b"{}"
+refused(edited(data), data)
+header = b'{"x' + b'y' * 10**7 + b'":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}'
+data = struct.pack("<Q", len(header)) + header
+refused(edited(data), data)
+print("peak", (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024, "MB more")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory(folder, tmp_path):
+    """With 400 MB left, none of these runs out of memory."""
+    copied = shutil.copytree(folder, tmp_path / "copy")
+    run = subprocess.run(
+        [sys.executable, "-c", HOSTILE, str(copied)], capture_output=True, text=True, timeout=100, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert int(re.search(r"peak (\d+) MB more", run.stdout)[1]) < 250
+
+
+def test_links_in_a_folder(folder, config, tmp_path):
+    """A link is followed as the system does, and what it leads to must be the file that belongs there."""
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        (linked / name).symlink_to(folder / name)
+    assert a2fpn.from_pretrained(linked).config.num_classes == 3
+    (tmp_path / "secret").write_text("password: hunter2")
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        kept = (linked / name).readlink()
+        (linked / name).unlink()
+        (linked / name).symlink_to(tmp_path / "secret")
+        with pytest.raises(CheckpointError) as raised:
+            a2fpn.from_pretrained(linked)
+        assert "hunter2" not in str(raised.value)
+        (linked / name).unlink()
+        (linked / name).symlink_to(linked / name)
+        with pytest.raises(CheckpointError, match=r"has no (config\.json|model\.safetensors)"):
+            a2fpn.from_pretrained(linked)
+        (linked / name).unlink()
+        (linked / name).symlink_to(kept)
 
 
 @pytest.mark.parametrize(

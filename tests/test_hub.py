@@ -3,13 +3,16 @@
 import json
 import multiprocessing
 import re
+import signal
+import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import huggingface_hub
 import pytest
+import timm
 import torch
 from huggingface_hub import ModelCard, constants, hf_api
 
@@ -19,6 +22,7 @@ from a2fpn.checkpoint import CONFIG_FILE, WEIGHTS_FILE, CheckpointError, read_ch
 from a2fpn.cli import evaluate
 from a2fpn.hub import (
     HubAccessError,
+    HubCacheError,
     HubError,
     HubIntegrityError,
     HubNotFoundError,
@@ -51,6 +55,13 @@ def transfer(request):
     return request.param
 
 
+def point_to(url, monkeypatch):
+    """Makes an address the Hub's."""
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(hf_api.api, "endpoint", url)
+
+
 @pytest.fixture
 def hub(server, monkeypatch, tmp_path) -> HubServer:
     """An empty Hub that the real client talks to, with an empty cache, over LFS."""
@@ -59,11 +70,7 @@ def hub(server, monkeypatch, tmp_path) -> HubServer:
     server.large.clear()
     server.cas.by_sha256.clear()
     server.cas.files.clear()
-    monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(hf_api.api, "endpoint", server.url)
+    point_to(server.url, monkeypatch)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
@@ -186,8 +193,9 @@ def test_what_does_not_exist(hub, published, model):
         a2fpn.from_pretrained(REPO, revision="0" * 40)
     with pytest.raises(HubNotFoundError, match=r"'alice/none' of .* does not exist"):
         a2fpn.from_pretrained("alice/none")
-    with pytest.raises(HubAccessError, match=r"The token was refused \(401\)"):
+    with pytest.raises(HubAccessError, match=r"The token was refused \(401\).*; token=False sends none"):
         a2fpn.from_pretrained(REPO, token="hf_revoked")
+    assert same(a2fpn.from_pretrained(REPO, token=False), model)
     files = hub.repos[REPO].commits[published]
     hub.repos[REPO].commit({WEIGHTS_FILE: files[WEIGHTS_FILE]})
     with pytest.raises(HubNotFoundError, match=r"is no checkpoint of a2fpn: it has no config.json"):
@@ -295,10 +303,7 @@ def test_offline_says_what_is_missing_and_how_to_get_it(hub, published, model, m
 
 def test_no_network(hub, published, model, monkeypatch, tmp_path):
     a2fpn.from_pretrained(REPO)
-    url = "http://127.0.0.1:9"  # nothing listens there
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(hf_api.api, "endpoint", url)
+    point_to("http://127.0.0.1:9", monkeypatch)  # nothing listens there
     assert same(a2fpn.from_pretrained(REPO), model)
     start = time.perf_counter()
     for revision in (None, published):
@@ -315,35 +320,128 @@ def test_offline_the_cache_serves_without_a_request(hub, published, model, monke
     assert hub.requests == []
 
 
-def start_load(commits: "multiprocessing.Queue[str]") -> multiprocessing.Process:
-    def load() -> None:
-        commits.put(download_checkpoint(Repo(REPO)).name)
+def test_a_network_that_swallows_packets(hub, published, model, monkeypatch, tmp_path):
+    """A listener whose queue is full answers nothing, as a firewall does."""
+    a2fpn.from_pretrained(REPO)
+    with socket.socket() as hole, socket.socket() as first, socket.socket() as second:
+        hole.bind(("127.0.0.1", 0))
+        hole.listen(0)
+        for filling in (first, second):
+            filling.setblocking(False)
+            filling.connect_ex(hole.getsockname())
+        point_to(f"http://127.0.0.1:{hole.getsockname()[1]}", monkeypatch)
+        start = time.perf_counter()
+        assert same(a2fpn.from_pretrained(REPO), model)
+        assert time.perf_counter() - start < 2
+        start = time.perf_counter()
+        with pytest.raises(HubOfflineError, match=r"cannot be reached \(ConnectTimeout.*run: hf download alice/cells"):
+            a2fpn.from_pretrained(REPO, cache_dir=tmp_path)
+        assert time.perf_counter() - start < 2
+        (tmp_path / f"models--{REPO.replace('/', '--')}" / "refs").mkdir(parents=True)
+        (tmp_path / f"models--{REPO.replace('/', '--')}" / "refs" / "main").write_text(published)
+        start = time.perf_counter()
+        with pytest.raises(HubOfflineError, match=r"cannot be reached \(ConnectTimeout"):
+            a2fpn.from_pretrained(REPO, cache_dir=tmp_path)
+        assert time.perf_counter() - start < 2
 
-    process = multiprocessing.get_context("fork").Process(target=load)
+
+def test_a_server_that_keeps_silent(hub, published, model, monkeypatch, tmp_path):
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.2)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(5)
+        point_to(f"http://127.0.0.1:{silent.getsockname()[1]}", monkeypatch)
+        with pytest.raises(HubServerError, match=r"keeps silent: the server or the connection is too slow \(ReadTime"):
+            a2fpn.from_pretrained(REPO)
+
+
+def test_a_slow_connection_is_waited_for(hub, published, model):
+    size = len(hub.repos[REPO].commits[published][WEIGHTS_FILE])
+    hub.fault(FETCH["lfs"], throttle=2 * size)
+    start = time.perf_counter()
+    assert same(a2fpn.from_pretrained(REPO), model)
+    assert time.perf_counter() - start > 0.4
+
+
+def test_a_slow_connection_that_stops(hub, published, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.1)
+    sleep = time.sleep
+    monkeypatch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.5)))
+    hub.fault(FETCH["lfs"].replace("GET", "^GET"), throttle=1, times=99)
+    with pytest.raises(HubServerError, match=r"keeps silent.* HF_HUB_DOWNLOAD_TIMEOUT set more than"):
+        a2fpn.from_pretrained(REPO, revision=published)
+    assert cached_files(Path(constants.HF_HUB_CACHE)) == [CONFIG_FILE]
+
+
+def in_process(function: Callable[[], str], results: "multiprocessing.Queue[str]") -> multiprocessing.Process:
+    process = multiprocessing.get_context("fork").Process(target=lambda: results.put(function()))
     process.start()
     return process
 
 
+def load_commit() -> str:
+    return download_checkpoint(Repo(REPO)).name
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork and limits")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_full_disk(hub, model, transfer, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", transfer == "lfs")
+    push_to_hub(model, REPO, token="hf_alice")
+
+    def load_on_a_full_disk() -> str:
+        import resource
+
+        # A limit of the size of files: to a program it is what a full disk is.
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        try:
+            return load_commit()
+        except HubCacheError as error:
+            return str(error)
+
+    results = multiprocessing.get_context("fork").Queue()
+    process = in_process(load_on_a_full_disk, results)
+    said = results.get(timeout=60)
+    process.join()
+    assert re.search(r"cannot be kept in the cache .*: File too large\. Nothing half-done was kept\. Make room", said)
+    assert cached_files(Path(constants.HF_HUB_CACHE)) == [CONFIG_FILE]
+    assert same(a2fpn.from_pretrained(REPO), model)
+
+
+def test_a_cache_that_cannot_be_written(hub, published, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        HubCacheError, match=r"kept in the cache .*file: (Not a directory|File exists).*another cache_dir"
+    ):
+        a2fpn.from_pretrained(REPO, cache_dir=tmp_path / "file")
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="needs fork and kill")
-def test_killed_and_concurrent_downloads(hub, published, model):
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_killed_and_concurrent_downloads(hub, model, transfer, monkeypatch):
     """A process killed in mid-download leaves no half file, and two at once fetch the weights one time."""
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", transfer == "lfs")
+    published = push_to_hub(model, REPO, token="hf_alice")
+    hub.reset()
     commits = multiprocessing.get_context("fork").Queue()
-    hub.fault(FETCH["lfs"], throttle=1000)
-    killed = start_load(commits)
+    hub.fault(FETCH[transfer], throttle=1000)
+    killed = in_process(load_commit, commits)
     deadline = time.monotonic() + 60
-    while not any("safetensors" in line and line.startswith("GET") for line in hub.requests):
+    while not any(re.search(FETCH[transfer], line) for line in hub.requests):
         assert killed.is_alive()
         assert time.monotonic() < deadline
         time.sleep(0.02)
     killed.kill()
     killed.join()
     assert WEIGHTS_FILE not in cached_files(Path(constants.HF_HUB_CACHE))
+    assert list(Path(constants.HF_HUB_CACHE).glob("models--*/blobs/*.incomplete"))
     hub.reset()
-    both = [start_load(commits), start_load(commits)]
+    both = [in_process(load_commit, commits), in_process(load_commit, commits)]
     assert [commits.get(timeout=60) for _ in both] == [published] * 2
     for process in both:
         process.join()
-    assert sum("GET" in line and "safetensors" in line for line in hub.requests) == 1
+    assert sum(bool(re.search(FETCH[transfer], line)) for line in hub.requests) == 1
     assert same(a2fpn.from_pretrained(REPO), model)
 
 
@@ -351,6 +449,7 @@ def test_refused_pushes_publish_nothing(hub, published, model, tmp_path):
     for token, error, message in [
         ("hf_bob", HubAccessError, r"The token was refused \(403\).* write to 'alice/cells'"),
         ("hf_revoked", HubAccessError, r"The token was refused \(401\)"),
+        (False, HubAccessError, r"'alice/cells' .* is not for everyone \(403\), and no token was sent: give token="),
     ]:
         with pytest.raises(error, match=message):
             push_to_hub(model, REPO, token=token)
@@ -358,6 +457,11 @@ def test_refused_pushes_publish_nothing(hub, published, model, tmp_path):
     with pytest.raises(HubServerError, match="answered 500"):
         push_to_hub(model, REPO, token="hf_alice")
     folder = a2fpn.save_pretrained(model, tmp_path / "saved")
+    (tmp_path / "secret").write_text("password")
+    (folder / "README.md").symlink_to(tmp_path / "secret")
+    with pytest.raises(ValueError, match=r"README.md of .*saved' is a link; what it leads to would be published"):
+        push_to_hub(folder, REPO, token="hf_alice")
+    (folder / "README.md").unlink()
     with pytest.raises(ValueError, match="has its own metadata"):
         push_to_hub(folder, REPO, token="hf_alice", metadata={"a": 1})
     (folder / WEIGHTS_FILE).write_bytes(b"damaged")
@@ -391,10 +495,32 @@ def test_the_card(hub, published):
     }
     assert f'a2fpn.from_pretrained("{REPO}")' in card.text
     assert "Classes: shape 7\n" in card.text
+    assert "1 class, made with" in card.text
+    assert "Images keep their size." in card.text
+
+
+@pytest.mark.parametrize(
+    ("name", "metrics", "task", "tasks"),
+    [
+        ("htc_fpn", {"segm/ap": 0.5}, "image-segmentation", ["image-segmentation"]),
+        ("keypointrcnn_fpn", {"keypoints/ap": 0.5}, "object-detection", ["keypoint-detection"]),
+        ("fcos_fpn", {"bbox/ap": 0.5, "speed": 3}, "object-detection", ["object-detection"]),
+    ],
+)
+def test_cards_of_other_detectors(name, metrics, task, tasks, tmp_path):
+    facts = {"metrics": metrics, "licence": "Creative Commons BY 4.0"}
+    folder = a2fpn.save_pretrained(tiny_model(name, min_size=64, resize="at_least"), tmp_path, metadata=facts)
+    card = ModelCard(client.model_card(read_checkpoint(folder), REPO))
+    assert card.data.pipeline_tag == task
+    assert [result.task_type for result in card.data.eval_results] == tasks
+    assert (card.data.license, card.data.license_name) == ("other", "Creative Commons BY 4.0")
+    assert card.data.base_model is None
+    assert "by the rule `at_least`, min_size 64, max_size 1333." in card.text
+    assert "No licence of backbone weights is recorded." in card.text
 
 
 def test_every_error_is_a_hub_error():
-    children = [HubAccessError, HubIntegrityError, HubNotFoundError, HubOfflineError, HubServerError]
+    children = [HubAccessError, HubCacheError, HubIntegrityError, HubNotFoundError, HubOfflineError, HubServerError]
     assert all(issubclass(child, HubError) for child in children)
     assert a2fpn.HubError is HubError
 
@@ -413,11 +539,43 @@ def test_the_command_line(hub, model, tmp_path, capsys, monkeypatch):
         assert f'a2fpn.from_pretrained("{REPO}", revision="{hub.repos[REPO].refs["main"]}")' in capsys.readouterr().out
         said = run("verify", REPO, "--images", str(images), "--annotations", str(annotations))
         assert said is None if outcome is None else re.match(outcome, said)
+        printed = capsys.readouterr().out
+        assert (
+            re.fullmatch(r"alice/cells: bbox/ap \S+, segm/ap \S+, as stated\.\n", printed)
+            if said is None
+            else not printed
+        )
     capsys.readouterr()
     assert run("card", str(folder), "--repo", REPO) is None
     card = hub.repos[REPO].commits[hub.repos[REPO].refs["main"]]["README.md"].decode()
     assert capsys.readouterr().out.strip() == card.strip()
     assert "is no checkpoint folder" in run("card", str(tmp_path), "--repo", REPO)
+
+
+def test_timm_loads_a_backbone_from_the_hub(hub, model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", "hf_alice")
+    saved, folder = a2fpn.save_pretrained(model, tmp_path / "saved"), tmp_path / "backbone"
+    assert run("backbone", str(saved), "--output", str(folder)) is None
+    assert f'timm.create_model("local-dir:{folder}", pretrained=True' in capsys.readouterr().out
+    huggingface_hub.create_repo("alice/backbone")
+    huggingface_hub.upload_folder(repo_id="alice/backbone", folder_path=folder)
+    x = torch.rand(1, 3, 64, 64)
+    for name in ("hf-hub:alice/backbone", f"local-dir:{folder}"):
+        body = timm.create_model(name, pretrained=True, features_only=True, out_indices=(1, 2, 3, 4)).eval()
+        with torch.no_grad():
+            for expected, got in zip(model.backbone(x).values(), body(x), strict=True):
+                torch.testing.assert_close(got, expected)
+
+
+def test_a_huge_card_is_never_read(hub, published, model):
+    """A card that unpacks to gigabytes, in YAML here, harms nobody: loading asks for two files alone."""
+    bomb = b"---\na: &a [x,x,x,x,x,x,x,x,x]\n" + b"".join(
+        b"%c: &%c [%s]\n" % (c + 1, c + 1, b",".join([b"*%c" % c] * 9)) for c in range(ord("a"), ord("j"))
+    )
+    files = hub.repos[REPO].commits[published]
+    hub.repos[REPO].commit(files | {"README.md": bomb, "../../evil": b"x", "a2fpn.py": b"raise SystemExit"})
+    assert same(a2fpn.from_pretrained(REPO), model)
+    assert {line.rpartition("/")[2] for line in hub.requests if "resolve" in line} == {CONFIG_FILE, WEIGHTS_FILE}
 
 
 def run(*arguments: str) -> str | None:

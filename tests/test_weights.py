@@ -1,8 +1,11 @@
 import hashlib
 import http.server
 import logging
+import multiprocessing
 import pickle
 import re
+import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -23,9 +26,16 @@ import a2fpn
 from a2fpn import CheckpointError
 from a2fpn import weights as weights_module
 from a2fpn.checkpoint import Facts
-from a2fpn.convert import graft
+from a2fpn.convert import graft, graft_model
 from a2fpn.factory import _read
-from a2fpn.hub import HubAccessError, HubIntegrityError, HubNotFoundError, HubOfflineError, HubServerError
+from a2fpn.hub import (
+    HubAccessError,
+    HubCacheError,
+    HubIntegrityError,
+    HubNotFoundError,
+    HubOfflineError,
+    HubServerError,
+)
 from a2fpn.necks import create_neck
 from a2fpn.pyramid import PyramidSpec
 from a2fpn.weights import PRETRAINED, GraftedWeights, HubWeights, TorchvisionWeights, WeightsConfig, find_weights
@@ -195,6 +205,19 @@ def test_every_graft_can_be_made(name: str) -> None:
     state = {f"neck.{key}": torch.zeros(x.shape) for key, x in fpn.state_dict().items()}
     grafted = graft(state, target=config.neck.name, strides=strides, **base.neck.args)
     assert {key: x.shape for key, x in grafted.items()} == {f"neck.{k}": x.shape for k, x in neck.state_dict().items()}
+
+
+@pytest.mark.parametrize("detector", ["retinanet", "fcos", "keypointrcnn"])
+@torch.no_grad()
+def test_grafts_of_all_kinds_compute_what_their_base_does(detector: str) -> None:
+    """Exactly so where only context and a bottom-up path are added."""
+    model = tiny_model(f"{detector}_fpn").eval()
+    batch = model.preprocess([torch.rand(3, 90, 70)])
+    expected = model.features(batch)
+    assert largest_difference(graft_model(model, target="pafpn_mgc").features(batch), expected) == 0
+    got = graft_model(model, target="a2fpn").features(batch)
+    error = max(((got[p] - expected[p]).square().mean().sqrt() / expected[p].std()).item() for p in expected)
+    assert 0 < error < 0.02
 
 
 @pytest.mark.parametrize("name", [name for name in PRETRAINED if isinstance(PRETRAINED[name], TorchvisionWeights)])
@@ -378,6 +401,27 @@ def test_a_connection_that_breaks_leaves_nothing(listed: str, site: Site, home: 
     site.cut = 1000
     with pytest.raises((HubIntegrityError, HubServerError), match="cannot be downloaded from"):
         a2fpn.from_pretrained(NAME)
+    assert list(home.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork and limits")
+def test_a_full_disk(listed: str, home: Path) -> None:
+    def load() -> None:
+        import resource
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        try:
+            a2fpn.from_pretrained(NAME)
+        except HubCacheError as error:
+            said.put(str(error))
+
+    context = multiprocessing.get_context("fork")
+    said = context.Queue()
+    process = context.Process(target=load)
+    process.start()
+    assert re.search(r"cannot be downloaded from .*: File too large", said.get(timeout=60))
+    process.join()
     assert list(home.iterdir()) == []
 
 
