@@ -71,6 +71,7 @@ class StreamSection:
         options: Further arguments of datasets.load_dataset, e.g. split and data_files.
         num_samples: Images of the data set, where it does not say it itself.
         bbox_format: What the boxes of the data set hold.
+        num_keypoints: Keypoints of every object of the data set; 0 does not read any.
         split_by_file: Each process reads its own files of the data set instead of all rows.
         shuffle_buffer: Images that are held in memory and shuffled.
     """
@@ -80,6 +81,7 @@ class StreamSection:
     options: dict[str, JsonValue] = field(default_factory=dict)
     num_samples: int | None = None
     bbox_format: Literal["xywh", "xyxy", "cxcywh"] = "xywh"
+    num_keypoints: int = 0
     split_by_file: bool = False
     shuffle_buffer: int = 512
 

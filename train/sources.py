@@ -45,9 +45,13 @@ def open_training_set(data: DataSection) -> TrainingSet:
     options: dict[str, Any] = {"shuffle_buffer": stream.shuffle_buffer, "strict": data.strict}
     if stream.shards:
         return ShardDataset(stream.shards, **options)
+    # Class labels of `datasets` count from 0; the validation set says which categories they are, by name.
+    categories = _folder(data, data.val_images, data.val_annotations, None).categories
     return HfDataset.load(
         str(stream.dataset),
         options=stream.options,
+        categories=categories,
+        num_keypoints=stream.num_keypoints,
         num_samples=stream.num_samples,
         bbox_format=stream.bbox_format,
         split_by_file=stream.split_by_file,

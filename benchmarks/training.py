@@ -1,0 +1,153 @@
+"""A training step of ``maskrcnn_fpn_r50`` against torchvision's on the CPU: forward, backward, SGD.
+
+Both have the same weights, images and objects, frozen batch norm, and the stem and first stage frozen; torchvision gets
+masks as N full-size planes, ours as its loader gives them. Losses are compared first. Targets: at most 0.80 of
+torchvision's time and of its peak memory. Beside them stand the other necks and detectors of the family.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor, nn
+from torchvision.models.detection import MaskRCNN
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+
+import a2fpn
+from a2fpn.convert import from_torchvision
+from a2fpn.data import InstanceMasks
+from benchmarks import _measure as measure
+
+TORCHVISION, FPN = "torchvision", "maskrcnn_fpn_r50"
+OTHERS = ("maskrcnn_a2fpn_lite_r50", "maskrcnn_a2fpn_r50", "cascademaskrcnn_fpn_r50", "htc_fpn_r50")
+TARGET = 0.80
+TOLERANCE = 1e-4
+CLASSES, OBJECTS = 10, 12
+FROZEN = ("conv1", "bn1", "layer1")
+
+Size = tuple[int, int]
+
+
+def make_torchvision(size: Size) -> Any:
+    """Mask R-CNN as torchvision fine-tunes it, with random weights."""
+    torch.manual_seed(0)
+    backbone = resnet_fpn_backbone(backbone_name="resnet50", weights=None, trainable_layers=3)
+    for name, buffer in backbone.named_buffers():  # frozen statistics of random weights let activations explode
+        if name.endswith("running_var"):
+            buffer.fill_(2.0)
+    return MaskRCNN(backbone, CLASSES + 1, min_size=min(size), max_size=max(size)).train()
+
+
+def make(side: str, size: Size) -> nn.Module:
+    """Either side's model in training mode; ours with torchvision's weights if it is the same model."""
+    if side == TORCHVISION:
+        model: nn.Module = make_torchvision(size)
+        return model
+    if side == FPN:
+        model = from_torchvision(make_torchvision(size))
+    else:
+        torch.manual_seed(0)
+        model = a2fpn.create_model(side, num_classes=CLASSES, norm="bn", resize="none").train()
+        for module in model.backbone.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval().requires_grad_(False)
+    for name, parameter in model.get_submodule("backbone").named_parameters():
+        if name.removeprefix("body.").startswith(FROZEN):
+            parameter.requires_grad_(False)
+    return model.train().to(memory_format=torch.channels_last)
+
+
+def make_batch(size: Size, *, dense: bool) -> tuple[list[Tensor], list[dict[str, Any]]]:
+    """Two images of noise with a dozen ellipses each."""
+    generator = torch.Generator().manual_seed(1)
+    height, width = size
+    rows, columns = torch.arange(height)[:, None], torch.arange(width)[None]
+    images, targets = [], []
+    for _ in range(2):
+        half = torch.rand(OBJECTS, 2, generator=generator) * min(size) / 4 + 4
+        centre = half + torch.rand(OBJECTS, 2, generator=generator) * (torch.tensor([width, height]) - 2 * half)
+        inside = ((columns - centre[:, 0, None, None]) / half[:, 0, None, None]) ** 2 + (
+            (rows - centre[:, 1, None, None]) / half[:, 1, None, None]
+        ) ** 2 <= 1
+        labels = torch.randint(CLASSES, (OBJECTS,), generator=generator)
+        images.append(torch.rand(3, height, width, generator=generator))
+        masks = inside.to(torch.uint8)
+        boxes = torch.cat([centre - half, centre + half], 1)
+        targets.append(
+            {
+                "boxes": boxes,
+                "labels": labels + 1 if dense else labels,  # torchvision counts the background
+                "masks": masks if dense else InstanceMasks.from_dense(masks),
+            }
+        )
+    return images, targets
+
+
+def prepare(side: str, size: Size) -> measure.Call:
+    """Makes a model and a batch; returns one step, which returns its losses."""
+    model = make(side, size)
+    images, targets = make_batch(size, dense=side == TORCHVISION)
+    run = model if side == TORCHVISION else functools.partial(model, resize=False)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=1e-6, momentum=0.9, weight_decay=1e-4)
+
+    def step() -> dict[str, float]:
+        torch.manual_seed(0)
+        losses: dict[str, Tensor] = run(images, targets)
+        torch.stack(list(losses.values())).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return {name: loss.item() for name, loss in losses.items()}
+
+    return step
+
+
+def main(
+    rounds: measure.Rounds = 5,
+    quick: measure.Quick = False,
+    threads: measure.Threads = 0,
+    others: Annotated[bool, typer.Option(help="Measure the other necks and detectors as well.")] = False,
+) -> None:
+    """Compares losses, times and peak memory of one training step of two images."""
+    rounds = 1 if quick else rounds
+    size = (64, 96) if quick else (480, 640)
+    measure.start(threads, rounds)
+    _report(size, (TORCHVISION, FPN, *(OTHERS if others else ())), rounds)
+
+
+def _report(size: Size, sides: Sequence[str], rounds: int) -> None:
+    theirs, ours = prepare(TORCHVISION, size)(), prepare(FPN, size)()
+    worst = max(abs(ours[name] - value) / max(abs(value), 1e-6) for name, value in theirs.items())
+    losses = ", ".join(f"{name} {theirs[name]:.4f} / {ours[name]:.4f}" for name in sorted(theirs))
+    measure.console().print(f"Losses, torchvision / ours: {losses}; largest relative difference {worst:.0e}")
+    if worst > TOLERANCE or theirs.keys() != ours.keys():
+        raise RuntimeError(f"The losses differ by {worst:.1e}, more than {TOLERANCE:.0e}.")
+    calls = {side: prepare(side, size) for side in sides}
+    title = f"Training step, 2 images of {size[0]}x{size[1]}"
+    timings = measure.time_interleaved(calls, rounds=rounds, title=title)
+    memory = {side: measure.peak_memory(prepare, side, size) for side in sides}
+    rows = []
+    for side in sides:
+        time, space = timings.ratio(side, TORCHVISION), memory[side] / memory[TORCHVISION]
+        target = TARGET if side == FPN else None
+        rows.append(
+            [
+                side,
+                measure.milliseconds(timings.median(side)),
+                str(time),
+                measure.against(time.value, target),
+                measure.mebibytes(memory[side]),
+                f"{space:.2f}",
+                measure.against(space, target),
+            ]
+        )
+    columns = ["model", "time", "/ torchvision", "target", "peak memory", "/ torchvision", "target"]
+    measure.print_table(title, columns, rows)
+
+
+if __name__ == "__main__":
+    typer.run(main)
