@@ -238,7 +238,12 @@ def check_shapes(own: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[i
             if name in given and given[name] != shape
         ],
     }
-    found = [f"{len(names)} {kind}: {', '.join(names[:5])}" for kind, names in problems.items() if names]
+    # A name may be as long as a file from anyone makes it.
+    found = [
+        f"{len(names)} {kind}: {', '.join(name[:300] for name in names[:5])}"
+        for kind, names in problems.items()
+        if names
+    ]
     if found:
         raise CheckpointError(f"The weights do not fit the model; tensors {'; '.join(found)}.")
 
