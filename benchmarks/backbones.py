@@ -151,10 +151,11 @@ def _survey(found: Attachment, device: str) -> Attachment:
     """Finds out what is dead in a network."""
     with torch.device(device):
         backbone = _backbone(dataclasses.replace(found, dead=()), device)
-        dead = drop_dead(backbone.body, backbone._example)
-        deepest = contributors(backbone._example())[-1]
-    through = all(p in deepest for p in backbone.body.parameters() if p.requires_grad)
-    return dataclasses.replace(found, dead=dead, through=through)
+        reached = contributors(backbone._example())
+        alive = set().union(*reached)
+        whole = all(p in alive for p in backbone.body.parameters() if p.requires_grad)
+        dead = () if whole else drop_dead(backbone.body, backbone._example)
+    return dataclasses.replace(found, dead=dead, through=alive <= reached[-1])
 
 
 def _fault(found: Attachment, *, train: bool) -> Exception | None:

@@ -366,5 +366,5 @@ def test_every_parameter_of_each_family_has_a_layer(name: str) -> None:
     # The network's own parameters are spread over its depth, and not all in the last layer for want of a match.
     own = [ids[f"body.{name}"] for name, _ in backbone.body.named_parameters()]
     assert min(own) == 0
-    assert max(own) >= 3
-    assert own.count(max(own)) < 0.6 * len(own)
+    assert max(own) >= 2
+    assert own.count(max(own)) < 0.7 * len(own)

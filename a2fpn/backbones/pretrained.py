@@ -61,7 +61,7 @@ def _create(name: str, source: dict[str, Any], options: dict[str, Any]) -> nn.Mo
     with torch.device("meta"):
         switched = timm.create_model(name, **{key: x for key, x in options.items() if key not in own}).state_dict()
     try:
-        resized = {key: _resized(key, x, switched[key].shape) for key, x in native.items()}
+        resized = {key: _resized(key, x, switched[key].shape) for key, x in native.items() if key in switched}
     except ValueError as error:
         raise ValueError(
             f"The weights of {name!r} don't fit the network built with {options}: {error} Without image_size it has "
@@ -87,7 +87,8 @@ def _resized(name: str, x: Tensor, shape: torch.Size) -> Tensor:
         return x
     axes = [axis for axis, (old, new) in enumerate(zip(x.shape, shape, strict=True)) if old != new]
     if name.endswith("patch_embed.proj.weight"):
-        return resample_patch_embed(x, list(shape[2:]))
+        patches: Tensor = resample_patch_embed(x, list(shape[2:]))
+        return patches
     if not _POSITIONS.search(name) or len(axes) > 2:
         raise ValueError(f"{name} is {tuple(x.shape)}, expected {tuple(shape)}.")
     last, size = list(range(-len(axes), 0)), [shape[axis] for axis in axes]
@@ -99,7 +100,7 @@ def _resized(name: str, x: Tensor, shape: torch.Size) -> Tensor:
     else:
         side = math.isqrt(moved.shape[-1])
         others = moved.shape[-1] - side**2
-        grid, size = moved[..., others:].unflatten(-1, (side, side)), [math.isqrt(size[0] - others)] * 2
+        grid, size = moved[..., others:].reshape(*moved.shape[:-1], side, side), [math.isqrt(size[0] - others)] * 2
         # A table of distances begins with 0 in a corner, which stays there.
         grid = _interpolated(grid, size, align_corners=name.endswith("attention_biases"))
         moved = torch.cat([moved[..., :others], grid.flatten(-2)], dim=-1)

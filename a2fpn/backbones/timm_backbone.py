@@ -179,7 +179,7 @@ class TimmBackbone(nn.Module):
         named = dict(self.body.named_parameters())
         if stages == STAGES:
             return set(named.values())
-        reached = self._reached(1 << stages)
+        reached = self._reached()
         if len(reached) > 1 and all(fine <= coarse for fine, coarse in itertools.pairwise(reached.values())):
             names = set().union(*(found for stride, found in reached.items() if stride <= 1 << stages))
         else:
@@ -189,21 +189,18 @@ class TimmBackbone(nn.Module):
             names = {name for name in named if ids[name] < last * stages / STAGES}
         return {named[name] for name in names & set(named)}
 
-    def _reached(self, stride: int) -> dict[int, set[str]]:
-        """Per stride of the network's own maps, up to the given one and beyond, names of the parameters behind it."""
-        body, strides = self.body, tuple(self._own_strides)
-        wanted = {own for own in self.attachment.strides if own <= stride}
-        if self.config.taps or not wanted <= set(strides):
-            # The body does not make these maps. Recurrent layers would be unrolled on the meta device, for minutes.
-            recurrent = any(isinstance(module, nn.RNNBase) for module in body.modules())
-            with torch.device("cpu" if recurrent else "meta"):
-                options = {**self._switches(), "in_chans": self.config.in_chans}
-                indices = self.attachment.indices
-                body = timm.create_model(self.name, features_only=True, out_indices=indices, **options)
-            strides = self.attachment.strides
-        names = {parameter: name for name, parameter in body.named_parameters()}
-        maps = contributors(self._example(body))
-        return {own: {names[p] for p in behind} for own, behind in zip(strides, maps, strict=True)}
+    def _reached(self) -> dict[int, set[str]]:
+        """Per stride of all maps that the network has, the names of the parameters behind the map."""
+        found = self.attachment
+        # The body makes only the maps that were asked for. Recurrent layers would be unrolled on the meta device, for
+        # minutes.
+        recurrent = any(isinstance(module, nn.RNNBase) for module in self.body.modules())
+        with torch.device("cpu" if recurrent else "meta"):
+            options = {**self._switches(), "in_chans": self.config.in_chans}
+            whole = timm.create_model(self.name, features_only=True, out_indices=found.indices, **options)
+        names = {parameter: name for name, parameter in whole.named_parameters()}
+        maps = contributors(self._example(whole))
+        return {stride: {names[p] for p in behind} for stride, behind in zip(found.strides, maps, strict=True)}
 
     def _checkpoint(self) -> None:
         # The wrappers of timm hold the network as one of these, or are the network.
@@ -226,7 +223,7 @@ class TimmBackbone(nn.Module):
         return maps
 
     def _example_size(self) -> tuple[int, int]:
-        side = min(64, self._size or 64)
+        side = min(128, self._size or 128)
         return self.padded_size(side, side)
 
     def _measure_taps(self) -> tuple[list[int], tuple[int, ...]]:
@@ -255,7 +252,8 @@ class TimmBackbone(nn.Module):
         if hasattr(whole, "group_matcher"):
             groups = group_parameters(whole, whole.group_matcher(coarse=False), reverse=True)
         else:
-            groups = self._stages()
+            # The first map counts, and is written last.
+            groups = {name: i for i, behind in reversed([*enumerate(self._reached().values())]) for name in behind}
         # timm's wrappers put a prefix before names, and some join two parts by an underscore.
         flat = {name.replace(".", "_"): layer for name, layer in groups.items()}
         own: dict[str, int] = {}
@@ -265,13 +263,6 @@ class TimmBackbone(nn.Module):
         order = {layer: i for i, layer in enumerate(sorted(set(own.values())))}
         ids = {name: order[layer] for name, layer in own.items()}
         return ids | {f"made.{name}": len(order) for name, _ in self.made.named_parameters()}
-
-    def _stages(self) -> dict[str, int]:
-        reached = contributors(self._example())
-        return {
-            name: next((i for i, found in enumerate(reached) if parameter in found), 0)
-            for name, parameter in self.body.named_parameters()
-        }
 
     def train(self, mode: bool = True) -> TimmBackbone:
         """Sets training mode everywhere but in the frozen part."""
