@@ -2,7 +2,8 @@
 
 Both have the same weights, images and objects, frozen batch norm, and the stem and first stage frozen; torchvision gets
 masks as N full-size planes, ours as its loader gives them. Losses are compared first. Targets: at most 0.80 of
-torchvision's time and of its peak memory. Beside them stand the other necks and detectors of the family.
+torchvision's time and of its peak memory, once as it is and once with the backbone's activations computed again
+(``grad_checkpointing=True``). Beside them stand the other necks and detectors of the family.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from a2fpn.data import InstanceMasks
 from benchmarks import _measure as measure
 
 TORCHVISION, FPN = "torchvision", "maskrcnn_fpn_r50"
+RECOMPUTED = f"{FPN}, grad_checkpointing"
 OTHERS = ("maskrcnn_a2fpn_lite_r50", "maskrcnn_a2fpn_r50", "cascademaskrcnn_fpn_r50", "htc_fpn_r50")
 TARGET = 0.80
-TOLERANCE = 1e-4
+TOLERANCE = 1e-3  # relative; the layouts round differently, and random weights amplify it
 CLASSES, OBJECTS = 10, 12
 FROZEN = ("conv1", "bn1", "layer1")
 
@@ -47,8 +49,10 @@ def make(side: str, size: Size) -> nn.Module:
     if side == TORCHVISION:
         model: nn.Module = make_torchvision(size)
         return model
-    if side == FPN:
+    if side in (FPN, RECOMPUTED):
         model = from_torchvision(make_torchvision(size))
+        if side == RECOMPUTED:
+            model.get_submodule("backbone.body").set_grad_checkpointing(True)  # type: ignore[operator]
     else:
         torch.manual_seed(0)
         model = a2fpn.create_model(side, num_classes=CLASSES, norm="bn", resize="none").train()
@@ -116,16 +120,18 @@ def main(
     rounds = 1 if quick else rounds
     size = (64, 96) if quick else (480, 640)
     measure.start(threads, rounds)
-    _report(size, (TORCHVISION, FPN, *(OTHERS if others else ())), rounds)
+    _report(size, (TORCHVISION, FPN, RECOMPUTED, *(OTHERS if others else ())), rounds)
 
 
 def _report(size: Size, sides: Sequence[str], rounds: int) -> None:
-    theirs, ours = prepare(TORCHVISION, size)(), prepare(FPN, size)()
-    worst = max(abs(ours[name] - value) / max(abs(value), 1e-6) for name, value in theirs.items())
-    losses = ", ".join(f"{name} {theirs[name]:.4f} / {ours[name]:.4f}" for name in sorted(theirs))
-    measure.console().print(f"Losses, torchvision / ours: {losses}; largest relative difference {worst:.0e}")
-    if worst > TOLERANCE or theirs.keys() != ours.keys():
-        raise RuntimeError(f"The losses differ by {worst:.1e}, more than {TOLERANCE:.0e}.")
+    theirs = prepare(TORCHVISION, size)()
+    for side in (FPN, RECOMPUTED):
+        ours = prepare(side, size)()
+        worst = max(abs(ours[name] - value) / max(abs(value), 1e-6) for name, value in theirs.items())
+        losses = ", ".join(f"{name} {theirs[name]:.4f} / {ours[name]:.4f}" for name in sorted(theirs))
+        measure.console().print(f"Losses, torchvision / {side}: {losses}; largest relative difference {worst:.0e}")
+        if worst > TOLERANCE or theirs.keys() != ours.keys():
+            raise RuntimeError(f"The losses differ by {worst:.1e}, more than {TOLERANCE:.0e}.")
     calls = {side: prepare(side, size) for side in sides}
     title = f"Training step, 2 images of {size[0]}x{size[1]}"
     timings = measure.time_interleaved(calls, rounds=rounds, title=title)
@@ -133,7 +139,7 @@ def _report(size: Size, sides: Sequence[str], rounds: int) -> None:
     rows = []
     for side in sides:
         time, space = timings.ratio(side, TORCHVISION), memory[side] / memory[TORCHVISION]
-        target = TARGET if side == FPN else None
+        target = TARGET if side in (FPN, RECOMPUTED) else None
         rows.append(
             [
                 side,
