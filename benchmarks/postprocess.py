@@ -51,7 +51,7 @@ class Case:
         return f"{self.masks} masks of about {self.side} pixels on {self.size[0]}x{self.size[1]}"
 
 
-CASES = (Case(100, (1500, 2000), 100, targets=True), Case(100, (800, 1088), 60), Case(400, (1500, 2000), 20))
+CASES = (Case(100, (1500, 2000), 100, targets=True), Case(100, (800, 1088), 60), Case(400, (800, 1088), 20))
 QUICK_CASES = (Case(5, (150, 200), 30, targets=True),)
 
 
