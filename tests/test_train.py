@@ -23,7 +23,7 @@ from tests.test_streams import features, rows
 from tests.training import metrics, tiny_run
 from train.cli import main, parse, setting_names
 from train.config import OptimSection, RunSection, TrainConfig
-from train.loop import Trainer
+from train.loop import Trainer, check_processes
 from train.optim import build_optimizer, build_scheduler, lr_factor, parameter_groups, scaled_lr
 from train.state import replaced_folder
 from train.watch import LossWindow
@@ -251,6 +251,15 @@ def test_a_run_learns_evaluates_and_leaves_loadable_checkpoints(arguments, tmp_p
     metadata = json.loads((output / "best" / "config.json").read_text())["metadata"]
     assert (metadata["recipe"], metadata["epochs"], metadata["seed"]) == ("tiny", best["epoch"], 3)
     assert metadata["metrics"]["segm/ap"] == best["segm/ap"]
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
+    """As an FSDP configuration of Accelerate starts them without a GPU."""
+    accelerator = Accelerator(cpu=True)
+    check_processes(accelerator)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes were started, but each knows of 1 only"):
+        check_processes(accelerator)
 
 
 def test_an_existing_run_is_not_overwritten(arguments, tmp_path, capsys):

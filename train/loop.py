@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +15,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast, gather_object, set_seed
+from accelerate.utils import (
+    DistributedType,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast,
+    gather_object,
+    set_seed,
+)
 from safetensors import SafetensorError
 from timm.utils import ModelEmaV3
 from torch import Tensor
@@ -80,6 +88,7 @@ class Trainer:
             # Rank 0 computes the COCO numbers while the others wait.
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
         )
+        check_processes(self.accelerator)
         if run.mixed_precision == "fp16" and self.accelerator.device.type == "cpu":
             raise ValueError("run.mixed_precision=fp16 needs a GPU; on a CPU use none or bf16.")
         resume = self._resume_folder()
@@ -472,6 +481,27 @@ class Trainer:
                 name: value for name, value in record.items() if name.startswith(("bbox/", "segm/", "keypoints/"))
             },
         }
+
+
+def check_processes(accelerator: Accelerator) -> None:
+    """Refuses ways to start several processes that would train something else than is asked for.
+
+    Raises:
+        ValueError: If weights would be sharded, or processes would not know of each other.
+    """
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ValueError(
+            f"{kind.value} shards weights, which checkpoints and the moving average here don't support; detectors of "
+            "this size train with plain data parallelism: choose MULTI_GPU in `accelerate config`, or use torchrun."
+        )
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != accelerator.num_processes:
+        raise ValueError(
+            f"{started} processes were started, but each knows of {accelerator.num_processes} only and would write to "
+            "the same folder. Without a GPU use ACCELERATE_USE_CPU=true torchrun --nproc-per-node N train/ ..., and no "
+            "FSDP or DeepSpeed configuration."
+        )
 
 
 def train(config: TrainConfig) -> Trainer:

@@ -65,9 +65,7 @@ def open_validation_set(data: DataSection, training_set: TrainingSet) -> CocoDat
     Raises:
         ValueError: If a folder, a file, or its content is missing or wrong.
     """
-    return _folder(
-        data, data.val_images, data.val_annotations, data.val_semantic, categories=training_set.categories
-    )
+    return _folder(data, data.val_images, data.val_annotations, data.val_semantic, categories=training_set.categories)
 
 
 def _folder(data: DataSection, images: str, annotations: str, semantic: str | None, **options: Any) -> CocoDataset:

@@ -105,7 +105,8 @@ class Detector(nn.Module, ABC):
             images: ``(C, H, W)`` each, float in [0, 1] or uint8 in [0, 255], any sizes.
             targets: In training mode, per image ``boxes`` (N, 4) float xyxy pixels, ``labels`` (N,) int64 in
                 ``0..num_classes - 1``, whatever else :attr:`target_keys` names (``masks``
-                :class:`~a2fpn.masks.InstanceMasks`, or dense (N, H, W) in {0, 1}, ``keypoints`` (N, K, 3)), optionally ``image_id``.
+                :class:`~a2fpn.masks.InstanceMasks`, or dense (N, H, W) in {0, 1}, ``keypoints`` (N, K, 3)), optionally
+                ``image_id``.
             resize: Whether images (and targets) are resized by the model's rule; False when they come resized.
             paste_masks: Whether masks are pasted into the image, ``(N, 1, H, W)``, or returned as they were
                 predicted inside each box, ``(N, 1, M, M)``.
