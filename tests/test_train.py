@@ -318,6 +318,29 @@ def test_a_bad_image_stops_a_strict_run(arguments, tmp_path, capsys):
     assert "1.png: no readable image" in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_a_keypoint_detector_learns_the_names_and_is_measured_by_its_keypoints(arguments, tmp_path):
+    for part in ("train", "val"):
+        path = tmp_path / part / "annotations.json"
+        document = json.loads(path.read_text())
+        for category in document["categories"]:
+            category["keypoints"] = ["left corner", "right corner"]
+        for annotation in document["annotations"]:
+            x, y, width, _ = annotation["bbox"]
+            annotation["keypoints"] = [x, y, 2, x + width, y, 2]
+        path.write_text(json.dumps(document))
+    recipe = tmp_path / "recipe.yaml"
+    lines = recipe.read_text().splitlines()
+    recipe.write_text("\n".join(line for line in lines if "mask_" not in line))
+    more = ["model.name=keypointrcnn_fpn", "model.overrides.keypoint_layers=1", "model.overrides.keypoint_channels=16"]
+    assert main([*arguments, *more, "run.epochs=1"]) == 2  # 2 keypoints, 17 sigmas
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert main([*arguments, *more, "run.epochs=1", "data.oks_sigmas=[0.1,0.1]"]) == 0
+    (record,) = metrics(tmp_path / "run")
+    assert "keypoints/ap" in record
+    model = a2fpn.from_pretrained(tmp_path / "run" / "best")
+    assert list(model.config.heads.keypoint_names) == ["left corner", "right corner"]
+
+
 def test_the_log_says_to_what_the_rate_was_scaled(arguments, tmp_path):
     assert main([*arguments, "run.max_steps=1", "optim.lr=0.16", "optim.lr_batch_size=16"]) == 0
     assert (

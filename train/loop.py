@@ -34,7 +34,7 @@ from train.feed import Batch, Feed
 from train.optim import build_optimizer, build_scheduler, scaled_lr
 from train.seeding import derived_seed
 from train.signals import Signals, StopRequest
-from train.sources import build_feed, check_folder, credits_of, open_training_set, open_validation_set
+from train.sources import build_feed, build_model, check_folder, credits_of, open_training_set, open_validation_set
 from train.state import (
     METRICS_FILE,
     RESUME_FOLDER,
@@ -97,16 +97,7 @@ class Trainer:
         self.datasets = train_set, val_set
         self.batch_size = data.batch_size * self.accelerator.num_processes * run.grad_accumulation
         set_seed(run.seed)
-        overrides: Mapping[str, Any] = config.model.overrides
-        model = a2fpn.create_model(
-            config.model.name,
-            pretrained=config.model.pretrained,
-            pretrained_backbone=config.model.pretrained_backbone,
-            num_classes=len(train_set.categories),
-            **{"backbone_weights": weights} if (weights := config.model.backbone_weights) else {},
-            categories=train_set.categories,
-            **overrides,
-        ).to(self.accelerator.device)
+        model = build_model(config.model, train_set).to(self.accelerator.device)
         for dataset in self.datasets:
             # The maps of the validation images are not needed to measure boxes and masks.
             unused = () if dataset is train_set or run.val_loss else ("semantic",)

@@ -9,6 +9,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 
+import a2fpn
 from a2fpn.data import (
     CocoDataset,
     CopyPaste,
@@ -18,7 +19,7 @@ from a2fpn.data import (
     check_data,
     train_transforms,
 )
-from train.config import DataSection, TrainConfig
+from train.config import DataSection, ModelSection, TrainConfig
 from train.feed import Feed, FolderFeed
 from train.streams import StreamFeed
 
@@ -110,6 +111,29 @@ def credits_of(dataset: TrainingSet) -> dict[str, str]:
         "data": str((info or {}).get("description", Path(dataset.name).name)),
         "data_licence": ", ".join(names) or "not stated",
     }
+
+
+def build_model(model: ModelSection, dataset: TrainingSet) -> Any:
+    """Makes the detector for the classes, and the named keypoints, of a data set.
+
+    Args:
+        model: The settings.
+        dataset: What is trained on.
+
+    Raises:
+        ValueError: For an unknown name or override, or weights that don't fit.
+    """
+    options: dict[str, Any] = {"num_classes": len(dataset.categories), "categories": dataset.categories}
+    if model.backbone_weights:
+        options["backbone_weights"] = model.backbone_weights
+    if dataset.keypoint_names and model.name.startswith("keypointrcnn"):
+        options |= {"num_keypoints": len(dataset.keypoint_names), "keypoint_names": list(dataset.keypoint_names)}
+    return a2fpn.create_model(
+        model.name,
+        pretrained=model.pretrained,
+        pretrained_backbone=model.pretrained_backbone,
+        **{**options, **model.overrides},
+    )
 
 
 def build_feed(config: TrainConfig, dataset: TrainingSet, model: Any, accelerator: Accelerator) -> Feed:

@@ -245,7 +245,7 @@ class DetectionRoIHeads(ChunkedRoIHeads):
             losses["loss_mask"] = self.share(loss, sum(map(len, positives.labels)))
         if self.has_keypoint():
             pooled = self.keypoint_head(self.keypoint_roi_pool(features, positives.boxes, image_shapes))
-            logits = self.keypoint_predictor(pooled)
+            logits = self.keypoint_predictor(pooled).contiguous()  # torchvision's loss takes views of it
             keypoints = [target["keypoints"] for target in targets]
             loss = keypointrcnn_loss(logits, positives.boxes, keypoints, positives.objects)
             images = zip(keypoints, positives.boxes, positives.objects, strict=True)
