@@ -348,6 +348,21 @@ def test_the_log_says_to_what_the_rate_was_scaled(arguments, tmp_path):
     )
 
 
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_a_run_that_would_end_in_an_ap_of_0_is_stopped_with_the_reason(part, arguments, tmp_path, capsys):
+    path = tmp_path / part / "annotations.json"
+    document = json.loads(path.read_text())
+    for annotation in document["annotations"]:
+        annotation["iscrowd"] = 1
+    path.write_text(json.dumps(document))
+    assert main(arguments) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"{part}/annotations.json: Every one of the" in error
+    assert "is a crowd" in error
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert main([*arguments, "data.check_images=0", "run.max_steps=1"]) == 0
+
+
 def test_a_run_stops_when_it_gets_no_better(arguments, tmp_path):
     assert main([*arguments, "run.epochs=9", "run.patience=2", "optim.lr=0", "optim.warmup_steps=0"]) == 0
     assert [record["epoch"] for record in metrics(tmp_path / "run")] == [1, 2, 3]
