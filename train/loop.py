@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 from accelerate.utils import (
     DistributedType,
     InitProcessGroupKwargs,
@@ -52,7 +51,7 @@ from train.state import (
     write_config,
 )
 from train.validate import Validator
-from train.watch import LossWindow, ProgressLine, grid, plot_metrics, text_log, track_picture
+from train.watch import LossWindow, ProgressLine, get_logger, grid, plot_metrics, text_log, track_picture
 
 logger = get_logger(__name__)
 
@@ -252,7 +251,8 @@ class Trainer:
         batches = self.feed.batches(state.epoch, start=state.step_in_epoch)
         start = time.perf_counter()
         title = f"Epoch {state.epoch + 1}/{self.epochs}"
-        with ProgressLine(title, steps, self.accelerator, done=state.step_in_epoch) as line:
+        last = min(steps, state.step_in_epoch + self.total_steps - state.step)
+        with ProgressLine(title, last, self.accelerator, done=state.step_in_epoch) as line:
             while state.step_in_epoch < steps and state.step < self.total_steps:
                 self._step(self._fetch(batches, signals), window)
                 state.step += 1

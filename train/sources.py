@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 
 import a2fpn
 from a2fpn.data import (
@@ -22,6 +21,7 @@ from a2fpn.data import (
 from train.config import DataSection, ModelSection, TrainConfig
 from train.feed import Feed, FolderFeed
 from train.streams import StreamFeed
+from train.watch import get_logger
 
 logger = get_logger(__name__)
 

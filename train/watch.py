@@ -14,15 +14,29 @@ import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.logging import get_logger
+from accelerate.logging import MultiProcessAdapter
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-logger = get_logger(__name__)
-
 _PACKAGES = ("train", "a2fpn")  # whose messages a run shows and keeps
+
+
+class MainProcessLogger(MultiProcessAdapter):  # type: ignore[misc]
+    """Accelerate's logger, which is silent on all processes but the main one, without its number before each line."""
+
+    def process(self, msg: Any, kwargs: Any) -> tuple[Any, Any]:
+        """See ``logging.LoggerAdapter.process``."""
+        return logging.LoggerAdapter.process(self, msg, kwargs)
+
+
+def get_logger(name: str) -> MainProcessLogger:
+    """Returns the logger of a module."""
+    return MainProcessLogger(logging.getLogger(name), {})
+
+
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
