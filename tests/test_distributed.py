@@ -181,7 +181,7 @@ def test_a_stopped_job_writes_a_checkpoint_and_goes_on_as_if_nothing_had_happene
 
 
 def test_a_killed_process_brings_the_job_down_which_restarts_and_resumes(folder, whole):
-    process = launch(2, [*tiny_run(folder, "killed"), *SETTINGS], restarts=1)
+    process = launch(2, [*tiny_run(folder, "killed"), *SETTINGS], restarts=3)
     wait_for_step(folder / "killed", process, 2)
     workers = [child for child in psutil.Process(process.pid).children() if "train" in " ".join(child.cmdline())]
     workers[-1].kill()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from a2fpn.data import CocoDataset, train_transforms
@@ -54,6 +54,7 @@ def test_workers_change_nothing(dataset):
     assert [seen(helped.batches(epoch)) for epoch in range(3)] == expected
 
 
+@settings(deadline=None, max_examples=20)  # reads images
 @given(start=st.integers(0, 4), epoch=st.integers(0, 3))
 def test_starting_in_the_middle_gives_the_rest(dataset, start, epoch):
     one = feed(dataset)
