@@ -116,8 +116,10 @@ def configure_logging() -> None:
         logging.basicConfig(format="%(message)s", handlers=[RichHandler(console=console, show_path=False)])
     else:
         logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    for name in ("train", "a2fpn"):
-        logging.getLogger(name).setLevel(logging.INFO)
+    for handler in logging.getLogger().handlers:
+        handler.setLevel(logging.INFO)
+    logging.getLogger("train").setLevel(logging.DEBUG)  # for the log file, which has what the progress bar shows
+    logging.getLogger("a2fpn").setLevel(logging.INFO)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
