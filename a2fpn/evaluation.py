@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from pycocotools import mask as mask_utils
 
 from a2fpn.data.coco import Annotation, CocoFile, read_coco
-from a2fpn.data.masks import segmentation_to_rle
+from a2fpn.data.masks import Polygons, Rle, parse_segmentations
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +40,8 @@ IOU_TYPES = ("bbox", "segm", "keypoints")
 
 Backend = Literal["auto", "hotcoco", "faster-coco-eval", "pycocotools"]
 BACKENDS: tuple[str, ...] = typing.get_args(Backend)
+
+_MASKS_AT_ONCE = 255  # pycocotools' area raises OverflowError for more
 
 COCO_SIGMAS = tuple(
     tenth / 10
@@ -353,20 +355,25 @@ class _Scene:
             for image_id, annotations in coco.annotations.items()
             for annotation in annotations
         ]
-        found = []
-        for position, raw in enumerate(detections):
-            try:
-                found.append(_checked(raw, coco, image_numbers, category_numbers, kind))
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"detection {position}: {error}") from None
-        found.sort(key=lambda detection: int(detection["image_id"]))  # stable: equal scores keep their order
-        for objects in (truth, found):
-            for number, entry in enumerate(objects, start=1):
-                entry["id"] = number
         images = [
             {"id": number, "height": coco.images[image_id].height, "width": coco.images[image_id].width}
             for image_id, number in image_numbers.items()
         ]
+        found: list[dict[str, Any]] = []
+        failure = None
+        for raw in detections:
+            try:
+                found.append(_checked(raw, coco, image_numbers, category_numbers, kind))
+            except (ValueError, TypeError) as error:
+                failure = ValueError(f"detection {len(found)}: {error}")
+                break
+        _check_masks(found, images, kind)  # of those before the failure, as the first is the one to report
+        if failure:
+            raise failure
+        found.sort(key=lambda detection: int(detection["image_id"]))  # stable: equal scores keep their order
+        for objects in (truth, found):
+            for number, entry in enumerate(objects, start=1):
+                entry["id"] = number
         names = [category.name for category in coco.categories]
         labels = [c.name if names.count(c.name) == 1 else f"{c.name} ({c.id})" for c in coco.categories]
         return cls(kind, images, labels, truth, found)
@@ -412,7 +419,7 @@ def _checked(
     category_numbers: Mapping[int, int],
     kind: str,
 ) -> dict[str, Any]:
-    """A detection as an annotation.
+    """A detection as an annotation; what comes from the mask is left to :func:`_check_masks`.
 
     Raises:
         ValueError: If it can't be evaluated.
@@ -431,27 +438,53 @@ def _checked(
     key = {"segm": "segmentation"}.get(source, source)
     if key not in raw:
         raise ValueError(f"it has no {'bbox' if kind == 'bbox' else key}, which {kind!r} needs")
-    shape: dict[str, Any] = {}
-    if source == "segm":
-        image = coco.images[image_id]
-        shape["segmentation"] = segmentation_to_rle(raw[key], image.height, image.width)
-        bbox = mask_utils.toBbox(shape["segmentation"]).tolist()
-    elif source == "keypoints":
-        values = _numbers(raw[key], 3 * coco.num_keypoints, f"keypoints must be {coco.num_keypoints} times x, y, v")
-        shape["keypoints"] = values
-        (x0, x1), (y0, y1) = ((min(side), max(side)) for side in (values[0::3], values[1::3]))
-        bbox = [x0, y0, x1 - x0, y1 - y0]
-    else:
-        bbox = _numbers(raw[key], 4, "bbox must be [x, y, width, height]")
-    return {
+    entry: dict[str, Any] = {
         "image_id": image_numbers[image_id],
         "category_id": category_numbers[category_id],
         "score": score,
         "iscrowd": 0,
-        "bbox": bbox,
-        "area": float(mask_utils.area(shape["segmentation"])) if kind == "segm" else bbox[2] * bbox[3],
-        **shape,
     }
+    if source == "segm":
+        return {**entry, "segmentation": raw[key]}
+    if source == "keypoints":
+        values = _numbers(raw[key], 3 * coco.num_keypoints, f"keypoints must be {coco.num_keypoints} times x, y, v")
+        entry["keypoints"] = values
+        (x0, x1), (y0, y1) = ((min(side), max(side)) for side in (values[0::3], values[1::3]))
+        bbox = [x0, y0, x1 - x0, y1 - y0]
+    else:
+        bbox = _numbers(raw[key], 4, "bbox must be [x, y, width, height]")
+    return {**entry, "bbox": bbox, "area": bbox[2] * bbox[3]}
+
+
+def _check_masks(detections: Sequence[dict[str, Any]], images: Sequence[Mapping[str, Any]], kind: str) -> None:
+    """Checks the masks of detections, many at once, and takes boxes and areas from them.
+
+    Args:
+        detections: Those with masks are completed in place.
+        images: In the order of their numbers.
+        kind: The kind of IoU.
+
+    Raises:
+        ValueError: If one can't be evaluated.
+    """
+    positions = [position for position, detection in enumerate(detections) if "segmentation" in detection]
+    for start in range(0, len(positions), _MASKS_AT_ONCE):
+        some = positions[start : start + _MASKS_AT_ONCE]
+        entries = [detections[position] for position in some]
+        of_image = [images[entry["image_id"] - 1] for entry in entries]
+        masks = parse_segmentations(
+            (entry["segmentation"], image["height"], image["width"])
+            for entry, image in zip(entries, of_image, strict=True)
+        )
+        rles: list[Rle] = []
+        for position, mask in zip(some, masks, strict=True):
+            if isinstance(mask, ValueError):
+                raise ValueError(f"detection {position}: {mask}")
+            rles.append(mask.to_rle() if isinstance(mask, Polygons) else mask)
+        boxes = mask_utils.toBbox(rles).tolist()
+        areas = mask_utils.area(rles).tolist() if kind == "segm" else [width * height for *_, width, height in boxes]
+        for entry, rle, bbox, area in zip(entries, rles, boxes, areas, strict=True):
+            entry |= {"segmentation": rle, "bbox": bbox, "area": float(area)}
 
 
 def _numbers(values: Any, count: int, wanted: str) -> list[float]:

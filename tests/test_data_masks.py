@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,15 @@ from hypothesis.extra import numpy as hnp
 from pycocotools import mask as mask_utils
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
-from a2fpn.data.masks import decode_rle, encode_box_masks, encode_masks, segmentation_to_rle
+from a2fpn.data import masks as masks_module
+from a2fpn.data.masks import (
+    decode_rle,
+    decode_window,
+    encode_box_masks,
+    encode_masks,
+    parse_segmentations,
+    segmentation_to_rle,
+)
 from a2fpn.heads.paste import PASTE_RULES, paste_masks
 
 some_masks = hnp.arrays(bool, hnp.array_shapes(min_dims=3, max_dims=3, min_side=1, max_side=12))
@@ -159,3 +169,96 @@ def test_no_text_crashes_or_gives_a_mask_that_does_not_fill_the_image(text):
     except ValueError:
         return
     assert (decode_rle([rle])[0] == mask_utils.decode(rle)).all()
+
+
+def runs_of(text):
+    """The run lengths of a compressed mask, digit by digit; None if the text is damaged."""
+    runs, value, place = [], 0, 0
+    for digit in (character - 48 for character in text):
+        if not 0 <= digit < 64 or place > 6:
+            return None
+        value |= (digit & 31) << 5 * place
+        place += 1
+        if not digit & 32:
+            value -= 1 << 5 * place if digit & 16 else 0
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value, place = 0, 0
+    return runs if runs and not place else None
+
+
+def complaint(text, height, width):
+    """What has to be said about a compressed mask; None if it is sound."""
+    runs = runs_of(text)
+    if runs is None:
+        return "are no compressed RLE"
+    if min(runs) < 0:
+        return "hold a negative run length"
+    if sum(runs) != height * width:
+        return f"add up to {sum(runs)} pixels, the image has {height} x {width} = {height * width}"
+    return None
+
+
+def damaged(text, position, characters, skipped):
+    position %= len(text) + 1
+    return text[:position] + characters + text[position + skipped :]
+
+
+sound_texts = hnp.arrays(bool, st.just((1, 6, 9))).map(lambda mask: encode_masks(mask)[0]["counts"].encode())
+digits = st.integers(48, 111)
+texts = st.one_of(
+    sound_texts,
+    st.builds(damaged, sound_texts, st.integers(0, 99), st.binary(max_size=2), st.integers(0, 2)),
+    st.builds(damaged, sound_texts, st.integers(0, 99), st.lists(digits, max_size=8).map(bytes), st.integers(0, 2)),
+    st.lists(digits, max_size=30).map(bytes),
+    st.binary(max_size=10),
+)
+
+
+@pytest.mark.parametrize("characters", [1, 40, masks_module._PASS])
+@settings(deadline=None, max_examples=150)
+@given(st.lists(st.tuples(texts, st.sampled_from([(6, 9), (9, 6), (1, 54), (5, 5)])), max_size=20))
+def test_many_masks_are_checked_as_one_by_one_and_as_by_hand(characters, given):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(masks_module, "_PASS", characters)
+        found = parse_segmentations([({"size": list(size), "counts": text}, *size) for text, size in given])
+    for mask, (text, size) in zip(found, given, strict=True):
+        expected = complaint(text, *size)
+        if expected is None:
+            assert mask == {"size": list(size), "counts": text.decode()}
+            assert (decode_rle([mask])[0] == mask_utils.decode(mask)).all()
+        else:
+            assert isinstance(mask, ValueError)
+            assert expected in str(mask)
+            assert "add up" in expected or repr(text)[:57] in str(mask)
+            with pytest.raises(ValueError, match=f"^{re.escape(str(mask))}$"):
+                segmentation_to_rle({"size": list(size), "counts": text}, *size)
+
+
+@pytest.mark.parametrize(("counts", "message"), [("o", "are no compressed RLE"), ("O", "hold a negative run length")])
+def test_broken_run_lengths_are_not_decoded(counts, message):
+    sound, broken = encode_masks(np.eye(3)[None])[0], {"size": [3, 3], "counts": counts}
+    with pytest.raises(ValueError, match=f"the counts b'{counts}' {message}"):
+        decode_rle([sound, broken, sound])
+    with pytest.raises(ValueError, match=f"the counts b'{counts}' {message}"):
+        decode_window(broken)
+
+
+def test_every_kind_of_segmentation_keeps_its_place():
+    rle = encode_masks(np.eye(3)[None])[0]
+    polygon = [[0, 0, 2, 0, 2, 2]]
+    runs = {"size": [3, 3], "counts": [0, 1, 3, 1, 3, 1]}
+    wrong = {"size": [3, 3], "counts": [1]}
+    found = parse_segmentations([(s, 3, 3) for s in (rle, polygon, runs, wrong, {**rle, "counts": "é"}, rle)])
+    assert found[0] == found[2] == found[5] == rle
+    assert found[1].to_rle() == segmentation_to_rle(polygon, 3, 3)
+    assert str(found[3]) == "the run lengths of the mask add up to 1 pixels, the image has 3 x 3 = 9"
+    assert "no compressed RLE" in str(found[4])
+    assert parse_segmentations([]) == []
+
+
+def test_the_sum_of_a_long_text_does_not_overflow():
+    text = b"PPPPPP8" * (1 << 17)  # each run 2^33 longer than the one before the last
+    total = sum(runs_of(text))
+    assert total > 1 << 64
+    (error,) = parse_segmentations([({"size": [1 << 16, 1 << 15], "counts": text}, 1 << 16, 1 << 15)])
+    assert float(re.search(r"add up to (\d+) pixels", str(error)).group(1)) == pytest.approx(total, rel=1e-12)

@@ -261,6 +261,41 @@ def test_broken_detections_are_errors(change, message):
         evaluate_coco(truth, [good, {**good, **change}])
 
 
+@pytest.mark.parametrize("kinds", [["segm"], ["bbox"]])
+def test_the_first_broken_detection_is_named(kinds):
+    truth = one_image(grid(1)[0] | {"segmentation": [[0, 0, 15, 0, 15, 15, 0, 15]]})
+    (good,) = annotations_as_detections(truth)
+    del good["bbox"]
+    bad_mask = good | {"segmentation": {"size": [400, 600], "counts": "0"}}
+    bad_score = good | {"score": math.nan}
+    # More than are checked at once.
+    with pytest.raises(ValueError, match="detection 300: the run lengths of the mask add up to 0 pixels"):
+        evaluate_coco(truth, [good] * 300 + [bad_mask, bad_score, bad_mask], iou_types=kinds)
+    with pytest.raises(ValueError, match="detection 300: its score is nan"):
+        evaluate_coco(truth, [good] * 300 + [bad_score, bad_mask], iou_types=kinds)
+
+
+def test_many_masks_get_pycocotools_numbers(tmp_path, fast):
+    rng = np.random.default_rng(0)
+    images = [{"id": i, "file_name": f"{i}.png", "height": 60, "width": 80} for i in range(30)]
+    entries = []
+    for number in range(600):
+        x, y, width, height = (int(side) for side in rng.integers([0, 0, 2, 2], [40, 30, 40, 30]))
+        mask = np.zeros((1, 60, 80))
+        mask[0, y : y + height, x : x + width] = rng.random((height, width)) < 0.9
+        entry = {"image_id": number % 30, "category_id": 7 + number % 2 * 2, "segmentation": encode_masks(mask)[0]}
+        area = int(mask.sum())
+        entries.append(entry | {"id": number + 1, "iscrowd": 0, "area": area, "bbox": [x, y, width, height]})
+    truth = one_image() | {"images": images, "annotations": entries[:200]}
+    path = tmp_path / "truth.json"
+    path.write_text(json.dumps(truth))
+    keys = ("image_id", "category_id", "segmentation")
+    found = [{key: entry[key] for key in keys} | {"score": rng.random()} for entry in entries[100:]]
+    metrics = evaluate_coco(path, found, iou_types=["segm"], backend=fast).segm
+    expected = pycocotools_stats(path, copy.deepcopy(found), "segm")
+    assert [getattr(metrics, name) for name in TWELVE] == pytest.approx(expected, abs=1e-9)
+
+
 def test_missing_values_and_wrong_arguments():
     truth = one_image(*grid(1))
     with pytest.raises(ValueError, match=r"has no masks; evaluate boxes only, with iou_types=\['bbox'\]"):

@@ -23,7 +23,7 @@ from torchvision import tv_tensors
 
 from a2fpn.config import Category
 from a2fpn.data.images import ImageError, read_image, read_labels
-from a2fpn.data.masks import Polygons, Rle, parse_segmentation
+from a2fpn.data.masks import Polygons, Rle, parse_segmentations
 from a2fpn.data.outlines import Outlines
 
 logger = logging.getLogger(__name__)
@@ -207,9 +207,10 @@ def check_annotations(
     """
     annotations: dict[int, list[Annotation]] = {image_id: [] for image_id in images}
     problems: list[str] = []
+    masks = _parse_masks(entries, images) if has_masks else {}
     for position, raw in enumerate(entries):
         try:
-            annotation = _parse_annotation(raw, images, categories, has_masks=has_masks, num_keypoints=num_keypoints)
+            annotation = _parse_annotation(raw, images, categories, masks.get(position), num_keypoints=num_keypoints)
         except (ValueError, OverflowError) as error:
             has_id = isinstance(raw, Mapping) and "id" in raw
             label = f"annotation {raw['id']}" if has_id else f"the annotation at position {position}"
@@ -517,12 +518,25 @@ def _parse_keypoints(values: Any, count: int) -> tuple[tuple[float, float, float
     )
 
 
+def _parse_masks(entries: Sequence[Any], images: Mapping[int, CocoImage]) -> dict[int, Polygons | Rle | ValueError]:
+    """Checks the masks of all entries at once, by position; those that name no image are left out."""
+    of_image = {
+        position: images[raw["image_id"]]
+        for position, raw in enumerate(entries)
+        if isinstance(raw, Mapping) and isinstance(raw.get("image_id"), int) and raw["image_id"] in images
+    }
+    masks = parse_segmentations(
+        (entries[position].get("segmentation"), image.height, image.width) for position, image in of_image.items()
+    )
+    return dict(zip(of_image, masks, strict=True))
+
+
 def _parse_annotation(
     raw: Any,
     images: Mapping[int, CocoImage],
     categories: Mapping[int, Category],
+    mask: Polygons | Rle | ValueError | None,
     *,
-    has_masks: bool,
     num_keypoints: int,
 ) -> Annotation:
     match raw:
@@ -541,7 +555,8 @@ def _parse_annotation(
     inside = (min(x + width, image.width) - max(x, 0), min(y + height, image.height) - max(y, 0))
     if min(inside) < _MIN_BOX_SIDE:
         raise ValueError(f"its box {bbox} has no area inside the image of {image.width} x {image.height} pixels")
-    mask = parse_segmentation(raw.get("segmentation"), image.height, image.width) if has_masks else None
+    if isinstance(mask, ValueError):
+        raise mask
     area = raw.get("area")
     if not isinstance(area, (int, float)) or not math.isfinite(area):
         rle = mask.to_rle() if isinstance(mask, Polygons) else mask
