@@ -26,17 +26,18 @@ MODELS = ("maskrcnn_a2fpn", "retinanet_fpn")
 
 def main(
     pattern: Annotated[str, typer.Option(help="Architectures; the smallest of every family if empty.")] = "",
+    model: Annotated[str, typer.Option(help="Detector and neck; both of them if empty.")] = "",
     rounds: measure.Rounds = 5,
     threads: measure.Threads = 0,
     quick: measure.Quick = False,
 ) -> None:
-    """Times both kinds of detectors and prints the ratios."""
+    """Times one or both kinds of detectors and prints the ratios."""
     rounds = 1 if quick else rounds
     measure.start(threads, rounds)
     names = match_names(timm.list_models(), pattern) if pattern else sorted(smallest())
-    for model in MODELS:
+    for kind in [model] if model else MODELS:
         with quiet():
-            timings = {name: time_construction(model, name, rounds=rounds) for name in names}
+            timings = {name: time_construction(kind, name, rounds=rounds) for name in names}
         rows, met = [], 0
         for name, times in timings.items():
             network, backbone, heads, detector = (times.median(side) for side in SIDES)
@@ -47,9 +48,9 @@ def main(
                 [name, *milliseconds, f"{backbone / network:.2f}", f"{ratio:.2f}", measure.against(ratio, TARGET)]
             )
         measure.print_table(
-            f"{model}: a = backbone / timm, b = detector / (timm + heads)", ["", *SIDES, "a", "b", "target of b"], rows
+            f"{kind}: a = backbone / timm, b = detector / (timm + heads)", ["", *SIDES, "a", "b", "target of b"], rows
         )
-        print(f"{model}: {met} of {len(rows)} at most {TARGET}.")
+        print(f"{kind}: {met} of {len(rows)} at most {TARGET}.")
 
 
 SIDES = ("timm", "backbone", "heads", "detector")
