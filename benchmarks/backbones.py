@@ -29,7 +29,7 @@ from torch import Tensor, nn
 import a2fpn
 from a2fpn._registry import match_names
 from a2fpn.backbones import Attachment, TimmBackbone, find_attachment, preprocessing
-from a2fpn.backbones.attach import feature_info, measure, probe, read_table
+from a2fpn.backbones.attach import PYRAMID, feature_info, measure, probe, read_table
 from a2fpn.backbones.freezing import contributors, drop_dead
 from a2fpn.config import BackboneConfig, ModelConfig, NeckConfig, PreprocessConfig, RCNNConfig
 from a2fpn.detectors import DETECTORS, Detector
@@ -150,12 +150,10 @@ def _row(found: Attachment, *, train: bool) -> dict[str, str]:
 def _survey(found: Attachment, device: str) -> Attachment:
     """Finds out what is dead in a network."""
     with torch.device(device):
-        backbone = _backbone(dataclasses.replace(found, dead=()), device)
-        reached = contributors(backbone._example())
-        alive = set().union(*reached)
-        whole = all(p in alive for p in backbone.body.parameters() if p.requires_grad)
-        dead = () if whole else drop_dead(backbone.body, backbone._example)
-    return dataclasses.replace(found, dead=dead, through=alive <= reached[-1])
+        whole = dataclasses.replace(found, dead=(), dead_from_8=())
+        backbones = [_backbone(whole, device, strides) for strides in (PYRAMID, PYRAMID[1:])]
+        dead = [drop_dead(backbone.body, backbone._example) for backbone in backbones]
+    return dataclasses.replace(found, dead=dead[0], dead_from_8=dead[1])
 
 
 def _fault(found: Attachment, *, train: bool) -> Exception | None:
@@ -202,8 +200,8 @@ def _check(found: Attachment, device: str) -> None:
                 outputs = model.dense_head(list(model.neck(maps).values()))
             if (height, width) == SIZES[0]:
                 _require_gradients(backbone, [x for output in outputs for x in output])
-                if found.through:
-                    _require_gradients(backbone.body, raw[-1:])
+        coarse = _backbone(found, device, PYRAMID[1:])
+        _require_gradients(coarse.body, coarse._example())
 
 
 def _compare(backbone: TimmBackbone, maps: dict[str, Tensor], raw: list[Tensor], size: tuple[int, int]) -> None:
@@ -241,8 +239,8 @@ def _train(found: Attachment) -> None:
     _no_dead([name for name, p in model.backbone.named_parameters() if p.requires_grad and p.grad is None])
 
 
-def _backbone(found: Attachment, device: str = "cpu") -> TimmBackbone:
-    backbone = TimmBackbone(BackboneConfig(found.architecture), attachment=found)
+def _backbone(found: Attachment, device: str = "cpu", strides: tuple[int, ...] = PYRAMID) -> TimmBackbone:
+    backbone = TimmBackbone(BackboneConfig(found.architecture, strides=strides), attachment=found)
     if device == "meta" and any(isinstance(module, nn.RNNBase) for module in backbone.modules()):
         raise NotImplementedError("recurrent layers on meta")
     return backbone

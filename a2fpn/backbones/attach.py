@@ -68,8 +68,7 @@ class Attachment:
         resized: Whether its maps are only nearly of their strides, and resized to them.
         dead: What no map of stride 4 to 32 depends on: modules that are left out, and parameters that are frozen since
             the network does not run without them. None where nobody looked.
-        through: Whether the deepest of these maps depends on all the others, so that finer ones can be done without
-            and nothing more is dead.
+        dead_from_8: The same for the maps of stride 8 to 32, which one-stage detectors take.
         parameters: Parameters, in millions.
         reason: Why it can't be attached; empty if it can.
         timm: Version of timm that this was found with.
@@ -86,7 +85,7 @@ class Attachment:
     channels_last: bool = False
     resized: bool = False
     dead: tuple[str, ...] | None = None
-    through: bool = False
+    dead_from_8: tuple[str, ...] | None = None
     parameters: float = 0.0
     reason: str = ""
     timm: str = timm.__version__
@@ -119,9 +118,10 @@ class Attachment:
 
     def dead_among(self, sources: Collection[int]) -> tuple[str, ...] | None:
         """``dead`` for maps at the given positions; None where it is not known."""
-        every = {self.source(stride) for stride in PYRAMID}
-        known = set(sources) == every or (self.through and set(sources) <= every and max(sources) == max(every))
-        return self.dead if known else None
+        for strides, dead in ((PYRAMID, self.dead), (PYRAMID[1:], self.dead_from_8)):
+            if set(sources) == {self.source(stride) for stride in strides}:
+                return dead
+        return None
 
     def to_row(self) -> dict[str, str]:
         """As text for the table."""
@@ -129,7 +129,7 @@ class Attachment:
             "architecture": self.architecture,
             "how": self.how,
             **{f.name: _text(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "architecture"},
-            **({"dead": _UNKNOWN} if self.dead is None else {}),
+            **{key: _UNKNOWN for key in ("dead", "dead_from_8") if getattr(self, key) is None},
         }
 
     @classmethod
@@ -138,10 +138,10 @@ class Attachment:
         readers: dict[str, Callable[[str], Any]] = {
             "options": json.loads,
             "divisor": int,
-            "dead": lambda text: None if text == _UNKNOWN else tuple(text.split()),
             "parameters": float,
             "size": lambda text: int(text) if text else None,
-            **dict.fromkeys(("resizable", "channels_last", "resized", "through"), "True".__eq__),
+            **dict.fromkeys(("dead", "dead_from_8"), lambda text: None if text == _UNKNOWN else tuple(text.split())),
+            **dict.fromkeys(("resizable", "channels_last", "resized"), "True".__eq__),
             **dict.fromkeys(("strides", "channels", "indices"), lambda text: tuple(map(int, text.split()))),
         }
         return cls(**{f.name: readers.get(f.name, str)(row[f.name]) for f in dataclasses.fields(cls)})
