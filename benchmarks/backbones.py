@@ -200,8 +200,11 @@ def _check(found: Attachment, device: str) -> None:
                 outputs = model.dense_head(list(model.neck(maps).values()))
             if (height, width) == SIZES[0]:
                 _require_gradients(backbone, [x for output in outputs for x in output])
-        coarse = _backbone(found, device, PYRAMID[1:])
-        _require_gradients(coarse.body, coarse._example())
+                if found.dead_from_8 == found.dead:
+                    _require_gradients(backbone.body, [raw[i] for i in set(backbone._sources[1:])])
+        if found.dead_from_8 != found.dead:
+            coarse = _backbone(found, device, PYRAMID[1:])
+            _require_gradients(coarse.body, coarse._example())
 
 
 def _compare(backbone: TimmBackbone, maps: dict[str, Tensor], raw: list[Tensor], size: tuple[int, int]) -> None:
