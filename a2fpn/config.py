@@ -53,8 +53,8 @@ class BackboneConfig:
         strides: Strides of the maps that the neck gets, increasing.
         trainable_layers: How many of the five stages, counted from the deepest, are trained, as torchvision counts
             them, whatever levels are taken: 3 trains the stages that end at strides 8, 16 and 32 (``layer2`` to
-            ``layer4`` of a ResNet), 4 also that of stride 4, 5 and None all, 0 none. A network that halves its image
-            only once or has branches side by side has no such stages: so many fifths of its layers are trained. What
+            ``layer4`` of a ResNet), 4 also that of stride 4, 5 and None all, 0 none. A network without maps of these
+            strides, or with branches side by side, has no such stages: so many fifths of its layers are trained. What
             makes levels that the network lacks is always trained.
         norm_eps: Epsilon of every batch norm, 0 or more; None keeps timm's. torchvision's older COCO detectors were
             trained with 0: with another value their detections are others.

@@ -369,3 +369,16 @@ def test_every_parameter_of_each_family_has_a_layer(name: str) -> None:
     assert min(own) == 0
     assert max(own) >= 2
     assert own.count(max(own)) < 0.7 * len(own)
+
+
+@same_timm
+@pytest.mark.parametrize("name", smallest_of_families())
+def test_the_early_part_of_each_family_can_be_frozen(name: str) -> None:
+    with torch.device("meta"):
+        backbone = TimmBackbone(BackboneConfig(name, trainable_layers=3))
+    ids = backbone.layer_ids()
+    frozen = [ids[f"body.{name}"] for name, p in backbone.body.named_parameters() if not p.requires_grad]
+    trained = [ids[f"body.{name}"] for name, p in backbone.body.named_parameters() if p.requires_grad]
+    assert min(frozen) == 0
+    assert max(frozen) <= max(trained)
+    assert all(p.requires_grad for p in backbone.made.parameters())

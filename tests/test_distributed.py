@@ -19,14 +19,20 @@ ROOT = Path(__file__).resolve().parent.parent
 # Samplers of anchors and boxes that take all there are draw nothing that could depend on the process.
 ALL = {"rpn_batch_size": 10**6, "box_batch_size": 10**6, "rpn_positive_fraction": 1.0, "box_positive_fraction": 1.0}
 TAKE_ALL = [f"model.overrides.{name}={value}" for name, value in ALL.items()]
+ENVIRONMENT = os.environ | {
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(ROOT),
+    "ACCELERATE_USE_CPU": "true",
+    # Otherwise processes that were started again may find the addresses of those before them.
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+}
 
 
 def launch(processes: int, arguments: list[str], *, restarts: int = 0, program: str | None = None) -> subprocess.Popen:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
     command += ["--max-restarts", str(restarts), *([program] if program else [str(ROOT / "train")]), *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT, start_new_session=True
     )
 
 
@@ -123,8 +129,7 @@ losses = trainer.validator.losses(trainer.evaluated_model)
 import json
 print(json.dumps([metrics, losses]))
 """
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, env=environment, check=True)
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, env=ENVIRONMENT, check=True)
     alone, losses = json.loads(done.stdout.splitlines()[-1])
     assert {name: record[name] for name in alone} == alone
     assert {name: record[name] for name in losses} == pytest.approx(losses, rel=1e-6)

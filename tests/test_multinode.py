@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.test_distributed import ROOT, SETTINGS, finish, launch, wait_for_step
+from tests.test_distributed import ENVIRONMENT, ROOT, SETTINGS, finish, launch, wait_for_step
 from tests.training import tiny_run
 
 pytestmark = [
@@ -58,8 +58,7 @@ def launch_on(number: int, host: tuple[str, str], arguments: list[str]) -> subpr
     command += ["--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{ADDRESSES[0]}:29400"]
     command += ["--rdzv-conf", f"is_host={int(number == 0)}", "--local-addr", ADDRESSES[number]]
     command += ["--rdzv-id", "job", "--max-restarts", "2", str(ROOT / "train"), *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
-    environment |= {"GLOO_SOCKET_IFNAME": cable}
+    environment = ENVIRONMENT | {"GLOO_SOCKET_IFNAME": cable}
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
     )

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from a2fpn.backbones.attach import Attachment, feature_info, find_attachment
+from a2fpn.backbones.attach import PYRAMID, Attachment, feature_info, find_attachment
 from a2fpn.backbones.freezing import contributors, convert_norms, drop_dead, freeze_parameters, leave_out
 from a2fpn.backbones.names import resolve_backbone_name
 from a2fpn.backbones.pretrained import create_with_weights
@@ -179,8 +179,8 @@ class TimmBackbone(nn.Module):
         named = dict(self.body.named_parameters())
         if stages == STAGES:
             return set(named.values())
-        reached = self._reached()
-        if len(reached) > 1 and all(fine <= coarse for fine, coarse in itertools.pairwise(reached.values())):
+        reached = self._reached() if set(PYRAMID) <= set(self.attachment.strides) else {}
+        if reached and all(fine <= coarse for fine, coarse in itertools.pairwise(reached.values())):
             names = set().union(*(found for stride, found in reached.items() if stride <= 1 << stages))
         else:
             # There are no stages, or their branches run side by side: of the layers as many, in proportion.
