@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
-from timm.layers import BatchNormAct2d, Conv2dSame, FrozenBatchNormAct2d
+from timm.layers import BatchNormAct2d, Conv2dSame, DropPath, FrozenBatchNormAct2d
+from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -240,6 +241,10 @@ def _fold(detector: Detector) -> None:
             detector(sample, resize=False, paste_masks=False)
     for conv in [module for module in detector.modules() if type(module) in (nn.Conv2d, Conv2dSame)]:
         _fold_one(detector, typing.cast(nn.Conv2d, conv), recording, hooked)
+    for stage in [module for module in detector.modules() if type(module) is nn.Sequential]:
+        for place, block in enumerate(stage):
+            if type(block) in (BasicBlock, Bottleneck) and _is_plain(block) and hooked.isdisjoint(block.modules()):
+                stage[place] = _ResidualBlock(block, own_input=place > 0 and type(stage[place - 1]) is _ResidualBlock)
     after = _pyramid(detector, sample)
     for name, x in before.items():
         if float((x - after[name]).abs().max()) > _TOLERANCE * float(x.abs().max()):
@@ -257,8 +262,7 @@ def _fold_one(detector: Detector, conv: nn.Conv2d, recording: _Recording, hooked
         _replace(detector, follower, activation)
         # An activation inside the norm is no step of its own.
         follower = activation if hasattr(follower, "act") else recording.only_reader(follower)
-    applies = type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
-    if applies and type(follower) in _ACTIVATIONS and follower not in hooked:
+    if _fusible(conv) and type(follower) in _ACTIVATIONS and follower not in hooked:
         _replace(detector, conv, _ActivatedConv(conv, follower))
         _replace(detector, follower, nn.Identity())
 
@@ -321,6 +325,66 @@ class _ActivatedConv(nn.Module):
             return fused
         y = F.conv2d(x, self.weight, self.bias, stride, padding, dilation, groups)
         return y.clamp_(min=0, max=self.limit)
+
+
+def _is_plain(block: nn.Module) -> bool:
+    """Whether a folded residual block is nothing but convolutions, a sum and a ReLU."""
+    *_, last = (module for module in _body(block) if type(module) is not nn.Identity)
+    return (
+        block.se is None
+        and (block.drop_path is None or isinstance(block.drop_path, DropPath))
+        and type(_last_activation(block)) is nn.ReLU
+        and _fusible(last)
+    )
+
+
+def _body(block: Any) -> list[nn.Module]:
+    """What a residual block of timm calls in turn, but for its shortcut and what follows the sum."""
+    names = ["conv1", "bn1", "drop_block", "act1", "aa", "conv2", "bn2"]
+    if isinstance(block, Bottleneck):
+        names = ["conv1", "bn1", "act1", "conv2", "bn2", "drop_block", "act2", "aa", "conv3", "bn3"]
+    return [getattr(block, name) for name in names]
+
+
+def _last_activation(block: Any) -> nn.Module:
+    activation: nn.Module = block.act3 if isinstance(block, Bottleneck) else block.act2
+    return activation
+
+
+def _fusible(conv: nn.Module) -> bool:
+    """Whether oneDNN's fused convolution can stand for a module."""
+    return type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+
+
+class _ResidualBlock(nn.Module):
+    """A residual block of timm whose last convolution adds the shortcut while its result is in the cache.
+
+    Args:
+        block: The block, folded, and plain by :func:`_is_plain`.
+        own_input: Whether nothing else reads what the block is given, which it may then write into.
+    """
+
+    def __init__(self, block: Any, *, own_input: bool) -> None:
+        super().__init__()
+        *body, self.last = (module for module in _body(block) if type(module) is not nn.Identity)
+        self.body = nn.Sequential(*body)
+        self.downsample: nn.Module | None = block.downsample
+        self.own_shortcut = own_input or self.downsample is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps ``(B, C_in, H, W)`` to ``(B, C_out, H', W')``."""
+        last = self.last
+        y = self.body(x).to(last.weight.dtype)
+        shortcut = x if self.downsample is None else self.downsample(x)
+        if not self.own_shortcut:
+            shortcut = shortcut.clone()
+        if not (y.numel() and _has_fused_convolution(y)):
+            return shortcut.add_(last(y)).relu_()
+        geometry = (last.weight, last.bias, last.padding, last.stride, last.dilation, last.groups)
+        added: Tensor = torch.ops.mkldnn._convolution_pointwise_.binary(
+            shortcut, y, *geometry, "add", 1.0, "relu", [], ""
+        )
+        return added
 
 
 def _has_fused_convolution(x: Tensor) -> bool:

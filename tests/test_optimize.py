@@ -5,6 +5,7 @@ import pickle
 
 import numpy as np
 import pytest
+import timm
 import torch
 from helpers import tiny_model
 from timm.layers import BatchNormAct2d
@@ -14,7 +15,7 @@ from torchvision.ops import FrozenBatchNorm2d
 import a2fpn
 from a2fpn.detectors import DETECTORS, Detector
 from a2fpn.heads import using_rule
-from a2fpn.optimize import _ActivatedConv, _fold, optimize_for_inference
+from a2fpn.optimize import _ActivatedConv, _fold, _ResidualBlock, optimize_for_inference
 
 NORMS = (nn.BatchNorm2d, FrozenBatchNorm2d)
 
@@ -170,6 +171,53 @@ def test_without_the_fused_kernel_it_is_the_same(monkeypatch: pytest.MonkeyPatch
     expected = detect(optimised, image())
     monkeypatch.setattr("a2fpn.optimize._has_fused_convolution", lambda x: False)
     assert_same(detect(optimised, image()), expected)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "fused"),
+    [("resnet18", 8), ("resnet26d", 8), ("seresnet18", 0), ("resnext26ts", 0), ("resnetblur18", 8)],
+)
+@pytest.mark.parametrize("kernel", [True, False])
+def test_residual_blocks_give_the_same_and_overwrite_nobodys_maps(
+    backbone: str, fused: int, kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not kernel:
+        monkeypatch.setattr("a2fpn.optimize._has_fused_convolution", lambda x: False)
+    model = create("fasterrcnn", backbone=backbone)
+    optimised = optimize_for_inference(model)
+    assert sum(isinstance(module, _ResidualBlock) for module in optimised.modules()) == fused
+    x = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(2)).contiguous(
+        memory_format=torch.channels_last
+    )
+    with torch.inference_mode():
+        maps = [detector.backbone(x) for detector in (model, optimised.detector, optimised.detector)]
+    for name, expected in maps[0].items():
+        # Where blocks are not normalised anew, they may amplify; rounding is relative to the map.
+        tolerance = 1e-5 * float(expected.abs().max())
+        for again in maps[1:]:
+            torch.testing.assert_close(again[name], expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("own_input", [True, False])
+def test_a_block_writes_into_its_input_only_where_that_is_its_own(own_input: bool) -> None:
+    block = timm.create_model("resnet18").layer1[0].eval().requires_grad_(False)
+    block.bn1, block.bn2 = nn.Identity(), nn.Identity()
+    x = torch.randn(1, 64, 8, 8)
+    given = x.clone()
+    torch.testing.assert_close(_ResidualBlock(block, own_input=own_input)(given), block(x))
+    assert torch.equal(given, x) is not own_input
+
+
+def test_a_block_that_somebody_listens_to_stays() -> None:
+    model = create("fasterrcnn", backbone="resnet18")
+    heard: list[Tensor] = []
+    block = next(module for module in model.backbone.modules() if type(module).__name__ == "BasicBlock")
+    block.register_forward_hook(lambda module, inputs, output: heard.append(output))
+    optimised = optimize_for_inference(model)
+    assert sum(isinstance(module, _ResidualBlock) for module in optimised.modules()) == 7
+    before = len(heard)
+    detect(optimised, image())
+    assert len(heard) == before + 1
 
 
 def test_the_model_stays_as_it_was() -> None:

@@ -9,7 +9,7 @@ run that resumes at a step sees what it would have seen.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from a2fpn.data import CocoDataset, Sample, aspect_ratio_groups, collate, epoch_order, repeat_factors
 from train.seeding import seeded
 
+T = TypeVar("T")
 Batch = tuple[list[Tensor], list[dict[str, Any]]]
 Slot = tuple[int, int, int]  # epoch, position within it, index of the sample
 
@@ -35,6 +36,25 @@ class Feed(Protocol):
             epoch: From 0.
             start: The step to start with.
         """
+
+
+def data_loader(dataset: Dataset[T], *, workers: int, pin_memory: bool, **options: Any) -> DataLoader[T]:
+    """A loader that takes nothing from torch's global random numbers.
+
+    Args:
+        dataset: What lives in the workers, and draws nothing that a place in the run does not decide.
+        workers: Loader processes, kept from epoch to epoch; 0 loads in this process.
+        pin_memory: Whether batches are put into page-locked memory, for a GPU.
+        **options: How batches are made, as for :class:`torch.utils.data.DataLoader`.
+    """
+    return DataLoader(
+        dataset,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        persistent_workers=workers > 0,
+        generator=torch.Generator(),
+        **options,
+    )
 
 
 class SeededSamples(Dataset[Sample]):
@@ -108,15 +128,9 @@ class FolderFeed:
         self._groups = aspect_ratio_groups(coco) if group_by_aspect else None
         self._repeats = repeat_factors(coco, threshold=repeat_threshold) if repeat_threshold else None
         self._slots = SlotBatches()
-        self._loader: DataLoader[Sample] = DataLoader(
-            SeededSamples(dataset, seed),
-            batch_sampler=self._slots,
-            num_workers=workers,
-            collate_fn=collate,
-            pin_memory=pin_memory,
-            persistent_workers=workers > 0,
-            # Workers draw nothing themselves; a generator of its own keeps the loader off torch's global one.
-            generator=torch.Generator(),
+        samples = SeededSamples(dataset, seed)
+        self._loader = data_loader(
+            samples, workers=workers, pin_memory=pin_memory, batch_sampler=self._slots, collate_fn=collate
         )
 
     def steps(self, epoch: int) -> int:

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
-import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from a2fpn.data import ImageError, RawSample, Sample, SampleDecoder, StreamDataset, collate
-from train.feed import Batch
+from train.feed import Batch, data_loader
 from train.seeding import seeded
 
 T = TypeVar("T")
@@ -176,16 +175,13 @@ class StreamFeed:
             rank=rank,
             world_size=world_size,
         )
-        self._loader: DataLoader[LoadedBatch] = DataLoader(
+        self._loader = data_loader(
             DecodedBatches(source.decoder, transforms, seed),
+            workers=workers,
+            pin_memory=pin_memory,
             batch_size=None,  # the sampler gives whole batches
             sampler=self._raw,
-            num_workers=workers,
             collate_fn=_unchanged,
-            pin_memory=pin_memory,
-            persistent_workers=workers > 0,
-            # Workers draw nothing themselves; a generator of its own keeps the loader off torch's global one.
-            generator=torch.Generator(),
         )
 
     def steps(self, epoch: int) -> int:

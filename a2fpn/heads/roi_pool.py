@@ -140,9 +140,10 @@ class StrideRoIAlign(nn.Module):
         index = torch.cat([b.new_full((len(b), 1), i) for i, b in enumerate(boxes)])
         rois = torch.cat([index, torch.cat(list(boxes))], 1)
         levels = self.assign_levels(rois[:, 1:])
-        chosen = [torch.where(levels == level)[0] for level in range(len(maps))]
-        pooled = [
-            roi_align(
+        pooled = maps[0].new_empty(len(rois), *self.output_size, maps[0].shape[1])
+        for level, (x, stride) in enumerate(zip(maps, self.strides.values(), strict=True)):
+            rows = torch.where(levels == level)[0]
+            of_level = roi_align(
                 x,
                 rois[rows],
                 output_size=self.output_size[0],
@@ -150,9 +151,8 @@ class StrideRoIAlign(nn.Module):
                 sampling_ratio=self.sampling_ratio,
                 aligned=self.aligned,
             )
-            for x, stride, rows in zip(maps, self.strides.values(), chosen, strict=True)
-        ]
-        return torch.cat(pooled)[torch.cat(chosen).argsort()]
+            pooled.index_copy_(0, rows, of_level.permute(0, 2, 3, 1))
+        return pooled.permute(0, 3, 1, 2)
 
     def assign_levels(self, boxes: Tensor) -> Tensor:
         """Index into the levels for each box ``(R, 4)``, ``(R,)`` int64."""

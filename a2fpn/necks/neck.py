@@ -167,7 +167,8 @@ class NearestFusion(nn.Module):
 
     def forward(self, coarse: Tensor, fine: Tensor, valid: Tensor | None = None) -> Tensor:
         """Merges ``(B, C, h, w)`` into ``(B, C, H, W)``."""
-        return fine + F.interpolate(coarse, size=fine.shape[-2:], mode="nearest")
+        # In place, since a new block of the finest level's size costs as much time as the sum.
+        return F.interpolate(coarse, size=fine.shape[-2:], mode="nearest").add_(fine)
 
 
 class StridedFusion(nn.Module):
