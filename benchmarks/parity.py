@@ -4,12 +4,13 @@
     python -m benchmarks.parity --source mmdet
 
 Each published configuration is built on its own side, its weights are drawn at random, converted, and both sides
-detect. Features, proposals, boxes, scores and masks are compared. Needs the other framework; without it the command
-says so and ends.
+detect. Features, proposals, boxes, scores and masks are compared, then both sides are timed, ours also optimised, masks
+pasted into the image. Needs the other framework; without it the command says so and ends.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import tempfile
 from abc import ABC, abstractmethod
@@ -30,8 +31,9 @@ from a2fpn.convert import from_detectron2, from_mmdet
 from a2fpn.detectors import RCNN
 from benchmarks import _measure as measure
 
-SIZE = (224, 320)
+SIZE = (480, 640)
 COLUMNS = ("features", "proposals", "objects", "boxes", "scores", "mask pixels")
+THEIRS, OURS, OPTIMISED = "theirs", "ours", "ours, optimised"
 GAINS = {
     "cls_score": 8.0,
     "fc_cls": 8.0,
@@ -82,8 +84,12 @@ class Framework(ABC):
         """A model of a published configuration."""
 
     @abstractmethod
+    def detect(self, model: nn.Module, image: Tensor) -> Any:
+        """Detects on an image ``(3, H, W)``, blue first, uint8, as users of the framework do."""
+
+    @abstractmethod
     def run(self, model: nn.Module, image: Tensor) -> Output:
-        """Detects on an image ``(3, H, W)``, blue first, uint8."""
+        """What a detection on an image gives, and what it goes through."""
 
     @abstractmethod
     def convert(self, state: Mapping[str, Tensor], name: str) -> tuple[Any, dict[str, Tensor]]:
@@ -112,13 +118,16 @@ class Detectron2(Framework):
         model: nn.Module = build_model(options)
         return model
 
+    def detect(self, model: Any, image: Tensor) -> Any:
+        """See :meth:`Framework.detect`."""
+        return model.inference([{"image": image, "height": image.shape[1], "width": image.shape[2]}])[0]["instances"]
+
     def run(self, model: Any, image: Tensor) -> Output:
         """See :meth:`Framework.run`."""
-        inputs = [{"image": image, "height": image.shape[1], "width": image.shape[2]}]
-        images = model.preprocess_image(inputs)
+        images = model.preprocess_image([{"image": image}])
         features = model.backbone(images.tensor)
         proposals, _ = model.proposal_generator(images, features)
-        found = model.inference(inputs)[0]["instances"]
+        found = self.detect(model, image)
         return Output(
             list(features.values()),
             proposals[0].proposal_boxes.tensor,
@@ -159,14 +168,21 @@ class MMDet(Framework):
         model: nn.Module = MODELS.build(options.model)
         return model
 
-    def run(self, model: Any, image: Tensor) -> Output:
-        """See :meth:`Framework.run`."""
+    def detect(self, model: Any, image: Tensor) -> Any:
+        """See :meth:`Framework.detect`."""
+        data = self._prepare(model, image)
+        return model.predict(data["inputs"], data["data_samples"], rescale=False)
+
+    def _prepare(self, model: Any, image: Tensor) -> Any:
         from mmdet.structures import DetDataSample
 
         size = tuple(image.shape[1:])
         facts = {"img_shape": size, "ori_shape": size, "pad_shape": size, "scale_factor": (1.0, 1.0)}
-        data = {"inputs": [image], "data_samples": [DetDataSample(metainfo=facts)]}
-        data = model.data_preprocessor(data, False)
+        return model.data_preprocessor({"inputs": [image], "data_samples": [DetDataSample(metainfo=facts)]}, False)
+
+    def run(self, model: Any, image: Tensor) -> Output:
+        """See :meth:`Framework.run`."""
+        data = self._prepare(model, image)
         features, samples = model.extract_feat(data["inputs"]), data["data_samples"]
         proposals = model.rpn_head.predict(features, samples, rescale=False)
         boxes = proposals[0].bboxes.clone()
@@ -184,35 +200,49 @@ FRAMEWORKS: dict[str, type[Framework]] = {"detectron2": Detectron2, "mmdet": MMD
 Source = Annotated[Literal["detectron2", "mmdet"], typer.Option(help="The other side.")]
 
 
-def main(source: Source = "detectron2") -> None:
-    """Builds, converts, compares and prints."""
+def main(source: Source = "detectron2", rounds: measure.Rounds = 3, threads: measure.Threads = 0) -> None:
+    """Builds, converts, compares, times and prints."""
     framework = FRAMEWORKS[source]()
     if importlib.util.find_spec(framework.package) is None:
         typer.echo(f"{framework.package} is not installed: nothing to compare with.")
         return
-    rows = []
-    with measure.progress() as bar:
-        for config, name in bar.track(framework.cases.items(), description=source):
-            rows.append([Path(config).stem, name, *compare(framework, config, name)])
+    measure.start(threads, rounds)
+    differences, times = [], []
+    for config, name in framework.cases.items():
+        torch.manual_seed(0)
+        theirs = framework.build(config).eval()
+        randomise(theirs)
+        settings, state = framework.convert(theirs.state_dict(), name)
+        with tempfile.TemporaryDirectory() as folder:
+            ours = a2fpn.from_pretrained(save_checkpoint(folder, settings, state))
+        image = torch.randint(0, 256, (3, *SIZE), dtype=torch.uint8)
+        case = [Path(config).stem, name]
+        with torch.inference_mode():
+            differences.append([*case, *compare(framework.run(theirs, image), detect(ours, image.flip(0)))])
+            times.append([*case, *timings(functools.partial(framework.detect, theirs, image), ours, image, rounds)])
     measure.print_table(
         "Largest differences: features relative to their standard deviation, boxes in pixels",
         ["theirs", "ours", *COLUMNS],
-        rows,
+        differences,
+    )
+    measure.print_table(
+        f"Time for one image of {SIZE[0]}x{SIZE[1]}",
+        ["theirs", "ours", THEIRS, f"{OURS} / {THEIRS}", f"{OPTIMISED} / {THEIRS}"],
+        times,
     )
 
 
-def compare(framework: Framework, config: str, name: str) -> list[str]:
-    """The cells of ``COLUMNS`` for one configuration."""
-    torch.manual_seed(0)
-    theirs = framework.build(config).eval()
-    randomise(theirs)
-    image = torch.randint(0, 256, (3, *SIZE), dtype=torch.uint8)
-    with torch.inference_mode():
-        wanted = framework.run(theirs, image)
-    settings, state = framework.convert(theirs.state_dict(), name)
-    with tempfile.TemporaryDirectory() as folder:
-        ours = a2fpn.from_pretrained(save_checkpoint(folder, settings, state))
-    got = detect(ours, image.flip(0))
+def timings(theirs: measure.Call, ours: RCNN, image: Tensor, rounds: int) -> list[str]:
+    """Their time, and the ratio of ours to it, as it is and optimised; all paste masks."""
+    calls = {THEIRS: theirs}
+    for side, model in {OURS: a2fpn.Predictor(ours).model, OPTIMISED: a2fpn.optimize_for_inference(ours)}.items():
+        calls[side] = functools.partial(model, [image.flip(0)], resize=False)
+    times = measure.time_interleaved(calls, rounds=rounds, title=ours.config.detector)
+    return [measure.milliseconds(times.median(THEIRS)), *(str(times.ratio(side, THEIRS)) for side in (OURS, OPTIMISED))]
+
+
+def compare(wanted: Output, got: Output) -> list[str]:
+    """The cells of ``COLUMNS`` for what either side gives."""
     pairs = [(i, j) for i in range(len(wanted.labels)) if (j := partner(wanted, got, i)) is not None]
     rows, columns = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).T
     pixels = (
