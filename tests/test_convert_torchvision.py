@@ -137,8 +137,8 @@ def small(**options: Any) -> nn.Module:
 def same_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """torchvision's RoIAlign in the place of ours, and none of its degenerate boxes dropped."""
 
-    def kernel(x: Tensor, rois: Tensor, *options: Any) -> Tensor:
-        return torchvision.ops.roi_align(x, rois, *options)
+    def kernel(x: Tensor, rois: Tensor, size: int, scale: float, ratios: tuple[int, int], aligned: bool) -> Tensor:
+        return torchvision.ops.roi_align(x, rois, size, scale, ratios[0], aligned)
 
     monkeypatch.setattr(roi_pool, "_gather_roi_align", kernel)
     monkeypatch.setattr(dense, "_SMALLEST", 0.0)

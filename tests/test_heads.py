@@ -118,7 +118,7 @@ SPECIAL_ROIS = torch.tensor(
 
 
 @pytest.mark.parametrize("aligned", [False, True])
-@pytest.mark.parametrize(("output_size", "ratio"), [(7, 2), (1, 1), (14, 1), (3, 3)])
+@pytest.mark.parametrize(("output_size", "ratio"), [(7, 2), (1, 1), (14, 1), (3, 3), (7, 0), (1, 0), (2, 0)])
 def test_roi_align_is_that_of_torchvision(output_size: int, ratio: int, aligned: bool) -> None:
     x = torch.randn(2, 3, 9, 13)
     rois = torch.cat([random_rois(60, (36, 52)), SPECIAL_ROIS])
@@ -132,6 +132,14 @@ def test_roi_align_is_that_of_torchvision(output_size: int, ratio: int, aligned:
         torch.autograd.grad(pooled, leaf, direction)[0] for pooled, leaf in zip((got, expected), inputs, strict=True)
     ]
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("most", [0, 1, 4, 10**6])
+def test_a_sample_per_pixel_is_the_same_by_either_kernel(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("a2fpn.heads.roi_pool._MOST_SAMPLES", most)
+    x, rois = torch.randn(2, 3, 40, 30), random_rois(80, (160, 120))
+    got = roi_align(x, rois, output_size=3, stride=4, sampling_ratio=0, aligned=True)
+    torch.testing.assert_close(got, torchvision.ops.roi_align(x, rois, 3, 0.25, 0, True), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 5), (2, 1)])

@@ -18,6 +18,9 @@ from torch.nn import functional as F
 
 from a2fpn.pyramid import Features
 
+_MOST_SAMPLES = 256
+"""Per bin; boxes far larger than their level is for go to torchvision's kernel, which stores none of them."""
+
 
 def roi_align(x: Tensor, rois: Tensor, *, output_size: int, stride: int, sampling_ratio: int, aligned: bool) -> Tensor:
     """RoIAlign of one level.
@@ -30,7 +33,7 @@ def roi_align(x: Tensor, rois: Tensor, *, output_size: int, stride: int, samplin
         rois: ``(R, 5)``: image index in the batch, then xyxy in input pixels.
         output_size: Side ``S`` of the output.
         stride: Input pixels per map pixel.
-        sampling_ratio: Samples per bin side; 0 takes one per map pixel, on the CPU with torchvision's slower kernel.
+        sampling_ratio: Samples per bin side; 0 takes one per map pixel.
         aligned: Whether to shift by half a pixel (detectron2's ``aligned=True``).
 
     Returns:
@@ -42,26 +45,51 @@ def roi_align(x: Tensor, rois: Tensor, *, output_size: int, stride: int, samplin
         >>> roi_align(x, box, output_size=1, stride=4, sampling_ratio=2, aligned=True).item()
         2.5
     """
-    if x.device.type != "cpu" or not sampling_ratio:
-        pooled: Tensor = torchvision.ops.roi_align(
-            x, rois.to(x.dtype), output_size, 1.0 / stride, sampling_ratio, aligned
-        )
+    scale = 1.0 / stride
+    if x.device.type != "cpu":
+        pooled: Tensor = torchvision.ops.roi_align(x, rois.to(x.dtype), output_size, scale, sampling_ratio, aligned)
         return pooled
-    return _gather_roi_align(x, rois, output_size, 1.0 / stride, sampling_ratio, aligned)
+    if sampling_ratio:
+        return _gather_roi_align(x, rois, output_size, scale, (sampling_ratio, sampling_ratio), aligned)
+    return _adaptive_roi_align(x, rois, output_size, scale, aligned)
 
 
-def _gather_roi_align(x: Tensor, rois: Tensor, size: int, scale: float, ratio: int, aligned: bool) -> Tensor:
-    channels, height, width = x.shape[1:]
-    boxes = rois[:, 1:].float() * scale - (0.5 if aligned else 0.0)
-    x0, y0, x1, y1 = boxes.unbind(1)
+def _adaptive_roi_align(x: Tensor, rois: Tensor, size: int, scale: float, aligned: bool) -> Tensor:
+    """RoIAlign with a sample per map pixel: RoIs that take equally many samples are pooled together."""
+    _, lengths = _on_map(rois, scale, aligned)
+    ratios = torch.ceil(lengths / size).long().clamp(min=0)
+    # Boxes without samples are zero.
+    pooled = x.new_zeros(len(rois), size, size, x.shape[1])
+    for ratio in torch.unique(ratios[(ratios > 0).all(1)], dim=0):
+        rows = torch.where((ratios == ratio).all(1))[0]
+        height, width = ratio.tolist()
+        if height * width <= _MOST_SAMPLES:
+            of_ratio = _gather_roi_align(x, rois[rows], size, scale, (height, width), aligned)
+        else:
+            of_ratio = torchvision.ops.roi_align(x, rois[rows].to(x.dtype), size, scale, 0, aligned)
+        pooled.index_copy_(0, rows, of_ratio.permute(0, 2, 3, 1))
+    return pooled.permute(0, 3, 1, 2)
+
+
+def _on_map(rois: Tensor, scale: float, aligned: bool) -> tuple[Tensor, Tensor]:
+    """Starts and lengths of RoIs along y and x in map pixels, ``(R, 2)`` each."""
+    corners = rois[:, 1:].float() * scale - (0.5 if aligned else 0.0)
+    starts, ends = corners[:, [1, 0]], corners[:, [3, 2]]
     # Unaligned RoIAlign treats boxes of less than one map pixel as one pixel.
-    floor = -math.inf if aligned else 1.0
-    rows, row_weights = _samples(y0, (y1 - y0).clamp(min=floor), size, ratio, height)
-    columns, column_weights = _samples(x0, (x1 - x0).clamp(min=floor), size, ratio, width)
+    return starts, (ends - starts).clamp(min=-math.inf if aligned else 1.0)
+
+
+def _gather_roi_align(
+    x: Tensor, rois: Tensor, size: int, scale: float, ratios: tuple[int, int], aligned: bool
+) -> Tensor:
+    channels, height, width = x.shape[1:]
+    starts, lengths = _on_map(rois, scale, aligned)
+    rows, row_weights = _samples(starts[:, 0], lengths[:, 0], size, ratios[0], height)
+    columns, column_weights = _samples(starts[:, 1], lengths[:, 1], size, ratios[1], width)
     image = rois[:, 0].long().view(-1, 1, 1, 1, 1) * (height * width)
     index = image + rows[:, :, None, :, None] * width + columns[:, None, :, None, :]
     weights = row_weights[:, :, None, :, None] * column_weights[:, None, :, None, :]
-    taps = (2 * ratio) ** 2
+    taps = 4 * ratios[0] * ratios[1]
     pooled = F.embedding_bag(
         index.reshape(-1, taps),
         x.permute(0, 2, 3, 1).reshape(-1, channels),
@@ -73,8 +101,11 @@ def _gather_roi_align(x: Tensor, rois: Tensor, size: int, scale: float, ratio: i
 
 def _samples(start: Tensor, length: Tensor, bins: int, ratio: int, limit: int) -> tuple[Tensor, Tensor]:
     """Positions and weights of the bilinear taps along one axis: ``(R, bins, 2 * ratio)`` each."""
-    offsets = (torch.arange(bins * ratio, dtype=start.dtype, device=start.device) + 0.5) / (ratio * bins)
-    centre = start[:, None] + offsets * length[:, None]
+    bin_index = torch.arange(bins, dtype=start.dtype, device=start.device)[:, None]
+    sample_index = torch.arange(ratio, dtype=start.dtype, device=start.device)
+    # In torchvision's order: a sample on the border counts, one beyond it by rounding does not.
+    side = length[:, None, None] / bins
+    centre = (start[:, None, None] + bin_index * side + (sample_index + 0.5) * side / ratio).flatten(1)
     inside = (centre >= -1) & (centre <= limit)
     centre = centre.clamp(min=0)
     low = centre.floor().long().clamp(max=limit - 1)
@@ -140,10 +171,9 @@ class StrideRoIAlign(nn.Module):
         index = torch.cat([b.new_full((len(b), 1), i) for i, b in enumerate(boxes)])
         rois = torch.cat([index, torch.cat(list(boxes))], 1)
         levels = self.assign_levels(rois[:, 1:])
-        pooled = maps[0].new_empty(len(rois), *self.output_size, maps[0].shape[1])
-        for level, (x, stride) in enumerate(zip(maps, self.strides.values(), strict=True)):
-            rows = torch.where(levels == level)[0]
-            of_level = roi_align(
+        chosen = [torch.where(levels == level)[0] for level in range(len(maps))]
+        pooled = [
+            roi_align(
                 x,
                 rois[rows],
                 output_size=self.output_size[0],
@@ -151,8 +181,9 @@ class StrideRoIAlign(nn.Module):
                 sampling_ratio=self.sampling_ratio,
                 aligned=self.aligned,
             )
-            pooled.index_copy_(0, rows, of_level.permute(0, 2, 3, 1))
-        return pooled.permute(0, 3, 1, 2)
+            for x, stride, rows in zip(maps, self.strides.values(), chosen, strict=True)
+        ]
+        return _in_order(pooled, chosen)
 
     def assign_levels(self, boxes: Tensor) -> Tensor:
         """Index into the levels for each box ``(R, 4)``, ``(R,)`` int64."""
@@ -161,3 +192,18 @@ class StrideRoIAlign(nn.Module):
         level = torch.floor(self.canonical_level + torch.log2(area.sqrt() / self.canonical_scale) + 1e-6)
         finest = next(iter(self.strides.values())).bit_length() - 1
         return (level - finest).clamp(0, len(self.strides) - 1).long()
+
+
+def _in_order(parts: list[Tensor], places: list[Tensor]) -> Tensor:
+    """Rows of several tensors ``(R_i, C, S, S)`` at their places in one, laid out in memory as the largest."""
+    largest = max(parts, key=len)
+    nhwc = largest.is_contiguous(memory_format=torch.channels_last)
+    whole = torch.empty(
+        (sum(map(len, parts)), *largest.shape[1:]),
+        dtype=largest.dtype,
+        device=largest.device,
+        memory_format=torch.channels_last if nhwc else torch.contiguous_format,
+    )
+    for part, rows in zip(parts, places, strict=True):
+        whole.index_copy_(0, rows, part)
+    return whole
