@@ -13,7 +13,7 @@ import torch
 import typer
 from torch import Tensor, nn
 from torch.profiler import profile as profile_operators
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import a2fpn
 from a2fpn.layers import ConvNormAct
@@ -64,11 +64,24 @@ def prepare(name: str, channels: Sequence[int], size: Size, training: bool) -> m
 
 
 def gmacs(name: str, channels: Sequence[int], size: Size) -> float:
-    """Multiplications and additions of convolutions and matrix products in a forward pass, 1e9."""
+    """Multiplications and additions of convolutions, matrix products and weighted sums in a forward pass, 1e9."""
     call = prepare(name, channels, size, training=False)
-    with FlopCounterMode(display=False) as counter:
+    # torch counts neither of these two on a CPU.
+    unknown = {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+        torch.ops.aten._embedding_bag_forward_only: _bag_flops,
+    }
+    with FlopCounterMode(display=False, custom_mapping=unknown) as counter:
         call()
     return int(counter.get_total_flops()) / 2e9
+
+
+def _attention_flops(query: Size, key: Size, value: Size, *args: object, **kwargs: object) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+def _bag_flops(rows: Size, index: Size, *args: object, **kwargs: object) -> int:
+    return 2 * index[0] * rows[1]
 
 
 def parts_of(neck: a2fpn.Neck) -> dict[str, list[nn.Module]]:

@@ -38,6 +38,30 @@ def test_necks_measure_every_neck_that_takes_a_backbones_pyramid(capsys):
     assert re.search(r"│ aten::\w+ +│ +[\d.]+ ms │ +\d+% │", out)
 
 
+def test_gmacs_count_attention_and_weighted_sums():
+    channels, size, width = (64, 64, 64, 64), (64, 96), 256
+    pixels = [(size[0] // stride) * (size[1] // stride) for stride in (4, 8, 16, 32)]
+    nodes, every = 64, 4 * 64
+
+    def reasoning(number):
+        return 3 * number * width**2 + 2 * number**2 * width
+
+    context = reasoning(every) + sum(
+        2 * nodes * n * 64
+        + nodes * 64 * width
+        + reasoning(nodes)  # collect
+        + n * 64 * width
+        + every * width**2
+        + 2 * n * every * width  # distribute
+        for n in pixels
+    )
+    got = necks.gmacs("pafpn_mgc", channels, size) - necks.gmacs("pafpn", channels, size)
+    assert got == pytest.approx(context / 1e9)
+    carafe, fpn = (necks.gmacs(name, channels, size) for name in ("carafe_fpn", "fpn"))
+    kernels = sum(n * width * 64 for n in pixels[1:]) + sum(n * (64 * 25 * 9 + 25 * width) for n in pixels[:-1])
+    assert carafe - fpn == pytest.approx(kernels / 1e9)
+
+
 def test_loader_prints_how_much_faster_it_is_and_how_masks_differ(tmp_path, capsys):
     _, annotations = write_coco(tmp_path)
     (tmp_path / "annotations").mkdir()

@@ -62,6 +62,32 @@ def test_equals_the_specification_pixel_by_pixel(kind: str) -> None:
     assert largest_difference(*gradients) < 1e-10
 
 
+@pytest.mark.parametrize("band", [1, 1000, 10**9])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_bands_of_any_size_give_the_same(
+    band: int, memory_format: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("a2fpn.layers.context._BAND_BYTES", band)
+    mgc = random_mgc()
+    features = [x.contiguous(memory_format=memory_format) for x in random_maps()]
+    expected = mgc(features)
+    with torch.no_grad():
+        assert largest_difference(mgc(features), expected) < 1e-12
+
+
+def test_the_sum_is_written_in_place_only_where_no_gradient_is_recorded() -> None:
+    mgc, features = random_mgc(), random_maps()
+    laterals = [torch.randn(2, 8, *size, dtype=torch.float64) for size in SIZES]
+    expected = [x + y for x, y in zip(laterals, mgc(features), strict=True)]
+    before = [x.clone() for x in laterals]
+    assert largest_difference(mgc(features, onto=laterals), expected) < 1e-12
+    assert all(map(torch.equal, laterals, before))
+    with torch.no_grad():
+        got = mgc(features, onto=laterals)
+    assert all(a is b for a, b in zip(got, laterals, strict=True))
+    assert largest_difference(got, expected) < 1e-12
+
+
 @kinds
 def test_a_fresh_one_gives_exactly_nothing(kind: str) -> None:
     mgc = MGC(CHANNELS, 8, nodes=NODES, attention=kind).double()

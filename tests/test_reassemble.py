@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -6,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from a2fpn.layers import CARAFE, GACAP, GACARAFE, reassemble
-from a2fpn.layers.reassemble import ChannelGates, KernelPredictor, _reassemble_by_shifts
+from a2fpn.layers.reassemble import ChannelGates, KernelPredictor, _narrowest, _reassemble_by_shifts
 from tests.helpers import largest_difference, randomise, weighted_sum, with_zero_gradient
 
 SIZES = {
@@ -58,7 +60,7 @@ def test_equals_unfold(source: tuple[int, int], target: tuple[int, int], k: int)
 
 @sides
 @sizes
-def test_shifts_equal_the_blocks(source: tuple[int, int], target: tuple[int, int], k: int) -> None:
+def test_shifts_equal_the_bags(source: tuple[int, int], target: tuple[int, int], k: int) -> None:
     x, kernels = torch.randn(2, 3, *source, dtype=torch.float64), random_kernels(k, target)
     assert largest_difference([_reassemble_by_shifts(x, kernels, k)], [reassemble(x, kernels, target)]) < 1e-12
 
@@ -70,15 +72,17 @@ def test_gradcheck(target: tuple[int, int]) -> None:
     assert torch.autograd.gradcheck(lambda x, kernels: reassemble(x, kernels, target), (x, kernels))
 
 
-@pytest.mark.parametrize("target", [(24, 128), (23, 127)])
-def test_maps_too_large_for_one_block_of_rows(target: tuple[int, int]) -> None:
-    # The windows of one row take 0.8 MB, all of them 10 MB and more.
-    x = torch.randn(1, 64, 12, 64, dtype=torch.float64, requires_grad=True)
-    kernels = random_kernels(5, target, batch=1).requires_grad_()
-    results = [function(x, kernels, target) for function in (reassemble, naive)]
-    assert largest_difference(results[:1], results[1:]) < 1e-12
-    gradients = [torch.autograd.grad(result.sum(), (x, kernels)) for result in results]
-    assert largest_difference(*gradients) < 1e-11
+@pytest.mark.parametrize(("pixels", "dtype"), [(2**31 - 1, torch.int32), (2**31, torch.int64)])
+def test_pixels_are_counted_in_as_few_bits_as_will_do(
+    pixels: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert _narrowest(pixels) == dtype
+    x, kernels = torch.randn(2, 3, 5, 7, requires_grad=True), random_kernels(3, (9, 13), dtype=torch.float32)
+    expected = reassemble(x, kernels, (9, 13))
+    monkeypatch.setattr(sys.modules[_narrowest.__module__], "_narrowest", lambda pixels: dtype)
+    got = reassemble(x, kernels, (9, 13))
+    assert torch.equal(got, expected)
+    assert torch.equal(*(torch.autograd.grad(y.square().sum(), x)[0] for y in (got, expected)))
 
 
 @pytest.mark.parametrize("size", [(10, 14), (9, 13)])
@@ -204,6 +208,20 @@ def test_an_even_kernel_has_no_centre() -> None:
 def test_fresh_gates_add() -> None:
     a, b = torch.randn(2, 16, 5, 7), torch.randn(2, 16, 5, 7)
     assert torch.equal(ChannelGates(16)(a, b), a + b)
+
+
+def test_gates_write_into_the_first_map_only_where_no_gradient_is_recorded() -> None:
+    gates = ChannelGates(16)
+    randomise(gates)
+    a, b = torch.randn(2, 16, 5, 7), torch.randn(2, 16, 5, 7)
+    before = a.clone(), b.clone()
+    expected = gates(a, b)
+    assert torch.equal(a, before[0])
+    with torch.no_grad():
+        got = gates(a, b)
+    assert got is a
+    assert torch.equal(b, before[1])
+    torch.testing.assert_close(got, expected)
 
 
 def test_gates_lie_between_zero_and_two() -> None:

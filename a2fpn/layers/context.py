@@ -20,6 +20,9 @@ from a2fpn.layers.attention import ATTENTION_KINDS, AttentionKind, attend
 from a2fpn.layers.precision import autocast_off
 from a2fpn.layers.recompute import recomputed
 
+_BAND_BYTES = 2**24
+"""Of a query, outside training: far below the size from which an allocator takes fresh pages for each block."""
+
 
 class SelfAttention(nn.Module):
     """Reasoning over nodes: ``X + attend(X W_q, X W_k, X W_v)``.
@@ -91,22 +94,34 @@ class MGC(nn.Module):
         self.query = nn.ModuleList(nn.Conv2d(c, out_channels, 1) for c in in_channels)
         self.out = nn.ModuleList(_zero_linear(out_channels) for _ in in_channels)
 
-    def forward(self, features: Sequence[Tensor], valid: Sequence[Tensor | None] | None = None) -> list[Tensor]:
+    def forward(
+        self,
+        features: Sequence[Tensor],
+        valid: Sequence[Tensor | None] | None = None,
+        *,
+        onto: Sequence[Tensor] | None = None,
+    ) -> list[Tensor]:
         """Computes the context of every pixel.
 
         Args:
             features: Maps ``(B, C_i, H_i, W_i)``.
             valid: Per level a bool map ``(B, 1, H_i, W_i)``, False on the batch's padding, or None.
+            onto: Maps ``(B, d, H_i, W_i)`` that the context is added to, the laterals; they are written into where no
+                gradient is recorded.
 
         Returns:
-            Maps ``(B, d, H_i, W_i)`` to be added to the laterals.
+            Maps ``(B, d, H_i, W_i)``: the context, or its sum with ``onto``.
         """
         masks = [None] * len(features) if valid is None else valid
         collected = [
             recomputed(self, self._collect, i, x, mask) for i, (x, mask) in enumerate(zip(features, masks, strict=True))
         ]
         nodes = self.global_reasoning(torch.cat(collected, 1))
-        return [recomputed(self, self._distribute, i, x, nodes) for i, x in enumerate(features)]
+        base = [None] * len(features) if onto is None else onto
+        return [
+            recomputed(self, self._distribute, i, x, nodes, y)
+            for i, (x, y) in enumerate(zip(features, base, strict=True))
+        ]
 
     def _collect(self, level: int, x: Tensor, valid: Tensor | None) -> Tensor:
         pixels = x.flatten(2).transpose(1, 2)
@@ -117,9 +132,24 @@ class MGC(nn.Module):
         nodes: Tensor = self.level_reasoning[level](self.value[level](collected))
         return nodes
 
-    def _distribute(self, level: int, x: Tensor, nodes: Tensor) -> Tensor:
+    def _distribute(self, level: int, x: Tensor, nodes: Tensor, onto: Tensor | None) -> Tensor:
+        values = self.out[level](nodes)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            context = self._ask(level, x, nodes, values)
+            return context if onto is None else onto + context
+        batch, _, height, width = x.shape
+        if onto is None:
+            onto = _zeros_channels_last(values, height, width)
+        # Band by band: a query or an answer of the finest level is not kept, and hardly leaves the cache.
+        rows = max(1, _BAND_BYTES // (batch * width * onto.shape[1] * onto.element_size()))
+        for start in range(0, height, rows):
+            band = slice(start, start + rows)
+            onto[:, :, band] += self._ask(level, x[:, :, band], nodes, values)
+        return onto
+
+    def _ask(self, level: int, x: Tensor, nodes: Tensor, values: Tensor) -> Tensor:
         query = self.query[level](x)
-        context = attend(query.flatten(2).transpose(1, 2), nodes, self.out[level](nodes), kind=self.attention)
+        context = attend(query.flatten(2).transpose(1, 2), nodes, values, kind=self.attention)
         return context.transpose(1, 2).reshape(query.shape)
 
     def orthogonal_loss(self) -> Tensor:
@@ -130,6 +160,11 @@ class MGC(nn.Module):
         """
         unit_norm = self.attention == "scaled_cosine"
         return torch.stack([orthogonality(w, unit_norm=unit_norm) for w in self.entities]).sum()
+
+
+def _zeros_channels_last(like: Tensor, height: int, width: int) -> Tensor:
+    """A map ``(B, C, height, width)`` for nodes ``(B, N, C)``."""
+    return like.new_zeros(len(like), height, width, like.shape[2]).permute(0, 3, 1, 2)
 
 
 def _zero_linear(channels: int) -> nn.Linear:

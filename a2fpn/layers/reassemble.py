@@ -15,17 +15,13 @@ from torch.nn import functional as F
 from a2fpn.layers.precision import autocast_off
 from a2fpn.layers.recompute import recomputed
 
-# Bytes of gathered windows that a block of rows may hold: about a core's cache, so that a block is read
-# back before it leaves, and a bound on what the op needs beyond its input and output.
-_BLOCK_BYTES = {"cpu": 2**20, "cuda": 2**27}
-
 
 def reassemble(x: Tensor, kernels: Tensor, size: tuple[int, int]) -> Tensor:
     """Each target pixel becomes a weighted sum of the ``k x k`` neighbourhood of its nearest source pixel.
 
     The nearest source pixel of target pixel ``i`` is ``floor(i * h / H)``, as in nearest-neighbour interpolation,
-    for any pair of sizes, up or down. Beyond the border the edge pixel is repeated. Only ``x`` and ``kernels`` are
-    kept for the backward pass; windows are gathered again, a block of rows at a time.
+    for any pair of sizes, up or down. Beyond the border the edge pixel is repeated. Windows are never gathered: the sum
+    and its gradients are weighted bags of pixels. Only ``x`` and ``kernels`` are kept for the backward pass.
 
     Args:
         x: Source ``(B, C, h, w)``.
@@ -75,137 +71,109 @@ def _reassemble_by_shifts(x: Tensor, kernels: Tensor, k: int) -> Tensor:
     return out
 
 
-class _Blocks:
-    """Cuts the reassembly into blocks of target rows, as small matrix products over gathered windows.
-
-    Where the target is exactly twice the source, the four target pixels of a source pixel share one window
-    (``scale`` 2); otherwise each target pixel has its own (``scale`` 1).
-    """
-
-    def __init__(self, x: Tensor, kernels: Tensor, k: int) -> None:
-        self.batch, self.channels, h, w = x.shape
-        target_h, target_w = kernels.shape[-2:]
-        self.k, self.scale = k, 2 if (target_h, target_w) == (2 * h, 2 * w) else 1
-        self.height, self.width = target_h // self.scale, target_w // self.scale
-        # One window per source pixel, in order: windows are views, not gathers.
-        self.dense = (self.height, self.width) == (h, w)
-        self.rows = _source_index(self.height, h, x.device)
-        self.columns = _source_index(self.width, w, x.device)
-        self.padded = _pad_channels_last(x, k // 2)
-        self.kernels = self.blocked(kernels)
-        row_bytes = self.batch * self.width * k * k * self.channels * x.element_size()
-        self.step = max(1, _BLOCK_BYTES.get(x.device.type, _BLOCK_BYTES["cuda"]) // max(1, row_bytes))
-
-    def blocked(self, x: Tensor) -> Tensor:
-        """A view of target-sized ``(B, C, H, W)`` as ``(B, rows, columns, scale, scale, C)``."""
-        s = self.scale
-        return x.permute(0, 2, 3, 1).view(x.shape[0], self.height, s, self.width, s, x.shape[1]).transpose(2, 3)
-
-    def row_blocks(self) -> list[slice]:
-        return [slice(start, min(start + self.step, self.height)) for start in range(0, self.height, self.step)]
-
-    def windows(self, block: slice) -> Tensor:
-        """Windows of a block, ``(pixels, k * k, C)``."""
-        if self.dense:
-            unfolded = self.padded[:, block.start : block.stop + self.k - 1].unfold(1, self.k, 1).unfold(2, self.k, 1)
-            return unfolded.permute(0, 1, 2, 4, 5, 3).reshape(-1, self.k * self.k, self.channels)
-        gathered = self.padded.flatten(1, 2).index_select(1, self.index(block))
-        return gathered.reshape(-1, self.k * self.k, self.channels)
-
-    def add_windows(self, grad: Tensor, windows: Tensor, block: slice) -> None:
-        """Adds ``windows`` (as from :meth:`windows`) to ``grad``, shaped like ``padded``, where they were taken."""
-        k = self.k
-        if not self.dense:
-            grad.flatten(1, 2).index_add_(1, self.index(block), windows.reshape(self.batch, -1, self.channels))
-            return
-        windows = windows.reshape(self.batch, -1, self.width, k, k, self.channels)
-        for i in range(k):
-            for j in range(k):
-                grad[:, block.start + i : block.stop + i, j : j + self.width] += windows[:, :, :, i, j]
-
-    def index(self, block: slice) -> Tensor:
-        """Positions in the flattened padded map of every window element of a block of rows."""
-        offsets = torch.arange(self.k, device=self.rows.device)
-        rows = self.rows[block, None] + offsets
-        columns = self.columns[:, None] + offsets
-        return (rows[:, None, :, None] * self.padded.shape[2] + columns[None, :, None, :]).flatten()
-
-    def weights(self, block: slice) -> Tensor:
-        """Kernels of a block, ``(pixels, scale * scale, k * k)``."""
-        return self.kernels[:, block].reshape(-1, self.scale**2, self.k**2)
-
-
-def _pad_channels_last(x: Tensor, pad: int) -> Tensor:
-    """Replicate padding of ``(B, C, h, w)`` to ``(B, h + 2 pad, w + 2 pad, C)`` in one allocation."""
-    b, c, h, w = x.shape
-    padded = x.new_empty(b, h + 2 * pad, w + 2 * pad, c)
-    rows = padded.narrow(1, pad, h)
-    rows.narrow(2, pad, w).copy_(x.permute(0, 2, 3, 1))
-    rows.narrow(2, 0, pad).copy_(rows.narrow(2, pad, 1))
-    rows.narrow(2, pad + w, pad).copy_(rows.narrow(2, pad + w - 1, 1))
-    padded.narrow(1, 0, pad).copy_(padded.narrow(1, pad, 1))
-    padded.narrow(1, pad + h, pad).copy_(padded.narrow(1, pad + h - 1, 1))
-    return padded
-
-
 class _Reassemble(torch.autograd.Function):
-    """The op; its products run in the dtype of ``x``, in both passes, whatever autocast says around them."""
+    """The op; its sums run in the dtype of ``x``, in both passes, whatever autocast says around them."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, kernels: Tensor, k: int) -> Tensor:
         ctx.save_for_backward(x, kernels)
         ctx.k = k  # type: ignore[attr-defined]
         with autocast_off(x):
-            return _weigh(_Blocks(x, kernels, k), kernels)
+            return _as_map(_sum_bags(_pixels_around(x, kernels, k), _as_rows(kernels), _as_rows(x)), kernels)
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, kernels = ctx.saved_tensors  # type: ignore[attr-defined]
         with autocast_off(x):
-            grad_x, grad_kernels = _weigh_backward(_Blocks(x, kernels, ctx.k), grad)  # type: ignore[attr-defined]
-        return grad_x, grad_kernels, None
+            rows = _as_rows(grad)
+            # One after the other: the indices of either take as much memory as the kernels.
+            grad_kernels = _kernel_gradient(x, kernels, ctx.k, rows)  # type: ignore[attr-defined]
+            grad_x = _sum_bags(*_pixels_to(x, kernels, ctx.k), rows)  # type: ignore[attr-defined]
+        return _as_map(grad_x, x), grad_kernels, None
 
 
-def _weigh(blocks: _Blocks, kernels: Tensor) -> Tensor:
-    out = _empty_channels_last(kernels, blocks.channels)
-    blocked = blocks.blocked(out)
-    for block in blocks.row_blocks():
-        product = torch.bmm(blocks.weights(block), blocks.windows(block))
-        blocked[:, block] = product.reshape(blocked[:, block].shape)
-    return out
+def _kernel_gradient(x: Tensor, kernels: Tensor, k: int, grad: Tensor) -> Tensor:
+    index = _pixels_around(x, kernels, k).flatten()
+    bags = torch.arange(len(grad), dtype=index.dtype, device=index.device)
+    of_weights = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        grad, _as_rows(x), index, bags * k**2, bags.repeat_interleave(k**2), _SUM
+    )
+    return _as_map(of_weights.view(-1, k**2), kernels)
 
 
-def _weigh_backward(blocks: _Blocks, grad: Tensor) -> tuple[Tensor, Tensor]:
-    grads = blocks.blocked(grad)
-    grad_padded = torch.zeros_like(blocks.padded)
-    grad_kernels = _empty_channels_last(grad, blocks.k**2)
-    blocked = blocks.blocked(grad_kernels)
-    for block in blocks.row_blocks():
-        g = grads[:, block].reshape(-1, blocks.scale**2, blocks.channels)
-        product = torch.bmm(g, blocks.windows(block).transpose(1, 2))
-        blocked[:, block] = product.reshape(blocked[:, block].shape)
-        blocks.add_windows(grad_padded, torch.bmm(blocks.weights(block).transpose(1, 2), g), block)
-    return _fold_border(grad_padded, blocks.k // 2).permute(0, 3, 1, 2), grad_kernels
+_SUM = 0
+"""The mode of a bag in torch's own operators."""
 
 
-def _empty_channels_last(like: Tensor, channels: int) -> Tensor:
-    b, _, h, w = like.shape
-    return like.new_empty(b, h, w, channels).permute(0, 3, 1, 2)
+def _as_rows(x: Tensor) -> Tensor:
+    """``(B, C, H, W)`` as ``(B * H * W, C)``, without a copy where pixels are contiguous."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]).contiguous()
 
 
-def _fold_border(padded: Tensor, pad: int) -> Tensor:
-    """Gradient of replicate padding: adds the border of ``(B, h + 2 pad, w + 2 pad, C)`` to the edge pixels.
+def _as_map(rows: Tensor, like: Tensor) -> Tensor:
+    """``(B * H * W, C)`` as ``(B, C, H, W)`` with the batch and size of another map."""
+    return rows.view(len(like), *like.shape[2:], rows.shape[1]).permute(0, 3, 1, 2)
 
-    Works in place; the result is the inner part.
+
+def _sum_bags(index: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
+    return F.embedding_bag(index, rows, mode="sum", per_sample_weights=weights)
+
+
+def _pixels_around(x: Tensor, kernels: Tensor, k: int) -> Tensor:
+    """For every target pixel the source pixels of its window, ``(B * H * W, k * k)``, as rows of the source."""
+    (batch, _, h, w), (height, width) = x.shape, kernels.shape[2:]
+    rows, columns = _window(height, h, k, x.device), _window(width, w, k, x.device)
+    return _join(_in_batch(batch, rows * w, h * w), columns, _narrowest(batch * h * w))
+
+
+def _pixels_to(x: Tensor, kernels: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """For every source pixel the target pixels whose window it is in, and its weights there: the inverse."""
+    (batch, _, h, w), (height, width) = x.shape, kernels.shape[2:]
+    (rows, i, own_row), (columns, j, own_column) = _inverse(height, h, k, x.device), _inverse(width, w, k, x.device)
+    rows = _in_batch(batch, rows * width, height * width)
+    weights = _as_rows(kernels).flatten()[_join(rows * k**2 + i * k, columns * k**2 + j, torch.int64)]
+    own = own_row[:, None, :, None] & own_column[:, None, :]
+    weights.view(batch, *own.shape).mul_(own)
+    return _join(rows, columns, _narrowest(batch * height * width)), weights
+
+
+def _in_batch(batch: int, rows: Tensor, pixels: int) -> Tensor:
+    """Starts of rows ``(h, m)`` in each image of a batch, ``(B, h, m)``."""
+    return torch.arange(batch, device=rows.device)[:, None, None] * pixels + rows
+
+
+def _join(rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sums of starts of rows ``(B, h, m)`` and columns ``(w, n)``, ``(B * h * w, m * n)``."""
+    pixels = rows.to(dtype)[:, :, None, :, None] + columns.to(dtype)[:, None, :]
+    return pixels.view(-1, rows.shape[2] * columns.shape[1])
+
+
+def _narrowest(pixels: int) -> torch.dtype:
+    """What counts pixels in the least memory."""
+    return torch.int32 if pixels < 2**31 else torch.int64
+
+
+def _window(target: int, source: int, k: int, device: torch.device) -> Tensor:
+    """Along one axis the window of every target pixel, ``(target, k)``; beyond the border the edge is repeated."""
+    around = torch.arange(k, device=device) - k // 2
+    return (_source_index(target, source, device)[:, None] + around).clamp_(0, source - 1)
+
+
+def _inverse(target: int, source: int, k: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Along one axis the windows that every source pixel is in.
+
+    Returns:
+        ``(source, M)`` each: target pixels, places in their windows, and whether the entry counts; M is the most
+        windows that a pixel is in, and the rest of a row repeats its first entry.
     """
-    for dim in (1, 2):
-        inner = padded.narrow(dim, pad, padded.shape[dim] - 2 * pad)
-        inner.narrow(dim, 0, 1).add_(padded.narrow(dim, 0, pad).sum(dim, keepdim=True))
-        inner.narrow(dim, inner.shape[dim] - 1, 1).add_(
-            padded.narrow(dim, padded.shape[dim] - pad, pad).sum(dim, keepdim=True)
-        )
-        padded = inner
-    return padded
+    # Sizes alone decide it: on the CPU nothing waits for a GPU.
+    pixels = _window(target, source, k, torch.device("cpu")).flatten()
+    count = torch.bincount(pixels, minlength=source)
+    first = count.cumsum(0) - count
+    entry = torch.arange(int(count.max()))
+    own = entry < count[:, None]
+    pair = pixels.argsort(stable=True)[(first[:, None] + entry * own).clamp_(max=len(pixels) - 1)]
+    return (pair // k).to(device), (pair % k).to(device), own.to(device)
 
 
 class KernelPredictor(nn.Module):
@@ -264,11 +232,15 @@ class ChannelGates(nn.Module):
         nn.init.zeros_(self.gate.bias)
 
     def forward(self, a: Tensor, b: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Returns ``gate_a * a + gate_b * b`` for maps ``(B, C, H, W)``; ``valid`` is a bool ``(B, 1, H, W)``."""
+        """Returns ``gate_a * a + gate_b * b`` for maps ``(B, C, H, W)``; ``valid`` is a bool ``(B, 1, H, W)``.
+
+        Where no gradient is recorded, the sum is written into ``a``.
+        """
         pooled = torch.cat([_valid_mean(a, valid), _valid_mean(b, valid)], 1)
         gates = 2 * torch.sigmoid(self.gate(F.relu(self.hidden(pooled))))
         gate_a, gate_b = gates[:, :, None, None].to(a.dtype).chunk(2, 1)
-        return torch.addcmul(gate_a * a, gate_b, b)
+        gated = gate_a * a if torch.is_grad_enabled() else a.mul_(gate_a)
+        return gated.addcmul_(gate_b, b)
 
 
 def _valid_mean(x: Tensor, valid: Tensor | None) -> Tensor:
