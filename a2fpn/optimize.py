@@ -1,8 +1,8 @@
 """A detector made ready to run: the same results up to rounding, in less time, and nothing to save or to train.
 
 What is done was measured on CPUs, in the order of what it gains: convolutions and what follows them on NHWC memory,
-batch norms folded into convolutions, activations applied while a convolution's result is still in the cache, boxes
-decoded only for the proposals that are kept, masks predicted only for the class that was found.
+batch norms folded into convolutions, activations and shortcuts applied while a convolution's result is still in the
+cache, boxes decoded only for the proposals that are kept, masks predicted only for the class that was found.
 """
 
 from __future__ import annotations
@@ -375,7 +375,7 @@ class _ResidualBlock(nn.Module):
         """Maps ``(B, C_in, H, W)`` to ``(B, C_out, H', W')``."""
         last = self.last
         y = self.body(x).to(last.weight.dtype)
-        shortcut = x if self.downsample is None else self.downsample(x)
+        shortcut = (x if self.downsample is None else self.downsample(x)).to(y.dtype)
         if not self.own_shortcut:
             shortcut = shortcut.clone()
         if not (y.numel() and _has_fused_convolution(y)):
