@@ -265,7 +265,7 @@ def _report(size: Size, sides: Sequence[str], weights: Path, rounds: int, profil
                 f"{memory[side] / memory[TORCHVISION]:.2f}",
             ]
         )
-    columns = ["model", "time", "/ torchvision", "same output", "target", f"/ {FPN}", "peak memory", "/ torchvision"]
+    columns = ["model", "time", "/ torchvision", "same output", "target", "/ fpn", "peak memory", "/ torchvision"]
     measure.print_table(title, columns, rows)
     if profile:
         _profile(size, weights, threshold, rounds)
