@@ -76,10 +76,10 @@ def test_gradcheck(target: tuple[int, int]) -> None:
 def test_pixels_are_counted_in_as_few_bits_as_will_do(
     pixels: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert _narrowest(pixels) == dtype
+    assert _narrowest(5, pixels) == _narrowest(pixels, 5) == dtype
     x, kernels = torch.randn(2, 3, 5, 7, requires_grad=True), random_kernels(3, (9, 13), dtype=torch.float32)
     expected = reassemble(x, kernels, (9, 13))
-    monkeypatch.setattr(sys.modules[_narrowest.__module__], "_narrowest", lambda pixels: dtype)
+    monkeypatch.setattr(sys.modules[_narrowest.__module__], "_narrowest", lambda *counts: dtype)
     got = reassemble(x, kernels, (9, 13))
     assert torch.equal(got, expected)
     assert torch.equal(*(torch.autograd.grad(y.square().sum(), x)[0] for y in (got, expected)))

@@ -15,6 +15,9 @@ from torch.nn import functional as F
 from a2fpn.layers.precision import autocast_off
 from a2fpn.layers.recompute import recomputed
 
+_BAG_DEVICES = ("cpu", "cuda")
+"""Where torch has weighted bags and their gradients."""
+
 
 def reassemble(x: Tensor, kernels: Tensor, size: tuple[int, int]) -> Tensor:
     """Each target pixel becomes a weighted sum of the ``k x k`` neighbourhood of its nearest source pixel.
@@ -48,7 +51,7 @@ def reassemble(x: Tensor, kernels: Tensor, size: tuple[int, int]) -> Tensor:
     if tuple(kernels.shape[-2:]) != tuple(size) or kernels.shape[0] != x.shape[0]:
         raise ValueError(f"Expected kernels ({x.shape[0]}, {k * k}, {size[0]}, {size[1]}), got {tuple(kernels.shape)}.")
     kernels = kernels.to(x.dtype)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or x.device.type not in _BAG_DEVICES:
         return _reassemble_by_shifts(x, kernels, k)
     result: Tensor = _Reassemble.apply(x, kernels, k)
     return result
@@ -123,7 +126,7 @@ def _pixels_around(x: Tensor, kernels: Tensor, k: int) -> Tensor:
     """For every target pixel the source pixels of its window, ``(B * H * W, k * k)``, as rows of the source."""
     (batch, _, h, w), (height, width) = x.shape, kernels.shape[2:]
     rows, columns = _window(height, h, k, x.device), _window(width, w, k, x.device)
-    return _join(_in_batch(batch, rows * w, h * w), columns, _narrowest(batch * h * w))
+    return _join(_in_batch(batch, rows * w, h * w), columns, _narrowest(batch * h * w, batch * height * width * k**2))
 
 
 def _pixels_to(x: Tensor, kernels: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -134,7 +137,7 @@ def _pixels_to(x: Tensor, kernels: Tensor, k: int) -> tuple[Tensor, Tensor]:
     weights = _as_rows(kernels).flatten()[_join(rows * k**2 + i * k, columns * k**2 + j, torch.int64)]
     own = own_row[:, None, :, None] & own_column[:, None, :]
     weights.view(batch, *own.shape).mul_(own)
-    return _join(rows, columns, _narrowest(batch * height * width)), weights
+    return _join(rows, columns, _narrowest(batch * height * width, weights.numel())), weights
 
 
 def _in_batch(batch: int, rows: Tensor, pixels: int) -> Tensor:
@@ -148,9 +151,9 @@ def _join(rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
     return pixels.view(-1, rows.shape[2] * columns.shape[1])
 
 
-def _narrowest(pixels: int) -> torch.dtype:
-    """What counts pixels in the least memory."""
-    return torch.int32 if pixels < 2**31 else torch.int64
+def _narrowest(*counts: int) -> torch.dtype:
+    """What counts so far in the least memory."""
+    return torch.int32 if max(counts) < 2**31 else torch.int64
 
 
 def _window(target: int, source: int, k: int, device: torch.device) -> Tensor:
