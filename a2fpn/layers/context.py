@@ -21,7 +21,7 @@ from a2fpn.layers.precision import autocast_off
 from a2fpn.layers.recompute import recomputed
 
 _BAND_BYTES = 2**24
-"""Of a query, outside training: far below the size from which an allocator takes fresh pages for each block."""
+"""Of a query, outside training: half the size from which glibc's allocator takes fresh pages for each block."""
 
 
 class SelfAttention(nn.Module):
