@@ -1,0 +1,176 @@
+"""Average precision of matched detections, over all images, some of them, or resampled ones.
+
+Interpolated as COCO's: the mean of the best precision at recalls of 0, 0.01, ..., 1.
+
+Shape shorthand: T IoU thresholds, K classes, N detections, I images, B resamples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from a2fpn.report.matching import Bools, Floats, Ints, Matches, Scene
+
+RECALLS: Floats = np.linspace(0, 1, 101)
+_AT_ONCE = 4_000_000  # numbers in a block of resamples
+
+
+@dataclass(frozen=True, eq=False)
+class Precision:
+    """Precision and recall by threshold and class.
+
+    Args:
+        curve: (T, 101, K) precision at each recall of :data:`RECALLS`; NaN for a class without an annotation.
+        recall: (T, K) of all detections; NaN likewise.
+    """
+
+    curve: Floats
+    recall: Floats
+
+    @property
+    def per_class(self) -> Floats:
+        """(T, K) average precision."""
+        means: Floats = self.curve.mean(1)
+        return means
+
+    @property
+    def ap(self) -> float:
+        """The mean over thresholds and classes; NaN without any annotation."""
+        return mean(self.per_class)
+
+    def at(self, threshold: int) -> float:
+        """The mean over the classes at one of the thresholds, given by position."""
+        return mean(self.per_class[threshold])
+
+
+def mean(values: Floats) -> float:
+    """Mean of what is no NaN; NaN if nothing is left."""
+    measured = values[~np.isnan(values)]
+    return float(measured.mean()) if measured.size else float("nan")
+
+
+def precision(
+    scene: Scene, matches: Matches, *, images: Bools | None = None, left_out: Bools | None = None
+) -> Precision:
+    """Count what was found and what was invented, from the best score down.
+
+    Args:
+        scene: The objects.
+        matches: Their partners.
+        images: (I,) which images count; None for all.
+        left_out: (M,) annotations that need not be found, as given to :func:`a2fpn.report.matching.match`.
+    """
+    wanted = scene.positives if left_out is None else scene.positives & ~left_out
+    chosen = np.ones(len(scene.found), dtype=bool)
+    if images is not None:
+        wanted, chosen = wanted & images[scene.truth.image], images[scene.found.image]
+    thresholds, classes = len(matches.partner), len(scene.names)
+    curve = np.full((thresholds, len(RECALLS), classes), np.nan)
+    recall = np.full((thresholds, classes), np.nan)
+    positives = np.bincount(scene.truth.label[wanted], minlength=classes)
+    right, wrong = matches.right, matches.wrong
+    for label in np.flatnonzero(positives).tolist():
+        rows = np.flatnonzero(chosen & (scene.found.label == label))
+        rows = rows[np.argsort(-scene.found.score[rows], kind="stable")]
+        hits, slips = right[:, rows].cumsum(1), wrong[:, rows].cumsum(1)
+        for threshold in range(thresholds):
+            curve[threshold, :, label] = interpolated(hits[threshold], slips[threshold], int(positives[label]))
+        recall[:, label] = hits[:, -1] / positives[label] if len(rows) else 0.0
+    return Precision(curve, recall)
+
+
+def interpolated(hits: Ints, slips: Ints, positives: int, *, recalls: Floats = RECALLS) -> Floats:
+    """Best precision at each of the given recalls or more, (101,).
+
+    Args:
+        hits: Number of true positives among the best 1, 2, ... detections.
+        slips: Number of false positives likewise.
+        positives: Number of objects to find, at least 1.
+        recalls: (101,) where to look; COCO's by default.
+
+    Example:
+        >>> curve = interpolated(np.array([1, 1, 2]), np.array([0, 1, 1]), positives=4)
+        >>> curve[[0, 25, 26, 50, 51]].round(2).tolist()
+        [1.0, 1.0, 0.67, 0.67, 0.0]
+    """
+    best = hits / np.maximum(hits + slips, 1)
+    best = np.append(np.maximum.accumulate(best[::-1])[::-1], 0.0)
+    found: Floats = best[np.searchsorted(hits / positives, recalls, side="left")]
+    return found
+
+
+def resampling(images: int, *, resamples: int = 1000, seed: int = 0) -> NDArray[np.int32]:
+    """Times that each image is drawn in each resample of the bootstrap, (B, I).
+
+    Args:
+        images: I, at least 1.
+        resamples: B.
+        seed: Of the random numbers.
+    """
+    rng = np.random.default_rng(seed)
+    return rng.multinomial(images, np.full(images, 1 / images), size=resamples).astype(np.int32)
+
+
+def resampled_ap(scene: Scene, matches: Matches, draws: NDArray[np.int32]) -> Floats:
+    """Average precision on resampled images, (B, T, K); NaN where a resample has no object of a class.
+
+    An image that is drawn twice counts as two images with the same objects. Two models are compared in pairs by giving
+    both the same draws.
+
+    Args:
+        scene: The objects.
+        matches: Their partners.
+        draws: (B, I), see :func:`resampling`.
+    """
+    found, truth, classes = scene.found, scene.truth, len(scene.names)
+    result = np.full((len(draws), len(matches.partner), classes), np.nan)
+    right, counted = matches.right, ~matches.ignored
+    for label in range(classes):
+        rows = np.flatnonzero(found.label == label)
+        rows = rows[np.argsort(-found.score[rows], kind="stable")]
+        own = scene.positives & (truth.label == label)
+        per_image = np.bincount(truth.image[own], minlength=len(scene.image_ids))
+        for start in range(0, len(draws), max(1, _AT_ONCE // max(1, len(rows)))):
+            some = draws[start : start + max(1, _AT_ONCE // max(1, len(rows)))]
+            positives = some @ per_image
+            times = some[:, found.image[rows]]
+            for threshold in range(len(right)):
+                hit = np.flatnonzero(right[threshold, rows])
+                all_before = np.cumsum(times * counted[threshold, rows], axis=1, dtype=np.int32)[:, hit]
+                hits = np.cumsum(times[:, hit], axis=1, dtype=np.int32)
+                values = _resampled(hits, all_before, positives)
+                result[start : start + len(some), threshold, label] = values
+    return result
+
+
+def interval(values: Floats, *, level: float = 0.95) -> tuple[float, float]:
+    """Percentile interval of bootstrap values; NaN where there are none."""
+    kept = values[~np.isnan(values)]
+    if not kept.size:
+        return float("nan"), float("nan")
+    low, high = np.quantile(kept, [(1 - level) / 2, (1 + level) / 2]).tolist()
+    return low, high
+
+
+def _resampled(hits: NDArray[np.int32], all_before: NDArray[np.int32], positives: Ints) -> Floats:
+    """AP of each resample, (B,), from the running counts at the true positives, (B, P)."""
+    if not hits.shape[1]:
+        return np.where(positives > 0, 0.0, np.nan)
+    best = hits / np.maximum(all_before, 1)
+    best = np.maximum.accumulate(best[:, ::-1], axis=1)[:, ::-1]
+    best = np.concatenate([best, np.zeros((len(best), 1))], axis=1)
+    # Fewest true positives that reach each recall, in the very arithmetic of `interpolated`.
+    safe = np.maximum(positives, 1)[:, None]
+    needed = np.ceil(RECALLS * safe - 1e-6).astype(np.int64)
+    needed += needed / safe < RECALLS
+    # One search for all resamples: each has its own range of whole numbers.
+    step = int(max(hits.max(), needed.max())) + 1
+    shift = np.arange(len(hits))[:, None] * step
+    flat = (hits + shift).ravel()
+    places = np.searchsorted(flat, (needed + shift).ravel(), side="left").reshape(needed.shape)
+    places = np.minimum(places - np.arange(len(hits))[:, None] * hits.shape[1], hits.shape[1]).clip(0)
+    values = np.take_along_axis(best, places, axis=1).mean(1)
+    return np.where(positives > 0, values, np.nan)
