@@ -1,0 +1,6 @@
+"""See where a model fails: errors by type and cost, curves, calibration, the worst images, on one page."""
+
+from a2fpn.report.facts import data_facts, model_facts
+from a2fpn.report.page import Run, write_report
+
+__all__ = ["Run", "data_facts", "model_facts", "write_report"]
