@@ -228,10 +228,10 @@ def grouped(scene: Scene, of_truth: Floats, of_found: Floats, bounds: Sequence[f
     """
     groups = []
     for low, high in zip(bounds[:-1], bounds[1:], strict=True):
-        left_out = (of_truth < low) | (of_truth > high)
+        left_out = (of_truth < low) | (of_truth >= high)
         objects = int((scene.positives & ~left_out).sum())
         if objects:
-            matches = match(scene, left_out=left_out, outside=(of_found < low) | (of_found > high))
+            matches = match(scene, left_out=left_out, outside=(of_found < low) | (of_found >= high))
             measured = precision(scene, matches, left_out=left_out)
             groups.append(Group(_range(low, high, bounds[0], unit), objects, measured.ap, measured.at(0)))
     return groups
