@@ -1,0 +1,233 @@
+"""A page in the browser to try a model: drop pictures, move sliders, take the results along.
+
+``a2fpn app`` opens it. The same file is the ``app.py`` of a Space on the Hub, where ``A2FPN_MODEL`` names the model.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import zipfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import numpy as np
+from PIL import Image
+
+import a2fpn
+from a2fpn import Predictor, Result
+from a2fpn.data import ImageError
+from a2fpn.report.exports import to_coco, to_csv, to_geojson
+
+MODEL = "maskrcnn_a2fpn_lite0.nuclei"
+EXAMPLES = Path(str(resources.files("a2fpn"))) / "assets" / "nuclei_demo" / "images"
+_FIRST_THRESHOLD = 0.5
+_WIDEST = 2048  # pixels of a tile
+_SHOWN = 1600  # pixels of a picture on the page
+
+
+def build(predictor: Predictor, name: str, *, examples: Sequence[Path] = ()) -> gr.Blocks:
+    """Lay out the page.
+
+    Args:
+        predictor: The model; it runs one request at a time, others wait.
+        name: Of the model, for the heading.
+        examples: Images that can be tried with a click.
+    """
+    classes = [category.name for category in predictor.categories]
+
+    def predict(files: list[str] | None, tile: float) -> tuple[list[Result], str]:
+        """Predict the pictures whole; sliders then choose among all objects."""
+        if not files:
+            raise gr.Error("Drop at least one picture first.", print_exception=False)
+        results, refused = [], []
+        for file in files:
+            try:
+                (result,) = predictor([file], tile=int(tile) or None)
+            except (ImageError, OSError, ValueError) as error:
+                refused.append(f"{Path(file).name} was left out: {_sentence(error, file)}")
+            else:
+                results.append(result)
+        if not results:
+            raise gr.Error(" ".join(refused), print_exception=False)
+        for remark in refused:
+            gr.Warning(remark)
+        return results, " ".join(refused)
+
+    def show(results: list[Result], threshold: float, smallest: float, kept: list[str]) -> tuple[Any, Any, str, Any]:
+        chosen = [select(result, threshold, smallest, kept) for result in results]
+        pictures = [(draw(result), f"{_name(result)}: {len(result)}") for result in chosen]
+        rows = [[_name(result), *(Counter(result.names)[label] for label in classes)] for result in chosen]
+        if len(rows) > 1:
+            rows.append(["all", *(sum(row[column] for row in rows) for column in range(1, len(classes) + 1))])
+        total = sum(map(len, chosen))
+        text = f"**{total} object{'' if total == 1 else 's'}** in {len(chosen)} picture{'' if len(chosen) == 1 else 's'}"
+        return pictures, rows, text if results else "", gr.update(value=None, visible=False)
+
+    def files_of(results: list[Result], threshold: float, smallest: float, kept: list[str]) -> Any:
+        if not results:
+            raise gr.Error("There is nothing to download yet: find objects first.", print_exception=False)
+        chosen = [select(result, threshold, smallest, kept) for result in results]
+        return gr.update(value=[str(path) for path in write_files(chosen)], visible=True)
+
+    def try_example(event: gr.SelectData) -> list[str]:
+        return [str(examples[event.index])]
+
+    with gr.Blocks(title=f"a2fpn: {name}", analytics_enabled=False) as page:
+        gr.Markdown(f"# Find objects with `{name}`\nDrop pictures, press the button, then move the sliders.")
+        found = gr.State([])
+        with gr.Row():
+            with gr.Column(scale=1, min_width=300):
+                files = gr.File(label="Pictures", file_count="multiple", file_types=["image"], elem_id="pictures")
+                go = gr.Button("Find objects", variant="primary", elem_id="go")
+                threshold = gr.Slider(0, 1, _FIRST_THRESHOLD, step=0.01, label="Least score", elem_id="threshold")
+                smallest = gr.Slider(0, 200, 0, step=1, label="Smallest object, pixels (root of the area)")
+                tile = gr.Slider(
+                    *(0, _WIDEST, 0),
+                    step=128,
+                    label="Tile side for large pictures, pixels",
+                    info="0 looks at a picture as a whole. Takes effect with the button.",
+                )
+                kept = gr.CheckboxGroup(classes, value=classes, label="Classes", elem_id="classes")
+            with gr.Column(scale=2, min_width=320):
+                status = gr.Markdown(elem_id="status")
+                remarks = gr.Markdown(elem_id="remarks")
+                pictures = gr.Gallery(label="Found", columns=2, object_fit="contain", height=560, elem_id="found")
+                table = gr.Dataframe(headers=["picture", *classes], label="Count", interactive=False, elem_id="table")
+                prepare = gr.Button("Prepare downloads: PNG, COCO, GeoJSON, CSV", elem_id="prepare")
+                downloads = gr.File(label="Downloads", file_count="multiple", visible=False, elem_id="downloads")
+        if examples:
+            gallery = gr.Gallery(
+                [str(path) for path in examples],
+                label="Examples: click one to try it",
+                columns=8,
+                height=180,
+                object_fit="cover",
+                allow_preview=False,
+                interactive=False,
+                elem_id="examples",
+            )
+        chosen = [found, threshold, smallest, kept]
+        shown = [pictures, table, status, downloads]
+        # The model is one for all visitors and takes one request at a time.
+        alone: Any = {"concurrency_limit": 1, "concurrency_id": "model"}
+        go.click(predict, [files, tile], [found, remarks], **alone).success(show, chosen, shown)
+        if examples:
+            picked = gallery.select(try_example, None, files)
+            picked.then(predict, [files, tile], [found, remarks], **alone).success(show, chosen, shown)
+        threshold.release(show, chosen, shown, show_progress="hidden")
+        smallest.release(show, chosen, shown, show_progress="hidden")
+        kept.change(show, chosen, shown, show_progress="hidden")
+        prepare.click(files_of, chosen, downloads)
+    return page
+
+
+def select(result: Result, threshold: float, smallest: float, names: Sequence[str]) -> Result:
+    """Objects of some classes that score enough and are not too small.
+
+    Args:
+        result: All objects.
+        threshold: Least score.
+        smallest: Least root of the box's area in pixels.
+        names: The classes to keep.
+    """
+    sides = result.boxes[:, 2:] - result.boxes[:, :2]
+    wanted = (np.sqrt(sides.prod(1)) >= smallest) & np.isin(result.names, list(names)) & (result.scores >= threshold)
+    rows = np.flatnonzero(wanted)
+    return replace(
+        result,
+        boxes=result.boxes[rows],
+        scores=result.scores[rows],
+        labels=result.labels[rows],
+        rles=None if result.rles is None else tuple(result.rles[row] for row in rows),
+        keypoints=None if result.keypoints is None else result.keypoints[rows],
+        keypoint_scores=None if result.keypoint_scores is None else result.keypoint_scores[rows],
+    )
+
+
+def draw(result: Result) -> Image.Image:
+    """The picture with its objects, not larger than a page can show."""
+    picture = result.plot(score_threshold=0)
+    picture.thumbnail((_SHOWN, _SHOWN))
+    return picture
+
+
+def write_files(results: Sequence[Result]) -> list[Path]:
+    """Write results to a new folder: pictures, COCO, GeoJSON and CSV; what is one file per picture goes into a zip."""
+    folder = Path(tempfile.mkdtemp(prefix="a2fpn_"))
+    names = [_name(result) for result in results]
+    stems = [f"{number}_{Path(name).stem}" if len(names) > 1 else Path(name).stem for number, name in enumerate(names, 1)]
+    for stem, result in zip(stems, results, strict=True):
+        result.plot(score_threshold=0).save(folder / f"{stem}.png")
+        (folder / f"{stem}.geojson").write_text(to_geojson(result), encoding="utf-8")
+    files = []
+    for suffix, archive in ((".png", "pictures.zip"), (".geojson", "geojson.zip")):
+        members = [folder / f"{stem}{suffix}" for stem in stems]
+        if len(members) == 1:
+            files += members
+            continue
+        with zipfile.ZipFile(folder / archive, "w", zipfile.ZIP_DEFLATED) as packed:
+            for member in members:
+                packed.write(member, member.name)
+        files.append(folder / archive)
+    for name, text in {"coco.json": to_coco(results, names), "objects.csv": to_csv(results, names)}.items():
+        (folder / name).write_text(text, encoding="utf-8")
+        files.append(folder / name)
+    return files
+
+
+def launch(
+    model: str = MODEL, *, host: str = "127.0.0.1", port: int | None = None, device: str | None = None, **options: Any
+) -> None:
+    """Serve the page until it is stopped.
+
+    Args:
+        model: A checkpoint folder or a name of :func:`a2fpn.list_pretrained`.
+        host: Address to listen on; "0.0.0.0" for every one.
+        port: None takes the first free one from 7860 on.
+        device: Where to run.
+        **options: More for Gradio's ``launch``.
+    """
+    predictor = Predictor(a2fpn.from_pretrained(model), device=device)
+    fits = model == MODEL
+    page = build(predictor, Path(model).name, examples=sorted(EXAMPLES.glob("*.jpg")) if fits else ())
+    fonts = ["system-ui", "sans-serif"]  # none that would be fetched
+    page.launch(
+        server_name=host,
+        server_port=port,
+        share=False,
+        allowed_paths=[str(EXAMPLES)],
+        theme=gr.themes.Default(font=fonts, font_mono=["ui-monospace", "monospace"]),
+        footer_links=[],
+        **options,
+    )
+
+
+def space_files(model: str) -> dict[str, str]:
+    """Files of a Space that shows a model of the Hub, by name: this page, what it needs, and the card.
+
+    Args:
+        model: ``org/name`` of the model.
+    """
+    card = f"---\ntitle: {model.rpartition('/')[2]}\nsdk: gradio\nsdk_version: {gr.__version__}\napp_file: app.py\n"
+    card += f"license: apache-2.0\nmodels:\n- {model}\n---\n\nTry [{model}](https://huggingface.co/{model}).\n"
+    code = Path(__file__).read_text(encoding="utf-8").replace(f'MODEL = "{MODEL}"', f'MODEL = "{model}"')
+    return {"app.py": code, "requirements.txt": f"a2fpn[app]=={a2fpn.__version__}\n", "README.md": card}
+
+
+def _name(result: Result) -> str:
+    return Path(result.path).name if result.path else "picture"
+
+
+def _sentence(error: Exception, file: str) -> str:
+    """A message without the place where the server keeps the picture."""
+    return str(error).replace(f"{file}: ", "").replace(file, Path(file).name)
+
+
+if __name__ == "__main__":
+    launch(os.environ.get("A2FPN_MODEL", MODEL), host="0.0.0.0")
