@@ -66,8 +66,11 @@ def build(predictor: Predictor, name: str, *, examples: Sequence[Path] = ()) -> 
         if len(rows) > 1:
             rows.append(["all", *(sum(row[column] for row in rows) for column in range(1, len(classes) + 1))])
         total = sum(map(len, chosen))
-        text = f"**{total} object{'' if total == 1 else 's'}** in {len(chosen)} picture{'' if len(chosen) == 1 else 's'}"
-        return pictures, rows, text if results else "", gr.update(value=None, visible=False)
+        text = (
+            f"**{total} object{'' if total == 1 else 's'}** in {len(chosen)} picture{'' if len(chosen) == 1 else 's'}"
+        )
+        wide = gr.update(value=pictures, columns=min(2, max(1, len(pictures))))
+        return wide, rows, text if results else "", gr.update(value=None, visible=False)
 
     def files_of(results: list[Result], threshold: float, smallest: float, kept: list[str]) -> Any:
         if not results:
@@ -97,7 +100,7 @@ def build(predictor: Predictor, name: str, *, examples: Sequence[Path] = ()) -> 
             with gr.Column(scale=2, min_width=320):
                 status = gr.Markdown(elem_id="status")
                 remarks = gr.Markdown(elem_id="remarks")
-                pictures = gr.Gallery(label="Found", columns=2, object_fit="contain", height=560, elem_id="found")
+                pictures = gr.Gallery(label="Found", columns=2, object_fit="contain", height="auto", elem_id="found")
                 table = gr.Dataframe(headers=["picture", *classes], label="Count", interactive=False, elem_id="table")
                 prepare = gr.Button("Prepare downloads: PNG, COCO, GeoJSON, CSV", elem_id="prepare")
                 downloads = gr.File(label="Downloads", file_count="multiple", visible=False, elem_id="downloads")
@@ -161,7 +164,9 @@ def write_files(results: Sequence[Result]) -> list[Path]:
     """Write results to a new folder: pictures, COCO, GeoJSON and CSV; what is one file per picture goes into a zip."""
     folder = Path(tempfile.mkdtemp(prefix="a2fpn_"))
     names = [_name(result) for result in results]
-    stems = [f"{number}_{Path(name).stem}" if len(names) > 1 else Path(name).stem for number, name in enumerate(names, 1)]
+    stems = [
+        f"{number}_{Path(name).stem}" if len(names) > 1 else Path(name).stem for number, name in enumerate(names, 1)
+    ]
     for stem, result in zip(stems, results, strict=True):
         result.plot(score_threshold=0).save(folder / f"{stem}.png")
         (folder / f"{stem}.geojson").write_text(to_geojson(result), encoding="utf-8")
@@ -183,8 +188,8 @@ def write_files(results: Sequence[Result]) -> list[Path]:
 
 def launch(
     model: str = MODEL, *, host: str = "127.0.0.1", port: int | None = None, device: str | None = None, **options: Any
-) -> None:
-    """Serve the page until it is stopped.
+) -> gr.Blocks:
+    """Serve the page until it is stopped, and return it.
 
     Args:
         model: A checkpoint folder or a name of :func:`a2fpn.list_pretrained`.
@@ -206,6 +211,7 @@ def launch(
         footer_links=[],
         **options,
     )
+    return page
 
 
 def space_files(model: str) -> dict[str, str]:

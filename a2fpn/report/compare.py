@@ -111,7 +111,9 @@ def compare(
             annotated image is not in the annotations.
     """
     if not models or not images or count < 1:
-        raise ValueError(f"Expected models, images and a count of at least 1, got {len(models)}, {len(images)}, {count}.")
+        raise ValueError(
+            f"Expected models, images and a count of at least 1, got {len(models)}, {len(images)}, {count}."
+        )
     if pick == "worst" and coco is None:
         raise ValueError("Images can't be the worst without annotations: give them, or pick 'random' or 'disagree'.")
     ids = _image_ids(images, coco, folder) if coco is not None else list(range(len(images)))

@@ -108,32 +108,40 @@ def draw_sheet(comparison: Comparison, *, columns: int = 4, names: bool = True) 
 
 def slider_page(comparison: Comparison) -> str:
     """HTML of a page that needs nothing else, with a slider between two rows of the comparison."""
-    shown = [0, len(comparison.rows) - 1] if len(comparison.rows) < 3 else [len(comparison.rows) - 2, len(comparison.rows) - 1]
-    return environment().get_template("compare.html.j2").render(
-        rows=comparison.rows,
-        note=comparison.note,
-        version=__version__,
-        left=shown[0],
-        right=shown[1],
-        columns=[
-            {
-                "name": column.path.name,
-                "height": column.size[0],
-                "width": column.size[1],
-                "uri": data_uri(_pixels(column), longest=1000),
-                "cells": [
-                    (
-                        [
-                            (Markup(svg_path(rings_of(cell.boxes, cell.rles, row))), cell.colors[row], text)
-                            for row, text in enumerate(cell.texts or [""] * len(cell))
-                        ],
-                        cell.remark,
-                    )
-                    for cell in column.cells
-                ],
-            }
-            for column in comparison.columns
-        ],
+    shown = (
+        [0, len(comparison.rows) - 1]
+        if len(comparison.rows) < 3
+        else [len(comparison.rows) - 2, len(comparison.rows) - 1]
+    )
+    return (
+        environment()
+        .get_template("compare.html.j2")
+        .render(
+            rows=comparison.rows,
+            note=comparison.note,
+            version=__version__,
+            left=shown[0],
+            right=shown[1],
+            columns=[
+                {
+                    "name": column.path.name,
+                    "height": column.size[0],
+                    "width": column.size[1],
+                    "uri": data_uri(_pixels(column), longest=1000),
+                    "cells": [
+                        (
+                            [
+                                (Markup(svg_path(rings_of(cell.boxes, cell.rles, row))), cell.colors[row], text)
+                                for row, text in enumerate(cell.texts or [""] * len(cell))
+                            ],
+                            cell.remark,
+                        )
+                        for cell in column.cells
+                    ],
+                }
+                for column in comparison.columns
+            ],
+        )
     )
 
 

@@ -1,0 +1,179 @@
+"""The page in a real browser: pictures in, objects and files out, for two people at once."""
+
+import csv
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+gradio = pytest.importorskip("gradio", reason="gradio is not installed; it comes with the extra 'app'")
+webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+
+from selenium.webdriver.common.by import By  # noqa: E402
+from selenium.webdriver.common.keys import Keys  # noqa: E402
+
+from a2fpn.app import EXAMPLES, launch, space_files  # noqa: E402
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+PICTURES = sorted(EXAMPLES.glob("*.jpg"))
+PATIENCE = 60.0  # seconds for what takes one
+
+pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no Chromium with its driver is installed")
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    page = launch(prevent_thread_lock=True, quiet=True)
+    yield page.local_url
+    page.close()
+
+
+@pytest.fixture
+def open_page(address: str, tmp_path: Path) -> Iterator[Callable[[], Any]]:
+    browsers: list[Any] = []
+
+    def open_one() -> Any:
+        options = webdriver.ChromeOptions()
+        options.binary_location = CHROMIUM
+        for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1300,1500"):
+            options.add_argument(argument)
+        several = "profile.default_content_setting_values.automatic_downloads"
+        options.add_experimental_option("prefs", {"download.default_directory": str(tmp_path), several: 1})
+        browsers.append(webdriver.Chrome(options, webdriver.ChromeService(DRIVER)))
+        browsers[-1].get(address)
+        until(lambda: browsers[-1].find_elements(By.CSS_SELECTOR, "#pictures input[type=file]"))
+        return browsers[-1]
+
+    yield open_one
+    for browser in browsers:
+        browser.quit()
+
+
+def until(condition: Callable[[], Any]) -> Any:
+    """What a condition gives once it holds."""
+    end = time.monotonic() + PATIENCE
+    while True:
+        try:
+            if value := condition():
+                return value
+        except Exception:  # the page was drawn anew in between
+            if time.monotonic() > end:
+                raise
+        assert time.monotonic() < end, "the page did not change in time"
+        time.sleep(0.1)
+
+
+def upload(browser: Any, *files: Path) -> None:
+    browser.find_element(By.CSS_SELECTOR, "#pictures input[type=file]").send_keys("\n".join(map(str, files)))
+    until(lambda: all(file.stem in text(browser, "#pictures") for file in files))
+
+
+def text(browser: Any, selector: str) -> str:
+    return str(browser.find_element(By.CSS_SELECTOR, selector).text)
+
+
+def click(browser: Any, selector: str) -> None:
+    browser.execute_script("arguments[0].click()", browser.find_element(By.CSS_SELECTOR, selector))
+
+
+def objects(browser: Any) -> int:
+    """Number of objects that the page tells of."""
+    words = until(lambda: text(browser, "#status")).split()
+    return int(words[0])
+
+
+def shot(browser: Any, name: str) -> None:
+    """Keep a picture of the page where A2FPN_SHOTS names a folder."""
+    if folder := os.environ.get("A2FPN_SHOTS"):
+        browser.save_screenshot(str(Path(folder) / f"{name}.png"))
+
+
+def test_upload_predict_slide_and_download(open_page: Callable[[], Any], tmp_path: Path) -> None:
+    browser = open_page()
+    shot(browser, "empty")
+    upload(browser, PICTURES[0])
+    click(browser, "#go button, button#go")
+    before = objects(browser)
+    assert before > 1
+    until(lambda: browser.find_elements(By.CSS_SELECTOR, "#found img"))
+    shot(browser, "found")
+    slider = browser.find_element(By.CSS_SELECTOR, "#threshold input[type=range]")
+    slider.send_keys(Keys.END)  # a score of 1
+    browser.execute_script("arguments[0].dispatchEvent(new Event('pointerup', {bubbles: true}))", slider)
+    until(lambda: objects(browser) < before)
+    slider.send_keys(Keys.HOME)
+    browser.execute_script("arguments[0].dispatchEvent(new Event('pointerup', {bubbles: true}))", slider)
+    until(lambda: objects(browser) > before)
+    every = objects(browser)
+    click(browser, "#prepare button, button#prepare")
+    links = until(lambda: browser.find_elements(By.CSS_SELECTOR, "#downloads a[href]"))
+    names = {link.get_attribute("download") or link.get_attribute("href").rpartition("/")[2] for link in links}
+    stem = PICTURES[0].stem
+    assert names == {f"{stem}.png", f"{stem}.geojson", "coco.json", "objects.csv"}
+    shot(browser, "downloads")
+    for link in links:
+        browser.execute_script("arguments[0].click()", link)
+    until(lambda: {path.name for path in tmp_path.iterdir()} >= names)
+    coco = json.loads((tmp_path / "coco.json").read_text())
+    assert [image["file_name"] for image in coco["images"]] == [PICTURES[0].name]
+    assert len(coco["annotations"]) == every
+    assert len(json.loads((tmp_path / f"{stem}.geojson").read_text())["features"]) == every
+    with (tmp_path / "objects.csv").open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == every
+
+
+def test_a_broken_file_is_a_sentence_and_spares_the_others(open_page: Callable[[], Any], tmp_path: Path) -> None:
+    browser = open_page()
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(PICTURES[0].read_bytes()[:300])
+    upload(browser, broken)
+    click(browser, "#go button, button#go")
+    said = until(lambda: text(browser, ".toast-body, [data-testid=toast-body]"))
+    assert "broken.png was left out" in said
+    assert "Traceback" not in said
+    assert "/tmp" not in said
+    shot(browser, "broken")
+    browser.refresh()
+    until(lambda: browser.find_elements(By.CSS_SELECTOR, "#pictures input[type=file]"))
+    upload(browser, broken, PICTURES[1])
+    click(browser, "#go button, button#go")
+    assert objects(browser) > 1
+    assert "broken.png was left out" in text(browser, "#remarks")
+
+
+def test_two_people_see_their_own_pictures(open_page: Callable[[], Any]) -> None:
+    one, other = open_page(), open_page()
+    upload(one, PICTURES[0])
+    upload(other, PICTURES[2])
+    click(one, "#go button, button#go")
+    click(other, "#go button, button#go")
+    for browser, picture in ((one, PICTURES[0]), (other, PICTURES[2])):
+        assert objects(browser) > 0
+        until(lambda b=browser, p=picture: p.name in text(b, "#table"))
+    assert PICTURES[2].name not in text(one, "#table")
+    assert PICTURES[0].name not in text(other, "#table")
+
+
+def test_an_example_is_one_click(open_page: Callable[[], Any]) -> None:
+    browser = open_page()
+    buttons = until(lambda: browser.find_elements(By.CSS_SELECTOR, "#examples button img"))
+    assert len(buttons) == len(PICTURES)
+    browser.execute_script("arguments[0].click()", buttons[3])
+    assert objects(browser) > 0
+    until(lambda: PICTURES[3].name in text(browser, "#table"))
+    shot(browser, "example")
+
+
+def test_a_space_runs_the_same_file() -> None:
+    files = space_files("me/cells")
+    compile(files["app.py"], "app.py", "exec")
+    assert 'MODEL = "me/cells"' in files["app.py"]
+    assert "a2fpn[app]" in files["requirements.txt"]
+    assert "sdk: gradio" in files["README.md"]
