@@ -15,9 +15,11 @@ import os
 import platform
 import shutil
 import subprocess
+import time
 from pathlib import Path
 from typing import Annotated
 
+import psutil
 import torch
 import typer
 
@@ -98,7 +100,8 @@ def main(
         if throughput:
             _throughput(plan, chosen[0], here, env, seconds)
             return
-        pool = Pool(jobs, env, seconds=60 * minutes if minutes else float("inf"), grace=grace)
+        age = time.time() - psutil.Process().create_time()  # the limit counts from there
+        pool = Pool(jobs, env, seconds=60 * minutes - age if minutes else float("inf"), grace=grace)
         left = _train(plan, chosen, seeds, here, pool, retry=retry_failed)
     _report([plan.records], page, picture=output / "curves.png")
     if left:

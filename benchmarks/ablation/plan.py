@@ -120,9 +120,8 @@ def find_recipe(name: str) -> Path:
     for path in (Path(name), RECIPES / f"{name}.yaml"):
         if path.is_file():
             return path
-    raise ValueError(
-        f"No recipe {name!r}; give a file or one of {', '.join(sorted(p.stem for p in RECIPES.iterdir()))}."
-    )
+    known = ", ".join(sorted(path.stem for path in RECIPES.iterdir()))
+    raise ValueError(f"No recipe {name!r}; give a file or one of {known}.")
 
 
 def read_recipe(path: Path) -> dict[str, Any]:

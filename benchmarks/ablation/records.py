@@ -216,7 +216,8 @@ def check_fingerprint(records: Iterable[Record], plan: Plan, path: Path) -> None
     mine = plan.fingerprint()
     for record in records:
         if record.fingerprint != mine:
+            other = " ".join([record.plan["recipe"], *record.plan["settings"]])
             raise ValueError(
-                f"{path} holds runs of another recipe, other settings, data or backbone weights ({record.plan['recipe']} "
-                f"{' '.join(record.plan['settings'])}); choose another --output."
+                f"{path} holds runs of another recipe, other settings, data or backbone weights ({other}); choose "
+                "another --output."
             )

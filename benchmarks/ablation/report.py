@@ -132,11 +132,8 @@ def rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     for one in comparison.series:
         cells = [spread(list(found.values())) if (found := one.values(key)) else "none" for key in columns]
         delta = "control" if one.name == one.control else str(comparison.against_control(one, comparison.metric))
-        costs = [
-            f"{one.cost('parameters') / 1e6:.2f}",
-            f"{one.cost('gmacs'):.2f}",
-            f"{one.cost('seconds_per_step'):.3f}",
-        ]
+        parameters, gmacs, pace = (one.cost(name) for name in ("parameters", "gmacs", "seconds_per_step"))
+        costs = [f"{parameters / 1e6:.2f}", f"{gmacs:.2f}", f"{pace:.3f}"]
         table.append([one.name, str(len(one.runs)), *cells, delta, *costs])
     return headings, table
 
@@ -149,7 +146,7 @@ def print_report(comparison: Comparison) -> None:
         title = f"{plan['data']}, recipe {plan['recipe']}; AP in %, mean ± standard deviation over the seeds"
         measure.print_table(title, headings, table)
     for line in comparison.unpaired():
-        measure.console().print(f"Not paired, it saw other data, an other order or other weights: {line}.")
+        measure.console().print(UNPAIRED.format(line))
     for record in comparison.failures:
         last = record.log[-1] if record.log else "no output"
         measure.console().print(f"Failed: {record.arm}, seed {record.seed}: {last}", soft_wrap=True)
@@ -213,6 +210,7 @@ def write_page(comparisons: Sequence[Comparison], path: Path, *, title: str = "T
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
+UNPAIRED = "Not paired, for it saw other data, another order or other weights than the control: {}."
 INTRODUCTION = """\
 Made by `python -m benchmarks.ablation --report RECORDS --page FILE` from the records of the runs; not edited by hand.
 
@@ -234,13 +232,13 @@ def circumstances(comparison: Comparison) -> str:
     steps = ", ".join(sorted({f"{run.steps:,}" for run in runs}))
     versions = ", ".join(f"{name} {version}" for name, version in example.circumstances["versions"].items())
     shared = " ".join(f"`{setting}`" for setting in example.plan["settings"])
+    optim, run, side = config["optim"], config["run"], f"{example.costs['gmacs_size']:.0f}"
     return (
         f"Recipe `{example.plan['recipe']}`{f' with {shared}' if shared else ''}: {steps} steps of "
-        f"{config['data']['batch_size']} images, {config['optim']['name']}, rate {config['optim']['lr']:g} falling to "
-        f"{config['optim']['final_factor']:g} of it, precision {config['run']['mixed_precision']}, moving average "
-        f"{config['run']['ema']:g}. Device {every('device')}; {every('jobs')} runs at a time; commit {every('commit')}; "
-        f"{versions}. GMACs are those of backbone and neck for one image of {example.costs['gmacs_size']:.0f} × "
-        f"{example.costs['gmacs_size']:.0f} pixels; s/step was measured while other runs shared the device."
+        f"{config['data']['batch_size']} images, {optim['name']}, rate {optim['lr']:g}, schedule {optim['schedule']}, "
+        f"precision {run['mixed_precision']}, moving average {run['ema']:g}. Device {every('device')}; {every('jobs')} "
+        f"runs at a time; commit {every('commit')}; {versions}. GMACs are those of backbone and neck for one image of "
+        f"{side} × {side} pixels; s/step was measured while other runs shared the device."
     )
 
 
@@ -258,9 +256,7 @@ def findings(comparison: Comparison) -> list[str]:
                 f"The control `{control.name}` changed by {high - low:+.2f} {name} from step {before} to step {after}, "
                 "its last two evaluations."
             )
-    lines += [
-        f"Not paired, it saw other data, another order or other weights: {line}." for line in comparison.unpaired()
-    ]
+    lines += [UNPAIRED.format(line) for line in comparison.unpaired()]
     lines += [f"`{record.arm}`, seed {record.seed}, failed and is left out." for record in comparison.failures]
     return lines
 

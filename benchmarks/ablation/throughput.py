@@ -17,7 +17,6 @@ LOOK = 0.1  # seconds
 EVERY = 2  # steps between two log lines, which are what is counted
 LONG = (
     "run.max_steps=20000",
-    "run.epochs=1",
     "run.evaluate_every=1000000",
     "run.resume=false",
     f"run.log_every={EVERY}",
