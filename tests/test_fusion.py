@@ -7,10 +7,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from a2fpn.heads import CARAFEMaskPredictor
 from a2fpn.layers import CARAFE, GACAP, GACARAFE, DySample
 from a2fpn.layers.fusion import POOLINGS, ChannelGates, KernelPredictor
 from a2fpn.layers.resample import fit_doubled
-from tests.helpers import largest_difference, randomise, weighted_sum, with_zero_gradient
+from tests.helpers import (
+    largest_difference,
+    random_target,
+    randomise,
+    tiny_model,
+    weighted_sum,
+    with_zero_gradient,
+    without_gradient,
+)
 
 pools = pytest.mark.parametrize("pool", POOLINGS)
 
@@ -304,3 +313,19 @@ def test_the_default_is_written_out() -> None:
     weights = 2 * gates.gate(gates.hidden(pooled).relu()).sigmoid()
     expected = weights[:, :4, None, None] * up + weights[:, 4:, None, None] * fine
     assert largest_difference([module(coarse, fine)], [expected]) < 1e-12
+
+
+def test_the_mask_predictor_has_no_activation_behind_carafe() -> None:
+    predictor = CARAFEMaskPredictor(8, 3).double()
+    randomise(predictor)
+    x = torch.randn(2, 8, 3, 4, dtype=torch.float64)
+    expected = predictor.mask_fcn_logits(carafe_written_out(predictor.upsample, x))
+    torch.testing.assert_close(predictor(x), expected.float(), rtol=1e-5, atol=1e-5)
+    assert predictor(x).dtype == torch.float32
+
+
+def test_a_detector_learns_with_carafe_in_the_mask_head() -> None:
+    model = tiny_model("maskrcnn_fpn", mask_upsample="carafe").train()
+    losses = model([torch.rand(3, 64, 64)], [random_target([[4, 4, 40, 40]], (64, 64))])
+    sum(losses.values()).backward()
+    assert without_gradient(model.roi_heads.mask_predictor) == []
