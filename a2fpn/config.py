@@ -194,6 +194,8 @@ class RCNNConfig(HeadsConfig):
         box_fg_iou: IoU from which a proposal is positive.
         box_batch_size: Proposals sampled per image for the box loss.
         box_positive_fraction: Share of positives among them.
+        mask_upsample: How the mask head doubles its maps: by a ``"deconvolution"``, or by ``"carafe"`` as in
+            mmdetection's published CARAFE detectors.
         mask_channels: Width of the mask head's convolutions.
         mask_layers: Number of the mask head's convolutions.
         mask_pool_size: Output size of the mask head's RoI pooling; masks have twice this size.
@@ -228,6 +230,7 @@ class RCNNConfig(HeadsConfig):
     box_fg_iou: float = 0.5
     box_batch_size: int = 512
     box_positive_fraction: float = 0.25
+    mask_upsample: Literal["deconvolution", "carafe"] = "deconvolution"
     mask_channels: int = 256
     mask_layers: int = 4
     mask_pool_size: int = 14

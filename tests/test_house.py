@@ -41,7 +41,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "backbones": ({"_registry", "config", "layers", "pyramid"}, {"torch", "timm", "safetensors"}),
     "masks": (set(), {"torch"}),
     "preprocess": ({"config", "masks"}, {"torch"}),
-    "heads": ({"masks", "pyramid"}, {"torch", "torchvision"}),
+    "heads": ({"layers", "masks", "pyramid"}, {"torch", "torchvision"}),
     "detectors": (CORE - {"_version", "layers", "detectors"}, {"torch", "torchvision"}),
     "checkpoint": ({"_version", "config"}, {"torch", "safetensors"}),
     "hub": ({"_version", "checkpoint", "detectors"}, {"httpx2", "huggingface_hub", "timm"}),

@@ -8,13 +8,14 @@ from a2fpn.heads.keypoints import Float32KeypointPredictor
 from a2fpn.heads.matching import BoxPairs, ChunkedMatcher, ChunkedRoIHeads, match_locations
 from a2fpn.heads.nms import DetectionRoIHeads, DetectionRule, SoftNms, soft_nms, suppress, using_rule
 from a2fpn.heads.paste import mask_windows, paste_masks
-from a2fpn.heads.predictors import Float32BoxPredictor, Float32MaskPredictor, Float32RPNHead
+from a2fpn.heads.predictors import CARAFEMaskPredictor, Float32BoxPredictor, Float32MaskPredictor, Float32RPNHead
 from a2fpn.heads.proposals import ProposalNetwork
 from a2fpn.heads.roi_pool import StrideRoIAlign, roi_align
 from a2fpn.heads.share import LossShare, share_losses
 
 __all__ = [
     "BoxPairs",
+    "CARAFEMaskPredictor",
     "CascadeRoIHeads",
     "CascadeRules",
     "ChunkedMatcher",
