@@ -112,7 +112,8 @@ def test_targets_of_objects_of_very_different_sizes_are_those_of_each_alone(alig
     torch.manual_seed(0)
     size = (600, 500)
     planes = torch.zeros(6, *size, dtype=torch.uint8)
-    for plane, (top, left, side) in zip(planes, [(0, 0, 3), (590, 490, 10), (1, 2, 400), (300, 470, 30), (5, 5, 1)]):
+    places = [(0, 0, 3), (590, 490, 10), (1, 2, 400), (300, 470, 30), (5, 5, 1)]
+    for plane, (top, left, side) in zip(planes[:5], places, strict=True):
         plane[top : top + side, left : left + side] = torch.rand(side, side) < 0.7
         plane[top, left] = 1
     masks = InstanceMasks.from_dense(planes)
