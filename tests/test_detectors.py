@@ -13,8 +13,8 @@ from torchvision.ops import box_iou
 
 import a2fpn
 from a2fpn.detectors import DETECTORS, RCNN, Detector
-from a2fpn.heads.paste import PASTE_RULES, paste_masks
 from a2fpn.masks import InstanceMasks
+from a2fpn.masks.paste import PASTE_RULES, paste_masks
 from tests.helpers import random_target, randomise, tiny_model, torchvision_names, without_gradient
 
 MODELS = [f"{detector}_{neck}" for detector, neck in itertools.product(DETECTORS, ("fpn", "a2fpn"))]

@@ -19,11 +19,10 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from a2fpn.data.outlines import Outlines
 from a2fpn.masks import nearest_pixels
+from a2fpn.masks.outlines import Outlines
 
 Target = dict[str, Any]
-
 _PER_OBJECT = {"boxes", "labels", "masks", "keypoints", "iscrowd"}
 
 
