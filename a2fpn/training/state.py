@@ -197,9 +197,12 @@ def resume_folder(resume: bool | str, output: Path) -> Path | None:
 
 def code_version() -> str | None:
     """Returns the git commit of the code, with ``-dirty`` for uncommitted changes, or None outside a checkout."""
+    root = Path(__file__).resolve().parent.parent.parent
+    if not (root / ".git").exists():  # installed, perhaps into somebody else's checkout
+        return None
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        answer = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        answer = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return answer.stdout.strip()
