@@ -287,7 +287,9 @@ def _map_gradient(
                 value = tl.load(grad + _offsets(i, j, channel, grad_d, grad_y, grad_x), mask=mask, other=0.0)
                 total = tl.dot(weight, value, total, input_precision="tf32x3")
     mask = ((r < h) & (c < w))[:, None] & (channel < channels)[None, :]
-    tl.store(result + _offsets(r, c, channel, result_d, result_y, result_x), total.to(result.dtype.element_ty), mask=mask)
+    tl.store(
+        result + _offsets(r, c, channel, result_d, result_y, result_x), total.to(result.dtype.element_ty), mask=mask
+    )
 
 
 @triton.jit(do_not_specialize=(*_SIZES, *_WEIGHTS))
