@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "weights": ({"_registry", "checkpoint", "hub"}, {"torch", "torchvision", "huggingface_hub"}),
     "config": ({"_registry"}, set()),
     "pyramid": (set(), {"torch"}),
-    "layers": (set(), {"torch", "timm.layers"}),
+    "layers": (set(), {"torch", "timm.layers", "triton"}),
     "necks": ({"_registry", "layers", "pyramid"}, {"torch"}),
     "backbones": ({"_registry", "config", "layers", "pyramid"}, {"torch", "timm", "safetensors"}),
     "masks": (set(), {"torch"}),
