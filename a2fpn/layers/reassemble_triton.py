@@ -173,7 +173,8 @@ def _clamp(position: tl.tensor, size: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _window(
-    i: tl.tensor, j: tl.tensor, r: tl.tensor, c: tl.tensor, h: tl.tensor, w: tl.tensor, height: tl.tensor, width: tl.tensor,
+    i: tl.tensor, j: tl.tensor, r: tl.tensor, c: tl.tensor,
+    h: tl.tensor, w: tl.tensor, height: tl.tensor, width: tl.tensor,
     weights_d: tl.tensor, weights_y: tl.tensor, weights_x: tl.tensor, k: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """Offsets of the weights of source positions in the windows of targets, and which are in them."""
