@@ -13,6 +13,7 @@ from coco_data import write_coco
 from training import TINY_RECIPE, tiny_run
 
 from a2fpn import list_necks
+from a2fpn.training.cli import parse
 from benchmarks.ablation import __main__ as ablation
 from benchmarks.ablation.arms import ARMS, Arm, choose, parse_arm, with_detectors
 from benchmarks.ablation.paired import difference, t_quantile
@@ -20,7 +21,6 @@ from benchmarks.ablation.plan import RECIPES, Plan, assignment, find_recipe, mer
 from benchmarks.ablation.pool import Pool, environment, multi_process_service
 from benchmarks.ablation.records import Record, append_record, check_fingerprint, read_records, seen
 from benchmarks.ablation.report import Comparison, findings, print_report, write_page
-from train.cli import parse
 
 
 @pytest.mark.parametrize(
