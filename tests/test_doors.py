@@ -21,7 +21,7 @@ def buggy_neck(monkeypatch):
     @register_neck("buggy")
     class Buggy(a2fpn.Neck):
         def __init__(self, in_spec, *, out_channels=256):
-            super().__init__()
+            super().__init__(in_spec)
             self.width = out_channels + {256: "a"}.get(out_channels, 0)
 
         def fuse(self, features, valid):
