@@ -62,7 +62,7 @@ def small(name: str) -> a2fpn.detectors.RCNN:
 def random_detector(name: str, **options: Any) -> a2fpn.detectors.RCNN:
     """A detector whose weights are all random, but for those of the background that nothing reads."""
     sizes = {key: value for key, value in SMALL.items() if "mask" not in key or "mask" in name or "htc" in name}
-    model = a2fpn.create_model(name, **sizes, **options).eval()
+    model = a2fpn.create_model(name, **(sizes | options)).eval()
     randomise(model)
     for key, x in model.state_dict().items():
         if "mask_fcn_logits" in key or ("box_predictor.bbox_pred" in key and len(x) > 4):

@@ -7,7 +7,7 @@ from a2fpn.heads.htc import HTCRoIHeads, SemanticBranch, SemanticRoIPool
 from a2fpn.heads.keypoints import Float32KeypointPredictor
 from a2fpn.heads.matching import BoxPairs, ChunkedMatcher, match_locations
 from a2fpn.heads.postprocess import DetectionRule, SoftNms, soft_nms, suppress, using_rule
-from a2fpn.heads.predictors import Float32BoxPredictor, Float32MaskPredictor, Float32RPNHead
+from a2fpn.heads.predictors import CARAFEMaskPredictor, Float32BoxPredictor, Float32MaskPredictor, Float32RPNHead
 from a2fpn.heads.proposals import ProposalNetwork
 from a2fpn.heads.roi_heads import DetectionRoIHeads, Samples
 from a2fpn.heads.roi_pool import StrideRoIAlign, roi_align
@@ -16,6 +16,7 @@ from a2fpn.masks.paste import mask_windows, paste_masks
 
 __all__ = [
     "BoxPairs",
+    "CARAFEMaskPredictor",
     "CascadeRoIHeads",
     "CascadeRules",
     "ChunkedMatcher",

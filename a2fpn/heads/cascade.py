@@ -42,6 +42,7 @@ class CascadeRules:
         scale_gradients: Whether the box heads' gradients into the pyramid are divided by the number of stages
             (detectron2, with loss weights of 1).
         aligned: Whether mask targets are cut out with RoIAlign's shift by half a pixel, as the features are.
+        mask_boundary_weight: See :func:`~a2fpn.masks.targets.mask_loss`.
     """
 
     loss_weights: tuple[float, ...]
@@ -50,6 +51,7 @@ class CascadeRules:
     resample: bool = True
     scale_gradients: bool = False
     aligned: bool = True
+    mask_boundary_weight: float = 1.0
 
 
 class CascadeRoIHeads(nn.Module):
@@ -180,6 +182,7 @@ class CascadeRoIHeads(nn.Module):
             positives.labels,
             aligned=self.rules.aligned,
             binary=True,
+            boundary_weight=self.rules.mask_boundary_weight,
         )
         shared: Tensor = self.share(loss, sum(map(len, positives.labels)))
         return shared

@@ -39,13 +39,21 @@ class Samples(NamedTuple):
 class DetectionRoIHeads(RoIHeads):  # type: ignore[misc]
     """torchvision's ``RoIHeads`` with :class:`ChunkedMatcher` and a :class:`DetectionRule` that can be exchanged.
 
-    It takes the same arguments; the thresholds stay where torchvision keeps them.
+    The thresholds stay where torchvision keeps them.
+
+    Args:
+        *args: torchvision's.
+        aligned: Whether mask targets are cut out with RoIAlign's shift by half a pixel, as the features are.
+        mask_boundary_weight: See :func:`~a2fpn.masks.targets.mask_loss`.
+        **kwargs: torchvision's.
     """
 
     proposal_matcher: ChunkedMatcher
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, aligned: bool = False, mask_boundary_weight: float = 1.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.aligned = aligned
+        self.mask_boundary_weight = mask_boundary_weight
         matcher = self.proposal_matcher
         self.proposal_matcher = ChunkedMatcher(matcher.high_threshold, matcher.low_threshold)
         self.rule = DetectionRule(self.score_thresh, self.nms_thresh, self.detections_per_img)
@@ -121,6 +129,8 @@ class DetectionRoIHeads(RoIHeads):  # type: ignore[misc]
                 positives.boxes,
                 positives.objects,
                 positives.labels,
+                aligned=self.aligned,
+                boundary_weight=self.mask_boundary_weight,
             )
             losses["loss_mask"] = self.share(loss, sum(map(len, positives.labels)))
         if self.has_keypoint():

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from a2fpn._registry import Registry, did_you_mean
+from a2fpn.errors import ConfigError
 from a2fpn.layers import MGC, ConvNormAct
 from a2fpn.pyramid import Features, PyramidSpec, check_features, level_size
 
@@ -44,7 +45,7 @@ class Neck(nn.Module, ABC):
     def __init__(self, in_spec: PyramidSpec, *, out_channels: int = 256, extra_levels: int = 1) -> None:
         super().__init__()
         if out_channels < 1 or extra_levels < 0:
-            raise ValueError(
+            raise ConfigError(
                 f"Expected out_channels >= 1 and extra_levels >= 0, got {out_channels} and {extra_levels}."
             )
         self.in_spec = in_spec
@@ -97,7 +98,7 @@ class Neck(nn.Module, ABC):
         maps = list(features.values())
         for (fine_name, fine), (coarse_name, coarse) in itertools.pairwise(features.items()):
             if coarse.shape[-2] > fine.shape[-2] or coarse.shape[-1] > fine.shape[-1]:
-                raise ValueError(
+                raise ConfigError(
                     f"Level {coarse_name} {tuple(coarse.shape[-2:])} is larger than the finer {fine_name} "
                     f"{tuple(fine.shape[-2:])}; maps must shrink from level to level."
                 )
@@ -146,7 +147,7 @@ def create_neck(name: str, in_spec: PyramidSpec, **options: Any) -> Neck:
     accepted = keyword_arguments(neck)
     for option in options:
         if option not in accepted:
-            raise ValueError(f"Neck {name!r} has no argument {option!r}. {did_you_mean(option, accepted)}")
+            raise ConfigError(f"Neck {name!r} has no argument {option!r}. {did_you_mean(option, accepted)}")
     return neck(in_spec, **options)
 
 
@@ -198,6 +199,8 @@ class PyramidNeck(Neck):
 
     Args:
         in_spec: What the backbone gives.
+        top_down_options: For members of the family: options of their way to merge going down, None for none.
+        bottom_up_options: The same going up.
         out_channels: Channels ``d`` of every level.
         extra_levels: Coarser levels added by subsampling.
         norm_layer: Norm after each convolution (timm name), or None.
@@ -217,6 +220,8 @@ class PyramidNeck(Neck):
     def __init__(
         self,
         in_spec: PyramidSpec,
+        top_down_options: Mapping[str, str] | None = None,
+        bottom_up_options: Mapping[str, str] | None = None,
         *,
         out_channels: int = 256,
         extra_levels: int = 1,
@@ -224,6 +229,7 @@ class PyramidNeck(Neck):
         act_layer: str | None = None,
     ) -> None:
         super().__init__(in_spec, out_channels=out_channels, extra_levels=extra_levels)
+        going_down, going_up = top_down_options or {}, bottom_up_options or {}
 
         def conv(in_channels: int, kernel_size: int) -> ConvNormAct:
             return ConvNormAct(in_channels, out_channels, kernel_size, norm_layer=norm_layer, act_layer=act_layer)
@@ -231,9 +237,9 @@ class PyramidNeck(Neck):
         steps, down = range(len(in_spec) - 1), self.bottom_up_fusion
         self.lateral = nn.ModuleList(conv(channels, 1) for channels in in_spec.channels)
         self.context: MGC | None = None
-        self.top_down = nn.ModuleList(self.top_down_fusion(out_channels) for _ in steps)
+        self.top_down = nn.ModuleList(self.top_down_fusion(out_channels, **going_down) for _ in steps)
         self.output = nn.ModuleList(conv(out_channels, 3) for _ in in_spec)
-        self.bottom_up = None if down is None else nn.ModuleList(down(out_channels) for _ in steps)
+        self.bottom_up = None if down is None else nn.ModuleList(down(out_channels, **going_up) for _ in steps)
         self.bottom_up_output = None if down is None else nn.ModuleList(conv(out_channels, 3) for _ in steps)
 
     def fuse(self, features: list[Tensor], valid: list[Tensor | None]) -> list[Tensor]:
