@@ -8,6 +8,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar
 
+from a2fpn.errors import ConfigError
+
 T = TypeVar("T")
 
 
@@ -55,7 +57,7 @@ class Registry(Generic[T]):
         >>> shapes["circel"]
         Traceback (most recent call last):
         ...
-        ValueError: Unknown shape 'circel'. Did you mean 'circle'?
+        a2fpn.errors.ConfigError: Unknown shape 'circel'. Did you mean 'circle'?
     """
 
     def __init__(self, kind: str) -> None:
@@ -71,7 +73,7 @@ class Registry(Generic[T]):
 
         def decorator(item: T) -> T:
             if name in self._items:
-                raise ValueError(
+                raise ConfigError(
                     f"The {self.kind} name {name!r} is taken by {self._items[name]!r}; choose another name."
                 )
             self._items[name] = item
@@ -81,7 +83,7 @@ class Registry(Generic[T]):
 
     def __getitem__(self, name: str) -> T:
         if name not in self._items:
-            raise ValueError(f"Unknown {self.kind} {name!r}. {did_you_mean(name, self._items)}")
+            raise ConfigError(f"Unknown {self.kind} {name!r}. {did_you_mean(name, self._items)}")
         return self._items[name]
 
     def __contains__(self, name: object) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, Union
 
 from a2fpn._registry import did_you_mean
+from a2fpn.errors import ConfigError, ConfigTypeError
 
 ConfigT = TypeVar("ConfigT")
 
@@ -52,14 +53,16 @@ def from_dict(cls: type[ConfigT], data: Any, *, where: str = "config") -> Config
         >>> from_dict(Category, {"id": 7, "nme": "cat"})
         Traceback (most recent call last):
         ...
-        ValueError: config: unknown key 'nme' for Category. Did you mean 'name'?
+        a2fpn.errors.ConfigError: config: unknown key 'nme' for Category. Did you mean 'name'?
     """
     if not isinstance(data, Mapping):
-        raise TypeError(f"{where}: expected an object with the fields of {cls.__name__}, got {type(data).__name__}.")
+        raise ConfigTypeError(
+            f"{where}: expected an object with the fields of {cls.__name__}, got {type(data).__name__}."
+        )
     fields = {f.name: f for f in dataclasses.fields(typing.cast(Any, cls))}
     for key in data:
         if key not in fields:
-            raise ValueError(f"{where}: unknown key {key!r} for {cls.__name__}. {did_you_mean(str(key), fields)}")
+            raise ConfigError(f"{where}: unknown key {key!r} for {cls.__name__}. {did_you_mean(str(key), fields)}")
     hints = typing.get_type_hints(cls)
     depends = getattr(cls, "field_types", None)
     if depends is not None:
@@ -68,7 +71,7 @@ def from_dict(cls: type[ConfigT], data: Any, *, where: str = "config") -> Config
     for name, f in fields.items():
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if required and name not in values:
-            raise ValueError(f"{where}: the key {name!r} of {cls.__name__} is missing.")
+            raise ConfigError(f"{where}: the key {name!r} of {cls.__name__} is missing.")
     return cls(**values)
 
 
@@ -83,7 +86,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         )
     if origin is Literal:
         if value not in args:
-            raise ValueError(f"{where}: expected one of {', '.join(map(repr, args))}, got {value!r}.")
+            raise ConfigError(f"{where}: expected one of {', '.join(map(repr, args))}, got {value!r}.")
         return value
     if origin in (Union, types.UnionType):
         if value is None and type(None) in args:
@@ -91,14 +94,14 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return _convert(next(arg for arg in args if arg is not type(None)), value, where)
     if origin is tuple:
         if isinstance(value, str) or not isinstance(value, (list, tuple)):
-            raise TypeError(f"{where}: expected a list, got {value!r}.")
+            raise ConfigTypeError(f"{where}: expected a list, got {value!r}.")
         return tuple(_convert(args[0], item, f"{where}[{index}]") for index, item in enumerate(value))
     if origin is not None and issubclass(origin, Mapping):
         if not isinstance(value, Mapping):
-            raise TypeError(f"{where}: expected an object, got {value!r}.")
+            raise ConfigTypeError(f"{where}: expected an object, got {value!r}.")
         return dict(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
-        raise TypeError(f"{where}: expected {hint.__name__}, got {value!r}.")
+        raise ConfigTypeError(f"{where}: expected {hint.__name__}, got {value!r}.")
     return value

@@ -19,6 +19,7 @@ from a2fpn.backbones import (
 )
 from a2fpn.config import BackboneConfig, Category, ModelConfig, NeckConfig, RCNNConfig, heads_type
 from a2fpn.detectors import DETECTORS
+from a2fpn.errors import ConfigError
 from a2fpn.necks import NECKS
 from a2fpn.necks.neck import keyword_arguments
 
@@ -135,7 +136,7 @@ def parse_name(name: str, backbone: str | None) -> ModelConfig:
     for detector, neck in itertools.product(DETECTORS, sorted(NECKS, key=len, reverse=True)):
         prefix = f"{detector}_{neck}"
         if name == prefix and backbone is None:
-            raise ValueError(f"Model {name!r} needs a backbone: create_model({name!r}, backbone='r50').")
+            raise ConfigError(f"Model {name!r} needs a backbone: create_model({name!r}, backbone='r50').")
         if name == prefix or name.startswith(f"{prefix}_"):
             chosen = backbone or name.removeprefix(f"{prefix}_")
             try:
@@ -151,7 +152,7 @@ def parse_name(name: str, backbone: str | None) -> ModelConfig:
                 NeckConfig(neck, _neck_args(detector, neck)),
                 heads=heads_type(detector)(),
             )
-    raise ValueError(f"Unknown model {name!r}. {did_you_mean(name, model_names())}")
+    raise ConfigError(f"Unknown model {name!r}. {did_you_mean(name, model_names())}")
 
 
 def override(config: ModelConfig, num_classes: int | None, overrides: Mapping[str, Any]) -> ModelConfig:
@@ -164,10 +165,10 @@ def override(config: ModelConfig, num_classes: int | None, overrides: Mapping[st
         if key in owner:
             changed[owner[key]][key] = value
         elif key in ("backbone", "backbone_weights"):
-            raise ValueError(f"The {key} of a checkpoint cannot be replaced; its own is {config.backbone.name!r}.")
+            raise ConfigError(f"The {key} of a checkpoint cannot be replaced; its own is {config.backbone.name!r}.")
         elif key not in own:
             known = [*owner, *own, "backbone", "backbone_weights", "num_classes"]
-            raise ValueError(f"Unknown argument {key!r} of a model. {did_you_mean(key, known)}")
+            raise ConfigError(f"Unknown argument {key!r} of a model. {did_you_mean(key, known)}")
     points = getattr(config.heads, "num_keypoints", None)
     if changed["heads"].get("num_keypoints", points) != points:
         changed["heads"].setdefault("keypoint_names", ())  # they named the old ones

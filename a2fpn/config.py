@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from a2fpn._serialize import plain
+from a2fpn.errors import ConfigError, ConfigTypeError
 
 FORMAT_VERSION = 1
 STAGES = 5
@@ -82,12 +83,12 @@ class BackboneConfig:
 
     def __post_init__(self) -> None:
         if self.image_size is not None and not 1 <= self.image_size <= _LARGEST_IMAGE:
-            raise ValueError(f"image_size must be between 1 and {_LARGEST_IMAGE}, got {self.image_size}.")
+            raise ConfigError(f"image_size must be between 1 and {_LARGEST_IMAGE}, got {self.image_size}.")
         if self.trainable_layers is not None and not 0 <= self.trainable_layers <= STAGES:
-            raise ValueError(f"trainable_layers must be between 0 and {STAGES}, got {self.trainable_layers}.")
+            raise ConfigError(f"trainable_layers must be between 0 and {STAGES}, got {self.trainable_layers}.")
         # Written so that NaN is bad as well.
         if self.norm_eps is not None and not self.norm_eps >= 0:
-            raise ValueError(f"norm_eps must be 0 or more, got {self.norm_eps}.")
+            raise ConfigError(f"norm_eps must be 0 or more, got {self.norm_eps}.")
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class NeckConfig:
             try:
                 json.dumps(value)
             except TypeError:
-                raise TypeError(
+                raise ConfigTypeError(
                     f"The neck argument {key!r} must be a JSON value, it is saved with the model; got {value!r}."
                 ) from None
         # Lists where tuples were given: a config equals the one that comes back from its file.
@@ -118,7 +119,7 @@ class NeckConfig:
         # Some are counts that a constructor loops over; a config may come from anyone.
         for number in _integers(self.args):
             if abs(number) > _LARGEST_ARGUMENT:
-                raise ValueError(f"Neck arguments must be at most {_LARGEST_ARGUMENT}, got {number}.")
+                raise ConfigError(f"Neck arguments must be at most {_LARGEST_ARGUMENT}, got {number}.")
 
 
 @dataclass(frozen=True)
@@ -258,7 +259,7 @@ class RCNNConfig(HeadsConfig):
                 f"mask_boundary_weight must be between 1 and {_LARGEST_WEIGHT}, got {self.mask_boundary_weight}."
             )
         if self.unused_outputs < 0:
-            raise ValueError(f"unused_outputs must be 0 or more, got {self.unused_outputs}.")
+            raise ConfigError(f"unused_outputs must be 0 or more, got {self.unused_outputs}.")
 
 
 @dataclass(frozen=True)
@@ -307,14 +308,14 @@ class CascadeConfig(RCNNConfig):
             "stage_loss_weights": len(self.stage_loss_weights),
         }
         if len(set(counts.values())) > 1 or not self.stage_ious:
-            raise ValueError(f"Every stage needs an IoU, box weights and a loss weight, got {counts}.")
+            raise ConfigError(f"Every stage needs an IoU, box weights and a loss weight, got {counts}.")
         if any(len(weights) != 4 for weights in self.stage_box_weights):
-            raise ValueError(f"stage_box_weights must be four numbers per stage, got {self.stage_box_weights}.")
+            raise ConfigError(f"stage_box_weights must be four numbers per stage, got {self.stage_box_weights}.")
         if self.box_fg_iou != RCNNConfig.box_fg_iou:
-            raise ValueError(f"box_fg_iou={self.box_fg_iou} has no use in a cascade; set stage_ious.")
+            raise ConfigError(f"box_fg_iou={self.box_fg_iou} has no use in a cascade; set stage_ious.")
         # Written so that NaN is bad as well.
         if not self.box_loss_beta >= 0:
-            raise ValueError(f"box_loss_beta must be 0 or more, got {self.box_loss_beta}.")
+            raise ConfigError(f"box_loss_beta must be 0 or more, got {self.box_loss_beta}.")
 
 
 @dataclass(frozen=True)
@@ -344,7 +345,7 @@ class HTCConfig(CascadeConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.stage_masks != "all" or not self.stage_resampling:
-            raise ValueError(
+            raise ConfigError(
                 "In HTC every stage samples anew and has a mask head: stage_masks='all', stage_resampling=True, got "
                 f"{self.stage_masks!r}, {self.stage_resampling}."
             )
@@ -376,9 +377,9 @@ class KeypointRCNNConfig(RCNNConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.num_keypoints < 1:
-            raise ValueError(f"num_keypoints must be at least 1, got {self.num_keypoints}.")
+            raise ConfigError(f"num_keypoints must be at least 1, got {self.num_keypoints}.")
         if len(self.keypoint_names) not in (0, self.num_keypoints):
-            raise ValueError(
+            raise ConfigError(
                 f"num_keypoints is {self.num_keypoints} and keypoint_names has {len(self.keypoint_names)} names; give "
                 "one name per keypoint, or none."
             )
@@ -458,7 +459,7 @@ def _check_layers(*, least: int = 0, **counts: int) -> None:
     """Counts that a constructor loops over; a config may come from anyone."""
     for name, count in counts.items():
         if not least <= count <= _MOST_LAYERS:
-            raise ValueError(f"{name} must be between {least} and {_MOST_LAYERS}, got {count}.")
+            raise ConfigError(f"{name} must be between {least} and {_MOST_LAYERS}, got {count}.")
 
 
 HEADS: dict[str, type[HeadsConfig]] = {
@@ -513,17 +514,17 @@ class ModelConfig:
     def __post_init__(self) -> None:
         expected = heads_type(self.detector)
         if type(self.heads) is not expected:
-            raise TypeError(
+            raise ConfigTypeError(
                 f"The heads of {self.detector!r} are described by {expected.__name__}, got "
                 f"{type(self.heads).__name__}. Pass heads={expected.__name__}(...)."
             )
         if self.num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1 (there is no background class), got {self.num_classes}.")
+            raise ConfigError(f"num_classes must be at least 1 (there is no background class), got {self.num_classes}.")
         if self.categories and len(self.categories) != self.num_classes:
-            raise ValueError(f"{len(self.categories)} categories were given for num_classes={self.num_classes}.")
+            raise ConfigError(f"{len(self.categories)} categories were given for num_classes={self.num_classes}.")
         channels, statistics = self.backbone.in_chans, self.preprocess
         if not len(statistics.mean) == len(statistics.std) == channels:
-            raise ValueError(
+            raise ConfigError(
                 f"in_chans={channels} needs mean and std with {channels} values each, "
                 f"got {len(statistics.mean)} and {len(statistics.std)}."
             )

@@ -1,7 +1,22 @@
-"""Errors that say what a user of the package got wrong; everything else that is raised is a bug.
+"""Errors about input: configurations, data, checkpoints, the Hub.
 
-Commands turn these, and only these, into one line. Each keeps the built-in class that fits it as a second base.
+Commands turn these into one line, and what the operating system says of a file; everything else keeps its traceback.
+Each has the built-in class that fits it as a second base.
 """
+
+from __future__ import annotations
+
+import errno
+import os
+
+_ABOUT_FILES = {
+    getattr(errno, name)
+    for name in (
+        *("EACCES", "EDQUOT", "EEXIST", "EFBIG", "EISDIR", "ELOOP", "ENAMETOOLONG", "ENOENT", "ENOSPC", "ENOTDIR"),
+        *("ENOTEMPTY", "EPERM", "EROFS"),
+    )
+    if hasattr(errno, name)
+}
 
 
 class A2FPNError(Exception):
@@ -16,6 +31,14 @@ class ConfigTypeError(ConfigError, TypeError):
     """A setting of the wrong type."""
 
 
+class MissingFileError(A2FPNError, FileNotFoundError):
+    """A file that was named and does not exist."""
+
+
+class ExistingFileError(A2FPNError, FileExistsError):
+    """A file that would be replaced without being asked for."""
+
+
 class DataError(A2FPNError, ValueError):
     """A COCO file can't be used; the message names the file and the annotation."""
 
@@ -26,6 +49,12 @@ class ImageError(A2FPNError, ValueError):
 
 class CheckpointError(A2FPNError, ValueError):
     """A checkpoint that is missing, damaged, or not what it says it is."""
+
+
+class RunError(A2FPNError, RuntimeError):
+    """A training run that failed on the way for a reason that its owner can mend."""
+
+    exit_code = 1
 
 
 class HubError(A2FPNError, OSError):
@@ -54,3 +83,20 @@ class HubCacheError(HubError):
 
 class HubIntegrityError(HubError):
     """A file that is still not the Hub's after it was downloaded again."""
+
+
+def message_for_users(error: BaseException) -> str | None:
+    """The line that a command shows in place of a traceback; None for what is no error about input.
+
+    With the environment variable ``A2FPN_DEBUG`` set to anything but 0, nothing is.
+
+    Example:
+        >>> message_for_users(ConfigError("Unknown neck 'fpm'."))
+        "Unknown neck 'fpm'."
+        >>> message_for_users(TypeError("'NoneType' object is not callable")) is None
+        True
+    """
+    about_a_file = isinstance(error, OSError) and error.filename is not None and error.errno in _ABOUT_FILES
+    if os.environ.get("A2FPN_DEBUG", "0") not in ("", "0") or not (isinstance(error, A2FPNError) or about_a_file):
+        return None
+    return " ".join(str(error).split())

@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from pycocotools import mask as mask_utils
 
 from a2fpn.data.coco import Annotation, CocoFile, read_coco
+from a2fpn.errors import ConfigError
 from a2fpn.masks.rle import Polygons, Rle, parse_segmentations
 
 logger = logging.getLogger(__name__)
@@ -207,14 +208,14 @@ def evaluate_coco(
         {'bbox/ap': 0.6, 'bbox/ap50': 1.0, 'bbox/ap75': 1.0, ..., 'bbox/ap/cat': 0.6}
     """
     if not iou_types or not set(iou_types) <= set(IOU_TYPES):
-        raise ValueError(f"iou_types must be some of {', '.join(IOU_TYPES)}, got {list(iou_types)}.")
+        raise ConfigError(f"iou_types must be some of {', '.join(IOU_TYPES)}, got {list(iou_types)}.")
     for name, limit in {"max_detections": max_detections, "max_keypoint_detections": max_keypoint_detections}.items():
         if limit < 1:
-            raise ValueError(f"{name} must be at least 1, got {limit}.")
+            raise ConfigError(f"{name} must be at least 1, got {limit}.")
     library = _library(backend)
     coco = read_coco(ground_truth)
     if "segm" in iou_types and not coco.has_masks:
-        raise ValueError(f"{coco.name} has no masks; evaluate boxes only, with iou_types=['bbox'].")
+        raise ConfigError(f"{coco.name} has no masks; evaluate boxes only, with iou_types=['bbox'].")
     if "keypoints" in iou_types:
         _check_sigmas(coco, oks_sigmas)
     given = list(detections)
@@ -281,7 +282,7 @@ def annotations_as_detections(ground_truth: str | Path | Mapping[str, Any] | Coc
 def _library(backend: Backend) -> tuple[Any, Any]:
     """Returns the classes ``COCO`` and ``COCOeval`` of a library; all have pycocotools' interface."""
     if backend not in BACKENDS:
-        raise ValueError(f"Unknown backend {backend!r}; expected one of {', '.join(BACKENDS)}.")
+        raise ConfigError(f"Unknown backend {backend!r}; expected one of {', '.join(BACKENDS)}.")
     try:
         if backend in ("auto", "hotcoco"):
             import hotcoco
@@ -293,7 +294,7 @@ def _library(backend: Backend) -> tuple[Any, Any]:
             return faster_coco_eval.COCO, faster_coco_eval.COCOeval_faster
     except ImportError as error:
         if backend != "auto":
-            raise ValueError(
+            raise ConfigError(
                 f"The backend {backend!r} can't be imported ({error}); install {backend}, or take 'pycocotools'."
             ) from error
         logger.warning("hotcoco can't be imported (%s): pycocotools evaluates, which takes many times as long", error)
@@ -302,14 +303,14 @@ def _library(backend: Backend) -> tuple[Any, Any]:
 
 def _check_sigmas(coco: CocoFile, sigmas: Sequence[float]) -> None:
     if not coco.num_keypoints:
-        raise ValueError(f"{coco.name} has no keypoints; evaluate boxes only, with iou_types=['bbox'].")
+        raise ConfigError(f"{coco.name} has no keypoints; evaluate boxes only, with iou_types=['bbox'].")
     if len(sigmas) != coco.num_keypoints:
-        raise ValueError(
+        raise ConfigError(
             f"{coco.name} has {coco.num_keypoints} keypoints per object, oks_sigmas are {len(sigmas)}; give one sigma "
             f"for each keypoint{' (the default is those of COCO)' if len(sigmas) == len(COCO_SIGMAS) else ''}."
         )
     if not all(sigma > 0 and math.isfinite(sigma) for sigma in sigmas):
-        raise ValueError(f"oks_sigmas must be positive numbers, got {list(sigmas)}.")
+        raise ConfigError(f"oks_sigmas must be positive numbers, got {list(sigmas)}.")
 
 
 @dataclass(frozen=True)
@@ -422,18 +423,20 @@ def _checked(
     """
     missing = [key for key in ("image_id", "category_id", "score") if key not in raw]
     if missing:
-        raise ValueError(f"it has no {', '.join(missing)}")
+        raise ConfigError(f"it has no {', '.join(missing)}")
     image_id, category_id, score = raw["image_id"], raw["category_id"], float(raw["score"])
     if image_id not in image_numbers:
-        raise ValueError(f"its image_id {image_id!r} is not in {coco.name}")
+        raise ConfigError(f"its image_id {image_id!r} is not in {coco.name}")
     if category_id not in category_numbers:
-        raise ValueError(f"its category_id {category_id!r} is not in {coco.name}, which has {sorted(category_numbers)}")
+        raise ConfigError(
+            f"its category_id {category_id!r} is not in {coco.name}, which has {sorted(category_numbers)}"
+        )
     if not math.isfinite(score):
-        raise ValueError(f"its score is {score}")
+        raise ConfigError(f"its score is {score}")
     source = kind if kind != "bbox" else "bbox" if "bbox" in raw else "segm"
     key = {"segm": "segmentation"}.get(source, source)
     if key not in raw:
-        raise ValueError(f"it has no {'bbox' if kind == 'bbox' else key}, which {kind!r} needs")
+        raise ConfigError(f"it has no {'bbox' if kind == 'bbox' else key}, which {kind!r} needs")
     entry: dict[str, Any] = {
         "image_id": image_numbers[image_id],
         "category_id": category_numbers[category_id],
@@ -475,7 +478,7 @@ def _check_masks(detections: Sequence[dict[str, Any]], images: Sequence[Mapping[
         rles: list[Rle] = []
         for position, mask in zip(some, masks, strict=True):
             if isinstance(mask, ValueError):
-                raise ValueError(f"detection {position}: {mask}")
+                raise ConfigError(f"detection {position}: {mask}")
             rles.append(mask.to_rle() if isinstance(mask, Polygons) else mask)
         boxes = mask_utils.toBbox(rles).tolist()
         areas = mask_utils.area(rles).tolist() if kind == "segm" else [width * height for *_, width, height in boxes]
@@ -486,7 +489,7 @@ def _check_masks(detections: Sequence[dict[str, Any]], images: Sequence[Mapping[
 def _numbers(values: Any, count: int, wanted: str) -> list[float]:
     numbers = list(map(float, values))
     if len(numbers) != count or not all(map(math.isfinite, numbers)):
-        raise ValueError(f"its {wanted}, got {values}")
+        raise ConfigError(f"its {wanted}, got {values}")
     return numbers
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from a2fpn.config import PreprocessConfig
+from a2fpn.errors import ConfigError, ConfigTypeError
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,9 @@ class Preprocess(nn.Module):
     def __init__(self, config: PreprocessConfig, *, divisor: int) -> None:
         super().__init__()
         if len(config.mean) != len(config.std) or any(s <= 0 for s in config.std):
-            raise ValueError(f"mean {config.mean} and std {config.std} must have one positive std per channel.")
+            raise ConfigError(f"mean {config.mean} and std {config.std} must have one positive std per channel.")
         if not 1 <= config.min_size <= config.max_size:
-            raise ValueError(f"Expected 1 <= min_size <= max_size, got {config.min_size} and {config.max_size}.")
+            raise ConfigError(f"Expected 1 <= min_size <= max_size, got {config.min_size} and {config.max_size}.")
         self.config = config
         self.divisor = config.size_divisor or divisor
         self.register_buffer("mean", torch.tensor(config.mean)[:, None, None], persistent=False)
@@ -74,7 +75,7 @@ class Preprocess(nn.Module):
             ValueError: For an image without pixels.
         """
         if height < 1 or width < 1:
-            raise ValueError(f"Expected an image with H, W >= 1, got {height} x {width}.")
+            raise ConfigError(f"Expected an image with H, W >= 1, got {height} x {width}.")
         if self.config.resize == "none":
             return height, width
         # Fractions, since 97 * (800 / 97) is 799.99... in floating point.
@@ -107,9 +108,9 @@ class Preprocess(nn.Module):
     def _prepare(self, image: Tensor, resize: bool) -> Tensor:
         channels = len(self.mean)
         if image.ndim != 3 or image.shape[0] != channels or image.numel() == 0:
-            raise ValueError(f"Expected an image ({channels}, H, W) with H, W >= 1, got {tuple(image.shape)}.")
+            raise ConfigError(f"Expected an image ({channels}, H, W) with H, W >= 1, got {tuple(image.shape)}.")
         if image.dtype != torch.uint8 and not image.is_floating_point():
-            raise TypeError(f"Expected a float image in [0, 1] or a uint8 image in [0, 255], got {image.dtype}.")
+            raise ConfigTypeError(f"Expected a float image in [0, 1] or a uint8 image in [0, 255], got {image.dtype}.")
         x = image.to(self.mean.device)
         x = x.float().div(255) if x.dtype == torch.uint8 else x.float()
         x = (x - self.mean) / self.std

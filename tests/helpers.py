@@ -1,16 +1,20 @@
 """What several test modules need: small models, random pyramids and targets, formulas written out."""
 
+import contextlib
 import dataclasses
+import io
 import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 import a2fpn
+from a2fpn.cli.hub import main
 from a2fpn.config import HEADS, RCNNConfig, heads_type
 from a2fpn.detectors import Detector
 from a2fpn.necks import Neck
@@ -164,3 +168,10 @@ def pyramid_spec(levels: int = 4, *, finest: int = 2) -> PyramidSpec:
 def build_neck(name: str, spec: PyramidSpec | None = None, **options: Any) -> Neck:
     """A registered neck with few channels, on :func:`pyramid_spec` unless told otherwise."""
     return a2fpn.create_neck(name, spec or pyramid_spec(), **{"out_channels": 16, **options})
+
+
+def run_hub(*arguments: object) -> str | None:
+    """What ``python -m hub`` ends with: None, or the error that it shows."""
+    with contextlib.redirect_stderr(io.StringIO()) as shown, pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    return shown.getvalue().splitlines()[-1] if ended.value.code else None

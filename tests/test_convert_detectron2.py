@@ -18,12 +18,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import a2fpn
-from a2fpn.cli.hub import main
 from a2fpn.convert import from_detectron2, load_array_pickle, read_state_dict
 from a2fpn.preprocess import Preprocess
 from a2fpn.pretrained.checkpoint import read_checkpoint
 from benchmarks import parity
-from tests.helpers import randomise
+from tests.helpers import randomise, run_hub
 
 NAMES = ["fasterrcnn_fpn_r18", "maskrcnn_fpn_r18", "cascadercnn_fpn_r18", "cascademaskrcnn_fpn_r18"]
 SMALL: dict[str, Any] = {
@@ -385,13 +384,6 @@ def test_files_of_torch_are_read_with_weights_only(tmp_path: Path, monkeypatch: 
 # The command line
 
 
-def run(*arguments: object) -> str | None:
-    """What a command ends with: None, or its error."""
-    with pytest.raises(SystemExit) as ended:
-        main([str(argument) for argument in arguments])
-    return ended.value.code or None  # type: ignore[return-value]
-
-
 def test_the_command_line_converts_a_pickle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = random_detector("fasterrcnn_fpn_r18", roi_aligned=True, roi_sampling_ratio=0, anchor_rounding=False)
     file, folder = tmp_path / "model_final.pkl", tmp_path / "converted"
@@ -399,10 +391,10 @@ def test_the_command_line_converts_a_pickle(tmp_path: Path, capsys: pytest.Captu
     pickle.dump({"model": {key: x.numpy() for key, x in detectron2_state(model).items()}}, buffer)
     file.write_bytes(buffer.getvalue())
     command = ("convert", file, "--from", "detectron2", "--model", "fasterrcnn_fpn_r18", "--output", folder)
-    assert str(run(*command)).endswith("leave stride_in_1x1 at False.")
+    assert str(run_hub(*command)).endswith("leave stride_in_1x1 at False.")
     assert not folder.exists()
     options = ("--option", "stride_in_1x1=false", "--option", "resize=none", "--option", "pixel_std=[58, 57, 56]")
-    assert run(*command, *options) is None
+    assert run_hub(*command, *options) is None
     assert capsys.readouterr().out == f'Load it: a2fpn.from_pretrained("{folder}")\n'
     again = a2fpn.from_pretrained(folder)
     assert again.config.preprocess.resize == "none"
@@ -414,10 +406,12 @@ def test_the_command_line_converts_a_pickle(tmp_path: Path, capsys: pytest.Captu
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     origin = read_checkpoint(folder).metadata["converted_from"]
     assert (origin["framework"], origin["file"], len(origin["sha256"])) == ("detectron2", "model_final.pkl", 64)
-    assert run(*command, *options) == f"hub: error: {str(folder)!r} holds a checkpoint; choose another folder."
+    assert run_hub(*command, *options) == f"hub: error: {str(folder)!r} holds a checkpoint; choose another folder."
     other = (*command[:-1], tmp_path / "other", "--option")
-    assert run(*other, "stride_in_1x1") == "hub: error: --option 'stride_in_1x1': expected KEY=VALUE."
-    assert str(run(*other, "stride_in_1x1=false", "--option", 'min_size="big"')).startswith("hub: error: --option: ")
+    assert run_hub(*other, "stride_in_1x1") == "hub: error: --option 'stride_in_1x1': expected KEY=VALUE."
+    assert str(run_hub(*other, "stride_in_1x1=false", "--option", 'min_size="big"')).startswith(
+        "hub: error: --option: "
+    )
 
 
 def test_parity_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

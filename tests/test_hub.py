@@ -18,7 +18,6 @@ from huggingface_hub import ModelCard, constants, hf_api
 
 import a2fpn
 from a2fpn.cli.evaluate import evaluate
-from a2fpn.cli.hub import main
 from a2fpn.errors import (
     CheckpointError,
     HubAccessError,
@@ -34,7 +33,7 @@ from a2fpn.pretrained.card import model_card
 from a2fpn.pretrained.checkpoint import CONFIG_FILE, WEIGHTS_FILE, read_checkpoint
 from a2fpn.pretrained.hub import Repo, download_checkpoint, push_to_hub
 from tests.coco_data import write_coco
-from tests.helpers import tiny_model
+from tests.helpers import run_hub, tiny_model
 from tests.hub_server import HubServer, sha256
 
 REPO = "alice/cells"
@@ -535,9 +534,9 @@ def test_the_command_line(hub, model, tmp_path, capsys, monkeypatch):
     for offset, outcome in [(0.0, None), (0.1, r"hub: error: 'alice/cells' is not what it says: bbox/ap is ")]:
         stated = {key: value + offset for key, value in metrics.items()}
         a2fpn.save_pretrained(model, folder, metadata={"metrics": stated})
-        assert run("push", str(folder), "--repo", REPO) is None
+        assert run_hub("push", str(folder), "--repo", REPO) is None
         assert f'a2fpn.from_pretrained("{REPO}", revision="{hub.repos[REPO].refs["main"]}")' in capsys.readouterr().out
-        said = run("verify", REPO, "--images", str(images), "--annotations", str(annotations))
+        said = run_hub("verify", REPO, "--images", str(images), "--annotations", str(annotations))
         assert said is None if outcome is None else re.match(outcome, said)
         printed = capsys.readouterr().out
         assert (
@@ -546,16 +545,16 @@ def test_the_command_line(hub, model, tmp_path, capsys, monkeypatch):
             else not printed
         )
     capsys.readouterr()
-    assert run("card", str(folder), "--repo", REPO) is None
+    assert run_hub("card", str(folder), "--repo", REPO) is None
     card = hub.repos[REPO].commits[hub.repos[REPO].refs["main"]]["README.md"].decode()
     assert capsys.readouterr().out.strip() == card.strip()
-    assert "is no checkpoint folder" in run("card", str(tmp_path), "--repo", REPO)
+    assert "is no checkpoint folder" in run_hub("card", str(tmp_path), "--repo", REPO)
 
 
 def test_timm_loads_a_backbone_from_the_hub(hub, model, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", "hf_alice")
     saved, folder = a2fpn.save_pretrained(model, tmp_path / "saved"), tmp_path / "backbone"
-    assert run("backbone", str(saved), "--output", str(folder)) is None
+    assert run_hub("backbone", str(saved), "--output", str(folder)) is None
     assert f'timm.create_model("local-dir:{folder}", pretrained=True' in capsys.readouterr().out
     huggingface_hub.create_repo("alice/backbone")
     huggingface_hub.upload_folder(repo_id="alice/backbone", folder_path=folder)
@@ -576,10 +575,3 @@ def test_a_huge_card_is_never_read(hub, published, model):
     hub.repos[REPO].commit(files | {"README.md": bomb, "../../evil": b"x", "a2fpn.py": b"raise SystemExit"})
     assert same(a2fpn.from_pretrained(REPO), model)
     assert {line.rpartition("/")[2] for line in hub.requests if "resolve" in line} == {CONFIG_FILE, WEIGHTS_FILE}
-
-
-def run(*arguments: str) -> str | None:
-    """What a command ends with: None, or its error."""
-    with pytest.raises(SystemExit) as ended:
-        main(arguments)
-    return ended.value.code or None

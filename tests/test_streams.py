@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
+from typer.testing import CliRunner
 
-from a2fpn.cli.shard import main, parse_size
+from a2fpn.cli.data import app, parse_size
 from a2fpn.config import Category
 from a2fpn.data import (
     CocoDataset,
@@ -883,30 +884,37 @@ def test_processes_may_read_their_own_files(table, tmp_path):
 # --- the command
 
 
-def test_the_command_writes_and_checks(coco, tmp_path, capsys):
+def command(*arguments) -> tuple[int, str]:
+    """Exit code and output of ``a2fpn data shard``."""
+    result = CliRunner().invoke(app, ["shard", *map(str, arguments)], prog_name="a2fpn")
+    assert isinstance(result.exception, (SystemExit, type(None)))
+    return result.exit_code, result.output
+
+
+def test_the_command_writes_and_checks(coco, tmp_path):
     arguments = ["--images", str(coco[0]), "--annotations", str(coco[1]), "--output", str(tmp_path / "out")]
-    assert main([*arguments, "--samples-per-shard", "10", "--shuffle", "--seed", "4"]) == 0
-    assert capsys.readouterr().out == f"{tmp_path / 'out'}: 23 images in 3 shards\n"
+    written = (0, f"{tmp_path / 'out'}: 23 images in 3 shards\n")
+    assert command(*arguments, "--samples-per-shard", "10", "--shuffle", "--seed", "4") == written
     write_shards(*coco, tmp_path / "same", samples_per_shard=10, seed=4)
     for file in (tmp_path / "same").iterdir():
         assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes()
-    assert main(["--check", str(tmp_path / "out")]) == 0
-    assert "3 shards, 0 of them damaged" in capsys.readouterr().out
-    assert main(arguments) == 2
-    assert re.fullmatch(r"shard: error: .*out: holds shards already; .*force.*\n", capsys.readouterr().err)
-    assert main([*arguments, "--force", "--shard-size", "30kB"]) == 0
+    code, output = command("--check", tmp_path / "out")
+    assert (code, "3 shards, 0 of them damaged" in output) == (0, True)
+    code, output = command(*arguments)
+    assert code == 2
+    assert re.fullmatch(r"a2fpn: error: .*out: holds shards already; .*force.*\n", output)
+    assert command(*arguments, "--force", "--shard-size", "30kB")[0] == 0
     flip_headers(tmp_path / "out" / "shard-000001.tar")
-    assert main(["--check", str(tmp_path / "out")]) == 1
-    output = capsys.readouterr()
-    assert "1 of them damaged" in output.out
-    assert re.search(r"shard: error: .*shard-000001\.tar: .*the sha256 differs", output.err)
+    code, output = command("--check", tmp_path / "out")
+    assert code == 1
+    assert "1 of them damaged" in output
+    assert re.search(r"a2fpn: error: .*shard-000001\.tar: .*the sha256 differs", output)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "needs --images, --annotations, --output; see --help."),
-        (["--nonsense"], "unrecognized arguments: --nonsense; see --help."),
         (
             ["--images", "x", "--annotations", "y", "--output", "z", "--shard-size", "12 bananas"],
             "expected a size such as",
@@ -915,11 +923,11 @@ def test_the_command_writes_and_checks(coco, tmp_path, capsys):
         (["--check", "nowhere"], "nowhere/index.json: no such file"),
     ],
 )
-def test_the_command_says_in_one_line_what_is_wrong(arguments, message, capsys, monkeypatch, tmp_path):
+def test_the_command_says_in_one_line_what_is_wrong(arguments, message, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert main(arguments) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("shard: error: ")
+    code, error = command(*arguments)
+    assert code == 2
+    assert error.startswith("a2fpn: error: ")
     assert error.count("\n") == 1
     assert message in error
 

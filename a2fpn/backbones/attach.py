@@ -28,6 +28,7 @@ from timm.models import FeatureInfo
 from torch import Tensor, nn
 
 from a2fpn._registry import match_names
+from a2fpn.errors import ConfigError
 from a2fpn.pyramid import level_size
 
 TABLE = "assets/backbones.csv"
@@ -47,7 +48,7 @@ _SIZES = ((200, 333), (445, 230))
 _UNKNOWN = "?"
 
 
-class UnsupportedBackboneError(ValueError):
+class UnsupportedBackboneError(ConfigError):
     """A network that no way was found to attach, with the reason and some that can be."""
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from a2fpn.backbones.timm_backbone import TimmBackbone
 from a2fpn.config import PreprocessConfig
+from a2fpn.errors import ConfigError
 
 _logger = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ def export_backbone(
     config = backbone.config
     if config.norm == "gn" or config.stride_in_1x1:
         option = "norm='gn'" if config.norm == "gn" else "stride_in_1x1=True"
-        raise ValueError(f"timm's {backbone.name!r} has no option for {option}, so it cannot load this backbone.")
+        raise ConfigError(f"timm's {backbone.name!r} has no option for {option}, so it cannot load this backbone.")
     options = {**backbone._switches(), "in_chans": config.in_chans}
     whole = timm.create_model(backbone.name, num_classes=0, **options)
     # timm's wrappers put a prefix before names, and some join two parts by an underscore.

@@ -7,6 +7,7 @@ import functools
 import timm
 
 from a2fpn._registry import did_you_mean
+from a2fpn.errors import ConfigError
 
 ALIASES = {
     "r18": "resnet18.tv_in1k",
@@ -34,13 +35,13 @@ def resolve_backbone_name(name: str) -> str:
         >>> resolve_backbone_name("resnet5O")
         Traceback (most recent call last):
         ...
-        ValueError: Unknown backbone 'resnet5O'. Did you mean 'resnet50' or 'resnet51q' or 'resnet50t'?
+        a2fpn.errors.ConfigError: Unknown backbone 'resnet5O'. Did you mean 'resnet50' or 'resnet51q' or 'resnet50t'?
     """
     full = ALIASES.get(name, name)
     architecture, _, tag = full.partition(".")
     if not timm.is_model(architecture):
-        raise ValueError(f"Unknown backbone {name!r}. {did_you_mean(name, [*ALIASES, *timm.list_models()])}")
+        raise ConfigError(f"Unknown backbone {name!r}. {did_you_mean(name, [*ALIASES, *timm.list_models()])}")
     known = [model.partition(".")[2] for model in timm.list_models(f"{architecture}.*", pretrained=True)]
     if tag and tag not in known:
-        raise ValueError(f"Backbone {architecture!r} has no weights {tag!r}. {did_you_mean(tag, known)}")
+        raise ConfigError(f"Backbone {architecture!r} has no weights {tag!r}. {did_you_mean(tag, known)}")
     return full

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from a2fpn.backbones.attach import PYRAMID, Attachment, find_attachment
 from a2fpn.backbones.names import resolve_backbone_name
 from a2fpn.config import BackboneConfig
+from a2fpn.errors import ConfigError, MissingFileError
 
 _logger = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ def _create(name: str, source: dict[str, Any], options: dict[str, Any]) -> nn.Mo
     try:
         resized = {key: _resized(key, x, switched[key].shape) for key, x in native.items() if key in switched}
     except ValueError as error:
-        raise ValueError(
+        raise ConfigError(
             f"The weights of {name!r} don't fit the network built with {options}: {error} Without image_size it has "
             "the size of its weights."
         ) from error
@@ -90,7 +91,7 @@ def _resized(name: str, x: Tensor, shape: torch.Size) -> Tensor:
         patches: Tensor = resample_patch_embed(x, list(shape[2:]))
         return patches
     if not _POSITIONS.search(name) or len(axes) > 2:
-        raise ValueError(f"{name} is {tuple(x.shape)}, expected {tuple(shape)}.")
+        raise ConfigError(f"{name} is {tuple(x.shape)}, expected {tuple(shape)}.")
     last, size = list(range(-len(axes), 0)), [shape[axis] for axis in axes]
     moved = x.movedim(axes, last)
     if len(axes) == 2:
@@ -120,15 +121,15 @@ def _create_from_file(name: str, weights: Path, options: dict[str, Any]) -> nn.M
     also rename and reshape. So what is compared is what the tensors hold, not what they are called.
     """
     if not weights.is_file():
-        raise FileNotFoundError(f"Backbone weights {str(weights)!r} do not exist.")
+        raise MissingFileError(f"Backbone weights {str(weights)!r} do not exist.")
     try:
         body = _create(name, {"file": str(weights)}, options)
         stored = {_content(x) for x in load_state_dict(str(weights)).values()}
     except (RuntimeError, SafetensorError, UnpicklingError) as error:
-        raise ValueError(f"{str(weights)!r} holds no weights of {name!r}: {str(error).strip()}") from error
+        raise ConfigError(f"{str(weights)!r} holds no weights of {name!r}: {str(error).strip()}") from error
     kernels = [x for x in body.parameters() if x.ndim > 1]
     if 2 * sum(_content(x) in stored for x in kernels) < len(kernels):
-        raise ValueError(f"{str(weights)!r} holds no weights of {name!r}; are they those of another backbone?")
+        raise ConfigError(f"{str(weights)!r} holds no weights of {name!r}; are they those of another backbone?")
     return body
 
 

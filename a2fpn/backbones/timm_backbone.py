@@ -23,6 +23,7 @@ from a2fpn.backbones.freezing import contributors, convert_norms, drop_dead, fre
 from a2fpn.backbones.names import resolve_backbone_name
 from a2fpn.backbones.pretrained import create_with_weights
 from a2fpn.config import STAGES, BackboneConfig
+from a2fpn.errors import ConfigError
 from a2fpn.layers import resample
 from a2fpn.pyramid import Features, PyramidSpec, level_size
 
@@ -84,7 +85,7 @@ class TimmBackbone(nn.Module):
         self._size = self._fixed_size()
         strides = tuple(config.strides if strides is None else strides)
         if not strides:
-            raise ValueError(f"Backbone {config.name!r} needs at least one stride, got none.")
+            raise ConfigError(f"Backbone {config.name!r} needs at least one stride, got none.")
         sources = [found.source(stride) for stride in strides]
         # Ascending, since timm returns maps in network order whatever was asked.
         used = sorted(set(sources))
@@ -148,12 +149,12 @@ class TimmBackbone(nn.Module):
         found, wanted = self.attachment, self.config.image_size
         if found.size is None:
             if wanted is not None:
-                raise ValueError(
+                raise ConfigError(
                     f"Backbone {self.name!r} takes images of any size; leave image_size at None, got {wanted}."
                 )
             return None
         if wanted not in (None, found.size) and not found.resizable:
-            raise ValueError(
+            raise ConfigError(
                 f"Backbone {self.name!r} exists for images of {found.size} x {found.size} only, got "
                 f"image_size={wanted}."
             )
@@ -209,7 +210,7 @@ class TimmBackbone(nn.Module):
         try:
             inner.set_grad_checkpointing(True)
         except (AttributeError, AssertionError) as error:
-            raise ValueError(
+            raise ConfigError(
                 f"timm has no gradient checkpointing for {self.name!r}; leave grad_checkpointing at False."
             ) from error
 
@@ -307,7 +308,7 @@ class TimmBackbone(nn.Module):
                 (height, width) if divisor == 1 else (-(-height // divisor) * divisor, -(-width // divisor) * divisor)
             )
         if max(height, width) > self._size:
-            raise ValueError(
+            raise ConfigError(
                 f"Backbone {self.name!r} is built for images of at most {self._size} x {self._size}, got {height} x "
                 f"{width}. image_size builds it for larger ones, where timm can."
             )
@@ -345,6 +346,6 @@ def _move_strides(body: nn.Module, name: str) -> None:
     """Gives the strides of bottlenecks to their first convolution, as in Caffe's ResNets."""
     blocks = [module for module in body.modules() if isinstance(module, Bottleneck)]
     if not blocks:
-        raise ValueError(f"Backbone {name!r} has no ResNet bottlenecks; leave stride_in_1x1 at False.")
+        raise ConfigError(f"Backbone {name!r} has no ResNet bottlenecks; leave stride_in_1x1 at False.")
     for block in blocks:
         block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride

@@ -12,6 +12,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from a2fpn.errors import ConfigError
+
 if TYPE_CHECKING:
     pass
 from a2fpn.cli.format import progress_bar
@@ -72,7 +74,7 @@ def check_data(
     from a2fpn import data
 
     if plot is not None and images is None:
-        raise ValueError("--plot draws on the images: give --images too.")
+        raise ConfigError("--plot draws on the images: give --images too.")
     facts = _model_facts(model, min_size, max_size)
     with progress_bar() as progress:
 

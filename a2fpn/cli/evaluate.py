@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from a2fpn.config import KeypointRCNNConfig
+from a2fpn.errors import ConfigError
 
 if TYPE_CHECKING:
     from a2fpn.data import CocoDataset
@@ -138,14 +139,14 @@ def evaluate(
 def _check_categories(detector: Detector, dataset: CocoDataset) -> None:
     """Stops where model and data mean different things by the same category."""
     if not detector.config.categories and detector.config.num_classes != len(dataset.categories):
-        raise ValueError(
+        raise ConfigError(
             f"The model was saved without categories and has {detector.config.num_classes} classes, "
             f"{dataset.coco.name} has {len(dataset.categories)}: which is which can't be told."
         )
     names = {category.id: category.name for category in dataset.categories}
     for category in dataset.coco.categories:
         if names.get(category.id, category.name).casefold() != category.name.casefold():
-            raise ValueError(
+            raise ConfigError(
                 f"Category {category.id} is {category.name!r} in {dataset.coco.name} and {names[category.id]!r} for "
                 f"the model; give both the same ids and names."
             )
@@ -156,9 +157,9 @@ def _check_keypoints(detector: Detector, dataset: CocoDataset) -> None:
     heads, coco = detector.config.heads, dataset.coco
     assert isinstance(heads, KeypointRCNNConfig)
     if heads.num_keypoints != coco.num_keypoints:
-        raise ValueError(f"The model gives {heads.num_keypoints} keypoints, {coco.name} has {coco.num_keypoints}.")
+        raise ConfigError(f"The model gives {heads.num_keypoints} keypoints, {coco.name} has {coco.num_keypoints}.")
     if heads.keypoint_names and coco.keypoint_names and heads.keypoint_names != coco.keypoint_names:
-        raise ValueError(
+        raise ConfigError(
             f"The model's keypoints are {as_text(heads.keypoint_names)}, those of {coco.name} are "
             f"{as_text(coco.keypoint_names)}; give both the same names in the same order."
         )
@@ -169,7 +170,7 @@ def _numbers(text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise ValueError(f"Expected numbers with commas between, such as 0.026,0.025, got {text!r}.") from None
+        raise ConfigError(f"Expected numbers with commas between, such as 0.026,0.025, got {text!r}.") from None
 
 
 def _print_metrics(metrics: CocoMetrics, *, title: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,8 +15,10 @@ import typer
 
 import a2fpn
 from a2fpn.backbones import export_backbone
+from a2fpn.cli.door import SETTINGS, Debug, Door
 from a2fpn.cli.evaluate import evaluate
 from a2fpn.convert import from_detectron2, from_mmdet, from_torchvision, load_torchvision, read_state_dict
+from a2fpn.errors import ConfigError, ConfigTypeError
 from a2fpn.pretrained.card import model_card
 from a2fpn.pretrained.checkpoint import CONFIG_FILE, file_sha256, read_checkpoint, save_checkpoint
 from a2fpn.pretrained.hub import Repo, download_checkpoint
@@ -32,30 +33,22 @@ PARITY = 1e-3
 """Largest difference of features (relative) and of scores that rounding explains."""
 
 CONVERTERS: dict[str, Callable[..., Any]] = {"detectron2": from_detectron2, "mmdet": from_mmdet}
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+app = typer.Typer(name="hub", cls=Door, **SETTINGS)
 Folder = Annotated[Path, typer.Argument(help="A checkpoint folder, such as runs/cells/best.", metavar="MODEL_DIR")]
 RepoName = Annotated[str, typer.Option(help="The repository on the Hub.", metavar="ORG/NAME")]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command line and exits; what the user can mend ends in one line.
+    """Runs the command line and exits.
 
     Args:
         argv: Arguments without the program's name; None takes ``sys.argv``.
     """
-    try:
-        app(args=argv, prog_name="python -m hub")
-    except (OSError, ValueError) as error:
-        sys.exit(f"hub: error: {error}")
+    app(args=argv, prog_name="python -m hub")
 
 
 @app.callback()
-def _options() -> None:
+def _options(*, debug: Debug = False) -> None:
     """Publish detectors on the Hugging Face Hub, as safetensors, with a card. Log in with `hf auth login`."""
 
 
@@ -107,7 +100,7 @@ def convert(
     `python -m benchmarks.parity` does that where they are installed.
     """
     if (output / CONFIG_FILE).exists():
-        raise ValueError(f"{str(output)!r} holds a checkpoint; choose another folder.")
+        raise ConfigError(f"{str(output)!r} holds a checkpoint; choose another folder.")
     options = _options_of(option or [])
     state = read_state_dict(file)
     try:
@@ -119,8 +112,8 @@ def convert(
             config, converted = detector.config, detector.state_dict()
         else:
             config, converted = CONVERTERS[source](state, model, **options)
-    except TypeError as error:
-        raise ValueError(f"--option: {error}") from error
+    except ConfigTypeError as error:
+        raise ConfigError(f"--option: {error}") from error
     origin = {"framework": source, "file": file.name, "sha256": file_sha256(file)}
     save_checkpoint(output, config, converted, metadata={"converted_from": origin})
     typer.echo(f'Load it: a2fpn.from_pretrained("{output}")')
@@ -142,7 +135,7 @@ def _compare(theirs: Any, ours: a2fpn.Detector) -> str:
     expected, got = theirs([image])[0]["scores"], ours([image])[0]["scores"]
     scores = (expected - got).abs().max().item() if len(expected) == len(got) > 0 else float(len(expected) != len(got))
     if max(features, scores) > PARITY:
-        raise ValueError(
+        raise ConfigError(
             f"The two sides differ on a random image: features by {features:.1e} (relative), scores by {scores:.1e} "
             f"({len(expected)} and {len(got)} detections)."
         )
@@ -157,7 +150,7 @@ def _options_of(pairs: Sequence[str]) -> dict[str, Any]:
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals:
-            raise ValueError(f"--option {pair!r}: expected KEY=VALUE.")
+            raise ConfigError(f"--option {pair!r}: expected KEY=VALUE.")
         try:
             options[key] = json.loads(text)
         except ValueError:
@@ -184,14 +177,14 @@ def verify(
         measured = json.loads(numbers.read_text(encoding="utf-8"))
     stated = {key: value for key, value in facts.metrics.items() if key in VERIFIED}
     if not stated:
-        raise ValueError(f"{name!r} states no metrics to compare with.")
+        raise ConfigError(f"{name!r} states no metrics to compare with.")
     wrong = [
         f"{key} is {measured.get(key, -1):.4f}, stated {value:.4f}"
         for key, value in stated.items()
         if abs(measured.get(key, -1) - value) > TOLERANCE
     ]
     if wrong:
-        raise ValueError(f"{name!r} is not what it says: {'; '.join(wrong)}.")
+        raise ConfigError(f"{name!r} is not what it says: {'; '.join(wrong)}.")
     typer.echo(f"{name}: {', '.join(f'{key} {value:.4f}' for key, value in stated.items())}, as stated.")
 
 

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from a2fpn.errors import ConfigError
+
 if TYPE_CHECKING:
     from a2fpn.pretrained.catalog import PretrainedModel
 from a2fpn.cli.format import columns
@@ -35,7 +37,7 @@ def list_names(
     else:
         names = a2fpn.list_necks(pattern) if necks else a2fpn.list_models(pattern)
     if not names:
-        raise ValueError(f"Nothing here matches {pattern!r}; without a filter everything is listed.")
+        raise ConfigError(f"Nothing here matches {pattern!r}; without a filter everything is listed.")
     typer.echo("\n".join(names))
 
 

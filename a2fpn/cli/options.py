@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import torch
 import typer
 
+from a2fpn.errors import ConfigError
+
 if TYPE_CHECKING:
     from a2fpn.detectors import Detector
     from a2fpn.inference import Predictor
@@ -94,5 +96,5 @@ def pick_device(name: str | None) -> torch.device:
         torch.empty(0, device=device)
     except (AssertionError, NotImplementedError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"--device {name} can't be used here ({reason}); leave it out, or say cpu.") from error
+        raise ConfigError(f"--device {name} can't be used here ({reason}); leave it out, or say cpu.") from error
     return device

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from a2fpn.errors import ConfigError, MissingFileError
+
 if TYPE_CHECKING:
     pass
 from a2fpn.cli.format import count_of, progress_bar
@@ -62,7 +64,7 @@ def predict(
 
     paths = _image_files(images)
     if output.resolve() in {path.resolve().parent for path in paths}:
-        raise ValueError(f"--output {output} is a folder that images are read from; choose another one.")
+        raise ConfigError(f"--output {output} is a folder that images are read from; choose another one.")
     predictor = build_predictor(
         load_detector(model),
         device,
@@ -97,7 +99,7 @@ def predict(
             result.plot(score_threshold=0).save(picture)
             found[picture] = len(result)
     if not found:
-        raise ValueError(f"None of the {len(jobs)} images could be read.")
+        raise ConfigError(f"None of the {len(jobs)} images could be read.")
     results = output / "predictions.json"
     results.write_text(json.dumps(records), encoding="utf-8")
     skipped = len(jobs) - len(found)
@@ -115,7 +117,7 @@ def _image_files(sources: Sequence[Path]) -> list[Path]:
 
     for source in sources:
         if not source.exists():
-            raise FileNotFoundError(f"{source}: no such file or folder.")
+            raise MissingFileError(f"{source}: no such file or folder.")
     groups = [list_images(source) if source.is_dir() else [source] for source in sources]
     return list(itertools.chain.from_iterable(groups))
 

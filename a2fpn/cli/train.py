@@ -12,4 +12,5 @@ def train(context: typer.Context) -> None:
     """
     from a2fpn.training.cli import main
 
-    raise typer.Exit(main(context.args))
+    debug = ["--debug"] if context.meta.get("a2fpn.debug") else []
+    raise typer.Exit(main([*context.args, *debug]))

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from a2fpn.build import build_model
 from a2fpn.compose import compose
 from a2fpn.config import ModelConfig
+from a2fpn.errors import ConfigError, MissingFileError
 
 POOLING = {"roi_aligned": True, "roi_sampling_ratio": 0, "anchor_rounding": False}
 """How detectron2 and mmdetection pool RoIs and place anchors."""
@@ -42,7 +43,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"There is no file {str(path)!r}.")
+        raise MissingFileError(f"There is no file {str(path)!r}.")
     if path.suffix == ".safetensors":
         return load_file(path)
     if path.suffix == ".pkl":
@@ -52,14 +53,14 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             content = torch.load(path, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
             reason = str(error).partition("\n")[0]
-            raise ValueError(
+            raise ConfigError(
                 f"{str(path)!r} holds more than tensors and plain data, or is damaged: {reason} "
                 "Where you trust it, load it with the framework that wrote it and save its state dict alone: "
                 "torch.save(model.state_dict(), 'weights.pth')."
             ) from error
     else:
         known = ", ".join((*_TORCH_SUFFIXES, ".pkl", ".safetensors"))
-        raise ValueError(f"{str(path)!r}: expected a file that ends in {known}.")
+        raise ConfigError(f"{str(path)!r}: expected a file that ends in {known}.")
     for key in WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -70,7 +71,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         else [f"a {type(content).__name__}"]
     )
     if wrong:
-        raise ValueError(f"{str(path)!r} holds no state dict; not a tensor: {', '.join(wrong[:5])}.")
+        raise ConfigError(f"{str(path)!r} holds no state dict; not a tensor: {', '.join(wrong[:5])}.")
     return dict(content)
 
 
@@ -88,7 +89,7 @@ def load_array_pickle(path: str | Path) -> Any:
             return _tensors(_ArrayUnpickler(file, encoding="latin1").load())
         # Whatever a hostile pickle makes its stack machine stumble over.
         except Exception as error:
-            raise ValueError(
+            raise ConfigError(
                 f"{str(path)!r} is no pickle of numpy arrays alone, and no other is loaded, since a pickle can run any "
                 f"code: {error}"
             ) from error
@@ -258,7 +259,7 @@ def convert(
         model = build_model(compose(name, **options))
     if model.config.neck.name not in layout.necks:
         known = " or ".join(map(repr, layout.necks))
-        raise ValueError(f"{layout.framework} detectors have neck {known}, {name!r} has {model.config.neck.name!r}.")
+        raise ConfigError(f"{layout.framework} detectors have neck {known}, {name!r} has {model.config.neck.name!r}.")
     converted: dict[str, Tensor] = {}
     problems: dict[str, list[str]] = {"missing": [], "of another shape": []}
     used = set()
@@ -280,7 +281,7 @@ def convert(
     ]
     found = [f"{len(names)} {kind}: {', '.join(names[:5])}" for kind, names in problems.items() if names]
     if found:
-        raise ValueError(f"The state dict is not that of {layout.framework}'s {name}; tensors {'; '.join(found)}.")
+        raise ConfigError(f"The state dict is not that of {layout.framework}'s {name}; tensors {'; '.join(found)}.")
     return model.config, converted
 
 
@@ -310,7 +311,7 @@ def _sizes(state: Mapping[str, Tensor], name: str, layout: Layout) -> dict[str, 
     def shape(key: str) -> tuple[int, ...]:
         source = layout.rename(key)
         if source not in state:
-            raise ValueError(
+            raise ConfigError(
                 f"The state dict is not that of {layout.framework}'s {name}: it has no {source!r}; its first tensors "
                 f"are {', '.join(list(state)[:3]) or 'none'}."
             )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from a2fpn.config import ModelConfig
 from a2fpn.convert._common import POOLING, Layout, Pixels, convert
+from a2fpn.errors import ConfigError
 
 _DETECTORS = ("fasterrcnn_", "maskrcnn_", "cascadercnn_", "cascademaskrcnn_")
 
@@ -72,7 +73,7 @@ def from_detectron2(
             detectron2's names.
     """
     if not name.startswith(_DETECTORS):
-        raise ValueError(f"{name!r} has no counterpart in detectron2; take a name that begins with {_DETECTORS}.")
+        raise ConfigError(f"{name!r} has no counterpart in detectron2; take a name that begins with {_DETECTORS}.")
     mean, std = (
         tuple(state[key].flatten().tolist()) if key in state else default
         for key, default in (("pixel_mean", tuple(pixel_mean)), ("pixel_std", tuple(pixel_std)))

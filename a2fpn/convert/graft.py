@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from a2fpn._registry import did_you_mean
 from a2fpn.config import ModelConfig, NeckConfig
 from a2fpn.detectors import DETECTORS, Detector
+from a2fpn.errors import ConfigError
 from a2fpn.layers import GACAP, ConvNormAct
 from a2fpn.layers.fusion import KernelPredictor
 from a2fpn.necks import PyramidNeck, create_neck
@@ -79,7 +80,7 @@ def graft(
         0
     """
     if target not in TARGETS:
-        raise ValueError(f"An FPN cannot be grafted onto neck {target!r}. {did_you_mean(target, TARGETS)}")
+        raise ConfigError(f"An FPN cannot be grafted onto neck {target!r}. {did_you_mean(target, TARGETS)}")
     fpn = {key.removeprefix("neck."): x for key, x in state.items() if key.startswith("neck.")}
     keys = itertools.takewhile(fpn.__contains__, (f"lateral.{i}.conv.weight" for i in itertools.count()))
     laterals = [fpn[key] for key in keys]
@@ -174,7 +175,7 @@ def _begin_as_fpn(neck: PyramidNeck, centre_bias: float) -> PyramidNeck:
         assert isinstance(merge, GACAP | StridedFusion)
         assert isinstance(output, ConvNormAct)
         if not isinstance(output.norm, nn.Identity) or not isinstance(output.act, nn.Identity):
-            raise ValueError(
+            raise ConfigError(
                 "A neck with a bottom-up path cannot begin as an FPN that has norm_layer or act_layer: behind the "
                 "bottom-up convolutions they would change the features. Take 'a2fpn_lite' or 'carafe_fpn'."
             )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from a2fpn.config import ModelConfig
 from a2fpn.convert._common import POOLING, Layout, Pixels, convert
+from a2fpn.errors import ConfigError
 
 _DETECTORS = ("fasterrcnn_", "maskrcnn_", "cascadercnn_", "cascademaskrcnn_", "htc_")
 
@@ -77,7 +78,7 @@ def from_mmdet(
             mmdetection's names.
     """
     if not name.startswith(_DETECTORS):
-        raise ValueError(f"{name!r} has no counterpart in mmdetection; take a name that begins with {_DETECTORS}.")
+        raise ConfigError(f"{name!r} has no counterpart in mmdetection; take a name that begins with {_DETECTORS}.")
     pixels = Pixels(tuple(mean), tuple(std), bgr=not bgr_to_rgb)
     rules: dict[str, Any] = {**POOLING, "stride_in_1x1": style == "caffe", "rpn_post_nms_top_n_train": 1000}
     if name.startswith(("cascade", "htc")):

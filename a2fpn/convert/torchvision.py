@@ -44,6 +44,7 @@ from a2fpn.config import (
     heads_type,
 )
 from a2fpn.detectors import DETECTORS, Detector
+from a2fpn.errors import ConfigError
 from a2fpn.necks import create_neck
 from a2fpn.pretrained.catalog import PRETRAINED, TorchvisionWeights
 from a2fpn.pretrained.checkpoint import load_weights
@@ -121,10 +122,10 @@ def load_torchvision(
     """
     known = {w.builder: w for w in PRETRAINED.values() if isinstance(w, TorchvisionWeights)}
     if builder not in known:
-        raise ValueError(f"torchvision's {builder!r} cannot be converted. {did_you_mean(builder, known)}")
+        raise ConfigError(f"torchvision's {builder!r} cannot be converted. {did_you_mean(builder, known)}")
     if norm_eps is None:
         if known[builder].frozen_eps == 0:
-            raise ValueError(
+            raise ConfigError(
                 f"Give norm_eps: what {builder} computes depends on it, and the file does not say. It is 0.0 if this is"
                 " torchvision's COCO file, or training began with it (weights='DEFAULT'), and 1e-5 if it began with"
                 " weights_backbone= or from nothing."
@@ -137,7 +138,7 @@ def load_torchvision(
     for name in options:
         # torchvision itself swallows any.
         if name not in arguments:
-            raise ValueError(f"{builder} has no argument {name!r}. {did_you_mean(name, arguments)}")
+            raise ConfigError(f"{builder} has no argument {name!r}. {did_you_mean(name, arguments)}")
     body = module.get_submodule("backbone.body")
     tracked = any(".body." in key and key.endswith("num_batches_tracked") for key in state)
     for name, norm in [(name, m) for name, m in body.named_modules() if isinstance(m, nn.BatchNorm2d)]:
@@ -148,7 +149,7 @@ def load_torchvision(
     try:
         module.load_state_dict(dict(state))
     except RuntimeError as error:
-        raise ValueError(
+        raise ConfigError(
             f"The state dict is not that of torchvision's {builder}: {str(error).strip()[:500]}"
         ) from error
     return module
@@ -188,10 +189,10 @@ def torchvision_config(module: nn.Module, *, categories: Sequence[str] | None = 
     # Not isinstance: a subclass may do anything.
     if type(module) not in kinds:
         known = ", ".join(kind.__name__ for kind in kinds)
-        raise ValueError(f"A {type(module).__name__} cannot be converted, but torchvision's {known} can.")
+        raise ConfigError(f"A {type(module).__name__} cannot be converted, but torchvision's {known} can.")
     detector, read = kinds[type(module)]
     if not isinstance(module.backbone, BackboneWithFPN):
-        raise ValueError(
+        raise ConfigError(
             f"The backbone is a {type(module.backbone).__name__}; only one with torchvision's FPN can be converted."
         )
     backbone = _backbone(module.backbone.body)
@@ -461,7 +462,7 @@ def _categories(detector: str, outputs: int, names: Sequence[str] | None) -> tup
         published = _published(detector)["categories"]
         names = published if len(published) == outputs else []
     if names and len(names) != outputs:
-        raise ValueError(f"{len(names)} categories were given for a detector with {outputs} outputs.")
+        raise ConfigError(f"{len(names)} categories were given for a detector with {outputs} outputs.")
     first = 0 if detector in _ONE_STAGE else 1  # behind the background
     return tuple(Category(i, name) for i, name in enumerate(names) if i >= first and name not in _UNNAMED)
 

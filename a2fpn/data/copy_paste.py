@@ -12,6 +12,7 @@ from torchvision import tv_tensors
 
 from a2fpn.data.coco import Sample
 from a2fpn.data.transforms import FitObjects, Target, cut, select
+from a2fpn.errors import ConfigError
 from a2fpn.masks import InstanceMasks
 
 
@@ -37,9 +38,9 @@ class CopyPaste(Dataset[Sample]):
     ) -> None:
         for name, share in {"probability": probability, "min_visible": min_visible}.items():
             if not 0 <= share <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {share}.")
+                raise ConfigError(f"{name} must lie in [0, 1], got {share}.")
         if "masks" not in dataset.target_keys:
-            raise ValueError(f"Copy-paste needs masks, the samples have {', '.join(dataset.target_keys)}.")
+            raise ConfigError(f"Copy-paste needs masks, the samples have {', '.join(dataset.target_keys)}.")
         self.dataset = dataset
         self.probability = probability
         self.min_visible = min_visible

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from a2fpn.data.coco import CocoDataset
+from a2fpn.errors import ConfigError
 
 LANDSCAPE, PORTRAIT = 0, 1
 
@@ -49,7 +50,7 @@ def repeat_factors(dataset: CocoDataset, *, threshold: float) -> Tensor:
         ValueError: For a threshold out of range.
     """
     if not 0 < threshold <= 1:
-        raise ValueError(f"threshold must be above 0 and at most 1, got {threshold}.")
+        raise ConfigError(f"threshold must be above 0 and at most 1, got {threshold}.")
     classes = [
         {a.category_id for a in dataset.coco.annotations[image_id] if not a.iscrowd} for image_id in dataset.image_ids
     ]
@@ -93,10 +94,10 @@ def epoch_order(
         [0, 2]
     """
     if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        raise ConfigError(f"batch_size must be at least 1, got {batch_size}.")
     for name, values in (("groups", groups), ("repeats", repeats)):
         if values is not None and len(values) != num_samples:
-            raise ValueError(f"{name} must have one entry for each of the {num_samples} samples, got {len(values)}.")
+            raise ConfigError(f"{name} must have one entry for each of the {num_samples} samples, got {len(values)}.")
     # A digest, so that neighbouring seeds and epochs give unrelated orders on every machine.
     digest = hashlib.sha256(f"order of epoch {epoch} with seed {seed}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -26,7 +26,7 @@ from a2fpn.config import Category
 from a2fpn.data.coco import read_coco
 from a2fpn.data.storage import is_remote, read_bytes
 from a2fpn.data.streams import RawSample, StreamDataset, random_order
-from a2fpn.errors import DataError
+from a2fpn.errors import ConfigError, DataError, ExistingFileError
 
 logger = logging.getLogger(__name__)
 _MISSING_IN_A_ROW = 16  # after so many at the beginning, the folder is wrong rather than an image
@@ -350,7 +350,7 @@ def write_shards(
         OSError: If they can't be written.
     """
     if shard_size < 1 or (samples_per_shard is not None and samples_per_shard < 1):
-        raise ValueError(
+        raise ConfigError(
             f"a shard needs room for an image, got samples_per_shard {samples_per_shard}, size {shard_size}."
         )
     folder, output = Path(images), Path(output)
@@ -371,7 +371,7 @@ def write_shards(
     output.mkdir(parents=True, exist_ok=True)
     old = {*output.glob("shard-*.tar"), *output.glob(_INDEX)}
     if old and not force:
-        raise FileExistsError(f"{output}: holds shards already; choose another folder, or replace them (force).")
+        raise ExistingFileError(f"{output}: holds shards already; choose another folder, or replace them (force).")
 
     shards: list[Shard] = []
     missing: list[str] = []

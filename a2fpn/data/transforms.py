@@ -19,6 +19,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+from a2fpn.errors import ConfigError
 from a2fpn.masks import nearest_pixels
 from a2fpn.masks.outlines import Outlines
 
@@ -92,20 +93,20 @@ def train_transforms(
     }
     for name, share in shares.items():
         if not 0 <= share <= 1:
-            raise ValueError(f"{name} must lie in [0, 1], got {share}.")
+            raise ConfigError(f"{name} must lie in [0, 1], got {share}.")
     for name, factors in {"scale_range": scale_range, "large_scale_jitter": large_scale_jitter or (1, 1)}.items():
         if not 0 < factors[0] <= factors[1]:
-            raise ValueError(f"{name} must be (lowest, highest) with 0 < lowest <= highest, got {factors}.")
+            raise ConfigError(f"{name} must be (lowest, highest) with 0 < lowest <= highest, got {factors}.")
     if not 0 < crop_range[0] <= crop_range[1] <= 1:
-        raise ValueError(f"crop_range must be (lowest, highest) with 0 < lowest <= highest <= 1, got {crop_range}.")
+        raise ConfigError(f"crop_range must be (lowest, highest) with 0 < lowest <= highest <= 1, got {crop_range}.")
     if min(min_sizes, default=1) < 1:
-        raise ValueError(f"min_sizes must be at least 1 pixel each, got {list(min_sizes)}.")
+        raise ConfigError(f"min_sizes must be at least 1 pixel each, got {list(min_sizes)}.")
     if crop_size is not None and crop_size < 1:
-        raise ValueError(f"crop_size must be at least 1 pixel, or None for no crop, got {crop_size}.")
+        raise ConfigError(f"crop_size must be at least 1 pixel, or None for no crop, got {crop_size}.")
     if large_scale_jitter and crop_size is None:
-        raise ValueError("large_scale_jitter needs a crop_size: its factors are those of the crop's side.")
+        raise ConfigError("large_scale_jitter needs a crop_size: its factors are those of the crop's side.")
     if large_scale_jitter and min_sizes:
-        raise ValueError("large_scale_jitter and min_sizes both decide the size; give one of them.")
+        raise ConfigError("large_scale_jitter and min_sizes both decide the size; give one of them.")
     jitter = v2.ColorJitter(colour_jitter, colour_jitter, colour_jitter, colour_jitter / 10)
     scale = (
         _LargeScaleJitter(large_scale_jitter, crop_size)
@@ -247,7 +248,7 @@ def _mirrored(names: Sequence[str]) -> tuple[int, ...]:
     others = [re.sub("left|right", lambda side: swap[side[0]], name) for name in names]
     missing = sorted(set(others) - set(names))
     if missing:
-        raise ValueError(f"keypoint_names need both sides of a pair, got {list(names)} without {missing}.")
+        raise ConfigError(f"keypoint_names need both sides of a pair, got {list(names)} without {missing}.")
     return tuple(list(names).index(other) for other in others)
 
 

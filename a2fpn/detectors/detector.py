@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from a2fpn._registry import Registry
 from a2fpn.backbones import TimmBackbone
 from a2fpn.config import ModelConfig
+from a2fpn.errors import ConfigError
 from a2fpn.heads.share import share_losses
 from a2fpn.masks import InstanceMasks
 from a2fpn.masks.paste import PasteRule
@@ -120,10 +121,10 @@ class Detector(nn.Module, ABC):
             ValueError: For images, boxes, labels, masks or keypoints that break the contract.
         """
         if not images:
-            raise ValueError("Expected at least one image, got none.")
+            raise ConfigError("Expected at least one image, got none.")
         if self.training:
             if targets is None:
-                raise ValueError("In training mode targets must be given; call model.eval() to detect.")
+                raise ConfigError("In training mode targets must be given; call model.eval() to detect.")
             return self._losses(images, targets, resize)
         return self._detect(images, resize, paste_masks)
 
@@ -165,7 +166,7 @@ class Detector(nn.Module, ABC):
         """
         for key in self.target_keys:
             if key not in keys:
-                raise ValueError(f"{name} has no {key}, which {self.config.detector} trains on. {self._instead(key)}")
+                raise ConfigError(f"{name} has no {key}, which {self.config.detector} trains on. {self._instead(key)}")
 
     def _instead(self, key: str) -> str:
         """What to do where targets lack ``key``."""
@@ -191,33 +192,33 @@ class Detector(nn.Module, ABC):
 
     def _check_targets(self, images: Sequence[Tensor], targets: Sequence[Mapping[str, Any]]) -> None:
         if len(images) != len(targets):
-            raise ValueError(f"{len(images)} images came with {len(targets)} targets.")
+            raise ConfigError(f"{len(images)} images came with {len(targets)} targets.")
         for index, (image, target) in enumerate(zip(images, targets, strict=True)):
             where = place(target, index)
             if "boxes" not in target or "labels" not in target:
-                raise ValueError(f"{where}: a target needs boxes and labels, got {', '.join(sorted(target))}.")
+                raise ConfigError(f"{where}: a target needs boxes and labels, got {', '.join(sorted(target))}.")
             boxes, labels = target["boxes"], target["labels"]
             if boxes.ndim != 2 or boxes.shape[1] != 4 or labels.shape != boxes.shape[:1]:
-                raise ValueError(
+                raise ConfigError(
                     f"{where}: expected boxes (N, 4) and labels (N,), got {tuple(boxes.shape)}, {tuple(labels.shape)}."
                 )
             good = (boxes[:, 2:] > boxes[:, :2]).all(1) & boxes.isfinite().all(1)
             if not good.all():
                 bad = int(torch.where(~good)[0][0])
-                raise ValueError(
+                raise ConfigError(
                     f"{where}: box {bad} {boxes[bad].tolist()} has no positive width and height, or is not finite."
                 )
             if labels.is_floating_point() or labels.dtype == torch.bool:
-                raise ValueError(f"{where}: labels must be whole numbers (int64), got {labels.dtype}.")
+                raise ConfigError(f"{where}: labels must be whole numbers (int64), got {labels.dtype}.")
             wrong = torch.where((labels < 0) | (labels >= self.config.num_classes))[0]
             if len(wrong):
-                raise ValueError(
+                raise ConfigError(
                     f"{where}: label {int(labels[wrong[0]])} is out of 0..{self.config.num_classes - 1}; labels are "
                     "contiguous and there is no background class."
                 )
             if self.has_masks and ("masks" not in target or target["masks"].shape != (len(boxes), *image.shape[1:])):
                 got = tuple(target["masks"].shape) if "masks" in target else "none"
-                raise ValueError(
+                raise ConfigError(
                     f"{where}: {self.config.detector} trains on masks (N, H, W) = {(len(boxes), *image.shape[1:])}, "
                     f"got {got}. {self._instead('masks')}"
                 )

@@ -12,6 +12,7 @@ from a2fpn.backbones import TimmBackbone
 from a2fpn.config import HTCConfig, ModelConfig
 from a2fpn.detectors.cascade_rcnn import CascadeMaskRCNN
 from a2fpn.detectors.detector import place, register_detector
+from a2fpn.errors import ConfigError
 from a2fpn.heads import HTCRoIHeads, SemanticBranch, SemanticRoIPool, StrideRoIAlign
 from a2fpn.heads.htc import IGNORE
 from a2fpn.necks import Neck
@@ -84,7 +85,7 @@ class HTC(CascadeMaskRCNN):
         for index, (image, target) in enumerate(zip(images, targets, strict=True)):
             got = tuple(target["semantic"].shape) if "semantic" in target else "none"
             if got != tuple(image.shape[1:]):
-                raise ValueError(
+                raise ConfigError(
                     f"{place(target, index)}: htc with semantic='stuff' trains on a map semantic (H, W) = "
                     f"{tuple(image.shape[1:])}, got {got}. {self._instead('semantic')}"
                 )
@@ -92,7 +93,7 @@ class HTC(CascadeMaskRCNN):
                 c for c in target["semantic"].unique().tolist() if c >= self.cascade.semantic_classes and c != IGNORE
             ]
             if wrong:
-                raise ValueError(
+                raise ConfigError(
                     f"{place(target, index)}: semantic has the classes {wrong}, expected 0.."
                     f"{self.cascade.semantic_classes - 1} and {IGNORE} for pixels to ignore. Set semantic_classes."
                 )

@@ -12,6 +12,7 @@ from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads
 from a2fpn.config import KeypointRCNNConfig
 from a2fpn.detectors.detector import Detection, place, register_detector
 from a2fpn.detectors.rcnn import RCNN
+from a2fpn.errors import ConfigError
 from a2fpn.heads.keypoints import Float32KeypointPredictor
 
 
@@ -48,7 +49,7 @@ class KeypointRCNN(RCNN):
             wanted = (len(target["boxes"]), self.keypoint.num_keypoints, 3)
             got = tuple(target["keypoints"].shape) if "keypoints" in target else "none"
             if got != wanted:
-                raise ValueError(
+                raise ConfigError(
                     f"{place(target, index)}: {self.config.detector} trains on keypoints (N, K, 3) = {wanted}, got "
                     f"{got}. {self._instead('keypoints')}"
                 )

@@ -15,6 +15,7 @@ from torchvision.models.detection.image_list import ImageList
 from a2fpn.backbones import TimmBackbone
 from a2fpn.config import ModelConfig, OneStageConfig
 from a2fpn.detectors.detector import Detection, Detector
+from a2fpn.errors import ConfigError
 from a2fpn.heads import StrideAnchors
 from a2fpn.heads.dense import LevelOutputs, TopLevels, dense_detections
 from a2fpn.heads.postprocess import DetectionRule
@@ -47,7 +48,7 @@ class OneStage(Detector):
         coarsest, channels = neck.out_spec.strides[-1], neck.out_channels
         source = list((neck.out_spec if heads.top_source == "neck" else backbone.out_spec).values())[-1]
         if source.stride != coarsest:
-            raise ValueError(
+            raise ConfigError(
                 f"The levels beyond stride {coarsest} cannot be made of the backbone's map of stride {source.stride}; "
                 "set top_source='neck' or neck_args={'extra_levels': 0}."
             )

@@ -13,6 +13,8 @@ from torch import Tensor
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 
+from a2fpn.errors import ConfigError
+
 
 class StrideAnchors(AnchorGenerator):  # type: ignore[misc]
     """Float32 anchors for a pyramid of known strides.
@@ -46,12 +48,12 @@ class StrideAnchors(AnchorGenerator):  # type: ignore[misc]
         legacy: bool = False,
     ) -> None:
         if len(sizes) != len(strides):
-            raise ValueError(
+            raise ConfigError(
                 f"anchor_sizes must have one tuple per pyramid level: {len(strides)} levels of strides "
                 f"{list(strides)}, got {len(sizes)} tuples {[tuple(s) for s in sizes]}."
             )
         if len({len(s) for s in sizes}) > 1:
-            raise ValueError(f"Every level needs the same number of anchor sizes, got {[tuple(s) for s in sizes]}.")
+            raise ConfigError(f"Every level needs the same number of anchor sizes, got {[tuple(s) for s in sizes]}.")
         # The base class makes its anchors in its constructor.
         self.rounded = rounded
         super().__init__(tuple(tuple(s) for s in sizes), (tuple(aspect_ratios),) * len(sizes))

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image, remove_small_boxes
 
+from a2fpn.errors import ConfigError, ConfigTypeError
+
 SoftNms = Literal["linear", "gaussian"]
 SOFT_NMS: tuple[str, ...] = typing.get_args(SoftNms)
 _SMALLEST = 1e-2  # pixels, as in torchvision
@@ -40,7 +42,7 @@ class DetectionRule:
         >>> DetectionRule(soft_nms="gauss")
         Traceback (most recent call last):
         ...
-        ValueError: soft_nms must be one of linear, gaussian or None, got 'gauss'.
+        a2fpn.errors.ConfigError: soft_nms must be one of linear, gaussian or None, got 'gauss'.
     """
 
     score_threshold: float = 0.05
@@ -53,13 +55,13 @@ class DetectionRule:
         for name in ("score_threshold", "nms_threshold"):
             # Written so that NaN is bad as well.
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}.")
+                raise ConfigError(f"{name} must be between 0 and 1, got {getattr(self, name)}.")
         if self.detections_per_image < 1:
-            raise ValueError(f"detections_per_image must be at least 1, got {self.detections_per_image}.")
+            raise ConfigError(f"detections_per_image must be at least 1, got {self.detections_per_image}.")
         if self.soft_nms is not None and self.soft_nms not in SOFT_NMS:
-            raise ValueError(f"soft_nms must be one of {', '.join(SOFT_NMS)} or None, got {self.soft_nms!r}.")
+            raise ConfigError(f"soft_nms must be one of {', '.join(SOFT_NMS)} or None, got {self.soft_nms!r}.")
         if not self.soft_nms_sigma > 0:
-            raise ValueError(f"soft_nms_sigma must be above 0, got {self.soft_nms_sigma}.")
+            raise ConfigError(f"soft_nms_sigma must be above 0, got {self.soft_nms_sigma}.")
 
 
 def suppress(boxes: Tensor, scores: Tensor, labels: Tensor, rule: DetectionRule) -> tuple[Tensor, Tensor]:
@@ -163,7 +165,7 @@ def using_rule(model: nn.Module, **changes: Any) -> Iterator[DetectionRule]:
         module: rule for module in model.modules() if isinstance(rule := getattr(module, "rule", None), DetectionRule)
     }
     if not before:
-        raise TypeError(f"{type(model).__name__} has no head with a DetectionRule.")
+        raise ConfigTypeError(f"{type(model).__name__} has no head with a DetectionRule.")
     rules = {module: dataclasses.replace(rule, **changes) for module, rule in before.items()}
     try:
         _set_rules(rules)

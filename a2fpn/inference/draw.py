@@ -32,6 +32,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from a2fpn.errors import ConfigError
+
 if TYPE_CHECKING:
     from a2fpn.data import Rle
     from a2fpn.inference import Result
@@ -103,7 +105,7 @@ def draw(
         ValueError: If the image has another type or size than the result says.
     """
     if image.dtype != np.uint8 or image.shape != (*result.size, 3):
-        raise ValueError(
+        raise ConfigError(
             f"Expected the RGB image of the result, uint8 of shape {(*result.size, 3)}, "
             f"got {image.dtype} of shape {image.shape}."
         )
@@ -177,7 +179,7 @@ def draw_grid(results: Sequence[Result], notes: Sequence[str], *, columns: int =
     """
     line, inset = _LINE * _CAPTION, _INSET * _CAPTION
     if not results or len(notes) != len(results):
-        raise ValueError(f"Expected a remark for each of at least one image, got {len(notes)} for {len(results)}.")
+        raise ConfigError(f"Expected a remark for each of at least one image, got {len(notes)} for {len(results)}.")
     cells = []
     for result, note in zip(results, notes, strict=True):
         picture = draw(result, result.load_image(), legend=False, scores=False, fit=_CELL)

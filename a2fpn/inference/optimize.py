@@ -29,6 +29,7 @@ from torchvision.ops import FrozenBatchNorm2d, batched_nms, clip_boxes_to_image,
 
 from a2fpn.config import ModelConfig
 from a2fpn.detectors import Detector
+from a2fpn.errors import ConfigError, ConfigTypeError
 from a2fpn.heads import DetectionRoIHeads, Float32RPNHead, ProposalNetwork
 from a2fpn.preprocess import Preprocess
 from a2fpn.pyramid import Features
@@ -92,7 +93,7 @@ class OptimizedDetector(nn.Module):
             ValueError: If training is asked for.
         """
         if mode:
-            raise ValueError("An optimised detector can't be trained; train the model that it was made from.")
+            raise ConfigError("An optimised detector can't be trained; train the model that it was made from.")
         return super().train(False)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
@@ -101,7 +102,7 @@ class OptimizedDetector(nn.Module):
         Raises:
             ValueError: Always.
         """
-        raise ValueError(
+        raise ConfigError(
             "An optimised detector can't be saved: its tensors are not those that a checkpoint holds. Save the model "
             "that it was made from, and optimise what from_pretrained gives."
         )
@@ -112,7 +113,7 @@ class OptimizedDetector(nn.Module):
         Raises:
             ValueError: Always.
         """
-        raise ValueError("An optimised detector takes no weights; load them into the model that it is made from.")
+        raise ConfigError("An optimised detector takes no weights; load them into the model that it is made from.")
 
 
 def optimize_for_inference(model: Detector, *, dtype: torch.dtype = torch.float32) -> OptimizedDetector:
@@ -137,12 +138,12 @@ def optimize_for_inference(model: Detector, *, dtype: torch.dtype = torch.float3
         >>> result = a2fpn.Predictor(optimize_for_inference(model))("image.jpg")  # doctest: +SKIP
     """
     if not isinstance(model, Detector):
-        raise TypeError(
+        raise ConfigTypeError(
             "optimize_for_inference expects a detector of a2fpn.create_model(...) or a2fpn.from_pretrained(...), "
             f"got {type(model).__name__}."
         )
     if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}.")
+        raise ConfigError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}.")
     detector = copy.deepcopy(model).eval().requires_grad_(False).to(memory_format=torch.channels_last)
     with torch.inference_mode(False), torch.no_grad():
         _fold(detector)

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from a2fpn.data.images import read_image, to_rgb
+from a2fpn.errors import ConfigError, ConfigTypeError
 from a2fpn.heads.postprocess import DetectionRule, SoftNms, using_rule
 from a2fpn.inference.tiling import TileDetections, merge_tiles, tile_windows
 from a2fpn.inference.tta import Augmentation, detect_augmented
@@ -118,7 +119,7 @@ class Predictor:
         **options: Any,
     ) -> None:
         if not hasattr(model, "config") or not hasattr(model, "preprocess"):
-            raise TypeError(
+            raise ConfigTypeError(
                 f"Predictor expects a detector of a2fpn.create_model(...) or a2fpn.from_pretrained(...), "
                 f"got {type(model).__name__}."
             )
@@ -218,7 +219,7 @@ class Predictor:
         for x0, y0, x1, y1 in windows:
             (output,) = self._detect([image[..., y0:y1, x0:x1]], options, rule)
             if "keypoints" in output and len(windows) > 1:
-                raise ValueError("Keypoints of several tiles can't be merged; predict without tile.")
+                raise ConfigError("Keypoints of several tiles can't be merged; predict without tile.")
             moved = {**output, "boxes": output["boxes"] + output["boxes"].new_tensor([x0, y0, x0, y0])}
             results.append(self._result(moved, size, options))
         if len(results) == 1:
@@ -273,7 +274,7 @@ def list_images(folder: ImagePath) -> list[Path]:
     """
     paths = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
     if not paths:
-        raise ValueError(
+        raise ConfigError(
             f"No image lies in the folder {os.fspath(folder)} itself; expected names that end in "
             f"{', '.join(IMAGE_SUFFIXES)} (sub-folders are not searched)."
         )
@@ -298,7 +299,7 @@ def _to_tensor(image: ImageInMemory) -> Tensor:
         image = np.asarray(to_rgb(image))
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)) or not image.size:
-            raise ValueError(
+            raise ConfigError(
                 f"Expected an image as a uint8 array (H, W, 3) in RGB order or (H, W) in grey, got {image.dtype} of "
                 f"shape {image.shape}. Convert it, or pass a PIL image or the path of the file."
             )
@@ -306,7 +307,7 @@ def _to_tensor(image: ImageInMemory) -> Tensor:
         return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
     if isinstance(image, Tensor):
         return image
-    raise TypeError(
+    raise ConfigTypeError(
         f"Expected an image as a path, PIL image, uint8 array or tensor, or a folder or list of images, "
         f"got {type(image).__name__}."
     )

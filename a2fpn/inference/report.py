@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from a2fpn.data import ImageError, read_image
+from a2fpn.errors import ConfigError
 
 if TYPE_CHECKING:
     from a2fpn.data import DataReport
@@ -34,7 +35,7 @@ def draw_report(report: DataReport, images: str | Path) -> Image.Image:
     from a2fpn.inference import Result
 
     if not report.examples:
-        raise ValueError(f"{report.name}: no image to draw.")
+        raise ConfigError(f"{report.name}: no image to draw.")
     # As in the report, with escapes in the place of what can't be written.
     classes = [replace(count.category, name=repr(count.category.name)[1:-1]) for count in report.classes]
     categories = (*classes, *(replace(category, name=f"{category.name} (crowd)") for category in classes))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from a2fpn.config import Category
 from a2fpn.data.images import read_image
+from a2fpn.errors import ConfigError
 from a2fpn.masks.rle import Rle, decode_rle
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ class Result:
         import supervision
 
         if self.keypoints is None:
-            raise ValueError("This result has no keypoints; they come from detectors such as keypointrcnn.")
+            raise ConfigError("This result has no keypoints; they come from detectors such as keypointrcnn.")
         return supervision.KeyPoints(
             xy=self.keypoints[..., :2],
             class_id=self.labels,
@@ -175,7 +176,7 @@ class Result:
         if self.image is not None:
             return self.image
         if self.path is None:
-            raise ValueError("This result holds neither the image nor its path; give the image to plot(image=...).")
+            raise ConfigError("This result holds neither the image nor its path; give the image to plot(image=...).")
         return to_array(read_image(self.path))
 
     def plot(

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as mask_utils
 
+from a2fpn.errors import ConfigError
 from a2fpn.masks.rle import Rle
 
 Window = tuple[int, int, int, int]
@@ -58,9 +59,9 @@ def tile_windows(size: tuple[int, int], tile: int, overlap: float = 0.2) -> list
         [(0, 0, 100, 100), (80, 0, 180, 100)]
     """
     if tile < 16:
-        raise ValueError(f"tile must be at least 16 pixels, got {tile}.")
+        raise ConfigError(f"tile must be at least 16 pixels, got {tile}.")
     if not 0 <= overlap <= 0.9:
-        raise ValueError(f"overlap must be between 0 and 0.9 of a tile, got {overlap}.")
+        raise ConfigError(f"overlap must be between 0 and 0.9 of a tile, got {overlap}.")
     rows, columns = (_starts(side, tile, overlap) for side in size)
     height, width = (min(side, tile) for side in size)
     return [(x, y, x + width, y + height) for y, x in itertools.product(rows, columns)]

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import box_iou
 
+from a2fpn.errors import ConfigError
 from a2fpn.heads.postprocess import DetectionRule
 
 Detection = dict[str, Tensor]
@@ -40,9 +41,9 @@ class Augmentation:
 
     def __post_init__(self) -> None:
         if not self.scales or not all(0.1 <= scale <= 10 for scale in self.scales):
-            raise ValueError(f"scales must be one or more numbers between 0.1 and 10, got {self.scales}.")
+            raise ConfigError(f"scales must be one or more numbers between 0.1 and 10, got {self.scales}.")
         if not 0 <= self.iou <= 1:
-            raise ValueError(f"iou must be between 0 and 1, got {self.iou}.")
+            raise ConfigError(f"iou must be between 0 and 1, got {self.iou}.")
 
     def views(self) -> Iterator[tuple[float, tuple[int, ...]]]:
         """Every scale with the dimensions (-1 columns, -2 rows) that are flipped."""
@@ -83,7 +84,7 @@ def detect_augmented(
         view = F.interpolate(pixels[None], size=(height, width), mode=interpolation, align_corners=False)[0]
         detection = detect(view.flip(flips))
         if "keypoints" in detection:
-            raise ValueError("Test-time augmentation can't mirror keypoints; use a detector of boxes or masks.")
+            raise ConfigError("Test-time augmentation can't mirror keypoints; use a detector of boxes or masks.")
         found.append(_moved_back(detection, flips, (height, width), (int(image.shape[1]), int(image.shape[2]))))
     fused = fuse(found, iou=augmentation.iou)
     kept = torch.where(fused["scores"] > rule.score_threshold)[0][: rule.detections_per_image]

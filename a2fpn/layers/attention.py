@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from a2fpn.errors import ConfigError
 from a2fpn.layers.precision import autocast_off
 
 AttentionKind = Literal["dot", "scaled_dot", "scaled_cosine"]
@@ -96,7 +97,7 @@ def attention_map(query: Tensor, key: Tensor, *, kind: AttentionKind = "scaled_c
 def _scaled(query: Tensor, key: Tensor, kind: AttentionKind) -> tuple[Tensor, Tensor, float]:
     """Query, key and factor whose product is the logits."""
     if kind not in ATTENTION_KINDS:
-        raise ValueError(f"Unknown attention {kind!r}; expected one of {', '.join(ATTENTION_KINDS)}.")
+        raise ConfigError(f"Unknown attention {kind!r}; expected one of {', '.join(ATTENTION_KINDS)}.")
     d_k = query.shape[-1]
     if kind == "scaled_cosine":
         return _l2_normalise(query), _l2_normalise(key), math.sqrt(d_k)

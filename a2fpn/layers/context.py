@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from a2fpn.errors import ConfigError
 from a2fpn.layers.attention import ATTENTION_KINDS, AttentionKind, attend
 from a2fpn.layers.choices import check_choice
 from a2fpn.layers.precision import autocast_off
@@ -83,12 +84,12 @@ class MGC(nn.Module):
         check_choice("distribute", distribute, DISTRIBUTIONS)
         check_choice("context_init", context_init, CONTEXT_INITS)
         if attention not in ATTENTION_KINDS:
-            raise ValueError(f"Unknown attention {attention!r}; expected one of {', '.join(ATTENTION_KINDS)}.")
+            raise ConfigError(f"Unknown attention {attention!r}; expected one of {', '.join(ATTENTION_KINDS)}.")
         if len(nodes) != len(in_channels):
-            raise ValueError(f"{len(nodes)} node counts were given for {len(in_channels)} levels.")
+            raise ConfigError(f"{len(nodes)} node counts were given for {len(in_channels)} levels.")
         for n, c in zip(nodes, in_channels, strict=True):
             if not 1 <= n <= c:
-                raise ValueError(
+                raise ConfigError(
                     f"{n} nodes on a level of {c} channels: between 1 and {c} are possible, since the entities are "
                     f"rows of length {c} and must be orthonormal. Lower nodes={list(nodes)}."
                 )

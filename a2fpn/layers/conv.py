@@ -7,6 +7,8 @@ from typing import Literal
 from timm.layers import get_act_layer, get_norm_layer
 from torch import Tensor, nn
 
+from a2fpn.errors import ConfigError
+
 
 class ConvNormAct(nn.Module):
     """A convolution with "same" padding for odd kernels, then norm, then activation.
@@ -66,5 +68,5 @@ def resolve_layer(argument: Literal["norm_layer", "act_layer"], name: str) -> ty
     try:
         layer = (get_norm_layer if argument == "norm_layer" else get_act_layer)(name)
     except (KeyError, AssertionError, AttributeError) as error:
-        raise ValueError(f"{argument}={name!r} is no layer that timm knows; try 'batchnorm2d' or 'relu'.") from error
+        raise ConfigError(f"{argument}={name!r} is no layer that timm knows; try 'batchnorm2d' or 'relu'.") from error
     return layer  # type: ignore[no-any-return]

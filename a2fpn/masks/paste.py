@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.models.detection.roi_heads import expand_boxes, expand_masks
 
+from a2fpn.errors import ConfigError
+
 PasteRule = Literal["exact", "torchvision"]
 PASTE_RULES: tuple[str, ...] = typing.get_args(PasteRule)
 
@@ -41,9 +43,9 @@ def mask_windows(
         ValueError: For an unknown rule, or shapes that don't fit each other.
     """
     if rule not in PASTE_RULES:
-        raise ValueError(f"Unknown rule to paste masks {rule!r}; expected one of {', '.join(PASTE_RULES)}.")
+        raise ConfigError(f"Unknown rule to paste masks {rule!r}; expected one of {', '.join(PASTE_RULES)}.")
     if masks.ndim != 4 or masks.shape[1] != 1 or boxes.shape != (len(masks), 4):
-        raise ValueError(
+        raise ConfigError(
             f"masks must be (N, 1, M, M) and boxes (N, 4), got {tuple(masks.shape)} and {tuple(boxes.shape)}."
         )
     if rule == "exact":

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from a2fpn.errors import ConfigError
 from a2fpn.layers import ConvNormAct
 from a2fpn.layers.conv import resolve_layer
 from a2fpn.necks.neck import Neck, register_neck
@@ -65,9 +66,9 @@ class BiFPN(Neck):
         super().__init__(in_spec, out_channels=out_channels, extra_levels=extra_levels)
         levels = len(self.out_spec)
         if levels < 2:
-            raise ValueError(f"bifpn fuses levels and needs at least 2, got {levels}; raise extra_levels.")
+            raise ConfigError(f"bifpn fuses levels and needs at least 2, got {levels}; raise extra_levels.")
         if repeats < 1:
-            raise ValueError(f"Expected repeats >= 1, got {repeats}.")
+            raise ConfigError(f"Expected repeats >= 1, got {repeats}.")
         self.lateral = nn.ModuleList(
             ConvNormAct(channels, out_channels, norm_layer=norm_layer) for channels in in_spec.channels
         )

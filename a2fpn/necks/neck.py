@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from a2fpn._registry import Registry, did_you_mean
+from a2fpn.errors import ConfigError
 from a2fpn.layers import MGC, ConvNormAct
 from a2fpn.pyramid import Features, PyramidSpec, check_features, level_size
 
@@ -44,7 +45,7 @@ class Neck(nn.Module, ABC):
     def __init__(self, in_spec: PyramidSpec, *, out_channels: int = 256, extra_levels: int = 1) -> None:
         super().__init__()
         if out_channels < 1 or extra_levels < 0:
-            raise ValueError(
+            raise ConfigError(
                 f"Expected out_channels >= 1 and extra_levels >= 0, got {out_channels} and {extra_levels}."
             )
         self.in_spec = in_spec
@@ -97,7 +98,7 @@ class Neck(nn.Module, ABC):
         maps = list(features.values())
         for (fine_name, fine), (coarse_name, coarse) in itertools.pairwise(features.items()):
             if coarse.shape[-2] > fine.shape[-2] or coarse.shape[-1] > fine.shape[-1]:
-                raise ValueError(
+                raise ConfigError(
                     f"Level {coarse_name} {tuple(coarse.shape[-2:])} is larger than the finer {fine_name} "
                     f"{tuple(fine.shape[-2:])}; maps must shrink from level to level."
                 )
@@ -146,7 +147,7 @@ def create_neck(name: str, in_spec: PyramidSpec, **options: Any) -> Neck:
     accepted = keyword_arguments(neck)
     for option in options:
         if option not in accepted:
-            raise ValueError(f"Neck {name!r} has no argument {option!r}. {did_you_mean(option, accepted)}")
+            raise ConfigError(f"Neck {name!r} has no argument {option!r}. {did_you_mean(option, accepted)}")
     return neck(in_spec, **options)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from a2fpn.errors import ConfigError
 from a2fpn.layers import ConvNormAct, resample
 from a2fpn.necks.neck import Neck, register_neck
 from a2fpn.pyramid import PyramidSpec
@@ -53,12 +54,12 @@ class SimpleFPN(Neck):
         act_layer: str | None = "gelu",
     ) -> None:
         if len(in_spec) != 1:
-            raise ValueError(
+            raise ConfigError(
                 f"simple_fpn makes its levels from one map, got {len(in_spec)}: {in_spec}. Pass one level, or take "
                 "a neck that fuses levels, such as 'fpn'."
             )
         if not strides:
-            raise ValueError("simple_fpn needs at least one stride, got none.")
+            raise ConfigError("simple_fpn needs at least one stride, got none.")
         super().__init__(in_spec, out_channels=out_channels, extra_levels=extra_levels)
         every = [*strides, *(strides[-1] << (i + 1) for i in range(extra_levels))]
         self.out_spec = PyramidSpec.from_channels([out_channels] * len(every), strides=every, prefix="p")

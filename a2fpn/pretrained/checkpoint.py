@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from a2fpn._serialize import from_dict, to_dict
 from a2fpn._version import __version__
 from a2fpn.config import FORMAT_VERSION, ModelConfig
-from a2fpn.errors import CheckpointError
+from a2fpn.errors import CheckpointError, ConfigTypeError
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -57,7 +57,7 @@ class Facts:
     def __post_init__(self) -> None:
         for key, value in self.metrics.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"The metric {key!r} must be a number, got {value!r}.")
+                raise ConfigTypeError(f"The metric {key!r} must be a number, got {value!r}.")
         object.__setattr__(self, "metrics", {key: float(value) for key, value in self.metrics.items()})
 
 

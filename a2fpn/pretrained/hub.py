@@ -32,6 +32,7 @@ from a2fpn._version import __version__
 from a2fpn.detectors import Detector
 from a2fpn.errors import (
     CheckpointError,
+    ConfigError,
     HubAccessError,
     HubCacheError,
     HubError,
@@ -84,9 +85,9 @@ class Repo:
         """
         repo_id, _, tagged = name.partition("@")
         if not is_repo_id(repo_id):
-            raise ValueError(f"{name!r} is no repository of the Hub; expected 'org/name' or 'org/name@revision'.")
+            raise ConfigError(f"{name!r} is no repository of the Hub; expected 'org/name' or 'org/name@revision'.")
         if tagged and revision and tagged != revision:
-            raise ValueError(f"{name!r} names a revision and so does revision={revision!r}; give one of them.")
+            raise ConfigError(f"{name!r} names a revision and so does revision={revision!r}; give one of them.")
         return cls(repo_id, tagged or revision, **options)
 
 
@@ -221,13 +222,13 @@ def push_to_hub(
     """
     repo = Repo.parse(repo_id, token=token)
     if isinstance(model, (str, Path)) and metadata:
-        raise ValueError("A checkpoint folder has its own metadata; metadata= goes with a detector.")
+        raise ConfigError("A checkpoint folder has its own metadata; metadata= goes with a detector.")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         if isinstance(model, (str, Path)):
             check_weights(model, read_checkpoint(model))
             if (Path(model) / CARD_FILE).is_symlink():
-                raise ValueError(
+                raise ConfigError(
                     f"{CARD_FILE} of {str(model)!r} is a link; what it leads to would be published. Put the file "
                     "itself there."
                 )

@@ -21,7 +21,7 @@ from a2fpn.config import ModelConfig
 from a2fpn.convert.graft import graft, graft_config
 from a2fpn.convert.torchvision import published_config, torchvision_state
 from a2fpn.detectors import Detector
-from a2fpn.errors import CheckpointError, HubError, HubIntegrityError
+from a2fpn.errors import CheckpointError, ConfigError, HubError, HubIntegrityError
 from a2fpn.pretrained.catalog import PRETRAINED, GraftedWeights, HubWeights, TorchvisionWeights, Weights, find_weights
 from a2fpn.pretrained.checkpoint import check_shapes, load_weights, read_checkpoint, read_weights, save_checkpoint
 from a2fpn.pretrained.hub import Repo, download_checkpoint, is_repo_id
@@ -85,17 +85,17 @@ def create_model(
         >>> create_model("maskrcnn_a2fpm_r50")
         Traceback (most recent call last):
         ...
-        ValueError: Unknown model 'maskrcnn_a2fpm_r50'. Did you mean 'maskrcnn_a2fpn_r50' or ...
+        a2fpn.errors.ConfigError: Unknown model 'maskrcnn_a2fpm_r50'. Did you mean 'maskrcnn_a2fpn_r50' or ...
     """
     folder = _prefixed_folder(name, weights=pretrained)
     if folder is not None:
         return _from_folder(folder, num_classes=num_classes, load=pretrained, overrides=overrides)
     weights = find_weights(name)
     if pretrained and weights is None:
-        raise ValueError(f"There are no pretrained weights for {name!r}. {did_you_mean(name, PRETRAINED)}")
+        raise ConfigError(f"There are no pretrained weights for {name!r}. {did_you_mean(name, PRETRAINED)}")
     if weights is not None and (pretrained or name == weights[0]):
         if pretrained_backbone and not pretrained:
-            raise ValueError(
+            raise ConfigError(
                 f"{name!r} names trained weights. Pass pretrained=True to load them, or leave the tag out to start "
                 "from a pretrained backbone."
             )
@@ -148,7 +148,7 @@ def from_pretrained(
     elif weights is not None:
         return _from_weights(*weights, num_classes=num_classes, load=True, overrides=overrides, **options)
     elif Path(source).is_file():
-        raise ValueError(f"{name!r} is a file; give its folder. Only safetensors are loaded, never pickles.")
+        raise ConfigError(f"{name!r} is a file; give its folder. Only safetensors are loaded, never pickles.")
     else:
         folder = _prefixed_folder(name, **options)
     if folder is None and is_repo_id(name.partition("@")[0]):
@@ -157,7 +157,7 @@ def from_pretrained(
         except HubError as error:
             raise type(error)(f"There is no folder {name!r} here, and: {error}") from error
     if folder is None:
-        raise ValueError(
+        raise ConfigError(
             f"{name!r} is neither a checkpoint folder, nor a repository of the Hub ('org/name'), nor the name of "
             f"pretrained weights. {did_you_mean(name, PRETRAINED)}"
         )
@@ -326,7 +326,7 @@ def _few_parameters(most: int) -> Iterator[None]:
 
     def check(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         if next(count) > most:
-            raise ValueError(f"it has more than {most} parameters")
+            raise ConfigError(f"it has more than {most} parameters")
 
     handle = register_module_parameter_registration_hook(check)
     try:

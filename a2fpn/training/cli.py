@@ -15,7 +15,9 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from rich.console import Console
 from rich.logging import RichHandler
 
+from a2fpn.errors import message_for_users
 from a2fpn.training.config import TrainConfig
+from a2fpn.training.signals import StopRequest
 
 DESCRIPTION = """\
 Trains a detector on a data set in COCO format.
@@ -26,6 +28,7 @@ Trains a detector on a data set in COCO format.
 Settings on the command line override the recipe: section.key=value or --section.key value.
 --strict-data is short for data.strict=true: stop at the first bad image or annotation instead of skipping it.
 --resume auto is short for run.resume=auto: continue where the run was cut off, or start it.
+--debug, or A2FPN_DEBUG=1, shows the traceback of every error.
 
 SIGTERM, SIGUSR1 and Ctrl-C end the step, write a checkpoint and exit with 128 + the signal's number.
 """
@@ -118,9 +121,8 @@ def configure_logging() -> None:
         logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     for handler in logging.getLogger().handlers:
         handler.setLevel(logging.INFO)
-    logging.getLogger("a2fpn.training").setLevel(
-        logging.DEBUG
-    )  # for the log file, which has what the progress bar shows
+    # For the log file, which has what the progress bar shows.
+    logging.getLogger("a2fpn.training").setLevel(logging.DEBUG)
     logging.getLogger("a2fpn").setLevel(logging.INFO)
 
 
@@ -131,33 +133,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0 after a finished run, 1 after one that failed on the way, 2 for wrong input, 128 + the number
         of the signal that stopped it.
     """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in arguments
     try:
-        config = parse(sys.argv[1:] if arguments is None else arguments)
+        config = parse([argument for argument in arguments if argument != "--debug"])
     except ArgumentError as error:
         return fail(explain(error))
     configure_logging()
 
-    # After the arguments are known to be right: torch takes seconds.
-    from a2fpn.data import DataError, ImageError
-    from a2fpn.training.signals import StopRequest
-    from a2fpn.training.state import CheckpointWriteError
-    from a2fpn.training.trainer import LoaderError, NonFiniteLossError, Trainer
+    # After the arguments are known to be right: Accelerate takes seconds.
+    from a2fpn.training.trainer import Trainer
 
+    trainer = None
     try:
         trainer = Trainer(config)
-    except (OSError, ValueError, TypeError) as error:
-        return fail(explain(error))
-    try:
         trainer.run()
-    except (DataError, ImageError) as error:  # only with data.strict; a loader process puts its traceback in front
-        return fail(str(error).strip().splitlines()[-1])
-    except (NonFiniteLossError, CheckpointWriteError, LoaderError) as error:
-        return fail(error, code=1)
     except StopRequest as stop:
         return fail(stop, code=128 + stop.signum)
     except KeyboardInterrupt:
-        saved = (trainer.output / "last").exists()
+        saved = trainer is not None and (trainer.output / "last").exists()
         return fail("interrupted" + ("; run.resume=auto continues from the last checkpoint" if saved else ""), code=130)
+    except Exception as error:
+        message = message_for_users(error)
+        if message is None or debug:
+            raise
+        return fail(message, code=getattr(error, "exit_code", 2))
     if trainer.accelerator.is_main_process:
         sys.stdout.write(f"{trainer.summary()}\n")
     return 0

@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from a2fpn.errors import ConfigError
 from a2fpn.training.config import OptimSection
 
 
@@ -53,7 +54,7 @@ def parameter_groups(model: nn.Module, config: OptimSection, *, lr: float) -> li
             own_lr = lr * (config.backbone_lr_factor if name.startswith("backbone.") else 1.0) * factors.get(name, 1.0)
             groups[own_lr, config.weight_decay if parameter.ndim > 1 else 0.0].append(parameter)
     if not groups:
-        raise ValueError("No parameter of the model is trainable; raise the backbone's trainable_layers.")
+        raise ConfigError("No parameter of the model is trainable; raise the backbone's trainable_layers.")
     return [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
 
 

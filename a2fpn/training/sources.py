@@ -18,6 +18,7 @@ from a2fpn.data import (
     check_data,
     train_transforms,
 )
+from a2fpn.errors import ConfigError
 from a2fpn.training.config import DataSection, ModelSection, TrainConfig
 from a2fpn.training.feed import Feed, FolderFeed
 from a2fpn.training.monitor import get_logger
@@ -35,15 +36,15 @@ def open_training_set(data: DataSection) -> TrainingSet:
     """
     stream = data.stream
     if stream.shards and stream.dataset:
-        raise ValueError("data.stream.shards and data.stream.dataset exclude each other.")
+        raise ConfigError("data.stream.shards and data.stream.dataset exclude each other.")
     if not stream.shards and not stream.dataset:
         return _folder(data, data.train_images, data.train_annotations, data.train_semantic)
     folder_only = {"group_by_aspect": data.group_by_aspect, "repeat_threshold": data.repeat_threshold}
     for name, value in {**folder_only, "copy_paste": data.copy_paste}.items():
         if value:
-            raise ValueError(f"data.{name} needs a folder of images; set it to {type(value)(0)} for a stream.")
+            raise ConfigError(f"data.{name} needs a folder of images; set it to {type(value)(0)} for a stream.")
     if data.passes != 1:
-        raise ValueError("data.passes needs a folder of images; set it to 1 for a stream.")
+        raise ConfigError("data.passes needs a folder of images; set it to 1 for a stream.")
     options: dict[str, Any] = {"shuffle_buffer": stream.shuffle_buffer, "strict": data.strict}
     if stream.shards:
         return ShardDataset(stream.shards, **options)
@@ -75,7 +76,7 @@ def _folder(data: DataSection, images: str, annotations: str, semantic: str | No
     maps = root / semantic if semantic else None
     dataset = CocoDataset(root / images, root / annotations, semantic=maps, strict=data.strict, **options)
     if not len(dataset):
-        raise ValueError(f"{dataset.name} lists no image.")
+        raise ConfigError(f"{dataset.name} lists no image.")
     return dataset
 
 
@@ -93,7 +94,7 @@ def check_folder(dataset: CocoDataset, classes: TrainingSet, *, images: int) -> 
     report = check_data(dataset.root, dataset.name, categories=classes.categories, sample=images, decode=True)
     if report.fatal:
         finding = report.fatal[0]
-        raise ValueError(f"{dataset.name}: {finding.message} {finding.advice} See a2fpn check-data.")
+        raise ConfigError(f"{dataset.name}: {finding.message} {finding.advice} See a2fpn check-data.")
     for finding in report.errors:
         logger.warning("%s: %s %s See a2fpn check-data.", dataset.name, finding.message, finding.advice)
 

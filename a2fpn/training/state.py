@@ -19,13 +19,14 @@ from typing import Any
 
 import yaml
 
+from a2fpn.errors import MissingFileError, RunError
 from a2fpn.training.config import TrainConfig
 
 RESUME_FOLDER = "training_state"
 METRICS_FILE = "metrics.jsonl"
 
 
-class CheckpointWriteError(RuntimeError):
+class CheckpointWriteError(RunError):
     """A checkpoint could not be written; the one before it is untouched."""
 
 
@@ -191,7 +192,7 @@ def resume_folder(resume: bool | str, output: Path) -> Path | None:
     start = output if resume in (True, "auto") else Path(str(resume))
     folder = next((f for f in (start / RESUME_FOLDER, start / "last" / RESUME_FOLDER) if f.is_dir()), None)
     if folder is None and resume != "auto":
-        raise FileNotFoundError(f"run.resume: no training state in {start / 'last'}; start without run.resume.")
+        raise MissingFileError(f"run.resume: no training state in {start / 'last'}; start without run.resume.")
     return folder
 
 

@@ -28,6 +28,7 @@ from torch import Tensor
 
 import a2fpn
 from a2fpn.data import CocoDataset
+from a2fpn.errors import ConfigError, RunError
 from a2fpn.training.config import TrainConfig
 from a2fpn.training.feed import Batch, Feed
 from a2fpn.training.monitor import LossWindow, ProgressLine, get_logger, grid, plot_metrics, text_log, track_picture
@@ -63,11 +64,11 @@ from a2fpn.training.validate import Validator
 logger = get_logger(__name__)
 
 
-class NonFiniteLossError(RuntimeError):
+class NonFiniteLossError(RunError):
     """A loss became infinite or not a number."""
 
 
-class LoaderError(RuntimeError):
+class LoaderError(RunError):
     """A loader process died."""
 
 
@@ -96,7 +97,7 @@ class Trainer:
         )
         check_processes(self.accelerator)
         if run.mixed_precision == "fp16" and self.accelerator.device.type == "cpu":
-            raise ValueError("run.mixed_precision=fp16 needs a GPU; on a CPU use none or bf16.")
+            raise ConfigError("run.mixed_precision=fp16 needs a GPU; on a CPU use none or bf16.")
         resume = self._resume_folder()
         train_set = open_training_set(data)
         val_set = open_validation_set(data, train_set)
@@ -204,7 +205,7 @@ class Trainer:
                 recover_folder(self.output / name)
         self.accelerator.wait_for_everyone()
         if not run.resume and (self.output / METRICS_FILE).exists():
-            raise ValueError(f"{self.output} already holds a run; choose another run.output, or run.resume=auto.")
+            raise ConfigError(f"{self.output} already holds a run; choose another run.output, or run.resume=auto.")
         folder = resume_folder(run.resume, self.output)
         changes = changed_settings(self.config, self.output) if folder else []
         if changes:
@@ -490,13 +491,13 @@ def check_processes(accelerator: Accelerator) -> None:
     """
     kind = accelerator.distributed_type
     if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise ValueError(
+        raise ConfigError(
             f"{kind.value} shards weights, which checkpoints and the moving average here don't support; detectors of "
             "this size train with plain data parallelism: choose MULTI_GPU in `accelerate config`, or use torchrun."
         )
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != accelerator.num_processes:
-        raise ValueError(
+        raise ConfigError(
             f"{started} processes were started, but each knows of {accelerator.num_processes} only and would write to "
             "the same folder. Without a GPU use ACCELERATE_USE_CPU=true torchrun --nproc-per-node N train/ ..., and no "
             "FSDP or DeepSpeed configuration."

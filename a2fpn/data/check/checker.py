@@ -38,7 +38,7 @@ from a2fpn.data.check.report import (
 from a2fpn.data.check.sizes import size_findings
 from a2fpn.data.check.table import AnnotationTable, any_column
 from a2fpn.data.coco import CocoImage
-from a2fpn.errors import DataError
+from a2fpn.errors import ConfigError, DataError
 from a2fpn.masks.rle import Rle, segmentation_to_rle
 
 T = TypeVar("T")
@@ -94,7 +94,7 @@ def check_data(
         raise DataError(f"{root}: no such folder of images.")
     for name, value in {"sample": sample, "examples": examples}.items():
         if value is not None and value < 0:
-            raise ValueError(f"{name} must be 0 or more, got {value}.")
+            raise ConfigError(f"{name} must be 0 or more, got {value}.")
     track = track or _untracked
     file, findings = read_document(annotations, track)
     if file is None:

@@ -1,0 +1,41 @@
+"""The group of commands that turns errors about input into one line."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from a2fpn.errors import message_for_users
+
+SETTINGS: dict[str, Any] = {
+    "no_args_is_help": True,
+    "add_completion": False,
+    "pretty_exceptions_enable": False,
+    "rich_markup_mode": "markdown",
+    "context_settings": {"help_option_names": ["-h", "--help"]},
+}
+"""Arguments that all Typer applications of the package share."""
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of every error (also A2FPN_DEBUG=1).")]
+
+
+class Door(TyperGroup):
+    """Commands that end in one line and exit code 2 for errors about input; other errors keep their traceback.
+
+    With ``--debug``, here or in an outer group, all do.
+    """
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs the command; the outermost group turns errors into lines."""
+        if ctx.params.get("debug"):
+            ctx.meta["a2fpn.debug"] = True
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            message = message_for_users(error)
+            if message is None or ctx.parent is not None or ctx.meta.get("a2fpn.debug"):
+                raise
+            typer.echo(f"{ctx.info_name.rpartition(' ')[2]}: error: {message}", err=True)
+            raise typer.Exit(2) from None
