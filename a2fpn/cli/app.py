@@ -13,11 +13,13 @@ import typer
 from a2fpn._version import __version__
 from a2fpn.cli import data, hub
 from a2fpn.cli.check_data import check_data
+from a2fpn.cli.compare import compare, gallery
 from a2fpn.cli.demo import demo
 from a2fpn.cli.door import SETTINGS, Debug, Door
 from a2fpn.cli.evaluate import evaluate
 from a2fpn.cli.info import info
 from a2fpn.cli.list_names import list_names
+from a2fpn.cli.page import show_page
 from a2fpn.cli.predict import predict
 from a2fpn.cli.train import train
 
@@ -56,9 +58,12 @@ def _options(
 app.command()(demo)
 app.command()(predict)
 app.command()(evaluate)
+app.command()(compare)
+app.command()(gallery)
 app.command(name="check-data")(check_data)
 app.command(name="list")(list_names)
 app.command()(info)
+app.command(name="app")(show_page)
 app.command(add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})(train)
 app.add_typer(data.app, name="data")
 app.add_typer(hub.app, name="hub")

@@ -15,13 +15,13 @@ from a2fpn.config import KeypointRCNNConfig
 from a2fpn.errors import ConfigError
 
 if TYPE_CHECKING:
-    from a2fpn.data import CocoDataset
+    from a2fpn.data import CocoDataset, CocoFile
     from a2fpn.detectors import Detector
     from a2fpn.evaluation import CocoMetrics
+    from a2fpn.inference import Predictor
 from a2fpn.cli.format import ap_text, as_text, count_of, progress_bar, table
 from a2fpn.cli.options import (
     Device,
-    Model,
     MostObjects,
     Nms,
     Optimize,
@@ -55,13 +55,24 @@ METRICS = {
 
 def evaluate(
     *,
-    model: Model,
+    model: Annotated[
+        list[str],
+        typer.Option(
+            help="A checkpoint folder, or a name of `a2fpn list --pretrained`. Given twice, with --report, two models "
+            "are compared.",
+            metavar="NAME_OR_PATH",
+        ),
+    ],
     images: Annotated[Path, typer.Option(help="Folder of the images.", metavar="DIR")],
     annotations: Annotated[Path, typer.Option(help="COCO file with the ground truth.", metavar="JSON")],
     max_detections: Annotated[
         int, typer.Option(min=1, help="Best detections that count per image and class; COCO says 100.")
     ] = 100,
     save: Annotated[Path | None, typer.Option("--json", help="File to write the numbers to.", metavar="OUT")] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(help="Page to write on where the model fails: errors by type, worst images.", metavar="HTML"),
+    ] = None,
     tile: Tile = None,
     overlap: Overlap = 0.2,
     tta: Tta = False,
@@ -88,52 +99,104 @@ def evaluate(
 
     Example: `a2fpn evaluate --model runs/cells --images cells/val --annotations cells/val.json`
 
+    Why is it no better? `... --report page.html`. Is another one better? `... --model runs/other --report page.html`
+
     What the model predicts and the file has annotated is measured. Categories are matched by id. An image that can't
     be read is an error: left out, it would count as missed.
     """
     from a2fpn.data import CocoDataset, read_image
     from a2fpn.evaluation import COCO_SIGMAS, common_iou_types, evaluate_coco
 
-    detector = load_detector(model)
-    dataset = CocoDataset(images, annotations, categories=detector.config.categories or None)
-    _check_categories(detector, dataset)
-    kinds = common_iou_types(dataset.coco, detector.target_keys)
-    if "keypoints" in kinds:
-        _check_keypoints(detector, dataset)
-    predictor = build_predictor(
-        detector,
-        device,
-        optimize=optimize,
-        dtype=dtype,
-        nms_threshold=nms_threshold,
-        soft_nms=soft_nms or False,
-        detections_per_image=detections_per_image,
-        tile=tile,
-        overlap=overlap,
-        tta=tta,
-    )
-    predictor.categories = dataset.categories
-    known = {category.id for category in dataset.coco.categories}
+    if len(model) > 2 or (len(model) == 2 and report is None):
+        raise ConfigError(f"Expected one --model, or two with --report, got {len(model)}.")
+    runs: list[tuple[str, list[dict[str, Any]], dict[str, str]]] = []
+    measured: list[CocoMetrics] = []
+    for name in model:
+        detector = load_detector(name)
+        dataset = CocoDataset(images, annotations, categories=detector.config.categories or None)
+        _check_categories(detector, dataset)
+        kinds = common_iou_types(dataset.coco, detector.target_keys)
+        if "keypoints" in kinds:
+            _check_keypoints(detector, dataset)
+        runs.append((name, [], _facts(detector) if report else {}))
+        predictor = build_predictor(
+            detector,
+            device,
+            optimize=optimize,
+            dtype=dtype,
+            nms_threshold=nms_threshold,
+            soft_nms=soft_nms or False,
+            detections_per_image=detections_per_image,
+            tile=tile,
+            overlap=overlap,
+            tta=tta,
+        )
+        predictor.categories = dataset.categories
+        known = {category.id for category in dataset.coco.categories}
 
-    def records() -> Iterator[dict[str, Any]]:
-        with progress_bar() as progress:
-            for entry in progress.track(list(dataset.coco.images.values()), description="evaluating"):
-                (result,) = predictor.predict([read_image(images / entry.file_name, size=(entry.height, entry.width))])
-                yield from (record for record in result.to_coco(entry.id) if record["category_id"] in known)
+        def records(
+            dataset: CocoDataset = dataset,
+            predictor: Predictor = predictor,
+            known: set[int] = known,
+            kept: list[dict[str, Any]] = runs[-1][1],
+        ) -> Iterator[dict[str, Any]]:
+            with progress_bar() as progress:
+                for entry in progress.track(list(dataset.coco.images.values()), description="evaluating"):
+                    image = read_image(images / entry.file_name, size=(entry.height, entry.width))
+                    (result,) = predictor.predict([image])
+                    found = [record for record in result.to_coco(entry.id) if record["category_id"] in known]
+                    kept.extend(found if report else [])
+                    yield from found
 
-    metrics = evaluate_coco(
-        dataset.coco,
-        records(),
-        iou_types=kinds,
-        max_detections=max_detections,
-        oks_sigmas=COCO_SIGMAS if oks_sigmas is None else _numbers(oks_sigmas),
-        backend=backend,
-    )
-    _print_metrics(metrics, title=f"{model} on {count_of(len(dataset), 'image')}")
+        metrics = evaluate_coco(
+            dataset.coco,
+            records(),
+            iou_types=kinds,
+            max_detections=max_detections,
+            oks_sigmas=COCO_SIGMAS if oks_sigmas is None else _numbers(oks_sigmas),
+            backend=backend,
+        )
+        measured.append(metrics)
+        _print_metrics(metrics, title=f"{name} on {count_of(len(dataset), 'image')}")
     if save is not None:
-        numbers = {"max_detections": max_detections, **metrics.to_dict(per_class=True)}
+        tables = [{"max_detections": max_detections, **metrics.to_dict(per_class=True)} for metrics in measured]
+        numbers = tables[0] if len(tables) == 1 else dict(zip(model, tables, strict=True))
         save.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
         typer.echo(f"The numbers are in {save}")
+    if report is not None:
+        _write_report(report, dataset.coco, images, annotations, runs, measured)
+        typer.echo(f"Open {report}")
+
+
+def _facts(detector: Detector) -> dict[str, str]:
+    from a2fpn.report import model_facts
+
+    return model_facts(detector)
+
+
+def _write_report(
+    path: Path,
+    coco: CocoFile,
+    images: Path,
+    annotations: Path,
+    runs: list[tuple[str, list[dict[str, Any]], dict[str, str]]],
+    measured: list[CocoMetrics],
+) -> None:
+    """Writes the page; models of different kinds of output are compared by what both have."""
+    from a2fpn.report import Run, data_facts, write_report
+
+    common = [kind for kind in measured[0].measured if all(kind in metrics.measured for metrics in measured)]
+    same = all(list(metrics.measured) == common for metrics in measured)
+    write_report(
+        path,
+        coco,
+        images,
+        [Run(Path(name).name, detections, facts) for name, detections, facts in runs],
+        iou_types=common,
+        max_detections=measured[0].max_detections,
+        data=data_facts(coco, images, annotations),
+        metrics=measured if same else None,
+    )
 
 
 def _check_categories(detector: Detector, dataset: CocoDataset) -> None:

@@ -173,7 +173,7 @@ def verify(
         limit = facts.max_detections
         # Its table is headed by a folder that is gone when it is read.
         with contextlib.redirect_stdout(io.StringIO()):
-            evaluate(model=str(folder), images=images, annotations=annotations, save=numbers, max_detections=limit)
+            evaluate(model=[str(folder)], images=images, annotations=annotations, save=numbers, max_detections=limit)
         measured = json.loads(numbers.read_text(encoding="utf-8"))
     stated = {key: value for key, value in facts.metrics.items() if key in VERIFIED}
     if not stated:

@@ -14,6 +14,7 @@ import numpy as np
 from pycocotools import mask as mask_utils
 
 from a2fpn.data import CocoFile, Rle
+from a2fpn.errors import ConfigError
 from a2fpn.report.analysis import image_ap
 from a2fpn.report.matching import Floats, Ints, Kind, Scene, match
 from a2fpn.report.outlines import PALETTE, object_colors
@@ -107,15 +108,15 @@ def compare(
         track: Called with the images while they are predicted, to show progress.
 
     Raises:
-        ValueError: If there is no model or image, if images are to be the worst without annotations, or if an
+        ConfigError: If there is no model or image, if images are to be the worst without annotations, or if an
             annotated image is not in the annotations.
     """
     if not models or not images or count < 1:
-        raise ValueError(
+        raise ConfigError(
             f"Expected models, images and a count of at least 1, got {len(models)}, {len(images)}, {count}."
         )
     if pick == "worst" and coco is None:
-        raise ValueError("Images can't be the worst without annotations: give them, or pick 'random' or 'disagree'.")
+        raise ConfigError("Images can't be the worst without annotations: give them, or pick 'random' or 'disagree'.")
     ids = _image_ids(images, coco, folder) if coco is not None else list(range(len(images)))
     drawn = np.random.default_rng(seed).permutation(len(images))[:count]
     only = np.sort(drawn).tolist() if pick == "random" else list(range(len(images)))
@@ -147,7 +148,7 @@ def _image_ids(images: Sequence[Path], coco: CocoFile, folder: Path | None) -> l
     known = {((folder or Path()) / entry.file_name).resolve(): entry.id for entry in coco.images.values()}
     unknown = [path for path in images if path.resolve() not in known]
     if unknown:
-        raise ValueError(f"{unknown[0]} is not among the images of {coco.name}.")
+        raise ConfigError(f"{unknown[0]} is not among the images of {coco.name}.")
     return [known[path.resolve()] for path in images]
 
 
@@ -199,7 +200,7 @@ def _pick(
             f"{', the mean of the models' if len(names) > 1 else ''}. {_overall(quality)}"
         )
     if len(names) < 2:
-        raise ValueError("One model can't disagree with itself: give two or more, or pick 'random' or 'worst'.")
+        raise ConfigError("One model can't disagree with itself: give two or more, or pick 'random' or 'worst'.")
     first, last = names[0], names[-1]
     if quality is None:
         agreement = {

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from a2fpn._version import __version__
-from a2fpn.checkpoint import file_sha256
 from a2fpn.data import CocoFile
+from a2fpn.pretrained.checkpoint import file_sha256
 
 import torch
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as mask_utils
 
-from a2fpn.data import CocoFile, Rle, segmentation_to_rle
+from a2fpn.data import CocoFile, DataError, Rle, segmentation_to_rle
 
 Kind = Literal["bbox", "segm"]
 Bools = NDArray[np.bool_]
@@ -94,7 +94,7 @@ class Scene:
             max_detections: Limit of detections per image and class.
 
         Raises:
-            ValueError: If masks are asked for and the file has none.
+            DataError: If masks are asked for and the file has none.
 
         Example:
             >>> from a2fpn.data import read_coco
@@ -108,7 +108,7 @@ class Scene:
             [[0.75]]
         """
         if kind == "segm" and not coco.has_masks:
-            raise ValueError(f"{coco.name} has no masks; compare boxes, with kind='bbox'.")
+            raise DataError(f"{coco.name} has no masks; compare boxes, with kind='bbox'.")
         image_ids = tuple(sorted(coco.images))
         truth, found = _annotated(coco, image_ids, kind), _detected(coco, image_ids, detections, kind, max_detections)
         overlaps = tuple(

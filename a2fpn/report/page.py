@@ -15,6 +15,7 @@ from markupsafe import Markup
 
 from a2fpn._version import __version__
 from a2fpn.data import CocoFile, read_coco, read_image
+from a2fpn.errors import ConfigError
 from a2fpn.evaluation import CocoMetrics, evaluate_coco
 from a2fpn.report import figures
 from a2fpn.report.analysis import Analysis, analyze
@@ -118,13 +119,14 @@ def write_report(
 
     Raises:
         DataError: If the ground truth is no COCO file.
-        ValueError: If there is not one run or two, the data have no image, or a detection can't be evaluated.
+        ConfigError: If there is not one run or two, or the data have no image.
+        ValueError: If a detection can't be evaluated.
     """
     if len(runs) not in (1, 2):
-        raise ValueError(f"A report is about one model or two, got {len(runs)}.")
+        raise ConfigError(f"A report is about one model or two, got {len(runs)}.")
     coco = read_coco(ground_truth)
     if not coco.images:
-        raise ValueError(f"{coco.name} has no image to report on.")
+        raise ConfigError(f"{coco.name} has no image to report on.")
     masks = coco.has_masks and all("segmentation" in d for run in runs for d in run.detections)
     kinds = list(iou_types or (["bbox", "segm"] if masks else ["bbox"]))
     measured = metrics or [

@@ -18,6 +18,7 @@ from PIL import Image
 
 from a2fpn._version import __version__
 from a2fpn.data import read_image
+from a2fpn.errors import ConfigError
 from a2fpn.report.compare import Cell, Column, Comparison
 from a2fpn.report.outlines import data_uri, rings_of, svg_path
 from a2fpn.report.page import environment
@@ -68,10 +69,10 @@ def draw_sheet(comparison: Comparison, *, columns: int = 4, names: bool = True) 
         names: Whether the margin names the rows.
 
     Raises:
-        ValueError: For fewer than one column.
+        ConfigError: For fewer than one column.
     """
     if columns < 1:
-        raise ValueError(f"columns must be at least 1, got {columns}.")
+        raise ConfigError(f"columns must be at least 1, got {columns}.")
     margin = _MARGIN if names else _GAP
     blocks = [comparison.columns[start : start + columns] for start in range(0, len(comparison.columns), columns)]
     heights = [_row_height(block, columns, _WIDTH - margin - _GAP) for block in blocks]

@@ -1,0 +1,169 @@
+"""``a2fpn compare`` and ``a2fpn gallery``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from a2fpn.cli.format import progress_bar
+from a2fpn.cli.options import Device, Threshold, Tile, build_predictor, load_detector
+from a2fpn.errors import ConfigError
+
+if TYPE_CHECKING:
+    from a2fpn.data import CocoFile
+
+Images = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Folder of the images. By default `images` beside the folder of the annotations; without these the nuclei "
+        "in the package.",
+    ),
+]
+Annotations = Annotated[
+    Path | None,
+    typer.Option(help="COCO file of the images: drawn too, and tells where a model is right.", metavar="JSON"),
+]
+Count = Annotated[int, typer.Option(min=1, help="Number of images to show.")]
+Columns = Annotated[int, typer.Option(min=1, help="Images side by side.")]
+Seed = Annotated[int, typer.Option(help="Of the random choice of images.")]
+
+
+def compare(
+    models: Annotated[
+        list[str], typer.Argument(help="Checkpoint folders, or names of `a2fpn list --pretrained`.", metavar="MODEL")
+    ],
+    *,
+    images: Images = None,
+    annotations: Annotations = None,
+    output: Annotated[Path, typer.Option(help="Path of the files, without a suffix.", metavar="PAGE")] = Path(
+        "comparison"
+    ),
+    pick: Annotated[
+        Literal["disagree", "random", "worst"],
+        typer.Option(
+            help="Show images where the first and the last model differ most, half in favor of each; any; or those with "
+            "the lowest AP. The figure says which."
+        ),
+    ] = "disagree",
+    count: Count = 8,
+    columns: Columns = 4,
+    score_threshold: Threshold = 0.5,
+    tile: Tile = None,
+    seed: Seed = 0,
+    device: Device = None,
+) -> None:
+    """Show what several models find on the same images: a figure as PNG and PDF, and a page with a slider.
+
+    Example: `a2fpn compare runs/fpn runs/a2fpn --annotations cells/annotations/instances_val.json --output figure`
+
+    A row for each model, and a first row of annotations if there are any. The same object has the same color in every
+    row where there is one class.
+    """
+    from a2fpn.report.compare import compare as compare_models
+    from a2fpn.report.sheet import save_comparison
+
+    if len(models) < 2:
+        raise ConfigError("Expected two models or more; a2fpn gallery shows one.")
+    folder, files, coco = _images(images, annotations)
+    predictors = {
+        name: build_predictor(load_detector(model), device, optimize=False, dtype="float32", tile=tile)
+        for name, model in zip(_names(models), models, strict=True)
+    }
+    comparison = compare_models(
+        predictors,
+        files,
+        coco=coco,
+        folder=folder,
+        pick=pick,
+        count=count,
+        score_threshold=score_threshold,
+        seed=seed,
+        track=_track,
+    )
+    typer.echo(comparison.note)
+    typer.echo(f"Open {save_comparison(comparison, output, columns=columns)[-1]}, or the PNG and PDF beside it")
+
+
+def gallery(
+    model: Annotated[
+        str, typer.Argument(help="A checkpoint folder, or a name of `a2fpn list --pretrained`.", metavar="MODEL")
+    ],
+    *,
+    images: Images = None,
+    annotations: Annotations = None,
+    output: Annotated[Path, typer.Option(help="Path of the files, without a suffix.", metavar="PAGE")] = Path(
+        "gallery"
+    ),
+    pick: Annotated[
+        Literal["random", "worst"],
+        typer.Option(help="Show any images, or with --annotations those with the lowest AP. The figure says which."),
+    ] = "random",
+    count: Count = 12,
+    columns: Columns = 4,
+    score_threshold: Threshold = 0.5,
+    tile: Tile = None,
+    seed: Seed = 0,
+    device: Device = None,
+) -> None:
+    """Show what one model finds on many images: a figure as PNG and PDF.
+
+    Example: `a2fpn gallery runs/htc --images photos --output figure`
+    """
+    import dataclasses
+
+    from a2fpn.report.compare import compare as compare_models
+    from a2fpn.report.sheet import save_gallery
+
+    folder, files, coco = _images(images, annotations)
+    comparison = compare_models(
+        {_names([model])[0]: build_predictor(load_detector(model), device, optimize=False, dtype="float32", tile=tile)},
+        files,
+        coco=coco if pick == "worst" else None,
+        folder=folder,
+        pick=pick,
+        count=count,
+        score_threshold=score_threshold,
+        seed=seed,
+        track=_track,
+    )
+    alone = [dataclasses.replace(column, cells=column.cells[-1:]) for column in comparison.columns]
+    shown = dataclasses.replace(comparison, rows=comparison.rows[-1:], columns=tuple(alone))
+    typer.echo(shown.note)
+    typer.echo(f"Open {save_gallery(shown, output, columns=columns)[0]}, or the PDF beside it")
+
+
+def _images(images: Path | None, annotations: Path | None) -> tuple[Path, list[Path], CocoFile | None]:
+    """Folder, files and annotations to choose from."""
+    from a2fpn.cli.demo import DEMO_DATA
+    from a2fpn.data import read_coco
+    from a2fpn.inference import list_images
+
+    if images is None and annotations is None:
+        images, annotations = DEMO_DATA / "images", DEMO_DATA / "annotations.json"
+    if annotations is None:
+        assert images is not None
+        return images, list_images(images), None
+    folder = images or annotations.resolve().parent.parent / "images"
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is no folder of images; give --images.")
+    coco = read_coco(annotations)
+    return folder, [folder / entry.file_name for entry in coco.images.values()], coco
+
+
+def _names(models: Sequence[str]) -> list[str]:
+    """Short names of models, all different: the last parts of their paths, as many as it takes."""
+    parts = [Path(model).parts for model in models]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise ConfigError(f"The same model was given twice: {', '.join(models)}.")
+
+
+def _track(paths: Sequence[Path]) -> Iterator[Path]:
+    with progress_bar() as progress:
+        yield from progress.track(paths, description="predicting")
