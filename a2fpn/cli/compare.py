@@ -25,7 +25,7 @@ Images = Annotated[
 ]
 Annotations = Annotated[
     Path | None,
-    typer.Option(help="COCO file of the images: drawn too, and tells where a model is right.", metavar="JSON"),
+    typer.Option(help="COCO file of the images: drawn, and tells what is right.", metavar="JSON"),
 ]
 Count = Annotated[int, typer.Option(min=1, help="Number of images to show.")]
 Columns = Annotated[int, typer.Option(min=1, help="Images side by side.")]
@@ -45,7 +45,7 @@ def compare(
     pick: Annotated[
         Literal["disagree", "random", "worst"],
         typer.Option(
-            help="Show images where the first and the last model differ most, half in favor of each; any; or those with "
+            help="Show images where the first and last model differ most, half in favor of each; any; or those with "
             "the lowest AP. The figure says which."
         ),
     ] = "disagree",

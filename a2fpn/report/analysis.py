@@ -5,6 +5,7 @@ Shape shorthand: N detections, M annotations, K classes, I images.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -227,7 +228,7 @@ def grouped(scene: Scene, of_truth: Floats, of_found: Floats, bounds: Sequence[f
         unit: What follows the numbers in a label.
     """
     groups = []
-    for low, high in zip(bounds[:-1], bounds[1:], strict=True):
+    for low, high in itertools.pairwise(bounds):
         left_out = (of_truth < low) | (of_truth >= high)
         objects = int((scene.positives & ~left_out).sum())
         if objects:
@@ -265,7 +266,7 @@ def _image_f1(scene: Scene, outcome: Outcome) -> Floats:
 def _by_image(scene: Scene, matches: Matches, per_image: Ints) -> list[Group]:
     """AP of the images in each range of the number of objects."""
     groups = []
-    for low, high in zip(CROWDING[:-1], CROWDING[1:], strict=True):
+    for low, high in itertools.pairwise(CROWDING):
         images = (per_image >= low) & (per_image < high)
         if images.any():
             measured = precision(scene, matches, images=images)

@@ -108,8 +108,8 @@ def compare(
         track: Called with the images while they are predicted, to show progress.
 
     Raises:
-        ConfigError: If there is no model or image, if images are to be the worst without annotations, or if an
-            annotated image is not in the annotations.
+        ConfigError: If there is no model or image, if images are to be the worst without annotations, if an image is
+            not in the annotations, or if a model means other classes by their ids.
     """
     if not models or not images or count < 1:
         raise ConfigError(
@@ -117,6 +117,8 @@ def compare(
         )
     if pick == "worst" and coco is None:
         raise ConfigError("Images can't be the worst without annotations: give them, or pick 'random' or 'disagree'.")
+    for name, predictor in models.items() if coco is not None else ():
+        _check_categories(name, predictor, coco)
     ids = _image_ids(images, coco, folder) if coco is not None else list(range(len(images)))
     drawn = np.random.default_rng(seed).permutation(len(images))[:count]
     only = np.sort(drawn).tolist() if pick == "random" else list(range(len(images)))
@@ -142,6 +144,17 @@ def compare(
     ]
     rows = (*(["annotations"] if coco is not None else []), *models)
     return Comparison(rows, tuple(columns), note)
+
+
+def _check_categories(name: str, predictor: Predictor, coco: CocoFile) -> None:
+    names = {category.id: category.name for category in predictor.categories}
+    shared = [category for category in coco.categories if category.id in names]
+    wrong = [category for category in shared if names[category.id].casefold() != category.name.casefold()]
+    if wrong or not shared:
+        told = (
+            f"{wrong[0].id} is {wrong[0].name!r} there and {names[wrong[0].id]!r} here" if wrong else "none is shared"
+        )
+        raise ConfigError(f"{name} has other classes than {coco.name}: of the ids {told}.")
 
 
 def _image_ids(images: Sequence[Path], coco: CocoFile, folder: Path | None) -> list[int]:
@@ -210,7 +223,7 @@ def _pick(
         order = sorted(positions, key=lambda p: agreement[p])[:count]
         return order, (
             f"Chosen to differ: of {total} images the {len(order)} where {first} and {last} share the fewest objects "
-            f"(IoU of 0.50 or more, score of {score_threshold:g} or more). Without annotations nothing tells which is right."
+            f"(IoU of 0.50 or more, score of {score_threshold:g} or more). Nothing tells which is right."
         )
     gain = {p: quality[last][1][p] - quality[first][1][p] for p in positions}
     gain = {p: value for p, value in gain.items() if not np.isnan(value)}

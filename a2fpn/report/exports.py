@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import contourpy
 import numpy as np
@@ -98,7 +99,7 @@ def mask_polygons(rle: Rle) -> list[list[NDArray[np.float64]]]:
     kind = contourpy.FillType.OuterOffset
     points, offsets = contourpy.contour_generator(z=inside, fill_type=kind).filled(0.5, 2.0)
     return [
-        [np.asarray(part[start:stop]) + (x - 0.5, y - 0.5) for start, stop in zip(ends[:-1], ends[1:], strict=True)]
+        [np.asarray(part[start:stop]) + (x - 0.5, y - 0.5) for start, stop in itertools.pairwise(ends)]
         for part, ends in zip(points, offsets, strict=True)
     ]
 

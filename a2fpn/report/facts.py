@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from a2fpn._version import __version__
 from a2fpn.data import CocoFile
 from a2fpn.pretrained.checkpoint import file_sha256
-
-import torch
 
 if TYPE_CHECKING:
     from a2fpn.detectors import Detector

@@ -8,6 +8,7 @@ Shape shorthand: N detections, M annotations, T IoU thresholds, D and G detectio
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -198,7 +199,7 @@ def match(
 
 def _rows(objects: Objects, image_ids: Sequence[int]) -> list[slice]:
     edges = np.searchsorted(objects.image, np.arange(len(image_ids) + 1)).tolist()
-    return [slice(start, stop) for start, stop in zip(edges[:-1], edges[1:], strict=True)]
+    return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
 
 
 def _annotated(coco: CocoFile, image_ids: Sequence[int], kind: Kind) -> Objects:
