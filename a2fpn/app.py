@@ -62,7 +62,9 @@ def build(predictor: Predictor, name: str, *, examples: Sequence[Path] = ()) -> 
     def show(results: list[Result], threshold: float, smallest: float, kept: list[str]) -> tuple[Any, Any, str, Any]:
         chosen = [select(result, threshold, smallest, kept) for result in results]
         pictures = [(draw(result), f"{_name(result)}: {len(result)}") for result in chosen]
-        rows = [[_name(result), *(Counter(result.names)[label] for label in classes)] for result in chosen]
+        rows: list[list[Any]] = [
+            [_name(result), *(Counter(result.names)[label] for label in classes)] for result in chosen
+        ]
         if len(rows) > 1:
             rows.append(["all", *(sum(row[column] for row in rows) for column in range(1, len(classes) + 1))])
         total = sum(map(len, chosen))
@@ -81,6 +83,7 @@ def build(predictor: Predictor, name: str, *, examples: Sequence[Path] = ()) -> 
     def try_example(event: gr.SelectData) -> list[str]:
         return [str(examples[event.index])]
 
+    page: gr.Blocks
     with gr.Blocks(title=f"a2fpn: {name}", analytics_enabled=False) as page:
         gr.Markdown(f"# Find objects with `{name}`\nDrop pictures, press the button, then move the sliders.")
         found = gr.State([])
@@ -109,7 +112,7 @@ def build(predictor: Predictor, name: str, *, examples: Sequence[Path] = ()) -> 
                 [str(path) for path in examples],
                 label="Examples: click one to try it",
                 columns=8,
-                height=180,
+                height="auto",
                 object_fit="cover",
                 allow_preview=False,
                 interactive=False,
@@ -200,7 +203,7 @@ def launch(
     """
     predictor = Predictor(a2fpn.from_pretrained(model), device=device)
     fits = model == MODEL
-    page = build(predictor, Path(model).name, examples=sorted(EXAMPLES.glob("*.jpg")) if fits else ())
+    page: gr.Blocks = build(predictor, Path(model).name, examples=sorted(EXAMPLES.glob("*.jpg")) if fits else ())
     fonts = ["system-ui", "sans-serif"]  # none that would be fetched
     page.launch(
         server_name=host,

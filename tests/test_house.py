@@ -81,9 +81,15 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
             *("timm.optim", "torch", "trackio", "yaml"),
         },
     ),
+    "report": (
+        {"_version", "data", "detectors", "errors", "evaluation", "inference", "pretrained"},
+        {"contourpy", "jinja2", "markupsafe", "matplotlib", "numpy", "PIL", "pycocotools", "torch"},
+    ),
+    "app": ({"data", "inference", "report"}, {"gradio", "numpy", "PIL"}),
     "cli": (
         BUILDING
-        | {"_version", "convert", "data", "evaluation", "heads", "inference", "preprocess", "pretrained", "training"},
+        | {"_version", "convert", "data", "evaluation", "heads", "inference", "preprocess", "pretrained", "training"}
+        | {"app", "report"},
         {"torch", "rich", "typer"},
     ),
     "__main__": ({"cli"}, set()),

@@ -9,6 +9,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -63,9 +64,10 @@ class Outcome:
         rows = np.flatnonzero(self.shown)
         partner = self.partner[rows]
         labels = np.append(scene.truth.label, background)
-        np.add.at(matrix, (labels[partner], scene.found.label[rows]), 1)  # -1 takes the last
+        places: Any = (labels[partner], scene.found.label[rows])  # partner -1 takes the last
+        np.add.at(matrix, places, 1)
         missed = scene.positives & (self.finder < 0)
-        np.add.at(matrix, (scene.truth.label[missed], background), 1)
+        matrix[:, -1] += np.bincount(scene.truth.label[missed], minlength=background + 1)
         return matrix
 
 

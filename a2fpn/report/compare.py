@@ -117,8 +117,9 @@ def compare(
         )
     if pick == "worst" and coco is None:
         raise ConfigError("Images can't be the worst without annotations: give them, or pick 'random' or 'disagree'.")
-    for name, predictor in models.items() if coco is not None else ():
-        _check_categories(name, predictor, coco)
+    if coco is not None:
+        for name, predictor in models.items():
+            _check_categories(name, predictor, coco)
     ids = _image_ids(images, coco, folder) if coco is not None else list(range(len(images)))
     drawn = np.random.default_rng(seed).permutation(len(images))[:count]
     only = np.sort(drawn).tolist() if pick == "random" else list(range(len(images)))
@@ -151,10 +152,8 @@ def _check_categories(name: str, predictor: Predictor, coco: CocoFile) -> None:
     shared = [category for category in coco.categories if category.id in names]
     wrong = [category for category in shared if names[category.id].casefold() != category.name.casefold()]
     if wrong or not shared:
-        told = (
-            f"{wrong[0].id} is {wrong[0].name!r} there and {names[wrong[0].id]!r} here" if wrong else "none is shared"
-        )
-        raise ConfigError(f"{name} has other classes than {coco.name}: of the ids {told}.")
+        first = f"{wrong[0].id} is {names[wrong[0].id]!r} and {wrong[0].name!r}" if wrong else "none is shared"
+        raise ConfigError(f"{name} has other classes than {coco.name}: of the ids {first}.")
 
 
 def _image_ids(images: Sequence[Path], coco: CocoFile, folder: Path | None) -> list[int]:

@@ -7,7 +7,7 @@ import io
 import itertools
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import contourpy
 import numpy as np
@@ -28,7 +28,8 @@ def to_coco(results: Sequence[Result], names: Sequence[str]) -> str:
         results: One for each image, at least one.
         names: File names of the images.
     """
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for image_id, (result, name) in enumerate(zip(results, names, strict=True), start=1):
         images.append({"id": image_id, "file_name": name, "height": result.size[0], "width": result.size[1]})
         for record, area in zip(result.to_coco(image_id), _areas(result).tolist(), strict=True):
@@ -97,6 +98,8 @@ def mask_polygons(rle: Rle) -> list[list[NDArray[np.float64]]]:
         return []
     inside = np.pad(decode_rle([rle])[0, y : y + height, x : x + width], 1).astype(np.float32)
     kind = contourpy.FillType.OuterOffset
+    points: Any
+    offsets: Any
     points, offsets = contourpy.contour_generator(z=inside, fill_type=kind).filled(0.5, 2.0)
     return [
         [np.asarray(part[start:stop]) + (x - 0.5, y - 0.5) for start, stop in itertools.pairwise(ends)]

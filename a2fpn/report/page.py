@@ -247,16 +247,16 @@ def _intervals(analyses: Sequence[Analysis], resampled: Sequence[Floats]) -> lis
     return rows
 
 
-def _coco_table(measured: Sequence[CocoMetrics], limit: int) -> list[tuple[str, list[float | None]]]:
+def _coco_table(measured: Sequence[CocoMetrics], limit: int) -> list[tuple[str, Sequence[str | float | None]]]:
     """Label and numbers: of each model one for every kind."""
     tables = [metrics.to_dict() for metrics in measured]
     kinds = list(measured[0].measured)
-    rows = []
+    rows: list[tuple[str, Sequence[str | float | None]]] = [("", [_KINDS[kind] for _ in tables for kind in kinds])]
     for key, label in _METRICS.items():
         cells = [table.get(f"{kind}/{key}") for table in tables for kind in kinds]
         if any(cell is not None for cell in cells):
             rows.append((label.format(limit=limit), cells))
-    return [("", [_KINDS[kind] for _ in tables for kind in kinds]), *rows]  # type: ignore[list-item]
+    return rows
 
 
 def _class_table(analyses: Sequence[Analysis], resampled: Sequence[Floats]) -> list[dict[str, Any]]:

@@ -1,8 +1,8 @@
 """Types of errors and their cost in AP, as TIDE defines them.
 
 Bolya, Foley, Hays, Hoffman, *TIDE: A General Toolbox for Identifying Object Detection Errors*, ECCV 2020. Each
-detection without a partner has one type; the cost of a type is the AP gained if an oracle put its errors right, one type
-at a time. Detections that lie in crowds are no errors here.
+detection without a partner has one type; the cost of a type is the AP gained if an oracle put its errors right, one
+type at a time. Detections that lie in crowds are no errors here.
 
 Merged and split objects are a second view of the same detections, which matters where objects touch.
 """
