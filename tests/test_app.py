@@ -112,6 +112,10 @@ def test_upload_predict_slide_and_download(open_page: Callable[[], Any], tmp_pat
     browser.execute_script("arguments[0].dispatchEvent(new Event('pointerup', {bubbles: true}))", slider)
     until(lambda: objects(browser) > before)
     every = objects(browser)
+    click(browser, "#classes input[type=checkbox]")
+    until(lambda: objects(browser) == 0)
+    click(browser, "#classes input[type=checkbox]")
+    until(lambda: objects(browser) == every)
     click(browser, "#prepare button, button#prepare")
     links = until(lambda: browser.find_elements(By.CSS_SELECTOR, "#downloads a[href]"))
     names = {link.get_attribute("download") or link.get_attribute("href").rpartition("/")[2] for link in links}

@@ -97,10 +97,8 @@ def mask_polygons(rle: Rle) -> list[list[NDArray[np.float64]]]:
     if not width:
         return []
     inside = np.pad(decode_rle([rle])[0, y : y + height, x : x + width], 1).astype(np.float32)
-    kind = contourpy.FillType.OuterOffset
-    points: Any
-    offsets: Any
-    points, offsets = contourpy.contour_generator(z=inside, fill_type=kind).filled(0.5, 2.0)
+    filled: Any = contourpy.contour_generator(z=inside, fill_type=contourpy.FillType.OuterOffset).filled(0.5, 2.0)
+    points, offsets = filled
     return [
         [np.asarray(part[start:stop]) + (x - 0.5, y - 0.5) for start, stop in itertools.pairwise(ends)]
         for part, ends in zip(points, offsets, strict=True)

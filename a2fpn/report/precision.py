@@ -137,11 +137,13 @@ def resampled_ap(scene: Scene, matches: Matches, draws: NDArray[np.int32]) -> Fl
             some = draws[start : start + max(1, _AT_ONCE // max(1, len(rows)))]
             positives = some @ per_image
             times = some[:, found.image[rows]]
+            every = np.cumsum(times, axis=1, dtype=np.int32)
             for threshold in range(len(right)):
                 hit = np.flatnonzero(right[threshold, rows])
-                all_before = np.cumsum(times * counted[threshold, rows], axis=1, dtype=np.int32)[:, hit]
+                full = counted[threshold, rows].all()
+                before = every if full else np.cumsum(times * counted[threshold, rows], axis=1, dtype=np.int32)
                 hits = np.cumsum(times[:, hit], axis=1, dtype=np.int32)
-                values = _resampled(hits, all_before, positives)
+                values = _resampled(hits, before[:, hit], positives)
                 result[start : start + len(some), threshold, label] = values
     return result
 
