@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -227,3 +228,36 @@ def test_the_facts_tell_models_with_other_weights_apart() -> None:
     assert model_facts(one)[digest] == model_facts(one)[digest] != model_facts(other)[digest]
     assert model_facts(one)["neck"] == "fpn"
     assert a2fpn.__version__ in model_facts(one).values()
+
+
+CHROMIUM, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+
+
+@pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no Chromium with its driver is installed")
+def test_the_slider_moves_the_border_and_the_menus_choose_the_rows(scene: Any, tmp_path: Path) -> None:
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    coco, folder, paths = scene
+    chosen = compare(pair(coco, folder), paths, coco=coco, folder=folder, count=2)
+    page = save_comparison(chosen, tmp_path / "figure")[-1]
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    browser = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+    try:
+        browser.get(page.as_uri())
+        shown = "return [...document.querySelector('.stage').querySelectorAll('svg')].map(svg => svg.className.baseVal)"
+        assert [each.split() for each in browser.execute_script(shown)] == [[], ["left"], ["right"]]
+        browser.execute_script(
+            "const s = document.querySelector('input'); s.value = 20; s.dispatchEvent(new Event('input'))"
+        )
+        clip = "return getComputedStyle(document.querySelector('svg.left')).clipPath"
+        assert browser.execute_script(clip) == "inset(0px 80% 0px 0px)"
+        browser.execute_script(
+            "const m = document.getElementById('left'); m.value = 0; m.dispatchEvent(new Event('change'))"
+        )
+        assert [each.split() for each in browser.execute_script(shown)] == [["left"], [], ["right"]]
+        assert browser.execute_script("return document.querySelector('.of-left').textContent").startswith("annotations")
+        assert browser.get_log("browser") == []
+    finally:
+        browser.quit()
