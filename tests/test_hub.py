@@ -529,7 +529,7 @@ def test_the_command_line(hub, model, tmp_path, capsys, monkeypatch):
     images, annotations = write_coco(tmp_path / "data", images=1, category_ids=[7])
     measured = tmp_path / "measured.json"
     folder = a2fpn.save_pretrained(model, tmp_path / "first")
-    evaluate(model=str(folder), images=images, annotations=annotations, save=measured)
+    evaluate(model=[str(folder)], images=images, annotations=annotations, save=measured)
     metrics = {key: value for key, value in json.loads(measured.read_text()).items() if key.endswith("/ap")}
     for offset, outcome in [(0.0, None), (0.1, r"hub: error: 'alice/cells' is not what it says: bbox/ap is ")]:
         stated = {key: value + offset for key, value in metrics.items()}
