@@ -13,7 +13,8 @@ from a2fpn.backbones import list_backbones
 from a2fpn.build import create_backbone
 from a2fpn.compose import list_necks, register_model
 from a2fpn.config import Category, ModelConfig
-from a2fpn.errors import CheckpointError, HubError
+from a2fpn.detectors import Detector, register_detector
+from a2fpn.errors import A2FPNError, CheckpointError, HubError
 from a2fpn.finite import NonFiniteError, check_finite
 from a2fpn.necks import Neck, create_neck, register_neck
 from a2fpn.pretrained.catalog import list_pretrained
@@ -26,8 +27,10 @@ if TYPE_CHECKING:
     from a2fpn.inference.optimize import optimize_for_inference
 
 __all__ = [
+    "A2FPNError",
     "Category",
     "CheckpointError",
+    "Detector",
     "HubError",
     "LevelSpec",
     "ModelConfig",
@@ -48,20 +51,23 @@ __all__ = [
     "list_pretrained",
     "optimize_for_inference",
     "push_to_hub",
+    "register_detector",
     "register_model",
     "register_neck",
     "save_pretrained",
 ]
 
 
-def __getattr__(name: str) -> Any:
-    # Inference brings pycocotools and drawing; building a model must not pay for them.
-    if name in ("Predictor", "Result"):
-        from a2fpn import inference
+if not TYPE_CHECKING:  # a type checker would take any name for known
 
-        return getattr(inference, name)
-    if name == "optimize_for_inference":
-        from a2fpn.inference.optimize import optimize_for_inference
+    def __getattr__(name: str) -> Any:
+        # Inference brings pycocotools and drawing; building a model must not pay for them.
+        if name in ("Predictor", "Result"):
+            from a2fpn import inference
 
-        return optimize_for_inference
-    raise AttributeError(f"module 'a2fpn' has no attribute {name!r}")
+            return getattr(inference, name)
+        if name == "optimize_for_inference":
+            from a2fpn.inference.optimize import optimize_for_inference
+
+            return optimize_for_inference
+        raise AttributeError(f"module 'a2fpn' has no attribute {name!r}")

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar
 
+from a2fpn._plugins import load_plugins
 from a2fpn.errors import ConfigError
 
 T = TypeVar("T")
@@ -82,7 +83,7 @@ class Registry(Generic[T]):
         return decorator
 
     def __getitem__(self, name: str) -> T:
-        if name not in self._items:
+        if name not in self._items and not (load_plugins() and name in self._items):
             raise ConfigError(f"Unknown {self.kind} {name!r}. {did_you_mean(name, self._items)}")
         return self._items[name]
 

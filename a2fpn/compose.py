@@ -9,6 +9,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from a2fpn._plugins import load_plugins
 from a2fpn._registry import Registry, did_you_mean
 from a2fpn._serialize import from_dict
 from a2fpn.backbones import (
@@ -84,6 +85,7 @@ _register_narrow()
 
 def model_names() -> set[str]:
     """Every ``<detector>_<neck>_<alias>`` and every registered model."""
+    load_plugins()
     return {"_".join(parts) for parts in itertools.product(DETECTORS, _composable_necks(), ALIASES)} | set(MODELS)
 
 
@@ -94,6 +96,7 @@ def list_necks(pattern: str = "") -> list[str]:
         >>> "a2fpn" in list_necks()
         True
     """
+    load_plugins()
     return NECKS.names(pattern)
 
 
@@ -126,6 +129,15 @@ def parse_name(name: str, backbone: str | None) -> ModelConfig:
     Raises:
         ValueError: For an unknown name, with the closest ones.
     """
+    found = _parse(name, backbone)
+    if found is None and load_plugins():
+        found = _parse(name, backbone)
+    if found is None:
+        raise ConfigError(f"Unknown model {name!r}. {did_you_mean(name, model_names())}")
+    return found
+
+
+def _parse(name: str, backbone: str | None) -> ModelConfig | None:
     if name in MODELS:
         config = MODELS[name]()
         if backbone is None:
@@ -152,7 +164,7 @@ def parse_name(name: str, backbone: str | None) -> ModelConfig:
                 NeckConfig(neck, _neck_args(detector, neck)),
                 heads=heads_type(detector)(),
             )
-    raise ConfigError(f"Unknown model {name!r}. {did_you_mean(name, model_names())}")
+    return None
 
 
 def override(config: ModelConfig, num_classes: int | None, overrides: Mapping[str, Any]) -> ModelConfig:

@@ -13,12 +13,11 @@ equal scores count in the order of the image ids and, within an image, in the or
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import io
 import logging
 import math
+import types
 import typing
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -298,7 +297,21 @@ def _library(backend: Backend) -> tuple[Any, Any]:
                 f"The backend {backend!r} can't be imported ({error}); install {backend}, or take 'pycocotools'."
             ) from error
         logger.warning("hotcoco can't be imported (%s): pycocotools evaluates, which takes many times as long", error)
-    return pycocotools.coco.COCO, pycocotools.cocoeval.COCOeval
+    return _silent_pycocotools()
+
+
+def _silent_pycocotools() -> tuple[Any, Any]:
+    """Pycocotools' classes without their progress messages, which nothing else turns off."""
+
+    def silent(function: Any) -> Any:
+        namespace = {**function.__globals__, "print": lambda *_: None}
+        return types.FunctionType(function.__code__, namespace, function.__name__, function.__defaults__)
+
+    coco, evaluator = pycocotools.coco.COCO, pycocotools.cocoeval.COCOeval
+    return (
+        type("COCO", (coco,), {"__init__": silent(coco.__init__), "createIndex": silent(coco.createIndex)}),
+        type("COCOeval", (evaluator,), {name: silent(getattr(evaluator, name)) for name in ("evaluate", "accumulate")}),
+    )
 
 
 def _check_sigmas(coco: CocoFile, sigmas: Sequence[float]) -> None:
@@ -392,19 +405,18 @@ class _Scene:
         new_index, new_evaluator = library
         categories = [{"id": number, "name": label} for number, label in enumerate(self.labels, start=1)]
         indices = []
-        with contextlib.redirect_stdout(io.StringIO()):
-            for objects in (self.truth, self.detections):
-                index = new_index()
-                index.dataset = {"images": self.images, "categories": categories, "annotations": objects}
-                index.createIndex()
-                indices.append(index)
-            evaluator = new_evaluator(*indices, self.kind)
-            evaluator.params.catIds = [category["id"] for category in categories]
-            evaluator.params.maxDets = limits
-            if sigmas is not None:
-                evaluator.params.kpt_oks_sigmas = np.array(sigmas, dtype=np.float64)
-            evaluator.evaluate()
-            evaluator.accumulate()
+        for objects in (self.truth, self.detections):
+            index = new_index()
+            index.dataset = {"images": self.images, "categories": categories, "annotations": objects}
+            index.createIndex()
+            indices.append(index)
+        evaluator = new_evaluator(*indices, self.kind)
+        evaluator.params.catIds = [category["id"] for category in categories]
+        evaluator.params.maxDets = limits
+        if sigmas is not None:
+            evaluator.params.kpt_oks_sigmas = np.array(sigmas, dtype=np.float64)
+        evaluator.evaluate()
+        evaluator.accumulate()
         counted = evaluator.eval
         return np.asarray(counted["precision"]), np.asarray(counted["recall"])
 

@@ -1,6 +1,7 @@
 import json
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -329,3 +330,16 @@ def test_metadata_that_json_cannot_hold_is_an_error_and_replaces_nothing(folder:
     with pytest.raises(TypeError, match=r"Path is not JSON serializable"):
         a2fpn.save_pretrained(other, folder, metadata={"path": Path("x")})
     assert file_sha256(folder / WEIGHTS_FILE) == read_checkpoint(folder).sha256
+
+
+def test_threads_load_and_build_at_once(tmp_path):
+    folder = a2fpn.save_pretrained(tiny_model(), tmp_path)
+    expected = a2fpn.from_pretrained(folder).state_dict()
+
+    def work(number: int) -> bool:
+        if number % 2:
+            return len(list(torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(400))).parameters())) == 800
+        return all(torch.equal(x, expected[key]) for key, x in a2fpn.from_pretrained(folder).state_dict().items())
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(8)))

@@ -16,7 +16,7 @@ from a2fpn.cli.demo import DEMO_MODEL
 from a2fpn.cli.info import INFO_SIZE
 from a2fpn.config import Category
 from a2fpn.evaluation import BACKENDS
-from a2fpn.pretrained.catalog import PRETRAINED, WeightsConfig
+from a2fpn.pretrained.catalog import PRETRAINED, EmbeddedWeights
 
 SMALL = {
     "backbone": "test_efficientnet",
@@ -393,7 +393,7 @@ def demo_data(data, checkpoint, tmp_path, monkeypatch):
     os.symlink(data[0], tmp_path / "assets" / "images")
     (tmp_path / "assets" / "annotations.json").write_text(data[1].read_text())
     monkeypatch.setattr("a2fpn.cli.demo.DEMO_DATA", tmp_path / "assets")
-    monkeypatch.setitem(PRETRAINED, DEMO_MODEL, WeightsConfig(checkpoint, "a test"))
+    monkeypatch.setitem(PRETRAINED, DEMO_MODEL, EmbeddedWeights(checkpoint, "a test"))
 
 
 @pytest.mark.usefixtures("demo_data")

@@ -37,7 +37,7 @@ def test_a_bug_in_a_neck_shows_its_traceback_at_every_door(buggy_neck, tmp_path)
     with pytest.raises(TypeError, match="unsupported operand"):
         train([*tiny_run(tmp_path), f"model.name={buggy_neck}", "model.overrides={}", "data.check_images=0"])
     folder = a2fpn.save_pretrained(tiny_model(), tmp_path / "saved")
-    text = (folder / "config.json").read_text().replace('"name": "fpn"', '"name": "buggy"')
+    text = (folder / "config.json").read_text().replace('"name": "a2fpn"', '"name": "buggy"')
     (folder / "config.json").write_text(text)
     result = CliRunner().invoke(publishing.app, ["backbone", str(folder), "--output", str(tmp_path / "bb")])
     assert isinstance(result.exception, TypeError)

@@ -29,7 +29,9 @@ BUILDING = {
 
 # What each module or folder of the package may import of the package itself, and of others.
 MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
-    "_registry": ({"errors"}, set()),
+    "_plugins": ({"errors"}, set()),
+    "_registry": ({"_plugins", "errors"}, set()),
+    "_atomic": (set(), set()),
     "_version": (set(), set()),
     "errors": (set(), set()),
     "_serialize": ({"errors", "_registry"}, set()),
@@ -37,23 +39,23 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "pyramid": (set(), {"torch"}),
     "layers": ({"errors"}, {"torch", "timm.layers", "triton"}),
     "necks": ({"errors", "_registry", "layers", "pyramid"}, {"torch"}),
-    "backbones": ({"errors", "_registry", "config", "layers", "pyramid"}, {"torch", "timm", "safetensors"}),
-    "masks": (set(), {"numpy", "pycocotools", "torch", "torchvision"}),
+    "backbones": ({"_plugins", "errors", "_registry", "config", "layers", "pyramid"}, {"torch", "timm", "safetensors"}),
+    "masks": ({"errors"}, {"numpy", "pycocotools", "torch", "torchvision"}),
     "preprocess": ({"errors", "config", "masks"}, {"torch"}),
     "heads": ({"errors", "layers", "masks", "pyramid"}, {"torch", "torchvision"}),
     "detectors": (
         {"errors", "_registry", "backbones", "config", "heads", "masks", "necks", "preprocess", "pyramid"},
         {"torch", "torchvision"},
     ),
-    "compose": ({"errors", "_registry", "_serialize", "backbones", "config", "detectors", "necks"}, set()),
+    "compose": ({"_plugins", "errors", "_registry", "_serialize", "backbones", "config", "detectors", "necks"}, set()),
     "build": ({"errors", "_serialize", "backbones", "config", "detectors", "necks"}, set()),
     "pretrained": (
-        BUILDING | {"_version", "convert"},
-        {"httpx2", "huggingface_hub", "safetensors", "torch", "torchvision"},
+        BUILDING | {"_atomic", "_plugins", "_version", "convert"},
+        {"huggingface_hub", "safetensors", "torch", "torchvision"},
     ),
     "convert": (BUILDING | {"layers", "pretrained"}, {"torch", "torchvision", "safetensors"}),
     "data": (
-        {"config", "errors", "masks"},
+        {"_atomic", "config", "errors", "masks"},
         {"datasets", "fsspec", "torch", "torchvision", "numpy", "PIL", "pycocotools"},
     ),
     "evaluation": ({"data", "errors", "masks"}, {"faster_coco_eval", "hotcoco", "numpy", "pycocotools"}),
@@ -65,7 +67,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         },
     ),
     "training": (
-        {"config", "data", "errors", "evaluation", "inference", "pretrained"},
+        {"_atomic", "_plugins", "_registry", "config", "data", "errors", "evaluation", "inference", "pretrained"},
         {
             *(
                 "accelerate",
@@ -88,8 +90,20 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "app": ({"data", "inference", "report"}, {"gradio", "numpy", "PIL"}),
     "cli": (
         BUILDING
-        | {"_version", "convert", "data", "evaluation", "heads", "inference", "preprocess", "pretrained", "training"}
-        | {"app", "report"},
+        | {
+            "_plugins",
+            "_version",
+            "convert",
+            "data",
+            "evaluation",
+            "heads",
+            "inference",
+            "preprocess",
+            "pretrained",
+            "training",
+            "app",
+            "report",
+        },
         {"torch", "rich", "typer"},
     ),
     "__main__": ({"cli"}, set()),
@@ -164,7 +178,7 @@ def test_the_outer_folders_are_doors(folder: str) -> None:
 
 
 def test_the_public_names_are_few_and_there() -> None:
-    assert len(a2fpn.__all__) <= 25
+    assert len(a2fpn.__all__) <= 28
     assert a2fpn.__all__ == sorted(a2fpn.__all__)
     for name in a2fpn.__all__:
         assert getattr(a2fpn, name) is not None, name
@@ -194,3 +208,24 @@ def test_the_package_is_typed_and_has_one_version() -> None:
     assert a2fpn.__version__.count(".") == 2
     literals = [path for path in files(PACKAGE) if f'"{a2fpn.__version__}"' in path.read_text(encoding="utf-8")]
     assert [path.name for path in literals] == ["_version.py"]
+
+
+def test_a_name_that_does_not_exist_is_an_error_for_a_type_checker(tmp_path: Path) -> None:
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "__init__.py").write_text((PACKAGE / "__init__.py").read_text())
+    (tmp_path / "use.py").write_text("import package\npackage.create_model('x')\npackage.create_modell('x')\n")
+    options = ["--follow-imports=skip", "--ignore-missing-imports", f"--cache-dir={tmp_path / 'cache'}"]
+    command = [sys.executable, "-m", "mypy", *options, "package", "use.py"]
+    shown = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False).stdout
+    assert 'use.py:3: error: Module has no attribute "create_modell"; maybe "create_model"?' in shown
+    assert "use.py:2" not in shown
+
+
+def test_nothing_changes_the_state_of_the_whole_process() -> None:
+    """A serving process loads and evaluates models in threads."""
+    calls = (
+        *("register_module_parameter_registration_hook", "register_module_forward_hook", "setdefaulttimeout"),
+        *("redirect_stdout", "gc.disable", "set_default_dtype", "set_default_device"),
+    )
+    found = [(path.name, call) for path in files(PACKAGE) for call in calls if call in path.read_text(encoding="utf-8")]
+    assert found == []

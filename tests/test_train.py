@@ -18,12 +18,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 import a2fpn
+from a2fpn._atomic import replaced_folder
 from a2fpn.data import write_shards
 from a2fpn.training.cli import main, parse, setting_names
 from a2fpn.training.config import OptimSection, RunSection, TrainConfig
 from a2fpn.training.monitor import LossWindow
 from a2fpn.training.optim import build_optimizer, build_scheduler, lr_factor, parameter_groups, scaled_lr
-from a2fpn.training.state import replaced_folder
 from a2fpn.training.trainer import Trainer, check_processes
 from tests.test_streams import features, rows
 from tests.training import metrics, tiny_run

@@ -6,6 +6,7 @@ import functools
 
 import timm
 
+from a2fpn._plugins import load_plugins
 from a2fpn._registry import did_you_mean
 from a2fpn.errors import ConfigError
 
@@ -39,9 +40,15 @@ def resolve_backbone_name(name: str) -> str:
     """
     full = ALIASES.get(name, name)
     architecture, _, tag = full.partition(".")
-    if not timm.is_model(architecture):
+    if not timm.is_model(architecture) and not (load_plugins() and timm.is_model(architecture)):
         raise ConfigError(f"Unknown backbone {name!r}. {did_you_mean(name, [*ALIASES, *timm.list_models()])}")
     known = [model.partition(".")[2] for model in timm.list_models(f"{architecture}.*", pretrained=True)]
     if tag and tag not in known:
         raise ConfigError(f"Backbone {architecture!r} has no weights {tag!r}. {did_you_mean(tag, known)}")
     return full
+
+
+def backbone_module(name: str) -> str:
+    """Name of the module that defines a network, ``timm.models.resnet`` for ``resnet50.tv_in1k``."""
+    module: str = timm.model_entrypoint(name.partition(".")[0]).__module__
+    return module

@@ -326,7 +326,11 @@ def _run_tapped(body: nn.Module, x: Tensor, taps: Sequence[str]) -> list[Tensor]
     # Hooks that outlived the call would still feed this list from a deep copy of the network.
     with contextlib.ExitStack() as stack:
         for name in taps:
-            hook = body.get_submodule(name).register_forward_hook(lambda module, inputs, output: maps.append(output))
+            try:
+                tapped = body.get_submodule(name)
+            except AttributeError as error:
+                raise ConfigError(f"taps: the network has no module {name!r} ({error}).") from error
+            hook = tapped.register_forward_hook(lambda module, inputs, output: maps.append(output))
             stack.callback(hook.remove)
         body(x)
     return maps

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from a2fpn._plugins import import_package
 from a2fpn._version import __version__
 from a2fpn.cli import data, hub
 from a2fpn.cli.check_data import check_data
@@ -48,11 +49,21 @@ def _options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
     debug: Debug = False,
+    modules: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--import",
+            metavar="MODULE",
+            help="Import a module that registers necks, detectors or backbones; may be repeated.",
+        ),
+    ] = None,
 ) -> None:
     """Object detection and instance segmentation with A²-FPN and other pyramids on any backbone of timm.
 
     Start with `a2fpn demo`.
     """
+    for name in modules or ():
+        import_package(name)
 
 
 app.command()(demo)

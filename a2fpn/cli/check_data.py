@@ -12,11 +12,12 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from a2fpn.cli.format import progress_bar
 from a2fpn.errors import ConfigError
 
 if TYPE_CHECKING:
     pass
-from a2fpn.cli.format import progress_bar
+
 
 T = TypeVar("T")
 

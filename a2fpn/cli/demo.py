@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.console import Console
 
-if TYPE_CHECKING:
-    pass
 from a2fpn.cli.format import ap_text, progress_bar, table
 from a2fpn.cli.options import Device, Output, Threshold, pick_device
+
+if TYPE_CHECKING:
+    pass
+
 
 DEMO_MODEL = "maskrcnn_a2fpn_lite0.nuclei"
 DEMO_DATA = Path(str(resources.files("a2fpn"))) / "assets" / "nuclei_demo"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -11,15 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from a2fpn.config import KeypointRCNNConfig
-from a2fpn.errors import ConfigError
-
-if TYPE_CHECKING:
-    from a2fpn.data import CocoDataset, CocoFile
-    from a2fpn.detectors import Detector
-    from a2fpn.evaluation import CocoMetrics
-    from a2fpn.inference import Predictor
-from a2fpn.cli.format import ap_text, as_text, count_of, progress_bar, table
+from a2fpn.cli.format import ap_text, as_text, progress_bar, table
 from a2fpn.cli.options import (
     Device,
     MostObjects,
@@ -33,6 +25,14 @@ from a2fpn.cli.options import (
     build_predictor,
     load_detector,
 )
+from a2fpn.config import KeypointRCNNConfig
+from a2fpn.errors import ConfigError
+
+if TYPE_CHECKING:
+    from a2fpn.data import CocoDataset
+    from a2fpn.detectors import Detector
+    from a2fpn.evaluation import Backend, CocoMetrics
+
 
 METRICS = {
     "ap": "AP, mean of IoU 0.50 to 0.95",
@@ -104,26 +104,22 @@ def evaluate(
     What the model predicts and the file has annotated is measured. Categories are matched by id. An image that can't
     be read is an error: left out, it would count as missed.
     """
-    from a2fpn.data import CocoDataset, read_image
-    from a2fpn.evaluation import COCO_SIGMAS, common_iou_types, evaluate_coco
-
     if len(model) > 2 or (len(model) == 2 and report is None):
         raise ConfigError(f"Expected one --model, or two with --report, got {len(model)}.")
-    runs: list[tuple[str, list[dict[str, Any]], dict[str, str]]] = []
-    measured: list[CocoMetrics] = []
+    measured: dict[str, CocoMetrics] = {}
+    detections: dict[str, list[dict[str, Any]]] = {}
     for name in model:
-        detector = load_detector(name)
-        dataset = CocoDataset(images, annotations, categories=detector.config.categories or None)
-        _check_categories(detector, dataset)
-        kinds = common_iou_types(dataset.coco, detector.target_keys)
-        if "keypoints" in kinds:
-            _check_keypoints(detector, dataset)
-        runs.append((name, [], _facts(detector) if report else {}))
-        predictor = build_predictor(
-            detector,
-            device,
+        measured[name] = measure(
+            name,
+            images,
+            annotations,
+            max_detections=max_detections,
+            oks_sigmas=None if oks_sigmas is None else _numbers(oks_sigmas),
+            backend=backend,
+            device=device,
             optimize=optimize,
             dtype=dtype,
+            kept=detections.setdefault(name, []) if report is not None else None,
             nms_threshold=nms_threshold,
             soft_nms=soft_nms or False,
             detections_per_image=detections_per_image,
@@ -131,71 +127,107 @@ def evaluate(
             overlap=overlap,
             tta=tta,
         )
-        predictor.categories = dataset.categories
-        known = {category.id for category in dataset.coco.categories}
-
-        def records(
-            dataset: CocoDataset = dataset,
-            predictor: Predictor = predictor,
-            known: set[int] = known,
-            kept: list[dict[str, Any]] = runs[-1][1],
-        ) -> Iterator[dict[str, Any]]:
-            with progress_bar() as progress:
-                for entry in progress.track(list(dataset.coco.images.values()), description="evaluating"):
-                    image = read_image(images / entry.file_name, size=(entry.height, entry.width))
-                    (result,) = predictor.predict([image])
-                    found = [record for record in result.to_coco(entry.id) if record["category_id"] in known]
-                    kept.extend(found if report else [])
-                    yield from found
-
-        metrics = evaluate_coco(
-            dataset.coco,
-            records(),
-            iou_types=kinds,
-            max_detections=max_detections,
-            oks_sigmas=COCO_SIGMAS if oks_sigmas is None else _numbers(oks_sigmas),
-            backend=backend,
-        )
-        measured.append(metrics)
-        _print_metrics(metrics, title=f"{name} on {count_of(len(dataset), 'image')}")
+        _print_metrics(measured[name], title=f"{name} on {annotations}")
     if save is not None:
-        tables = [{"max_detections": max_detections, **metrics.to_dict(per_class=True)} for metrics in measured]
-        numbers = tables[0] if len(tables) == 1 else dict(zip(model, tables, strict=True))
+        tables = {
+            name: {"max_detections": max_detections, **metrics.to_dict(per_class=True)}
+            for name, metrics in measured.items()
+        }
+        numbers = tables if len(tables) > 1 else tables[model[0]]
         save.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
         typer.echo(f"The numbers are in {save}")
     if report is not None:
-        _write_report(report, dataset.coco, images, annotations, runs, measured)
+        _write_report(report, images, annotations, detections, measured)
         typer.echo(f"Open {report}")
 
 
-def _facts(detector: Detector) -> dict[str, str]:
-    from a2fpn.report import model_facts
+def measure(
+    model: str,
+    images: Path,
+    annotations: Path,
+    *,
+    max_detections: int = 100,
+    oks_sigmas: Sequence[float] | None = None,
+    backend: Backend = "auto",
+    device: str | None = None,
+    optimize: bool = False,
+    dtype: str = "float32",
+    kept: list[dict[str, Any]] | None = None,
+    **options: Any,
+) -> CocoMetrics:
+    """Evaluates a model on annotated images.
 
-    return model_facts(detector)
+    Args:
+        model: As in :func:`a2fpn.from_pretrained`.
+        images: The image folder.
+        annotations: The COCO file.
+        max_detections: Detections that count per image and class.
+        oks_sigmas: One per keypoint; None takes COCO's.
+        backend: See :func:`a2fpn.evaluation.evaluate_coco`.
+        device: Where to run; None takes CUDA where there is one.
+        optimize: Whether to optimize the model first.
+        dtype: ``"float32"`` or ``"bf16"``.
+        kept: Gets the detections that count, as COCO results.
+        **options: Fields of :class:`a2fpn.inference.PredictOptions`.
+
+    Raises:
+        ValueError: If model and data mean different things by the same category, or have other keypoints.
+    """
+    from a2fpn.data import CocoDataset, read_image
+    from a2fpn.evaluation import COCO_SIGMAS, common_iou_types, evaluate_coco
+
+    detector = load_detector(model)
+    dataset = CocoDataset(images, annotations, categories=detector.config.categories or None)
+    _check_categories(detector, dataset)
+    kinds = common_iou_types(dataset.coco, detector.target_keys)
+    if "keypoints" in kinds:
+        _check_keypoints(detector, dataset)
+    predictor = build_predictor(detector, device, optimize=optimize, dtype=dtype, **options)
+    predictor.categories = dataset.categories
+    known = {category.id for category in dataset.coco.categories}
+
+    def records() -> Iterator[dict[str, Any]]:
+        with progress_bar() as progress:
+            for entry in progress.track(list(dataset.coco.images.values()), description="evaluating"):
+                (result,) = predictor.predict([read_image(images / entry.file_name, size=(entry.height, entry.width))])
+                found = [record for record in result.to_coco(entry.id) if record["category_id"] in known]
+                if kept is not None:
+                    kept.extend(found)
+                yield from found
+
+    return evaluate_coco(
+        dataset.coco,
+        records(),
+        iou_types=kinds,
+        max_detections=max_detections,
+        oks_sigmas=COCO_SIGMAS if oks_sigmas is None else oks_sigmas,
+        backend=backend,
+    )
 
 
 def _write_report(
     path: Path,
-    coco: CocoFile,
     images: Path,
     annotations: Path,
-    runs: list[tuple[str, list[dict[str, Any]], dict[str, str]]],
-    measured: list[CocoMetrics],
+    detections: Mapping[str, list[dict[str, Any]]],
+    measured: Mapping[str, CocoMetrics],
 ) -> None:
-    """Writes the page; models of different kinds of output are compared by what both have."""
-    from a2fpn.report import Run, data_facts, write_report
+    """Writes the page; models with other kinds of output are compared by what both have."""
+    from a2fpn.data import read_coco
+    from a2fpn.report import Run, data_facts, model_facts, write_report
 
-    common = [kind for kind in measured[0].measured if all(kind in metrics.measured for metrics in measured)]
-    same = all(list(metrics.measured) == common for metrics in measured)
+    first, *_ = measured.values()
+    common = [kind for kind in first.measured if all(kind in metrics.measured for metrics in measured.values())]
+    coco = read_coco(annotations)
     write_report(
         path,
         coco,
         images,
-        [Run(Path(name).name, detections, facts) for name, detections, facts in runs],
+        [Run(Path(name).name, found, model_facts(load_detector(name))) for name, found in detections.items()],
         iou_types=common,
-        max_detections=measured[0].max_detections,
+        max_detections=first.max_detections,
         data=data_facts(coco, images, annotations),
-        metrics=measured if same else None,
+        metrics=list(measured.values()) if all(list(m.measured) == common for m in measured.values()) else None,
     )
 
 

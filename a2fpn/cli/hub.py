@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import tempfile
 from collections.abc import Callable, Sequence
@@ -16,7 +14,7 @@ import typer
 import a2fpn
 from a2fpn.backbones import export_backbone
 from a2fpn.cli.door import SETTINGS, Debug, Door
-from a2fpn.cli.evaluate import evaluate
+from a2fpn.cli.evaluate import measure
 from a2fpn.convert import from_detectron2, from_mmdet, from_torchvision, load_torchvision, read_state_dict
 from a2fpn.errors import ConfigError, ConfigTypeError
 from a2fpn.pretrained.card import model_card
@@ -167,14 +165,10 @@ def verify(
 ) -> None:
     """Download what was pushed into an empty cache, evaluate it, and compare with the metrics that it states."""
     with tempfile.TemporaryDirectory() as temporary:
-        folder = download_checkpoint(Repo.parse(name, cache_dir=temporary))
-        facts = read_checkpoint(folder).facts
-        numbers = Path(temporary) / "metrics.json"
+        folder, checkpoint = download_checkpoint(Repo.parse(name, cache_dir=temporary))
+        facts = checkpoint.facts
         limit = facts.max_detections
-        # Its table is headed by a folder that is gone when it is read.
-        with contextlib.redirect_stdout(io.StringIO()):
-            evaluate(model=[str(folder)], images=images, annotations=annotations, save=numbers, max_detections=limit)
-        measured = json.loads(numbers.read_text(encoding="utf-8"))
+        measured = measure(str(folder), images, annotations, max_detections=limit).to_dict()
     stated = {key: value for key, value in facts.metrics.items() if key in VERIFIED}
     if not stated:
         raise ConfigError(f"{name!r} states no metrics to compare with.")

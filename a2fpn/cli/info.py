@@ -13,10 +13,12 @@ from rich.markup import escape
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
-if TYPE_CHECKING:
-    from a2fpn.detectors import Detector
 from a2fpn.cli.format import as_text, table
 from a2fpn.cli.list_names import ap_columns
+
+if TYPE_CHECKING:
+    from a2fpn.detectors import Detector
+
 
 INFO_SIZE = (480, 640)  # height and width of the image for which `info` counts operations
 
@@ -29,11 +31,11 @@ def info(
     Example: `a2fpn info maskrcnn_a2fpn_r50`
     """
     import a2fpn
-    from a2fpn.pretrained.catalog import PRETRAINED, WeightsConfig
+    from a2fpn.pretrained.catalog import PRETRAINED, EmbeddedWeights
     from a2fpn.pretrained.checkpoint import read_checkpoint
 
     weights = PRETRAINED.get(model)
-    folder = weights.folder if isinstance(weights, WeightsConfig) else Path(model)
+    folder = weights.folder if isinstance(weights, EmbeddedWeights) else Path(model)
     detector = a2fpn.from_pretrained(folder) if folder.is_dir() else a2fpn.create_model(model).eval()
     config = detector.config
     preprocess = config.preprocess

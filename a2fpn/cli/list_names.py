@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from a2fpn.cli.format import columns
 from a2fpn.errors import ConfigError
 
 if TYPE_CHECKING:
     from a2fpn.pretrained.catalog import PretrainedModel
-from a2fpn.cli.format import columns
 
 
 def list_names(

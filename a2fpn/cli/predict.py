@@ -12,10 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from a2fpn.errors import ConfigError, MissingFileError
-
-if TYPE_CHECKING:
-    pass
 from a2fpn.cli.format import count_of, progress_bar
 from a2fpn.cli.options import (
     Device,
@@ -33,6 +29,10 @@ from a2fpn.cli.options import (
     build_predictor,
     load_detector,
 )
+from a2fpn.errors import ConfigError, MissingFileError
+
+if TYPE_CHECKING:
+    pass
 
 
 def predict(

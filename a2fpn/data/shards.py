@@ -13,15 +13,14 @@ import io
 import json
 import logging
 import math
-import os
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate, cycle, islice
 from pathlib import Path
 from typing import IO, Any
 
+from a2fpn._atomic import replaced_file, write_text
 from a2fpn.config import Category
 from a2fpn.data.coco import read_coco
 from a2fpn.data.storage import is_remote, read_bytes
@@ -404,7 +403,7 @@ def write_shards(
     (output / _INDEX).unlink(missing_ok=True)
     while sample:
         name = _PATTERN.format(len(shards))
-        with _replaced(output / name) as file:
+        with replaced_file(output / name) as partial, partial.open("wb") as file:
             hashed = _HashedFile(file)
             with tarfile.open(fileobj=hashed, mode="w|", format=tarfile.USTAR_FORMAT) as tar:  # type: ignore[call-overload]
                 offsets = [0]
@@ -438,8 +437,7 @@ def write_shards(
     )
     for leftover in old - {output / shard.name for shard in shards}:
         leftover.unlink(missing_ok=True)
-    with _replaced(output / _INDEX) as file:
-        file.write(json.dumps({**_FORMAT, **asdict(index)}, separators=(",", ":")).encode())
+    write_text(output / _INDEX, json.dumps({**_FORMAT, **asdict(index)}, separators=(",", ":")))
     return index
 
 
@@ -455,21 +453,6 @@ class _HashedFile:
         self.sha256.update(data)
         self.size += len(data)
         return self._file.write(data)
-
-
-@contextmanager
-def _replaced(path: Path) -> Iterator[IO[bytes]]:
-    """Yields a file that takes the place of ``path``, whole and on the disk, when the block ends without an error."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def _tar_size(offset: int, sample: Sequence[tuple[str, bytes]]) -> int:

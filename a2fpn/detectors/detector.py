@@ -6,15 +6,15 @@ Shape shorthand: ``B`` images, ``N`` objects of an image, ``M`` side of a predic
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from a2fpn._registry import Registry
 from a2fpn.backbones import TimmBackbone
-from a2fpn.config import ModelConfig
+from a2fpn.config import HEADS, HeadsConfig, ModelConfig
 from a2fpn.errors import ConfigError
 from a2fpn.heads.share import share_losses
 from a2fpn.masks import InstanceMasks
@@ -262,4 +262,27 @@ def place(target: Mapping[str, Any], index: int) -> str:
 
 
 DETECTORS: Registry[type[Detector]] = Registry("detector")
-register_detector = DETECTORS.register
+DetectorT = TypeVar("DetectorT", bound=Detector)
+
+
+def register_detector(
+    name: str, *, heads: type[HeadsConfig] | None = None
+) -> Callable[[type[DetectorT]], type[DetectorT]]:
+    """Returns a decorator that registers a detector class under a name.
+
+    Args:
+        name: First part of the names of its models.
+        heads: What describes its heads; None takes what is known of the name, or else
+            :class:`~a2fpn.config.RCNNConfig`.
+
+    Raises:
+        ValueError: If the name is taken.
+    """
+
+    def decorator(detector: type[DetectorT]) -> type[DetectorT]:
+        DETECTORS.register(name)(detector)
+        if heads is not None:
+            HEADS[name] = heads
+        return detector
+
+    return decorator

@@ -21,6 +21,7 @@ from torch import Tensor
 from a2fpn.data.images import read_image, to_rgb
 from a2fpn.errors import ConfigError, ConfigTypeError
 from a2fpn.heads.postprocess import DetectionRule, SoftNms, using_rule
+from a2fpn.inference.result import Result, to_array
 from a2fpn.inference.tiling import TileDetections, merge_tiles, tile_windows
 from a2fpn.inference.tta import Augmentation, detect_augmented
 from a2fpn.masks.rle import Rle, encode_box_masks
@@ -28,7 +29,7 @@ from a2fpn.masks.rle import Rle, encode_box_masks
 if TYPE_CHECKING:
     from a2fpn.detectors import Detector
     from a2fpn.inference.optimize import OptimizedDetector
-from a2fpn.inference.result import Result, to_array
+
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 ImageInMemory = Image.Image | NDArray[np.uint8] | Tensor

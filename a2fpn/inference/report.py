@@ -11,10 +11,10 @@ from PIL import Image
 
 from a2fpn.data import ImageError, read_image
 from a2fpn.errors import ConfigError
+from a2fpn.inference.draw import draw_grid
 
 if TYPE_CHECKING:
     from a2fpn.data import DataReport
-from a2fpn.inference.draw import draw_grid
 
 
 def draw_report(report: DataReport, images: str | Path) -> Image.Image:

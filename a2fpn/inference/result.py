@@ -139,16 +139,16 @@ class Result:
         ``Detections`` have no place for keypoints: they are in ``data["keypoints"]``, and in
         :meth:`to_supervision_keypoints`.
         """
-        import supervision
-
+        library = _supervision()
         points = {} if self.keypoints is None else {"keypoints": self.keypoints}
-        return supervision.Detections(
+        detections: supervision.Detections = library.Detections(
             xyxy=self.boxes,
             mask=self.masks,
             confidence=self.scores,
             class_id=self.labels,
             data={"class_name": np.array(self.names, dtype=np.str_), **points},
         )
+        return detections
 
     def to_supervision_keypoints(self) -> supervision.KeyPoints:
         """Returns supervision's ``KeyPoints``, which its annotators of keypoints draw.
@@ -156,15 +156,14 @@ class Result:
         Raises:
             ValueError: If the model gives no keypoints.
         """
-        import supervision
-
         if self.keypoints is None:
             raise ConfigError("This result has no keypoints; they come from detectors such as keypointrcnn.")
-        return supervision.KeyPoints(
+        keypoints: supervision.KeyPoints = _supervision().KeyPoints(
             xy=self.keypoints[..., :2],
             class_id=self.labels,
             data={"class_name": np.array(self.names, dtype=np.str_)},
         )
+        return keypoints
 
     def load_image(self) -> NDArray[np.uint8]:
         """Returns the (H, W, 3) uint8 image, read from ``path`` again unless it was given in memory.
@@ -216,3 +215,16 @@ def to_array(image: Tensor) -> NDArray[np.uint8]:
     """(H, W, 3) uint8 array of a (3, H, W) tensor, uint8 or float in [0, 1]."""
     pixels = image if image.dtype == torch.uint8 else (image * 255).round().clamp(0, 255).to(torch.uint8)
     return np.asarray(pixels.detach().permute(1, 2, 0).cpu())
+
+
+def _supervision() -> Any:
+    """The library, which is an extra.
+
+    Raises:
+        ConfigError: If it is not installed.
+    """
+    try:
+        import supervision
+    except ModuleNotFoundError as error:
+        raise ConfigError('supervision is not installed: pip install "a2fpn[supervision]".') from error
+    return supervision

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from a2fpn.errors import ConfigError
+
 
 def check_choice(argument: str, value: object, allowed: Sequence[str]) -> None:
     """Checks that an argument is one of the names it may be.
@@ -22,4 +24,4 @@ def check_choice(argument: str, value: object, allowed: Sequence[str]) -> None:
         ValueError: Unknown pool='max'; expected one of mean, attention.
     """
     if value not in allowed:
-        raise ValueError(f"Unknown {argument}={value!r}; expected one of {', '.join(allowed)}.")
+        raise ConfigError(f"Unknown {argument}={value!r}; expected one of {', '.join(allowed)}.")

@@ -8,7 +8,7 @@ torchvision's own records.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -22,7 +22,54 @@ ASSETS = Path(__file__).parent.parent / "assets"
 
 
 @dataclass(frozen=True)
-class WeightsConfig:
+class PretrainedModel:
+    """What is known of pretrained weights without fetching them.
+
+    Args:
+        name: ``model.tag``, for :func:`a2fpn.create_model`.
+        source: Where they come from.
+        origin: The file, repository or address.
+        trained: Whether they were trained as they are; False for a graft, which is to be fine-tuned.
+        box_ap: Box AP in 0..1; None if it was not measured.
+        mask_ap: Mask AP in 0..1; None if it has no masks.
+        keypoint_ap: Keypoint AP in 0..1; None if it has no keypoints.
+        measured: On what and by whom; for a graft also of what.
+        licence: Of the weights, as far as their source says.
+    """
+
+    name: str
+    source: Literal["embedded", "hub", "torchvision"]
+    origin: str
+    trained: bool
+    box_ap: float | None
+    mask_ap: float | None
+    keypoint_ap: float | None
+    measured: str
+    licence: str
+
+
+_TORCHVISION_METRICS = {"box": "box_map", "mask": "mask_map", "keypoint": "kp_map"}
+_METRICS = {"box": "bbox", "mask": "segm", "keypoint": "keypoints"}
+
+
+def _share(percent: float | None) -> float | None:
+    return None if percent is None else round(percent / 100, 4)
+
+
+def _from_facts(name: str, source: Literal["embedded", "hub"], origin: str, facts: Facts) -> PretrainedModel:
+    return PretrainedModel(
+        name=name,
+        source=source,
+        origin=origin,
+        trained=True,
+        **{f"{kind}_ap": facts.metrics.get(f"{key}/ap") for kind, key in _METRICS.items()},
+        measured=facts.data or "not stated",
+        licence=facts.licence or "not stated",
+    )
+
+
+@dataclass(frozen=True)
+class EmbeddedWeights:
     """Weights inside the package.
 
     Args:
@@ -32,6 +79,10 @@ class WeightsConfig:
 
     folder: Path
     description: str
+
+    def describe(self, name: str) -> PretrainedModel:
+        """What its ``config.json`` says."""
+        return _from_facts(name, "embedded", self.folder.name, read_checkpoint(self.folder).facts)
 
 
 @dataclass(frozen=True)
@@ -49,6 +100,10 @@ class HubWeights:
     revision: str
     sha256: str
     facts: Facts
+
+    def describe(self, name: str) -> PretrainedModel:
+        """What is listed here."""
+        return _from_facts(name, "hub", f"{self.repo}@{self.revision}", self.facts)
 
 
 @dataclass(frozen=True)
@@ -77,6 +132,20 @@ class TorchvisionWeights:
         url: str = self.published.url
         return Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
 
+    def describe(self, name: str) -> PretrainedModel:
+        """What torchvision's record says."""
+        meta = self.published.meta
+        ((data, metrics),) = meta["_metrics"].items()
+        return PretrainedModel(
+            name=name,
+            source="torchvision",
+            origin=self.published.url,
+            trained=True,
+            **{f"{kind}_ap": _share(metrics.get(key)) for kind, key in _TORCHVISION_METRICS.items()},
+            measured=f"{data}, published by torchvision",
+            licence=meta.get("license") or "not stated by torchvision, whose code is under BSD-3-Clause",
+        )
+
 
 @dataclass(frozen=True)
 class GraftedWeights:
@@ -90,8 +159,13 @@ class GraftedWeights:
     base: str
     neck: str
 
+    def describe(self, name: str) -> PretrainedModel:
+        """What is known of the weights before the graft."""
+        base = PRETRAINED[self.base].describe(self.base)
+        return replace(base, name=name, trained=False, measured=f"{base.measured}, of {self.base} before the graft")
 
-Weights = WeightsConfig | HubWeights | TorchvisionWeights | GraftedWeights
+
+Weights = EmbeddedWeights | HubWeights | TorchvisionWeights | GraftedWeights
 
 
 def _torchvision() -> dict[str, Weights]:
@@ -124,7 +198,7 @@ def _grafts() -> Iterator[tuple[str, Weights]]:
 
 
 PRETRAINED: dict[str, Weights] = {
-    "maskrcnn_a2fpn_lite0.nuclei": WeightsConfig(
+    "maskrcnn_a2fpn_lite0.nuclei": EmbeddedWeights(
         folder=ASSETS / "maskrcnn_a2fpn_lite0.nuclei",
         description="nuclei in microscopy images (BBBC038v1, CC0), trained with the recipe nuclei_lite0",
     ),
@@ -142,33 +216,6 @@ def find_weights(name: str) -> tuple[str, Weights] | None:
     return None
 
 
-@dataclass(frozen=True)
-class PretrainedModel:
-    """What is known of pretrained weights without fetching them.
-
-    Args:
-        name: ``model.tag``, for :func:`a2fpn.create_model`.
-        source: Where they come from.
-        origin: The file, repository or address.
-        trained: Whether they were trained as they are; False for a graft, which is to be fine-tuned.
-        box_ap: Box AP in 0..1; None if it was not measured.
-        mask_ap: Mask AP in 0..1; None if it has no masks.
-        keypoint_ap: Keypoint AP in 0..1; None if it has no keypoints.
-        measured: On what and by whom; for a graft also of what.
-        licence: Of the weights, as far as their source says.
-    """
-
-    name: str
-    source: Literal["embedded", "hub", "torchvision"]
-    origin: str
-    trained: bool
-    box_ap: float | None
-    mask_ap: float | None
-    keypoint_ap: float | None
-    measured: str
-    licence: str
-
-
 def list_pretrained(pattern: str = "") -> list[PretrainedModel]:
     """All pretrained weights and what is known of them; nothing is fetched.
 
@@ -179,42 +226,4 @@ def list_pretrained(pattern: str = "") -> list[PretrainedModel]:
         >>> [(row.name, row.source, row.box_ap) for row in list_pretrained("maskrcnn_fpn")]
         [('maskrcnn_fpn_r50.tv_coco', 'torchvision', 0.379), ('maskrcnn_fpn_r50.tv_coco_v2', 'torchvision', 0.474)]
     """
-    return [_describe(name, PRETRAINED[name]) for name in match_names(PRETRAINED, pattern)]
-
-
-def _describe(name: str, weights: Weights) -> PretrainedModel:
-    if isinstance(weights, GraftedWeights):
-        base = _describe(weights.base, PRETRAINED[weights.base])
-        measured = f"{base.measured}, of {weights.base} before the graft"
-        return PretrainedModel(**{**vars(base), "name": name, "trained": False, "measured": measured})
-    if isinstance(weights, TorchvisionWeights):
-        meta = weights.published.meta
-        ((data, metrics),) = meta["_metrics"].items()
-        return PretrainedModel(
-            name=name,
-            source="torchvision",
-            origin=weights.published.url,
-            trained=True,
-            **{f"{kind}_ap": _share(metrics.get(key)) for kind, key in _TORCHVISION_METRICS.items()},
-            measured=f"{data}, published by torchvision",
-            licence=meta.get("license") or "not stated by torchvision, whose code is under BSD-3-Clause",
-        )
-    embedded = isinstance(weights, WeightsConfig)
-    facts = read_checkpoint(weights.folder).facts if isinstance(weights, WeightsConfig) else weights.facts
-    return PretrainedModel(
-        name=name,
-        source="embedded" if embedded else "hub",
-        origin=str(weights.folder.name) if isinstance(weights, WeightsConfig) else f"{weights.repo}@{weights.revision}",
-        trained=True,
-        **{f"{kind}_ap": facts.metrics.get(f"{key}/ap") for kind, key in _METRICS.items()},
-        measured=facts.data or "not stated",
-        licence=facts.licence or "not stated",
-    )
-
-
-_TORCHVISION_METRICS = {"box": "box_map", "mask": "mask_map", "keypoint": "kp_map"}
-_METRICS = {"box": "bbox", "mask": "segm", "keypoint": "keypoints"}
-
-
-def _share(percent: float | None) -> float | None:
-    return None if percent is None else round(percent / 100, 4)
+    return [PRETRAINED[name].describe(name) for name in match_names(PRETRAINED, pattern)]

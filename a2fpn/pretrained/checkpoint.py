@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,10 +20,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from a2fpn._atomic import replaced_file
+from a2fpn._plugins import load_plugins
 from a2fpn._serialize import from_dict, to_dict
 from a2fpn._version import __version__
+from a2fpn.backbones import backbone_module
 from a2fpn.config import FORMAT_VERSION, ModelConfig
+from a2fpn.detectors import DETECTORS
 from a2fpn.errors import CheckpointError, ConfigTypeError
+from a2fpn.necks import NECKS
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -42,6 +47,7 @@ class Facts:
         licence: Licence of the weights.
         recipe: How it was trained.
         max_detections: Best detections per image and class that counted for the metrics.
+        packages: Packages outside a2fpn and timm that define its neck, detector or backbone.
 
     Raises:
         TypeError: If a metric is no number.
@@ -53,6 +59,7 @@ class Facts:
     licence: str | None = None
     recipe: str | None = None
     max_detections: int = 100
+    packages: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for key, value in self.metrics.items():
@@ -120,22 +127,20 @@ def save_checkpoint(
     """
     # First of all, before a good file is replaced: metadata that JSON cannot hold, or of a wrong type, are an error.
     json.dumps(dict(metadata or {}))
-    checkpoint = Checkpoint(model=config, sha256="", metadata=metadata or {})
+    packages = _packages(config)
+    facts = {**(metadata or {}), **({"packages": packages} if packages else {})}
+    checkpoint = Checkpoint(model=config, sha256="", metadata=facts)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {
         name: (x.half() if half and x.is_floating_point() and x.ndim > 1 else x).detach().cpu().contiguous()
         for name, x in state.items()
     }
-    # Written beside and renamed, so that a reader never meets half a file.
-    weights, description = directory / f".{WEIGHTS_FILE}.tmp", directory / f".{CONFIG_FILE}.tmp"
-    save_file(tensors, weights, metadata={"format": "pt"})
-    checkpoint = dataclasses.replace(checkpoint, sha256=file_sha256(weights))
-    description.write_text(json.dumps(to_dict(checkpoint), indent=2) + "\n", encoding="utf-8")
-    # safetensors makes files that only their owner may read.
-    weights.chmod(description.stat().st_mode)
-    os.replace(weights, directory / WEIGHTS_FILE)
-    os.replace(description, directory / CONFIG_FILE)
+    with replaced_file(directory / WEIGHTS_FILE) as weights, replaced_file(directory / CONFIG_FILE) as description:
+        save_file(tensors, weights, metadata={"format": "pt"})
+        checkpoint = dataclasses.replace(checkpoint, sha256=file_sha256(weights))
+        description.write_text(json.dumps(to_dict(checkpoint), indent=2) + "\n", encoding="utf-8")
+        weights.chmod(description.stat().st_mode)  # safetensors makes files that only their owner may read
     return directory
 
 
@@ -160,10 +165,38 @@ def read_checkpoint(directory: str | Path) -> Checkpoint:
         raise CheckpointError(
             f"{str(path)!r} has format_version {version!r}, this version of a2fpn reads {FORMAT_VERSION}."
         )
+    _check_packages(data, str(path))
     try:
         return from_dict(Checkpoint, data, where=str(path))
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise CheckpointError(str(error)) from error
+
+
+def _packages(config: ModelConfig) -> list[str]:
+    """Top-level packages outside a2fpn and timm that define parts of a model."""
+    modules = [DETECTORS[config.detector].__module__, NECKS[config.neck.name].__module__]
+    roots = {module.partition(".")[0] for module in [*modules, backbone_module(config.backbone.name)]}
+    return sorted(roots - {"a2fpn", "timm"})
+
+
+def _check_packages(data: Mapping[str, Any], where: str) -> None:
+    """Names the packages that have to be imported first; a checkpoint never makes anything be imported.
+
+    Raises:
+        CheckpointError: If one is not.
+    """
+    metadata = data.get("metadata")
+    packages = metadata.get("packages") if isinstance(metadata, dict) else None
+    if not isinstance(packages, list):
+        return
+    load_plugins()
+    missing = [name for name in packages if isinstance(name, str) and name not in sys.modules]
+    if missing:
+        names = ", ".join(missing)
+        raise CheckpointError(
+            f"{where!r} needs {names}, which defines parts of the model: install it if need be and `import {names}` "
+            f"first, or give commands --import {missing[0]}."
+        )
 
 
 def missing_weights(where: str, files: Iterable[str]) -> str:
@@ -173,7 +206,7 @@ def missing_weights(where: str, files: Iterable[str]) -> str:
         return f"{where} has no {WEIGHTS_FILE}; only safetensors are loaded."
     return (
         f"{where} has no {WEIGHTS_FILE} but {', '.join(pickles[:5])}: a pickle can run any code and is never loaded. "
-        "Turn the weights of another framework into a checkpoint with `python -m hub convert`."
+        "Turn the weights of another framework into a checkpoint with `a2fpn hub convert`."
     )
 
 
@@ -188,11 +221,16 @@ def check_weights(directory: str | Path, checkpoint: Checkpoint) -> Path:
         raise CheckpointError(missing_weights(repr(str(directory)), (file.name for file in path.parent.glob("*"))))
     digest = file_sha256(path)
     if digest != checkpoint.sha256:
-        raise CheckpointError(
-            f"{str(path)!r} is damaged or not the file that belongs here: its sha256 is {digest}, "
-            f"{CONFIG_FILE} expects {checkpoint.sha256}."
-        )
+        raise CheckpointError(wrong_weights(repr(str(path)), digest, checkpoint.sha256))
     return path
+
+
+def wrong_weights(where: str, digest: str, expected: str) -> str:
+    """What to say of weights that are not those of their ``config.json``."""
+    return (
+        f"{where} is damaged or not the file that belongs here: its sha256 is {digest}, "
+        f"{CONFIG_FILE} expects {expected}."
+    )
 
 
 def read_weights(directory: str | Path, checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -201,7 +239,15 @@ def read_weights(directory: str | Path, checkpoint: Checkpoint) -> dict[str, Ten
     Raises:
         CheckpointError: If the file is missing, damaged, or not the one that ``config.json`` names.
     """
-    path = check_weights(directory, checkpoint)
+    return read_tensors(check_weights(directory, checkpoint))
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Reads the tensors of a file whose hash is known to be right.
+
+    Raises:
+        CheckpointError: If it is no safetensors file.
+    """
     try:
         return load_file(path)
     except SafetensorError as error:
@@ -215,35 +261,21 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         CheckpointError: Naming up to five tensors per kind of mismatch.
     """
     own = model.state_dict()
-    check_shapes({name: tuple(x.shape) for name, x in own.items()}, {name: tuple(x.shape) for name, x in state.items()})
+    problems = {
+        "missing": [name for name in own if name not in state],
+        "unexpected": [name for name in state if name not in own],
+        "of another shape": [
+            f"{name} {tuple(state[name].shape)} instead of {tuple(x.shape)}"
+            for name, x in own.items()
+            if name in state and state[name].shape != x.shape
+        ],
+    }
+    found = [f"{len(names)} {kind}: {', '.join(names[:5])}" for kind, names in problems.items() if names]
+    if found:
+        raise CheckpointError(f"The weights do not fit the model; tensors {'; '.join(found)}.")
     with torch.no_grad():
         for name, x in own.items():
             x.copy_(state[name])
-
-
-def check_shapes(own: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]]) -> None:
-    """Compares the names and shapes of a model's tensors with those of its weights.
-
-    Raises:
-        CheckpointError: Naming up to five tensors per kind of mismatch.
-    """
-    problems = {
-        "missing": [name for name in own if name not in given],
-        "unexpected": [name for name in given if name not in own],
-        "of another shape": [
-            f"{name} {given[name]} instead of {shape}"
-            for name, shape in own.items()
-            if name in given and given[name] != shape
-        ],
-    }
-    # A name may be as long as a file from anyone makes it.
-    found = [
-        f"{len(names)} {kind}: {', '.join(name[:300] for name in names[:5])}"
-        for kind, names in problems.items()
-        if names
-    ]
-    if found:
-        raise CheckpointError(f"The weights do not fit the model; tensors {'; '.join(found)}.")
 
 
 def file_sha256(path: Path) -> str:

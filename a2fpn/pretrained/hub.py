@@ -15,9 +15,8 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
-from httpx2 import ConnectError, ConnectTimeout, HTTPError, ProxyError, Timeout, TimeoutException, TransportError
 from huggingface_hub import (
     HfApi,
     constants,
@@ -46,11 +45,13 @@ from a2fpn.pretrained.checkpoint import (
     CONFIG_FILE,
     CONFIG_LIMIT,
     WEIGHTS_FILE,
+    Checkpoint,
     check_weights,
     file_sha256,
     missing_weights,
     read_checkpoint,
     save_checkpoint,
+    wrong_weights,
 )
 
 
@@ -102,18 +103,28 @@ def is_repo_id(name: str) -> bool:
     return re.fullmatch(f"{part}/{part}", name) is not None
 
 
-def download_checkpoint(repo: Repo, *, weights: bool = True) -> Path:
-    """Brings a checkpoint into the cache, all of it from one commit, and checks it against the Hub's hashes.
+class Downloaded(NamedTuple):
+    """A checkpoint in the cache, read and checked.
 
-    A file that does not have its hash is downloaded once more. With everything in the cache, a commit needs no
-    request and a branch or tag one; offline none is made.
+    Args:
+        folder: The folder in the cache.
+        checkpoint: What its ``config.json`` says.
+    """
+
+    folder: Path
+    checkpoint: Checkpoint
+
+
+def download_checkpoint(repo: Repo, *, weights: bool = True) -> Downloaded:
+    """Brings a checkpoint into the cache, all of it from one commit, and checks it: each file is read once.
+
+    ``config.json`` must have the hash that the Hub recorded, the weights the one that ``config.json`` names. A file
+    that has not is downloaded once more. With everything in the cache, a commit needs no request and a branch or tag
+    one; offline none is made.
 
     Args:
         repo: What to download.
         weights: Whether to download the weights, or ``config.json`` alone.
-
-    Returns:
-        The folder in the cache.
 
     Raises:
         HubError: See its children.
@@ -137,10 +148,10 @@ def download_checkpoint(repo: Repo, *, weights: bool = True) -> Path:
         if missing:
             _check_files(api, repo, commit, missing)
         folder = _download(repo, CONFIG_FILE, commit, offline=offline).parent
+        checkpoint = read_checkpoint(folder)
         if weights:
-            expected = read_checkpoint(folder).sha256
-            _download(repo, WEIGHTS_FILE, commit, offline=offline, expected=expected)
-    return folder
+            _download(repo, WEIGHTS_FILE, commit, offline=offline, expected=checkpoint.sha256)
+    return Downloaded(folder, checkpoint)
 
 
 def _check_files(api: _Api, repo: Repo, commit: str, names: Sequence[str]) -> None:
@@ -157,7 +168,7 @@ def _check_files(api: _Api, repo: Repo, commit: str, names: Sequence[str]) -> No
 
 
 def _download(repo: Repo, name: str, commit: str, *, offline: bool, expected: str | None = None) -> Path:
-    """Path of a file in the cache whose content has the hash that the Hub recorded for it."""
+    """Path of a file in the cache whose content has the expected hash, or else the one that the Hub recorded."""
     for again in (False, True):
         path = Path(
             hf_hub_download(
@@ -173,21 +184,24 @@ def _download(repo: Repo, name: str, commit: str, *, offline: bool, expected: st
             )
         )
         # The link carries the hash that the Hub gave, a sha256 or a git-sha1; caches without links carry none.
-        recorded = Path(os.readlink(path)).name if path.is_symlink() else expected
-        if recorded is None:
+        recorded = Path(os.readlink(path)).name if path.is_symlink() else None
+        wanted = expected or recorded
+        if wanted is None:
             return path
-        found = file_sha256(path) if len(recorded) == 64 else git_hash(path.read_bytes())
+        found = file_sha256(path) if len(wanted) == 64 else git_hash(path.read_bytes())
+        if found == wanted:
+            return path
         if found == recorded:
-            return path
+            raise CheckpointError(wrong_weights(f"{name} of {_where(repo)}", found, wanted))
         if offline:
             break
         if not path.is_symlink():
             path.unlink()  # a copy that exists would be left as it is
     advice = (
-        "nothing can be downloaded now; load it once with a network" if offline else "it was downloaded again in vain"
+        "nothing can be downloaded now; load it once with a network" if offline else "downloading it again did not help"
     )
     raise HubIntegrityError(
-        f"{name} of {_where(repo)} is damaged: its hash is {found}, the Hub's record says {recorded}; {advice}."
+        f"{name} of {_where(repo)} is damaged: its hash is {found}, it should be {wanted}; {advice}."
     )
 
 
@@ -257,19 +271,32 @@ CONNECT_SECONDS = 1.5
 
 
 class _Api(HfApi):
-    """The client's own would wait for ever where packets vanish or a server keeps silent; this one waits once."""
+    """The client, with time limits on its look at a repository; a first failure to connect is not tried again."""
 
-    _failed: TransportError | None = None
+    _failed: Exception | None = None
 
     def repo_info(self, *args: Any, **options: Any) -> Any:
         if self._failed is not None:
             raise self._failed
-        patience = Timeout(constants.HF_HUB_ETAG_TIMEOUT, connect=CONNECT_SECONDS)
+        seconds = constants.HF_HUB_ETAG_TIMEOUT
+        patience = (CONNECT_SECONDS, seconds, seconds, seconds)  # connect, read, write, pool, as httpx takes them
         try:
             return super().repo_info(*args, **options, timeout=cast(float, patience))
-        except TransportError as error:
-            self._failed = error
+        except Exception as error:
+            if _is_a(error, *_TRANSPORT):
+                self._failed = error
             raise
+
+
+# Classes of the client's HTTP library, by name: which library that is has changed before.
+_UNREACHABLE = ("ConnectError", "ConnectTimeout", "ProxyError", "OfflineModeIsEnabled")
+_TIMEOUT = ("TimeoutException", "Timeout")
+_TRANSPORT = ("TransportError", "RequestException", *_UNREACHABLE, *_TIMEOUT)
+
+
+def _is_a(error: BaseException | None, *names: str) -> bool:
+    """Whether an exception's class, or one that it inherits from, has one of the names."""
+    return any(kind.__name__ in names for kind in type(error).__mro__)
 
 
 def _api(token: str | bool | None) -> _Api:
@@ -321,8 +348,9 @@ def _explained(repo: Repo, files: Sequence[str] = ()) -> Iterator[None]:
     except (HubError, CheckpointError):
         raise
     # hf_xet raises built-in errors, RuntimeError among them; a ValueError with a cause is a download forced in vain.
-    except (HTTPError, errors.RevisionResolutionError, OSError, RuntimeError, ValueError) as error:
-        if isinstance(error, ValueError) and error.__cause__ is None:
+    except Exception as error:
+        known = isinstance(error, (errors.RevisionResolutionError, OSError, RuntimeError)) or _is_a(error, *_TRANSPORT)
+        if not known and not (isinstance(error, ValueError) and error.__cause__ is not None):
             raise
         raise _translated(error, repo, files) from error
 
@@ -352,21 +380,20 @@ def _translated(error: Exception, repo: Repo, files: Sequence[str]) -> HubError:
         )
     if status is not None:
         advice = "try again later" if status >= 500 else _detail(cause)
-        return HubServerError(f"{where} cannot be had: the server answered {status}; {advice}.")
+        return HubServerError(f"{where} could not be downloaded: the server answered {status}; {advice}.")
     number = _error_number(cause)
     if number is not None and number in _CACHE_ERRORS:
         return HubCacheError(
             f"What comes from {where} cannot be kept in the cache {_cache(repo)}: {os.strerror(number)}. Nothing "
             "half-done was kept. Make room there, or give another cache_dir= (for all, HF_HOME)."
         )
-    unreachable = (ConnectError, ConnectTimeout, ProxyError, errors.OfflineModeIsEnabled)
-    if cause is None or isinstance(cause, unreachable):
+    if cause is None or _is_a(cause, *_UNREACHABLE):
         if files:
             return HubOfflineError(_offline(repo, files, cause))
         return HubOfflineError(f"Nothing was published to {where}: it cannot be reached ({_detail(cause)}).")
-    if isinstance(cause, TimeoutException):
+    if _is_a(cause, *_TIMEOUT):
         return HubServerError(
-            f"{where} keeps silent: the server or the connection is too slow ({_detail(cause)}). Nothing half-done was "
+            f"{where} timed out: the server or the connection is too slow ({_detail(cause)}). Nothing half-done was "
             "kept. Try again; HF_HUB_ETAG_TIMEOUT and HF_HUB_DOWNLOAD_TIMEOUT set more than 10 seconds of patience."
         )
     return HubServerError(

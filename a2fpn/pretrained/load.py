@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import itertools
+import functools
 import logging
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch import Tensor
 
 from a2fpn._registry import did_you_mean, match_names
 from a2fpn.build import build_model, trained_backbone_fields
@@ -22,8 +18,22 @@ from a2fpn.convert.graft import graft, graft_config
 from a2fpn.convert.torchvision import published_config, torchvision_state
 from a2fpn.detectors import Detector
 from a2fpn.errors import CheckpointError, ConfigError, HubError, HubIntegrityError
-from a2fpn.pretrained.catalog import PRETRAINED, GraftedWeights, HubWeights, TorchvisionWeights, Weights, find_weights
-from a2fpn.pretrained.checkpoint import check_shapes, load_weights, read_checkpoint, read_weights, save_checkpoint
+from a2fpn.pretrained.catalog import (
+    PRETRAINED,
+    EmbeddedWeights,
+    GraftedWeights,
+    HubWeights,
+    TorchvisionWeights,
+    find_weights,
+)
+from a2fpn.pretrained.checkpoint import (
+    WEIGHTS_FILE,
+    load_weights,
+    read_checkpoint,
+    read_tensors,
+    read_weights,
+    save_checkpoint,
+)
 from a2fpn.pretrained.hub import Repo, download_checkpoint, is_repo_id
 from a2fpn.pretrained.torchvision import read_torchvision
 
@@ -87,9 +97,9 @@ def create_model(
         ...
         a2fpn.errors.ConfigError: Unknown model 'maskrcnn_a2fpm_r50'. Did you mean 'maskrcnn_a2fpn_r50' or ...
     """
-    folder = _prefixed_folder(name, weights=pretrained)
-    if folder is not None:
-        return _from_folder(folder, num_classes=num_classes, load=pretrained, overrides=overrides)
+    given = _prefixed(name, load=pretrained)
+    if given is not None:
+        return _assemble(given, where=name, num_classes=num_classes, overrides=overrides)
     weights = find_weights(name)
     if pretrained and weights is None:
         raise ConfigError(f"There are no pretrained weights for {name!r}. {did_you_mean(name, PRETRAINED)}")
@@ -99,7 +109,8 @@ def create_model(
                 f"{name!r} names trained weights. Pass pretrained=True to load them, or leave the tag out to start "
                 "from a pretrained backbone."
             )
-        return _from_weights(*weights, num_classes=num_classes, load=pretrained, overrides=overrides)
+        listed = read_pretrained(weights[1], load=pretrained)
+        return _assemble(listed, where=weights[0], num_classes=num_classes, overrides=overrides)
     backbone_weights = overrides.pop("backbone_weights", None)
     if pretrained_backbone or backbone_weights is not None:
         backbone = parse_name(name, overrides.get("backbone")).backbone.name
@@ -142,26 +153,27 @@ def from_pretrained(
     options: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
     options["local_files_only"] = local_files_only
     name = str(source)
-    weights = find_weights(name)
+    listed = find_weights(name)
     if Path(source).is_dir():
-        folder: Path | None = Path(source)
-    elif weights is not None:
-        return _from_weights(*weights, num_classes=num_classes, load=True, overrides=overrides, **options)
+        weights: Weights | None = _from_folder(Path(source), load=True)
+    elif listed is not None:
+        name = listed[0]
+        weights = read_pretrained(listed[1], load=True, **options)
     elif Path(source).is_file():
         raise ConfigError(f"{name!r} is a file; give its folder. Only safetensors are loaded, never pickles.")
     else:
-        folder = _prefixed_folder(name, **options)
-    if folder is None and is_repo_id(name.partition("@")[0]):
+        weights = _prefixed(name, load=True, **options)
+    if weights is None and is_repo_id(name.partition("@")[0]):
         try:
-            folder = download_checkpoint(Repo.parse(name, **options))
+            weights = _from_hub(Repo.parse(name, **options), load=True)
         except HubError as error:
             raise type(error)(f"There is no folder {name!r} here, and: {error}") from error
-    if folder is None:
+    if weights is None:
         raise ConfigError(
             f"{name!r} is neither a checkpoint folder, nor a repository of the Hub ('org/name'), nor the name of "
             f"pretrained weights. {did_you_mean(name, PRETRAINED)}"
         )
-    return _from_folder(folder, num_classes=num_classes, load=True, overrides=overrides)
+    return _assemble(weights, where=name, num_classes=num_classes, overrides=overrides)
 
 
 def save_pretrained(
@@ -189,82 +201,104 @@ def save_pretrained(
     return save_checkpoint(directory, model.config, model.state_dict(), half=half, metadata=metadata)
 
 
-def _prefixed_folder(name: str, *, weights: bool = True, **options: Any) -> Path | None:
-    """The checkpoint folder that a name with a prefix stands for, downloaded if need be; None without a prefix."""
+class Weights(NamedTuple):
+    """What a model is built of.
+
+    Args:
+        config: What it was saved as.
+        state: Its tensors; None if they are not wanted.
+    """
+
+    config: ModelConfig
+    state: dict[str, Tensor] | None
+
+
+def _prefixed(name: str, *, load: bool, **options: Any) -> Weights | None:
+    """The checkpoint that a name with a prefix stands for, downloaded if need be; None without a prefix."""
     if name.startswith("hf-hub:"):
-        return download_checkpoint(Repo.parse(name.removeprefix("hf-hub:"), **options), weights=weights)
-    return Path(name.removeprefix("local-dir:")) if name.startswith("local-dir:") else None
+        return _from_hub(Repo.parse(name.removeprefix("hf-hub:"), **options), load=load)
+    return _from_folder(Path(name.removeprefix("local-dir:")), load=load) if name.startswith("local-dir:") else None
 
 
-def _from_folder(folder: Path, *, num_classes: int | None, load: bool, overrides: Mapping[str, Any]) -> Detector:
+def _from_folder(folder: Path, *, load: bool) -> Weights:
     checkpoint = read_checkpoint(folder)
-    state = read_weights(folder, checkpoint) if load else None
-    return _assemble(checkpoint.model, state, where=str(folder), num_classes=num_classes, overrides=overrides)
+    return Weights(checkpoint.model, read_weights(folder, checkpoint) if load else None)
 
 
-def _from_weights(
-    name: str,
-    weights: Weights,
-    *,
-    num_classes: int | None,
-    load: bool,
-    overrides: Mapping[str, Any],
-    **options: Any,
-) -> Detector:
-    config, state = _read(weights, load=load, **options)
-    if load and isinstance(weights, GraftedWeights):
-        _logger.warning(
-            "%s is a graft, not a detector that was trained with neck %s: the weights of %s in that neck, set up to "
-            "compute the same, ready to be fine-tuned. For that detector itself: create_model(%r, pretrained=True).",
-            name,
-            weights.neck,
-            weights.base,
-            weights.base,
-        )
-    return _assemble(config, state, where=name, num_classes=num_classes, overrides=overrides)
-
-
-def _read(weights: Weights, *, load: bool, **options: Any) -> tuple[ModelConfig, dict[str, Tensor] | None]:
-    """The configuration of pretrained weights, and the tensors if they are wanted."""
-    state: dict[str, Tensor] | None = None
-    if isinstance(weights, GraftedWeights):
-        base, tensors = _read(PRETRAINED[weights.base], load=load, **options)
-        config = graft_config(base, target=weights.neck)
-        if tensors is not None:
-            state = graft(tensors, target=weights.neck, strides=base.backbone.strides, **base.neck.args)
-        return config, state
-    if isinstance(weights, TorchvisionWeights):
-        config = published_config(weights)
-        if load:
-            found = read_torchvision(weights, local_files_only=options.get("local_files_only", False))
-            state = torchvision_state(found, config)
-        return config, state
-    if isinstance(weights, HubWeights):
-        folder = download_checkpoint(Repo(weights.repo, **{**options, "revision": weights.revision}), weights=load)
-    else:
-        folder = weights.folder
-    checkpoint = read_checkpoint(folder)
-    if isinstance(weights, HubWeights) and checkpoint.sha256 != weights.sha256:
+def _from_hub(repo: Repo, *, load: bool, sha256: str | None = None) -> Weights:
+    folder, checkpoint = download_checkpoint(repo, weights=load)
+    if sha256 is not None and checkpoint.sha256 != sha256:
         raise HubIntegrityError(
-            f"{weights.repo!r} at revision {weights.revision!r} is not what this version of a2fpn lists: its weights "
-            f"have the sha256 {checkpoint.sha256}, expected {weights.sha256}."
+            f"{repo.id!r} at revision {repo.revision!r} is not what this version of a2fpn lists: its weights have the "
+            f"sha256 {checkpoint.sha256}, expected {sha256}."
         )
-    return checkpoint.model, read_weights(folder, checkpoint) if load else None
+    return Weights(checkpoint.model, read_tensors(folder / WEIGHTS_FILE) if load else None)
+
+
+@functools.singledispatch
+def read_pretrained(weights: Any, *, load: bool, **options: Any) -> Weights:
+    """The configuration of listed weights, and the tensors if they are wanted.
+
+    Args:
+        weights: One of :data:`~a2fpn.pretrained.catalog.PRETRAINED`.
+        load: Whether to read the tensors.
+        **options: Fields of :class:`~a2fpn.pretrained.hub.Repo` but its id.
+    """
+    raise NotImplementedError(type(weights))
+
+
+@read_pretrained.register
+def _(weights: EmbeddedWeights, *, load: bool, **options: Any) -> Weights:
+    return _from_folder(weights.folder, load=load)
+
+
+@read_pretrained.register
+def _(weights: HubWeights, *, load: bool, **options: Any) -> Weights:
+    repo = Repo(weights.repo, **{**options, "revision": weights.revision})
+    return _from_hub(repo, load=load, sha256=weights.sha256)
+
+
+@read_pretrained.register
+def _(weights: TorchvisionWeights, *, load: bool, **options: Any) -> Weights:
+    config = published_config(weights)
+    if not load:
+        return Weights(config, None)
+    found = read_torchvision(weights, local_files_only=options.get("local_files_only", False))
+    return Weights(config, torchvision_state(found, config))
+
+
+@read_pretrained.register
+def _(weights: GraftedWeights, *, load: bool, **options: Any) -> Weights:
+    base, tensors = read_pretrained(PRETRAINED[weights.base], load=load, **options)
+    config = graft_config(base, target=weights.neck)
+    if tensors is None:
+        return Weights(config, None)
+    _logger.warning(
+        "The neck %s is grafted, not trained: it holds the weights of %s, set up to compute the same, ready to be "
+        "fine-tuned. For the trained detector itself: create_model(%r, pretrained=True).",
+        weights.neck,
+        weights.base,
+        weights.base,
+    )
+    return Weights(config, graft(tensors, target=weights.neck, strides=base.backbone.strides, **base.neck.args))
 
 
 def _assemble(
-    saved: ModelConfig,
-    state: dict[str, Tensor] | None,
+    weights: Weights,
     *,
     where: str,
     num_classes: int | None,
     overrides: Mapping[str, Any],
 ) -> Detector:
     """Builds a model as it was saved but for the overrides, with weights if there are any."""
-    shapes = None if state is None else {name: tuple(x.shape) for name, x in state.items()}
-    _check_buildable(saved, shapes, where)
+    saved, state = weights
     config = override(saved, num_classes, overrides)
-    model = build_model(config)
+    try:
+        model = build_model(config)
+    except ConfigError as error:
+        if overrides:  # perhaps theirs
+            raise
+        raise CheckpointError(f"The config of {where!r} describes no model that can be built: {error}") from error
     if state is None:
         return model
     if config.num_classes != saved.num_classes:
@@ -292,44 +326,3 @@ def _with_counters_of(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) ->
         if key in own or not (key.startswith("backbone.") and key.endswith(".num_batches_tracked"))
     }
     return fitting | {key: x for key, x in own.items() if key.endswith(".num_batches_tracked") and key not in state}
-
-
-def _check_buildable(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]] | None, where: str) -> None:
-    """Builds a model without memory first: a config from anywhere may ask for any size, and for any nonsense.
-
-    Raises:
-        CheckpointError: If the config describes no model, or one of other tensors than its weights.
-    """
-    try:
-        with torch.device("meta"), _few_parameters(_MOST_PARAMETERS if shapes is None else 10 * len(shapes) + 1000):
-            own = {name: tuple(x.shape) for name, x in build_model(config).state_dict().items()}
-    except Exception as error:  # what foreign values make timm and torch raise cannot be foreseen
-        raise CheckpointError(f"The config of {where!r} describes no model that can be built: {error}") from error
-    if shapes is not None:
-        check_shapes(own, shapes)
-    elif sum(map(math.prod, own.values())) > _MOST_NUMBERS:
-        raise CheckpointError(
-            f"The config of {where!r} describes a model of more than {_MOST_NUMBERS:,} numbers, and nothing shows that "
-            "there are weights for it: load it with pretrained=True."
-        )
-
-
-_MOST_PARAMETERS = 100_000
-_MOST_NUMBERS = 2**29
-"""Of a model that a config alone asks for; 2 GB."""
-
-
-@contextlib.contextmanager
-def _few_parameters(most: int) -> Iterator[None]:
-    """Stops a construction that makes more parameter tensors than any sound model; some are made and thrown away."""
-    count = itertools.count(1)
-
-    def check(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if next(count) > most:
-            raise ConfigError(f"it has more than {most} parameters")
-
-    handle = register_module_parameter_registration_hook(check)
-    try:
-        yield
-    finally:
-        handle.remove()

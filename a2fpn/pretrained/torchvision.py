@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import socket
+import logging
 import urllib.error
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import NamedTuple
+from urllib.request import urlopen
 
 import torch
+from huggingface_hub.utils.tqdm import tqdm
 from torch import Tensor
 
+from a2fpn._atomic import replaced_file
 from a2fpn.errors import (
     CheckpointError,
     HubAccessError,
     HubCacheError,
+    HubError,
     HubIntegrityError,
     HubNotFoundError,
     HubOfflineError,
@@ -25,6 +29,8 @@ from a2fpn.errors import (
 )
 from a2fpn.pretrained.catalog import TorchvisionWeights
 from a2fpn.pretrained.checkpoint import file_sha256
+
+_logger = logging.getLogger(__name__)
 
 PATIENCE = 10.0
 """Seconds that a server may keep silent before a download counts as broken."""
@@ -71,7 +77,7 @@ def read_torchvision(weights: TorchvisionWeights, *, local_files_only: bool = Fa
             raise HubOfflineError(_cannot(wanted, reason))
         with _explained(wanted):
             wanted.file.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(wanted.url, str(wanted.file), digest, progress=True)
+            _download(wanted, digest)
     try:
         # It is there: this only reads it, and would say on standard output what it downloads.
         state = torch.hub.load_state_dict_from_url(wanted.url, map_location="cpu", check_hash=True, weights_only=True)
@@ -85,6 +91,34 @@ def read_torchvision(weights: TorchvisionWeights, *, local_files_only: bool = Fa
     return dict(state)
 
 
+def _download(wanted: Download, digest: str) -> None:
+    """Downloads a file whose sha256 begins with ``digest``; torch.hub's function has no time limit.
+
+    Raises:
+        HubIntegrityError: If what comes has another hash; nothing is kept.
+        OSError: As ``urlopen`` raises.
+    """
+    _logger.info("Downloading %s from %s", wanted.what, wanted.url)
+    with urlopen(wanted.url, timeout=PATIENCE) as answer, replaced_file(wanted.file) as partial:
+        length = answer.length  # None where the server does not say it
+        with (
+            partial.open("wb") as file,
+            tqdm(  # type: ignore[no-untyped-call]
+                total=length, unit="B", unit_scale=True, desc=wanted.file.name
+            ) as bar,
+        ):
+            while part := answer.read(2**20):
+                file.write(part)
+                bar.update(len(part))
+        if length is not None and partial.stat().st_size != length:
+            raise ConnectionError(f"{partial.stat().st_size} of {length} bytes came")
+        found = file_sha256(partial)
+        if not found.startswith(digest):
+            raise HubIntegrityError(
+                _cannot(wanted, f"what comes from there is another file (sha256 {found}, expected {digest}...)")
+            )
+
+
 def _cannot(wanted: Download, reason: str) -> str:
     lacking = "damaged" if wanted.file.is_file() else "not"
     return (
@@ -95,11 +129,11 @@ def _cannot(wanted: Download, reason: str) -> str:
 
 @contextlib.contextmanager
 def _explained(wanted: Download) -> Iterator[None]:
-    """Turns what a download raises into a :class:`HubError`, and does not wait for ever for a silent server."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(PATIENCE)
+    """Turns what a download raises into a :class:`HubError`."""
     try:
         yield
+    except HubError:
+        raise
     except urllib.error.HTTPError as error:
         kind = {401: HubAccessError, 403: HubAccessError, 404: HubNotFoundError, 410: HubNotFoundError}
         raise kind.get(error.code, HubServerError)(
@@ -111,8 +145,3 @@ def _explained(wanted: Download) -> Iterator[None]:
         raise HubServerError(_cannot(wanted, f"the connection broke ({type(error).__name__})")) from error
     except OSError as error:
         raise HubCacheError(_cannot(wanted, error.strerror or str(error))) from error
-    except RuntimeError as error:
-        # torch.hub's only one: the hash. Nothing was kept.
-        raise HubIntegrityError(_cannot(wanted, f"what comes from there is another file ({error})")) from error
-    finally:
-        socket.setdefaulttimeout(before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import logging
 import re
@@ -9,25 +10,33 @@ import sys
 from argparse import ArgumentError, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any, get_type_hints
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from rich.console import Console
 from rich.logging import RichHandler
 
+from a2fpn._plugins import import_package
 from a2fpn.errors import message_for_users
 from a2fpn.training.config import TrainConfig
+from a2fpn.training.recipes import copy_recipe, find_recipe, list_recipes
 from a2fpn.training.signals import StopRequest
 
 DESCRIPTION = """\
 Trains a detector on a data set in COCO format.
 
-    accelerate launch train/ --config a2fpn/training/recipes/nuclei_lite0.yaml data.root=DIR
-    ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 train/ --config RECIPE data.root=DIR
+    a2fpn train --config nuclei_lite0 data.root=DIR
+    accelerate launch -m a2fpn.training --config RECIPE data.root=DIR
+    ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 -m a2fpn.training --config RECIPE data.root=DIR
+
+A recipe is a YAML file, or the name of one that comes with the package:
+--list shows their names, --copy NAME FILE copies one, to be edited.
 
 Settings on the command line override the recipe: section.key=value or --section.key value.
 --strict-data is short for data.strict=true: stop at the first bad image or annotation instead of skipping it.
 --resume auto is short for run.resume=auto: continue where the run was cut off, or start it.
+--import MODULE imports a module that registers necks, detectors or backbones; may be repeated.
 --debug, or A2FPN_DEBUG=1, shows the traceback of every error.
 
 SIGTERM, SIGUSR1 and Ctrl-C end the step, write a checkpoint and exit with 128 + the signal's number.
@@ -56,7 +65,7 @@ def build_parser() -> ArgumentParser:
         exit_on_error=False,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", action="config", help="YAML file with settings; may be given several times.")
+    parser.add_argument("--config", action="config", help="A YAML file or a name of --list; may be repeated.")
     parser.add_class_arguments(TrainConfig)
     return parser
 
@@ -66,7 +75,15 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
 
     Raises:
         argparse.ArgumentError: For an unknown key, and a missing or wrong value.
+        ConfigError: For an unknown recipe.
     """
+    arguments = list(arguments)
+    for position, (previous, argument) in enumerate(zip(["", *arguments], arguments, strict=False)):
+        option, equals, name = argument.partition("=")
+        if previous == "--config":
+            arguments[position] = str(find_recipe(argument))
+        elif option == "--config" and equals:
+            arguments[position] = f"--config={find_recipe(name)}"
     parser = build_parser()
     options = []
     arguments = [SHORT.get(argument, argument) for argument in arguments]
@@ -126,6 +143,16 @@ def configure_logging() -> None:
     logging.getLogger("a2fpn").setLevel(logging.INFO)
 
 
+def _door_parser() -> argparse.ArgumentParser:
+    """The options that are no settings; whatever else is given is left alone."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--copy", nargs=2, metavar=("NAME", "FILE"))
+    parser.add_argument("--import", action="append", default=[], dest="modules", metavar="MODULE")
+    parser.add_argument("--debug", action="store_true")
+    return parser
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Trains as the command line says.
 
@@ -133,21 +160,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0 after a finished run, 1 after one that failed on the way, 2 for wrong input, 128 + the number
         of the signal that stopped it.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
-    debug = "--debug" in arguments
-    try:
-        config = parse([argument for argument in arguments if argument != "--debug"])
-    except ArgumentError as error:
-        return fail(explain(error))
-    configure_logging()
-
-    # After the arguments are known to be right: Accelerate takes seconds.
-    from a2fpn.training.trainer import Trainer
-
+    before, remaining = _door_parser().parse_known_args(sys.argv[1:] if arguments is None else arguments)
     trainer = None
     try:
+        if before.list:
+            width = max(map(len, list_recipes()))
+            sys.stdout.writelines(f"{name:{width}}  {line}\n" for name, line in list_recipes().items())
+            return 0
+        if before.copy:
+            copy_recipe(before.copy[0], Path(before.copy[1]))
+            return 0
+        for name in before.modules:
+            import_package(name)
+        config = parse(remaining)
+        configure_logging()
+
+        # After the arguments are known to be right: Accelerate takes seconds.
+        from a2fpn.training.trainer import Trainer
+
         trainer = Trainer(config)
         trainer.run()
+    except ArgumentError as error:
+        return fail(explain(error))
     except StopRequest as stop:
         return fail(stop, code=128 + stop.signum)
     except KeyboardInterrupt:
@@ -155,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return fail("interrupted" + ("; run.resume=auto continues from the last checkpoint" if saved else ""), code=130)
     except Exception as error:
         message = message_for_users(error)
-        if message is None or debug:
+        if message is None or before.debug:
             raise
         return fail(message, code=getattr(error, "exit_code", 2))
     if trainer.accelerator.is_main_process:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from a2fpn.data import CocoDataset, Sample, aspect_ratio_groups, collate, epoch_order, repeat_factors
+from a2fpn.errors import ConfigError
 from a2fpn.training.seeding import seeded
 
 T = TypeVar("T")
@@ -127,7 +128,7 @@ class FolderFeed:
         pin_memory: bool = False,
     ) -> None:
         if passes < 1:
-            raise ValueError(f"data.passes must be at least 1, got {passes}.")
+            raise ConfigError(f"data.passes must be at least 1, got {passes}.")
         self._passes = passes
         self._num_samples = len(coco)
         self._batch_size, self._seed = batch_size, seed

@@ -10,15 +10,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from a2fpn._atomic import write_text
 from a2fpn.errors import MissingFileError, RunError
 from a2fpn.training.config import TrainConfig
 
@@ -92,17 +91,6 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a file that is there whole or as it was before."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    _sync(path.parent)
-
-
 def append_metrics(record: Mapping[str, Any], output: Path) -> None:
     """Adds one line to ``metrics.jsonl``."""
     with (output / METRICS_FILE).open("a", encoding="utf-8") as file:
@@ -123,54 +111,6 @@ def rewind_metrics(output: Path, step: int) -> None:
     if (output / METRICS_FILE).exists():
         kept = [json.dumps(record) + "\n" for record in read_metrics(output) if record["step"] <= step]
         write_text(output / METRICS_FILE, "".join(kept))
-
-
-def temporary_folder(folder: Path) -> Path:
-    """Returns the name under which a checkpoint folder is written before it is complete."""
-    return folder.with_name(f".{folder.name}.partial")
-
-
-@contextmanager
-def replaced_folder(folder: Path) -> Iterator[Path]:
-    """Yields a temporary folder that takes the place of ``folder`` when the block ends without an error.
-
-    Files that are already in the temporary folder are kept and move along. Between the two renames there is no
-    ``folder``, but a whole one beside it, which :func:`recover_folder` finds.
-    """
-    partial, previous = temporary_folder(folder), _previous(folder)
-    partial.mkdir(parents=True, exist_ok=True)
-    yield partial
-    for path in [*partial.rglob("*"), partial]:
-        _sync(path)
-    shutil.rmtree(previous, ignore_errors=True)
-    if folder.exists():
-        folder.rename(previous)
-    partial.rename(folder)
-    _sync(folder.parent)
-    shutil.rmtree(previous, ignore_errors=True)
-
-
-def recover_folder(folder: Path) -> None:
-    """Puts right what a kill in the middle of :func:`replaced_folder` left."""
-    if not folder.exists() and _previous(folder).exists():
-        _previous(folder).rename(folder)
-    for leftover in (temporary_folder(folder), _previous(folder)):
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _previous(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.previous")
-
-
-def _sync(path: Path) -> None:
-    """Makes the system write a file's content, or a folder's list of names, to the disk."""
-    if os.name == "nt" and path.is_dir():  # Windows can't open a folder
-        return
-    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def resume_folder(resume: bool | str, output: Path) -> Path | None:

@@ -27,6 +27,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 
 import a2fpn
+from a2fpn._atomic import partial_path, recover_folder, replaced_folder
 from a2fpn.data import CocoDataset
 from a2fpn.errors import ConfigError, RunError
 from a2fpn.training.config import TrainConfig
@@ -52,11 +53,8 @@ from a2fpn.training.state import (
     changed_settings,
     code_version,
     read_metrics,
-    recover_folder,
-    replaced_folder,
     resume_folder,
     rewind_metrics,
-    temporary_folder,
     write_config,
 )
 from a2fpn.training.validate import Validator
@@ -421,7 +419,7 @@ class Trainer:
         try:
             self._write(last, record, improved)
         except (OSError, RuntimeError, SafetensorError) as error:
-            shutil.rmtree(temporary_folder(last), ignore_errors=True)
+            shutil.rmtree(partial_path(last), ignore_errors=True)
             free = shutil.disk_usage(self.output).free / 2**20
             kept = (
                 f"the one in {last} is untouched; run.resume=auto continues from it"
@@ -437,9 +435,9 @@ class Trainer:
         accelerator = self.accelerator
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            shutil.rmtree(temporary_folder(last), ignore_errors=True)
+            shutil.rmtree(partial_path(last), ignore_errors=True)
         accelerator.wait_for_everyone()
-        accelerator.save_state(str(temporary_folder(last) / RESUME_FOLDER))  # every process has its part
+        accelerator.save_state(str(partial_path(last) / RESUME_FOLDER))  # every process has its part
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             if record is not None:

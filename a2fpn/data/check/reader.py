@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -67,7 +66,7 @@ def read_document(source: Source, track: Track) -> tuple[CocoDocument | None, li
     if not isinstance(source, Mapping):
         for path in track([Path(source)], "reading JSON", 1):
             try:
-                data = _load(path)
+                data = json.loads(path.read_bytes())
             except OSError as error:
                 raise DataError(f"{path}: the file can't be read ({error.strerror}).") from None
             except (ValueError, RecursionError) as error:
@@ -93,23 +92,6 @@ def read_document(source: Source, track: Track) -> tuple[CocoDocument | None, li
     num_keypoints = next((len(points) for points in keypoints if isinstance(points, list)), None)
     ordered = dict(sorted(names.items()))
     return CocoDocument(name, valid, index, ordered, data["annotations"], num_keypoints), findings
-
-
-def _load(path: Path) -> Any:
-    """Reads JSON; without the garbage collector, which looks for cycles in vain, in nearly half the time.
-
-    Raises:
-        OSError: If the file can't be opened.
-        ValueError: If it is no JSON.
-        RecursionError: If it is nested too deep.
-    """
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        return json.loads(path.read_bytes())
-    finally:
-        if collects:
-            gc.enable()
 
 
 def _no_coco(name: str, what: str) -> Finding:

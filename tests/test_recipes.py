@@ -1,0 +1,45 @@
+"""Recipes by name, by path and copied; the list of them."""
+
+import pytest
+
+from a2fpn.training.cli import main, parse
+from a2fpn.training.recipes import find_recipe, list_recipes
+
+
+def test_all_are_listed_with_a_line_each(capsys):
+    assert main(["--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(list_recipes())
+    assert "nuclei_lite0" in list_recipes()
+    assert all(len(line.split()) > 3 for line in lines)
+
+
+@pytest.mark.parametrize("name", list(list_recipes()))
+def test_a_name_is_a_recipe(name):
+    assert parse(["--config", name, "data.root=x"]) == parse([f"--config={find_recipe(name)}", "data.root=x"])
+
+
+def test_a_file_goes_before_a_recipe_and_the_old_path_still_works(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_recipe("train/recipes/nuclei_lite0.yaml") == find_recipe("nuclei_lite0")
+    (tmp_path / "nuclei_lite0").write_text("run: {epochs: 3}")
+    assert parse(["--config", "nuclei_lite0", "data.root=x"]).run.epochs == 3
+
+
+def test_a_copy_is_the_recipe_and_replaces_nothing(tmp_path, capsys):
+    file = tmp_path / "mine.yaml"
+    assert main(["--copy", "nuclei_lite0", str(file)]) == 0
+    assert parse(["--config", str(file), "data.root=x"]) == parse(["--config", "nuclei_lite0", "data.root=x"])
+    file.write_text("mine")
+    assert main(["--copy", "nuclei_lite0", str(file)]) == 2
+    assert file.read_text() == "mine"
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_an_unknown_recipe_names_the_likely_one(capsys):
+    assert main(["--config", "nuclei_lite1", "data.root=x"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(
+        "train: error: There is neither a file nor a recipe 'nuclei_lite1'. Did you mean 'nuclei_lite0'"
+    )
+    assert error.count("\n") == 1
