@@ -40,6 +40,7 @@ def build(predictor: Predictor, name: str, *, examples: Sequence[Path] = ()) -> 
         examples: Images that can be tried with a click.
     """
     classes = [category.name for category in predictor.categories]
+    written = tempfile.TemporaryDirectory(prefix="a2fpn_")  # gone when the page is
 
     def predict(files: list[str] | None, tile: float) -> tuple[list[Result], str]:
         """Predict the pictures whole; sliders then choose among all objects."""
@@ -78,15 +79,15 @@ def build(predictor: Predictor, name: str, *, examples: Sequence[Path] = ()) -> 
         if not results:
             raise gr.Error("There is nothing to download yet: find objects first.", print_exception=False)
         chosen = [select(result, threshold, smallest, kept) for result in results]
-        return gr.update(value=[str(path) for path in write_files(chosen)], visible=True)
+        return gr.update(value=[str(path) for path in write_files(chosen, written.name)], visible=True)
 
     def try_example(event: gr.SelectData) -> list[str]:
         return [str(examples[event.index])]
 
     page: gr.Blocks
-    with gr.Blocks(title=f"a2fpn: {name}", analytics_enabled=False) as page:
+    with gr.Blocks(title=f"a2fpn: {name}", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         gr.Markdown(f"# Find objects with `{name}`\nDrop pictures, press the button, then move the sliders.")
-        found = gr.State([])
+        found = gr.State([], time_to_live=3600)
         with gr.Row():
             with gr.Column(scale=1, min_width=300):
                 files = gr.File(label="Pictures", file_count="multiple", file_types=["image"], elem_id="pictures")
@@ -126,9 +127,8 @@ def build(predictor: Predictor, name: str, *, examples: Sequence[Path] = ()) -> 
         if examples:
             picked = gallery.select(try_example, None, files)
             picked.then(predict, [files, tile], [found, remarks], **alone).success(show, chosen, shown)
-        threshold.release(show, chosen, shown, show_progress="hidden")
-        smallest.release(show, chosen, shown, show_progress="hidden")
-        kept.change(show, chosen, shown, show_progress="hidden")
+        for control in (threshold, smallest, kept):
+            control.change(show, chosen, shown, show_progress="hidden", trigger_mode="always_last")
         prepare.click(files_of, chosen, downloads)
     return page
 
@@ -163,9 +163,14 @@ def draw(result: Result) -> Image.Image:
     return picture
 
 
-def write_files(results: Sequence[Result]) -> list[Path]:
-    """Write results to a new folder: pictures, COCO, GeoJSON and CSV; what is one file per picture goes into a zip."""
-    folder = Path(tempfile.mkdtemp(prefix="a2fpn_"))
+def write_files(results: Sequence[Result], parent: str | Path) -> list[Path]:
+    """Write pictures, COCO, GeoJSON and CSV to a new folder; what is one file per picture goes into a zip.
+
+    Args:
+        results: One for each picture, at least one.
+        parent: Where the folder is made.
+    """
+    folder = Path(tempfile.mkdtemp(dir=parent))
     names = [_name(result) for result in results]
     stems = [
         f"{number}_{Path(name).stem}" if len(names) > 1 else Path(name).stem for number, name in enumerate(names, 1)

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -106,10 +107,8 @@ def test_upload_predict_slide_and_download(open_page: Callable[[], Any], tmp_pat
     shot(browser, "found")
     slider = browser.find_element(By.CSS_SELECTOR, "#threshold input[type=range]")
     slider.send_keys(Keys.END)  # a score of 1
-    browser.execute_script("arguments[0].dispatchEvent(new Event('pointerup', {bubbles: true}))", slider)
     until(lambda: objects(browser) < before)
     slider.send_keys(Keys.HOME)
-    browser.execute_script("arguments[0].dispatchEvent(new Event('pointerup', {bubbles: true}))", slider)
     until(lambda: objects(browser) > before)
     every = objects(browser)
     click(browser, "#classes input[type=checkbox]")
@@ -163,6 +162,22 @@ def test_two_people_see_their_own_pictures(open_page: Callable[[], Any]) -> None
         until(lambda b=browser, p=picture: p.name in text(b, "#table"))
     assert PICTURES[2].name not in text(one, "#table")
     assert PICTURES[0].name not in text(other, "#table")
+
+
+def test_several_pictures_are_counted_each_and_packed(open_page: Callable[[], Any], tmp_path: Path) -> None:
+    browser = open_page()
+    upload(browser, *PICTURES[4:6])
+    click(browser, "#go button, button#go")
+    assert "in 2 pictures" in until(lambda: text(browser, "#status"))
+    until(lambda: all(name in text(browser, "#table") for name in (PICTURES[4].name, PICTURES[5].name, "all")))
+    click(browser, "#prepare button, button#prepare")
+    links = until(lambda: browser.find_elements(By.CSS_SELECTOR, "#downloads a[href]"))
+    for link in links:
+        browser.execute_script("arguments[0].click()", link)
+    until(lambda: (tmp_path / "pictures.zip").is_file())
+    shot(browser, "several")
+    with zipfile.ZipFile(tmp_path / "pictures.zip") as packed:
+        assert packed.namelist() == [f"{n}_{p.stem}.png" for n, p in enumerate(PICTURES[4:6], start=1)]
 
 
 def test_an_example_is_one_click(open_page: Callable[[], Any]) -> None:
