@@ -144,11 +144,13 @@ def optimize_for_inference(model: Detector, *, dtype: torch.dtype = torch.float3
         )
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}.")
-    detector = copy.deepcopy(model).eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    device = next(model.parameters()).device
+    # On the CPU no convolution rounds as TF32 does, which would look like a wrong fold.
+    detector = copy.deepcopy(model).eval().requires_grad_(False).to("cpu", memory_format=torch.channels_last)
     with torch.inference_mode(False), torch.no_grad():
         _fold(detector)
         _replace_heads(detector)
-        detector.to(memory_format=torch.channels_last)
+        detector.to(device, memory_format=torch.channels_last)
         if dtype != torch.float32:
             _convert_weights(detector, dtype)
     return OptimizedDetector(detector, dtype)

@@ -110,7 +110,7 @@ class Preprocess(nn.Module):
             raise ValueError(f"Expected an image ({channels}, H, W) with H, W >= 1, got {tuple(image.shape)}.")
         if image.dtype != torch.uint8 and not image.is_floating_point():
             raise TypeError(f"Expected a float image in [0, 1] or a uint8 image in [0, 255], got {image.dtype}.")
-        x = image.to(self.mean.device)
+        x = image.to(self.mean.device, non_blocking=True)
         x = x.float().div(255) if x.dtype == torch.uint8 else x.float()
         x = (x - self.mean) / self.std
         size = self.target_size(int(x.shape[1]), int(x.shape[2]))

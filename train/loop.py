@@ -31,7 +31,7 @@ from a2fpn.data import CocoDataset
 from train.config import TrainConfig
 from train.feed import Batch, Feed
 from train.optim import build_optimizer, build_scheduler, scaled_lr
-from train.seeding import derived_seed
+from train.seeding import derived_seed, use_deterministic_algorithms
 from train.signals import Signals, StopRequest
 from train.sources import build_feed, build_model, check_folder, credits_of, open_training_set, open_validation_set
 from train.state import (
@@ -51,7 +51,7 @@ from train.state import (
     write_config,
 )
 from train.validate import Validator
-from train.watch import LossWindow, ProgressLine, get_logger, grid, plot_metrics, text_log, track_picture
+from train.watch import HostCopy, LossWindow, ProgressLine, get_logger, grid, plot_metrics, text_log, track_picture
 
 logger = get_logger(__name__)
 
@@ -88,6 +88,8 @@ class Trainer:
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
         )
         check_processes(self.accelerator)
+        if run.deterministic:
+            use_deterministic_algorithms()
         if run.mixed_precision == "fp16" and self.accelerator.device.type == "cpu":
             raise ValueError("run.mixed_precision=fp16 needs a GPU; on a CPU use none or bf16.")
         resume = self._resume_folder()
@@ -334,8 +336,10 @@ class Trainer:
             with contextlib.nullcontext() if is_last else accelerator.no_sync(self.model):
                 losses = self.model(images, targets, resize=False)
                 losses = {"loss": torch.stack(list(losses.values())).sum(), **losses}
-                self._check_finite(losses, targets)
+                total = HostCopy(losses["loss"])
                 accelerator.backward(losses["loss"])
+                # Before the weights change, but with the backward pass under way: the device has no time to idle.
+                self._check_finite({**losses, "loss": total.value()}, targets)
             for one in (self.epoch_losses, window):
                 one.add({name: value.detach() for name, value in losses.items()}, images=len(images), waited=waited)
         if config.optim.clip_norm:

@@ -68,8 +68,22 @@ class Samples(NamedTuple):
 
     def positives(self) -> Samples:
         """The boxes that are held against an object."""
-        keep = [torch.where(labels > 0)[0] for labels in self.labels]
+        keep = positive_rows(self.labels)
         return Samples(*([x[rows] for x, rows in zip(field, keep, strict=True)] for field in self))
+
+
+def positive_rows(labels: Sequence[Tensor]) -> list[Tensor]:
+    """Per image the rows, ascending, of the boxes that are held against an object.
+
+    Args:
+        labels: Per image ``(S,)``.
+    """
+    if labels[0].device.type == "cpu":
+        return [torch.where(own > 0)[0] for own in labels]
+    # A device is waited for once instead of once per image.
+    counts = torch.stack([(own > 0).sum() for own in labels]).tolist()
+    order = [(own > 0).to(torch.uint8).argsort(descending=True, stable=True) for own in labels]
+    return [rows[:count] for rows, count in zip(order, counts, strict=True)]
 
 
 class CascadeRoIHeads(nn.Module):

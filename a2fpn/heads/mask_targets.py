@@ -5,6 +5,7 @@ Shape shorthand: ``N`` objects of an image, ``R`` boxes held against them, ``M``
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -13,6 +14,9 @@ from torch.nn import functional as F
 from torchvision.ops import roi_align
 
 from a2fpn.masks import InstanceMasks
+
+PIXELS_AT_ONCE = 2**27
+"""Pixels of an image's masks up to which a GPU makes planes of them; each takes five bytes."""
 
 
 def mask_targets(masks: InstanceMasks, boxes: Tensor, objects: Tensor, size: int, *, aligned: bool = False) -> Tensor:
@@ -42,6 +46,8 @@ def mask_targets(masks: InstanceMasks, boxes: Tensor, objects: Tensor, size: int
     if not len(boxes):
         return targets
     boxes = boxes.detach().float()
+    if boxes.device.type != "cpu" and math.prod(masks.shape) <= PIXELS_AT_ONCE:
+        return _from_planes(masks, boxes, objects, size, aligned)
     # A plane begins at or before its boxes, so that taking its corner from theirs is exact, and shows at least one
     # empty pixel around the window, unless that is the image's edge: RoIAlign repeats the outermost pixels.
     lowest = _per_object(boxes[:, :2].floor().long(), objects, len(masks), "amin")
@@ -90,6 +96,15 @@ def mask_loss(
         wanted = (wanted >= 0.5).float()
     rows = torch.arange(len(logits), device=logits.device)
     return F.binary_cross_entropy_with_logits(logits[rows, torch.cat(list(labels))], wanted)
+
+
+def _from_planes(masks: InstanceMasks, boxes: Tensor, objects: Tensor, size: int, aligned: bool) -> Tensor:
+    """The same from full planes: memory is what a GPU has, and many small steps are what it lacks."""
+    rois = torch.cat([objects[:, None].to(boxes.dtype), boxes], 1)
+    # The operator itself: torchvision's function replaces it where algorithms are to be deterministic, for the sake of
+    # gradients, which nothing here has.
+    pooled: Tensor = torch.ops.torchvision.roi_align(masks.dense()[:, None].float(), rois, 1.0, size, size, -1, aligned)
+    return pooled[:, 0]
 
 
 def _per_object(values: Tensor, objects: Tensor, count: int, reduce: str) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.models.detection.roi_heads import fastrcnn_loss, keypointrcnn_loss, keypoints_to_heatmap
 from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image, remove_small_boxes
 
@@ -229,7 +230,7 @@ class DetectionRoIHeads(ChunkedRoIHeads):
             return found
         samples = Samples(*self.select_training_samples(proposals, targets))
         pooled = self.box_head(self.box_roi_pool(features, samples.boxes, image_shapes))
-        loss_classifier, loss_box = fastrcnn_loss(*self.box_predictor(pooled), samples.labels, samples.deltas)
+        loss_classifier, loss_box = _box_losses(*self.box_predictor(pooled), samples)
         count = sum(map(len, samples.labels))
         losses = {"loss_classifier": self.share(loss_classifier, count), "loss_box_reg": self.share(loss_box, count)}
         positives = samples.positives()
@@ -280,6 +281,25 @@ class DetectionRoIHeads(ChunkedRoIHeads):
         ]
         found, best, labels = (list(column) for column in zip(*results, strict=True))
         return found, best, labels
+
+
+def _box_losses(logits: Tensor, deltas: Tensor, samples: Samples) -> tuple[Tensor, Tensor]:
+    """Losses of torchvision; on a GPU without asking it which samples are positive."""
+    if logits.device.type == "cpu":
+        losses: tuple[Tensor, Tensor] = fastrcnn_loss(logits, deltas, samples.labels, samples.deltas)
+        return losses
+    return _box_losses_at_once(logits, deltas, samples)
+
+
+def _box_losses_at_once(logits: Tensor, deltas: Tensor, samples: Samples) -> tuple[Tensor, Tensor]:
+    labels, wanted = torch.cat(samples.labels), torch.cat(samples.deltas)
+    positive = (labels > 0)[:, None]
+    own = (labels.clamp(min=0)[:, None, None]).expand(-1, 1, 4)
+    chosen = deltas.view(len(labels), -1, 4).gather(1, own)[:, 0]
+    # The others' targets are differences from no object, which need not be numbers.
+    wanted = torch.where(positive, wanted, 0)
+    loss = F.smooth_l1_loss(chosen, wanted, beta=1 / 9, reduction="none")
+    return F.cross_entropy(logits, labels), (loss * positive).sum() / labels.numel()
 
 
 def _detections(

@@ -57,8 +57,10 @@ def main(
             code = subprocess.run(command, timeout=seconds + 45, check=False).returncode
         except subprocess.TimeoutExpired:
             code = -1
-        path = output / f"gpu_{name}.json"
-        print_rows(name, json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else [])
+        try:
+            print_rows(name, json.loads((output / f"gpu_{name}.json").read_text(encoding="utf-8"))["rows"])
+        except Exception as error:  # the next part is worth more than this table
+            print(f"{name}: no table: {type(error).__name__}: {error}", flush=True)
         if code:
             print(f"{name}: stopped with code {code}; the rows above are what it wrote.", flush=True)
 

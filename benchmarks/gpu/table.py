@@ -21,7 +21,7 @@ def print_rows(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
         where = ", ".join(f"{row[key]}" for key in ("size", "batch", "precision", "side", "what", "case") if key in row)
         if "error" in row:
             print(f"FAILED {where}: {row['error'][:300]}", flush=True)
-            print("  " + "\n  ".join(row.get("trace", [])), flush=True)
+            print("  " + "\n  ".join(row.get("trace") or []), flush=True)
         elif str(row.get("outputs", "")).startswith("UNEQUAL") or (row.get("precision") == "fp32" and "outputs" in row):
             print(f"{where}: {row['outputs']}", flush=True)
 

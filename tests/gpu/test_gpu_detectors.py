@@ -12,7 +12,7 @@ from tests.gpu.gpu_cases import CASES, FEW, batch, error, gradients, leaves, liv
 pytestmark = pytest.mark.gpu
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-FORWARD = {"fp32": 1e-4, "bf16": 4e-2, "fp16": 6e-3}
+FORWARD = {"fp32": 1e-4, "bf16": 6e-2, "fp16": 8e-3}
 BACKWARD = {"fp32": 2e-3, "bf16": 0.25, "fp16": 6e-2}
 
 
@@ -72,7 +72,7 @@ def test_losses_are_those_of_the_cpu(name: str, device: torch.device) -> None:
         losses = model(on(device, batch(4, 2)[0]), targets)
         assert losses.keys() == expected.keys()
         for key, value in expected.items():
-            assert float(losses[key]) == pytest.approx(float(value), rel=2e-2, abs=1e-4), key
+            assert losses[key].item() == pytest.approx(value.item(), rel=2e-2, abs=1e-4), key
     model.zero_grad()
     torch.stack(list(losses.values())).sum().backward()
     assert all(grad is not None and grad.isfinite().all() for grad in gradients(model))
