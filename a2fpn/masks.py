@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from a2fpn import device
+
 
 @dataclass(frozen=True, eq=False)
 class InstanceMasks:
@@ -86,7 +88,7 @@ class InstanceMasks:
 
     def dense(self) -> Tensor:
         """The masks as planes, ``(N, H, W)`` uint8 in {0, 1}."""
-        if self.pixels.device.type != "cpu":
+        if device.runs_ahead(self.pixels):
             return self._dense_at_once()
         planes = self.pixels.new_zeros(self.shape)
         for plane, crop, (left, top, right, bottom) in zip(planes, self.crops(), self.windows.tolist(), strict=True):

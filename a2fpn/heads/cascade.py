@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_inference
 from torchvision.ops import clip_boxes_to_image, remove_small_boxes
 
+from a2fpn import device
 from a2fpn.heads.mask_targets import mask_loss
 from a2fpn.heads.share import LossShare
 from a2fpn.pyramid import Features
@@ -78,7 +79,7 @@ def positive_rows(labels: Sequence[Tensor]) -> list[Tensor]:
     Args:
         labels: Per image ``(S,)``.
     """
-    if labels[0].device.type == "cpu":
+    if not device.runs_ahead(labels[0]):
         return [torch.where(own > 0)[0] for own in labels]
     # A device is waited for once instead of once per image.
     counts = torch.stack([(own > 0).sum() for own in labels]).tolist()

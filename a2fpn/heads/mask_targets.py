@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import roi_align
 
+from a2fpn import device
 from a2fpn.masks import InstanceMasks
 
 PIXELS_AT_ONCE = 2**27
@@ -46,7 +47,7 @@ def mask_targets(masks: InstanceMasks, boxes: Tensor, objects: Tensor, size: int
     if not len(boxes):
         return targets
     boxes = boxes.detach().float()
-    if boxes.device.type != "cpu" and math.prod(masks.shape) <= PIXELS_AT_ONCE:
+    if device.runs_ahead(boxes) and math.prod(masks.shape) <= PIXELS_AT_ONCE:
         return _from_planes(masks, boxes, objects, size, aligned)
     # A plane begins at or before its boxes, so that taking its corner from theirs is exact, and shows at least one
     # empty pixel around the window, unless that is the image's edge: RoIAlign repeats the outermost pixels.

@@ -19,6 +19,7 @@ from torchvision.models.detection._utils import Matcher
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.ops import box_iou
 
+from a2fpn import device
 from a2fpn.heads.sampling import draw_rows
 
 PAIRS_AT_ONCE = 2**23
@@ -143,7 +144,7 @@ class ChunkedRoIHeads(RoIHeads):  # type: ignore[misc]
         Args:
             labels: Per image ``(N,)``: from 1 on an object's class, 0 background, -1 ignored.
         """
-        if labels[0].device.type == "cpu":
+        if not device.runs_ahead(labels[0]):
             rows: list[Tensor] = super().subsample(labels)
             return rows
         sampler = self.fg_bg_sampler

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torchvision.models.detection.roi_heads import fastrcnn_loss, keypointrcnn_loss, keypoints_to_heatmap
 from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image, remove_small_boxes
 
+from a2fpn import device
 from a2fpn.heads.cascade import Samples
 from a2fpn.heads.mask_targets import mask_loss
 from a2fpn.heads.matching import ChunkedRoIHeads
@@ -285,7 +286,7 @@ class DetectionRoIHeads(ChunkedRoIHeads):
 
 def _box_losses(logits: Tensor, deltas: Tensor, samples: Samples) -> tuple[Tensor, Tensor]:
     """Losses of torchvision; on a GPU without asking it which samples are positive."""
-    if logits.device.type == "cpu":
+    if not device.runs_ahead(logits):
         losses: tuple[Tensor, Tensor] = fastrcnn_loss(logits, deltas, samples.labels, samples.deltas)
         return losses
     return _box_losses_at_once(logits, deltas, samples)

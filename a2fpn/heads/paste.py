@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.models.detection.roi_heads import expand_boxes, expand_masks
 
+from a2fpn import device
+
 PasteRule = Literal["exact", "torchvision"]
 PASTE_RULES: tuple[str, ...] = typing.get_args(PasteRule)
 
@@ -70,7 +72,7 @@ def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int], *, rule: Pa
                 [0., 1., 1., 0.],
                 [0., 0., 0., 0.]])
     """
-    if masks.device.type != "cpu":
+    if device.runs_ahead(masks):
         return _paste_at_once(masks, boxes, size, rule)
     pasted = masks.new_zeros(len(masks), 1, *size)
     for i, (window, top, left) in enumerate(mask_windows(masks, boxes, size, rule=rule)):

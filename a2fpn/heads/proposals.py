@@ -18,6 +18,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork, concat_box_prediction_layers
 from torchvision.ops import nms
 
+from a2fpn import device
 from a2fpn.heads.matching import BACKGROUND, BoxPairs, ChunkedMatcher
 from a2fpn.heads.sampling import draw
 from a2fpn.heads.share import LossShare
@@ -53,7 +54,7 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
         Returns:
             Per image boxes ``(P, 4)`` xyxy, best first; the losses, none in evaluation.
         """
-        if images.tensors.device.type == "cpu":
+        if not device.runs_ahead(images.tensors):
             found: tuple[list[Tensor], dict[str, Tensor]] = super().forward(images, features, targets)
             return found
         return self.forward_at_once(images, features, targets)

@@ -16,6 +16,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from a2fpn import device
 from a2fpn.pyramid import Features
 
 _MOST_SAMPLES = 256
@@ -188,7 +189,7 @@ class StrideRoIAlign(nn.Module):
     def _rows(self, levels: Tensor) -> list[Tensor]:
         """The rows of each level, ascending."""
         count = len(self.strides)
-        if levels.device.type == "cpu":
+        if not device.runs_ahead(levels):
             return [torch.where(levels == level)[0] for level in range(count)]
         # A device is waited for once instead of once per level.
         sizes = (levels[:, None] == torch.arange(count, device=levels.device)).sum(0)

@@ -16,6 +16,13 @@ def device() -> torch.device:
 
 
 @pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Takes the ways of a GPU on the CPU too, where these tests run for their own sake."""
+    if os.environ.get("A2FPN_GPU_TESTS_DEVICE") == "cpu":
+        monkeypatch.setattr("a2fpn.device.runs_ahead", lambda _: True)
+
+
+@pytest.fixture(autouse=True)
 def plain_float32() -> Iterator[None]:
     """No TF32, unless a test asks for it."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
