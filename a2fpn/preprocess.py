@@ -126,6 +126,8 @@ def resize_boxes(boxes: Tensor, old: tuple[int, int], new: tuple[int, int]) -> T
         >>> resize_boxes(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), (10, 10), (20, 10))
         tensor([[1., 4., 3., 8.]])
     """
+    if old == new:
+        return boxes
     factor = boxes.new_tensor([new[1] / old[1], new[0] / old[0]]).repeat(2)
     return boxes * factor
 

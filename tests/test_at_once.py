@@ -5,10 +5,13 @@ import copy
 import pytest
 import torch
 from torch import Tensor
+from torchvision.models.detection import _utils as torchvision_coding
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import fastrcnn_loss
 
+from a2fpn.heads import StrideAnchors
 from a2fpn.heads import mask_targets as targets_module
+from a2fpn.heads.box_coder import BoxCoder
 from a2fpn.heads.cascade import Samples
 from a2fpn.heads.mask_targets import mask_targets
 from a2fpn.heads.nms import _box_losses_at_once
@@ -107,6 +110,33 @@ def test_training_without_targets_is_an_error() -> None:
     rpn, features, images = network()
     with pytest.raises(ValueError, match="targets must be given"):
         rpn.train().forward_at_once(images, features)
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0, 1.0), (30.0, 30.0, 15.0, 15.0)])
+def test_boxes_are_coded_as_torchvision_codes_them(weights: tuple[float, ...]) -> None:
+    boxes, anchors = boxes_in(SIZE, 50), boxes_in(SIZE, 50, seed=1)
+    ours, theirs = BoxCoder(weights), torchvision_coding.BoxCoder(weights)
+    deltas = theirs.encode_single(boxes, anchors)
+    assert torch.equal(ours.encode_single(boxes, anchors), deltas)
+    several = torch.cat([deltas, torch.randn(50, 8) * 20], 1)
+    assert torch.equal(ours.decode_single(several, anchors), theirs.decode_single(several, anchors))
+    assert ours.decode_single(several[:0], anchors[:0]).shape == (0, 12)
+
+
+def test_anchors_are_kept_where_making_them_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    anchors = StrideAnchors([(8,), (16,)], (1.0,), (4, 8))
+    image = ImageList(torch.zeros(1, 3, 8, 8), [(8, 8)])
+    maps = [torch.zeros(1, 1, side, side) for side in (4, 2)]
+    (expected,) = anchors(image, maps)
+    monkeypatch.setattr("a2fpn.device.runs_ahead", lambda _: True)
+    with torch.inference_mode():
+        (first,) = anchors(image, maps)
+    assert torch.equal(first, expected)
+    assert not first.is_inference()
+    assert anchors(image, maps)[0] is first
+    for side in range(2, 20):
+        assert len(anchors(image, [torch.zeros(1, 1, side, side)] * 2)[0]) == 2 * side**2
+    assert len(anchors._made) == 8
 
 
 def test_losses_of_the_box_head() -> None:

@@ -55,7 +55,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     ),
     "evaluation": ({"data"}, {"faster_coco_eval", "hotcoco", "numpy", "pycocotools"}),
     "optimize": (
-        {"config", "detectors", "heads", "preprocess", "pyramid"},
+        {"config", "detectors", "device", "heads", "preprocess", "pyramid"},
         {"torch", "torchvision", "timm.layers", "timm.models.resnet"},
     ),
     "tta": ({"heads"}, {"torch", "torchvision"}),

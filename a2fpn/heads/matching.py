@@ -20,6 +20,7 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.ops import box_iou
 
 from a2fpn import device
+from a2fpn.heads.box_coder import BoxCoder
 from a2fpn.heads.sampling import draw_rows
 
 PAIRS_AT_ONCE = 2**23
@@ -112,6 +113,7 @@ class ChunkedRoIHeads(RoIHeads):  # type: ignore[misc]
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
         matcher = self.proposal_matcher
+        self.box_coder = BoxCoder(self.box_coder.weights)
         self.proposal_matcher = ChunkedMatcher(matcher.high_threshold, matcher.low_threshold)
 
     def assign_targets_to_proposals(

@@ -19,6 +19,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, concat_box_p
 from torchvision.ops import nms
 
 from a2fpn import device
+from a2fpn.heads.box_coder import BoxCoder
 from a2fpn.heads.matching import BACKGROUND, BoxPairs, ChunkedMatcher
 from a2fpn.heads.sampling import draw
 from a2fpn.heads.share import LossShare
@@ -35,6 +36,7 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         matcher: Any = self.proposal_matcher
+        self.box_coder = BoxCoder(self.box_coder.weights)
         self.box_similarity = BoxPairs
         self.proposal_matcher = ChunkedMatcher(
             matcher.high_threshold, matcher.low_threshold, allow_low_quality_matches=True
