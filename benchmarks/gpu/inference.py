@@ -37,7 +37,7 @@ QUICK_CASES = [((32, 48), 1, "bf16"), ((32, 48), 2, "fp32")]
 
 def run(record: Record) -> None:
     """Measures case by case, eager and graphs first, the compiler where time is left."""
-    cases = QUICK_CASES if record.quick else CASES
+    cases, models = QUICK_CASES if record.quick else CASES, Models()
     with tempfile.TemporaryDirectory() as folder:
         thresholds: dict[base.Size, float] = {}
         for size, batch, kind in cases:
@@ -48,21 +48,51 @@ def run(record: Record) -> None:
                 record.add(size=f"{size[0]}x{size[1]}", batch=batch, precision=kind, side="left out: no time")
                 continue
             with record.attempt(size=f"{size[0]}x{size[1]}", batch=batch, precision=kind):
-                _case(record, size, batch, kind, path, thresholds[size])
+                _case(record, models, size, batch, kind, path, thresholds[size])
         for size, batch, kind in cases[:3]:
             if record.left > 75 or record.quick:
                 with record.attempt(size=f"{size[0]}x{size[1]}", batch=batch, precision=kind, side="compiled"):
-                    _case(record, size, batch, kind, Path(folder, f"{size[0]}.pt"), thresholds[size], compiled=True)
+                    _case(
+                        record,
+                        models,
+                        size,
+                        batch,
+                        kind,
+                        Path(folder, f"{size[0]}.pt"),
+                        thresholds[size],
+                        compiled=True,
+                    )
+
+
+class Models:
+    """Detectors on the device that several cases use."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[Any, ...], Any] = {}
+
+    def get(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        """The detector of a key, made when it is asked for first."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
 
 def _case(
-    record: Record, size: base.Size, batch: int, kind: str, path: Path, threshold: float, *, compiled: bool = False
+    record: Record,
+    models: Models,
+    size: base.Size,
+    batch: int,
+    kind: str,
+    path: Path,
+    threshold: float,
+    *,
+    compiled: bool = False,
 ) -> None:
     device = record.device
     image = base.make_image(size).to(device)
     images = [image.roll(37 * i, -1) for i in range(batch)]
     with precision(kind, device) as autocast:
-        theirs = base.make_torchvision(size, path, threshold).to(device)
+        theirs = models.get((size, base.TORCHVISION), lambda: base.make_torchvision(size, path, threshold).to(device))
         calls: dict[str, Call] = {base.TORCHVISION: _plain(theirs, images, autocast)}
         if compiled:
             sides = {
@@ -75,7 +105,7 @@ def _case(
                 sides |= {f"{CASCADE}{how and ', '}{how}": (CASCADE, how) for how in ("", "graphs")}
         for side, (name, how) in sides.items():
             with record.attempt(size=f"{size[0]}x{size[1]}", batch=batch, precision=kind, side=side):
-                call = _ours(name, how, path, threshold, images, kind, autocast, device)
+                call = _ours(models, name, how, size, path, threshold, images, kind, autocast, device)
                 call()
                 calls[side] = call
         agreement = {side: _agreement(calls[base.TORCHVISION], calls[side], side, kind) for side in calls}
@@ -111,8 +141,10 @@ def _plain(model: Any, images: list[Tensor], autocast: Callable[[], Any]) -> Cal
 
 
 def _ours(
+    models: Models,
     name: str,
     how: str,
+    size: base.Size,
     path: Path,
     threshold: float,
     images: list[Tensor],
@@ -120,14 +152,19 @@ def _ours(
     autocast: Callable[[], Any],
     device: torch.device,
 ) -> Call:
-    model = base.make_ours(name, path, threshold).model.to(device).to(memory_format=torch.channels_last)
+    def plain() -> Any:
+        return base.make_ours(name, path, threshold).model.to(device).to(memory_format=torch.channels_last)
+
+    def optimised() -> Any:
+        dtype = torch.bfloat16 if kind == "bf16" else torch.float32
+        made = a2fpn.optimize_for_inference(models.get((size, name), plain), dtype=dtype)
+        if how != "optimised":
+            accelerated(made.detector, how)
+        return made
+
     if not how:
-        return _plain(model, images, autocast)
-    dtype = torch.bfloat16 if kind == "bf16" else torch.float32
-    optimised = a2fpn.optimize_for_inference(model, dtype=dtype)
-    if how != "optimised":
-        accelerated(optimised.detector, how)
-    return functools.partial(optimised, images)
+        return _plain(models.get((size, name), plain), images, autocast)
+    return functools.partial(models.get((size, name, how, kind), optimised), images)
 
 
 def _agreement(theirs: Call, ours: Call, side: str, kind: str) -> str:

@@ -176,6 +176,8 @@ def kernel_use(call: Call, device: torch.device, *, repeats: int = 3) -> dict[st
         torch.cuda.synchronize(device)
     kernels, waits, copies = [], 0, 0
     for event in profile.events():
+        if event.is_user_annotation:  # spans of the optimiser, not work of the device
+            continue
         if event.device_type == torch.autograd.DeviceType.CUDA:
             copies += "memcpy dtoh" in event.name.lower()
             kernels.append((event.time_range.start, event.time_range.end))

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from a2fpn.detectors import Detector
 from a2fpn.preprocess import Batch
@@ -55,22 +56,41 @@ def accelerated(detector: Detector, how: str) -> None:
     detector.features = types.MethodType(static, detector)  # type: ignore[method-assign]
 
 
+class _KeptConstants(TorchFunctionMode):
+    """Gives the tensors that are made of Python's numbers once and again: a graph can't record their way here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kept: dict[str, Any] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not torch.tensor:
+            return func(*args, **kwargs)
+        key = repr((args, sorted(kwargs.items())))
+        if key not in self._kept:
+            self._kept[key] = func(*args, **kwargs)
+        return self._kept[key]
+
+
 def _graph(once: Static, sample: Tensor) -> Static:
     if sample.device.type != "cuda":
         return once
     inputs = sample.clone()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    constants = _KeptConstants()
+    with torch.cuda.stream(stream), constants:
         for _ in range(3):
             once(inputs)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph), constants:
         outputs = once(inputs)
 
     def replay(tensor: Tensor) -> tuple[Features, Any]:
         inputs.copy_(tensor)
+        assert constants  # what the graph reads lives as long as the graph
         graph.replay()
         return outputs
 
