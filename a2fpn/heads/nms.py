@@ -250,8 +250,10 @@ class DetectionRoIHeads(ChunkedRoIHeads):
             logits = self.keypoint_predictor(pooled).contiguous()  # torchvision's loss takes views of it
             keypoints = [target["keypoints"] for target in targets]
             loss = keypointrcnn_loss(logits, positives.boxes, keypoints, positives.objects)
-            images = zip(keypoints, positives.boxes, positives.objects, strict=True)
-            visible = sum(int(keypoints_to_heatmap(k[i], b, logits.shape[-1])[1].sum()) for k, b, i in images)
+            visible = 0
+            if self.share.enabled:  # counting waits for the device
+                images = zip(keypoints, positives.boxes, positives.objects, strict=True)
+                visible = sum(int(keypoints_to_heatmap(k[i], b, logits.shape[-1])[1].sum()) for k, b, i in images)
             losses["loss_keypoint"] = self.share(loss, visible)
         return [], losses
 
