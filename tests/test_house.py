@@ -32,15 +32,16 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "_registry": (set(), set()),
     "_version": (set(), set()),
     "errors": (set(), set()),
+    "device": (set(), {"torch"}),
     "_serialize": ({"_registry"}, set()),
     "config": ({"_registry", "_serialize"}, set()),
     "pyramid": (set(), {"torch"}),
     "layers": (set(), {"torch", "timm.layers", "triton"}),
     "necks": ({"_registry", "layers", "pyramid"}, {"torch"}),
     "backbones": ({"_registry", "config", "layers", "pyramid"}, {"torch", "timm", "safetensors"}),
-    "masks": (set(), {"numpy", "pycocotools", "torch", "torchvision"}),
+    "masks": ({"device"}, {"numpy", "pycocotools", "torch", "torchvision"}),
     "preprocess": ({"config", "masks"}, {"torch"}),
-    "heads": ({"layers", "masks", "pyramid"}, {"torch", "torchvision"}),
+    "heads": ({"device", "layers", "masks", "pyramid"}, {"torch", "torchvision"}),
     "detectors": (
         {"_registry", "backbones", "config", "heads", "masks", "necks", "preprocess", "pyramid"},
         {"torch", "torchvision"},
@@ -58,7 +59,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     ),
     "evaluation": ({"data", "errors", "masks"}, {"faster_coco_eval", "hotcoco", "numpy", "pycocotools"}),
     "inference": (
-        {"config", "data", "detectors", "errors", "heads", "masks", "preprocess", "pyramid"},
+        {"config", "data", "detectors", "device", "errors", "heads", "masks", "preprocess", "pyramid"},
         {
             *("contourpy", "matplotlib", "numpy", "PIL", "pycocotools", "supervision", "timm.layers"),
             *("timm.models.resnet", "torch", "torchvision"),
