@@ -27,13 +27,13 @@ from torch import Tensor, nn
 import a2fpn
 from a2fpn.data.images import read_image
 from a2fpn.detectors import Detector
+from a2fpn.inference import list_images
 from a2fpn.layers import ATTENTION_KINDS, MGC, attention_map
 from a2fpn.layers.fusion import ChannelGates, KernelPredictor
 from benchmarks import _measure as measure
 
 QUERIES = 256
 """Pixels per level and image whose maps are compared."""
-SUFFIXES = (".jpg", ".jpeg", ".png")
 
 Values = dict[tuple[str, ...], list[float]]
 
@@ -213,7 +213,7 @@ def main(
 ) -> None:
     """Looks into a trained neck and writes what it sees."""
     detector = a2fpn.from_pretrained(model) if Path(model).is_dir() else a2fpn.create_model(model)
-    files = sorted(path for path in images.iterdir() if path.suffix.lower() in SUFFIXES)[:limit]
+    files = list_images(images)[:limit]
     report = diagnose(detector.to(device), map(read_image, files))
     output.write_text(json.dumps({"model": model, **dataclasses.asdict(report)}, indent=2) + "\n", encoding="utf-8")
     _print(report)

@@ -149,7 +149,7 @@ class MGC(nn.Module):
         nodes: Tensor = self.global_reasoning(torch.cat(collected, 1))
         if self.distribute == "all":
             return [nodes] * len(features)
-        return list(nodes.split([len(w) for w in self.entities], 1))
+        return list(torch.split(nodes, [len(w) for w in self.entities], 1))
 
     def _collect(self, level: int, x: Tensor, valid: Tensor | None) -> Tensor:
         pixels = x.flatten(2).transpose(1, 2)
