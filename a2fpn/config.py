@@ -22,6 +22,8 @@ STAGES = 5
 _LARGEST_ARGUMENT = 2**14
 _MOST_LAYERS = 100
 _LARGEST_IMAGE = 8192
+_LARGEST_POOL = 128
+_LARGEST_WEIGHT = 1000
 
 ConfigT = TypeVar("ConfigT")
 
@@ -198,16 +200,23 @@ class RCNNConfig(HeadsConfig):
             mmdetection's published CARAFE detectors.
         mask_channels: Width of the mask head's convolutions.
         mask_layers: Number of the mask head's convolutions.
-        mask_pool_size: Output size of the mask head's RoI pooling; masks have twice this size.
+        mask_pool_size: Output size of the mask head's RoI pooling; masks have twice this size. 28 gives masks of
+            56 x 56, at four times the mask branch's cost.
+        mask_boundary_weight: Weight of the mask loss at the edge of an object relative to the rest, see
+            :func:`a2fpn.heads.mask_targets.mask_loss`; 1 is the plain mean.
         head_norm: ``"bn"`` puts batch norm behind the convolutions of the box and mask heads, as torchvision's second
             version does.
         mask_paste: ``"exact"`` samples masks at pixel centres; ``"torchvision"`` rounds boxes to whole pixels first,
             for the same pixels as torchvision's detectors.
         roi_sampling_ratio: Samples per bin side in RoI pooling; 0 takes one per map pixel (detectron2, mmdetection).
-        roi_aligned: Whether RoI pooling shifts by half a pixel (detectron2's ``aligned=True``).
+        roi_aligned: Whether RoI pooling, of features and of mask targets, shifts by half a pixel (detectron2's
+            ``aligned=True``).
         unused_outputs: Outputs of the box predictor that stand for no class. They take part in the softmax and in
             post-processing, and what they find is dropped. torchvision's COCO detectors have ten, for the ids that
             COCO left out: without them scores would be others.
+
+    Raises:
+        ValueError: For a size or weight out of its range.
     """
 
     anchor_sizes: tuple[tuple[int, ...], ...] | None = None
@@ -234,6 +243,7 @@ class RCNNConfig(HeadsConfig):
     mask_channels: int = 256
     mask_layers: int = 4
     mask_pool_size: int = 14
+    mask_boundary_weight: float = 1.0
     mask_paste: Literal["exact", "torchvision"] = "exact"
     head_norm: Literal["none", "bn"] = "none"
     roi_sampling_ratio: int = 2
@@ -243,6 +253,13 @@ class RCNNConfig(HeadsConfig):
     def __post_init__(self) -> None:
         _check_layers(rpn_layers=self.rpn_layers, least=1)
         _check_layers(box_layers=self.box_layers, mask_layers=self.mask_layers)
+        if not 1 <= self.mask_pool_size <= _LARGEST_POOL:
+            raise ValueError(f"mask_pool_size must be between 1 and {_LARGEST_POOL}, got {self.mask_pool_size}.")
+        # Written so that NaN is bad as well.
+        if not 1 <= self.mask_boundary_weight <= _LARGEST_WEIGHT:
+            raise ValueError(
+                f"mask_boundary_weight must be between 1 and {_LARGEST_WEIGHT}, got {self.mask_boundary_weight}."
+            )
         if self.unused_outputs < 0:
             raise ValueError(f"unused_outputs must be 0 or more, got {self.unused_outputs}.")
 

@@ -104,6 +104,8 @@ class DataSection:
         strict: Stop at the first unreadable image or annotation instead of counting and skipping it.
         check_images: Images that are opened by the check before the first step; 0 does not check.
         group_by_aspect: Put only upright or only wide images into a batch, which saves padding.
+        passes: How often an epoch goes through the training images. After every epoch a checkpoint is written and the
+            loader starts anew, which takes much of a short one.
         repeat_threshold: Repeat images of classes that are on less than this share of the images (LVIS); 0 does not.
         copy_paste: Probability of pasting the objects of another image onto an image.
         oks_sigmas: Per keypoint how precisely people place it, for keypoint AP; empty takes those of COCO's 17.
@@ -124,6 +126,7 @@ class DataSection:
     strict: bool = False
     check_images: int = 32
     group_by_aspect: bool = True
+    passes: int = 1
     repeat_threshold: float = 0.0
     copy_paste: float = 0.0
     oks_sigmas: tuple[float, ...] = ()
@@ -179,7 +182,7 @@ class RunSection:
     Args:
         name: Name of the recipe, kept in the checkpoints.
         output: Folder for checkpoints, metrics, pictures, config.yaml and the log.
-        epochs: Passes over the training images.
+        epochs: Passes over the training images, each data.passes of them.
         max_steps: Stop after this many optimiser steps instead of after epochs.
         seed: Seed of everything random.
         mixed_precision: bf16 and fp16 run the network under autocast; weights stay in fp32.

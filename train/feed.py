@@ -102,8 +102,12 @@ class FolderFeed:
         rank: Index of this process.
         world_size: Number of processes.
         group_by_aspect: Whether a step has only upright or only wide images.
+        passes: How often an epoch goes through the data set.
         repeat_threshold: Images of classes that are on less than this share of the images are repeated; 0 is off.
         pin_memory: Whether batches are put into page-locked memory, for a GPU.
+
+    Raises:
+        ValueError: For less than one pass.
     """
 
     def __init__(
@@ -118,9 +122,13 @@ class FolderFeed:
         rank: int = 0,
         world_size: int = 1,
         group_by_aspect: bool = False,
+        passes: int = 1,
         repeat_threshold: float = 0.0,
         pin_memory: bool = False,
     ) -> None:
+        if passes < 1:
+            raise ValueError(f"data.passes must be at least 1, got {passes}.")
+        self._passes = passes
         self._num_samples = len(coco)
         self._batch_size, self._seed = batch_size, seed
         self._per_process = batch_size * grad_accumulation
@@ -149,7 +157,12 @@ class FolderFeed:
         yield from self._loader
 
     def _order(self, epoch: int) -> list[list[int]]:
-        """The samples of every step of an epoch.
+        """The samples of every step of an epoch."""
+        first = epoch * self._passes
+        return [step for number in range(first, first + self._passes) for step in self._pass(number)]
+
+    def _pass(self, epoch: int) -> list[list[int]]:
+        """The samples of every step of a pass through the data set.
 
         What is too little for a step of one group goes into mixed steps; less than a step's images are left out.
         """

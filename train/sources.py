@@ -43,6 +43,8 @@ def open_training_set(data: DataSection) -> TrainingSet:
     for name, value in {**folder_only, "copy_paste": data.copy_paste}.items():
         if value:
             raise ValueError(f"data.{name} needs a folder of images; set it to {type(value)(0)} for a stream.")
+    if data.passes != 1:
+        raise ValueError("data.passes needs a folder of images; set it to 1 for a stream.")
     options: dict[str, Any] = {"shuffle_buffer": stream.shuffle_buffer, "strict": data.strict}
     if stream.shards:
         return ShardDataset(stream.shards, **options)
@@ -165,6 +167,7 @@ def build_feed(config: TrainConfig, dataset: TrainingSet, model: Any, accelerato
         CopyPaste(dataset, probability=data.copy_paste) if data.copy_paste else dataset,
         dataset,
         group_by_aspect=data.group_by_aspect,
+        passes=data.passes,
         repeat_threshold=data.repeat_threshold,
         **options,
     )

@@ -110,6 +110,8 @@ class RCNN(Detector):
             score_thresh=heads.score_threshold,
             nms_thresh=heads.nms_threshold,
             detections_per_img=heads.detections_per_image,
+            aligned=heads.roi_aligned,
+            mask_boundary_weight=heads.mask_boundary_weight,
             **self.branches(pooled),
         )
 

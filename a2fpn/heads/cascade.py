@@ -41,6 +41,7 @@ class CascadeRules:
         scale_gradients: Whether the box heads' gradients into the pyramid are divided by the number of stages
             (detectron2, with loss weights of 1).
         aligned: Whether mask targets are cut out with RoIAlign's shift by half a pixel, as the features are.
+        mask_boundary_weight: See :func:`~a2fpn.heads.mask_targets.mask_loss`.
     """
 
     loss_weights: tuple[float, ...]
@@ -49,6 +50,7 @@ class CascadeRules:
     resample: bool = True
     scale_gradients: bool = False
     aligned: bool = True
+    mask_boundary_weight: float = 1.0
 
 
 class Samples(NamedTuple):
@@ -200,6 +202,7 @@ class CascadeRoIHeads(nn.Module):
             positives.labels,
             aligned=self.rules.aligned,
             binary=True,
+            boundary_weight=self.rules.mask_boundary_weight,
         )
         shared: Tensor = self.share(loss, sum(map(len, positives.labels)))
         return shared

@@ -186,13 +186,21 @@ def _set_rules(rules: Mapping[nn.Module, DetectionRule]) -> None:
 
 
 class DetectionRoIHeads(ChunkedRoIHeads):
-    """torchvision's RoI heads with a :class:`DetectionRule` that can be exchanged; it takes the same arguments.
+    """torchvision's RoI heads with a :class:`DetectionRule` that can be exchanged.
 
     The thresholds stay where torchvision keeps them.
+
+    Args:
+        *args: torchvision's.
+        aligned: Whether mask targets are cut out with RoIAlign's shift by half a pixel, as the features are.
+        mask_boundary_weight: See :func:`~a2fpn.heads.mask_targets.mask_loss`.
+        **kwargs: torchvision's.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, aligned: bool = False, mask_boundary_weight: float = 1.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.aligned = aligned
+        self.mask_boundary_weight = mask_boundary_weight
         self.rule = DetectionRule(self.score_thresh, self.nms_thresh, self.detections_per_img)
         self.share = LossShare()
 
@@ -215,6 +223,8 @@ class DetectionRoIHeads(ChunkedRoIHeads):
         targets: list[dict[str, Any]] | None = None,
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
         """As torchvision's; ``masks`` of a target are :class:`~a2fpn.masks.InstanceMasks`, the losses are the same.
+
+        Unless mask targets are aligned or their edges weighted, which torchvision does not do.
 
         Args:
             features: The pyramid.
@@ -241,6 +251,8 @@ class DetectionRoIHeads(ChunkedRoIHeads):
                 positives.boxes,
                 positives.objects,
                 positives.labels,
+                aligned=self.aligned,
+                boundary_weight=self.mask_boundary_weight,
             )
             losses["loss_mask"] = self.share(loss, sum(map(len, positives.labels)))
         if self.has_keypoint():
