@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import a2fpn
-from a2fpn.checkpoint import read_checkpoint
+from a2fpn.cli.hub import main
 from a2fpn.convert import from_detectron2, load_array_pickle, read_state_dict
 from a2fpn.preprocess import Preprocess
+from a2fpn.pretrained.checkpoint import read_checkpoint
 from benchmarks import parity
-from hub.__main__ import main
 from tests.helpers import randomise
 
 NAMES = ["fasterrcnn_fpn_r18", "maskrcnn_fpn_r18", "cascadercnn_fpn_r18", "cascademaskrcnn_fpn_r18"]

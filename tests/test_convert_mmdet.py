@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 import a2fpn
+from a2fpn.cli.hub import main
 from a2fpn.convert import from_mmdet
 from a2fpn.preprocess import Preprocess
-from hub.__main__ import main
 from tests.test_convert_detectron2 import SMALL, background_last, random_detector
 
 NAMES = [

@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from a2fpn.build import build_model
+from a2fpn.compose import compose
 from a2fpn.config import ModelConfig
-from a2fpn.factory import create_model
 
 POOLING = {"roi_aligned": True, "roi_sampling_ratio": 0, "anchor_rounding": False}
 """How detectron2 and mmdetection pool RoIs and place anchors."""
@@ -254,7 +255,7 @@ def convert(
     sizes = _sizes(state, name, layout)
     options = {"norm": "frozen", **pixels.overrides(), **sizes, **overrides}
     with torch.device("meta"):
-        model = create_model(name, **options)
+        model = build_model(compose(name, **options))
     if model.config.neck.name not in layout.necks:
         known = " or ".join(map(repr, layout.necks))
         raise ValueError(f"{layout.framework} detectors have neck {known}, {name!r} has {model.config.neck.name!r}.")

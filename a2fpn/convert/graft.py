@@ -27,13 +27,13 @@ import torch
 from torch import Tensor, nn
 
 from a2fpn._registry import did_you_mean
-from a2fpn.checkpoint import load_weights
 from a2fpn.config import ModelConfig, NeckConfig
 from a2fpn.detectors import DETECTORS, Detector
 from a2fpn.layers import GACAP, ConvNormAct
 from a2fpn.layers.fusion import KernelPredictor
 from a2fpn.necks import PyramidNeck, create_neck
 from a2fpn.necks.neck import StridedFusion
+from a2fpn.pretrained.checkpoint import load_weights
 from a2fpn.pyramid import PyramidSpec
 
 TARGETS = ("a2fpn", "a2fpn_lite", "carafe_fpn", "pafpn", "pafpn_mgc")

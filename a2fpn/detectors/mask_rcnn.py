@@ -10,7 +10,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
 from a2fpn.detectors.detector import Detection, register_detector
 from a2fpn.detectors.rcnn import RCNN
 from a2fpn.heads import CARAFEMaskPredictor, Float32MaskPredictor, paste_masks
-from a2fpn.heads.paste import PasteRule
+from a2fpn.masks.paste import PasteRule
 
 
 @register_detector("maskrcnn")

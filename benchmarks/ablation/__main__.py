@@ -23,6 +23,7 @@ import psutil
 import torch
 import typer
 
+from a2fpn.training.state import code_version
 from benchmarks import _measure as measure
 from benchmarks.ablation.arms import Arm, choose, parse_arm, with_detectors
 from benchmarks.ablation.plan import Circumstances, Plan, Run, find_recipe, read_recipe
@@ -30,7 +31,6 @@ from benchmarks.ablation.pool import Pool, environment, multi_process_service
 from benchmarks.ablation.records import append_record, check_fingerprint, failed, finished, read_records
 from benchmarks.ablation.report import Comparison, draw, print_report, write_page
 from benchmarks.ablation.throughput import as_json, measure_throughput
-from train.state import code_version
 
 UNFINISHED = 75  # EX_TEMPFAIL: come again
 

@@ -19,11 +19,11 @@ from torch.utils.data import Dataset
 
 import a2fpn
 from a2fpn.data import CocoDataset
+from a2fpn.training.cli import parse
+from a2fpn.training.config import TrainConfig
+from a2fpn.training.feed import FolderFeed
 from benchmarks.ablation.plan import Circumstances, Plan, Run, sha256
 from benchmarks.necks import count_gmacs
-from train.cli import parse
-from train.config import TrainConfig
-from train.feed import FolderFeed
 
 METRIC = re.compile(r"(bbox|segm)/ap(50|75|_small|_medium|_large)?")
 TAIL = 15  # lines of the log that a failed run leaves in its record
