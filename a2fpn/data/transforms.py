@@ -47,7 +47,8 @@ def train_transforms(
     An image is cropped, resized to the model's own size for it times a random factor, cropped again, recolored (before
     it is resized where that is less work), flipped and turned; it is never padded, which is the model's part. The
     boxes are then those of what is left of the masks, if there are masks, and objects of which too little is left are
-    dropped; so an image may end up without objects. Train on the result with ``model(images, targets, resize=False)``: the sizes are already the network's.
+    dropped; so an image may end up without objects. Train on the result with
+    ``model(images, targets, resize=False)``: the sizes are already the network's.
 
     Args:
         target_size: ``(H, W) -> (H, W)``, the size at which the model sees an image: its

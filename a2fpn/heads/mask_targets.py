@@ -15,7 +15,6 @@ from torchvision.ops import roi_align
 
 from a2fpn.masks import InstanceMasks
 
-
 _CELLS = 2**22
 """Pixels of the planes that are held at once, unless a single object takes more."""
 
