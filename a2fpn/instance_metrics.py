@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from a2fpn.data.coco import Annotation, CocoFile, read_coco
-from a2fpn.data.masks import Rle, decode_window, segmentation_to_rle
+from a2fpn.masks.rle import Rle, decode_window, segmentation_to_rle
 
 IOU_THRESHOLDS = tuple(percent / 100 for percent in range(50, 100, 5))
 """The ten of COCO, of the Data Science Bowl and of Caicedo et al."""
@@ -50,7 +50,7 @@ def label_image(
         ValueError: If there is not one score per mask, a mask is of another size, or a share is out of its range.
 
     Example:
-        >>> from a2fpn.data.masks import encode_masks
+        >>> from a2fpn.masks.rle import encode_masks
         >>> rles = encode_masks(np.array([[[1, 1, 0]], [[0, 1, 1]]]))
         >>> label_image(rles, (1, 3), scores=[0.9, 0.4]).tolist()
         [[1, 1, 2]]

@@ -9,17 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from a2fpn.config import (
-    BackboneConfig,
-    Category,
-    ModelConfig,
-    NeckConfig,
-    PreprocessConfig,
-    RCNNConfig,
-    from_dict,
-    heads_type,
-    to_dict,
-)
+from a2fpn._serialize import from_dict, to_dict
+from a2fpn.config import BackboneConfig, Category, ModelConfig, NeckConfig, PreprocessConfig, RCNNConfig, heads_type
 from a2fpn.detectors import DETECTORS
 
 positive = st.integers(1, 4000)

@@ -13,9 +13,9 @@ from torchvision.ops import box_iou
 
 import a2fpn
 from a2fpn.detectors import DETECTORS, RCNN, Detector
-from a2fpn.heads.mask_targets import mask_loss
-from a2fpn.heads.paste import PASTE_RULES, paste_masks
 from a2fpn.masks import InstanceMasks
+from a2fpn.masks.paste import PASTE_RULES, paste_masks
+from a2fpn.masks.targets import mask_loss
 from tests.helpers import random_target, randomise, tiny_model, torchvision_names, without_gradient
 
 MODELS = [f"{detector}_{neck}" for detector, neck in itertools.product(DETECTORS, ("fpn", "a2fpn"))]
@@ -520,7 +520,7 @@ def test_mask_targets_lie_where_the_features_are_pooled_and_edges_weigh_as_confi
         asked.append((logits.shape[-1], kwargs["aligned"], kwargs["boundary_weight"]))
         return mask_loss(logits, *args, **kwargs)
 
-    for module in ("nms", "cascade"):
+    for module in ("roi_heads", "cascade"):
         monkeypatch.setattr(f"a2fpn.heads.{module}.mask_loss", spy)
     wanted = set()
     for aligned, weight, pool in ((True, 3.0, 28), (False, 1.0, 14)):

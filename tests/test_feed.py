@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from a2fpn.data import CocoDataset, train_transforms
+from a2fpn.training.feed import FolderFeed
 from tests.coco_data import write_coco
-from train.feed import FolderFeed
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as nps
 
 from a2fpn.data import DataError, read_coco
-from a2fpn.data.masks import decode_rle, encode_masks
 from a2fpn.evaluation import annotations_as_detections
 from a2fpn.instance_metrics import (
     IOU_THRESHOLDS,
@@ -22,6 +21,7 @@ from a2fpn.instance_metrics import (
     instance_metrics,
     label_image,
 )
+from a2fpn.masks.rle import decode_rle, encode_masks
 
 LABELS = nps.arrays(
     np.int32, nps.array_shapes(min_dims=2, max_dims=2, max_side=7), elements=st.sampled_from([0, 3, 4, 9])

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.models.detection.roi_heads import maskrcnn_loss, project_masks_on_boxes
 
-from a2fpn.heads.mask_targets import at_edge, mask_loss, mask_targets
 from a2fpn.masks import InstanceMasks
+from a2fpn.masks.targets import at_edge, mask_loss, mask_targets
 
 ROUNDING = 1e-3  # stated by mask_targets for images of up to 4096 pixels
 

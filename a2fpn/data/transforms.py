@@ -19,11 +19,10 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from a2fpn.data.outlines import Outlines
 from a2fpn.masks import nearest_pixels
+from a2fpn.masks.outlines import Outlines
 
 Target = dict[str, Any]
-
 _PER_OBJECT = {"boxes", "labels", "masks", "keypoints", "iscrowd"}
 
 
@@ -47,8 +46,8 @@ def train_transforms(
     An image is cropped, resized to the model's own size for it times a random factor, cropped again, recolored (before
     it is resized where that is less work), flipped and turned; it is never padded, which is the model's part. The
     boxes are then those of what is left of the masks, if there are masks, and objects of which too little is left are
-    dropped; so an image may end up without objects. Train on the result with
-    ``model(images, targets, resize=False)``: the sizes are already the network's.
+    dropped; so an image may end up without objects. Train on the result with ``model(images, targets, resize=False)``:
+    the sizes are already the network's.
 
     Args:
         target_size: ``(H, W) -> (H, W)``, the size at which the model sees an image: its

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from a2fpn._registry import Registry
 from a2fpn.backbones import TimmBackbone
 from a2fpn.config import ModelConfig
-from a2fpn.heads.paste import PasteRule
 from a2fpn.heads.share import share_losses
 from a2fpn.masks import InstanceMasks
+from a2fpn.masks.paste import PasteRule
 from a2fpn.necks import Neck
 from a2fpn.preprocess import Batch, Preprocess, resize_boxes, resize_target
 from a2fpn.pyramid import Features, PyramidSpec

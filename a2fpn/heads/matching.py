@@ -16,7 +16,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torchvision.models.detection._utils import Matcher
-from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.ops import box_iou
 
 PAIRS_AT_ONCE = 2**23
@@ -93,42 +92,6 @@ def _iou_chunks(pairs: BoxPairs) -> Iterator[tuple[slice, Tensor]]:
     for start in range(0, len(pairs.boxes), step):
         rows = slice(start, start + step)
         yield rows, box_iou(pairs.objects, pairs.boxes[rows])
-
-
-class ChunkedRoIHeads(RoIHeads):  # type: ignore[misc]
-    """torchvision's ``RoIHeads`` with :class:`ChunkedMatcher`; it takes the same arguments."""
-
-    proposal_matcher: ChunkedMatcher
-
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        super().__init__(*args, **kwargs)
-        matcher = self.proposal_matcher
-        self.proposal_matcher = ChunkedMatcher(matcher.high_threshold, matcher.low_threshold)
-
-    def assign_targets_to_proposals(
-        self, proposals: list[Tensor], gt_boxes: list[Tensor], gt_labels: list[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Objects and labels for proposals.
-
-        Args:
-            proposals: Per image ``(N, 4)`` xyxy.
-            gt_boxes: Per image ``(G, 4)`` xyxy.
-            gt_labels: Per image ``(G,)`` from 1.
-
-        Returns:
-            Per image the index of each proposal's object, 0 where it has none, and its label: 0 is background, -1 is
-            ignored; ``(N,)`` int64 both.
-        """
-        indices, labels = [], []
-        for boxes, objects, classes in zip(proposals, gt_boxes, gt_labels, strict=True):
-            matches = self.proposal_matcher(BoxPairs(objects, boxes))
-            index = matches.clamp(min=0)
-            label = classes[index] if len(classes) else index.clone()
-            label[matches == BACKGROUND] = 0
-            label[matches == IGNORED] = -1
-            indices.append(index)
-            labels.append(label)
-        return indices, labels
 
 
 def match_locations(objects: Tensor, anchors: Tensor, *, per_level: Sequence[int], radius: float) -> Tensor:
