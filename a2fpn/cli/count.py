@@ -75,8 +75,8 @@ def count(
             (result,) = predictor([path])
             rows += [(str(path), name, result.counts.get(name, 0)) for name in names]
     grid = table("image", "class", "count")
-    for path, name, number in rows:
-        grid.add_row(escape(path), escape(name), str(number))
+    for file_name, name, number in rows:
+        grid.add_row(escape(file_name), escape(name), str(number))
     Console().print(grid)
     typer.echo(
         f"{count_of(sum(number for *_, number in rows), 'object')} in {count_of(len(paths), 'image')}, "
