@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "_serialize": ({"_registry"}, set()),
     "config": ({"_registry", "_serialize"}, set()),
     "pyramid": (set(), {"torch"}),
-    "layers": (set(), {"torch", "timm.layers"}),
+    "layers": (set(), {"torch", "timm.layers", "triton"}),
     "necks": ({"_registry", "layers", "pyramid"}, {"torch"}),
     "backbones": ({"_registry", "config", "layers", "pyramid"}, {"torch", "timm", "safetensors"}),
     "masks": (set(), {"numpy", "pycocotools", "torch", "torchvision"}),

@@ -7,6 +7,10 @@ Shape shorthand: ``B`` batch, ``C`` channels, ``(h, w)`` source map, ``(H, W)`` 
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import os
+import shutil
 import typing
 from typing import Literal
 
@@ -28,8 +32,8 @@ def reassemble(x: Tensor, kernels: Tensor, size: tuple[int, int], *, padding: Pa
     """Each target pixel becomes a weighted sum of the ``k x k`` neighbourhood of its nearest source pixel.
 
     The nearest source pixel of target pixel ``i`` is ``floor(i * h / H)``, as in nearest-neighbour interpolation,
-    for any pair of sizes, up or down. Windows are never gathered: the sum
-    and its gradients are weighted bags of pixels. Only ``x`` and ``kernels`` are kept for the backward pass.
+    for any pair of sizes, up or down. Windows are never gathered: the sum and its gradients are weighted bags of pixels,
+    or products of small matrices in Triton on an NVIDIA GPU. Only ``x`` and ``kernels`` are kept for the backward pass.
 
     Args:
         x: Source ``(B, C, h, w)``.
@@ -57,13 +61,30 @@ def reassemble(x: Tensor, kernels: Tensor, size: tuple[int, int], *, padding: Pa
         raise ValueError(f"Kernels need k * k channels with an odd k (9, 25, 49), got {kernels.shape[1]}.")
     if tuple(kernels.shape[-2:]) != tuple(size) or kernels.shape[0] != x.shape[0]:
         raise ValueError(f"Expected kernels ({x.shape[0]}, {k * k}, {size[0]}, {size[1]}), got {tuple(kernels.shape)}.")
-    kernels = kernels.to(x.dtype)
     if padding == "zeros":
         kernels = kernels.masked_fill(_beyond(x, kernels, k), 0)
+    if not torch.compiler.is_compiling() and _has_triton(x.device, x.dtype):
+        from a2fpn.layers.reassemble_triton import reassemble_triton
+
+        return reassemble_triton(x, kernels)
+    kernels = kernels.to(x.dtype)
     if torch.compiler.is_compiling() or x.device.type not in _BAG_DEVICES:
         return _reassemble_by_shifts(x, kernels, k)
     result: Tensor = _Reassemble.apply(x, kernels, k)
     return result
+
+
+@functools.cache
+def _has_triton(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the Triton kernels run there: on NVIDIA GPUs with TF32 and bfloat16, by a C compiler."""
+    return (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+        and dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and importlib.util.find_spec("triton") is not None
+        and any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
+    )
 
 
 def _source_index(target: int, source: int, device: torch.device) -> Tensor:

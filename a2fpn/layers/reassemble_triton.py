@@ -16,6 +16,7 @@ pixels, ``(r, c)`` source positions; strides are named after batch, channels, ro
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,11 +28,35 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Of maps that the kernels take."""
 
-Grid = tuple[int, int, int]
-
 # Sizes change from batch to batch and tell the compiler nothing; nor do strides of what is read number by number.
 _SIZES = ("h", "w", "height", "width")
 _WEIGHTS = ("weights_b", "weights_d", "weights_y", "weights_x")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Shape of the work of a kernel.
+
+    Args:
+        tile: Rows and columns of the pixels of a program; at least 64, which Hopper's matrix units multiply at a time.
+        part: Rows and columns of the pixels that are read at a time to sum over the rest; at least 16.
+        block: Channels of a program, or those summed at a time; at least 16.
+        num_warps: Of a program.
+        maxnreg: Registers of a thread at most, where a second program on the processor is worth spilling for.
+    """
+
+    tile: tuple[int, int]
+    part: tuple[int, int]
+    block: int
+    num_warps: int
+    maxnreg: int | None = None
+
+
+# Twice the size: windows of 4 x 16 targets lie in 6 x 12 source pixels, and 8 x 8 source pixels are read by 24 x 24
+# targets. By bytes of an element.
+SUMS = {2: Plan((4, 16), (2, 16), 128, 8), 4: Plan((4, 16), (2, 16), 128, 4)}
+MAP_GRADIENT = {2: Plan((8, 8), (4, 8), 128, 8, maxnreg=128), 4: Plan((8, 8), (4, 8), 128, 4)}
+KERNEL_GRADIENT = {2: Plan((4, 16), (8, 16), 64, 8, maxnreg=128), 4: Plan((4, 16), (4, 16), 32, 8)}
 
 
 def reassemble_triton(x: Tensor, kernels: Tensor) -> Tensor:
@@ -61,127 +86,76 @@ class _Reassemble(torch.autograd.Function):
             device=x.device,
             memory_format=torch.channels_last if last else torch.contiguous_format,
         )
-        _launch(_weighted_sums, x, kernels, out, tile=(4, 16), part=(2, 16), sizes=_sizes(x, kernels))
+        _launch(_weighted_sums, SUMS, out, out.shape[1], (x, kernels, out), x, kernels)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, kernels = ctx.saved_tensors  # type: ignore[attr-defined]
-        sizes = _sizes(x, kernels)
         of_x, of_kernels = (
             torch.empty_like(y) if wanted else None
             for y, wanted in zip((x, kernels), ctx.needs_input_grad, strict=True)  # type: ignore[attr-defined]
         )
         if of_x is not None:
-            _launch(_map_gradient, grad, kernels, of_x, tile=(8, 8), part=(4, 8), sizes=sizes)
+            _launch(_map_gradient, MAP_GRADIENT, of_x, of_x.shape[1], (grad, kernels, of_x), x, kernels)
         if of_kernels is not None:
-            _launch_kernel_gradient(x, grad, of_kernels, sizes)
+            # A sum over channels: one program for all.
+            _launch(_kernel_gradient, KERNEL_GRADIENT, of_kernels, 1, (x, grad, of_kernels), x, kernels)
         return of_x, of_kernels
 
 
-def _sizes(x: Tensor, kernels: Tensor) -> tuple[int, ...]:
-    return (*x.shape[1:], *kernels.shape[2:])
-
-
-def _side(kernels: Tensor) -> int:
-    return round(kernels.shape[1] ** 0.5)
-
-
 def _launch(
-    kernel: Any,
-    source: Tensor,
+    kernel: Any, plans: dict[int, Plan], result: Tensor, channels: int, operands: tuple[Tensor, ...], x: Tensor,
     kernels: Tensor,
-    result: Tensor,
-    *,
-    tile: tuple[int, int],
-    part: tuple[int, int],
-    sizes: tuple[int, ...],
-) -> None:
-    """Runs a weighted sum of pixels, one program per tile of the result and block of channels.
-
-    Args:
-        kernel: What to run.
-        source: What is summed.
-        kernels: Weights.
-        result: Written; a map with as many channels as ``source``.
-        tile: Rows and columns of a tile; at least 64 pixels, which Hopper's matrix units multiply at a time.
-        part: Rows and columns of what is read of ``source`` at a time; at least 16 pixels.
-        sizes: Channels, and the sizes of source and target of the forward pass.
-    """
-    channels = result.shape[1]
-    block = _block(channels, 512 // result.element_size())
-    tiles = triton.cdiv(result.shape[2], tile[0]) * triton.cdiv(result.shape[3], tile[1])
+) -> None:  # fmt: skip
+    """Runs a kernel: a program for each tile of ``result`` and block of ``channels``."""
+    plan = plans[x.element_size()]
+    block = max(16, min(triton.next_power_of_2(x.shape[1]), plan.block))
+    tiles = triton.cdiv(result.shape[2], plan.tile[0]) * triton.cdiv(result.shape[3], plan.tile[1])
+    options = {} if plan.maxnreg is None else {"maxnreg": plan.maxnreg}
     with torch.cuda.device_of(result):
         kernel[(tiles, triton.cdiv(channels, block), len(result))](
-            source,
-            kernels,
-            result,
-            *sizes,
-            *source.stride(),
-            *kernels.stride(),
-            *result.stride(),
-            k=_side(kernels),
-            rows=tile[0],
-            columns=tile[1],
-            part_rows=part[0],
-            part_columns=part[1],
+            *operands,
+            *x.shape[1:],
+            *kernels.shape[2:],
+            *(stride for operand in operands for stride in operand.stride()),
+            k=round(kernels.shape[1] ** 0.5),
+            rows=plan.tile[0],
+            columns=plan.tile[1],
+            part_rows=plan.part[0],
+            part_columns=plan.part[1],
             block=block,
-            num_warps=8 if block == 256 else 4,
+            num_warps=plan.num_warps,
+            **options,
         )
-
-
-def _launch_kernel_gradient(x: Tensor, grad: Tensor, result: Tensor, sizes: tuple[int, ...]) -> None:
-    rows, columns = 4, 16
-    tiles = triton.cdiv(grad.shape[2], rows) * triton.cdiv(grad.shape[3], columns)
-    with torch.cuda.device_of(result):
-        _kernel_gradient[(tiles, 1, len(result))](
-            x,
-            grad,
-            result,
-            *sizes,
-            *x.stride(),
-            *grad.stride(),
-            *result.stride(),
-            k=_side(result),
-            rows=rows,
-            columns=columns,
-            # Twice the size: the windows of 4 x 16 targets lie in 6 x 12 or 7 x 13 pixels, one part.
-            part_rows=8,
-            part_columns=16,
-            block=_block(x.shape[1], 128 // x.element_size()),
-            num_warps=4,
-        )
-
-
-def _block(channels: int, most: int) -> int:
-    """Channels of a program; a product has at least 16."""
-    return max(16, min(triton.next_power_of_2(channels), most))
 
 
 @triton.jit
-def _pixels(row: Any, column: Any, rows: tl.constexpr, columns: tl.constexpr) -> Any:
+def _pixels(row: tl.tensor, column: tl.tensor, rows: tl.constexpr, columns: tl.constexpr) -> tl.tensor:
     """Rows and columns of the pixels of a rectangle, from its first on, row by row."""
     flat = tl.arange(0, rows * columns)
     return row + flat // columns, column + flat % columns
 
 
 @triton.jit
-def _tile(height: Any, width: Any, rows: tl.constexpr, columns: tl.constexpr) -> Any:
+def _tile(height: tl.tensor, width: tl.tensor, rows: tl.constexpr, columns: tl.constexpr) -> tl.tensor:
     """First row and column of the tile of this program."""
     across = tl.cdiv(width, columns)
     return tl.program_id(0) // across * rows, tl.program_id(0) % across * columns
 
 
 @triton.jit
-def _region(start: Any, count: tl.constexpr, source: Any, target: Any, k: tl.constexpr) -> Any:
+def _region(start: tl.tensor, count: tl.constexpr, source: tl.tensor, target: tl.tensor, k: tl.constexpr) -> tl.tensor:
     """Along one axis the source positions, begin and end, of the windows of ``count`` targets."""
     last = tl.minimum(start + count, target) - 1
     return start * source // target - k // 2, last * source // target + k // 2 + 1
 
 
 @triton.jit
-def _readers(start: Any, count: tl.constexpr, shift: Any, source: Any, target: Any, k: tl.constexpr) -> Any:
+def _readers(
+    start: tl.tensor, count: tl.constexpr, shift: tl.tensor, source: tl.tensor, target: tl.tensor, k: tl.constexpr
+) -> tl.tensor:
     """Along one axis the targets, begin and end, whose windows reach ``count`` source pixels, shifted.
 
     A shift is for edge pixels alone: they are read in place of the positions beyond them.
@@ -193,15 +167,16 @@ def _readers(start: Any, count: tl.constexpr, shift: Any, source: Any, target: A
 
 
 @triton.jit
-def _clamp(position: Any, size: Any) -> Any:
+def _clamp(position: tl.tensor, size: tl.tensor) -> tl.tensor:
     return tl.minimum(tl.maximum(position, 0), size - 1)
 
 
 @triton.jit
 def _window(
-    i: Any, j: Any, r: Any, c: Any, h: Any, w: Any, height: Any, width: Any,
-    weights_d: Any, weights_y: Any, weights_x: Any, k: tl.constexpr,
-) -> Any:  # fmt: skip
+    i: tl.tensor, j: tl.tensor, r: tl.tensor, c: tl.tensor,
+    h: tl.tensor, w: tl.tensor, height: tl.tensor, width: tl.tensor,
+    weights_d: tl.tensor, weights_y: tl.tensor, weights_x: tl.tensor, k: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
     """Offsets of the weights of source positions in the windows of targets, and which are in them."""
     a, b = i * h // height, j * w // width
     inside = (i < height) & (j < width) & (tl.abs(r - a) <= k // 2) & (tl.abs(c - b) <= k // 2)
@@ -212,7 +187,9 @@ def _window(
 
 
 @triton.jit
-def _offsets(row: Any, column: Any, channel: Any, stride_d: Any, stride_y: Any, stride_x: Any) -> Any:
+def _offsets(
+    row: tl.tensor, column: tl.tensor, channel: tl.tensor, stride_d: tl.tensor, stride_y: tl.tensor, stride_x: tl.tensor
+) -> tl.tensor:
     """Offsets ``(pixels, channels)`` in a map."""
     pixel = row.to(tl.int64) * stride_y + column.to(tl.int64) * stride_x
     return pixel[:, None] + channel.to(tl.int64)[None, :] * stride_d
@@ -220,11 +197,11 @@ def _offsets(row: Any, column: Any, channel: Any, stride_d: Any, stride_y: Any, 
 
 @triton.jit(do_not_specialize=(*_SIZES, *_WEIGHTS))
 def _weighted_sums(
-    x: Any, weights: Any, out: Any,
-    channels: Any, h: Any, w: Any, height: Any, width: Any,
-    x_b: Any, x_d: Any, x_y: Any, x_x: Any,
-    weights_b: Any, weights_d: Any, weights_y: Any, weights_x: Any,
-    out_b: Any, out_d: Any, out_y: Any, out_x: Any,
+    x: tl.tensor, weights: tl.tensor, out: tl.tensor,
+    channels: tl.tensor, h: tl.tensor, w: tl.tensor, height: tl.tensor, width: tl.tensor,
+    x_b: tl.tensor, x_d: tl.tensor, x_y: tl.tensor, x_x: tl.tensor,
+    weights_b: tl.tensor, weights_d: tl.tensor, weights_y: tl.tensor, weights_x: tl.tensor,
+    out_b: tl.tensor, out_d: tl.tensor, out_y: tl.tensor, out_x: tl.tensor,
     k: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
     part_rows: tl.constexpr, part_columns: tl.constexpr, block: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -254,11 +231,11 @@ def _weighted_sums(
 
 @triton.jit(do_not_specialize=(*_SIZES, *_WEIGHTS))
 def _map_gradient(
-    grad: Any, weights: Any, result: Any,
-    channels: Any, h: Any, w: Any, height: Any, width: Any,
-    grad_b: Any, grad_d: Any, grad_y: Any, grad_x: Any,
-    weights_b: Any, weights_d: Any, weights_y: Any, weights_x: Any,
-    result_b: Any, result_d: Any, result_y: Any, result_x: Any,
+    grad: tl.tensor, weights: tl.tensor, result: tl.tensor,
+    channels: tl.tensor, h: tl.tensor, w: tl.tensor, height: tl.tensor, width: tl.tensor,
+    grad_b: tl.tensor, grad_d: tl.tensor, grad_y: tl.tensor, grad_x: tl.tensor,
+    weights_b: tl.tensor, weights_d: tl.tensor, weights_y: tl.tensor, weights_x: tl.tensor,
+    result_b: tl.tensor, result_d: tl.tensor, result_y: tl.tensor, result_x: tl.tensor,
     k: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
     part_rows: tl.constexpr, part_columns: tl.constexpr, block: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -294,11 +271,11 @@ def _map_gradient(
 
 @triton.jit(do_not_specialize=(*_SIZES, *_WEIGHTS))
 def _kernel_gradient(
-    x: Any, grad: Any, weights: Any,
-    channels: Any, h: Any, w: Any, height: Any, width: Any,
-    x_b: Any, x_d: Any, x_y: Any, x_x: Any,
-    grad_b: Any, grad_d: Any, grad_y: Any, grad_x: Any,
-    weights_b: Any, weights_d: Any, weights_y: Any, weights_x: Any,
+    x: tl.tensor, grad: tl.tensor, weights: tl.tensor,
+    channels: tl.tensor, h: tl.tensor, w: tl.tensor, height: tl.tensor, width: tl.tensor,
+    x_b: tl.tensor, x_d: tl.tensor, x_y: tl.tensor, x_x: tl.tensor,
+    grad_b: tl.tensor, grad_d: tl.tensor, grad_y: tl.tensor, grad_x: tl.tensor,
+    weights_b: tl.tensor, weights_d: tl.tensor, weights_y: tl.tensor, weights_x: tl.tensor,
     k: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
     part_rows: tl.constexpr, part_columns: tl.constexpr, block: tl.constexpr,
 ) -> None:  # fmt: skip

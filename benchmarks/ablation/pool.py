@@ -23,7 +23,7 @@ from benchmarks.ablation.plan import Run
 LEAST = 45.0  # seconds that must be left for a run to be started
 POLL = 0.5  # seconds
 _PR_SET_PDEATHSIG = 1
-_STOPPED = (-signal.SIGTERM, -signal.SIGKILL, 128 + signal.SIGTERM)
+_ASKED = (-signal.SIGTERM, 128 + signal.SIGTERM)  # what a training that was asked to stop ends with
 _LENGTH = re.compile(rb"(\d+) steps in \d+ epochs")
 _STEP = re.compile(rb"step (\d+)")
 
@@ -113,6 +113,7 @@ class Pool:
         start = time.monotonic()
         stop_at = start + self.seconds - self.grace
         waiting, running, said = list(runs), list[Job](), start
+        stopped = list[Run]()
         done = failures = 0
         with _noting_signals(self._note):
             while (waiting or running) and time.monotonic() < stop_at and not self._signal:
@@ -124,9 +125,8 @@ class Pool:
                 time.sleep(POLL)
                 for job in [job for job in running if job.process.poll() is not None]:
                     running.remove(job)
-                    if job.process.returncode in _STOPPED:  # by someone else; its checkpoint is there
-                        waiting.append(job.run)
-                        self._signal = self._signal or signal.SIGTERM
+                    if job.process.returncode in _ASKED:  # by someone else; its checkpoint is there
+                        stopped.append(job.run)
                         continue
                     success = job.process.returncode == 0
                     done, failures = done + success, failures + (not success)
@@ -134,8 +134,7 @@ class Pool:
                 if time.monotonic() - said >= self.every:
                     said = time.monotonic()
                     self._say(running, len(waiting), done, failures, said - start)
-            waiting = [*self._stop(running, ended), *waiting]
-        return waiting
+            return [*stopped, *self._stop(running, ended), *waiting]
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._signal = number
@@ -150,9 +149,10 @@ class Pool:
                 job.process.wait(max(0.1, limit - time.monotonic()))
         unfinished = []
         for job in running:
-            if job.process.poll() is None:
+            late = job.process.poll() is None
+            if late:
                 job.kill()
-            if job.process.returncode in _STOPPED:
+            if late or job.process.returncode in _ASKED:
                 unfinished.append(job.run)
             else:
                 ended(job.run, job.process.returncode == 0)
