@@ -32,6 +32,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "_plugins": ({"errors"}, set()),
     "_registry": ({"_plugins", "errors"}, set()),
     "_atomic": (set(), set()),
+    "device": (set(), {"torch"}),
     "_version": (set(), set()),
     "errors": (set(), set()),
     "_serialize": ({"errors", "_registry"}, set()),
@@ -40,9 +41,9 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "layers": ({"errors"}, {"torch", "timm.layers", "triton"}),
     "necks": ({"errors", "_registry", "layers", "pyramid"}, {"torch"}),
     "backbones": ({"_plugins", "errors", "_registry", "config", "layers", "pyramid"}, {"torch", "timm", "safetensors"}),
-    "masks": ({"errors"}, {"numpy", "pycocotools", "torch", "torchvision"}),
+    "masks": ({"device", "errors"}, {"numpy", "pycocotools", "torch", "torchvision"}),
     "preprocess": ({"errors", "config", "masks"}, {"torch"}),
-    "heads": ({"errors", "layers", "masks", "pyramid"}, {"torch", "torchvision"}),
+    "heads": ({"device", "errors", "layers", "masks", "pyramid"}, {"torch", "torchvision"}),
     "detectors": (
         {"errors", "_registry", "backbones", "config", "heads", "masks", "necks", "preprocess", "pyramid"},
         {"torch", "torchvision"},
@@ -59,8 +60,10 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         {"datasets", "fsspec", "torch", "torchvision", "numpy", "PIL", "pycocotools"},
     ),
     "evaluation": ({"data", "errors", "masks"}, {"faster_coco_eval", "hotcoco", "numpy", "pycocotools"}),
+    "instance_metrics": ({"data", "masks"}, {"numpy"}),
+    "counting": (set(), {"numpy"}),
     "inference": (
-        {"config", "data", "detectors", "errors", "heads", "masks", "preprocess", "pyramid"},
+        {"config", "data", "detectors", "device", "errors", "heads", "masks", "preprocess", "pyramid"},
         {
             *("contourpy", "matplotlib", "numpy", "PIL", "pycocotools", "supervision", "timm.layers"),
             *("timm.models.resnet", "torch", "torchvision"),

@@ -47,10 +47,15 @@ class Facts:
         licence: Licence of the weights.
         recipe: How it was trained.
         max_detections: Best detections per image and class that counted for the metrics.
+<<<<<<< HEAD
         packages: Packages outside a2fpn and timm that define its neck, detector or backbone.
+=======
+        count_threshold: Score from which objects count, chosen on annotated images, see :mod:`a2fpn.counting`.
+>>>>>>> main
 
     Raises:
         TypeError: If a metric is no number.
+        ValueError: If the threshold is not in [0, 1].
     """
 
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -59,12 +64,22 @@ class Facts:
     licence: str | None = None
     recipe: str | None = None
     max_detections: int = 100
+<<<<<<< HEAD
     packages: tuple[str, ...] = ()
+=======
+    count_threshold: float | None = None
+>>>>>>> main
 
     def __post_init__(self) -> None:
         for key, value in self.metrics.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)):
+<<<<<<< HEAD
                 raise ConfigTypeError(f"The metric {key!r} must be a number, got {value!r}.")
+=======
+                raise TypeError(f"The metric {key!r} must be a number, got {value!r}.")
+        if self.count_threshold is not None and not 0 <= self.count_threshold <= 1:
+            raise ValueError(f"count_threshold must lie in [0, 1], got {self.count_threshold}.")
+>>>>>>> main
         object.__setattr__(self, "metrics", {key: float(value) for key, value in self.metrics.items()})
 
 
@@ -142,6 +157,30 @@ def save_checkpoint(
         description.write_text(json.dumps(to_dict(checkpoint), indent=2) + "\n", encoding="utf-8")
         weights.chmod(description.stat().st_mode)  # safetensors makes files that only their owner may read
     return directory
+
+
+def add_metadata(directory: str | Path, **facts: Any) -> Checkpoint:
+    """Writes facts into the metadata of a checkpoint folder, over those of the same names; the weights stay.
+
+    Args:
+        directory: The folder.
+        **facts: JSON values.
+
+    Returns:
+        What ``config.json`` then holds.
+
+    Raises:
+        CheckpointError: See :func:`read_checkpoint`.
+        TypeError: If a fact cannot be written as JSON, or is of another type than :class:`Facts` has.
+        ValueError: If a fact is out of its range.
+    """
+    json.dumps(facts)
+    checkpoint = read_checkpoint(directory)
+    checkpoint = dataclasses.replace(checkpoint, metadata={**checkpoint.metadata, **facts})
+    description = Path(directory) / f".{CONFIG_FILE}.tmp"
+    description.write_text(json.dumps(to_dict(checkpoint), indent=2) + "\n", encoding="utf-8")
+    os.replace(description, Path(directory) / CONFIG_FILE)
+    return checkpoint
 
 
 def read_checkpoint(directory: str | Path) -> Checkpoint:
