@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from a2fpn.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class CountCalibration:
@@ -47,11 +49,11 @@ def calibrate_counts(scores: Sequence[Sequence[float]], counts: Sequence[int]) -
         0.55
     """
     if len(scores) != len(counts) or not len(counts):
-        raise ValueError(f"Expected scores and a count for one or more images, got {len(scores)} and {len(counts)}.")
+        raise ConfigError(f"Expected scores and a count for one or more images, got {len(scores)} and {len(counts)}.")
     ascending = [np.sort(np.asarray(own, np.float64)) for own in scores]
     every = np.unique(np.concatenate(ascending))
     if not ((every >= 0) & (every <= 1)).all():
-        raise ValueError("Scores must lie in [0, 1].")
+        raise ConfigError("Scores must lie in [0, 1].")
     # The threshold of a score counts its object; all thresholds down to the next score below count the same.
     edges = every if len(every) and every[-1] == 1 else np.append(every, 1.0)
     errors = _errors(ascending, counts, edges)

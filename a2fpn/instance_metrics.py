@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from a2fpn.data.coco import Annotation, CocoFile, read_coco
+from a2fpn.errors import ConfigError
 from a2fpn.masks.rle import Rle, decode_window, segmentation_to_rle
 
 IOU_THRESHOLDS = tuple(percent / 100 for percent in range(50, 100, 5))
@@ -58,14 +59,14 @@ def label_image(
         [[1, 1, 0]]
     """
     if scores is not None and len(scores) != len(rles):
-        raise ValueError(f"{len(rles)} masks came with {len(scores)} scores.")
+        raise ConfigError(f"{len(rles)} masks came with {len(scores)} scores.")
     if not 0 <= min_visible <= 1:
-        raise ValueError(f"min_visible must lie in [0, 1], got {min_visible}.")
+        raise ConfigError(f"min_visible must lie in [0, 1], got {min_visible}.")
     labels = np.zeros(size, np.int32)
     windows = []
     for rle in rles:
         if tuple(rle["size"]) != tuple(size):
-            raise ValueError(f"A mask of {tuple(rle['size'])} pixels does not fit a label image of {tuple(size)}.")
+            raise ConfigError(f"A mask of {tuple(rle['size'])} pixels does not fit a label image of {tuple(size)}.")
         windows.append(decode_window(rle))
     areas = [int(crop.sum()) for crop, _ in windows]
     ranks = [0.0] * len(rles) if scores is None else list(map(float, scores))
@@ -102,7 +103,7 @@ class Overlap:
             ValueError: If the images are of different sizes.
         """
         if truth.shape != found.shape:
-            raise ValueError(f"Label images must be of one size, got {truth.shape} and {found.shape}.")
+            raise ConfigError(f"Label images must be of one size, got {truth.shape} and {found.shape}.")
         (true_ids, true_index), (found_ids, found_index) = (
             np.unique(labels, return_inverse=True) for labels in (truth, found)
         )
@@ -132,7 +133,7 @@ class Overlap:
             ValueError: For a threshold below 0.5, at which an object may match two.
         """
         if not all(0.5 <= threshold <= 1 for threshold in thresholds):
-            raise ValueError(f"IoU thresholds must lie in [0.5, 1], got {list(thresholds)}.")
+            raise ConfigError(f"IoU thresholds must lie in [0.5, 1], got {list(thresholds)}.")
         ious = self.ious
         return [int((ious > threshold).sum()) for threshold in thresholds]
 
@@ -230,7 +231,7 @@ def instance_metrics(overlaps: Iterable[Overlap], *, thresholds: Sequence[float]
     """
     images = list(overlaps)
     if not images:
-        raise ValueError("There must be at least one image to compare.")
+        raise ConfigError("There must be at least one image to compare.")
     hits = np.array([image.matches(thresholds) for image in images], np.float64)
     true = np.array([len(image.truth) for image in images], np.float64)
     found = np.array([len(image.found) for image in images], np.float64)
@@ -294,13 +295,13 @@ def evaluate_instances(
     """
     coco = read_coco(ground_truth)
     if not coco.has_masks:
-        raise ValueError(f"{coco.name} has no masks; instance metrics compare masks.")
+        raise ConfigError(f"{coco.name} has no masks; instance metrics compare masks.")
     names = {category.id: category.name for category in coco.categories}
     chosen: dict[tuple[int, int], list[tuple[Rle, float]]] = {}
     for number, raw in enumerate(detections):
         image, category = coco.images.get(raw["image_id"]), raw["category_id"]
         if image is None or category not in names or "segmentation" not in raw:
-            raise ValueError(f"Detection {number} must have a known image_id and category_id and a segmentation.")
+            raise ConfigError(f"Detection {number} must have a known image_id and category_id and a segmentation.")
         if raw["score"] >= score_threshold:
             rle = segmentation_to_rle(raw["segmentation"], image.height, image.width)
             chosen.setdefault((category, image.id), []).append((rle, float(raw["score"])))

@@ -110,13 +110,8 @@ class Preprocess(nn.Module):
         if image.ndim != 3 or image.shape[0] != channels or image.numel() == 0:
             raise ConfigError(f"Expected an image ({channels}, H, W) with H, W >= 1, got {tuple(image.shape)}.")
         if image.dtype != torch.uint8 and not image.is_floating_point():
-<<<<<<< HEAD
             raise ConfigTypeError(f"Expected a float image in [0, 1] or a uint8 image in [0, 255], got {image.dtype}.")
-        x = image.to(self.mean.device)
-=======
-            raise TypeError(f"Expected a float image in [0, 1] or a uint8 image in [0, 255], got {image.dtype}.")
         x = image.to(self.mean.device, non_blocking=True)
->>>>>>> main
         x = x.float().div(255) if x.dtype == torch.uint8 else x.float()
         x = (x - self.mean) / self.std
         size = self.target_size(int(x.shape[1]), int(x.shape[2]))

@@ -60,8 +60,8 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         {"datasets", "fsspec", "torch", "torchvision", "numpy", "PIL", "pycocotools"},
     ),
     "evaluation": ({"data", "errors", "masks"}, {"faster_coco_eval", "hotcoco", "numpy", "pycocotools"}),
-    "instance_metrics": ({"data", "masks"}, {"numpy"}),
-    "counting": (set(), {"numpy"}),
+    "instance_metrics": ({"errors", "data", "masks"}, {"numpy"}),
+    "counting": ({"errors"}, {"numpy"}),
     "inference": (
         {"config", "data", "detectors", "device", "errors", "heads", "masks", "preprocess", "pyramid"},
         {
@@ -92,6 +92,8 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
             "_plugins",
             "_version",
             "convert",
+            "counting",
+            "instance_metrics",
             "data",
             "evaluation",
             "heads",

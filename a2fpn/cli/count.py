@@ -138,7 +138,7 @@ def calibrate(
 
 def _threshold(model: str, wanted: float | None) -> tuple[float, str]:
     """The score from which objects count, and who says so."""
-    from a2fpn.pretrained.catalog import WeightsConfig, find_weights
+    from a2fpn.pretrained.catalog import EmbeddedWeights, find_weights
     from a2fpn.pretrained.checkpoint import read_checkpoint
 
     if wanted is not None:
@@ -146,7 +146,7 @@ def _threshold(model: str, wanted: float | None) -> tuple[float, str]:
     found = find_weights(model)
     known = (
         found[1].folder
-        if found is not None and isinstance(found[1], WeightsConfig)
+        if found is not None and isinstance(found[1], EmbeddedWeights)
         else Path(model.removeprefix("local-dir:"))
     )
     stored = read_checkpoint(known).facts.count_threshold if known.is_dir() else None

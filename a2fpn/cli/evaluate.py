@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-<<<<<<< HEAD
-from collections.abc import Iterator, Sequence
-=======
 import math
 from collections.abc import Iterable, Iterator, Mapping
->>>>>>> main
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,18 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-<<<<<<< HEAD
-from a2fpn.cli.format import ap_text, as_text, progress_bar, table
-=======
-from a2fpn.config import KeypointRCNNConfig
-
-if TYPE_CHECKING:
-    from a2fpn.data import CocoDataset
-    from a2fpn.detectors import Detector
-    from a2fpn.evaluation import CocoMetrics
-    from a2fpn.inference import Predictor
 from a2fpn.cli.format import ap_text, as_text, count_of, progress_bar, table
->>>>>>> main
 from a2fpn.cli.options import (
     Device,
     Model,
@@ -48,7 +33,8 @@ from a2fpn.errors import ConfigError
 if TYPE_CHECKING:
     from a2fpn.data import CocoDataset
     from a2fpn.detectors import Detector
-    from a2fpn.evaluation import Backend, CocoMetrics
+    from a2fpn.evaluation import CocoMetrics
+    from a2fpn.inference import Predictor
 
 
 METRICS = {
@@ -142,20 +128,10 @@ def evaluate(
     What the model predicts and the file has annotated is measured. Categories are matched by id. An image that can't
     be read is an error: left out, it would count as missed.
     """
-<<<<<<< HEAD
-    metrics = measure(
-        model,
-        images,
-        annotations,
-        max_detections=max_detections,
-        oks_sigmas=None if oks_sigmas is None else _numbers(oks_sigmas),
-        backend=backend,
-        device=device,
-=======
     from a2fpn.evaluation import COCO_SIGMAS, common_iou_types, evaluate_coco
 
     if score_threshold is not None and metrics != "instances":
-        raise ValueError("--score-threshold is of --metrics instances; COCO's AP takes all objects by their scores.")
+        raise ConfigError("--score-threshold is of --metrics instances; COCO's AP takes all objects by their scores.")
     detector = load_detector(model)
     dataset = open_annotated(detector, images, annotations)
     kinds = common_iou_types(dataset.coco, detector.target_keys)
@@ -164,7 +140,6 @@ def evaluate(
     predictor = build_predictor(
         detector,
         device,
->>>>>>> main
         optimize=optimize,
         dtype=dtype,
         nms_threshold=nms_threshold,
@@ -174,81 +149,19 @@ def evaluate(
         overlap=overlap,
         tta=tta,
     )
-<<<<<<< HEAD
-    _print_metrics(metrics, title=f"{model} on {annotations}")
-    if save is not None:
-        numbers = {"max_detections": max_detections, **metrics.to_dict(per_class=True)}
-        save.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
-        typer.echo(f"The numbers are in {save}")
-
-
-def measure(
-    model: str,
-    images: Path,
-    annotations: Path,
-    *,
-    max_detections: int = 100,
-    oks_sigmas: Sequence[float] | None = None,
-    backend: Backend = "auto",
-    device: str | None = None,
-    optimize: bool = False,
-    dtype: str = "float32",
-    **options: Any,
-) -> CocoMetrics:
-    """Evaluates a model on annotated images.
-
-    Args:
-        model: As in :func:`a2fpn.from_pretrained`.
-        images: The image folder.
-        annotations: The COCO file.
-        max_detections: Detections that count per image and class.
-        oks_sigmas: One per keypoint; None takes COCO's.
-        backend: See :func:`a2fpn.evaluation.evaluate_coco`.
-        device: Where to run; None takes CUDA where there is one.
-        optimize: Whether to optimize the model first.
-        dtype: ``"float32"`` or ``"bf16"``.
-        **options: Fields of :class:`a2fpn.inference.PredictOptions`.
-
-    Raises:
-        ValueError: If model and data mean different things by the same category, or have other keypoints.
-    """
-    from a2fpn.data import CocoDataset, read_image
-    from a2fpn.evaluation import COCO_SIGMAS, common_iou_types, evaluate_coco
-
-    detector = load_detector(model)
-    dataset = CocoDataset(images, annotations, categories=detector.config.categories or None)
-    _check_categories(detector, dataset)
-    kinds = common_iou_types(dataset.coco, detector.target_keys)
-    if "keypoints" in kinds:
-        _check_keypoints(detector, dataset)
-    predictor = build_predictor(detector, device, optimize=optimize, dtype=dtype, **options)
-    predictor.categories = dataset.categories
-    known = {category.id for category in dataset.coco.categories}
-
-    def records() -> Iterator[dict[str, Any]]:
-        with progress_bar() as progress:
-            for entry in progress.track(list(dataset.coco.images.values()), description="evaluating"):
-                (result,) = predictor.predict([read_image(images / entry.file_name, size=(entry.height, entry.width))])
-                yield from (record for record in result.to_coco(entry.id) if record["category_id"] in known)
-
-    return evaluate_coco(
-=======
     title = f"{model} on {count_of(len(dataset), 'image')}"
     records = predict_annotated(predictor, dataset, images)
     if metrics == "instances":
         _evaluate_instances(dataset, records, 0.5 if score_threshold is None else score_threshold, title, save)
         return
     measured = evaluate_coco(
->>>>>>> main
         dataset.coco,
         records,
         iou_types=kinds,
         max_detections=max_detections,
-        oks_sigmas=COCO_SIGMAS if oks_sigmas is None else oks_sigmas,
+        oks_sigmas=COCO_SIGMAS if oks_sigmas is None else _numbers(oks_sigmas),
         backend=backend,
     )
-<<<<<<< HEAD
-=======
     _print_metrics(measured, title=title)
     _save({"max_detections": max_detections, **measured.to_dict(per_class=True)}, save)
 
@@ -300,7 +213,6 @@ def _save(numbers: Mapping[str, float | None], path: Path | None) -> None:
     if path is not None:
         path.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
         typer.echo(f"The numbers are in {path}")
->>>>>>> main
 
 
 def _check_categories(detector: Detector, dataset: CocoDataset) -> None:

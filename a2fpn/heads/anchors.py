@@ -14,14 +14,11 @@ from torch import Tensor
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 
-<<<<<<< HEAD
-from a2fpn.errors import ConfigError
-=======
 from a2fpn import device
+from a2fpn.errors import ConfigError
 
 _KEPT = 8
 """Image sizes whose anchors a module keeps on a device that the host runs ahead of."""
->>>>>>> main
 
 
 class StrideAnchors(AnchorGenerator):  # type: ignore[misc]

@@ -16,11 +16,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image, remove_small_boxes
 
-<<<<<<< HEAD
-from a2fpn.errors import ConfigError, ConfigTypeError
-=======
 from a2fpn import device
->>>>>>> main
+from a2fpn.errors import ConfigError, ConfigTypeError
 
 SoftNms = Literal["linear", "gaussian"]
 SOFT_NMS: tuple[str, ...] = typing.get_args(SoftNms)

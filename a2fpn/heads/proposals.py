@@ -19,6 +19,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, concat_box_p
 from torchvision.ops import nms
 
 from a2fpn import device
+from a2fpn.errors import ConfigError
 from a2fpn.heads.box_coder import BoxCoder
 from a2fpn.heads.matching import BACKGROUND, BoxPairs, ChunkedMatcher
 from a2fpn.heads.sampling import draw
@@ -75,7 +76,7 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
         if not self.training:
             return proposals, {}
         if targets is None:
-            raise ValueError("In training mode targets must be given.")
+            raise ConfigError("In training mode targets must be given.")
         return proposals, self._losses(objectness, deltas, anchors, [target["boxes"] for target in targets])
 
     def _best(

@@ -144,15 +144,10 @@ def optimize_for_inference(model: Detector, *, dtype: torch.dtype = torch.float3
             f"got {type(model).__name__}."
         )
     if dtype not in DTYPES:
-<<<<<<< HEAD
         raise ConfigError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}.")
-    detector = copy.deepcopy(model).eval().requires_grad_(False).to(memory_format=torch.channels_last)
-=======
-        raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}.")
     place = next(model.parameters()).device
     # On the CPU no convolution rounds as TF32 does, which would look like a wrong fold.
     detector = copy.deepcopy(model).eval().requires_grad_(False).to("cpu", memory_format=torch.channels_last)
->>>>>>> main
     with torch.inference_mode(False), torch.no_grad():
         _fold(detector)
         _replace_heads(detector)

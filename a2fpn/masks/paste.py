@@ -15,11 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.models.detection.roi_heads import expand_boxes, expand_masks
 
-<<<<<<< HEAD
-from a2fpn.errors import ConfigError
-=======
 from a2fpn import device
->>>>>>> main
+from a2fpn.errors import ConfigError
 
 PasteRule = Literal["exact", "torchvision"]
 PASTE_RULES: tuple[str, ...] = typing.get_args(PasteRule)
@@ -46,16 +43,7 @@ def mask_windows(
     Raises:
         ValueError: For an unknown rule, or shapes that don't fit each other.
     """
-<<<<<<< HEAD
-    if rule not in PASTE_RULES:
-        raise ConfigError(f"Unknown rule to paste masks {rule!r}; expected one of {', '.join(PASTE_RULES)}.")
-    if masks.ndim != 4 or masks.shape[1] != 1 or boxes.shape != (len(masks), 4):
-        raise ConfigError(
-            f"masks must be (N, 1, M, M) and boxes (N, 4), got {tuple(masks.shape)} and {tuple(boxes.shape)}."
-        )
-=======
     _check(masks, boxes, rule)
->>>>>>> main
     if rule == "exact":
         for (mask,), (x0, y0, x1, y1) in zip(masks, boxes.tolist(), strict=True):
             rows, top = _resample(mask, y0, y1, size[0])
@@ -95,9 +83,9 @@ def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int], *, rule: Pa
 
 def _check(masks: Tensor, boxes: Tensor, rule: str) -> None:
     if rule not in PASTE_RULES:
-        raise ValueError(f"Unknown rule to paste masks {rule!r}; expected one of {', '.join(PASTE_RULES)}.")
+        raise ConfigError(f"Unknown rule to paste masks {rule!r}; expected one of {', '.join(PASTE_RULES)}.")
     if masks.ndim != 4 or masks.shape[1] != 1 or boxes.shape != (len(masks), 4):
-        raise ValueError(
+        raise ConfigError(
             f"masks must be (N, 1, M, M) and boxes (N, 4), got {tuple(masks.shape)} and {tuple(boxes.shape)}."
         )
 

@@ -20,14 +20,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from a2fpn._atomic import replaced_file
+from a2fpn._atomic import replaced_file, write_text
 from a2fpn._plugins import load_plugins
 from a2fpn._serialize import from_dict, to_dict
 from a2fpn._version import __version__
 from a2fpn.backbones import backbone_module
 from a2fpn.config import FORMAT_VERSION, ModelConfig
 from a2fpn.detectors import DETECTORS
-from a2fpn.errors import CheckpointError, ConfigTypeError
+from a2fpn.errors import CheckpointError, ConfigError, ConfigTypeError
 from a2fpn.necks import NECKS
 
 CONFIG_FILE = "config.json"
@@ -47,11 +47,8 @@ class Facts:
         licence: Licence of the weights.
         recipe: How it was trained.
         max_detections: Best detections per image and class that counted for the metrics.
-<<<<<<< HEAD
         packages: Packages outside a2fpn and timm that define its neck, detector or backbone.
-=======
         count_threshold: Score from which objects count, chosen on annotated images, see :mod:`a2fpn.counting`.
->>>>>>> main
 
     Raises:
         TypeError: If a metric is no number.
@@ -64,22 +61,15 @@ class Facts:
     licence: str | None = None
     recipe: str | None = None
     max_detections: int = 100
-<<<<<<< HEAD
     packages: tuple[str, ...] = ()
-=======
     count_threshold: float | None = None
->>>>>>> main
 
     def __post_init__(self) -> None:
         for key, value in self.metrics.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)):
-<<<<<<< HEAD
                 raise ConfigTypeError(f"The metric {key!r} must be a number, got {value!r}.")
-=======
-                raise TypeError(f"The metric {key!r} must be a number, got {value!r}.")
         if self.count_threshold is not None and not 0 <= self.count_threshold <= 1:
-            raise ValueError(f"count_threshold must lie in [0, 1], got {self.count_threshold}.")
->>>>>>> main
+            raise ConfigError(f"count_threshold must lie in [0, 1], got {self.count_threshold}.")
         object.__setattr__(self, "metrics", {key: float(value) for key, value in self.metrics.items()})
 
 
@@ -177,9 +167,7 @@ def add_metadata(directory: str | Path, **facts: Any) -> Checkpoint:
     json.dumps(facts)
     checkpoint = read_checkpoint(directory)
     checkpoint = dataclasses.replace(checkpoint, metadata={**checkpoint.metadata, **facts})
-    description = Path(directory) / f".{CONFIG_FILE}.tmp"
-    description.write_text(json.dumps(to_dict(checkpoint), indent=2) + "\n", encoding="utf-8")
-    os.replace(description, Path(directory) / CONFIG_FILE)
+    write_text(Path(directory) / CONFIG_FILE, json.dumps(to_dict(checkpoint), indent=2) + "\n")
     return checkpoint
 
 
