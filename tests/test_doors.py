@@ -22,7 +22,7 @@ def buggy_neck(monkeypatch):
     class Buggy(a2fpn.Neck):
         def __init__(self, in_spec, *, out_channels=256):
             super().__init__(in_spec)
-            self.width = out_channels + {256: "a"}.get(out_channels, 0)
+            self.width = out_channels + {True: "a"}.get(out_channels > 0, 0)
 
         def fuse(self, features, valid):
             return features
@@ -36,8 +36,8 @@ def test_a_bug_in_a_neck_shows_its_traceback_at_every_door(buggy_neck, tmp_path)
     assert isinstance(result.exception, TypeError)
     with pytest.raises(TypeError, match="unsupported operand"):
         train([*tiny_run(tmp_path), f"model.name={buggy_neck}", "model.overrides={}", "data.check_images=0"])
-    folder = a2fpn.save_pretrained(tiny_model(), tmp_path / "saved")
-    text = (folder / "config.json").read_text().replace('"name": "a2fpn"', '"name": "buggy"')
+    folder = a2fpn.save_pretrained(tiny_model("maskrcnn_fpn"), tmp_path / "saved")
+    text = (folder / "config.json").read_text().replace('"name": "fpn"', '"name": "buggy"')
     (folder / "config.json").write_text(text)
     result = CliRunner().invoke(publishing.app, ["backbone", str(folder), "--output", str(tmp_path / "bb")])
     assert isinstance(result.exception, TypeError)

@@ -15,6 +15,7 @@ from a2fpn._version import __version__
 from a2fpn.cli import data, hub
 from a2fpn.cli.check_data import check_data
 from a2fpn.cli.compare import compare, gallery
+from a2fpn.cli.count import calibrate, count
 from a2fpn.cli.demo import demo
 from a2fpn.cli.door import SETTINGS, Debug, Door
 from a2fpn.cli.evaluate import evaluate
@@ -71,6 +72,8 @@ app.command()(predict)
 app.command()(evaluate)
 app.command()(compare)
 app.command()(gallery)
+app.command()(count)
+app.command()(calibrate)
 app.command(name="check-data")(check_data)
 app.command(name="list")(list_names)
 app.command()(info)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -11,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from a2fpn.cli.format import ap_text, as_text, progress_bar, table
+from a2fpn.cli.format import ap_text, as_text, count_of, progress_bar, table
 from a2fpn.cli.options import (
     Device,
     MostObjects,
@@ -25,13 +26,15 @@ from a2fpn.cli.options import (
     build_predictor,
     load_detector,
 )
+from a2fpn.cli.report import Reported, write_page
 from a2fpn.config import KeypointRCNNConfig
 from a2fpn.errors import ConfigError
 
 if TYPE_CHECKING:
     from a2fpn.data import CocoDataset
     from a2fpn.detectors import Detector
-    from a2fpn.evaluation import Backend, CocoMetrics
+    from a2fpn.evaluation import CocoMetrics
+    from a2fpn.inference import Predictor
 
 
 METRICS = {
@@ -53,6 +56,25 @@ METRICS = {
 }
 
 
+INSTANCE_METRICS = {
+    "objects": "Objects",
+    "found": "Found",
+    "precision@0.50": "Precision at IoU 0.50",
+    "recall@0.50": "Recall at IoU 0.50",
+    "f1@0.50": "F1 at IoU 0.50",
+    "f1@0.70": "F1 at IoU 0.70",
+    "f1@0.90": "F1 at IoU 0.90",
+    "average_f1": "F1, mean of images and IoU 0.50 to 0.95",
+    "bowl_score": "TP / (TP + FP + FN), the same mean (Data Science Bowl)",
+    "pq": "Panoptic quality",
+    "sq": "Segmentation quality, mean IoU of matches",
+    "aji": "Aggregated Jaccard index",
+    "count_bias": "Count per image, bias",
+    "count_mae": "Count per image, mean absolute error",
+    "count_r2": "Count per image, R²",
+}
+
+
 def evaluate(
     *,
     model: Annotated[
@@ -68,6 +90,19 @@ def evaluate(
     max_detections: Annotated[
         int, typer.Option(min=1, help="Best detections that count per image and class; COCO says 100.")
     ] = 100,
+    metrics: Annotated[
+        Literal["coco", "instances"],
+        typer.Option(
+            help="instances: at one score threshold, without overlaps, as people who count and outline measure: the "
+            "Data Science Bowl's score, F1 by IoU, PQ, AJI, counts."
+        ),
+    ] = "coco",
+    score_threshold: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=1, help="With --metrics instances: objects that score less do not count.", show_default="0.5"
+        ),
+    ] = None,
     save: Annotated[Path | None, typer.Option("--json", help="File to write the numbers to.", metavar="OUT")] = None,
     report: Annotated[
         Path | None,
@@ -99,27 +134,36 @@ def evaluate(
 
     Example: `a2fpn evaluate --model runs/cells --images cells/val --annotations cells/val.json`
 
+    At one threshold, as counts and outlines are used: add `--metrics instances --score-threshold 0.6`
+
     Why is it no better? `... --report page.html`. Is another one better? `... --model runs/other --report page.html`
 
     What the model predicts and the file has annotated is measured. Categories are matched by id. An image that can't
     be read is an error: left out, it would count as missed.
     """
+    from a2fpn.evaluation import COCO_SIGMAS, common_iou_types, evaluate_coco
+
+    if score_threshold is not None and metrics != "instances":
+        raise ConfigError("--score-threshold is of --metrics instances; COCO's AP takes all objects by their scores.")
     if len(model) > 2 or (len(model) == 2 and report is None):
         raise ConfigError(f"Expected one --model, or two with --report, got {len(model)}.")
-    measured: dict[str, CocoMetrics] = {}
-    detections: dict[str, list[dict[str, Any]]] = {}
+    if report is not None and metrics == "instances":
+        raise ConfigError("--report is about COCO's metrics; leave out --metrics instances.")
+    numbers: dict[str, dict[str, float]] = {}
+    pages: list[Reported] = []
     for name in model:
-        measured[name] = measure(
-            name,
-            images,
-            annotations,
-            max_detections=max_detections,
-            oks_sigmas=None if oks_sigmas is None else _numbers(oks_sigmas),
-            backend=backend,
-            device=device,
+        detector = load_detector(name)
+        dataset = open_annotated(detector, images, annotations)
+        kinds = common_iou_types(dataset.coco, detector.target_keys)
+        if "keypoints" in kinds:
+            _check_keypoints(detector, dataset)
+        if report is not None:
+            pages.append(Reported.of(name, detector))
+        predictor = build_predictor(
+            detector,
+            device,
             optimize=optimize,
             dtype=dtype,
-            kept=detections.setdefault(name, []) if report is not None else None,
             nms_threshold=nms_threshold,
             soft_nms=soft_nms or False,
             detections_per_image=detections_per_image,
@@ -127,108 +171,73 @@ def evaluate(
             overlap=overlap,
             tta=tta,
         )
-        _print_metrics(measured[name], title=f"{name} on {annotations}")
-    if save is not None:
-        tables = {
-            name: {"max_detections": max_detections, **metrics.to_dict(per_class=True)}
-            for name, metrics in measured.items()
-        }
-        numbers = tables if len(tables) > 1 else tables[model[0]]
-        save.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
-        typer.echo(f"The numbers are in {save}")
+        title = f"{name} on {count_of(len(dataset), 'image')}"
+        records = predict_annotated(predictor, dataset, images)
+        if metrics == "instances":
+            _evaluate_instances(dataset, records, 0.5 if score_threshold is None else score_threshold, title, save)
+            return
+        measured = evaluate_coco(
+            dataset.coco,
+            records if report is None else pages[-1].keep(records),
+            iou_types=kinds,
+            max_detections=max_detections,
+            oks_sigmas=COCO_SIGMAS if oks_sigmas is None else _numbers(oks_sigmas),
+            backend=backend,
+        )
+        _print_metrics(measured, title=title)
+        numbers[name] = {"max_detections": max_detections, **measured.to_dict(per_class=True)}
+    _save(numbers[model[0]] if len(model) == 1 else numbers, save)
     if report is not None:
-        _write_report(report, images, annotations, detections, measured)
-        typer.echo(f"Open {report}")
+        write_page(report, pages, images, annotations, max_detections=max_detections)
 
 
-def measure(
-    model: str,
-    images: Path,
-    annotations: Path,
-    *,
-    max_detections: int = 100,
-    oks_sigmas: Sequence[float] | None = None,
-    backend: Backend = "auto",
-    device: str | None = None,
-    optimize: bool = False,
-    dtype: str = "float32",
-    kept: list[dict[str, Any]] | None = None,
-    **options: Any,
-) -> CocoMetrics:
-    """Evaluates a model on annotated images.
-
-    Args:
-        model: As in :func:`a2fpn.from_pretrained`.
-        images: The image folder.
-        annotations: The COCO file.
-        max_detections: Detections that count per image and class.
-        oks_sigmas: One per keypoint; None takes COCO's.
-        backend: See :func:`a2fpn.evaluation.evaluate_coco`.
-        device: Where to run; None takes CUDA where there is one.
-        optimize: Whether to optimize the model first.
-        dtype: ``"float32"`` or ``"bf16"``.
-        kept: Gets the detections that count, as COCO results.
-        **options: Fields of :class:`a2fpn.inference.PredictOptions`.
+def open_annotated(detector: Detector, images: Path, annotations: Path) -> CocoDataset:
+    """Annotated images of a detector's classes.
 
     Raises:
-        ValueError: If model and data mean different things by the same category, or have other keypoints.
+        ValueError: If model and data mean different things by a category.
     """
-    from a2fpn.data import CocoDataset, read_image
-    from a2fpn.evaluation import COCO_SIGMAS, common_iou_types, evaluate_coco
+    from a2fpn.data import CocoDataset
 
-    detector = load_detector(model)
     dataset = CocoDataset(images, annotations, categories=detector.config.categories or None)
     _check_categories(detector, dataset)
-    kinds = common_iou_types(dataset.coco, detector.target_keys)
-    if "keypoints" in kinds:
-        _check_keypoints(detector, dataset)
-    predictor = build_predictor(detector, device, optimize=optimize, dtype=dtype, **options)
+    return dataset
+
+
+def predict_annotated(predictor: Predictor, dataset: CocoDataset, images: Path) -> Iterator[dict[str, Any]]:
+    """What is found in the images of a data set, as COCO results; classes that it lacks are left out."""
+    from a2fpn.data import read_image
+
     predictor.categories = dataset.categories
     known = {category.id for category in dataset.coco.categories}
-
-    def records() -> Iterator[dict[str, Any]]:
-        with progress_bar() as progress:
-            for entry in progress.track(list(dataset.coco.images.values()), description="evaluating"):
-                (result,) = predictor.predict([read_image(images / entry.file_name, size=(entry.height, entry.width))])
-                found = [record for record in result.to_coco(entry.id) if record["category_id"] in known]
-                if kept is not None:
-                    kept.extend(found)
-                yield from found
-
-    return evaluate_coco(
-        dataset.coco,
-        records(),
-        iou_types=kinds,
-        max_detections=max_detections,
-        oks_sigmas=COCO_SIGMAS if oks_sigmas is None else oks_sigmas,
-        backend=backend,
-    )
+    with progress_bar() as progress:
+        for entry in progress.track(list(dataset.coco.images.values()), description="evaluating"):
+            (result,) = predictor.predict([read_image(images / entry.file_name, size=(entry.height, entry.width))])
+            yield from (record for record in result.to_coco(entry.id) if record["category_id"] in known)
 
 
-def _write_report(
-    path: Path,
-    images: Path,
-    annotations: Path,
-    detections: Mapping[str, list[dict[str, Any]]],
-    measured: Mapping[str, CocoMetrics],
+def _evaluate_instances(
+    dataset: CocoDataset, records: Iterable[Mapping[str, Any]], threshold: float, title: str, save: Path | None
 ) -> None:
-    """Writes the page; models with other kinds of output are compared by what both have."""
-    from a2fpn.data import read_coco
-    from a2fpn.report import Run, data_facts, model_facts, write_report
+    from a2fpn.instance_metrics import evaluate_instances
 
-    first, *_ = measured.values()
-    common = [kind for kind in first.measured if all(kind in metrics.measured for metrics in measured.values())]
-    coco = read_coco(annotations)
-    write_report(
-        path,
-        coco,
-        images,
-        [Run(Path(name).name, found, model_facts(load_detector(name))) for name, found in detections.items()],
-        iou_types=common,
-        max_detections=first.max_detections,
-        data=data_facts(coco, images, annotations),
-        metrics=list(measured.values()) if all(list(m.measured) == common for m in measured.values()) else None,
-    )
+    results = evaluate_instances(dataset.coco, records, score_threshold=threshold)
+    grid = table("", *map(escape, results))
+    for key, label in INSTANCE_METRICS.items():
+        values = [result.to_dict()[key] for result in results.values()]
+        grid.add_row(label, *("-" if math.isnan(value) else f"{value:.3f}" for value in values))
+    typer.echo(f"{title}, objects with a score of {threshold} or more")
+    Console().print(grid)
+    numbers = {f"{name}/{key}": value for name, result in results.items() for key, value in result.to_dict().items()}
+    # JSON has no NaN.
+    known = {key: None if math.isnan(value) else value for key, value in numbers.items()}
+    _save({"score_threshold": threshold, **known}, save)
+
+
+def _save(numbers: Mapping[str, Any], path: Path | None) -> None:
+    if path is not None:
+        path.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+        typer.echo(f"The numbers are in {path}")
 
 
 def _check_categories(detector: Detector, dataset: CocoDataset) -> None:

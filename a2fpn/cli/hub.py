@@ -14,7 +14,8 @@ import typer
 import a2fpn
 from a2fpn.backbones import export_backbone
 from a2fpn.cli.door import SETTINGS, Debug, Door
-from a2fpn.cli.evaluate import measure
+from a2fpn.cli.evaluate import open_annotated, predict_annotated
+from a2fpn.cli.options import build_predictor, load_detector
 from a2fpn.convert import from_detectron2, from_mmdet, from_torchvision, load_torchvision, read_state_dict
 from a2fpn.errors import ConfigError, ConfigTypeError
 from a2fpn.pretrained.card import model_card
@@ -167,8 +168,7 @@ def verify(
     with tempfile.TemporaryDirectory() as temporary:
         folder, checkpoint = download_checkpoint(Repo.parse(name, cache_dir=temporary))
         facts = checkpoint.facts
-        limit = facts.max_detections
-        measured = measure(str(folder), images, annotations, max_detections=limit).to_dict()
+        measured = _measure(folder, images, annotations, max_detections=facts.max_detections)
     stated = {key: value for key, value in facts.metrics.items() if key in VERIFIED}
     if not stated:
         raise ConfigError(f"{name!r} states no metrics to compare with.")
@@ -180,6 +180,16 @@ def verify(
     if wrong:
         raise ConfigError(f"{name!r} is not what it says: {'; '.join(wrong)}.")
     typer.echo(f"{name}: {', '.join(f'{key} {value:.4f}' for key, value in stated.items())}, as stated.")
+
+
+def _measure(folder: Path, images: Path, annotations: Path, *, max_detections: int) -> dict[str, float]:
+    from a2fpn.evaluation import common_iou_types, evaluate_coco
+
+    detector = load_detector(str(folder))
+    dataset = open_annotated(detector, images, annotations)
+    records = predict_annotated(build_predictor(detector, None, optimize=False, dtype="float32"), dataset, images)
+    kinds = common_iou_types(dataset.coco, detector.target_keys)
+    return evaluate_coco(dataset.coco, records, iou_types=kinds, max_detections=max_detections).to_dict()
 
 
 @app.command()

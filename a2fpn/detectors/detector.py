@@ -179,7 +179,7 @@ class Detector(nn.Module, ABC):
         batch = self.preprocess(images, resize=resize)
         inner = []
         for target, old, new in zip(targets, batch.original_sizes, batch.sizes, strict=True):
-            own = {key: _plain(target[key]).to(batch.tensor.device) for key in self.target_keys}
+            own = {key: _plain(target[key]).to(batch.tensor.device, non_blocking=True) for key in self.target_keys}
             own |= {"boxes": own["boxes"].float(), "labels": own["labels"].long()}
             if "masks" in own and not isinstance(own["masks"], InstanceMasks):
                 own["masks"] = InstanceMasks.from_dense(own["masks"])

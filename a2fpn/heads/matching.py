@@ -67,23 +67,29 @@ class ChunkedMatcher(Matcher):  # type: ignore[misc]
         if not len(objects) or not len(boxes):
             return boxes.new_full((len(boxes),), BACKGROUND, dtype=torch.int64)
         if len(objects) * len(boxes) <= PAIRS_AT_ONCE:
-            whole: Tensor = super().__call__(box_iou(objects, boxes))
-            return whole
+            iou = box_iou(objects, boxes)
+            value, candidates = iou.max(0)
+            unsurpassed = (iou == iou.amax(1)[:, None]).any(0) if self.allow_low_quality_matches else None
+            return self._decide(value, candidates, unsurpassed)
         # Filled in place: small results kept between large ones would pin the allocator's memory.
         highest, value = objects.new_zeros(len(objects)), boxes.new_empty(len(boxes))
         candidates = torch.empty(len(boxes), dtype=torch.int64, device=boxes.device)
         for rows, iou in _iou_chunks(pairs):
             value[rows], candidates[rows] = iou.max(0)
             torch.maximum(highest, iou.amax(1), out=highest)
-        matches = candidates.clone()
-        matches[value < self.high_threshold] = IGNORED
-        matches[value < self.low_threshold] = BACKGROUND
-        if self.allow_low_quality_matches:
-            # A second round of comparisons costs time; keeping the first one's would cost the memory.
-            for rows, iou in _iou_chunks(pairs):
-                unsurpassed = (iou == highest[:, None]).any(0)
-                matches[rows] = torch.where(unsurpassed, candidates[rows], matches[rows])
-        return matches
+        if not self.allow_low_quality_matches:
+            return self._decide(value, candidates, None)
+        unsurpassed = torch.empty(len(boxes), dtype=torch.bool, device=boxes.device)
+        # A second round of comparisons costs time; keeping the first one's would cost the memory.
+        for rows, iou in _iou_chunks(pairs):
+            unsurpassed[rows] = (iou == highest[:, None]).any(0)
+        return self._decide(value, candidates, unsurpassed)
+
+    def _decide(self, value: Tensor, candidates: Tensor, unsurpassed: Tensor | None) -> Tensor:
+        """The matches by the IoU of each box with its best object; nothing here waits for a device."""
+        below = torch.where(value < self.low_threshold, BACKGROUND, IGNORED)
+        good = value >= self.high_threshold
+        return torch.where(good if unsurpassed is None else good | unsurpassed, candidates, below)
 
 
 def _iou_chunks(pairs: BoxPairs) -> Iterator[tuple[slice, Tensor]]:

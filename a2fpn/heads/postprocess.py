@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image, remove_small_boxes
 
+from a2fpn import device
 from a2fpn.errors import ConfigError, ConfigTypeError
 
 SoftNms = Literal["linear", "gaussian"]
@@ -185,6 +186,13 @@ def box_detections(
     """Of ``(P, K + 1, 4)`` boxes and ``(P, K + 1)`` scores, the background first."""
     scores = scores[:, 1:].flatten()
     labels = torch.arange(1, boxes.shape[1], device=boxes.device).repeat(len(boxes))
+    if device.runs_ahead(scores) and rule.soft_nms is None:
+        every = clip_boxes_to_image(boxes[:, 1:].reshape(-1, 4), size)
+        large = ((every[:, 2:] - every[:, :2]) >= _SMALLEST).all(1)
+        rows = torch.where((scores > rule.score_threshold) & large)[0]
+        found, scores, labels = every[rows], scores[rows], labels[rows]
+        kept = batched_nms(found, scores, labels, rule.nms_threshold)[: rule.detections_per_image]
+        return found[kept], scores[kept], labels[kept]
     # First of all, since few are left: what comes later is then done for them alone.
     rows = torch.where(scores > rule.score_threshold)[0]
     found = clip_boxes_to_image(boxes[:, 1:].reshape(-1, 4)[rows], size)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torchvision.models.detection.roi_heads import RoIHeads, fastrcnn_loss, keypointrcnn_loss, keypoints_to_heatmap
 
-from a2fpn.heads.matching import BACKGROUND, IGNORED, BoxPairs, ChunkedMatcher
+from a2fpn import device
+from a2fpn.heads.box_coder import BoxCoder
+from a2fpn.heads.matching import IGNORED, BoxPairs, ChunkedMatcher
 from a2fpn.heads.postprocess import DetectionRule, box_detections
+from a2fpn.heads.sampling import draw_rows
 from a2fpn.heads.share import LossShare
 from a2fpn.masks.targets import mask_loss
 from a2fpn.pyramid import Features
@@ -32,8 +37,22 @@ class Samples(NamedTuple):
 
     def positives(self) -> Samples:
         """The boxes that are held against an object."""
-        keep = [torch.where(labels > 0)[0] for labels in self.labels]
+        keep = positive_rows(self.labels)
         return Samples(*([x[rows] for x, rows in zip(field, keep, strict=True)] for field in self))
+
+
+def positive_rows(labels: Sequence[Tensor]) -> list[Tensor]:
+    """Per image the rows, ascending, of the boxes that are held against an object.
+
+    Args:
+        labels: Per image ``(S,)``.
+    """
+    if not device.runs_ahead(labels[0]):
+        return [torch.where(own > 0)[0] for own in labels]
+    # A device is waited for once instead of once per image.
+    counts = torch.stack([(own > 0).sum() for own in labels]).tolist()
+    order = [(own > 0).to(torch.uint8).argsort(descending=True, stable=True) for own in labels]
+    return [rows[:count] for rows, count in zip(order, counts, strict=True)]
 
 
 class DetectionRoIHeads(RoIHeads):  # type: ignore[misc]
@@ -55,6 +74,7 @@ class DetectionRoIHeads(RoIHeads):  # type: ignore[misc]
         self.aligned = aligned
         self.mask_boundary_weight = mask_boundary_weight
         matcher = self.proposal_matcher
+        self.box_coder = BoxCoder(self.box_coder.weights)
         self.proposal_matcher = ChunkedMatcher(matcher.high_threshold, matcher.low_threshold)
         self.rule = DetectionRule(self.score_thresh, self.nms_thresh, self.detections_per_img)
         self.share = LossShare()
@@ -89,11 +109,22 @@ class DetectionRoIHeads(RoIHeads):  # type: ignore[misc]
             matches = self.proposal_matcher(BoxPairs(objects, boxes))
             index = matches.clamp(min=0)
             label = classes[index] if len(classes) else index.clone()
-            label[matches == BACKGROUND] = 0
-            label[matches == IGNORED] = -1
+            label = torch.where(matches >= 0, label, (matches == IGNORED) * -1)
             indices.append(index)
             labels.append(label)
         return indices, labels
+
+    def subsample(self, labels: list[Tensor]) -> list[Tensor]:
+        """Rows of the proposals that are learned from.
+
+        Args:
+            labels: Per image ``(N,)``: from 1 on an object's class, 0 background, -1 ignored.
+        """
+        if not device.runs_ahead(labels[0]):
+            rows: list[Tensor] = super().subsample(labels)
+            return rows
+        sampler = self.fg_bg_sampler
+        return draw_rows(labels, size=sampler.batch_size_per_image, positive_fraction=sampler.positive_fraction)
 
     def forward(
         self,
@@ -117,7 +148,7 @@ class DetectionRoIHeads(RoIHeads):  # type: ignore[misc]
             return found
         samples = Samples(*self.select_training_samples(proposals, targets))
         pooled = self.box_head(self.box_roi_pool(features, samples.boxes, image_shapes))
-        loss_classifier, loss_box = fastrcnn_loss(*self.box_predictor(pooled), samples.labels, samples.deltas)
+        loss_classifier, loss_box = _box_losses(*self.box_predictor(pooled), samples)
         count = sum(map(len, samples.labels))
         losses = {"loss_classifier": self.share(loss_classifier, count), "loss_box_reg": self.share(loss_box, count)}
         positives = samples.positives()
@@ -138,8 +169,10 @@ class DetectionRoIHeads(RoIHeads):  # type: ignore[misc]
             logits = self.keypoint_predictor(pooled).contiguous()  # torchvision's loss takes views of it
             keypoints = [target["keypoints"] for target in targets]
             loss = keypointrcnn_loss(logits, positives.boxes, keypoints, positives.objects)
-            images = zip(keypoints, positives.boxes, positives.objects, strict=True)
-            visible = sum(int(keypoints_to_heatmap(k[i], b, logits.shape[-1])[1].sum()) for k, b, i in images)
+            visible = 0
+            if self.share.enabled:  # counting waits for the device
+                images = zip(keypoints, positives.boxes, positives.objects, strict=True)
+                visible = sum(int(keypoints_to_heatmap(k[i], b, logits.shape[-1])[1].sum()) for k, b, i in images)
             losses["loss_keypoint"] = self.share(loss, visible)
         return [], losses
 
@@ -170,3 +203,22 @@ class DetectionRoIHeads(RoIHeads):  # type: ignore[misc]
         ]
         found, best, labels = (list(column) for column in zip(*results, strict=True))
         return found, best, labels
+
+
+def _box_losses(logits: Tensor, deltas: Tensor, samples: Samples) -> tuple[Tensor, Tensor]:
+    """Losses of torchvision; on a GPU without asking it which samples are positive."""
+    if not device.runs_ahead(logits):
+        losses: tuple[Tensor, Tensor] = fastrcnn_loss(logits, deltas, samples.labels, samples.deltas)
+        return losses
+    return _box_losses_at_once(logits, deltas, samples)
+
+
+def _box_losses_at_once(logits: Tensor, deltas: Tensor, samples: Samples) -> tuple[Tensor, Tensor]:
+    labels, wanted = torch.cat(samples.labels), torch.cat(samples.deltas)
+    positive = (labels > 0)[:, None]
+    own = (labels.clamp(min=0)[:, None, None]).expand(-1, 1, 4)
+    chosen = deltas.view(len(labels), -1, 4).gather(1, own)[:, 0]
+    # The others' targets are differences from no object, which need not be numbers.
+    wanted = torch.where(positive, wanted, 0)
+    loss = F.smooth_l1_loss(chosen, wanted, beta=1 / 9, reduction="none")
+    return F.cross_entropy(logits, labels), (loss * positive).sum() / labels.numel()

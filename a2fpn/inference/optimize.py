@@ -27,6 +27,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.ops import FrozenBatchNorm2d, batched_nms, clip_boxes_to_image, remove_small_boxes
 
+from a2fpn import device
 from a2fpn.config import ModelConfig
 from a2fpn.detectors import Detector
 from a2fpn.errors import ConfigError, ConfigTypeError
@@ -82,8 +83,8 @@ class OptimizedDetector(nn.Module):
     @torch.inference_mode()
     def forward(self, images: Sequence[Tensor], *, resize: bool = True, paste_masks: bool = True) -> list[Any]:
         """Detects objects; see :meth:`a2fpn.detectors.Detector.forward`."""
-        device = next(self.detector.parameters()).device
-        with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
+        kind = next(self.detector.parameters()).device.type
+        with torch.autocast(kind, self.dtype, enabled=self.dtype != torch.float32):
             return self.detector(images, resize=resize, paste_masks=paste_masks)  # type: ignore[no-any-return]
 
     def train(self, mode: bool = True) -> OptimizedDetector:
@@ -144,11 +145,13 @@ def optimize_for_inference(model: Detector, *, dtype: torch.dtype = torch.float3
         )
     if dtype not in DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}.")
-    detector = copy.deepcopy(model).eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    place = next(model.parameters()).device
+    # On the CPU no convolution rounds as TF32 does, which would look like a wrong fold.
+    detector = copy.deepcopy(model).eval().requires_grad_(False).to("cpu", memory_format=torch.channels_last)
     with torch.inference_mode(False), torch.no_grad():
         _fold(detector)
         _replace_heads(detector)
-        detector.to(memory_format=torch.channels_last)
+        detector.to(place, memory_format=torch.channels_last)
         if dtype != torch.float32:
             _convert_weights(detector, dtype)
     return OptimizedDetector(detector, dtype)
@@ -446,6 +449,8 @@ class _Proposals(ProposalNetwork):
         self, images: ImageList, features: Features, targets: None = None
     ) -> tuple[list[Tensor], dict[str, Any]]:
         """Per image boxes ``(P, 4)`` xyxy, best first, and no losses."""
+        if device.runs_ahead(images.tensors):
+            return self.forward_at_once(images, features)
         maps = list(features.values())
         objectness, deltas = self.head(maps)
         anchors = self.anchor_generator(images, maps)

@@ -32,8 +32,9 @@ def reassemble(x: Tensor, kernels: Tensor, size: tuple[int, int], *, padding: Pa
     """Each target pixel becomes a weighted sum of the ``k x k`` neighbourhood of its nearest source pixel.
 
     The nearest source pixel of target pixel ``i`` is ``floor(i * h / H)``, as in nearest-neighbour interpolation,
-    for any pair of sizes, up or down. Windows are never gathered: the sum and its gradients are weighted bags of pixels,
-    or products of small matrices in Triton on an NVIDIA GPU. Only ``x`` and ``kernels`` are kept for the backward pass.
+    for any pair of sizes, up or down. Windows are never gathered: the sum and its gradients are weighted bags of
+    pixels, or products of small matrices in Triton on an NVIDIA GPU. Only ``x`` and ``kernels`` are kept for the
+    backward pass.
 
     Args:
         x: Source ``(B, C, h, w)``.

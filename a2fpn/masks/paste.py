@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.models.detection.roi_heads import expand_boxes, expand_masks
 
+from a2fpn import device
 from a2fpn.errors import ConfigError
 
 PasteRule = Literal["exact", "torchvision"]
@@ -42,12 +43,7 @@ def mask_windows(
     Raises:
         ValueError: For an unknown rule, or shapes that don't fit each other.
     """
-    if rule not in PASTE_RULES:
-        raise ConfigError(f"Unknown rule to paste masks {rule!r}; expected one of {', '.join(PASTE_RULES)}.")
-    if masks.ndim != 4 or masks.shape[1] != 1 or boxes.shape != (len(masks), 4):
-        raise ConfigError(
-            f"masks must be (N, 1, M, M) and boxes (N, 4), got {tuple(masks.shape)} and {tuple(boxes.shape)}."
-        )
+    _check(masks, boxes, rule)
     if rule == "exact":
         for (mask,), (x0, y0, x1, y1) in zip(masks, boxes.tolist(), strict=True):
             rows, top = _resample(mask, y0, y1, size[0])
@@ -77,10 +73,60 @@ def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int], *, rule: Pa
                 [0., 1., 1., 0.],
                 [0., 0., 0., 0.]])
     """
+    if device.runs_ahead(masks):
+        return _paste_at_once(masks, boxes, size, rule)
     pasted = masks.new_zeros(len(masks), 1, *size)
     for i, (window, top, left) in enumerate(mask_windows(masks, boxes, size, rule=rule)):
         pasted[i, 0, top : top + window.shape[0], left : left + window.shape[1]] = window
     return pasted
+
+
+def _check(masks: Tensor, boxes: Tensor, rule: str) -> None:
+    if rule not in PASTE_RULES:
+        raise ConfigError(f"Unknown rule to paste masks {rule!r}; expected one of {', '.join(PASTE_RULES)}.")
+    if masks.ndim != 4 or masks.shape[1] != 1 or boxes.shape != (len(masks), 4):
+        raise ConfigError(
+            f"masks must be (N, 1, M, M) and boxes (N, 4), got {tuple(masks.shape)} and {tuple(boxes.shape)}."
+        )
+
+
+_PIXELS_AT_ONCE = 2**26
+"""Pixels of the images that a GPU fills at once; each takes some 12 bytes beside the result."""
+
+
+def _paste_at_once(masks: Tensor, boxes: Tensor, size: tuple[int, int], rule: PasteRule) -> Tensor:
+    """All masks in a few operations over whole images, where small ones for each mask would keep a GPU waiting."""
+    _check(masks, boxes, rule)
+    start, stop = boxes[:, :2], boxes[:, 2:]
+    # The pixels whose centres lie in the box.
+    first, last = torch.ceil(start - 0.5), torch.ceil(stop - 0.5)
+    if rule == "torchvision" and len(masks):
+        masks, scale = expand_masks(masks, padding=1)
+        corners = expand_boxes(boxes, scale).trunc()
+        start, stop = corners[:, :2], torch.maximum(corners[:, 2:] + 1, corners[:, :2] + 1)
+        first, last = start, stop
+    pasted = masks.new_empty(len(masks), 1, *size)
+    step = max(1, _PIXELS_AT_ONCE // max(1, size[0] * size[1]))
+    for at in range(0, len(masks), step):
+        part = slice(at, at + step)
+        x = masks[part, 0]
+        for axis in (1, 0):
+            edges = (edge[part, axis, None] for edge in (start, stop, first, last))
+            x = _spread(x, *edges, size[1 - axis]).transpose(1, 2)
+        pasted[part, 0] = x
+    return pasted
+
+
+def _spread(x: Tensor, start: Tensor, stop: Tensor, first: Tensor, last: Tensor, limit: int) -> Tensor:
+    """Rows of masks ``(n, M, L)`` as pixels ``(n, limit, L)``, bilinear; the others are ``(n, 1)``."""
+    cells = x.shape[1]
+    pixels = torch.arange(limit, dtype=x.dtype, device=x.device)
+    positions = ((pixels + 0.5 - start) * (cells / (stop - start)) - 0.5).nan_to_num().clamp(0, cells - 1)
+    low = positions.long()
+    index = torch.stack([low, (low + 1).clamp(max=cells - 1)])[..., None].expand(-1, -1, -1, x.shape[2])
+    spread = torch.lerp(x.gather(1, index[0]), x.gather(1, index[1]), (positions - low)[..., None])
+    inside = (pixels >= first) & (pixels < last)
+    return torch.where(inside[..., None], spread, 0)
 
 
 def _resample(mask: Tensor, start: float, stop: float, limit: int) -> tuple[Tensor, int]:

@@ -6,6 +6,7 @@ Shape shorthand: ``N`` objects of an image, ``R`` boxes held against them, ``M``
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -13,7 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import roi_align
 
+from a2fpn import device
 from a2fpn.masks import InstanceMasks
+
+PIXELS_AT_ONCE = 2**27
+"""Pixels of an image's masks up to which a GPU makes planes of them; each takes five bytes."""
 
 _CELLS = 2**22
 """Pixels of the planes that are held at once, unless a single object takes more."""
@@ -53,6 +58,8 @@ def _targets(
     targets = rois.new_zeros(len(rois), size, size)
     if not len(rois):
         return targets
+    if device.runs_ahead(rois) and all(math.prod(image.shape) <= PIXELS_AT_ONCE for image in masks):
+        return torch.cat([_from_planes(*own, size, aligned) for own in zip(masks, boxes, objects, strict=True)])
     firsts = itertools.accumulate(map(len, masks), initial=0)
     index = torch.cat([own + first for own, first in zip(objects, firsts, strict=False)])
     windows = torch.cat([image.windows for image in masks])
@@ -78,6 +85,16 @@ def _targets(
         planes = _planes(pixels, table[chosen], width, height)
         targets[rows] = roi_align(planes[:, None], placed, size, aligned=aligned)[:, 0]
     return targets
+
+
+def _from_planes(masks: InstanceMasks, boxes: Tensor, objects: Tensor, size: int, aligned: bool) -> Tensor:
+    """The same from full planes: memory is what a GPU has, and many small steps are what it lacks."""
+    boxes = boxes.detach().float()
+    rois = torch.cat([objects[:, None].to(boxes.dtype), boxes], 1)
+    # The operator itself: torchvision's function replaces it where algorithms are to be deterministic, for the sake of
+    # gradients, which nothing here has.
+    pooled: Tensor = torch.ops.torchvision.roi_align(masks.dense()[:, None].float(), rois, 1.0, size, size, -1, aligned)
+    return pooled[:, 0]
 
 
 def _groups(sizes: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], int, int]]:

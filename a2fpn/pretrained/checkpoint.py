@@ -20,14 +20,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from a2fpn._atomic import replaced_file
+from a2fpn._atomic import replaced_file, write_text
 from a2fpn._plugins import load_plugins
 from a2fpn._serialize import from_dict, to_dict
 from a2fpn._version import __version__
 from a2fpn.backbones import backbone_module
 from a2fpn.config import FORMAT_VERSION, ModelConfig
 from a2fpn.detectors import DETECTORS
-from a2fpn.errors import CheckpointError, ConfigTypeError
+from a2fpn.errors import CheckpointError, ConfigError, ConfigTypeError
 from a2fpn.necks import NECKS
 
 CONFIG_FILE = "config.json"
@@ -48,9 +48,11 @@ class Facts:
         recipe: How it was trained.
         max_detections: Best detections per image and class that counted for the metrics.
         packages: Packages outside a2fpn and timm that define its neck, detector or backbone.
+        count_threshold: Score from which objects count, chosen on annotated images, see :mod:`a2fpn.counting`.
 
     Raises:
         TypeError: If a metric is no number.
+        ValueError: If the threshold is not in [0, 1].
     """
 
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -60,11 +62,14 @@ class Facts:
     recipe: str | None = None
     max_detections: int = 100
     packages: tuple[str, ...] = ()
+    count_threshold: float | None = None
 
     def __post_init__(self) -> None:
         for key, value in self.metrics.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise ConfigTypeError(f"The metric {key!r} must be a number, got {value!r}.")
+        if self.count_threshold is not None and not 0 <= self.count_threshold <= 1:
+            raise ConfigError(f"count_threshold must lie in [0, 1], got {self.count_threshold}.")
         object.__setattr__(self, "metrics", {key: float(value) for key, value in self.metrics.items()})
 
 
@@ -142,6 +147,28 @@ def save_checkpoint(
         description.write_text(json.dumps(to_dict(checkpoint), indent=2) + "\n", encoding="utf-8")
         weights.chmod(description.stat().st_mode)  # safetensors makes files that only their owner may read
     return directory
+
+
+def add_metadata(directory: str | Path, **facts: Any) -> Checkpoint:
+    """Writes facts into the metadata of a checkpoint folder, over those of the same names; the weights stay.
+
+    Args:
+        directory: The folder.
+        **facts: JSON values.
+
+    Returns:
+        What ``config.json`` then holds.
+
+    Raises:
+        CheckpointError: See :func:`read_checkpoint`.
+        TypeError: If a fact cannot be written as JSON, or is of another type than :class:`Facts` has.
+        ValueError: If a fact is out of its range.
+    """
+    json.dumps(facts)
+    checkpoint = read_checkpoint(directory)
+    checkpoint = dataclasses.replace(checkpoint, metadata={**checkpoint.metadata, **facts})
+    write_text(Path(directory) / CONFIG_FILE, json.dumps(to_dict(checkpoint), indent=2) + "\n")
+    return checkpoint
 
 
 def read_checkpoint(directory: str | Path) -> Checkpoint:

@@ -198,6 +198,8 @@ class RunSection:
         trackers: Where numbers and pictures go besides metrics.jsonl: tensorboard, trackio, ...
         pictures: Validation images drawn after every evaluation.
         channels_last: Use the channels-last memory format.
+        deterministic: Give the same weights to the last bit in every run on the same GPU, more slowly; a warning names
+            operations that have no such form. On a CPU runs are so anyway.
         ema: Decay of an exponential moving average of the weights, which is then evaluated and saved; 0 is off.
         resume: auto continues from output/last where there is one and starts afresh elsewhere, true insists on it, a
             path continues from that run or checkpoint.
@@ -221,6 +223,7 @@ class RunSection:
     trackers: tuple[str, ...] = ("tensorboard",)
     pictures: int = 6
     channels_last: bool = True
+    deterministic: bool = False
     ema: float = 0.0
     resume: bool | str = False
 

@@ -57,6 +57,31 @@ class Pace:
         )
 
 
+class HostCopy:
+    """A copy of a tensor on its way to the host, waiting for nothing that is given to the device later.
+
+    Args:
+        x: The tensor.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self._copy, self._event = x.detach(), None
+        if x.device.type == "cuda":
+            self._copy = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x.detach(), non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def value(self) -> Tensor:
+        """The copy, once it has arrived."""
+        if self._event:
+            self._event.synchronize()
+        return self._copy
+
+
+_READ_AT_ONCE = 64
+"""Batches whose losses are kept on the device before they are read."""
+
+
 class LossWindow:
     """Mean of every loss, and the pace, since the last reading, over all processes.
 
@@ -70,19 +95,31 @@ class LossWindow:
 
     def _restart(self) -> None:
         self._sums: dict[str, float] = {}
+        self._pending: list[dict[str, Tensor]] = []
         self._images = 0
         self._waited = 0.0
         self._start = time.perf_counter()
 
     def add(self, losses: Mapping[str, Tensor], *, images: int, waited: float = 0.0) -> None:
         """Adds the scalar losses of one batch of so many images, for which the run waited so many seconds."""
-        for name, value in {"batches": torch.ones(()), **losses}.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value.item()
+        # Reading a loss waits for the device: many are read at once.
+        self._pending.append(dict(losses))
+        if len(self._pending) == _READ_AT_ONCE:
+            self._read_pending()
         self._images += images
         self._waited += waited
 
+    def _read_pending(self) -> None:
+        flat = [loss for losses in self._pending for loss in losses.values()]
+        values = iter(torch.stack(flat).tolist() if flat else [])
+        for losses in self._pending:
+            for name, value in {"batches": 1.0, **{name: next(values) for name in losses}}.items():
+                self._sums[name] = self._sums.get(name, 0.0) + value
+        self._pending.clear()
+
     def totals(self) -> dict[str, float]:
         """The sums of all processes, ``batches`` among them; every process has to call it."""
+        self._read_pending()
         accelerator = self._accelerator
         if accelerator.num_processes == 1 or not self._sums:
             return dict(self._sums)

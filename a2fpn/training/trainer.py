@@ -32,9 +32,18 @@ from a2fpn.data import CocoDataset
 from a2fpn.errors import ConfigError, RunError
 from a2fpn.training.config import TrainConfig
 from a2fpn.training.feed import Batch, Feed
-from a2fpn.training.monitor import LossWindow, ProgressLine, get_logger, grid, plot_metrics, text_log, track_picture
+from a2fpn.training.monitor import (
+    HostCopy,
+    LossWindow,
+    ProgressLine,
+    get_logger,
+    grid,
+    plot_metrics,
+    text_log,
+    track_picture,
+)
 from a2fpn.training.optim import build_optimizer, build_scheduler, scaled_lr
-from a2fpn.training.seeding import derived_seed
+from a2fpn.training.seeding import derived_seed, use_deterministic_algorithms
 from a2fpn.training.signals import Signals, StopRequest
 from a2fpn.training.sources import (
     build_feed,
@@ -94,6 +103,8 @@ class Trainer:
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
         )
         check_processes(self.accelerator)
+        if run.deterministic:
+            use_deterministic_algorithms()
         if run.mixed_precision == "fp16" and self.accelerator.device.type == "cpu":
             raise ConfigError("run.mixed_precision=fp16 needs a GPU; on a CPU use none or bf16.")
         resume = self._resume_folder()
@@ -340,8 +351,10 @@ class Trainer:
             with contextlib.nullcontext() if is_last else accelerator.no_sync(self.model):
                 losses = self.model(images, targets, resize=False)
                 losses = {"loss": torch.stack(list(losses.values())).sum(), **losses}
-                self._check_finite(losses, targets)
+                total = HostCopy(losses["loss"])
                 accelerator.backward(losses["loss"])
+                # Before the weights change, but with the backward pass under way: the device has no time to idle.
+                self._check_finite({**losses, "loss": total.value()}, targets)
             for one in (self.epoch_losses, window):
                 one.add({name: value.detach() for name, value in losses.items()}, images=len(images), waited=waited)
         if config.optim.clip_norm:

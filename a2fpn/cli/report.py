@@ -1,0 +1,63 @@
+"""``a2fpn evaluate --report``: what the page needs of each model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from a2fpn.detectors import Detector
+
+
+@dataclass(frozen=True)
+class Reported:
+    """A model of a report.
+
+    Args:
+        name: As on the command line.
+        kinds: What it predicts, e.g. boxes and masks.
+        facts: See :func:`a2fpn.report.model_facts`.
+        detections: COCO results that were kept.
+    """
+
+    name: str
+    kinds: frozenset[str]
+    facts: Mapping[str, str]
+    detections: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, name: str, detector: Detector) -> Reported:
+        """Look at a model before it is optimized."""
+        from a2fpn.report import model_facts
+
+        return cls(name, frozenset(detector.target_keys), model_facts(detector))
+
+    def keep(self, records: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Pass on detections, and keep them."""
+        for record in records:
+            self.detections.append(record)
+            yield record
+
+
+def write_page(path: Path, models: Sequence[Reported], images: Path, annotations: Path, *, max_detections: int) -> None:
+    """Write the page and say where; models with other kinds of output are compared by what both have."""
+    from a2fpn.data import read_coco
+    from a2fpn.evaluation import common_iou_types
+    from a2fpn.report import Run, data_facts, write_report
+
+    coco = read_coco(annotations)
+    common = frozenset.intersection(*(model.kinds for model in models))
+    write_report(
+        path,
+        coco,
+        images,
+        [Run(Path(model.name).name, model.detections, model.facts) for model in models],
+        iou_types=[kind for kind in common_iou_types(coco, common) if kind != "keypoints"],
+        max_detections=max_detections,
+        data=data_facts(coco, images, annotations),
+    )
+    typer.echo(f"Open {path}")
