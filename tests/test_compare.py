@@ -1,9 +1,11 @@
 """Figures of several models, how their images are picked, and the commands that make them."""
 
+import contextlib
 import itertools
 import re
 import shutil
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from a2fpn.data import CocoFile, read_coco
 from a2fpn.errors import ConfigError
 from a2fpn.evaluation import annotations_as_detections
 from a2fpn.inference import Result
+from a2fpn.report import Run, write_report
 from a2fpn.report.compare import Comparison, compare
 from a2fpn.report.outlines import object_colors, svg_path
 from a2fpn.report.sheet import save_comparison, save_gallery
@@ -233,18 +236,26 @@ def test_the_facts_tell_models_with_other_weights_apart() -> None:
 CHROMIUM, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
 
 
-@pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no Chromium with its driver is installed")
-def test_the_slider_moves_the_border_and_the_menus_choose_the_rows(scene: Any, tmp_path: Path) -> None:
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    coco, folder, paths = scene
-    chosen = compare(pair(coco, folder), paths, coco=coco, folder=folder, count=2)
-    page = save_comparison(chosen, tmp_path / "figure")[-1]
+@contextlib.contextmanager
+def headless(webdriver: Any) -> Iterator[Any]:
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
     for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
         options.add_argument(argument)
     browser = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
     try:
+        yield browser
+    finally:
+        browser.quit()
+
+
+@pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no Chromium with its driver is installed")
+def test_the_slider_moves_the_border_and_the_menus_choose_the_rows(scene: Any, tmp_path: Path) -> None:
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    coco, folder, paths = scene
+    chosen = compare(pair(coco, folder), paths, coco=coco, folder=folder, count=2)
+    page = save_comparison(chosen, tmp_path / "figure")[-1]
+    with headless(webdriver) as browser:
         browser.get(page.as_uri())
         shown = "return [...document.querySelector('.stage').querySelectorAll('svg')].map(svg => svg.className.baseVal)"
         assert [each.split() for each in browser.execute_script(shown)] == [[], ["left"], ["right"]]
@@ -259,5 +270,26 @@ def test_the_slider_moves_the_border_and_the_menus_choose_the_rows(scene: Any, t
         assert [each.split() for each in browser.execute_script(shown)] == [["left"], [], ["right"]]
         assert browser.execute_script("return document.querySelector('.of-left').textContent").startswith("annotations")
         assert browser.get_log("browser") == []
-    finally:
-        browser.quit()
+
+
+def test_the_page_command_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "a2fpn.app", raising=False)
+    assert 'pip install "a2fpn[app]"' in fails("app")
+
+
+@pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no Chromium with its driver is installed")
+def test_the_report_hides_what_is_unticked(scene: Any, tmp_path: Path) -> None:
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    coco, folder, _ = scene
+    run_ = Run("half", annotations_as_detections(coco)[::2])
+    page = write_report(tmp_path / "page.html", coco, folder, [run_], resamples=20)
+    with headless(webdriver) as browser:
+        browser.get(page.as_uri())
+        display = "return getComputedStyle(document.querySelector('g.missed')).display"
+        assert browser.execute_script(display) != "none"
+        browser.execute_script("document.getElementById('show-missed').click()")
+        assert browser.execute_script(display) == "none"
+        broken = "return [...document.images].filter(image => !image.complete || !image.naturalWidth).length"
+        assert browser.execute_script(broken) == 0
+        assert browser.get_log("browser") == []

@@ -149,7 +149,7 @@ def evaluate(
         raise ConfigError(f"Expected one --model, or two with --report, got {len(model)}.")
     if report is not None and metrics == "instances":
         raise ConfigError("--report is about COCO's metrics; leave out --metrics instances.")
-    numbers: dict[str, dict[str, float]] = {}
+    tables: dict[str, CocoMetrics] = {}
     pages: list[Reported] = []
     for name in model:
         detector = load_detector(name)
@@ -176,7 +176,7 @@ def evaluate(
         if metrics == "instances":
             _evaluate_instances(dataset, records, 0.5 if score_threshold is None else score_threshold, title, save)
             return
-        measured = evaluate_coco(
+        tables[name] = evaluate_coco(
             dataset.coco,
             records if report is None else pages[-1].keep(records),
             iou_types=kinds,
@@ -184,11 +184,11 @@ def evaluate(
             oks_sigmas=COCO_SIGMAS if oks_sigmas is None else _numbers(oks_sigmas),
             backend=backend,
         )
-        _print_metrics(measured, title=title)
-        numbers[name] = {"max_detections": max_detections, **measured.to_dict(per_class=True)}
+        _print_metrics(tables[name], title=title)
+    numbers = {name: {"max_detections": max_detections, **t.to_dict(per_class=True)} for name, t in tables.items()}
     _save(numbers[model[0]] if len(model) == 1 else numbers, save)
     if report is not None:
-        write_page(report, pages, images, annotations, max_detections=max_detections)
+        write_page(report, pages, list(tables.values()), images, annotations)
 
 
 def open_annotated(detector: Detector, images: Path, annotations: Path) -> CocoDataset:

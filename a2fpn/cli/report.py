@@ -11,6 +11,7 @@ import typer
 
 if TYPE_CHECKING:
     from a2fpn.detectors import Detector
+    from a2fpn.evaluation import CocoMetrics
 
 
 @dataclass(frozen=True)
@@ -19,13 +20,11 @@ class Reported:
 
     Args:
         name: As on the command line.
-        kinds: What it predicts, e.g. boxes and masks.
         facts: See :func:`a2fpn.report.model_facts`.
         detections: COCO results that were kept.
     """
 
     name: str
-    kinds: frozenset[str]
     facts: Mapping[str, str]
     detections: list[dict[str, Any]] = field(default_factory=list)
 
@@ -34,7 +33,7 @@ class Reported:
         """Look at a model before it is optimized."""
         from a2fpn.report import model_facts
 
-        return cls(name, frozenset(detector.target_keys), model_facts(detector))
+        return cls(name, model_facts(detector))
 
     def keep(self, records: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """Pass on detections, and keep them."""
@@ -43,21 +42,23 @@ class Reported:
             yield record
 
 
-def write_page(path: Path, models: Sequence[Reported], images: Path, annotations: Path, *, max_detections: int) -> None:
+def write_page(
+    path: Path, models: Sequence[Reported], tables: Sequence[CocoMetrics], images: Path, annotations: Path
+) -> None:
     """Write the page and say where; models with other kinds of output are compared by what both have."""
     from a2fpn.data import read_coco
-    from a2fpn.evaluation import common_iou_types
     from a2fpn.report import Run, data_facts, write_report
 
     coco = read_coco(annotations)
-    common = frozenset.intersection(*(model.kinds for model in models))
+    common = [kind for kind in tables[0].measured if all(kind in table.measured for table in tables)]
     write_report(
         path,
         coco,
         images,
         [Run(Path(model.name).name, model.detections, model.facts) for model in models],
-        iou_types=[kind for kind in common_iou_types(coco, common) if kind != "keypoints"],
-        max_detections=max_detections,
+        iou_types=common,
+        max_detections=tables[0].max_detections,
         data=data_facts(coco, images, annotations),
+        metrics=tables if all(list(table.measured) == common for table in tables) else None,
     )
     typer.echo(f"Open {path}")
