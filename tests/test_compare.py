@@ -209,7 +209,8 @@ def test_the_commands_compare_gallery_and_report(tmp_path: Path) -> None:
     output = run("compare", one, other, *common, "--pick", "random", "--output", tmp_path / "c", "--score-threshold", 0)
     assert f"Open {tmp_path / 'c.html'}" in output
     assert all((tmp_path / f"c.{suffix}").is_file() for suffix in ("png", "pdf", "html"))
-    run("gallery", one, "--images", folder, "--output", tmp_path / "g", "--count", 2)
+    output = run("gallery", one, "--images", folder, "--output", tmp_path / "g", "--among", 2)
+    assert "These 2 images were drawn at random from 3." in output
     assert (tmp_path / "g.png").is_file()
     page = tmp_path / "page.html"
     output = run("evaluate", "--model", one, "--model", other, *common, "--report", page, "--json", tmp_path / "n.json")

@@ -109,7 +109,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
             "app",
             "report",
         },
-        {"torch", "rich", "typer"},
+        {"numpy", "torch", "rich", "typer"},
     ),
     "__main__": ({"cli"}, set()),
     "finite": (set(), {"torch"}),

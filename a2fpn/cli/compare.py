@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
+import numpy as np
 import typer
 
 from a2fpn.cli.format import progress_bar
@@ -14,6 +16,7 @@ from a2fpn.errors import ConfigError
 
 if TYPE_CHECKING:
     from a2fpn.data import CocoFile
+    from a2fpn.report.compare import Comparison
 
 Images = Annotated[
     Path | None,
@@ -29,6 +32,10 @@ Annotations = Annotated[
 ]
 Count = Annotated[int, typer.Option(min=1, help="Number of images to show.")]
 Columns = Annotated[int, typer.Option(min=1, help="Images side by side.")]
+Among = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Look at so many images only, drawn at random; default: all."),
+]
 Seed = Annotated[int, typer.Option(help="Of the random choice of images.")]
 
 
@@ -50,6 +57,7 @@ def compare(
         ),
     ] = "disagree",
     count: Count = 8,
+    among: Among = None,
     columns: Columns = 4,
     score_threshold: Threshold = 0.5,
     tile: Tile = None,
@@ -69,13 +77,14 @@ def compare(
     if len(models) < 2:
         raise ConfigError("Expected two models or more; a2fpn gallery shows one.")
     folder, files, coco = _images(images, annotations)
+    some = _drawn(files, among, seed)
     predictors = {
         name: build_predictor(load_detector(model), device, optimize=False, dtype="float32", tile=tile)
         for name, model in zip(_names(models), models, strict=True)
     }
     comparison = compare_models(
         predictors,
-        files,
+        some,
         coco=coco,
         folder=folder,
         pick=pick,
@@ -84,6 +93,7 @@ def compare(
         seed=seed,
         track=_track,
     )
+    comparison = _told(comparison, some, files)
     typer.echo(comparison.note)
     typer.echo(f"Open {save_comparison(comparison, output, columns=columns)[-1]}, or the PNG and PDF beside it")
 
@@ -103,6 +113,7 @@ def gallery(
         typer.Option(help="Show any images, or with --annotations those with the lowest AP. The figure says which."),
     ] = "random",
     count: Count = 12,
+    among: Among = None,
     columns: Columns = 4,
     score_threshold: Threshold = 0.5,
     tile: Tile = None,
@@ -113,15 +124,14 @@ def gallery(
 
     Example: `a2fpn gallery runs/htc --images photos --output figure`
     """
-    import dataclasses
-
     from a2fpn.report.compare import compare as compare_models
     from a2fpn.report.sheet import save_gallery
 
     folder, files, coco = _images(images, annotations)
+    some = _drawn(files, among, seed)
     comparison = compare_models(
         {_names([model])[0]: build_predictor(load_detector(model), device, optimize=False, dtype="float32", tile=tile)},
-        files,
+        some,
         coco=coco if pick == "worst" else None,
         folder=folder,
         pick=pick,
@@ -131,7 +141,7 @@ def gallery(
         track=_track,
     )
     alone = [dataclasses.replace(column, cells=column.cells[-1:]) for column in comparison.columns]
-    shown = dataclasses.replace(comparison, rows=comparison.rows[-1:], columns=tuple(alone))
+    shown = _told(dataclasses.replace(comparison, rows=comparison.rows[-1:], columns=tuple(alone)), some, files)
     typer.echo(shown.note)
     typer.echo(f"Open {save_gallery(shown, output, columns=columns)[0]}, or the PDF beside it")
 
@@ -152,6 +162,21 @@ def _images(images: Path | None, annotations: Path | None) -> tuple[Path, list[P
         raise ConfigError(f"{folder} is no folder of images; give --images.")
     coco = read_coco(annotations)
     return folder, [folder / entry.file_name for entry in coco.images.values()], coco
+
+
+def _drawn(files: list[Path], count: int | None, seed: int) -> list[Path]:
+    """So many of the files, drawn at random, in their order; all for None."""
+    if count is None or count >= len(files):
+        return files
+    return [files[position] for position in sorted(np.random.default_rng(seed).permutation(len(files))[:count])]
+
+
+def _told(comparison: Comparison, some: Sequence[Path], files: Sequence[Path]) -> Comparison:
+    """The comparison, whose note tells of images that nobody looked at."""
+    if len(some) == len(files):
+        return comparison
+    drawn = f" These {len(some)} images were drawn at random from {len(files)}."
+    return dataclasses.replace(comparison, note=comparison.note + drawn)
 
 
 def _names(models: Sequence[str]) -> list[str]:

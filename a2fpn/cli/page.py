@@ -30,4 +30,6 @@ def show_page(
         if error.name != "gradio":
             raise
         raise ConfigError('a2fpn app needs Gradio: pip install "a2fpn[app]".') from error
-    launch(model, host=host, port=port, device=str(pick_device(device)))
+    page = launch(model, host=host, port=port, device=str(pick_device(device)), quiet=True, prevent_thread_lock=True)
+    typer.echo(f"Open {page.local_url} (stop with Ctrl+C)")
+    page.block_thread()
