@@ -19,13 +19,14 @@ format: .venv/installed-dev
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
-# What a user gets from a package index: a built wheel in an empty environment, away from this folder.
+# What a user gets from a package index: a built wheel in an empty environment, away from this folder, that predicts,
+# trains, converts and publishes.
 wheel-check: .venv/installed-dev
 	rm -rf build/wheel && mkdir -p build/wheel
 	.venv/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/wheel .
 	$(PYTHON) -m venv build/wheel/venv
-	build/wheel/venv/bin/python -m pip install --quiet --disable-pip-version-check build/wheel/*.whl
-	cd build/wheel && venv/bin/a2fpn demo --output demo
+	wheel=$$(echo build/wheel/*.whl) && build/wheel/venv/bin/python -m pip install --quiet --disable-pip-version-check "$$wheel[train]"
+	mkdir build/wheel/empty && cd build/wheel/empty && ../venv/bin/python ../../../.ci/wheel_check.py
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -1,0 +1,78 @@
+"""What an installed wheel must do away from its checkout: the demo, a training step, a conversion and a push.
+
+Run by ``make wheel-check`` with the Python of the environment that the wheel was installed into, in an empty folder.
+The Hub is the one of the tests, on loopback; everything else comes from the wheel.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchvision.models import detection
+
+import a2fpn
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+SCRIPTS = Path(sys.executable).parent
+TORCHVISION = "fasterrcnn_mobilenet_v3_large_320_fpn"
+TINY = (
+    *("model.name=fasterrcnn_fpn", "model.pretrained=false", "model.overrides.backbone=test_resnet"),
+    *("model.overrides.min_size=64", "model.overrides.max_size=96"),
+)
+
+
+def run(*command: object, **environment: str) -> None:
+    line = [str(SCRIPTS / "a2fpn"), *map(str, command)]
+    print("$", *line, flush=True)
+    subprocess.run(line, check=True, env={**os.environ, **environment})
+
+
+def hub_server() -> Any:
+    spec = importlib.util.spec_from_file_location("hub_server", CHECKOUT / "tests" / "hub_server.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["hub_server"] = module
+    spec.loader.exec_module(module)
+    return module.HubServer()
+
+
+def main() -> None:
+    installed = Path(a2fpn.__file__).resolve()
+    assert CHECKOUT / "a2fpn" not in installed.parents, f"the checkout is imported, not the wheel: {installed}"
+    assert not any(Path.cwd().iterdir()), "run this in an empty folder"
+    run("demo", "--output", "demo")
+
+    demo = installed.parent / "assets" / "nuclei_demo"
+    annotations = [f"data.{part}_annotations=annotations.json" for part in ("train", "val")]
+    settings = (f"data.root={demo}", *annotations, "data.check_images=1", "data.workers=0", "data.batch_size=1")
+    once = ("run.max_steps=1", "run.output=runs", "run.pictures=0", "run.trackers=[]", "run.mixed_precision=none")
+    run("train", "--list")
+    run("train", "--config", "finetune_folder", *settings, *once, *TINY)
+
+    torch.save(getattr(detection, TORCHVISION)(weights=None, weights_backbone=None).state_dict(), "weights.pth")
+    options = ("--option", "min_size=64", "--option", "max_size=96")
+    run("hub", "convert", "weights.pth", "--from", "torchvision", "--model", TORCHVISION, "--output", "ours", *options)
+
+    server = hub_server()
+    server.tokens["hf_alice"] = "alice"
+    run(
+        "hub",
+        "push",
+        "runs/best",
+        "--repo",
+        "alice/cells",
+        HF_ENDPOINT=server.url,
+        HF_TOKEN="hf_alice",
+        HF_HUB_OFFLINE="0",
+    )
+    files = server.repos["alice/cells"].commits[server.repos["alice/cells"].refs["main"]]
+    assert {"README.md", "config.json", "model.safetensors"} <= set(files), sorted(files)
+
+
+if __name__ == "__main__":
+    main()
