@@ -51,7 +51,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "compose": ({"_plugins", "errors", "_registry", "_serialize", "backbones", "config", "detectors", "necks"}, set()),
     "build": ({"errors", "_serialize", "backbones", "config", "detectors", "necks"}, set()),
     "pretrained": (
-        BUILDING | {"_atomic", "_plugins", "_version", "convert"},
+        BUILDING | {"_atomic", "_plugins", "_version", "convert", "layers"},
         {"huggingface_hub", "safetensors", "torch", "torchvision"},
     ),
     "convert": (BUILDING | {"layers", "pretrained"}, {"torch", "torchvision", "safetensors"}),
