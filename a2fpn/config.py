@@ -14,7 +14,8 @@ from typing import Any, Literal
 from a2fpn._serialize import plain
 from a2fpn.errors import ConfigError, ConfigTypeError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""In 2, levels in state dicts have names (``neck.lateral.p3``), where 1 had positions (``neck.lateral.1``)."""
 STAGES = 5
 """Stages of a backbone, of stride 2 to 32: as a ResNet's stem and its four layers."""
 

@@ -87,7 +87,9 @@ def rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Renames the tensors of torchvision's model to ours; only the pyramid's differ."""
     names = {"inner_blocks": "lateral", "layer_blocks": "output"}
     return {
-        re.sub(r"^backbone\.fpn\.(\w+)\.(\d+)\.0\.", lambda m: f"neck.{names[m[1]]}.{m[2]}.conv.", key): tensor
+        re.sub(
+            r"^backbone\.fpn\.(\w+)\.(\d+)\.0\.", lambda m: f"neck.{names[m[1]]}.p{int(m[2]) + 2}.conv.", key
+        ): tensor
         for key, tensor in state.items()
     }
 

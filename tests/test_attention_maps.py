@@ -27,7 +27,7 @@ def test_a_fresh_neck_is_orthogonal_and_changes_nothing() -> None:
     assert all(x < 1e-4 for x in report.orthogonality.values())
     assert list(report.orthogonality) == LEVELS
     assert set(report.context_size.values()) == {0.0}
-    fusions = [f"{way}.{i}" for way in ("top_down", "bottom_up") for i in range(3)]
+    fusions = [*(f"top_down.p{i}" for i in (2, 3, 4)), *(f"bottom_up.p{i}" for i in (3, 4, 5))]
     assert sorted(report.gate_change) == sorted(report.kernel_center) == sorted(fusions)
     assert set(report.gate_change.values()) == {0.0}
     assert all(0.6 < x < 0.8 for x in report.kernel_center.values())  # e^4 / (e^4 + 24)
@@ -71,10 +71,10 @@ def test_gates_and_kernels_are_read_where_they_are_used() -> None:
     nn.init.zeros_(model.neck.bottom_up[0].kernels.conv.weight)
     model.neck.bottom_up[0].kernels.reset_centre(0)
     report = diagnose(model, IMAGES)
-    assert report.gate_change["top_down.1"] == pytest.approx(1)
-    assert report.gate_change["top_down.0"] == 0
-    assert (report.kernel_center["top_down.2"], report.kernel_entropy["top_down.2"]) == pytest.approx((1, 0))
-    assert (report.kernel_center["bottom_up.0"], report.kernel_entropy["bottom_up.0"]) == pytest.approx((1 / 25, 1))
+    assert report.gate_change["top_down.p3"] == pytest.approx(1)
+    assert report.gate_change["top_down.p2"] == 0
+    assert (report.kernel_center["top_down.p4"], report.kernel_entropy["top_down.p4"]) == pytest.approx((1, 0))
+    assert (report.kernel_center["bottom_up.p3"], report.kernel_entropy["bottom_up.p3"]) == pytest.approx((1 / 25, 1))
 
 
 @pytest.mark.parametrize("neck", ["fpn", "pafpn", "dysample_fpn"])

@@ -22,7 +22,7 @@ def halve(x: torch.Tensor) -> torch.Tensor:
 
 def test_a_layer_is_the_one_of_the_paper() -> None:
     """The three-level case of EfficientDet's figure 2 (d), edge by edge."""
-    layer = BiFPNLayer(8, 3, norm_layer="layernorm2d", act_layer="silu")
+    layer = BiFPNLayer(8, ["p2", "p3", "p4"], norm_layer="layernorm2d", act_layer="silu")
     randomise(layer)
     p3, p4, p5 = (torch.randn(1, 8, side, side) for side in (12, 6, 3))
     middle = layer.top_down[1]([p4, F.interpolate(p5, scale_factor=2)])

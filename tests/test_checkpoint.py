@@ -1,5 +1,6 @@
 import json
 import pickle
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +15,8 @@ import a2fpn
 from a2fpn import CheckpointError
 from a2fpn.config import Category
 from a2fpn.detectors import DETECTORS, RCNN
+from a2fpn.layers import positional_keys
+from a2fpn.pretrained.catalog import PRETRAINED
 from a2fpn.pretrained.checkpoint import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -123,7 +126,7 @@ def test_the_folder_says_what_it_is(model: RCNN, tmp_path: Path) -> None:
     folder = a2fpn.save_pretrained(model, tmp_path, metadata=metadata)
     assert sorted(path.name for path in folder.iterdir()) == [CONFIG_FILE, WEIGHTS_FILE]
     data = json.loads((folder / CONFIG_FILE).read_text())
-    assert data["format_version"] == 1
+    assert data["format_version"] == 2
     assert data["a2fpn_version"] == a2fpn.__version__
     assert data["model"]["categories"][2] == {"id": 90, "name": "Zellkern"}
     checkpoint = read_checkpoint(folder)
@@ -198,7 +201,7 @@ def test_a_missing_file_is_an_error(folder: Path) -> None:
         a2fpn.from_pretrained(folder)
 
 
-KEY = "neck.lateral.0.conv.weight"
+KEY = "neck.lateral.p2.conv.weight"
 
 
 def shorten(tensors: dict[str, Tensor]) -> None:
@@ -262,7 +265,7 @@ def change(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("format_version", 2, r"has format_version 2, this version of a2fpn reads 1"),
+        ("format_version", 3, r"has format_version 3, this version of a2fpn reads 1 to 2"),
         ("format_version", "1", r"has format_version '1', this version of a2fpn reads 1"),
         ("format_version", ..., r"has format_version None, this version of a2fpn reads 1"),
         ("sha265", "x", r"config\.json: unknown key 'sha265' for Checkpoint\. Did you mean 'sha256'"),
@@ -343,3 +346,36 @@ def test_threads_load_and_build_at_once(tmp_path):
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(work, range(8)))
+
+
+# Levels carry their names since format version 2
+
+
+@pytest.mark.parametrize("name", ["maskrcnn_a2fpn", "maskrcnn_bifpn", "retinanet_pafpn_mgc", "htc_carafe_fpn"])
+def test_checkpoints_of_version_1_load_to_the_bit(name, tmp_path):
+    """Version 1 had the position of a level where version 2 has its name."""
+    options = {"semantic": "things"} if name.startswith("htc") else {}
+    model = tiny_model(name, **options)
+    randomise(model)
+    counted = positional_keys(model)
+    assert set(counted) != set(counted.values())
+    assert len(set(counted.values())) == len(counted)
+    assert not [key for key in counted if re.match(r"neck\.\w+\.\d", key) and ".layers." not in key]
+    folder = save_checkpoint(tmp_path, model.config, {counted[key]: x for key, x in model.state_dict().items()})
+    with pytest.raises(CheckpointError, match="do not fit the model"):
+        a2fpn.from_pretrained(folder)
+    document = json.loads((folder / CONFIG_FILE).read_text())
+    (folder / CONFIG_FILE).write_text(json.dumps({**document, "format_version": 1}))
+    again = a2fpn.from_pretrained(folder)
+    assert all(torch.equal(x, again.state_dict()[key]) for key, x in model.state_dict().items())
+    a2fpn.save_pretrained(again, folder)
+    assert json.loads((folder / CONFIG_FILE).read_text())["format_version"] == 2
+    assert load_file(folder / WEIGHTS_FILE).keys() == model.state_dict().keys()
+
+
+def test_the_embedded_model_is_of_version_1_and_loads():
+    weights = PRETRAINED["maskrcnn_a2fpn_lite0.nuclei"]
+    stored = read_weights(weights.folder, read_checkpoint(weights.folder))
+    assert read_checkpoint(weights.folder).format_version == 1
+    state = a2fpn.from_pretrained(weights.folder).state_dict()
+    assert torch.equal(state["neck.lateral.p3.conv.weight"], stored["neck.lateral.1.conv.weight"].float())

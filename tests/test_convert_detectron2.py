@@ -93,7 +93,7 @@ def detectron2_state(model: a2fpn.detectors.RCNN) -> dict[str, Tensor]:
             stem = "" if name.startswith("res") else "stem."
             state[f"backbone.bottom_up.{stem}{name}.{tensor}"] = x.flip(1) if name == "conv1" else x
         elif parts[0] == "neck":
-            state[f"backbone.fpn_{parts[1]}{int(parts[2]) + 2}.{tensor}"] = x
+            state[f"backbone.fpn_{parts[1]}{parts[2][1:]}.{tensor}"] = x
         elif parts[0] == "rpn":
             name = {"conv": "conv", "cls_logits": "objectness_logits", "bbox_pred": "anchor_deltas"}[parts[2]]
             state[f"proposal_generator.rpn_head.{name}.{tensor}"] = x

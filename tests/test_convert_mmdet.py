@@ -63,19 +63,24 @@ def mmdet_state(model: a2fpn.detectors.RCNN) -> dict[str, Tensor]:
                 state[f"backbone.{name}.num_batches_tracked"] = torch.tensor(5)
         elif "compress" in parts or "kernels" in parts:
             layer = "channel_compressor" if "compress" in parts else "content_encoder"
-            module = f"neck.upsample_modules.{parts[2]}" if parts[0] == "neck" else "roi_head.mask_head.upsample"
+            module = (
+                f"neck.upsample_modules.{int(parts[2][1:]) - 2}"
+                if parts[0] == "neck"
+                else "roi_head.mask_head.upsample"
+            )
             state[f"{module}.{layer}.{tensor}"] = x
         elif parts[0] == "neck":
             kind = {"lateral": "lateral_convs", "output": "fpn_convs"}[parts[1]]
-            state[f"neck.{kind}.{parts[2]}.conv.{tensor}"] = x
+            state[f"neck.{kind}.{int(parts[2][1:]) - 2}.conv.{tensor}"] = x
         elif parts[0] == "rpn":
             name = {"conv": "rpn_conv", "cls_logits": "rpn_cls", "bbox_pred": "rpn_reg"}[parts[2]]
             state[f"rpn_head.{name}.{tensor}"] = x
         elif parts[1] == "mask_flow":
             state[f"roi_head.mask_head.{int(parts[2]) + 1}.conv_res.conv.{tensor}"] = x
         elif parts[1] == "semantic":
+            level = int(parts[3][1:]) - 2 if parts[2] == "lateral" else None
             layer = {
-                "lateral": f"lateral_convs.{parts[3]}.conv",
+                "lateral": f"lateral_convs.{level}.conv",
                 "convs": f"convs.{parts[3]}.conv",
                 "embedding": "conv_embedding.conv",
                 "logits": "conv_logits",

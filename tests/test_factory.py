@@ -17,7 +17,7 @@ from a2fpn.compose import MODELS, parse_name
 from a2fpn.config import BackboneConfig, NeckConfig
 from a2fpn.detectors import DETECTORS, OneStage
 from a2fpn.necks import NECKS
-from a2fpn.pretrained.catalog import PRETRAINED, WeightsConfig
+from a2fpn.pretrained.catalog import PRETRAINED, EmbeddedWeights
 from tests.helpers import random_target, randomise, tiny_model, tiny_options
 
 CATEGORIES = (Category(7, "cell"), Category(23, "nucleus"), Category(90, "Zellkern"))
@@ -39,7 +39,7 @@ def tiny_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> a2fpn.detec
     model.config = dataclasses.replace(model.config, architecture="maskrcnn_fpn_test_resnet")
     randomise(model)
     folder = a2fpn.save_pretrained(model, tmp_path / "tiny")
-    monkeypatch.setitem(PRETRAINED, "maskrcnn_fpn_test_resnet.tiny", WeightsConfig(folder, "for tests"))
+    monkeypatch.setitem(PRETRAINED, "maskrcnn_fpn_test_resnet.tiny", EmbeddedWeights(folder, "for tests"))
     return model
 
 
@@ -347,7 +347,7 @@ def test_a_source_that_is_not_there_is_an_error() -> None:
         a2fpn.from_pretrained("maskrcnn_a2fpn_lite0.nucli")
 
 
-@pytest.mark.parametrize("name", [name for name, weights in PRETRAINED.items() if isinstance(weights, WeightsConfig)])
+@pytest.mark.parametrize("name", [name for name, weights in PRETRAINED.items() if isinstance(weights, EmbeddedWeights)])
 def test_weights_in_the_package_exist_and_load(name: str) -> None:
     model = a2fpn.from_pretrained(name)
     assert model.config.architecture == name.partition(".")[0]

@@ -205,7 +205,7 @@ def test_a_graft_is_reproducible() -> None:
     assert torch.equal(torch.get_rng_state(), random_state)
     assert largest_difference(first, again) == 0
     differing = {key for key in first if not torch.equal(first[key], other[key])}
-    assert "neck.top_down.0.kernels.conv.weight" in differing
+    assert "neck.top_down.p2.kernels.conv.weight" in differing
     assert not differing & set(state)
 
 
@@ -216,12 +216,12 @@ def test_arguments_reach_the_neck() -> None:
     assert grafted.config.neck.args == {"out_channels": 16, "attention": "dot", "node_budget": 2}
 
 
-@pytest.mark.parametrize(("strides", "nodes"), [(None, [8, 6, 4]), ((8, 16, 32), [6, 4, 2])])
-def test_strides_tell_what_a_state_does_not(strides: tuple[int, ...] | None, nodes: list[int]) -> None:
-    fpn = build_neck("fpn", pyramid_spec(3, finest=3))
+@pytest.mark.parametrize(("finest", "nodes"), [(2, [8, 6, 4]), (3, [6, 4, 2])])
+def test_names_of_levels_tell_their_strides(finest: int, nodes: list[int]) -> None:
+    fpn = build_neck("fpn", pyramid_spec(3, finest=finest))
     state = {f"neck.{key}": x for key, x in fpn.state_dict().items()}
-    grafted = graft(state, target="pafpn_mgc", strides=strides, node_budget=2)
-    assert [len(grafted[f"neck.context.entities.{i}"]) for i in range(3)] == nodes
+    grafted = graft(state, target="pafpn_mgc", node_budget=2)
+    assert [len(grafted[f"neck.context.entities.p{finest + i}"]) for i in range(3)] == nodes
 
 
 # Bad input
@@ -253,23 +253,23 @@ def test_a_foreign_state_is_an_error() -> None:
     with torch.device("meta"):
         foreign = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None).state_dict()
     for state in (foreign, {}, {"model": foreign}):
-        with pytest.raises(ValueError, match=r"with neck 'fpn'.*it has no 'neck.lateral.0.conv.weight'; its first"):
+        with pytest.raises(ValueError, match=r"with neck 'fpn'.*it has no 'neck.lateral.p<i>.conv.weight'; its first"):
             graft(state)
 
 
 @pytest.mark.parametrize("damage", ["missing", "shape"])
 def test_an_incomplete_fpn_is_an_error(damage: str) -> None:
     state = fpn_detector().state_dict()
-    bias = state.pop("neck.output.2.conv.bias")
+    bias = state.pop("neck.output.p4.conv.bias")
     if damage == "shape":
-        state["neck.output.2.conv.bias"] = bias[1:]
-    with pytest.raises(ValueError, match=r"with neck 'fpn'.*it differs in 1 tensors: neck\.output\.2\.conv\.bias\."):
+        state["neck.output.p4.conv.bias"] = bias[1:]
+    with pytest.raises(ValueError, match=r"with neck 'fpn'.*it differs in 1 tensors: neck\.output\.p4\.conv\.bias\."):
         graft(state)
 
 
 def test_a_norm_must_be_named_and_cannot_follow_a_bottom_up_path() -> None:
     model = fpn_detector(neck_args={"norm_layer": "batchnorm2d"})
-    with pytest.raises(ValueError, match=r"norm_layer=, which must then be given.*neck\.lateral\.0\.norm"):
+    with pytest.raises(ValueError, match=r"norm_layer=, which must then be given.*neck\.lateral\.p2\.norm"):
         graft(model.state_dict(), target="a2fpn_lite")
     with pytest.raises(ValueError, match=r"cannot begin as an FPN that has norm_layer or act_layer.*'a2fpn_lite'"):
         graft_model(model, target="a2fpn")

@@ -90,7 +90,7 @@ def test_thousands_of_hostile_weights(folder, config, weights):
         (("model", "preprocess", "min_size"), math.inf),
         (("model", "preprocess", "mean"), [10**400] * 3),
         (("model", "heads", "code"), "import os"),
-        (("format_version",), 2),
+        (("format_version",), 3),
         (("sha256",), "../../etc/passwd"),
     ],
 )

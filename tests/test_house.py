@@ -51,7 +51,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "compose": ({"_plugins", "errors", "_registry", "_serialize", "backbones", "config", "detectors", "necks"}, set()),
     "build": ({"errors", "_serialize", "backbones", "config", "detectors", "necks"}, set()),
     "pretrained": (
-        BUILDING | {"_atomic", "_plugins", "_version", "convert"},
+        BUILDING | {"_atomic", "_plugins", "_version", "convert", "layers"},
         {"huggingface_hub", "safetensors", "torch", "torchvision"},
     ),
     "convert": (BUILDING | {"layers", "pretrained"}, {"torch", "torchvision", "safetensors"}),
@@ -234,3 +234,23 @@ def test_nothing_changes_the_state_of_the_whole_process() -> None:
     )
     found = [(path.name, call) for path in files(PACKAGE) for call in calls if call in path.read_text(encoding="utf-8")]
     assert found == []
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    """Also not inside a function or for a type checker alone."""
+    modules = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in files(PACKAGE)
+    }
+    graph = {
+        # A package is there before what lies in it.
+        name: {found for found in imports(path) if found in modules and not f"{name}.".startswith(f"{found}.")}
+        for name, path in modules.items()
+    }
+    reachable = {name: found - {"a2fpn"} for name, found in graph.items() if name != "a2fpn"}
+    for _ in modules:
+        grown = {name: found.union(*(reachable[other] for other in found)) for name, found in reachable.items()}
+        if grown == reachable:
+            break
+        reachable = grown
+    assert sorted(name for name, found in reachable.items() if name in found) == []

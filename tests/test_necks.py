@@ -283,12 +283,13 @@ def test_context_sees_everything_else(name: str) -> None:
 
 
 def load_torchvision_fpn(neck: torch.nn.Module, reference: FeaturePyramidNetwork) -> None:
-    state = reference.state_dict()
-    renamed = {
-        key.replace("inner_blocks", "lateral").replace("layer_blocks", "output").replace(".0.weight", ".conv.weight")
-        .replace(".0.bias", ".conv.bias"): value
-        for key, value in state.items()
-    }  # fmt: skip
+    kinds = {"inner_blocks": neck.lateral, "layer_blocks": neck.output}
+    renamed = {}
+    for key, value in reference.state_dict().items():
+        kind, position, _, tensor = key.split(".")
+        levels = kinds[kind]
+        name = "lateral" if levels is neck.lateral else "output"
+        renamed[f"{name}.{levels.names[int(position)]}.conv.{tensor}"] = value
     neck.load_state_dict(renamed)
 
 

@@ -15,8 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from a2fpn._atomic import recover_folder, replaced_folder
 from a2fpn.training.feed import SeededSamples
-from a2fpn.training.state import recover_folder, replaced_folder, rewind_metrics
+from a2fpn.training.state import rewind_metrics
 from a2fpn.training.trainer import Trainer
 from tests.training import Process, metrics, tiny_run
 

@@ -18,6 +18,7 @@ from a2fpn.build import build_model
 from a2fpn.compose import compose
 from a2fpn.config import ModelConfig
 from a2fpn.errors import ConfigError, MissingFileError
+from a2fpn.layers import positional_keys
 
 POOLING = {"roi_aligned": True, "roi_sampling_ratio": 0, "anchor_rounding": False}
 """How detectron2 and mmdetection pool RoIs and place anchors."""
@@ -204,7 +205,7 @@ class Layout:
 
     Args:
         framework: Its name in messages.
-        rename: From a name in our state dict to the framework's.
+        rename: From a name in our state dict, with the levels' positions, to the framework's.
         ignored: Beginnings or endings of names that carry no weights.
         necks: Necks that it has, by our names.
     """
@@ -263,8 +264,9 @@ def convert(
     converted: dict[str, Tensor] = {}
     problems: dict[str, list[str]] = {"missing": [], "of another shape": []}
     used = set()
+    positions = positional_keys(model)
     for key, own in model.state_dict().items():
-        source = layout.rename(key)
+        source = layout.rename(positions[key])
         used.add(source)
         if source not in state:
             if key.endswith(_TRACKED):

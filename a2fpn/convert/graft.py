@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import itertools
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -47,7 +47,6 @@ def graft(
     target: str = "a2fpn",
     centre_bias: float = 8.0,
     seed: int = 0,
-    strides: Sequence[int] | None = None,
     **options: Any,
 ) -> dict[str, Tensor]:
     """Turns the state dict of an FPN detector into that of the same detector with another neck.
@@ -58,7 +57,6 @@ def graft(
         centre_bias: Initial logit of the nearest source pixel over its neighbours in content-aware upsampling; more
             is closer to the FPN and learns more slowly.
         seed: Of the new parts' random weights, which cannot be seen in the output yet.
-        strides: Strides of the FPN's levels, finest first; None takes 4, 8, 16, ...
         **options: The target neck's own arguments (``attention``, ``nodes``, ...), and ``norm_layer`` and
             ``act_layer`` if the FPN has them; ``out_channels`` is read from the state.
 
@@ -76,17 +74,16 @@ def graft(
         >>> grafted = graft(model.state_dict(), target="pafpn")
         >>> sorted({key.split(".")[1] for key in grafted if key.startswith("neck.")})
         ['bottom_up', 'bottom_up_output', 'lateral', 'output']
-        >>> int(grafted["neck.bottom_up.0.down.conv.weight"].count_nonzero())
+        >>> int(grafted["neck.bottom_up.p3.down.conv.weight"].count_nonzero())
         0
     """
     if target not in TARGETS:
         raise ConfigError(f"An FPN cannot be grafted onto neck {target!r}. {did_you_mean(target, TARGETS)}")
     fpn = {key.removeprefix("neck."): x for key, x in state.items() if key.startswith("neck.")}
-    keys = itertools.takewhile(fpn.__contains__, (f"lateral.{i}.conv.weight" for i in itertools.count()))
-    laterals = [fpn[key] for key in keys]
+    found = [match for key in fpn if (match := re.fullmatch(r"lateral\.p(\d+)\w*\.conv\.weight", key))]
+    laterals, strides = [fpn[match[0]] for match in found], [2 ** int(match[1]) for match in found]
     if not laterals:
-        raise _not_an_fpn(f"it has no 'neck.lateral.0.conv.weight'; its first tensors are {list(state)[:3]}")
-    strides = [4 << i for i in range(len(laterals))] if strides is None else strides
+        raise _not_an_fpn(f"it has no 'neck.lateral.p<i>.conv.weight'; its first tensors are {list(state)[:3]}")
     spec = PyramidSpec.from_channels([x.shape[1] for x in laterals], strides=strides)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)
@@ -128,7 +125,7 @@ def graft_model(
     spec = model.neck.in_spec
     config = graft_config(model.config, target=target, **options)
     args = config.neck.args
-    state = graft(model.state_dict(), target=target, centre_bias=centre_bias, seed=seed, strides=spec.strides, **args)
+    state = graft(model.state_dict(), target=target, centre_bias=centre_bias, seed=seed, **args)
     grafted = DETECTORS[config.detector](config, copy.deepcopy(model.backbone), create_neck(target, spec, **args))
     load_weights(grafted, state)
     return grafted.to(next(model.parameters())).train(model.training)
@@ -158,8 +155,8 @@ def graft_config(config: ModelConfig, *, target: str = "a2fpn", **options: Any) 
 
 def _not_an_fpn(found: str) -> ValueError:
     return ValueError(
-        "Expected the state dict of a detector of this package with neck 'fpn': neck.lateral.<i>.conv.* and "
-        "neck.output.<i>.conv.* for each level and no other neck.* (with norm.* where the FPN has norm_layer=, which "
+        "Expected the state dict of a detector of this package with neck 'fpn': neck.lateral.p<i>.conv.* and "
+        "neck.output.p<i>.conv.* for each level and no other neck.* (with norm.* where the FPN has norm_layer=, which "
         f"must then be given); {found}."
     )
 

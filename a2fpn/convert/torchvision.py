@@ -48,6 +48,7 @@ from a2fpn.errors import ConfigError
 from a2fpn.necks import create_neck
 from a2fpn.pretrained.catalog import PRETRAINED, TorchvisionWeights
 from a2fpn.pretrained.checkpoint import load_weights
+from a2fpn.pyramid import level_names
 
 # Blocks, channels and groups' width of the first block's second convolution, and its number of convolutions.
 _RESNETS = {
@@ -258,15 +259,28 @@ def torchvision_state(state: Mapping[str, Tensor], config: ModelConfig) -> dict[
     rename = _renaming(config)
     tracked = "num_batches_tracked"
     frozen = config.backbone.norm == "frozen"
-    renamed = {rename(key): x for key, x in state.items() if not (frozen and tracked in key and ".body." in key)}
+    levels = level_names("p", _strides(config.backbone))
+
+    def named(key: str) -> str:
+        return re.sub(r"^neck\.(lateral|output)\.(\d+)", lambda match: f"neck.{match[1]}.{levels[int(match[2])]}", key)
+
+    renamed = {named(rename(key)): x for key, x in state.items() if not (frozen and tracked in key and ".body." in key)}
     return {key: _select(key, x, config) for key, x in renamed.items()}
+
+
+def _strides(config: BackboneConfig) -> tuple[int, ...]:
+    """Strides of a backbone's maps; those of taps are measured."""
+    if not config.taps:
+        return config.strides
+    with torch.device("meta"):
+        return TimmBackbone(config).out_spec.strides
 
 
 # Configurations
 
 
-def _other(what: str, got: object, expected: object) -> ValueError:
-    return ValueError(f"This detector cannot be converted: its {what} is {got!r}, only {expected!r} can be.")
+def _other(what: str, got: object, expected: object) -> ConfigError:
+    return ConfigError(f"This detector cannot be converted: its {what} is {got!r}, only {expected!r} can be.")
 
 
 def _backbone(body: IntermediateLayerGetter) -> BackboneConfig:

@@ -48,7 +48,7 @@ class HTC(CascadeMaskRCNN):
         heads, spec, channels = self.cascade, self.neck.out_spec, self.neck.out_channels
         branch = SemanticBranch(
             channels,
-            len(spec),
+            spec.names,
             level=self.semantic_level,
             width=heads.semantic_channels,
             layers=heads.semantic_layers,

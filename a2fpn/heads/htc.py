@@ -18,6 +18,7 @@ from torchvision.ops import Conv2dNormActivation
 
 from a2fpn.heads.cascade import CascadeRoIHeads, CascadeRules, Sizes, Targets
 from a2fpn.heads.roi_pool import StrideRoIAlign
+from a2fpn.layers import LevelModules
 from a2fpn.masks import InstanceMasks, nearest_pixels
 from a2fpn.pyramid import Features, level_size
 
@@ -32,17 +33,19 @@ class SemanticBranch(nn.Module):
 
     Args:
         channels: Channels ``C`` of the pyramid, and of the embedding.
-        levels: Number of levels of the pyramid.
+        levels: Names of the levels of the pyramid.
         level: Index of the level whose size the branch works at.
         width: Channels inside the branch.
         layers: Number of 3x3 convolutions.
         classes: Number of classes of the map.
     """
 
-    def __init__(self, channels: int, levels: int, *, level: int, width: int, layers: int, classes: int) -> None:
+    def __init__(
+        self, channels: int, levels: Sequence[str], *, level: int, width: int, layers: int, classes: int
+    ) -> None:
         super().__init__()
         self.level = level
-        self.lateral = nn.ModuleList(_conv(channels, channels, 1) for _ in range(levels))
+        self.lateral = LevelModules(levels, (_conv(channels, channels, 1) for _ in levels))
         self.convs = nn.Sequential(*(_conv(channels if i == 0 else width, width, 3) for i in range(layers)))
         width = width if layers else channels
         self.embedding = _conv(width, channels, 1)

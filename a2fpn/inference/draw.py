@@ -15,7 +15,7 @@ import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import contourpy
 import numpy as np
@@ -35,11 +35,42 @@ from pycocotools import mask as coco_mask
 from a2fpn.errors import ConfigError
 
 if TYPE_CHECKING:
+    from a2fpn.config import Category
     from a2fpn.data import Rle
-    from a2fpn.inference import Result
 
 
 Colors = NDArray[np.float64]
+
+
+class Drawable(Protocol):
+    """What is drawn: the fields of :class:`a2fpn.Result`, which is documented there."""
+
+    @property
+    def boxes(self) -> NDArray[np.float32]: ...
+    @property
+    def scores(self) -> NDArray[np.float32]: ...
+    @property
+    def labels(self) -> NDArray[np.int64]: ...
+    @property
+    def size(self) -> tuple[int, int]: ...
+    @property
+    def categories(self) -> tuple[Category, ...]: ...
+    @property
+    def names(self) -> tuple[str, ...]: ...
+    @property
+    def rles(self) -> tuple[Rle, ...] | None: ...
+    @property
+    def path(self) -> str | None: ...
+    @property
+    def keypoints(self) -> NDArray[np.float32] | None: ...
+    @property
+    def keypoint_scores(self) -> NDArray[np.float32] | None: ...
+    @property
+    def keypoint_names(self) -> tuple[str, ...]: ...
+    def __len__(self) -> int: ...
+    def load_image(self) -> NDArray[np.uint8]: ...
+
+
 # Okabe and Ito's colours, which people with colour-blindness tell apart, then others in between.
 _PALETTE: Colors = to_rgba_array(
     ["#E69F00", "#56B4E9", "#009E73", "#F0E442", "#D55E00", "#CC79A7", "#0072B2", "#AADD55"]
@@ -70,7 +101,7 @@ _DPI = 64  # a power of two, so that inches x dpi gives back whole pixels
 
 
 def draw(
-    result: Result,
+    result: Drawable,
     image: NDArray[np.uint8],
     *,
     boxes: bool | None = None,
@@ -163,7 +194,7 @@ def draw(
     return canvas.image()
 
 
-def draw_grid(results: Sequence[Result], notes: Sequence[str], *, columns: int = 3) -> Image.Image:
+def draw_grid(results: Sequence[Drawable], notes: Sequence[str], *, columns: int = 3) -> Image.Image:
     """Draws annotated images side by side, each with its name, a remark and its classes under it; no scores.
 
     Args:
@@ -309,7 +340,7 @@ class _Canvas:
         return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
-def _scale(result: Result) -> float:
+def _scale(result: Drawable) -> float:
     """Output pixels per image pixel: a whole number for small images or objects, 1, or less for enormous images."""
     height, width = result.size
     side = max(height, width)
@@ -369,7 +400,7 @@ def _box_outline(box: NDArray[np.float32]) -> Outline:
     return Outline([(x0, y0), (x1, y0), (x1, y1), (x0, y1), (x0, y0)], closed=True)
 
 
-def _skeleton(result: Result, index: int, radius: float) -> tuple[Outline, Outline]:
+def _skeleton(result: Drawable, index: int, radius: float) -> tuple[Outline, Outline]:
     """The limbs between an object's keypoints, as far as their names tell, and a circle around each keypoint.
 
     Those are left out that are not labelled, or of which the model is not sure.
@@ -437,7 +468,7 @@ def _overlap(rect: NDArray[np.float64], boxes: NDArray[np.floating]) -> NDArray[
     return areas
 
 
-def _object_colors(result: Result) -> tuple[Colors, bool]:
+def _object_colors(result: Drawable) -> tuple[Colors, bool]:
     """The colour of each object, and whether all objects are of one class."""
     by_class = _class_colors(result.labels)
     if len(by_class) <= 1:
@@ -445,7 +476,7 @@ def _object_colors(result: Result) -> tuple[Colors, bool]:
     return np.array([by_class[label] for label in result.labels.tolist()]), False
 
 
-def _legend(result: Result, colors: Colors, *, scores: bool = True) -> list[_Entry]:
+def _legend(result: Drawable, colors: Colors, *, scores: bool = True) -> list[_Entry]:
     """What the legend says: the picture's name and size, then each class."""
     height, width = result.size
     title = Path(result.path).name if result.path else ""

@@ -5,6 +5,7 @@ from a2fpn.layers.context import MGC, ContextInit, Distribution, orthogonality
 from a2fpn.layers.conv import ConvNormAct
 from a2fpn.layers.dysample import DySample
 from a2fpn.layers.fusion import CARAFE, GACAP, GACARAFE, KernelGrid, Pooling
+from a2fpn.layers.levels import LevelModules, LevelParameters, positional_keys
 from a2fpn.layers.reasoning import ReasoningKind
 from a2fpn.layers.reassemble import reassemble
 from a2fpn.layers.resample import resample
@@ -21,11 +22,14 @@ __all__ = [
     "Distribution",
     "DySample",
     "KernelGrid",
+    "LevelModules",
+    "LevelParameters",
     "Pooling",
     "ReasoningKind",
     "attend",
     "attention_map",
     "orthogonality",
+    "positional_keys",
     "reassemble",
     "resample",
 ]

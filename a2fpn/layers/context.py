@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from a2fpn.errors import ConfigError
 from a2fpn.layers.attention import ATTENTION_KINDS, AttentionKind, attend
 from a2fpn.layers.choices import check_choice
+from a2fpn.layers.levels import LevelModules, LevelParameters
 from a2fpn.layers.precision import autocast_off
 from a2fpn.layers.reasoning import REASONING_KINDS, ReasoningKind, create_reasoning
 from a2fpn.layers.recompute import recomputed
@@ -49,6 +50,7 @@ class MGC(nn.Module):
         in_channels: ``C_i`` per level.
         out_channels: ``d``.
         nodes: ``N_i`` per level; at most ``C_i``, or the entities could not be orthonormal.
+        levels: Names of the levels in the state dict; None counts from 0.
         attention: Kind of attention, for collecting, distributing and, where it is attention, reasoning.
         reasoning: ``"attention"`` for self-attention among nodes, ``"gcn"`` for a graph convolution; both with a
             residual, within each level and then among all nodes.
@@ -74,6 +76,7 @@ class MGC(nn.Module):
         out_channels: int,
         *,
         nodes: Sequence[int],
+        levels: Sequence[str] | None = None,
         attention: AttentionKind = "scaled_cosine",
         reasoning: ReasoningKind = "attention",
         distribute: Distribution = "all",
@@ -95,19 +98,20 @@ class MGC(nn.Module):
                 )
         self.attention: AttentionKind = attention
         self.distribute: Distribution = distribute
-        self.entities = nn.ParameterList(
-            nn.init.orthogonal_(torch.empty(n, c)) for n, c in zip(nodes, in_channels, strict=True)
+        levels = [str(position) for position in range(len(nodes))] if levels is None else levels
+        self.entities = LevelParameters(
+            levels, (nn.init.orthogonal_(torch.empty(n, c)) for n, c in zip(nodes, in_channels, strict=True))
         )
-        self.value = nn.ModuleList(nn.Linear(c, out_channels) for c in in_channels)
-        self.level_reasoning = nn.ModuleList(
-            create_reasoning(reasoning, n, out_channels, attention=attention) for n in nodes
+        self.value = LevelModules(levels, (nn.Linear(c, out_channels) for c in in_channels))
+        self.level_reasoning = LevelModules(
+            levels, (create_reasoning(reasoning, n, out_channels, attention=attention) for n in nodes)
         )
         self.global_reasoning = create_reasoning(reasoning, sum(nodes), out_channels, attention=attention)
-        self.query = nn.ModuleList(nn.Conv2d(c, out_channels, 1) for c in in_channels)
-        self.out = nn.ModuleList(_last_map(out_channels, context_init) for _ in in_channels)
-        self.gate: nn.ParameterList | None = None
+        self.query = LevelModules(levels, (nn.Conv2d(c, out_channels, 1) for c in in_channels))
+        self.out = LevelModules(levels, (_last_map(out_channels, context_init) for _ in in_channels))
+        self.gate: LevelParameters | None = None
         if context_init == "gate":
-            self.gate = nn.ParameterList(torch.zeros(out_channels) for _ in in_channels)
+            self.gate = LevelParameters(levels, (torch.zeros(out_channels) for _ in in_channels))
 
     def forward(
         self,

@@ -87,6 +87,7 @@ class ContextNeck(PyramidNeck):
             in_spec.channels,
             out_channels,
             nodes=nodes,
+            levels=self.out_spec.names[: len(in_spec)],
             attention=attention,
             reasoning=reasoning,
             distribute=distribute,

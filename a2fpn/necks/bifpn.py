@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from a2fpn.errors import ConfigError
-from a2fpn.layers import ConvNormAct
+from a2fpn.layers import ConvNormAct, LevelModules
 from a2fpn.layers.conv import resolve_layer
 from a2fpn.necks.neck import Neck, register_neck
 from a2fpn.pyramid import PyramidSpec
@@ -69,11 +69,13 @@ class BiFPN(Neck):
             raise ConfigError(f"bifpn fuses levels and needs at least 2, got {levels}; raise extra_levels.")
         if repeats < 1:
             raise ConfigError(f"Expected repeats >= 1, got {repeats}.")
-        self.lateral = nn.ModuleList(
-            ConvNormAct(channels, out_channels, norm_layer=norm_layer) for channels in in_spec.channels
+        self.lateral = LevelModules(
+            self.out_spec.names[: len(in_spec)],
+            (ConvNormAct(channels, out_channels, norm_layer=norm_layer) for channels in in_spec.channels),
         )
         self.layers = nn.ModuleList(
-            BiFPNLayer(out_channels, levels, norm_layer=norm_layer, act_layer=act_layer) for _ in range(repeats)
+            BiFPNLayer(out_channels, self.out_spec.names, norm_layer=norm_layer, act_layer=act_layer)
+            for _ in range(repeats)
         )
 
     def fuse(self, features: list[Tensor], valid: list[Tensor | None]) -> list[Tensor]:
@@ -91,20 +93,20 @@ class BiFPNLayer(nn.Module):
 
     Args:
         channels: Channels ``d`` of every level.
-        levels: Number of levels, at least 2.
+        levels: Names of the levels, at least 2.
         norm_layer: Norm after each convolution (timm name), or None.
         act_layer: Activation before each separable convolution (timm name), or None.
     """
 
-    def __init__(self, channels: int, levels: int, *, norm_layer: str | None, act_layer: str | None) -> None:
+    def __init__(self, channels: int, levels: Sequence[str], *, norm_layer: str | None, act_layer: str | None) -> None:
         super().__init__()
 
         def node(inputs: int) -> WeightedFusion:
             return WeightedFusion(channels, inputs, norm_layer=norm_layer, act_layer=act_layer)
 
-        self.top_down = nn.ModuleList(node(2) for _ in range(levels - 1))
+        self.top_down = LevelModules(levels[:-1], (node(2) for _ in levels[1:]))
         # The coarsest level has no top-down node that a third edge could come from.
-        self.bottom_up = nn.ModuleList(node(2 if i == levels - 1 else 3) for i in range(1, levels))
+        self.bottom_up = LevelModules(levels[1:], (node(2 if name == levels[-1] else 3) for name in levels[1:]))
 
     def forward(self, pyramid: Sequence[Tensor]) -> list[Tensor]:
         """Maps ``(B, d, H_i, W_i)`` per level to the same, finest first; sizes may be any that shrink."""

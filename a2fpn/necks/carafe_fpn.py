@@ -52,11 +52,17 @@ class CARAFEFPN(PyramidNeck):
         )
         self.from_backbone = extra_source == "backbone" and extra_levels > 0
         if self.from_backbone:
-            self.lateral.append(
-                ConvNormAct(in_spec.channels[-1], out_channels, 3, stride=2, norm_layer=norm_layer, act_layer=act_layer)
+            extra = self.out_spec.names[len(in_spec)]
+            self.lateral.add_module(
+                extra,
+                ConvNormAct(
+                    in_spec.channels[-1], out_channels, 3, stride=2, norm_layer=norm_layer, act_layer=act_layer
+                ),
             )
-            self.top_down.append(CARAFE(out_channels))
-            self.output.append(ConvNormAct(out_channels, out_channels, 3, norm_layer=norm_layer, act_layer=act_layer))
+            self.top_down.add_module(self.out_spec.names[len(in_spec) - 1], CARAFE(out_channels))
+            self.output.add_module(
+                extra, ConvNormAct(out_channels, out_channels, 3, norm_layer=norm_layer, act_layer=act_layer)
+            )
 
     def fuse(self, features: list[Tensor], valid: list[Tensor | None]) -> list[Tensor]:
         """See :meth:`~a2fpn.necks.Neck.fuse`."""

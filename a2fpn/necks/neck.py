@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from a2fpn._registry import Registry, did_you_mean
 from a2fpn.errors import ConfigError
-from a2fpn.layers import MGC, ConvNormAct
+from a2fpn.layers import MGC, ConvNormAct, LevelModules
 from a2fpn.pyramid import Features, PyramidSpec, check_features, level_size
 
 
@@ -235,12 +235,16 @@ class PyramidNeck(Neck):
             return ConvNormAct(in_channels, out_channels, kernel_size, norm_layer=norm_layer, act_layer=act_layer)
 
         steps, down = range(len(in_spec) - 1), self.bottom_up_fusion
-        self.lateral = nn.ModuleList(conv(channels, 1) for channels in in_spec.channels)
+        names = self.out_spec.names[: len(in_spec)]
+        self.lateral = LevelModules(names, (conv(channels, 1) for channels in in_spec.channels))
         self.context: MGC | None = None
-        self.top_down = nn.ModuleList(self.top_down_fusion(out_channels, **going_down) for _ in steps)
-        self.output = nn.ModuleList(conv(out_channels, 3) for _ in in_spec)
-        self.bottom_up = None if down is None else nn.ModuleList(down(out_channels, **going_up) for _ in steps)
-        self.bottom_up_output = None if down is None else nn.ModuleList(conv(out_channels, 3) for _ in steps)
+        # Steps have the name of the level that they merge into.
+        self.top_down = LevelModules(names[:-1], (self.top_down_fusion(out_channels, **going_down) for _ in steps))
+        self.output = LevelModules(names, (conv(out_channels, 3) for _ in in_spec))
+        self.bottom_up = self.bottom_up_output = None
+        if down is not None:
+            self.bottom_up = LevelModules(names[1:], (down(out_channels, **going_up) for _ in steps))
+            self.bottom_up_output = LevelModules(names[1:], (conv(out_channels, 3) for _ in steps))
 
     def fuse(self, features: list[Tensor], valid: list[Tensor | None]) -> list[Tensor]:
         """See :meth:`Neck.fuse`."""

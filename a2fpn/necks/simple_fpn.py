@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from a2fpn.errors import ConfigError
-from a2fpn.layers import ConvNormAct, resample
+from a2fpn.layers import ConvNormAct, LevelModules, resample
 from a2fpn.necks.neck import Neck, register_neck
 from a2fpn.pyramid import PyramidSpec
 
@@ -75,7 +75,7 @@ class SimpleFPN(Neck):
                 ConvNormAct(out_channels, out_channels, 3, norm_layer=norm_layer),
             )
 
-        self.stages = nn.ModuleList(stage(stride) for stride in strides)
+        self.stages = LevelModules(self.out_spec.names[: len(strides)], map(stage, strides))
 
     def fuse(self, features: list[Tensor], valid: list[Tensor | None]) -> list[Tensor]:
         """Maps the one ``(B, C, H, W)`` to ``(B, d, ceil(s H / t), ceil(s W / t))`` per level of stride ``t``."""

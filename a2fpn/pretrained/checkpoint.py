@@ -188,9 +188,9 @@ def read_checkpoint(directory: str | Path) -> Checkpoint:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{str(path)!r} is no valid JSON: {error}.") from error
     version = data.get("format_version") if isinstance(data, dict) else None
-    if version != FORMAT_VERSION:
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise CheckpointError(
-            f"{str(path)!r} has format_version {version!r}, this version of a2fpn reads {FORMAT_VERSION}."
+            f"{str(path)!r} has format_version {version!r}, this version of a2fpn reads 1 to {FORMAT_VERSION}."
         )
     _check_packages(data, str(path))
     try:

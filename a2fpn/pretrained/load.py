@@ -13,11 +13,12 @@ from torch import Tensor
 from a2fpn._registry import did_you_mean, match_names
 from a2fpn.build import build_model, trained_backbone_fields
 from a2fpn.compose import compose, model_names, override, parse_name
-from a2fpn.config import ModelConfig
+from a2fpn.config import FORMAT_VERSION, ModelConfig
 from a2fpn.convert.graft import graft, graft_config
 from a2fpn.convert.torchvision import published_config, torchvision_state
 from a2fpn.detectors import Detector
 from a2fpn.errors import CheckpointError, ConfigError, HubError, HubIntegrityError
+from a2fpn.layers import positional_keys
 from a2fpn.pretrained.catalog import (
     PRETRAINED,
     EmbeddedWeights,
@@ -207,10 +208,12 @@ class Weights(NamedTuple):
     Args:
         config: What it was saved as.
         state: Its tensors; None if they are not wanted.
+        format_version: Of the checkpoint that they come from.
     """
 
     config: ModelConfig
     state: dict[str, Tensor] | None
+    format_version: int = FORMAT_VERSION
 
 
 def _prefixed(name: str, *, load: bool, **options: Any) -> Weights | None:
@@ -222,7 +225,8 @@ def _prefixed(name: str, *, load: bool, **options: Any) -> Weights | None:
 
 def _from_folder(folder: Path, *, load: bool) -> Weights:
     checkpoint = read_checkpoint(folder)
-    return Weights(checkpoint.model, read_weights(folder, checkpoint) if load else None)
+    state = read_weights(folder, checkpoint) if load else None
+    return Weights(checkpoint.model, state, checkpoint.format_version)
 
 
 def _from_hub(repo: Repo, *, load: bool, sha256: str | None = None) -> Weights:
@@ -232,7 +236,8 @@ def _from_hub(repo: Repo, *, load: bool, sha256: str | None = None) -> Weights:
             f"{repo.id!r} at revision {repo.revision!r} is not what this version of a2fpn lists: its weights have the "
             f"sha256 {checkpoint.sha256}, expected {sha256}."
         )
-    return Weights(checkpoint.model, read_tensors(folder / WEIGHTS_FILE) if load else None)
+    state = read_tensors(folder / WEIGHTS_FILE) if load else None
+    return Weights(checkpoint.model, state, checkpoint.format_version)
 
 
 @functools.singledispatch
@@ -269,7 +274,7 @@ def _(weights: TorchvisionWeights, *, load: bool, **options: Any) -> Weights:
 
 @read_pretrained.register
 def _(weights: GraftedWeights, *, load: bool, **options: Any) -> Weights:
-    base, tensors = read_pretrained(PRETRAINED[weights.base], load=load, **options)
+    base, tensors, _ = read_pretrained(PRETRAINED[weights.base], load=load, **options)
     config = graft_config(base, target=weights.neck)
     if tensors is None:
         return Weights(config, None)
@@ -280,7 +285,7 @@ def _(weights: GraftedWeights, *, load: bool, **options: Any) -> Weights:
         weights.base,
         weights.base,
     )
-    return Weights(config, graft(tensors, target=weights.neck, strides=base.backbone.strides, **base.neck.args))
+    return Weights(config, graft(tensors, target=weights.neck, **base.neck.args))
 
 
 def _assemble(
@@ -291,7 +296,7 @@ def _assemble(
     overrides: Mapping[str, Any],
 ) -> Detector:
     """Builds a model as it was saved but for the overrides, with weights if there are any."""
-    saved, state = weights
+    saved, state, version = weights
     config = override(saved, num_classes, overrides)
     try:
         model = build_model(config)
@@ -301,6 +306,9 @@ def _assemble(
         raise CheckpointError(f"The config of {where!r} describes no model that can be built: {error}") from error
     if state is None:
         return model
+    if version == 1:
+        names = {counted: named for named, counted in positional_keys(model).items()}
+        state = {names.get(key, key): x for key, x in state.items()}
     if config.num_classes != saved.num_classes:
         fresh = model.state_dict()
         renewed = [key for key in fresh if key.startswith(model.class_dependent) and key in state]
