@@ -286,6 +286,23 @@ def test_bfloat16_gives_float32_results_that_are_near(name: str) -> None:
     assert (found["boxes"] * 4 % 1 > 0).any()
 
 
+@pytest.mark.parametrize("name", ["fasterrcnn", "maskrcnn"])
+def test_in_bfloat16_the_box_predictor_stays_in_float32(name: str) -> None:
+    optimised = optimize_for_inference(create(name), dtype=torch.bfloat16)
+    heads = optimised.detector.roi_heads
+    predictors = [module for key, module in heads.named_modules() if key.split(".")[-1] == "box_predictor"]
+    layers = [layer for predictor in predictors for layer in predictor.modules() if isinstance(layer, nn.Linear)]
+    seen: list[Tensor] = []
+    for layer in layers:
+        layer.register_forward_hook(lambda _, inputs, output: seen.extend([*inputs, output]))
+    detect(optimised, image())
+    assert len(layers) >= 2
+    assert len(seen) >= 2 * len(layers)
+    assert {x.dtype for x in [*seen, *(p for layer in layers for p in layer.parameters())]} == {torch.float32}
+    # Its results are not those of bfloat16 in another type.
+    assert not any(torch.equal(output, output.bfloat16().float()) for output in seen[1::2])
+
+
 def test_the_predictor_and_its_options_take_it() -> None:
     model = create("maskrcnn")
     optimised = optimize_for_inference(model)
