@@ -14,6 +14,8 @@ lint: .venv/installed-dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+	.venv/bin/codespell
+	.venv/bin/deptry .
 
 format: .venv/installed-dev
 	.venv/bin/ruff check --fix .

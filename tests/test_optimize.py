@@ -286,7 +286,7 @@ def test_bfloat16_gives_float32_results_that_are_near(name: str) -> None:
     assert (found["boxes"] * 4 % 1 > 0).any()
 
 
-@pytest.mark.parametrize("name", ["fasterrcnn", "maskrcnn"])
+@pytest.mark.parametrize("name", ["fasterrcnn", "cascadercnn"])
 def test_in_bfloat16_the_box_predictor_stays_in_float32(name: str) -> None:
     optimised = optimize_for_inference(create(name), dtype=torch.bfloat16)
     heads = optimised.detector.roi_heads
