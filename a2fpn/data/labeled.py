@@ -203,6 +203,16 @@ def split_name(name: str) -> str:
     }.get(lowered, "")
 
 
+def folder_name(category: str) -> str:
+    """Return a class as the name of a folder.
+
+    Example:
+        >>> folder_name("stop sign"), folder_name("a/b")
+        ('stop sign', 'a_b')
+    """
+    return Path("".join("_" if character in '/\\:*?"<>|' else character for character in category)).name or "_"
+
+
 def polygon_box(polygons: Sequence[Sequence[float]]) -> Box:
     """Return x, y, width and height of polygons.
 

@@ -11,8 +11,8 @@ from a2fpn._registry import natural_key
 from a2fpn.data.coco import DataError
 from a2fpn.data.exporters.base import EXPORTERS, ExportOptions, export_images
 from a2fpn.data.importers import open_source
-from a2fpn.data.importers.base import Folder
-from a2fpn.data.importers.importing import REPORT_FILE, ImportReport
+from a2fpn.data.importers.base import REPORT_FILE, Folder
+from a2fpn.data.importers.importing import ImportReport
 from a2fpn.data.importers.writer import Placing, SplitCount
 from a2fpn.data.labeled import CategoryInfo, LabeledImage, LossLog
 from a2fpn.data.report import Track
@@ -28,7 +28,7 @@ def convert_data(
     format: str = "auto",
     images: Placing | None = "link",
     categories: str | Path | Sequence[str] | None = None,
-    category: str = "object",
+    category: str = "",
     strict: bool = False,
     overwrite: bool = False,
     track: Track | None = None,
@@ -42,7 +42,7 @@ def convert_data(
         format: The source's; ``"auto"`` looks at the folder.
         images: Whether images are linked or copied.
         categories: The classes in their order, or a file with them; by default those of the source.
-        category: The class of objects in formats that hold masks and no classes.
+        category: The class of objects in formats that hold masks and no classes; by default the only class there is.
         strict: Whether the first loss is an error.
         overwrite: Whether the output may hold something.
         track: Called as ``track(items, description, total)`` around long loops.

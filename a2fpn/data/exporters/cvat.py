@@ -36,7 +36,8 @@ class CvatExporter(Exporter):
         name = f"{split}/{image.name}" if split else image.name
         subset = f" subset={quoteattr(split)}" if split else ""
         self.file.write(
-            f'<image id="{self.written}" name={quoteattr(name)}{subset} width="{image.width}" height="{image.height}">\n'
+            f'<image id="{self.written}" name={quoteattr(name)}{subset} '
+            f'width="{image.width}" height="{image.height}">\n'
         )
         for number, labeled in enumerate(image.objects, 1):
             self._shapes(labeled, number, image)

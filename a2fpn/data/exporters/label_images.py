@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 from PIL import Image
 
 from a2fpn.data.exporters.base import Exporter, register_exporter
-from a2fpn.data.labeled import LabeledImage
+from a2fpn.data.labeled import LabeledImage, folder_name
 
 _MOST = 65_535  # objects that 16 bits number
 
 
 @register_exporter("labels")
 class LabelImageExporter(Exporter):
-    """Writes a 16-bit PNG an image, or a 32-bit TIFF for more than 65,535 objects; a folder each for several classes."""
+    """Writes a 16-bit PNG an image, or a 32-bit TIFF for more than 65,535 objects; several classes in folders."""
 
     def write(self, image: LabeledImage) -> None:
         """See :meth:`Exporter.write`."""
@@ -32,9 +30,11 @@ class LabelImageExporter(Exporter):
                 self.lose("crowd", image, labeled, "the format has no crowds; left out")
             else:
                 by_class.setdefault(labeled.category, []).append(position)
+        if not by_class:
+            by_class[""] = []  # a background, which without a label image would be an image not looked at
         for category, positions in by_class.items():
             labels = self.paint(image, [(n, image.objects[position]) for n, position in enumerate(positions, 1)])
-            folder = folder_name(category) if several else ""
+            folder = folder_name(category) if several and category else ""
             path = self.output.joinpath("labels", split, folder, image.name)
             path.parent.mkdir(parents=True, exist_ok=True)
             if len(positions) > _MOST:
@@ -46,13 +46,3 @@ class LabelImageExporter(Exporter):
         """See :meth:`Exporter.close`."""
         super().close()
         (self.output / "labels").mkdir(parents=True, exist_ok=True)
-
-
-def folder_name(category: str) -> str:
-    """Return a class as the name of a folder.
-
-    Example:
-        >>> folder_name("stop sign"), folder_name("a/b")
-        ('stop sign', 'a_b')
-    """
-    return Path("".join("_" if character in '/\\:*?"<>|' else character for character in category)).name or "_"

@@ -8,10 +8,9 @@ import numpy as np
 from PIL import Image
 
 from a2fpn.data.exporters.base import Exporter, register_exporter
-from a2fpn.data.exporters.label_images import folder_name
 from a2fpn.data.exporters.rings import window_of
 from a2fpn.data.importers.writer import place
-from a2fpn.data.labeled import LabeledImage
+from a2fpn.data.labeled import LabeledImage, folder_name
 
 
 @register_exporter("mask_files")

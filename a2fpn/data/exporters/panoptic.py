@@ -60,7 +60,7 @@ class PanopticExporter(Exporter):
         """See :meth:`Exporter.close`."""
         super().close()
         categories = [c.to_coco(i) | {"isthing": 1} for i, c in zip(self.ids, self.categories, strict=True)]
-        for split, (images, annotations) in self.entries.items():
-            record = {"images": images, "annotations": annotations, "categories": categories}
+        for split, (images, entries) in self.entries.items():
+            record = {"images": images, "annotations": entries, "categories": categories}
             path = self.output / "annotations" / f"panoptic_{split}.json"
             self.save(path, json.dumps(record, ensure_ascii=False))

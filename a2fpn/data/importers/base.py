@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,13 +13,17 @@ from typing import Literal
 from a2fpn._registry import Registry
 from a2fpn.data.coco import DataError
 from a2fpn.data.importers.files import IMAGE_SUFFIXES, ImageIndex, read_json, read_text
-from a2fpn.data.labeled import CategoryInfo, LabeledImage, LossLog
+from a2fpn.data.labeled import CategoryInfo, LabeledImage, LossLog, folder_name
 
-_LOOKED_AT = 20_000  # files of a folder that decide on its format
 _HEAD = 4096  # bytes of a file that tell what it is
 
 CATEGORIES_FILE = "categories.json"
 """Beside any format: the ``categories`` of a COCO file, which keep ids, keypoints and skeletons."""
+
+REPORT_FILE = "import_report.json"
+"""What an import or a conversion leaves in its output."""
+
+OWN_FILES = frozenset((CATEGORIES_FILE, REPORT_FILE))
 
 
 @dataclass(frozen=True)
@@ -31,12 +34,13 @@ class ImportOptions:
         categories: The classes in their order, where the source doesn't list them or under other ids.
         unlabeled: Whether images without labels are backgrounds (``"keep"``) or not looked at yet (``"skip"``);
             ``"auto"`` keeps them for YOLO, where that is the rule, and skips them elsewhere.
-        category: The class of objects in formats that hold masks and no classes.
+        category: The class of objects in formats that hold masks and no classes; empty takes the only class that is
+            listed, or "object".
     """
 
     categories: tuple[CategoryInfo, ...] = ()
     unlabeled: Literal["auto", "keep", "skip"] = "auto"
-    category: str = "object"
+    category: str = ""
 
 
 @dataclass(frozen=True)
@@ -68,16 +72,16 @@ class Folder:
 
     @cached_property
     def files(self) -> tuple[Path, ...]:
-        """Files below the folder, sorted by their names within it; at most 20,000."""
+        """Files below the folder, sorted by their names."""
         if self.file is not None:
             return (self.file,)
         found = (
-            Path(folder, name)
+            os.path.join(folder, name)
             for folder, _, names in os.walk(self.root)
             for name in names
-            if not name.startswith((".", "_annotations.coco.json.lock"))
+            if not name.startswith(".") and name not in OWN_FILES
         )
-        return tuple(sorted(itertools.islice(found, _LOOKED_AT)))
+        return tuple(map(Path, sorted(found)))
 
     @cached_property
     def by_suffix(self) -> Mapping[str, tuple[Path, ...]]:
@@ -88,8 +92,8 @@ class Folder:
         return {suffix: tuple(paths) for suffix, paths in groups.items()}
 
     def of_type(self, suffix: str) -> tuple[Path, ...]:
-        """Files with a suffix, without ``categories.json``."""
-        return tuple(path for path in self.by_suffix.get(suffix, ()) if path.name != CATEGORIES_FILE)
+        """Return the files with a suffix."""
+        return self.by_suffix.get(suffix, ())
 
     def head(self, path: Path) -> bytes:
         """Return the first 4 KB of a file; nothing if it can't be read."""
@@ -149,6 +153,13 @@ class Importer(ABC):
     def images(self) -> ImageIndex:
         """The image files of the folder."""
         return ImageIndex(self.root)
+
+    def class_of(self, folder: str) -> str:
+        """Return the class that a folder of masks stands for; the default for an empty name."""
+        if folder:
+            return next((info.name for info in self.categories if folder_name(info.name) == folder), folder)
+        only = self.categories[0].name if len(self.categories) == 1 else "object"
+        return self.options.category or only
 
     def declare(self, names: Sequence[str]) -> None:
         """Add classes that the source lists."""

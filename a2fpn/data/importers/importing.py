@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from a2fpn.data.coco import DataError
-from a2fpn.data.importers.base import IMPORTERS, Folder, Importer, ImportOptions, detect, read_categories
+from a2fpn.data.importers.base import IMPORTERS, REPORT_FILE, Folder, Importer, ImportOptions, detect, read_categories
 from a2fpn.data.importers.writer import CocoWriter, Placing, SplitCount, SplitRule
 from a2fpn.data.labeled import CategoryInfo, Loss, LossLog
 from a2fpn.data.report import Track, count_of
 
 T = TypeVar("T")
-
-REPORT_FILE = "import_report.json"
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,7 @@ def import_data(
     group_by: str = "",
     seed: int = 0,
     categories: str | Path | Sequence[str] | None = None,
-    category: str = "object",
+    category: str = "",
     unlabeled: Literal["auto", "keep", "skip"] = "auto",
     box_masks: bool = False,
     strict: bool = False,
@@ -115,7 +113,7 @@ def import_data(
         seed: For another split.
         categories: The classes in their order, or a file with them: a COCO file (whose ids are kept) or one name a
             line. By default those of the source.
-        category: The class of objects in formats that hold masks and no classes.
+        category: The class of objects in formats that hold masks and no classes; by default the only class there is.
         unlabeled: Whether images without labels are backgrounds; ``"auto"`` says yes for YOLO, no elsewhere.
         box_masks: Whether boxes become masks of their shape where other objects have masks; the reader leaves boxes
             without masks out there.
@@ -162,7 +160,7 @@ def open_source(
     *,
     format: str = "auto",
     categories: str | Path | Sequence[str] | None = None,
-    category: str = "object",
+    category: str = "",
     unlabeled: Literal["auto", "keep", "skip"] = "auto",
 ) -> Importer:
     """Open a data set; see :func:`import_data`."""

@@ -92,15 +92,20 @@ class LabelImageImporter(Importer):
 
     def _key(self, path: Path) -> tuple[str, str, str]:
         """Class, name without suffix and ending, and split of a label image."""
-        parts = list(path.relative_to(self.root).parts)
-        split = next((split_name(part) for part in parts[:-1] if split_name(part)), "")
-        parts = [part for part in parts[:-1] if part.lower() not in _FOLDERS | {"images"} and not split_name(part)]
+        split = ""
+        parts: list[str] = []
+        for part in path.relative_to(self.root).parts[:-1]:
+            # Only the first may be a split: "train" is a class as well.
+            if not parts and not split and split_name(part):
+                split = split_name(part)
+            elif part.lower() not in _FOLDERS | {"images"}:
+                parts.append(part)
         stem = _ENDINGS.sub("", path.stem)
         names = [*parts, stem]
         key = "/".join(names).lower()
         if (split, key) in self.keys or (None, key) in self.keys:
-            return self.options.category, key, split
-        return (parts[0] if parts else self.options.category), "/".join(names[1:] if parts else names).lower(), split
+            return self.class_of(""), key, split
+        return self.class_of(parts[0] if parts else ""), "/".join(names[1:] if parts else names).lower(), split
 
     def _image(self, path: Path, labels: list[tuple[str, Path]]) -> LabeledImage | None:
         size = self.images.size(path, self.log)

@@ -20,7 +20,6 @@ from PIL import Image
 
 from a2fpn.data.coco import DataError
 from a2fpn.data.importers.base import (
-    CATEGORIES_FILE,
     Folder,
     Importer,
     ImportOptions,
@@ -52,11 +51,7 @@ class LabelmeImporter(Importer):
 
     def __init__(self, folder: Folder, log: LossLog, options: ImportOptions) -> None:
         super().__init__(folder, log, options)
-        self.paths = (
-            [folder.file]
-            if folder.file
-            else sorted(path for path in self.root.rglob("*.json") if path.name != CATEGORIES_FILE)
-        )
+        self.paths = list(folder.of_type(".json"))
         self.total = len(self.paths)
         labels = self.root / "labels.txt"
         if not self.categories and labels.is_file():

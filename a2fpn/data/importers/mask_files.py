@@ -78,7 +78,7 @@ class MaskFilesImporter(Importer):
             self.log.add("unusable-object", path, "the mask is empty; left out")
             return None
         folders = path.relative_to(unit / "masks").parts[:-1]
-        return LabeledObject(folders[0] if folders else self.options.category, None, encode_masks(mask[None])[0])
+        return LabeledObject(self.class_of(folders[0] if folders else ""), None, encode_masks(mask[None])[0])
 
 
 def mask_units(root: Path) -> list[Path]:

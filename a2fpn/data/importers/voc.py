@@ -37,7 +37,7 @@ class VocImporter(Importer):
 
     def __init__(self, folder: Folder, log: LossLog, options: ImportOptions) -> None:
         super().__init__(folder, log, options)
-        self.paths = [folder.file] if folder.file else sorted(self.root.rglob("*.xml"))
+        self.paths = list(folder.of_type(".xml"))
         self.total = len(self.paths)
         self.images = ImageIndex(self.root, _MASKS)
         masks = next((path for path in self.root.rglob("SegmentationObject") if path.is_dir()), None)
