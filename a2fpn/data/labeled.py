@@ -220,11 +220,10 @@ def polygon_box(polygons: Sequence[Sequence[float]]) -> Box:
         >>> polygon_box([[1, 1, 3, 1, 3, 4]])
         (1, 1, 2, 3)
     """
-    left = min(min(polygon[::2]) for polygon in polygons)
-    top = min(min(polygon[1::2]) for polygon in polygons)
-    right = max(max(polygon[::2]) for polygon in polygons)
-    bottom = max(max(polygon[1::2]) for polygon in polygons)
-    return left, top, right - left, bottom - top
+    xs = [x for polygon in polygons for x in polygon[::2]] if len(polygons) > 1 else polygons[0][::2]
+    ys = [y for polygon in polygons for y in polygon[1::2]] if len(polygons) > 1 else polygons[0][1::2]
+    left, top = min(xs), min(ys)
+    return left, top, max(xs) - left, max(ys) - top
 
 
 def polygon_area(polygons: Sequence[Sequence[float]]) -> float:

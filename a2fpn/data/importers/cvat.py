@@ -18,7 +18,7 @@ from a2fpn.data.coco import DataError
 from a2fpn.data.importers.base import Folder, Importer, ImportOptions, register_importer
 from a2fpn.data.importers.files import read_bytes
 from a2fpn.data.labeled import LabeledImage, LabeledObject, LossLog, grouped, split_name
-from a2fpn.data.masks import Rle, encode_masks
+from a2fpn.data.masks import Rle, encode_window
 
 _ELLIPSE_POINTS = 64
 _SHAPES = frozenset(("box", "polygon", "mask", "ellipse", "skeleton"))
@@ -208,6 +208,4 @@ def _mask(shape: ET.Element, size: tuple[int, int]) -> Rle:
         raise ValueError(f"its runs add up to {runs.sum()} pixels, its window has {width * height}")
     window = np.zeros(width * height, dtype=np.bool_)
     window[: runs.sum()] = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
-    full = np.zeros((1, *size), dtype=np.bool_)
-    full[0, top : top + height, left : left + width] = window.reshape(height, width)
-    return encode_masks(full)[0]
+    return encode_window(window.reshape(height, width), top, left, size)

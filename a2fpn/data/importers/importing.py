@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -135,8 +136,14 @@ def import_data(
     rule = SplitRule(val, test, group_by, seed)
     writer = CocoWriter(output, log, placing=images, box_masks=box_masks, splits=rule, overwrite=overwrite)
     importer = open_source(source, log, format=format, categories=categories, category=category, unlabeled=unlabeled)
-    for image in track(importer.read(), f"reading {importer.name}", importer.total):
-        writer.add(image)
+    collects = gc.isenabled()
+    gc.disable()  # it looks for cycles in vain among hundreds of thousands of tuples
+    try:
+        for image in track(importer.read(), f"reading {importer.name}", importer.total):
+            writer.add(image)
+    finally:
+        if collects:
+            gc.enable()
     splits, names = writer.close(importer.categories, track)
     report = ImportReport(
         importer.name,

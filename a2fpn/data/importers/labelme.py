@@ -28,7 +28,7 @@ from a2fpn.data.importers.base import (
 )
 from a2fpn.data.importers.files import read_json
 from a2fpn.data.labeled import LabeledImage, LabeledObject, LossLog, grouped
-from a2fpn.data.masks import Rle, encode_masks
+from a2fpn.data.masks import Rle, encode_window
 
 _CIRCLE_POINTS = 64
 _SKIPPED = ("line", "linestrip")
@@ -126,33 +126,35 @@ class LabelmeImporter(Importer):
         crowd = bool(isinstance(flags, Mapping) and flags.get("iscrowd"))
         group = shape.get("group_id")
         points = shape.get("points")
-        if not isinstance(points, list) or not all(
-            isinstance(p, list) and len(p) == 2 and all(isinstance(v, (int, float)) for v in p) for p in points
-        ):
+        try:
+            xy = np.array(points, dtype=np.float64)
+        except (TypeError, ValueError):
+            xy = np.empty(0)
+        if xy.ndim != 2 or xy.shape[1] != 2:
             raise ValueError("its points must be pairs of numbers")
-        flat = [float(value) for point in points for value in point]
+        flat: list[float] = xy.ravel().tolist()
         if kind == "polygon":
-            if len(points) < 3:
-                raise ValueError(f"a polygon needs 3 points, got {len(points)}")
+            if len(xy) < 3:
+                raise ValueError(f"a polygon needs 3 points, got {len(xy)}")
             return group, LabeledObject(label, None, [flat], crowd, line=place)
-        if kind == "rectangle" and len(points) in (2, 4):
+        if kind == "rectangle" and len(xy) in (2, 4):
             xs, ys = sorted(flat[::2]), sorted(flat[1::2])
             return group, LabeledObject(label, (xs[0], ys[0], xs[-1] - xs[0], ys[-1] - ys[0]), None, crowd, line=place)
-        if kind == "circle" and len(points) == 2:
-            radius = math.dist(points[0], points[1])
+        if kind == "circle" and len(xy) == 2:
+            radius = math.dist(flat[:2], flat[2:])
             angles = np.linspace(0, 2 * math.pi, _CIRCLE_POINTS, endpoint=False)
             ring = np.stack([flat[0] + radius * np.cos(angles), flat[1] + radius * np.sin(angles)], 1)
             return group, LabeledObject(label, None, [ring.round(3).ravel().tolist()], crowd, line=place)
-        if kind == "mask" and len(points) == 2:
-            mask = _mask(shape.get("mask"), points, size)
+        if kind == "mask" and len(xy) == 2:
+            mask = _mask(shape.get("mask"), flat, size)
             return group, LabeledObject(label, None, mask, crowd, line=place)
-        if kind == "point" and len(points) == 1:
+        if kind == "point" and len(xy) == 1:
             if group is None:
                 raise ValueError("a point without group_id belongs to no object")
             seen = 1.0 if isinstance(flags, Mapping) and flags.get("hidden") else 2.0
             points_of.setdefault(group, {})[label] = (flat[0], flat[1], seen)
             return group, None
-        reason = "a line is no object" if kind in _SKIPPED else f"expected another number of points than {len(points)}"
+        reason = "a line is no object" if kind in _SKIPPED else f"expected another number of points than {len(xy)}"
         raise ValueError(f"a {kind} is not read ({reason})")
 
     def _add_points(
@@ -173,7 +175,7 @@ class LabelmeImporter(Importer):
         return result
 
 
-def _mask(encoded: Any, points: list[list[float]], size: tuple[int, int]) -> Rle:
+def _mask(encoded: Any, corners: list[float], size: tuple[int, int]) -> Rle:
     """The mask of a PNG between two corners, both of them inside."""
     if not isinstance(encoded, str):
         raise ValueError("a mask needs its PNG as base64 text")
@@ -182,10 +184,8 @@ def _mask(encoded: Any, points: list[list[float]], size: tuple[int, int]) -> Rle
             window = np.asarray(image.convert("L")) > 0
     except (binascii.Error, OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"its mask is no PNG ({error})") from None
-    left, top = (round(value) for value in points[0])
-    full = np.zeros((1, *size), dtype=np.bool_)
+    left, top = (round(value) for value in corners[:2])
     height, width = window.shape
     if left < 0 or top < 0 or top + height > size[0] or left + width > size[1]:
         raise ValueError(f"its mask of {width} x {height} at {left}, {top} reaches over the image")
-    full[0, top : top + height, left : left + width] = window
-    return encode_masks(full)[0]
+    return encode_window(window, top, left, size)

@@ -8,6 +8,7 @@ sets; Darknet's folders with ``obj.names`` are read too.
 from __future__ import annotations
 
 import glob
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from a2fpn._registry import natural_key
 from a2fpn.data.coco import DataError
 from a2fpn.data.importers.base import Folder, Importer, ImportOptions, register_importer
 from a2fpn.data.importers.files import IMAGE_SUFFIXES, clean_path, image_size, name_and_split, read_text
-from a2fpn.data.labeled import LabeledImage, LabeledObject, LossLog, split_name
+from a2fpn.data.labeled import Box, LabeledImage, LabeledObject, LossLog, split_name
 
 _CLASS_FILES = ("classes.txt", "obj.names", "classes.names", "labels.txt", "predefined_classes.txt")
 _SLACK = 0.01  # how far over the edge a coordinate may lie by rounding
@@ -256,10 +257,10 @@ class YoloImporter(Importer):
             ValueError: If it is none.
         """
         try:
-            values = np.array(fields, dtype=np.float64)
+            values = list(map(float, fields))
         except ValueError:
             raise ValueError(f"expected numbers, got {' '.join(fields)[:60]!r}") from None
-        index = int(values[0]) if np.isfinite(values[0]) else -1
+        index = int(values[0]) if math.isfinite(values[0]) else -1
         if index != values[0] or not 0 <= index < len(self.names):
             raise ValueError(f"class {fields[0]} is not among the {len(self.names)} classes 0 to {len(self.names) - 1}")
         name, place = self.names[index], f"line {line}"
@@ -269,7 +270,7 @@ class YoloImporter(Importer):
             if len(numbers) != expected:
                 detail = f"a box and {self.num_keypoints} keypoints of {self.dims}"
                 raise ValueError(f"expected {expected} numbers ({detail}) behind the class, got {len(numbers)}")
-            keypoints = _keypoints(numbers[4:].reshape(-1, self.dims), height, width)
+            keypoints = _keypoints(np.array(numbers[4:]).reshape(-1, self.dims), height, width)
             return LabeledObject(name, _box(numbers[:4], height, width), keypoints=keypoints, line=place)
         if len(numbers) == 4:
             return LabeledObject(name, _box(numbers, height, width), line=place)
@@ -278,29 +279,33 @@ class YoloImporter(Importer):
         if len(numbers) < 4 or len(numbers) % 2:
             raise ValueError(f"{len(numbers)} coordinates; expected a box of 4, or a polygon of pairs x y")
         _check_range(numbers)
-        points = numbers.clip(0, 1).reshape(-1, 2) * (width, height)
-        return LabeledObject(name, None, [points.round(_DECIMALS).ravel().tolist()], line=place)
+        points = np.array(numbers)
+        if min(numbers) < 0 or max(numbers) > 1:
+            points = points.clip(0, 1)
+        points[::2] *= width
+        points[1::2] *= height
+        return LabeledObject(name, None, [points.round(_DECIMALS).tolist()], line=place)
 
 
-def _check_range(numbers: np.ndarray[Any, np.dtype[np.float64]]) -> None:
-    # Negated, so that NaN is found too.
-    if not (numbers.min() >= -_SLACK and numbers.max() <= 1 + _SLACK):
-        bad = next(value for value in numbers.tolist() if not -_SLACK <= value <= 1 + _SLACK)
+def _check_range(numbers: Sequence[float]) -> None:
+    # The sum of what holds NaN is NaN; comparisons with it are false.
+    if not (min(numbers) >= -_SLACK and max(numbers) <= 1 + _SLACK and math.isfinite(sum(numbers))):
+        bad = next(value for value in numbers if not -_SLACK <= value <= 1 + _SLACK)
         pixels = "; are these pixels?" if bad > 2 else ""
         raise ValueError(f"the coordinate {bad:g} lies outside 0 to 1, shares of the image's sides{pixels}")
 
 
-def _box(numbers: np.ndarray[Any, np.dtype[np.float64]], height: int, width: int) -> tuple[float, float, float, float]:
+def _box(numbers: Sequence[float], height: int, width: int) -> Box:
     _check_range(numbers)
-    x, y, w, h = (numbers * (width, height, width, height)).tolist()
+    x, y, w, h = numbers[0] * width, numbers[1] * height, numbers[2] * width, numbers[3] * height
     left, top = max(x - w / 2, 0), max(y - h / 2, 0)
     right, bottom = min(x + w / 2, width), min(y + h / 2, height)
-    return round(left, 3), round(top, 3), round(right - left, 3), round(bottom - top, 3)
+    return tuple(round(side, _DECIMALS) for side in (left, top, right - left, bottom - top))  # type: ignore[return-value]
 
 
 def _keypoints(points: np.ndarray[Any, np.dtype[np.float64]], height: int, width: int) -> tuple[float, ...]:
     """Keypoints in pixels; without visibility, a point at 0, 0 is not labeled."""
-    _check_range(points[:, :2].ravel())
+    _check_range(points[:, :2].ravel().tolist())
     xy = (points[:, :2] * (width, height)).round(_DECIMALS)
     seen = points[:, 2].round() if points.shape[1] == 3 else np.where(points.any(1), 2, 0)
     xy[seen == 0] = 0
