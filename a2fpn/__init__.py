@@ -10,26 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 from a2fpn._version import __version__
 from a2fpn.backbones import list_backbones
-from a2fpn.checkpoint import CheckpointError
+from a2fpn.build import create_backbone
+from a2fpn.compose import list_necks, register_model
 from a2fpn.config import Category, ModelConfig
-from a2fpn.factory import (
-    create_backbone,
-    create_model,
-    from_pretrained,
-    list_models,
-    list_necks,
-    register_model,
-    save_pretrained,
-)
+from a2fpn.errors import CheckpointError, HubError
 from a2fpn.finite import NonFiniteError, check_finite
-from a2fpn.hub import HubError, push_to_hub
 from a2fpn.necks import Neck, create_neck, register_neck
+from a2fpn.pretrained.catalog import list_pretrained
+from a2fpn.pretrained.hub import push_to_hub
+from a2fpn.pretrained.load import create_model, from_pretrained, list_models, save_pretrained
 from a2fpn.pyramid import LevelSpec, PyramidSpec
-from a2fpn.weights import list_pretrained
 
 if TYPE_CHECKING:
     from a2fpn.inference import Predictor, Result
-    from a2fpn.optimize import optimize_for_inference
+    from a2fpn.inference.optimize import optimize_for_inference
 
 __all__ = [
     "Category",
@@ -67,7 +61,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(inference, name)
     if name == "optimize_for_inference":
-        from a2fpn.optimize import optimize_for_inference
+        from a2fpn.inference.optimize import optimize_for_inference
 
         return optimize_for_inference
     raise AttributeError(f"module 'a2fpn' has no attribute {name!r}")

@@ -6,24 +6,23 @@ model. Unknown keys, wrong types and unsupported format versions are errors, nev
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import types
-import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, Union
+from typing import Any, Literal
 
-from a2fpn._registry import did_you_mean
+from a2fpn._serialize import plain
 
 FORMAT_VERSION = 1
 STAGES = 5
 """Stages of a backbone, of stride 2 to 32: as a ResNet's stem and its four layers."""
+
+
 _LARGEST_ARGUMENT = 2**14
 _MOST_LAYERS = 100
 _LARGEST_IMAGE = 8192
-
-ConfigT = TypeVar("ConfigT")
+_LARGEST_POOL = 128
+_LARGEST_WEIGHT = 1000
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ class NeckConfig:
                     f"The neck argument {key!r} must be a JSON value, it is saved with the model; got {value!r}."
                 ) from None
         # Lists where tuples were given: a config equals the one that comes back from its file.
-        object.__setattr__(self, "args", _plain(self.args))
+        object.__setattr__(self, "args", plain(self.args))
         # Some are counts that a constructor loops over; a config may come from anyone.
         for number in _integers(self.args):
             if abs(number) > _LARGEST_ARGUMENT:
@@ -194,18 +193,27 @@ class RCNNConfig(HeadsConfig):
         box_fg_iou: IoU from which a proposal is positive.
         box_batch_size: Proposals sampled per image for the box loss.
         box_positive_fraction: Share of positives among them.
+        mask_upsample: How the mask head doubles its maps: by a ``"deconvolution"``, or by ``"carafe"`` as in
+            mmdetection's published CARAFE detectors.
         mask_channels: Width of the mask head's convolutions.
         mask_layers: Number of the mask head's convolutions.
-        mask_pool_size: Output size of the mask head's RoI pooling; masks have twice this size.
+        mask_pool_size: Output size of the mask head's RoI pooling; masks have twice this size. 28 gives masks of
+            56 x 56, at four times the mask branch's cost.
+        mask_boundary_weight: Weight of the mask loss at the edge of an object relative to the rest, see
+            :func:`a2fpn.masks.targets.mask_loss`; 1 is the plain mean.
         head_norm: ``"bn"`` puts batch norm behind the convolutions of the box and mask heads, as torchvision's second
             version does.
         mask_paste: ``"exact"`` samples masks at pixel centres; ``"torchvision"`` rounds boxes to whole pixels first,
             for the same pixels as torchvision's detectors.
         roi_sampling_ratio: Samples per bin side in RoI pooling; 0 takes one per map pixel (detectron2, mmdetection).
-        roi_aligned: Whether RoI pooling shifts by half a pixel (detectron2's ``aligned=True``).
+        roi_aligned: Whether RoI pooling, of features and of mask targets, shifts by half a pixel (detectron2's
+            ``aligned=True``).
         unused_outputs: Outputs of the box predictor that stand for no class. They take part in the softmax and in
             post-processing, and what they find is dropped. torchvision's COCO detectors have ten, for the ids that
             COCO left out: without them scores would be others.
+
+    Raises:
+        ValueError: For a size or weight out of its range.
     """
 
     anchor_sizes: tuple[tuple[int, ...], ...] | None = None
@@ -228,9 +236,11 @@ class RCNNConfig(HeadsConfig):
     box_fg_iou: float = 0.5
     box_batch_size: int = 512
     box_positive_fraction: float = 0.25
+    mask_upsample: Literal["deconvolution", "carafe"] = "deconvolution"
     mask_channels: int = 256
     mask_layers: int = 4
     mask_pool_size: int = 14
+    mask_boundary_weight: float = 1.0
     mask_paste: Literal["exact", "torchvision"] = "exact"
     head_norm: Literal["none", "bn"] = "none"
     roi_sampling_ratio: int = 2
@@ -240,6 +250,13 @@ class RCNNConfig(HeadsConfig):
     def __post_init__(self) -> None:
         _check_layers(rpn_layers=self.rpn_layers, least=1)
         _check_layers(box_layers=self.box_layers, mask_layers=self.mask_layers)
+        if not 1 <= self.mask_pool_size <= _LARGEST_POOL:
+            raise ValueError(f"mask_pool_size must be between 1 and {_LARGEST_POOL}, got {self.mask_pool_size}.")
+        # Written so that NaN is bad as well.
+        if not 1 <= self.mask_boundary_weight <= _LARGEST_WEIGHT:
+            raise ValueError(
+                f"mask_boundary_weight must be between 1 and {_LARGEST_WEIGHT}, got {self.mask_boundary_weight}."
+            )
         if self.unused_outputs < 0:
             raise ValueError(f"unused_outputs must be 0 or more, got {self.unused_outputs}.")
 
@@ -511,28 +528,15 @@ class ModelConfig:
                 f"got {len(statistics.mean)} and {len(statistics.std)}."
             )
 
+    @classmethod
+    def field_types(cls, data: Mapping[str, Any]) -> dict[str, type]:
+        """The class of the heads that a configuration's detector has."""
+        return {"heads": heads_type(data.get("detector"))}
+
     @property
     def labelled_categories(self) -> tuple[Category, ...]:
         """The categories, or ``Category(label + 1, "class <label>")`` where the model has none."""
         return self.categories or tuple(Category(label + 1, f"class {label}") for label in range(self.num_classes))
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """Turns a configuration into JSON-able built-ins.
-
-    Example:
-        >>> to_dict(Category(7, "cat"))
-        {'id': 7, 'name': 'cat'}
-    """
-    return typing.cast("dict[str, Any]", _plain(dataclasses.asdict(config)))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
 
 
 def _integers(value: Any) -> Iterator[int]:
@@ -543,72 +547,3 @@ def _integers(value: Any) -> Iterator[int]:
             yield from _integers(item)
     elif isinstance(value, int):
         yield value
-
-
-def from_dict(cls: type[ConfigT], data: Any, *, where: str = "config") -> ConfigT:
-    """Builds a configuration dataclass from built-ins, checking every key and every type.
-
-    Args:
-        cls: The dataclass to build.
-        data: A mapping, usually parsed from JSON.
-        where: Name of the place in messages.
-
-    Raises:
-        ValueError: For an unknown or missing key, or a value out of its choices.
-        TypeError: For a value of the wrong type.
-
-    Example:
-        >>> from_dict(Category, {"id": 7, "name": "cat"})
-        Category(id=7, name='cat')
-        >>> from_dict(Category, {"id": 7, "nme": "cat"})
-        Traceback (most recent call last):
-        ...
-        ValueError: config: unknown key 'nme' for Category. Did you mean 'name'?
-    """
-    if not isinstance(data, Mapping):
-        raise TypeError(f"{where}: expected an object with the fields of {cls.__name__}, got {type(data).__name__}.")
-    fields = {f.name: f for f in dataclasses.fields(typing.cast(Any, cls))}
-    for key in data:
-        if key not in fields:
-            raise ValueError(f"{where}: unknown key {key!r} for {cls.__name__}. {did_you_mean(str(key), fields)}")
-    hints = typing.get_type_hints(cls)
-    if issubclass(cls, ModelConfig):
-        hints["heads"] = heads_type(data.get("detector"))
-    values = {key: _convert(hints[key], value, f"{where}.{key}") for key, value in data.items()}
-    for name, f in fields.items():
-        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        if required and name not in values:
-            raise ValueError(f"{where}: the key {name!r} of {cls.__name__} is missing.")
-    return cls(**values)
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    """Checks a JSON value against a type hint and returns it in the dataclass's own types."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        return (
-            value
-            if isinstance(value, typing.cast(type, hint))
-            else from_dict(typing.cast(type, hint), value, where=where)
-        )
-    if origin is Literal:
-        if value not in args:
-            raise ValueError(f"{where}: expected one of {', '.join(map(repr, args))}, got {value!r}.")
-        return value
-    if origin in (Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        return _convert(next(arg for arg in args if arg is not type(None)), value, where)
-    if origin is tuple:
-        if isinstance(value, str) or not isinstance(value, (list, tuple)):
-            raise TypeError(f"{where}: expected a list, got {value!r}.")
-        return tuple(_convert(args[0], item, f"{where}[{index}]") for index, item in enumerate(value))
-    if origin is not None and issubclass(origin, Mapping):
-        if not isinstance(value, Mapping):
-            raise TypeError(f"{where}: expected an object, got {value!r}.")
-        return dict(value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
-        raise TypeError(f"{where}: expected {hint.__name__}, got {value!r}.")
-    return value

@@ -32,17 +32,13 @@ from numpy.typing import NDArray
 from pycocotools import mask as mask_utils
 
 from a2fpn.data.coco import Annotation, CocoFile, read_coco
-from a2fpn.data.masks import Polygons, Rle, parse_segmentations
+from a2fpn.masks.rle import Polygons, Rle, parse_segmentations
 
 logger = logging.getLogger(__name__)
-
 IOU_TYPES = ("bbox", "segm", "keypoints")
-
 Backend = Literal["auto", "hotcoco", "faster-coco-eval", "pycocotools"]
 BACKENDS: tuple[str, ...] = typing.get_args(Backend)
-
 _MASKS_AT_ONCE = 255  # pycocotools' area raises OverflowError for more
-
 COCO_SIGMAS = tuple(
     tenth / 10
     for tenth in (0.26, 0.25, 0.25, 0.35, 0.35, 0.79, 0.79, 0.72, 0.72, 0.62, 0.62, 1.07, 1.07, 0.87, 0.87, 0.89, 0.89)

@@ -110,7 +110,7 @@ class Preprocess(nn.Module):
             raise ValueError(f"Expected an image ({channels}, H, W) with H, W >= 1, got {tuple(image.shape)}.")
         if image.dtype != torch.uint8 and not image.is_floating_point():
             raise TypeError(f"Expected a float image in [0, 1] or a uint8 image in [0, 255], got {image.dtype}.")
-        x = image.to(self.mean.device)
+        x = image.to(self.mean.device, non_blocking=True)
         x = x.float().div(255) if x.dtype == torch.uint8 else x.float()
         x = (x - self.mean) / self.std
         size = self.target_size(int(x.shape[1]), int(x.shape[2]))
@@ -126,6 +126,8 @@ def resize_boxes(boxes: Tensor, old: tuple[int, int], new: tuple[int, int]) -> T
         >>> resize_boxes(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), (10, 10), (20, 10))
         tensor([[1., 4., 3., 8.]])
     """
+    if old == new:
+        return boxes
     factor = boxes.new_tensor([new[1] / old[1], new[0] / old[0]]).repeat(2)
     return boxes * factor
 

@@ -23,7 +23,7 @@ from a2fpn.convert import TARGETS, graft_model
 from a2fpn.detectors import RCNN
 from a2fpn.evaluation import evaluate_coco
 from a2fpn.layers import GACARAFE
-from a2fpn.layers.reassemble import KernelPredictor
+from a2fpn.layers.fusion import KernelPredictor
 from a2fpn.necks.neck import NearestFusion
 from benchmarks import _measure as measure
 

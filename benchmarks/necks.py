@@ -65,7 +65,11 @@ def prepare(name: str, channels: Sequence[int], size: Size, training: bool) -> m
 
 def gmacs(name: str, channels: Sequence[int], size: Size) -> float:
     """Multiplications and additions of convolutions, matrix products and weighted sums in a forward pass, 1e9."""
-    call = prepare(name, channels, size, training=False)
+    return count_gmacs(prepare(name, channels, size, training=False))
+
+
+def count_gmacs(call: measure.Call) -> float:
+    """The same of any call."""
     # torch counts neither of these two on a CPU.
     unknown = {
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,

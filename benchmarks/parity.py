@@ -26,9 +26,9 @@ from torch.nn import functional as F
 from torchvision.models.detection.image_list import ImageList
 
 import a2fpn
-from a2fpn.checkpoint import save_checkpoint
 from a2fpn.convert import from_detectron2, from_mmdet
 from a2fpn.detectors import RCNN
+from a2fpn.pretrained.checkpoint import save_checkpoint
 from benchmarks import _measure as measure
 
 SIZE = (480, 640)

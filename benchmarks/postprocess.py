@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from a2fpn.data import Rle, encode_box_masks
-from a2fpn.heads.paste import PASTE_RULES, PasteRule
+from a2fpn.masks.paste import PASTE_RULES, PasteRule
 from benchmarks import _measure as measure
 
 PEER = "torchvision, pycocotools"

@@ -34,23 +34,23 @@ FROZEN = ("conv1", "bn1", "layer1")
 Size = tuple[int, int]
 
 
-def make_torchvision(size: Size) -> Any:
-    """Mask R-CNN as torchvision fine-tunes it, with random weights."""
+def make_torchvision(size: Size, **options: Any) -> Any:
+    """Mask R-CNN as torchvision fine-tunes it, with random weights; options are those of its constructor."""
     torch.manual_seed(0)
     backbone = resnet_fpn_backbone(backbone_name="resnet50", weights=None, trainable_layers=3)
     for name, buffer in backbone.named_buffers():  # frozen statistics of random weights let activations explode
         if name.endswith("running_var"):
             buffer.fill_(2.0)
-    return MaskRCNN(backbone, CLASSES + 1, min_size=min(size), max_size=max(size)).train()
+    return MaskRCNN(backbone, CLASSES + 1, min_size=min(size), max_size=max(size), **options).train()
 
 
-def make(side: str, size: Size) -> nn.Module:
-    """Either side's model in training mode; ours with torchvision's weights if it is the same model."""
+def make(side: str, size: Size, **options: Any) -> nn.Module:
+    """Either side's model in training mode; ours with torchvision's weights, and options, if it is the same model."""
     if side == TORCHVISION:
-        model: nn.Module = make_torchvision(size)
+        model: nn.Module = make_torchvision(size, **options)
         return model
     if side in (FPN, RECOMPUTED):
-        model = from_torchvision(make_torchvision(size))
+        model = from_torchvision(make_torchvision(size, **options))
         if side == RECOMPUTED:
             model.get_submodule("backbone.body").set_grad_checkpointing(True)  # type: ignore[operator]
     else:
@@ -65,13 +65,13 @@ def make(side: str, size: Size) -> nn.Module:
     return model.train().to(memory_format=torch.channels_last)
 
 
-def make_batch(size: Size, *, dense: bool) -> tuple[list[Tensor], list[dict[str, Any]]]:
-    """Two images of noise with a dozen ellipses each."""
+def make_batch(size: Size, *, dense: bool, count: int = 2) -> tuple[list[Tensor], list[dict[str, Any]]]:
+    """Images of noise with a dozen ellipses each."""
     generator = torch.Generator().manual_seed(1)
     height, width = size
     rows, columns = torch.arange(height)[:, None], torch.arange(width)[None]
     images, targets = [], []
-    for _ in range(2):
+    for _ in range(count):
         half = torch.rand(OBJECTS, 2, generator=generator) * min(size) / 4 + 4
         centre = half + torch.rand(OBJECTS, 2, generator=generator) * (torch.tensor([width, height]) - 2 * half)
         inside = ((columns - centre[:, 0, None, None]) / half[:, 0, None, None]) ** 2 + (

@@ -1,1 +1,1 @@
-"""Publishing: ``python -m hub push | card | verify``. What models need to load from the Hub is in :mod:`a2fpn.hub`."""
+"""Door to ``a2fpn hub``: ``python -m hub push | card | convert | verify | backbone``."""

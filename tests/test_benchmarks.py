@@ -58,7 +58,9 @@ def test_gmacs_count_attention_and_weighted_sums():
     got = necks.gmacs("pafpn_mgc", channels, size) - necks.gmacs("pafpn", channels, size)
     assert got == pytest.approx(context / 1e9)
     carafe, fpn = (necks.gmacs(name, channels, size) for name in ("carafe_fpn", "fpn"))
-    kernels = sum(n * width * 64 for n in pixels[1:]) + sum(n * (64 * 25 * 9 + 25 * width) for n in pixels[:-1])
+    # Kernels are predicted on the coarse map, four per pixel.
+    coarse = sum(n * (width * 64 + 64 * 4 * 25 * 9) for n in pixels[1:])
+    kernels = coarse + sum(n * 25 * width for n in pixels[:-1])
     assert carafe - fpn == pytest.approx(kernels / 1e9)
 
 

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 import a2fpn
 from a2fpn import CheckpointError
-from a2fpn.checkpoint import (
+from a2fpn.config import Category
+from a2fpn.detectors import DETECTORS, RCNN
+from a2fpn.pretrained.checkpoint import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     Facts,
@@ -21,8 +23,6 @@ from a2fpn.checkpoint import (
     read_weights,
     save_checkpoint,
 )
-from a2fpn.config import Category
-from a2fpn.detectors import DETECTORS, RCNN
 from tests.helpers import randomise, tiny_model
 
 CATEGORIES = (Category(7, "cell"), Category(23, "nucleus"), Category(90, "Zellkern"))

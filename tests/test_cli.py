@@ -11,9 +11,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import a2fpn
-from a2fpn import cli, weights
+from a2fpn import cli
+from a2fpn.cli.demo import DEMO_MODEL
+from a2fpn.cli.info import INFO_SIZE
 from a2fpn.config import Category
 from a2fpn.evaluation import BACKENDS
+from a2fpn.pretrained.catalog import PRETRAINED, WeightsConfig
 
 SMALL = {
     "backbone": "test_efficientnet",
@@ -359,7 +362,7 @@ def test_info_counts_multiplications(tmp_path):
     # Of every level, the neck's 1x1 and 3x3 convolutions at the size of the padded image: known by hand.
     output = run("info", save(tmp_path))
     model = a2fpn.from_pretrained(tmp_path)
-    height, width = model.preprocess([torch.zeros(3, *cli.INFO_SIZE)]).tensor.shape[-2:]
+    height, width = model.preprocess([torch.zeros(3, *INFO_SIZE)]).tensor.shape[-2:]
     macs = 0
     for level in model.neck.in_spec.names:
         spec = model.neck.in_spec[level]
@@ -389,8 +392,8 @@ def demo_data(data, checkpoint, tmp_path, monkeypatch):
     (tmp_path / "assets").mkdir()
     os.symlink(data[0], tmp_path / "assets" / "images")
     (tmp_path / "assets" / "annotations.json").write_text(data[1].read_text())
-    monkeypatch.setattr(cli, "DEMO_DATA", tmp_path / "assets")
-    monkeypatch.setitem(weights.PRETRAINED, cli.DEMO_MODEL, weights.WeightsConfig(checkpoint, "a test"))
+    monkeypatch.setattr("a2fpn.cli.demo.DEMO_DATA", tmp_path / "assets")
+    monkeypatch.setitem(PRETRAINED, DEMO_MODEL, WeightsConfig(checkpoint, "a test"))
 
 
 @pytest.mark.usefixtures("demo_data")

@@ -1,6 +1,7 @@
 import collections
 import dataclasses
 import json
+import math
 import re
 from typing import Any
 
@@ -8,17 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from a2fpn.config import (
-    BackboneConfig,
-    Category,
-    ModelConfig,
-    NeckConfig,
-    PreprocessConfig,
-    RCNNConfig,
-    from_dict,
-    heads_type,
-    to_dict,
-)
+from a2fpn._serialize import from_dict, to_dict
+from a2fpn.config import BackboneConfig, Category, ModelConfig, NeckConfig, PreprocessConfig, RCNNConfig, heads_type
 from a2fpn.detectors import DETECTORS
 
 positive = st.integers(1, 4000)
@@ -117,6 +109,19 @@ def test_an_unknown_key_is_an_error_that_says_where(section: str, key: str, mess
     (data[section] if section else data)[key] = 1
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         from_dict(ModelConfig, data)
+
+
+@pytest.mark.parametrize("build", [RCNNConfig, heads_type("htc")])
+@pytest.mark.parametrize(
+    ("key", "good", "bad"),
+    [("mask_pool_size", (1, 128), (0, 129)), ("mask_boundary_weight", (1.0, 1000.0), (0.99, 1001.0, math.nan))],
+)
+def test_sizes_and_weights_of_the_mask_head_have_limits(build: Any, key: str, good: Any, bad: Any) -> None:
+    for value in good:
+        assert getattr(build(**{key: value}), key) == value
+    for value in bad:
+        with pytest.raises(ValueError, match=rf"{key} must be between 1 and \d+, got {value}"):
+            build(**{key: value})
 
 
 @pytest.mark.parametrize("key", ["architecture", "detector", "backbone", "neck"])

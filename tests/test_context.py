@@ -1,21 +1,29 @@
+import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from a2fpn.layers import ATTENTION_KINDS, MGC, orthogonality
-from a2fpn.layers.context import SelfAttention
+from a2fpn.layers import ATTENTION_KINDS, MGC, attention_map, orthogonality
+from a2fpn.layers.context import CONTEXT_INITS, DISTRIBUTIONS
+from a2fpn.layers.reasoning import REASONING_KINDS, GraphConvolution, SelfAttention
 from tests.helpers import attention_weights, largest_difference, randomise, weighted_sum, with_zero_gradient
 
 kinds = pytest.mark.parametrize("kind", ATTENTION_KINDS)
+OPTIONS: list[dict[str, str]] = [
+    {"reasoning": reasoning, "distribute": distribute, "context_init": init}
+    for reasoning, distribute, init in itertools.product(REASONING_KINDS, DISTRIBUTIONS, CONTEXT_INITS)
+]
+options = pytest.mark.parametrize("options", OPTIONS, ids=lambda x: "-".join(x.values()))
 CHANNELS, NODES, SIZES = [12, 16, 20], [6, 4, 3], [(9, 13), (5, 7), (3, 4)]
 
 
-def random_mgc(kind: str = "scaled_cosine") -> MGC:
+def random_mgc(kind: str = "scaled_cosine", **options: Any) -> MGC:
     """In float64, with every parameter away from where it starts."""
-    mgc = MGC(CHANNELS, 8, nodes=NODES, attention=kind).double()
+    mgc = MGC(CHANNELS, 8, nodes=NODES, attention=kind, **options).double()
     randomise(mgc)
     return mgc
 
@@ -27,7 +35,10 @@ def random_maps(sizes: Sequence[tuple[int, int]] = SIZES, *, batch: int = 2) -> 
 def written_out(mgc: MGC, features: Sequence[Tensor], valid: Sequence[Tensor] | None = None) -> list[Tensor]:
     """The specification as it stands: phi on every pixel before collecting, out on every pixel after distributing."""
 
-    def reason(nodes: Tensor, layer: SelfAttention) -> Tensor:
+    def reason(nodes: Tensor, layer: SelfAttention | GraphConvolution) -> Tensor:
+        if isinstance(layer, GraphConvolution):
+            laplacian = torch.eye(nodes.shape[1], dtype=nodes.dtype) - layer.adjacency.weight
+            return nodes + (laplacian @ nodes).relu() @ layer.state.weight.T
         query, key, value = (nodes @ w.weight.T for w in (layer.query, layer.key, layer.value))
         return nodes + attention_weights(query, key, mgc.attention) @ value
 
@@ -43,18 +54,21 @@ def written_out(mgc: MGC, features: Sequence[Tensor], valid: Sequence[Tensor] | 
     context = []
     for i, x in enumerate(features):
         query = mgc.query[i](x).flatten(2).transpose(1, 2)
-        answer = attention_weights(query, every, mgc.attention) @ every
-        answer = answer @ mgc.out[i].weight.T + mgc.out[i].bias
+        asked = every if mgc.distribute == "all" else every[:, sum(NODES[:i]) : sum(NODES[: i + 1])]
+        answer = attention_weights(query, asked, mgc.attention) @ asked
+        answer = (answer @ mgc.out[i].weight.T + mgc.out[i].bias) * (1 if mgc.gate is None else mgc.gate[i])
         context.append(answer.transpose(1, 2).reshape(len(x), -1, *x.shape[-2:]))
     return context
 
 
-@kinds
-def test_equals_the_specification_pixel_by_pixel(kind: str) -> None:
-    mgc, features = random_mgc(kind), [x.requires_grad_() for x in random_maps()]
+@pytest.mark.parametrize(
+    ("kind", "options"), [*((kind, {}) for kind in ATTENTION_KINDS), *(("scaled_cosine", x) for x in OPTIONS)]
+)
+def test_equals_the_specification_pixel_by_pixel(kind: str, options: dict[str, str]) -> None:
+    mgc, features = random_mgc(kind, **options), [x.requires_grad_() for x in random_maps()]
     got, expected = mgc(features), written_out(mgc, features)
     assert [x.shape for x in got] == [(2, 8, *size) for size in SIZES]
-    assert all(x.abs().max() > 0.1 for x in got)
+    assert all(x.abs().max() > 0.01 for x in got)
     assert largest_difference(got, expected) < 1e-12
     inputs = [*features, *mgc.parameters()]
     directions = [torch.randn_like(x) for x in got]
@@ -62,13 +76,14 @@ def test_equals_the_specification_pixel_by_pixel(kind: str) -> None:
     assert largest_difference(*gradients) < 1e-10
 
 
-@pytest.mark.parametrize("band", [1, 1000, 10**9])
+@options
+@pytest.mark.parametrize("band", [1, 1000])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_bands_of_any_size_give_the_same(
-    band: int, memory_format: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+    band: int, memory_format: torch.memory_format, options: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("a2fpn.layers.context._BAND_BYTES", band)
-    mgc = random_mgc()
+    mgc = random_mgc(**options)
     features = [x.contiguous(memory_format=memory_format) for x in random_maps()]
     expected = mgc(features)
     with torch.no_grad():
@@ -94,6 +109,25 @@ def test_a_fresh_one_gives_exactly_nothing(kind: str) -> None:
     assert all((x == 0).all() for x in mgc(random_maps()))
 
 
+@pytest.mark.parametrize(("init", "low", "high"), [("zero", 0, 0), ("gate", 0, 0), ("small", 1e-4, 0.2)])
+def test_how_much_a_fresh_one_gives(init: str, low: float, high: float) -> None:
+    mgc, features = MGC(CHANNELS, 8, nodes=NODES, context_init=init).double(), random_maps()
+    full = MGC(CHANNELS, 8, nodes=NODES).double()
+    full.load_state_dict(mgc.state_dict(), strict=False)
+    for linear in full.out:
+        linear.reset_parameters()
+    rms = [x.square().mean().sqrt() for x in mgc(features)]
+    usual = [x.square().mean().sqrt() for x in full(features)]
+    assert all(low * y <= x <= high * y for x, y in zip(rms, usual, strict=True))
+
+
+def test_a_gate_learns_before_the_map_behind_it() -> None:
+    mgc = MGC(CHANNELS, 8, nodes=NODES, context_init="gate").double()
+    weighted_sum(mgc(random_maps())).backward()
+    assert all(gate.grad.any() for gate in mgc.gate)
+    assert not any(layer.weight.grad.any() for layer in mgc.out)
+
+
 def test_a_fresh_one_learns_from_the_first_step_on() -> None:
     mgc = MGC(CHANNELS, 8, nodes=NODES).double()
     weighted_sum(mgc(random_maps())).backward()
@@ -101,16 +135,18 @@ def test_a_fresh_one_learns_from_the_first_step_on() -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in mgc.parameters())
 
 
+@options
 @kinds
-def test_gradient_to_every_parameter(kind: str) -> None:
-    mgc = random_mgc(kind)
+def test_gradient_to_every_parameter(kind: str, options: dict[str, str]) -> None:
+    mgc = random_mgc(kind, **options)
     weighted_sum(mgc(random_maps())).backward()
     assert with_zero_gradient(mgc) == []
 
 
+@options
 @kinds
-def test_padding_might_as_well_be_missing(kind: str) -> None:
-    mgc, features = random_mgc(kind), random_maps()
+def test_padding_might_as_well_be_missing(kind: str, options: dict[str, str]) -> None:
+    mgc, features = random_mgc(kind, **options), random_maps()
     # The first image fills the batch, the second is smaller and padded with garbage.
     inner = [(6, 7), (3, 4), (2, 2)]
     valid = [torch.ones(2, 1, *size, dtype=torch.bool) for size in SIZES]
@@ -136,8 +172,10 @@ def test_images_of_a_batch_do_not_see_each_other() -> None:
     assert largest_difference(mgc(features), [torch.cat(maps) for maps in zip(*alone, strict=True)]) < 1e-12
 
 
-def test_every_pixel_sees_every_level() -> None:
-    mgc, features = random_mgc(), random_maps()
+@pytest.mark.parametrize("distribute", DISTRIBUTIONS)
+def test_every_pixel_sees_every_level(distribute: str) -> None:
+    """Also where it asks its own level's nodes, since all have been reasoned over together."""
+    mgc, features = random_mgc(distribute=distribute), random_maps()
     before = mgc(features)
     features[2] = features[2] + 1
     after = mgc(features)
@@ -240,6 +278,22 @@ def test_one_node_count_per_level() -> None:
 def test_an_unknown_attention_is_an_error() -> None:
     with pytest.raises(ValueError, match="Unknown attention 'cosine'; expected one of dot, scaled_dot, scaled_cosine"):
         MGC(CHANNELS, 8, nodes=NODES, attention="cosine")
+
+
+@pytest.mark.parametrize(
+    ("argument", "allowed"),
+    [("reasoning", "attention, gcn"), ("distribute", "all, own"), ("context_init", "zero, gate, small")],
+)
+def test_an_unknown_option_is_an_error_with_those_that_are_known(argument: str, allowed: str) -> None:
+    with pytest.raises(ValueError, match=f"Unknown {argument}='none'; expected one of {allowed}"):
+        MGC(CHANNELS, 8, nodes=NODES, **{argument: "none"})
+
+
+@kinds
+def test_the_map_of_attention_is_what_attends(kind: str) -> None:
+    query, key = torch.randn(2, 5, 8, dtype=torch.float64), torch.randn(2, 7, 8, dtype=torch.float64)
+    expected = attention_weights(query, key, kind)
+    torch.testing.assert_close(attention_map(query, key, kind=kind), expected, rtol=0, atol=1e-12)
 
 
 @kinds

@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import a2fpn
-from a2fpn.checkpoint import read_checkpoint
+from a2fpn.cli.hub import main
 from a2fpn.convert import from_detectron2, load_array_pickle, read_state_dict
 from a2fpn.preprocess import Preprocess
+from a2fpn.pretrained.checkpoint import read_checkpoint
 from benchmarks import parity
-from hub.__main__ import main
 from tests.helpers import randomise
 
 NAMES = ["fasterrcnn_fpn_r18", "maskrcnn_fpn_r18", "cascadercnn_fpn_r18", "cascademaskrcnn_fpn_r18"]
@@ -63,7 +63,7 @@ def small(name: str) -> a2fpn.detectors.RCNN:
 def random_detector(name: str, **options: Any) -> a2fpn.detectors.RCNN:
     """A detector whose weights are all random, but for those of the background that nothing reads."""
     sizes = {key: value for key, value in SMALL.items() if "mask" not in key or "mask" in name or "htc" in name}
-    model = a2fpn.create_model(name, **sizes, **options).eval()
+    model = a2fpn.create_model(name, **(sizes | options)).eval()
     randomise(model)
     for key, x in model.state_dict().items():
         if "mask_fcn_logits" in key or ("box_predictor.bbox_pred" in key and len(x) > 4):

@@ -9,12 +9,19 @@ import torch
 from torch import Tensor
 
 import a2fpn
+from a2fpn.cli.hub import main
 from a2fpn.convert import from_mmdet
 from a2fpn.preprocess import Preprocess
-from hub.__main__ import main
-from tests.test_convert_detectron2 import background_last, random_detector
+from tests.test_convert_detectron2 import SMALL, background_last, random_detector
 
-NAMES = ["fasterrcnn_fpn_r18", "maskrcnn_fpn_r18", "cascadercnn_fpn_r18", "cascademaskrcnn_fpn_r18", "htc_fpn_r18"]
+NAMES = [
+    "fasterrcnn_fpn_r18",
+    "maskrcnn_fpn_r18",
+    "cascadercnn_fpn_r18",
+    "cascademaskrcnn_fpn_r18",
+    "htc_fpn_r18",
+    "maskrcnn_carafe_fpn_r18",
+]
 RULES: dict[str, Any] = {
     "roi_aligned": True,
     "roi_sampling_ratio": 0,
@@ -36,7 +43,11 @@ def small(name: str, *, semantic: bool = False) -> a2fpn.detectors.RCNN:
     """A detector as mmdetection configures it, with random weights; not to be changed."""
     htc = {"score_threshold": 0.001} if name.startswith("htc") else {}
     cascade = CASCADE_RULES if name.startswith(("cascade", "htc")) else {}
-    return random_detector(name, **RULES | cascade | htc | (SEMANTIC if semantic else {}))
+    options = RULES | cascade | htc | (SEMANTIC if semantic else {})
+    if "carafe" in name:
+        options |= {"neck_args": SMALL["neck_args"] | {"extra_source": "backbone"}}
+        options |= {"mask_upsample": "carafe", "size_divisor": 64}
+    return random_detector(name, **options)
 
 
 def mmdet_state(model: a2fpn.detectors.RCNN) -> dict[str, Tensor]:
@@ -50,6 +61,10 @@ def mmdet_state(model: a2fpn.detectors.RCNN) -> dict[str, Tensor]:
             state[f"backbone.{name}.{tensor}"] = x
             if tensor == "running_var":
                 state[f"backbone.{name}.num_batches_tracked"] = torch.tensor(5)
+        elif "compress" in parts or "kernels" in parts:
+            layer = "channel_compressor" if "compress" in parts else "content_encoder"
+            module = f"neck.upsample_modules.{parts[2]}" if parts[0] == "neck" else "roi_head.mask_head.upsample"
+            state[f"{module}.{layer}.{tensor}"] = x
         elif parts[0] == "neck":
             kind = {"lateral": "lateral_convs", "output": "fpn_convs"}[parts[1]]
             state[f"neck.{kind}.{parts[2]}.conv.{tensor}"] = x
@@ -89,6 +104,25 @@ def test_a_detector_comes_back_with_its_sizes_and_rules(name: str, semantic: boo
     assert config == model.config
     assert list(state) == list(model.state_dict())
     assert all(torch.equal(x, state[key]) for key, x in model.state_dict().items())
+
+
+def test_carafe_has_the_names_and_shapes_of_the_published_detector() -> None:
+    """Those of mask_rcnn_r50_fpn_carafe_1x_coco: an extra level of the backbone, CARAFE in neck and mask head."""
+    with torch.device("meta"):
+        args = {"extra_source": "backbone"}
+        model = a2fpn.create_model("maskrcnn_carafe_fpn_r50", num_classes=80, neck_args=args,
+                                   mask_upsample="carafe")  # fmt: skip
+        theirs = mmdet_state(model)
+    shapes = {key: tuple(x.shape) for key, x in theirs.items() if key.startswith("neck.") or "mask_head.u" in key}
+    expected: dict[str, tuple[int, ...]] = {}
+    for i, (channels, side) in enumerate([(256, 1), (512, 1), (1024, 1), (2048, 1), (2048, 3)]):
+        expected[f"neck.lateral_convs.{i}.conv.weight"] = (256, channels, side, side)
+        expected[f"neck.fpn_convs.{i}.conv.weight"] = (256, 256, 3, 3)
+        expected |= {f"neck.{kind}.{i}.conv.bias": (256,) for kind in ("lateral_convs", "fpn_convs")}
+    for module in (*(f"neck.upsample_modules.{i}" for i in range(4)), "roi_head.mask_head.upsample"):
+        expected |= {f"{module}.channel_compressor.weight": (64, 256, 1, 1), f"{module}.channel_compressor.bias": (64,)}
+        expected |= {f"{module}.content_encoder.weight": (100, 64, 3, 3), f"{module}.content_encoder.bias": (100,)}
+    assert shapes == expected
 
 
 def test_every_stage_has_its_own_place() -> None:
@@ -160,7 +194,7 @@ def test_what_cannot_be_converted_says_why() -> None:
         from_mmdet(state, "retinanet_fpn_r18")
     with pytest.raises(ValueError, match="has no ResNet bottlenecks; leave stride_in_1x1 at False"):
         from_mmdet(state, "fasterrcnn_fpn_r18", style="caffe")
-    with pytest.raises(ValueError, match="'fasterrcnn_pafpn_r18' has 'pafpn'"):
+    with pytest.raises(ValueError, match="neck 'fpn' or 'carafe_fpn', 'fasterrcnn_pafpn_r18' has 'pafpn'"):
         from_mmdet(state, "fasterrcnn_pafpn_r18")
     with pytest.raises(ValueError, match=r"has no 'roi_head\.bbox_head\.0\.fc_cls\.weight'"):
         from_mmdet(state, "htc_fpn_r18")

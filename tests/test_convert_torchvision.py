@@ -20,14 +20,14 @@ from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 import a2fpn
 from a2fpn import CheckpointError
 from a2fpn.backbones import TimmBackbone
-from a2fpn.checkpoint import read_checkpoint
+from a2fpn.build import build_model
+from a2fpn.cli.hub import _compare, main
 from a2fpn.convert import from_torchvision, load_torchvision
 from a2fpn.convert.torchvision import _backbone, published_config, torchvision_config, torchvision_state
 from a2fpn.detectors import Detector
-from a2fpn.factory import _build
-from a2fpn.heads import dense, roi_pool
-from a2fpn.weights import PRETRAINED, TorchvisionWeights
-from hub.__main__ import _compare, main
+from a2fpn.heads import dense
+from a2fpn.pretrained.catalog import PRETRAINED, TorchvisionWeights
+from a2fpn.pretrained.checkpoint import read_checkpoint
 from tests.helpers import largest_difference
 
 # Few and small, so that a whole ResNet-50 detector runs in a second; no threshold that random weights miss.
@@ -140,7 +140,7 @@ def same_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     def kernel(x: Tensor, rois: Tensor, size: int, scale: float, ratios: tuple[int, int], aligned: bool) -> Tensor:
         return torchvision.ops.roi_align(x, rois, size, scale, ratios[0], aligned)
 
-    monkeypatch.setattr(roi_pool, "_gather_roi_align", kernel)
+    monkeypatch.setattr("a2fpn.heads.roi_pool._gather_roi_align", kernel)
     monkeypatch.setattr(dense, "_SMALLEST", 0.0)
 
 
@@ -372,7 +372,7 @@ def test_published_weights_fit_what_torchvision_would_build_for_them(
             patch.setattr(nn.Module, "load_state_dict", lambda *args, **kwargs: None)
             module = get_model_builder(weights.builder)(weights=weights.published, weights_backbone=None)
         config = published_config(weights)
-        ours = _build(config).state_dict()
+        ours = build_model(config).state_dict()
     theirs = torchvision_config(module)
     if config.backbone.taps:  # layers of MobileNet are frozen one by one
         assert theirs.backbone.trainable_layers is None
@@ -389,7 +389,7 @@ def test_a_state_of_another_model_is_an_error() -> None:
     del state["rpn.head.cls_logits.bias"]
     model = from_torchvision(module)
     with pytest.raises(CheckpointError, match=r"1 missing: rpn\.head\.cls_logits\.bias; 1 unexpected: stray\.weight"):
-        a2fpn.checkpoint.load_weights(model, state)
+        a2fpn.pretrained.checkpoint.load_weights(model, state)
 
 
 # The module

@@ -13,8 +13,9 @@ from test_cli import fails, run, save
 
 from a2fpn.config import Category, PreprocessConfig
 from a2fpn.data import DataError, check_data, read_coco
+from a2fpn.inference.draw import draw_grid
+from a2fpn.inference.report import draw_report
 from a2fpn.preprocess import Preprocess
-from a2fpn.visualize import draw_grid, draw_report
 from benchmarks import check_data as benchmark
 
 SQUARE = [[10, 10, 30, 10, 30, 30, 10, 30]]

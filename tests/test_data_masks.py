@@ -9,8 +9,9 @@ from hypothesis.extra import numpy as hnp
 from pycocotools import mask as mask_utils
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
-from a2fpn.data import masks as masks_module
-from a2fpn.data.masks import (
+from a2fpn.masks import rle as masks_module
+from a2fpn.masks.paste import PASTE_RULES, paste_masks
+from a2fpn.masks.rle import (
     decode_rle,
     decode_window,
     encode_box_masks,
@@ -18,7 +19,6 @@ from a2fpn.data.masks import (
     parse_segmentations,
     segmentation_to_rle,
 )
-from a2fpn.heads.paste import PASTE_RULES, paste_masks
 
 some_masks = hnp.arrays(bool, hnp.array_shapes(min_dims=3, max_dims=3, min_side=1, max_side=12))
 

@@ -13,8 +13,9 @@ from torchvision.ops import box_iou
 
 import a2fpn
 from a2fpn.detectors import DETECTORS, RCNN, Detector
-from a2fpn.heads.paste import PASTE_RULES, paste_masks
 from a2fpn.masks import InstanceMasks
+from a2fpn.masks.paste import PASTE_RULES, paste_masks
+from a2fpn.masks.targets import mask_loss
 from tests.helpers import random_target, randomise, tiny_model, torchvision_names, without_gradient
 
 MODELS = [f"{detector}_{neck}" for detector, neck in itertools.product(DETECTORS, ("fpn", "a2fpn"))]
@@ -507,6 +508,31 @@ def test_heads_are_as_configured() -> None:
         assert (pool.output_size, pool.aligned, pool.sampling_ratio) == ((size, size), True, 1)
     (result,) = model.eval()([torch.rand(3, 50, 70)], paste_masks=False)
     assert result["masks"].shape[-2:] == (20, 20)
+
+
+@pytest.mark.parametrize("detector", ["maskrcnn", "cascademaskrcnn", "htc"])
+def test_mask_targets_lie_where_the_features_are_pooled_and_edges_weigh_as_configured(
+    detector: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, bool, float]] = []
+
+    def spy(logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        asked.append((logits.shape[-1], kwargs["aligned"], kwargs["boundary_weight"]))
+        return mask_loss(logits, *args, **kwargs)
+
+    for module in ("roi_heads", "cascade"):
+        monkeypatch.setattr(f"a2fpn.heads.{module}.mask_loss", spy)
+    wanted = set()
+    for aligned, weight, pool in ((True, 3.0, 28), (False, 1.0, 14)):
+        model = tiny_model(
+            f"{detector}_fpn", roi_aligned=aligned, mask_boundary_weight=weight, mask_pool_size=pool
+        ).train()
+        image, target = torch.rand(3, 64, 64), {"boxes": torch.tensor([[8.0, 8, 40, 40]]), "labels": torch.tensor([0])}
+        target["masks"] = torch.zeros(1, 64, 64, dtype=torch.uint8)
+        target["masks"][0, 8:40, 8:40] = 1
+        assert torch.isfinite(model([image], [target])["loss_mask"])
+        wanted.add((2 * pool, aligned, weight))
+    assert set(asked) == wanted
 
 
 # The peer

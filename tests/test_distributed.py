@@ -68,10 +68,10 @@ def test_two_processes_with_two_images_learn_what_one_with_four_does(tmp_path, o
 
 
 RANKS = """
-import json, os, sys, torch, train.loop, train.validate
-from train.cli import main
+import json, os, sys, torch, a2fpn.training.trainer, a2fpn.training.validate
+from a2fpn.training.cli import main
 
-folder, compare = sys.argv[1], train.validate.evaluate_coco
+folder, compare = sys.argv[1], a2fpn.training.validate.evaluate_coco
 rank = os.environ["RANK"]
 
 def record_detections(truth, detections, **options):
@@ -79,7 +79,7 @@ def record_detections(truth, detections, **options):
         json.dump(detections, file)
     return compare(truth, detections, **options)
 
-class RecordWeights(train.loop.Trainer):
+class RecordWeights(a2fpn.training.trainer.Trainer):
     def run(self):
         super().run()
         torch.save(self.accelerator.unwrap_model(self.model).state_dict(), f"{folder}/rank{rank}.pt")
@@ -89,7 +89,7 @@ class RecordWeights(train.loop.Trainer):
             print(*sorted(losses), "objects" if any(len(t["labels"]) for t in targets) else "none", file=file)
         super()._check_finite(losses, targets)
 
-train.validate.evaluate_coco, train.loop.Trainer = record_detections, RecordWeights
+a2fpn.training.validate.evaluate_coco, a2fpn.training.trainer.Trainer = record_detections, RecordWeights
 if __name__ == "__main__":
     sys.exit(main(sys.argv[2:]))
 """
@@ -120,10 +120,10 @@ def test_two_processes_hold_the_same_weights_and_find_what_one_finds_bit_for_bit
     probe = f"""
 import sys, torch
 sys.argv = ["{tmp_path}"]
-import train.validate, train.loop
-from train.cli import parse
+import a2fpn.training.validate, a2fpn.training.trainer
+from a2fpn.training.cli import parse
 torch.set_num_threads(1)
-trainer = train.loop.Trainer(parse({[*arguments, "run.resume=auto", "data.batch_size=2"]!r}))
+trainer = a2fpn.training.trainer.Trainer(parse({[*arguments, "run.resume=auto", "data.batch_size=2"]!r}))
 metrics, _ = trainer.validator.evaluate(trainer.evaluated_model)
 losses = trainer.validator.losses(trainer.evaluated_model)
 import json

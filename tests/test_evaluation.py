@@ -18,8 +18,8 @@ from pycocotools.cocoeval import COCOeval
 
 from a2fpn import evaluation
 from a2fpn.data import DataError, read_coco
-from a2fpn.data.masks import encode_masks
 from a2fpn.evaluation import COCO_SIGMAS, annotations_as_detections, common_iou_types, evaluate_coco
+from a2fpn.masks.rle import encode_masks
 
 FAST = ("hotcoco", "faster-coco-eval")
 TEN = ["ap", "ap50", "ap75", "ap_medium", "ap_large", "ar", "ar50", "ar75", "ar_medium", "ar_large"]

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 import a2fpn
 from a2fpn import Category, CheckpointError, ModelConfig, PyramidSpec
 from a2fpn.backbones import ALIASES
+from a2fpn.compose import MODELS, parse_name
 from a2fpn.config import BackboneConfig, NeckConfig
 from a2fpn.detectors import DETECTORS, OneStage
-from a2fpn.factory import MODELS, _parse_name
 from a2fpn.necks import NECKS
-from a2fpn.weights import PRETRAINED, WeightsConfig
+from a2fpn.pretrained.catalog import PRETRAINED, WeightsConfig
 from tests.helpers import random_target, randomise, tiny_model, tiny_options
 
 CATEGORIES = (Category(7, "cell"), Category(23, "nucleus"), Category(90, "Zellkern"))
@@ -78,7 +78,7 @@ def test_listed_models_can_be_built(name: str) -> None:
 def test_every_name_says_what_it_is(detector: str, neck: str) -> None:
     for alias, backbone in ALIASES.items():
         name = f"{detector}_{neck}_{alias}"
-        config = _parse_name(name, None)
+        config = parse_name(name, None)
         assert config.architecture == name
         assert (config.detector, config.neck.name, config.backbone.name) == (detector, neck, backbone)
 
@@ -86,7 +86,7 @@ def test_every_name_says_what_it_is(detector: str, neck: str) -> None:
 def test_any_timm_name_can_be_written_out() -> None:
     model = tiny_model("fasterrcnn_fpn_test_resnet", backbone=None)
     assert model.config.backbone.name == "test_resnet"
-    assert _parse_name("maskrcnn_a2fpn_lite_resnet26d.bt_in1k", None).backbone.name == "resnet26d.bt_in1k"
+    assert parse_name("maskrcnn_a2fpn_lite_resnet26d.bt_in1k", None).backbone.name == "resnet26d.bt_in1k"
 
 
 def test_backbone_may_be_an_argument() -> None:
@@ -95,11 +95,11 @@ def test_backbone_may_be_an_argument() -> None:
 
 
 def test_models_for_the_cpu_are_narrow() -> None:
-    config = _parse_name("maskrcnn_a2fpn_lite0", None)
+    config = parse_name("maskrcnn_a2fpn_lite0", None)
     assert config.neck.args == {"out_channels": 96}
     assert (config.heads.box_channels, config.heads.mask_channels) == (512, 96)
     # The rest of a registered model stays when its backbone is replaced.
-    replaced = _parse_name("maskrcnn_a2fpn_lite0", "r18")
+    replaced = parse_name("maskrcnn_a2fpn_lite0", "r18")
     assert replaced == dataclasses.replace(config, backbone=BackboneConfig("resnet18.tv_in1k"))
 
 
@@ -156,10 +156,10 @@ def test_wrong_arguments_are_an_error(overrides: dict[str, Any], error: type[Exc
 
 def test_one_stage_detectors_start_at_stride_8() -> None:
     for name in ("retinanet_a2fpn_r50", "fcos_fpn_lite0", "retinanet_bifpn_test_resnet"):
-        config = _parse_name(name, None)
+        config = parse_name(name, None)
         assert config.backbone.strides == (8, 16, 32)
         assert config.neck.args["extra_levels"] == 0
-    assert _parse_name("maskrcnn_a2fpn_r50", None).backbone.strides == (4, 8, 16, 32)
+    assert parse_name("maskrcnn_a2fpn_r50", None).backbone.strides == (4, 8, 16, 32)
     # What the detector wants of its neck is kept when the neck is replaced, as far as it has such arguments.
     assert tiny_model("fcos_fpn", neck="pafpn").config.neck == NeckConfig(
         "pafpn", {"extra_levels": 0, "out_channels": 16}

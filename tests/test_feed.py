@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from a2fpn.data import CocoDataset, train_transforms
+from a2fpn.training.feed import FolderFeed
 from tests.coco_data import write_coco
-from train.feed import FolderFeed
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +97,18 @@ def test_images_of_a_group_that_is_too_small_for_a_step_are_not_lost(dataset):
     one = feed(dataset, batch_size=6, group_by_aspect=True)
     ids = {image_id for epoch in range(8) for image_id, _ in seen(one.batches(epoch))}
     assert len(ids) == 9
+
+
+def test_an_epoch_of_several_passes_is_several_epochs_with_other_augmentations(dataset):
+    short, long = feed(dataset, batch_size=2), feed(dataset, batch_size=2, passes=3)
+    assert long.steps(1) == sum(short.steps(epoch) for epoch in (3, 4, 5))
+    ids = [image_id for image_id, _ in seen(long.batches(1))]
+    assert ids == [image_id for epoch in (3, 4, 5) for image_id, _ in seen(short.batches(epoch))]
+    pictures = [picture for _, picture in seen(long.batches(0))]
+    assert len({str(picture) for picture in pictures}) == len(pictures)
+    assert seen(long.batches(1, start=5)) == seen(long.batches(1))[10:]
+    with pytest.raises(ValueError, match=r"data.passes must be at least 1, got 0"):
+        feed(dataset, passes=0)
 
 
 def test_rare_classes_are_repeated(dataset):

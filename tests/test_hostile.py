@@ -16,7 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import a2fpn
-from a2fpn.checkpoint import CONFIG_FILE, WEIGHTS_FILE, CheckpointError, file_sha256, read_checkpoint, read_weights
+from a2fpn.errors import CheckpointError
+from a2fpn.pretrained.checkpoint import CONFIG_FILE, WEIGHTS_FILE, file_sha256, read_checkpoint, read_weights
 from tests.helpers import tiny_model
 
 FUZZ = settings(deadline=None, suppress_health_check=list(HealthCheck), database=None)
@@ -155,7 +156,8 @@ def test_a_config_alone_asks_for_no_memory(folder, config):
 HOSTILE = """
 import json, pathlib, resource, struct, sys
 import a2fpn
-from a2fpn.checkpoint import CheckpointError, file_sha256
+from a2fpn.errors import CheckpointError
+from a2fpn.pretrained.checkpoint import file_sha256
 folder = pathlib.Path(sys.argv[1])
 config, weights = json.loads((folder / "config.json").read_text()), (folder / "model.safetensors").read_bytes()
 a2fpn.from_pretrained(folder)  # what is imported late is imported

@@ -14,59 +14,82 @@ import a2fpn
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "a2fpn"
 
-CORE = {
+BUILDING = {
     "_registry",
-    "_version",
+    "_serialize",
     "config",
+    "errors",
     "pyramid",
-    "layers",
-    "masks",
     "necks",
     "backbones",
-    "heads",
-    "preprocess",
     "detectors",
+    "compose",
+    "build",
 }
-BUILDING = CORE | {"checkpoint", "weights", "hub", "factory"}
 
 # What each module or folder of the package may import of the package itself, and of others.
 MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "_registry": (set(), set()),
     "_version": (set(), set()),
-    "weights": ({"_registry", "checkpoint", "hub"}, {"torch", "torchvision", "huggingface_hub"}),
-    "config": ({"_registry"}, set()),
+    "errors": (set(), set()),
+    "device": (set(), {"torch"}),
+    "_serialize": ({"_registry"}, set()),
+    "config": ({"_registry", "_serialize"}, set()),
     "pyramid": (set(), {"torch"}),
-    "layers": (set(), {"torch", "timm.layers"}),
+    "layers": (set(), {"torch", "timm.layers", "triton"}),
     "necks": ({"_registry", "layers", "pyramid"}, {"torch"}),
     "backbones": ({"_registry", "config", "layers", "pyramid"}, {"torch", "timm", "safetensors"}),
-    "masks": (set(), {"torch"}),
+    "masks": ({"device"}, {"numpy", "pycocotools", "torch", "torchvision"}),
     "preprocess": ({"config", "masks"}, {"torch"}),
-    "heads": ({"masks", "pyramid"}, {"torch", "torchvision"}),
-    "detectors": (CORE - {"_version", "layers", "detectors"}, {"torch", "torchvision"}),
-    "checkpoint": ({"_version", "config"}, {"torch", "safetensors"}),
-    "hub": ({"_version", "checkpoint", "detectors"}, {"httpx2", "huggingface_hub", "timm"}),
-    "factory": (BUILDING | {"convert"}, {"torch"}),
-    "convert": (BUILDING, {"torch", "torchvision", "safetensors"}),
+    "heads": ({"device", "layers", "masks", "pyramid"}, {"torch", "torchvision"}),
+    "detectors": (
+        {"_registry", "backbones", "config", "heads", "masks", "necks", "preprocess", "pyramid"},
+        {"torch", "torchvision"},
+    ),
+    "compose": ({"_registry", "_serialize", "backbones", "config", "detectors", "necks"}, set()),
+    "build": ({"_serialize", "backbones", "config", "detectors", "necks"}, set()),
+    "pretrained": (
+        BUILDING | {"_version", "convert"},
+        {"httpx2", "huggingface_hub", "safetensors", "torch", "torchvision"},
+    ),
+    "convert": (BUILDING | {"layers", "pretrained"}, {"torch", "torchvision", "safetensors"}),
     "data": (
-        {"config", "heads", "masks"},
+        {"config", "errors", "masks"},
         {"datasets", "fsspec", "torch", "torchvision", "numpy", "PIL", "pycocotools"},
     ),
-    "evaluation": ({"data"}, {"faster_coco_eval", "hotcoco", "numpy", "pycocotools"}),
-    "optimize": (
-        {"config", "detectors", "heads", "preprocess", "pyramid"},
-        {"torch", "torchvision", "timm.layers", "timm.models.resnet"},
-    ),
-    "tta": ({"heads"}, {"torch", "torchvision"}),
-    "tiling": ({"data"}, {"numpy", "pycocotools"}),
+    "evaluation": ({"data", "errors", "masks"}, {"faster_coco_eval", "hotcoco", "numpy", "pycocotools"}),
     "inference": (
-        {"config", "data", "detectors", "heads", "optimize", "tiling", "tta", "visualize"},
-        {"torch", "numpy", "PIL", "supervision"},
+        {"config", "data", "detectors", "device", "errors", "heads", "masks", "preprocess", "pyramid"},
+        {
+            *("contourpy", "matplotlib", "numpy", "PIL", "pycocotools", "supervision", "timm.layers"),
+            *("timm.models.resnet", "torch", "torchvision"),
+        },
     ),
-    "visualize": ({"data", "inference"}, {"contourpy", "matplotlib", "numpy", "PIL", "pycocotools"}),
-    "cli": (BUILDING | {"data", "evaluation", "inference", "optimize", "visualize"}, {"torch", "rich", "typer"}),
+    "training": (
+        {"config", "data", "errors", "evaluation", "inference", "pretrained"},
+        {
+            *(
+                "accelerate",
+                "jsonargparse",
+                "matplotlib",
+                "numpy",
+                "PIL",
+                "psutil",
+                "rich",
+                "safetensors",
+                "timm.utils",
+            ),
+            *("timm.optim", "torch", "trackio", "yaml"),
+        },
+    ),
+    "cli": (
+        BUILDING
+        | {"_version", "convert", "data", "evaluation", "heads", "inference", "preprocess", "pretrained", "training"},
+        {"torch", "rich", "typer"},
+    ),
     "__main__": ({"cli"}, set()),
     "finite": (set(), {"torch"}),
-    "__init__": (BUILDING | {"finite", "inference", "optimize"}, set()),
+    "__init__": (BUILDING | {"_version", "finite", "inference", "pretrained"}, set()),
 }
 
 
@@ -112,7 +135,7 @@ def test_who_may_import_whom(path: Path) -> None:
 
 @pytest.mark.parametrize("path", files(PACKAGE), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_the_package_never_imports_what_stands_on_it(path: Path) -> None:
-    assert not [name for name in imports(path) if within(name, {"train", "hub", "benchmarks", "tests", "accelerate"})]
+    assert not [name for name in imports(path) if within(name, {"train", "hub", "benchmarks", "tests"})]
 
 
 def test_only_backbones_build_timm_networks() -> None:
@@ -125,19 +148,14 @@ def test_only_backbones_build_timm_networks() -> None:
     assert users == {"backbones"}
 
 
-@pytest.mark.parametrize(
-    ("folder", "public"),
-    [
-        ("train", {"a2fpn.data", "a2fpn.evaluation", "a2fpn.inference"}),
-        ("hub", {"a2fpn.backbones", "a2fpn.checkpoint", "a2fpn.cli", "a2fpn.convert", "a2fpn.hub"}),
-    ],
-)
-def test_tools_use_the_public_api_and_not_each_other(folder: str, public: set[str]) -> None:
-    names = {name for path in files(ROOT / folder) for name in imports(path)}
-    other = {"train": "hub", "hub": "train"}[folder]
-    assert not [name for name in names if within(name, {other})]
-    exported = {"a2fpn", *(f"a2fpn.{name}" for name in a2fpn.__all__)}
-    assert not [name for name in names if within(name, {"a2fpn"}) and name not in exported and not within(name, public)]
+def test_only_training_imports_accelerate() -> None:
+    users = {name_of(path) for path in files(PACKAGE) for name in imports(path) if within(name, {"accelerate"})}
+    assert users == {"training"}
+
+
+@pytest.mark.parametrize("folder", ["train", "hub"])
+def test_the_outer_folders_are_doors(folder: str) -> None:
+    assert sum(len(path.read_text().splitlines()) for path in files(ROOT / folder)) <= 20
 
 
 def test_the_public_names_are_few_and_there() -> None:

@@ -17,10 +17,10 @@ import torch
 from huggingface_hub import ModelCard, constants, hf_api
 
 import a2fpn
-from a2fpn import hub as client
-from a2fpn.checkpoint import CONFIG_FILE, WEIGHTS_FILE, CheckpointError, read_checkpoint
-from a2fpn.cli import evaluate
-from a2fpn.hub import (
+from a2fpn.cli.evaluate import evaluate
+from a2fpn.cli.hub import main
+from a2fpn.errors import (
+    CheckpointError,
     HubAccessError,
     HubCacheError,
     HubError,
@@ -28,11 +28,11 @@ from a2fpn.hub import (
     HubNotFoundError,
     HubOfflineError,
     HubServerError,
-    Repo,
-    download_checkpoint,
-    push_to_hub,
 )
-from hub.__main__ import main
+from a2fpn.pretrained import hub as client
+from a2fpn.pretrained.card import model_card
+from a2fpn.pretrained.checkpoint import CONFIG_FILE, WEIGHTS_FILE, read_checkpoint
+from a2fpn.pretrained.hub import Repo, download_checkpoint, push_to_hub
 from tests.coco_data import write_coco
 from tests.helpers import tiny_model
 from tests.hub_server import HubServer, sha256
@@ -510,7 +510,7 @@ def test_the_card(hub, published):
 def test_cards_of_other_detectors(name, metrics, task, tasks, tmp_path):
     facts = {"metrics": metrics, "licence": "Creative Commons BY 4.0"}
     folder = a2fpn.save_pretrained(tiny_model(name, min_size=64, resize="at_least"), tmp_path, metadata=facts)
-    card = ModelCard(client.model_card(read_checkpoint(folder), REPO))
+    card = ModelCard(model_card(read_checkpoint(folder), REPO))
     assert card.data.pipeline_tag == task
     assert [result.task_type for result in card.data.eval_results] == tasks
     assert (card.data.license, card.data.license_name) == ("other", "Creative Commons BY 4.0")

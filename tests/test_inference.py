@@ -10,15 +10,15 @@ from PIL import Image
 from pycocotools import mask as mask_utils
 
 import a2fpn
-from a2fpn import factory
-from a2fpn.cli import DEMO_DATA
+from a2fpn.cli.demo import DEMO_DATA
+from a2fpn.compose import override
 from a2fpn.config import Category
 from a2fpn.convert.torchvision import published_config
 from a2fpn.data import encode_box_masks
 from a2fpn.evaluation import evaluate_coco
 from a2fpn.inference import Predictor, Result, list_images
-from a2fpn.tta import Augmentation
-from a2fpn.weights import TorchvisionWeights
+from a2fpn.inference.tta import Augmentation
+from a2fpn.pretrained.catalog import TorchvisionWeights
 
 CATEGORIES = (Category(7, "cat"), Category(23, "dog"), Category(90, "x-ray"))
 SMALL = {
@@ -384,9 +384,9 @@ def test_names_go_with_the_keypoints_that_they_name(tmp_path):
     assert a2fpn.from_pretrained(tmp_path / "model").config.heads.keypoint_names == ("a", "b")
     published = published_config(TorchvisionWeights("keypointrcnn_resnet50_fpn", frozen_eps=0.0))
     assert published.heads.keypoint_names[:2] == ("nose", "left_eye")
-    changed = factory._override(published, None, {"num_keypoints": 5})
+    changed = override(published, None, {"num_keypoints": 5})
     assert (changed.heads.num_keypoints, changed.heads.keypoint_names) == (5, ())
-    assert factory._override(published, None, {"num_keypoints": 17}).heads == published.heads
+    assert override(published, None, {"num_keypoints": 17}).heads == published.heads
     with pytest.raises(ValueError, match="num_keypoints is 17 and keypoint_names has 2 names; give one name per"):
         a2fpn.create_model("keypointrcnn_fpn_r18", keypoint_names=["a", "b"])
 

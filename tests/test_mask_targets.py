@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.models.detection.roi_heads import maskrcnn_loss, project_masks_on_boxes
 
-from a2fpn.heads.mask_targets import mask_loss, mask_targets
 from a2fpn.masks import InstanceMasks
+from a2fpn.masks.targets import at_edge, mask_loss, mask_targets
 
 ROUNDING = 1e-3  # stated by mask_targets for images of up to 4096 pixels
 
@@ -105,3 +105,49 @@ def test_aligned_targets_lie_where_the_features_lie() -> None:
     assert torch.equal(mask_targets(masks, box, objects, 12, aligned=True)[0], planes[1, 2:14, 2:14].float())
     assert not torch.equal(mask_targets(masks, box, objects, 12)[0], planes[1, 2:14, 2:14].float())
     assert mask_targets(masks, box[:0], objects[:0], 12).shape == (0, 12, 12)
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_targets_of_objects_of_very_different_sizes_are_those_of_each_alone(aligned: bool) -> None:
+    torch.manual_seed(0)
+    size = (600, 500)
+    planes = torch.zeros(6, *size, dtype=torch.uint8)
+    places = [(0, 0, 3), (590, 490, 10), (1, 2, 400), (300, 470, 30), (5, 5, 1)]
+    for plane, (top, left, side) in zip(planes[:5], places, strict=True):
+        plane[top : top + side, left : left + side] = torch.rand(side, side) < 0.7
+        plane[top, left] = 1
+    masks = InstanceMasks.from_dense(planes)
+    objects = torch.arange(60) % 5  # the sixth has no pixels and no box
+    rois = proposals(masks.windows.float(), objects, size)
+    got = mask_targets(masks, rois, objects, 28, aligned=aligned)
+    indexed = torch.cat([objects[:, None].float(), rois], 1)
+    expected = torchvision.ops.roi_align(planes[:, None].float(), indexed, 28, aligned=aligned)[:, 0]
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
+    assert expected.flatten(1).amax(1).unique().numel() > 1
+
+
+@pytest.mark.parametrize("weight", [1.0, 4.0])
+def test_a_boundary_weight_is_a_weighted_mean_over_cells(weight: float) -> None:
+    torch.manual_seed(0)
+    planes = torch.zeros(1, 20, 20, dtype=torch.uint8)
+    planes[0, 5:15, 5:15] = 1
+    box, zero, one = torch.tensor([[0.0, 0, 20, 20]]), torch.zeros(1).long(), torch.ones(1).long()
+    logits = torch.randn(1, 2, 20, 20, requires_grad=True)
+    masks = [InstanceMasks.from_dense(planes)]
+    loss = mask_loss(logits, masks, [box], [zero], [one], aligned=True, boundary_weight=weight)
+    cells = torch.nn.functional.binary_cross_entropy_with_logits(logits[0, 1], planes[0].float(), reduction="none")
+    # The square's rim of one cell inside and one outside.
+    rim = torch.zeros(20, 20, dtype=torch.bool)
+    rim[4:16, 4:16], rim[6:14, 6:14] = True, False
+    weights = torch.where(rim, weight, 1.0)
+    torch.testing.assert_close(loss, (cells * weights).sum() / weights.sum())
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert (gradient[0, 1] != 0).all()
+    assert not gradient[0, 0].any()
+
+
+def test_at_edge_of_masks_without_an_edge_is_empty_and_of_a_checkerboard_everything() -> None:
+    assert not at_edge(torch.zeros(2, 5, 5)).any()
+    assert not at_edge(torch.ones(2, 5, 5)).any()
+    assert at_edge((torch.arange(25).view(1, 5, 5) % 2).float()).all()
+    assert at_edge(torch.zeros(0, 5, 5)).shape == (0, 5, 5)

@@ -9,7 +9,7 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.ops import box_iou
 
 from a2fpn.detectors import DETECTORS
-from a2fpn.heads import BoxPairs, ChunkedMatcher, ChunkedRoIHeads, match_locations, matching
+from a2fpn.heads import BoxPairs, ChunkedMatcher, DetectionRoIHeads, match_locations, matching
 from tests.helpers import random_target, tiny_model
 
 KINDS = list(DETECTORS)
@@ -73,7 +73,7 @@ def test_proposals_get_the_labels_that_torchvision_gives(pairs_at_once: int, mon
     labels = [torch.tensor([3, 1, 4, 1, 5]), torch.zeros(0, dtype=torch.int64)]
     ours, theirs = (
         heads(*arguments).assign_targets_to_proposals(proposals, objects, labels)
-        for heads in (ChunkedRoIHeads, RoIHeads)
+        for heads in (DetectionRoIHeads, RoIHeads)
     )
     assert len(theirs[1][0].unique()) > 3
     for got, wanted in zip([*ours[0], *ours[1]], [*theirs[0], *theirs[1]], strict=True):

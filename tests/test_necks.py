@@ -1,4 +1,5 @@
 import copy
+import json
 import logging
 import math
 import pickle
@@ -12,7 +13,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from a2fpn import PyramidSpec, create_neck, list_necks
 from a2fpn.layers import ATTENTION_KINDS
-from a2fpn.layers.reassemble import ChannelGates
+from a2fpn.layers.fusion import ChannelGates
 from a2fpn.necks import NECKS
 from a2fpn.pyramid import Features, level_size
 from tests.helpers import (
@@ -34,6 +35,18 @@ CASES += [("fpn", pyramid_spec(1)), ("a2fpn", pyramid_spec(3, finest=3)), ("a2fp
 CASES += [("simple_fpn", PyramidSpec.from_channels([16], strides=[stride])) for stride in (8, 16)]
 cases = pytest.mark.parametrize(("name", "spec"), CASES, ids=lambda x: x if isinstance(x, str) else "-".join(x.names))
 every_neck = pytest.mark.parametrize("name", list(NECKS))
+OPTIONS: list[tuple[str, dict[str, Any]]] = [
+    *((name, {"reasoning": "gcn"}) for name in WITH_CONTEXT),
+    *((name, {"distribute": "own"}) for name in WITH_CONTEXT),
+    *((name, {"context_init": init}) for name in WITH_CONTEXT for init in ("gate", "small")),
+    *((name, {"node_budget": 1}) for name in WITH_CONTEXT),
+    *((name, {"kernels": "coarse"}) for name in ("a2fpn", "a2fpn_lite")),
+    *((name, {"pool": "attention"}) for name in ("a2fpn", "a2fpn_lite")),
+    ("carafe_fpn", {"extra_source": "backbone"}),
+]
+every_option = pytest.mark.parametrize(
+    ("name", "option"), OPTIONS, ids=lambda x: x if isinstance(x, str) else "-".join(map(str, *x.items()))
+)
 
 
 def spec_for(name: str) -> PyramidSpec:
@@ -45,9 +58,17 @@ def double(features: Features) -> Features:
 
 
 def test_necks_come_by_name_and_pattern() -> None:
-    assert {"fpn", "pafpn", "carafe_fpn", "pafpn_mgc", "a2fpn_lite", "a2fpn", "bifpn", "simple_fpn"} <= set(
-        list_necks()
-    )
+    assert {
+        "fpn",
+        "pafpn",
+        "carafe_fpn",
+        "dysample_fpn",
+        "pafpn_mgc",
+        "a2fpn_lite",
+        "a2fpn",
+        "bifpn",
+        "simple_fpn",
+    } <= set(list_necks())
     assert list_necks("a2fpn*") == ["a2fpn", "a2fpn_lite"]
 
 
@@ -330,6 +351,130 @@ def test_a_narrow_backbone_has_fewer_nodes_and_the_log_says_so(caplog: pytest.Lo
 def test_nodes_that_were_asked_for_are_not_lowered() -> None:
     with pytest.raises(ValueError, match=r"9 nodes on a level of 8 channels"):
         build_neck("a2fpn", nodes=[9, 4, 4, 4])
+
+
+# Options
+
+
+@every_option
+@pytest.mark.parametrize("size", [(65, 97), (32, 200)])
+def test_an_option_leaves_the_pyramid_as_declared(name: str, option: dict[str, Any], size: tuple[int, int]) -> None:
+    neck, plain = build_neck(name, **option), build_neck(name)
+    features = random_features(pyramid_spec(), size)
+    shapes = [[(level, x.shape) for level, x in n(features).items()] for n in (neck, plain)]
+    assert shapes[0] == shapes[1]
+    assert json.loads(json.dumps(option)) == option
+
+
+@every_option
+def test_an_option_is_another_function_or_another_start(name: str, option: dict[str, Any]) -> None:
+    sizes = [(16, 24), (9, 13), (9, 7), (1, 1)]
+    neck, plain = build_neck(name, **option).eval(), build_neck(name).eval()
+    randomise(neck)
+    fitting = {k: x for k, x in neck.state_dict().items() if plain.state_dict().get(k, x[..., :0]).shape == x.shape}
+    plain.load_state_dict(fitting, strict=False)
+    levels = zip(pyramid_spec().items(), sizes, strict=True)
+    features = {c: torch.randn(1, level.channels, *size) for (c, level), size in levels}
+    got, expected = neck(features), plain(features)
+    assert [tuple(x.shape[-2:]) for x in got.values()][:4] == sizes
+    assert (largest_difference(got, expected) > 1e-3) == (option != {"context_init": "small"})
+
+
+@every_option
+def test_an_option_has_a_gradient_for_every_parameter(name: str, option: dict[str, Any]) -> None:
+    neck = build_neck(name, **option)
+    features = random_features(pyramid_spec(), (65, 97))
+    weighted_sum(neck(features)).backward()
+    assert without_gradient(neck) == []
+    neck.zero_grad()
+    randomise(neck)
+    weighted_sum(neck(features)).backward()
+    assert with_zero_gradient(neck) == []
+
+
+@every_option
+def test_with_an_option_an_image_does_not_see_its_neighbours(name: str, option: dict[str, Any]) -> None:
+    neck = build_neck(name, **option).double().eval()
+    randomise(neck)
+    features = double(random_features(pyramid_spec(), (64, 96)))
+    sizes = [(64, 96), (33, 80)]
+    together = neck(features, sizes)
+    for i, size in enumerate(sizes):
+        alone = neck({level: x[i : i + 1] for level, x in features.items()}, [size])
+        assert largest_difference({level: x[i : i + 1] for level, x in together.items()}, alone) < 1e-10
+
+
+@every_option
+def test_with_an_option_context_and_gates_do_not_see_padding(name: str, option: dict[str, Any]) -> None:
+    if name == "carafe_fpn":
+        pytest.skip("neither context nor gates")
+    neck = build_neck(name, **option).double().eval()
+    randomise(neck)
+    clean = double(random_features(pyramid_spec(), (64, 1024), batch=1))
+    # Padding begins where no convolution mixes it with what gates average: they stay at one.
+    for module in neck.modules():
+        if isinstance(module, ChannelGates):
+            torch.nn.init.zeros_(module.gate.weight)
+            torch.nn.init.zeros_(module.gate.bias)
+    dirty = {level: x.clone() for level, x in clean.items()}
+    for level, x in dirty.items():
+        x[..., 768 // neck.in_spec[level].stride :] += 100
+    clean, dirty = (neck(features, [(64, 768)]) for features in (clean, dirty))
+    strides = {level: spec.stride for level, spec in neck.out_spec.items()}
+    far = [{p: x[..., : 128 // strides[p]] for p, x in pyramid.items()} for pyramid in (clean, dirty)]
+    assert largest_difference(*far) < 1e-10
+
+
+@pytest.mark.parametrize("name", WITH_CONTEXT)
+def test_the_defaults_are_the_first_readings_and_add_no_tensor(name: str) -> None:
+    chosen = {"reasoning": "attention", "distribute": "all", "context_init": "zero"}
+    if name != "pafpn_mgc":
+        chosen |= {"kernels": "fine", "pool": "mean"}
+    necks = []
+    for options in ({}, chosen):
+        torch.manual_seed(0)
+        necks.append(build_neck(name, **options).eval())
+    states = [neck.state_dict() for neck in necks]
+    assert list(states[0]) == list(states[1])
+    assert not [key for key in states[0] if key.startswith("context.gate.") or ".focus." in key]
+    features = random_features(pyramid_spec(), (65, 97))
+    assert largest_difference(necks[0](features), necks[1](features)) == 0
+
+
+def test_what_a_member_lacks_has_no_options() -> None:
+    for option in ("kernels", "pool"):
+        with pytest.raises(ValueError, match=rf"Neck 'pafpn_mgc' has no argument '{option}'"):
+            build_neck("pafpn_mgc", **{option: "mean"})
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "message"),
+    [
+        ("pafpn_mgc", {"reasoning": "graph"}, "Unknown reasoning='graph'; expected one of attention, gcn"),
+        ("a2fpn", {"distribute": "none"}, "Unknown distribute='none'; expected one of all, own"),
+        ("a2fpn_lite", {"context_init": "one"}, "Unknown context_init='one'; expected one of zero, gate, small"),
+        ("a2fpn", {"kernels": "all"}, "Unknown kernels='all'; expected one of fine, coarse"),
+        ("a2fpn_lite", {"pool": "max"}, "Unknown pool='max'; expected one of mean, attention"),
+        ("carafe_fpn", {"extra_source": "c5"}, "Unknown extra_source='c5'; expected one of neck, backbone"),
+    ],
+)
+def test_an_unknown_value_is_an_error_with_those_that_are_known(
+    name: str, option: dict[str, str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_neck(name, **option)
+
+
+def test_an_extra_level_of_the_backbone_begins_the_top_down_path() -> None:
+    neck = build_neck("carafe_fpn", extra_source="backbone", extra_levels=2).double()
+    features = double(random_features(pyramid_spec(), (64, 96)))
+    pyramid = neck(features)
+    assert list(pyramid) == ["p2", "p3", "p4", "p5", "p6", "p7"]
+    top = neck.lateral[4](features["c5"])
+    assert largest_difference([pyramid["p6"]], [neck.output[4](top)]) < 1e-12
+    merged = neck.top_down[3](top, neck.lateral[3](features["c5"]))
+    assert largest_difference([pyramid["p5"]], [neck.output[3](merged)]) < 1e-12
+    assert largest_difference([pyramid["p7"]], [pyramid["p6"][..., ::2, ::2]]) == 0
 
 
 # Bad input

@@ -16,7 +16,7 @@ import a2fpn
 from a2fpn.detectors import DETECTORS, Detector, OneStage
 from a2fpn.heads import Float32FCOSHead, StrideAnchors, TopLevels
 from a2fpn.heads.dense import LevelOutputs, dense_detections
-from a2fpn.heads.nms import DetectionRule
+from a2fpn.heads.postprocess import DetectionRule
 from tests.helpers import (
     in_our_layout,
     random_target,

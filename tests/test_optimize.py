@@ -15,7 +15,7 @@ from torchvision.ops import FrozenBatchNorm2d
 import a2fpn
 from a2fpn.detectors import DETECTORS, Detector
 from a2fpn.heads import using_rule
-from a2fpn.optimize import _ActivatedConv, _fold, _ResidualBlock, optimize_for_inference
+from a2fpn.inference.optimize import _ActivatedConv, _fold, _ResidualBlock, optimize_for_inference
 
 NORMS = (nn.BatchNorm2d, FrozenBatchNorm2d)
 
@@ -148,7 +148,7 @@ def test_a_convolution_with_two_norms_is_not_folded() -> None:
 
 def test_a_fold_that_changes_the_pyramid_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     model = copy.deepcopy(create("fasterrcnn"))
-    monkeypatch.setattr("a2fpn.optimize._fold_norm", lambda conv, norm: None)
+    monkeypatch.setattr("a2fpn.inference.optimize._fold_norm", lambda conv, norm: None)
     with pytest.raises(RuntimeError, match="batch norms of test_efficientnet changed the level p2"), torch.no_grad():
         _fold(model)
 
@@ -169,7 +169,7 @@ def test_a_convolution_with_its_activation(number: int, dtype: torch.dtype, acti
 def test_without_the_fused_kernel_it_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     optimised = optimize_for_inference(create("maskrcnn", backbone="test_resnet"))
     expected = detect(optimised, image())
-    monkeypatch.setattr("a2fpn.optimize._has_fused_convolution", lambda x: False)
+    monkeypatch.setattr("a2fpn.inference.optimize._has_fused_convolution", lambda x: False)
     assert_same(detect(optimised, image()), expected)
 
 
@@ -182,7 +182,7 @@ def test_residual_blocks_give_the_same_and_overwrite_nobodys_maps(
     backbone: str, fused: int, kernel: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not kernel:
-        monkeypatch.setattr("a2fpn.optimize._has_fused_convolution", lambda x: False)
+        monkeypatch.setattr("a2fpn.inference.optimize._has_fused_convolution", lambda x: False)
     model = create("fasterrcnn", backbone=backbone)
     optimised = optimize_for_inference(model)
     assert sum(isinstance(module, _ResidualBlock) for module in optimised.modules()) == fused

@@ -15,10 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from a2fpn.training.feed import SeededSamples
+from a2fpn.training.state import recover_folder, replaced_folder, rewind_metrics
+from a2fpn.training.trainer import Trainer
 from tests.training import Process, metrics, tiny_run
-from train.feed import SeededSamples
-from train.loop import Trainer
-from train.state import recover_folder, replaced_folder, rewind_metrics
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs signals")
 

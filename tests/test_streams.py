@@ -20,6 +20,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
+from a2fpn.cli.shard import main, parse_size
 from a2fpn.config import Category
 from a2fpn.data import (
     CocoDataset,
@@ -32,9 +33,8 @@ from a2fpn.data import (
     storage,
     write_shards,
 )
+from a2fpn.training.streams import StreamFeed, ahead
 from tests.coco_data import write_coco
-from train.shard import main, parse_size
-from train.streams import StreamFeed, ahead
 
 datasets = pytest.importorskip("datasets")
 
@@ -351,7 +351,7 @@ def test_an_interrupted_writing_leaves_whole_shards_and_no_index(coco, tmp_path)
     for file in tmp_path.iterdir():
         with tarfile.open(file) as tar:
             assert len(tar.getmembers()) == 2 * PER_SHARD
-    with pytest.raises(DataError, match=r"index.json: no such file; `python -m train.shard` writes it"):
+    with pytest.raises(DataError, match=r"index.json: no such file; `a2fpn data shard` writes it"):
         ShardDataset(tmp_path)
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pycocotools import mask as mask_utils
 
 from a2fpn.data import decode_rle, encode_masks
-from a2fpn.tiling import TileDetections, Window, merge_tiles, tile_windows
+from a2fpn.inference.tiling import TileDetections, Window, merge_tiles, tile_windows
 
 
 @settings(deadline=None, max_examples=60)

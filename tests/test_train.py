@@ -19,17 +19,17 @@ from torch import nn
 
 import a2fpn
 from a2fpn.data import write_shards
+from a2fpn.training.cli import main, parse, setting_names
+from a2fpn.training.config import OptimSection, RunSection, TrainConfig
+from a2fpn.training.monitor import LossWindow
+from a2fpn.training.optim import build_optimizer, build_scheduler, lr_factor, parameter_groups, scaled_lr
+from a2fpn.training.state import replaced_folder
+from a2fpn.training.trainer import Trainer, check_processes
 from tests.test_streams import features, rows
 from tests.training import metrics, tiny_run
-from train.cli import main, parse, setting_names
-from train.config import OptimSection, RunSection, TrainConfig
-from train.loop import Trainer, check_processes
-from train.optim import build_optimizer, build_scheduler, lr_factor, parameter_groups, scaled_lr
-from train.state import replaced_folder
-from train.watch import LossWindow
 
 ROOT = Path(__file__).resolve().parent.parent
-RECIPES = sorted((ROOT / "train" / "recipes").glob("*.yaml"))
+RECIPES = sorted((ROOT / "a2fpn" / "training" / "recipes").glob("*.yaml"))
 
 
 @pytest.fixture(autouse=True)
@@ -408,7 +408,9 @@ def test_a_run_leaves_pictures_a_plot_a_log_and_tracked_images(arguments, tmp_pa
 def test_trackio_takes_the_numbers_and_pictures(arguments, tmp_path, monkeypatch):
     trackio = pytest.importorskip("trackio", reason="pip install trackio")
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
-    code = f"import sys; from train.cli import main; sys.exit(main({[*arguments, 'run.trackers=[trackio]']!r}))"
+    code = (
+        f"import sys; from a2fpn.training.cli import main; sys.exit(main({[*arguments, 'run.trackers=[trackio]']!r}))"
+    )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from a2fpn.heads import DetectionRule
-from a2fpn.heads.paste import paste_masks
-from a2fpn.tta import Augmentation, detect_augmented, fuse, move_masks
+from a2fpn.inference.tta import Augmentation, detect_augmented, fuse, move_masks
+from a2fpn.masks.paste import paste_masks
 
 RULE = DetectionRule(score_threshold=0.05)
 

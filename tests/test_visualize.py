@@ -3,11 +3,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from a2fpn import visualize
 from a2fpn.config import Category
 from a2fpn.data import encode_masks
 from a2fpn.inference import Result
-from a2fpn.visualize import draw
+from a2fpn.inference import draw as drawing
+from a2fpn.inference.draw import draw
 
 CATEGORIES = tuple(Category(index, name) for index, name in enumerate(["cell", "_background_", "a $cost$ of \\frac"]))
 
@@ -60,7 +60,7 @@ def test_small_objects_enlarge_the_picture_up_to_a_limit():
 
 
 def test_an_enormous_image_is_shrunk(monkeypatch):
-    monkeypatch.setattr(visualize, "_MAX_AREA", 800 * 1000 / 4)
+    monkeypatch.setattr(drawing, "_MAX_AREA", 800 * 1000 / 4)
     assert draw(result_of(grid(2, (800, 1000), 100)), noise((800, 1000)), legend=False).size == (500, 400)
 
 
@@ -138,15 +138,15 @@ def test_many_objects_get_neither_boxes_nor_text():
 
 @given(st.lists(st.integers(0, 200), min_size=1, max_size=12, unique=True))
 def test_classes_have_colours_of_their_own(labels):
-    colors = visualize._class_colors(np.array(labels))
+    colors = drawing._class_colors(np.array(labels))
     assert colors.keys() == set(labels)
     assert len({tuple(color) for color in colors.values()}) == len(labels)
 
 
 def test_a_class_keeps_its_colour_from_picture_to_picture():
-    alone = visualize._class_colors(np.array([5]))[5]
-    np.testing.assert_array_equal(visualize._class_colors(np.array([2, 5, 9]))[5], alone)
-    assert len(visualize._class_colors(np.arange(80))) == 80
+    alone = drawing._class_colors(np.array([5]))[5]
+    np.testing.assert_array_equal(drawing._class_colors(np.array([2, 5, 9]))[5], alone)
+    assert len(drawing._class_colors(np.arange(80))) == 80
 
 
 @given(st.integers(1, 60), st.integers(0, 99))
@@ -154,7 +154,7 @@ def test_a_class_keeps_its_colour_from_picture_to_picture():
 def test_the_nearest_object_has_another_colour(n, seed):
     corners = np.random.default_rng(seed).uniform(0, 100, (n, 2)).astype(np.float32)
     boxes = np.concatenate([corners, corners + 10], axis=1)
-    colors = visualize._neighbour_colors(boxes)
+    colors = drawing._neighbour_colors(boxes)
     assert colors.shape == (n, 3)
     distances = np.square(corners[:, None] - corners[None]).sum(-1) + np.diag([np.inf] * n)
     same = (colors[:, None] == colors[None]).all(-1)
@@ -168,15 +168,15 @@ def test_labels_hide_neither_objects_nor_each_other(n, seed):
     rng = np.random.default_rng(seed)
     corners = rng.uniform(0, 500, (n, 2))
     boxes = np.concatenate([corners, corners + rng.uniform(2, 200, (n, 2))], axis=1).astype(np.float32)
-    places = visualize._place_labels([f"thing {score:.2f}" for score in rng.uniform(size=n)], boxes, (600, 550), 12)
+    places = drawing._place_labels([f"thing {score:.2f}" for score in rng.uniform(size=n)], boxes, (600, 550), 12)
     assert len(places) == n
     rects = np.array([place for place in places if place is not None]).reshape(-1, 4)
     assert (rects[:, :2] >= 0).all()
     assert (rects[:, 2] <= 600).all()
     assert (rects[:, 3] <= 550).all()
     for index, rect in enumerate(rects):
-        assert not visualize._overlap(rect, np.delete(rects, index, axis=0)).any()
-        assert (visualize._overlap(rect, boxes) <= 0.2 * visualize._areas(boxes) + 1e-3).all()
+        assert not drawing._overlap(rect, np.delete(rects, index, axis=0)).any()
+        assert (drawing._overlap(rect, boxes) <= 0.2 * drawing._areas(boxes) + 1e-3).all()
 
 
 def pose(names=(), *, scores=None, visible=(1, 1, 1)):
@@ -228,7 +228,7 @@ def test_keypoints_scale_with_the_picture():
 
 
 def test_one_object_with_room_gets_its_label_on_top():
-    (place,) = visualize._place_labels(["cat 0.97"], np.array([[100, 100, 300, 300]], dtype=np.float32), (600, 600), 12)
+    (place,) = drawing._place_labels(["cat 0.97"], np.array([[100, 100, 300, 300]], dtype=np.float32), (600, 600), 12)
     assert place[0] == 100
     assert place[3] == 100
 
@@ -241,7 +241,7 @@ def test_the_legend_says_what_is_there():
         scores=np.array([0.99, 0.9, 0.9, 0.51, 0.9], dtype=np.float32),
     )
     colors = np.zeros((5, 3))
-    title, *entries = visualize._legend(result, colors)
+    title, *entries = drawing._legend(result, colors)
     assert (title.name, title.note) == ("image.png", "800 × 800 px, 5 objects")
     assert [(entry.name, entry.note) for entry in entries] == [
         ("cell", "3, score 0.51–0.99"),
@@ -251,8 +251,8 @@ def test_the_legend_says_what_is_there():
 
 @pytest.mark.parametrize("width", [480, 700, 3000])
 def test_the_legend_fits_its_width(width):
-    entries = [visualize._Entry(np.zeros((1, 3)), f"class {i}", "3, score 0.51–0.99") for i in range(40)]
-    rows = visualize._wrap(entries, width, 14)
+    entries = [drawing._Entry(np.zeros((1, 3)), f"class {i}", "3, score 0.51–0.99") for i in range(40)]
+    rows = drawing._wrap(entries, width, 14)
     assert sum(map(len, rows)) == 40
     assert len(rows[0]) == 1
     assert all(x + entry.width(14) <= width + 2.5 * 14 for row in rows for x, entry in row)

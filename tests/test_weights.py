@@ -24,11 +24,8 @@ from torchvision.ops import MultiScaleRoIAlign
 
 import a2fpn
 from a2fpn import CheckpointError
-from a2fpn import weights as weights_module
-from a2fpn.checkpoint import Facts
 from a2fpn.convert import graft, graft_model
-from a2fpn.factory import _read
-from a2fpn.hub import (
+from a2fpn.errors import (
     HubAccessError,
     HubCacheError,
     HubIntegrityError,
@@ -37,8 +34,18 @@ from a2fpn.hub import (
     HubServerError,
 )
 from a2fpn.necks import create_neck
+from a2fpn.pretrained import torchvision as downloads
+from a2fpn.pretrained.catalog import (
+    PRETRAINED,
+    GraftedWeights,
+    HubWeights,
+    TorchvisionWeights,
+    WeightsConfig,
+    find_weights,
+)
+from a2fpn.pretrained.checkpoint import Facts, read_checkpoint
+from a2fpn.pretrained.load import _read
 from a2fpn.pyramid import PyramidSpec
-from a2fpn.weights import PRETRAINED, GraftedWeights, HubWeights, TorchvisionWeights, WeightsConfig, find_weights
 from tests.helpers import largest_difference, tiny_model
 
 BUILDER = "fasterrcnn_tiny_fpn"
@@ -311,12 +318,12 @@ def test_published_checkpoints_go_before_grafts(
         asked.append((repo.id, repo.revision, weights))
         return saved
 
-    monkeypatch.setattr("a2fpn.factory.download_checkpoint", download)
-    digest = a2fpn.checkpoint.read_checkpoint(saved).sha256
+    monkeypatch.setattr("a2fpn.pretrained.load.download_checkpoint", download)
+    digest = read_checkpoint(saved).sha256
     name = "fasterrcnn_a2fpn_lite_r18.coco"
     row = HubWeights("acme/cells", "c0ffee", digest, Facts({"bbox/ap": 0.4}, licence="Apache-2.0"))
     published = {name: row, **PRETRAINED}
-    for module in ("a2fpn.factory.PRETRAINED", "a2fpn.weights.PRETRAINED"):
+    for module in ("a2fpn.pretrained.load.PRETRAINED", "a2fpn.pretrained.catalog.PRETRAINED"):
         monkeypatch.setattr(module, published)
     model = a2fpn.create_model("fasterrcnn_a2fpn_lite_r18", pretrained=True)
     assert model.config == a2fpn.from_pretrained(saved).config
@@ -426,7 +433,7 @@ def test_a_full_disk(listed: str, home: Path) -> None:
 
 
 def test_a_silent_server_is_given_up(listed: str, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights_module, "PATIENCE", 0.2)
+    monkeypatch.setattr(downloads, "PATIENCE", 0.2)
     site.silence = 1.0
     with pytest.raises((HubServerError, HubOfflineError), match=r"cannot be downloaded from .*(timed out|Timeout)"):
         a2fpn.from_pretrained(NAME)

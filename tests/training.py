@@ -56,7 +56,7 @@ def metrics(output: Path) -> list[dict[str, Any]]:
 
 
 _CONTEXT = multiprocessing.get_context("forkserver")  # imports torch once, in a process of its own
-_CONTEXT.set_forkserver_preload(["tests.training", "train.loop", "a2fpn.inference", "matplotlib.figure"])
+_CONTEXT.set_forkserver_preload(["tests.training", "a2fpn.training.trainer", "a2fpn.inference", "matplotlib.figure"])
 
 
 class Process:
@@ -95,7 +95,7 @@ def _train(arguments: list[str], log: str, before: Callable[[], None] | None) ->
     multiprocessing.set_start_method(None, force=True)  # loader processes as in a program of its own
     import torch
 
-    from train.cli import main
+    from a2fpn.training.cli import main
 
     torch.set_num_threads(1)
     if before:

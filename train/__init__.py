@@ -1,1 +1,1 @@
-"""Training of a2fpn models with Accelerate: ``accelerate launch train/ --config train/recipes/NAME.yaml``."""
+"""Door to :mod:`a2fpn.training`: ``accelerate launch train/ --config NAME data.root=DIR``."""

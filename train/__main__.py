@@ -6,7 +6,7 @@ from pathlib import Path
 if not __package__:  # started as `python train/`: replace train/ by the repository root
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from train.cli import main
+from a2fpn.training.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from a2fpn.build import build_model
+from a2fpn.compose import compose
 from a2fpn.config import ModelConfig
-from a2fpn.factory import create_model
 
 POOLING = {"roi_aligned": True, "roi_sampling_ratio": 0, "anchor_rounding": False}
 """How detectron2 and mmdetection pool RoIs and place anchors."""
@@ -204,11 +205,13 @@ class Layout:
         framework: Its name in messages.
         rename: From a name in our state dict to the framework's.
         ignored: Beginnings or endings of names that carry no weights.
+        necks: Necks that it has, by our names.
     """
 
     framework: str
     rename: Callable[[str], str]
     ignored: tuple[str, ...] = field(default=())
+    necks: tuple[str, ...] = ("fpn",)
 
 
 @dataclass(frozen=True)
@@ -241,7 +244,7 @@ def convert(
 
     Args:
         state: The source's tensors; not changed.
-        name: The model to make, ``<detector>_fpn_<backbone>``.
+        name: The model to make, ``<detector>_<neck>_<backbone>``.
         layout: The source's names.
         pixels: The source's input.
         overrides: As in :func:`a2fpn.create_model`; they win over what is read from the tensors.
@@ -252,9 +255,10 @@ def convert(
     sizes = _sizes(state, name, layout)
     options = {"norm": "frozen", **pixels.overrides(), **sizes, **overrides}
     with torch.device("meta"):
-        model = create_model(name, **options)
-    if model.config.neck.name != "fpn":
-        raise ValueError(f"{layout.framework} detectors have neck 'fpn', {name!r} has {model.config.neck.name!r}.")
+        model = build_model(compose(name, **options))
+    if model.config.neck.name not in layout.necks:
+        known = " or ".join(map(repr, layout.necks))
+        raise ValueError(f"{layout.framework} detectors have neck {known}, {name!r} has {model.config.neck.name!r}.")
     converted: dict[str, Tensor] = {}
     problems: dict[str, list[str]] = {"missing": [], "of another shape": []}
     used = set()
@@ -325,9 +329,15 @@ def _sizes(state: Mapping[str, Tensor], name: str, layout: Layout) -> dict[str, 
         "box_pool_size": math.isqrt(shape(f"{stage}box_head.fc6.weight")[1] // channels),
         "neck_args": {"out_channels": channels},
     }
+    if has("neck.top_down.0.compress.weight"):
+        sizes["neck_args"]["extra_source"] = "backbone"
     if name.startswith(("mask", "cascademask", "htc")):
         sizes["mask_layers"] = count(f"{stage}mask_head.{i}.0.weight" for i in range(len(state) + 1))
-        sizes["mask_channels"] = shape(f"{stage}mask_predictor.conv5_mask.weight")[0]
+        upsample = f"{stage}mask_predictor.upsample.compress.weight"
+        if has(upsample):
+            sizes["mask_upsample"], sizes["mask_channels"] = "carafe", shape(upsample)[1]
+        else:
+            sizes["mask_channels"] = shape(f"{stage}mask_predictor.conv5_mask.weight")[0]
     if name.startswith("htc") and has("roi_heads.semantic.logits.weight"):
         sizes["semantic"] = "stuff"
         classes, sizes["semantic_channels"] = shape("roi_heads.semantic.logits.weight")[:2]

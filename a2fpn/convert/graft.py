@@ -7,11 +7,12 @@ Laterals and output convolutions are taken over. What the new neck adds starts s
   A zero factor behind a random convolution would be as exact, but leave that convolution without a gradient;
 * content-aware upsampling starts with the logit ``centre_bias`` on the nearest source pixel. This is the one part
   that is not exact: a softmax never gives all its weight to one pixel. Kernels of the bottom-up path keep their own
-  start, which learns faster; what they reassemble cannot be seen yet.
+  start, which learns faster; what they reassemble cannot be seen yet. CARAFE has zeros beyond the border and no such
+  scale, as its authors have it: it is a little further from the FPN there, and learns more slowly.
 
 The default ``centre_bias`` of 8 puts 99.2 % of the weight on the nearest pixel. ``python -m benchmarks.graft``
 measures what that does to a trained detector, and that the predictor still learns from there, thanks to the fixed
-scale of :class:`~a2fpn.layers.reassemble.KernelPredictor`.
+scale of :class:`~a2fpn.layers.fusion.KernelPredictor`.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ import torch
 from torch import Tensor, nn
 
 from a2fpn._registry import did_you_mean
-from a2fpn.checkpoint import load_weights
 from a2fpn.config import ModelConfig, NeckConfig
 from a2fpn.detectors import DETECTORS, Detector
 from a2fpn.layers import GACAP, ConvNormAct
-from a2fpn.layers.reassemble import KernelPredictor
+from a2fpn.layers.fusion import KernelPredictor
 from a2fpn.necks import PyramidNeck, create_neck
 from a2fpn.necks.neck import StridedFusion
+from a2fpn.pretrained.checkpoint import load_weights
 from a2fpn.pyramid import PyramidSpec
 
 TARGETS = ("a2fpn", "a2fpn_lite", "carafe_fpn", "pafpn", "pafpn_mgc")

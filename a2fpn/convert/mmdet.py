@@ -1,4 +1,4 @@
-"""State dicts of mmdetection's Faster, Mask, Cascade and Cascade Mask R-CNN and HTC with an FPN -> ours.
+"""State dicts of mmdetection's Faster, Mask, Cascade and Cascade Mask R-CNN and HTC -> ours, with FPN or FPN_CARAFE.
 
 Names and conventions are those of https://github.com/open-mmlab/mmdetection (Apache-2.0), version 2 and newer.
 ``python -m benchmarks.parity --source mmdet`` compares both sides where mmdetection is installed.
@@ -21,6 +21,7 @@ _RULES = (
     (r"^backbone\.body\.", "backbone."),
     (r"^neck\.lateral\.", "neck.lateral_convs."),
     (r"^neck\.output\.", "neck.fpn_convs."),
+    (r"^neck\.top_down\.", "neck.upsample_modules."),
     (r"^rpn\.head\.conv\.0\.0\.", "rpn_head.rpn_conv."),
     (r"^rpn\.head\.cls_logits\.", "rpn_head.rpn_cls."),
     (r"^rpn\.head\.bbox_pred\.", "rpn_head.rpn_reg."),
@@ -35,8 +36,10 @@ _RULES = (
     (r"\.box_predictor\.(.*)cls_score\.", r".bbox_head.\1fc_cls."),
     (r"\.box_predictor\.(.*)bbox_pred\.", r".bbox_head.\1fc_reg."),
     (r"\.mask_head\.(\d+\.)?(\d+)\.0\.", r".mask_head.\1convs.\2.conv."),
-    (r"\.mask_predictor\.(.*)conv5_mask\.", r".mask_head.\1upsample."),
+    (r"\.mask_predictor\.(.*)(?:conv5_mask|upsample)\.", r".mask_head.\1upsample."),
     (r"\.mask_predictor\.(.*)mask_fcn_logits\.", r".mask_head.\1conv_logits."),
+    (r"^(.*upsample.*)\.compress\.", r"\1.channel_compressor."),
+    (r"^(.*upsample.*)\.kernels\.conv\.", r"\1.content_encoder."),
 )
 
 
@@ -59,7 +62,7 @@ def from_mmdet(
         state: The tensors, as ``model.state_dict()`` or :func:`~a2fpn.convert.read_state_dict` gives them; not
             changed.
         name: The model to make: ``fasterrcnn_fpn_r50``, ``maskrcnn_fpn_r101``, ``cascademaskrcnn_fpn_r50``,
-            ``htc_fpn_r50``, ...
+            ``htc_fpn_r50``, ...; ``maskrcnn_carafe_fpn_r50`` for ``mask_rcnn_r50_fpn_carafe_1x_coco``.
         style: ``style`` of the source's ResNet. The state dict doesn't tell.
         bgr_to_rgb: ``bgr_to_rgb`` of its data preprocessor.
         mean: Its ``mean``, in the order that the network sees.
@@ -83,9 +86,13 @@ def from_mmdet(
             "stage_average": "logits",
             "stage_box_weights": tuple((1 / xy, 1 / xy, 1 / wh, 1 / wh) for xy, wh in _STAGE_STDS),
         }
+    if "_carafe_fpn" in name:
+        rules["size_divisor"] = 64
     if name.startswith("htc"):
         rules["score_threshold"] = 0.001
-    return convert(state, name, Layout("mmdetection", _rename), pixels, {**rules, **overrides})
+    return convert(
+        state, name, Layout("mmdetection", _rename, necks=("fpn", "carafe_fpn")), pixels, {**rules, **overrides}
+    )
 
 
 _STAGE_STDS = ((0.1, 0.2), (0.05, 0.1), (0.033, 0.067))

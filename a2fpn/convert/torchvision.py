@@ -32,7 +32,6 @@ from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastL
 
 from a2fpn._registry import did_you_mean
 from a2fpn.backbones import ALIASES, TimmBackbone
-from a2fpn.checkpoint import load_weights
 from a2fpn.config import (
     STAGES,
     BackboneConfig,
@@ -46,7 +45,8 @@ from a2fpn.config import (
 )
 from a2fpn.detectors import DETECTORS, Detector
 from a2fpn.necks import create_neck
-from a2fpn.weights import PRETRAINED, TorchvisionWeights
+from a2fpn.pretrained.catalog import PRETRAINED, TorchvisionWeights
+from a2fpn.pretrained.checkpoint import load_weights
 
 # Blocks, channels and groups' width of the first block's second convolution, and its number of convolutions.
 _RESNETS = {
@@ -63,7 +63,6 @@ _RESNETS = {
 _MOBILENET = "mobilenetv3_large_100"
 # Two maps of stride 32: after the first block of the last stage, and after the last convolution.
 _MOBILENET_TAPS = {("13", "16"): ("blocks.5.0", "blocks.6")}
-
 _ONE_STAGE = ("retinanet", "fcos")
 _UNNAMED = ("N/A", "__background__")
 

@@ -22,21 +22,16 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from a2fpn.config import Category
-from a2fpn.data.images import ImageError, read_image, read_labels
-from a2fpn.data.masks import Polygons, Rle, parse_segmentations
-from a2fpn.data.outlines import Outlines
+from a2fpn.data.images import read_image, read_labels
+from a2fpn.errors import DataError, ImageError
+from a2fpn.masks.outlines import Outlines
+from a2fpn.masks.rle import Polygons, Rle, parse_segmentations
 
 logger = logging.getLogger(__name__)
-
 Sample = tuple[tv_tensors.Image, dict[str, Any]]
-
 _UNREADABLE_IN_A_ROW = 16  # after so many, the folder is wrong rather than an image
 _PROBLEMS_SHOWN = 10
 _MIN_BOX_SIDE = 0.01  # pixels; less may vanish when float32 holds the corners of a box in a large image
-
-
-class DataError(ValueError):
-    """A COCO file can't be used; the message names the file and the annotation."""
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,11 @@ from typing import Any, Literal
 from PIL import Image
 
 from a2fpn.config import Category
-from a2fpn.data.coco import DataError
 from a2fpn.data.storage import read_bytes
 from a2fpn.data.streams import RawSample, StreamDataset, random_generator, random_order
+from a2fpn.errors import DataError
 
 BoxFormat = Literal["xywh", "xyxy", "cxcywh"]
-
 _TO_XYWH: dict[BoxFormat, Callable[[float, float, float, float], list[float]]] = {
     "xywh": lambda x, y, width, height: [x, y, width, height],
     "xyxy": lambda left, top, right, bottom: [left, top, right - left, bottom - top],

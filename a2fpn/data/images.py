@@ -15,11 +15,9 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
+from a2fpn.errors import ImageError
+
 _RGB = 3  # torchvision.io.ImageReadMode.RGB
-
-
-class ImageError(ValueError):
-    """An image can't be used; the message names the file."""
 
 
 def read_image(
@@ -51,7 +49,7 @@ def read_image(
         >>> read_image("missing.png")
         Traceback (most recent call last):
         ...
-        a2fpn.data.images.ImageError: missing.png: no such file.
+        a2fpn.errors.ImageError: missing.png: no such file.
     """
     name, file = _opened(source, name)
     pixels = _decode_plain_jpeg(file, size)

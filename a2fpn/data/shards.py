@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from a2fpn.config import Category
-from a2fpn.data.coco import DataError, read_coco
+from a2fpn.data.coco import read_coco
 from a2fpn.data.storage import is_remote, read_bytes
 from a2fpn.data.streams import RawSample, StreamDataset, random_order
+from a2fpn.errors import DataError
 
 logger = logging.getLogger(__name__)
-
 _MISSING_IN_A_ROW = 16  # after so many at the beginning, the folder is wrong rather than an image
 _FORMAT = {"format": "a2fpn shards of a COCO set", "version": 1}
 _INDEX = "index.json"
@@ -100,7 +100,7 @@ def read_index(location: str | Path) -> ShardIndex:
         if any(len(shard.offsets) != shard.samples + 1 for shard in index.shards):
             raise ValueError("counts and offsets differ")
     except DataError as error:
-        raise DataError(f"{str(error)[:-1]}; `python -m train.shard` writes it when all shards are whole.") from None
+        raise DataError(f"{str(error)[:-1]}; `a2fpn data shard` writes it when all shards are whole.") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: no index of shards that this version reads ({error}).") from error
     return index
@@ -135,7 +135,7 @@ def check_shards(location: str | Path) -> Iterator[tuple[Shard, str | None]]:
 
 
 class ShardDataset(StreamDataset):
-    """COCO-format data in WebDataset shards, as ``python -m train.shard`` and :func:`write_shards` write them.
+    """COCO-format data in WebDataset shards, as ``a2fpn data shard`` and :func:`write_shards` write them.
 
     The samples are those of :class:`CocoDataset` for the same set. See :class:`StreamDataset` for iterating, and
     :meth:`read` for the order of an epoch.
@@ -161,7 +161,7 @@ class ShardDataset(StreamDataset):
         >>> ShardDataset("missing")
         Traceback (most recent call last):
         ...
-        a2fpn.data.coco.DataError: missing/index.json: no such file; `python -m train.shard` writes ...
+        a2fpn.errors.DataError: missing/index.json: no such file; `a2fpn data shard` writes ...
     """
 
     def __init__(

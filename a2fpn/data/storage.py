@@ -9,10 +9,9 @@ from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-from a2fpn.data.coco import DataError
+from a2fpn.errors import DataError
 
 logger = logging.getLogger(__name__)
-
 _WAITS = (0.5, 2.0, 8.0)  # seconds before a network read is tried again
 _TIMEOUT = 60.0  # seconds without a byte
 _BUSY = (408, 425, 429)  # of the 4xx answers, those that are worth another try
@@ -41,7 +40,7 @@ def read_bytes(location: str | Path, start: int = 0, end: int | None = None) -> 
         >>> read_bytes("missing.tar")
         Traceback (most recent call last):
         ...
-        a2fpn.data.coco.DataError: missing.tar: no such file.
+        a2fpn.errors.DataError: missing.tar: no such file.
     """
     read = _read_http if str(location).startswith(("http://", "https://")) else _read_other
     waits = iter(_WAITS if is_remote(location) else ())

@@ -18,11 +18,10 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from a2fpn.config import Category
-from a2fpn.data.coco import CocoImage, DataError, Sample, SampleMaker, SkipReport, check_annotations
-from a2fpn.data.images import ImageError
+from a2fpn.data.coco import CocoImage, Sample, SampleMaker, SkipReport, check_annotations
+from a2fpn.errors import DataError, ImageError
 
 logger = logging.getLogger(__name__)
-
 _PROBLEMS_SHOWN = 10
 
 

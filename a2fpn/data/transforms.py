@@ -19,11 +19,10 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from a2fpn.data.outlines import Outlines
 from a2fpn.masks import nearest_pixels
+from a2fpn.masks.outlines import Outlines
 
 Target = dict[str, Any]
-
 _PER_OBJECT = {"boxes", "labels", "masks", "keypoints", "iscrowd"}
 
 
@@ -44,10 +43,11 @@ def train_transforms(
 ) -> Callable[..., Any]:
     """Returns the training augmentation for a model.
 
-    An image is cropped, resized to the model's own size for it times a random factor, cropped again, flipped, turned
-    and recoloured; it is never padded, which is the model's part. The boxes are then those of what is left of the
-    masks, if there are masks, and objects of which too little is left are dropped; so an image may end up without
-    objects. Train on the result with ``model(images, targets, resize=False)``: the sizes are already the network's.
+    An image is cropped, resized to the model's own size for it times a random factor, cropped again, recolored (before
+    it is resized where that is less work), flipped and turned; it is never padded, which is the model's part. The
+    boxes are then those of what is left of the masks, if there are masks, and objects of which too little is left are
+    dropped; so an image may end up without objects. Train on the result with ``model(images, targets, resize=False)``:
+    the sizes are already the network's.
 
     Args:
         target_size: ``(H, W) -> (H, W)``, the size at which the model sees an image: its
@@ -113,11 +113,10 @@ def train_transforms(
         else _ModelScale(target_size, tuple(min_sizes), scale_range)
     )
     steps = [
-        _RandomScaleCrop(scale, crop_range, crop_size),
+        _RandomScaleCrop(scale, crop_range, crop_size, jitter if colour_jitter else None),
         _RandomFlip(0, horizontal_flip, _mirrored(keypoint_names)),
         _RandomFlip(1, vertical_flip, _mirrored(keypoint_names)),
         _RandomRotate90(rotate90),
-        *([jitter] if colour_jitter else []),
         FitObjects(min_box_size),
     ]
     composed: Callable[..., Any] = v2.Compose(steps)
@@ -159,11 +158,15 @@ def _uniform(low: float, high: float) -> float:
 
 @dataclass(frozen=True)
 class _RandomScaleCrop:
-    """Crops, resizes and crops; the crops come first, so that only what is left is ever resized."""
+    """Crops, resizes and crops; the crops come first, so that only what is left is ever resized.
+
+    Colors change at the smaller of both sizes: for each pixel on its own, it makes little difference when.
+    """
 
     scale: Callable[[int, int], Sequence[float]]
     crop_range: tuple[float, float]
     crop_size: int | None
+    recolor: Callable[[Tensor], Tensor] | None = None
 
     def __call__(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:
         full = (image.shape[-2], image.shape[-1])
@@ -176,7 +179,12 @@ class _RandomScaleCrop:
         top, left = (
             start + int(torch.randint(n - w + 1, ())) for start, n, w in zip(corner, size, window, strict=True)
         )
-        image = F.resize(F.crop(image, top, left, *window), crop, antialias=True)
+        image, enlarged = F.crop(image, top, left, *window), math.prod(window) < math.prod(crop)
+        if self.recolor and enlarged:
+            image = self.recolor(image)
+        image = F.resize(image, crop, antialias=True)
+        if self.recolor and not enlarged:
+            image = self.recolor(image)
         return image, cut(target, (top, left, window[0], window[1]), (crop[0], crop[1]))
 
 

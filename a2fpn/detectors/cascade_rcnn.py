@@ -47,6 +47,7 @@ class CascadeRCNN(RCNN):
             resample=heads.stage_resampling,
             scale_gradients=heads.scale_gradients,
             aligned=heads.roi_aligned,
+            mask_boundary_weight=heads.mask_boundary_weight,
         )
 
     def stages(self, pooled: Mapping[str, int]) -> list[RoIHeads]:

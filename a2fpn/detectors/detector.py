@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from a2fpn._registry import Registry
 from a2fpn.backbones import TimmBackbone
 from a2fpn.config import ModelConfig
-from a2fpn.heads.paste import PasteRule
 from a2fpn.heads.share import share_losses
 from a2fpn.masks import InstanceMasks
+from a2fpn.masks.paste import PasteRule
 from a2fpn.necks import Neck
 from a2fpn.preprocess import Batch, Preprocess, resize_boxes, resize_target
 from a2fpn.pyramid import Features, PyramidSpec
@@ -178,7 +178,7 @@ class Detector(nn.Module, ABC):
         batch = self.preprocess(images, resize=resize)
         inner = []
         for target, old, new in zip(targets, batch.original_sizes, batch.sizes, strict=True):
-            own = {key: _plain(target[key]).to(batch.tensor.device) for key in self.target_keys}
+            own = {key: _plain(target[key]).to(batch.tensor.device, non_blocking=True) for key in self.target_keys}
             own |= {"boxes": own["boxes"].float(), "labels": own["labels"].long()}
             if "masks" in own and not isinstance(own["masks"], InstanceMasks):
                 own["masks"] = InstanceMasks.from_dense(own["masks"])

@@ -9,8 +9,8 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
 
 from a2fpn.detectors.detector import Detection, register_detector
 from a2fpn.detectors.rcnn import RCNN
-from a2fpn.heads import Float32MaskPredictor, paste_masks
-from a2fpn.heads.paste import PasteRule
+from a2fpn.heads import CARAFEMaskPredictor, Float32MaskPredictor, paste_masks
+from a2fpn.masks.paste import PasteRule
 
 
 @register_detector("maskrcnn")
@@ -23,10 +23,16 @@ class MaskRCNN(RCNN):
     def branches(self, pooled: Mapping[str, int]) -> dict[str, nn.Module]:
         """RoI pooling, convolutions and predictor of the mask branch."""
         heads, layers = self.rcnn, (self.rcnn.mask_channels,) * self.rcnn.mask_layers
+        width = heads.mask_channels if layers else self.neck.out_channels
+        predictor = (
+            CARAFEMaskPredictor(width, self.num_outputs)
+            if heads.mask_upsample == "carafe"
+            else Float32MaskPredictor(heads.mask_channels, heads.mask_channels, self.num_outputs)
+        )
         return {
             "mask_roi_pool": self.roi_pool(pooled, heads.mask_pool_size),
             "mask_head": MaskRCNNHeads(self.neck.out_channels, layers, 1, norm_layer=self.norm_layer),
-            "mask_predictor": Float32MaskPredictor(heads.mask_channels, heads.mask_channels, self.num_outputs),
+            "mask_predictor": predictor,
         }
 
     @property

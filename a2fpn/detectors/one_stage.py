@@ -17,7 +17,7 @@ from a2fpn.config import ModelConfig, OneStageConfig
 from a2fpn.detectors.detector import Detection, Detector
 from a2fpn.heads import StrideAnchors
 from a2fpn.heads.dense import LevelOutputs, TopLevels, dense_detections
-from a2fpn.heads.nms import DetectionRule
+from a2fpn.heads.postprocess import DetectionRule
 from a2fpn.necks import Neck
 from a2fpn.preprocess import Batch
 from a2fpn.pyramid import Features, PyramidSpec

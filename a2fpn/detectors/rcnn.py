@@ -14,7 +14,7 @@ from a2fpn.backbones import TimmBackbone
 from a2fpn.config import ModelConfig, RCNNConfig
 from a2fpn.detectors.detector import Detection, Detector
 from a2fpn.heads import Float32BoxPredictor, Float32RPNHead, ProposalNetwork, StrideAnchors, StrideRoIAlign
-from a2fpn.heads.nms import DetectionRoIHeads
+from a2fpn.heads.roi_heads import DetectionRoIHeads
 from a2fpn.necks import Neck
 from a2fpn.preprocess import Batch
 from a2fpn.pyramid import Features
@@ -110,6 +110,8 @@ class RCNN(Detector):
             score_thresh=heads.score_threshold,
             nms_thresh=heads.nms_threshold,
             detections_per_img=heads.detections_per_image,
+            aligned=heads.roi_aligned,
+            mask_boundary_weight=heads.mask_boundary_weight,
             **self.branches(pooled),
         )
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import typing
 
 from torch import Tensor
-from torchvision.models.detection._utils import BoxCoder
 
 from a2fpn.backbones import TimmBackbone
 from a2fpn.config import ModelConfig, RetinaNetConfig
 from a2fpn.detectors.detector import register_detector
 from a2fpn.detectors.one_stage import OneStage
 from a2fpn.heads import StrideAnchors
+from a2fpn.heads.box_coder import BoxCoder
 from a2fpn.heads.dense import Float32RetinaNetHead
 from a2fpn.heads.matching import BoxPairs, ChunkedMatcher
 from a2fpn.necks import Neck

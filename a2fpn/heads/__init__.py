@@ -5,20 +5,21 @@ from a2fpn.heads.cascade import CascadeRoIHeads, CascadeRules
 from a2fpn.heads.dense import Float32FCOSHead, Float32RetinaNetHead, TopLevels
 from a2fpn.heads.htc import HTCRoIHeads, SemanticBranch, SemanticRoIPool
 from a2fpn.heads.keypoints import Float32KeypointPredictor
-from a2fpn.heads.matching import BoxPairs, ChunkedMatcher, ChunkedRoIHeads, match_locations
-from a2fpn.heads.nms import DetectionRoIHeads, DetectionRule, SoftNms, soft_nms, suppress, using_rule
-from a2fpn.heads.paste import mask_windows, paste_masks
-from a2fpn.heads.predictors import Float32BoxPredictor, Float32MaskPredictor, Float32RPNHead
+from a2fpn.heads.matching import BoxPairs, ChunkedMatcher, match_locations
+from a2fpn.heads.postprocess import DetectionRule, SoftNms, soft_nms, suppress, using_rule
+from a2fpn.heads.predictors import CARAFEMaskPredictor, Float32BoxPredictor, Float32MaskPredictor, Float32RPNHead
 from a2fpn.heads.proposals import ProposalNetwork
+from a2fpn.heads.roi_heads import DetectionRoIHeads, Samples
 from a2fpn.heads.roi_pool import StrideRoIAlign, roi_align
 from a2fpn.heads.share import LossShare, share_losses
+from a2fpn.masks.paste import mask_windows, paste_masks
 
 __all__ = [
     "BoxPairs",
+    "CARAFEMaskPredictor",
     "CascadeRoIHeads",
     "CascadeRules",
     "ChunkedMatcher",
-    "ChunkedRoIHeads",
     "DetectionRoIHeads",
     "DetectionRule",
     "Float32BoxPredictor",
@@ -30,6 +31,7 @@ __all__ = [
     "HTCRoIHeads",
     "LossShare",
     "ProposalNetwork",
+    "Samples",
     "SemanticBranch",
     "SemanticRoIPool",
     "SoftNms",

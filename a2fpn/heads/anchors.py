@@ -7,11 +7,17 @@ anchor centres drift by up to tens of pixels, and under bf16 autocast its anchor
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
+
+from a2fpn import device
+
+_KEPT = 8
+"""Image sizes whose anchors a module keeps on a device that the host runs ahead of."""
 
 
 class StrideAnchors(AnchorGenerator):  # type: ignore[misc]
@@ -57,6 +63,7 @@ class StrideAnchors(AnchorGenerator):  # type: ignore[misc]
         super().__init__(tuple(tuple(s) for s in sizes), (tuple(aspect_ratios),) * len(sizes))
         self.strides = tuple(strides)
         self.legacy = legacy
+        self._made: dict[tuple[Any, ...], Tensor] = {}
 
     def generate_anchors(
         self,
@@ -76,13 +83,25 @@ class StrideAnchors(AnchorGenerator):  # type: ignore[misc]
 
     def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
         """Anchors of each image, ``(A, 4)`` xyxy float32 in pixels of the batch, level by level."""
-        device = feature_maps[0].device
-        self.set_cell_anchors(torch.float32, device)
-        grids = [list(x.shape[-2:]) for x in feature_maps]
+        place = feature_maps[0].device
+        grids = [tuple(x.shape[-2:]) for x in feature_maps]
+        if not device.runs_ahead(feature_maps[0]):
+            return [self._make(grids, image_list, place)] * len(image_list.image_sizes)
+        key = (place, *grids, *(image_list.tensors.shape[-2:] if self.legacy else ()))
+        if key not in self._made:
+            if len(self._made) == _KEPT:
+                del self._made[next(iter(self._made))]
+            # What is made here may serve a training step later.
+            with torch.inference_mode(False):
+                self._made[key] = self._make(grids, image_list, place)
+        return [self._made[key]] * len(image_list.image_sizes)
+
+    def _make(self, grids: Sequence[tuple[int, ...]], image_list: ImageList, place: torch.device) -> Tensor:
+        self.set_cell_anchors(torch.float32, place)
         pairs = [(stride, stride) for stride in self.strides]
         if self.legacy:
             height, width = image_list.tensors.shape[-2:]
             pairs = [(height // rows, width // columns) for rows, columns in grids]
-        strides = [[torch.tensor(side, device=device) for side in pair] for pair in pairs]
-        anchors = torch.cat(self.grid_anchors(grids, strides))
-        return [anchors for _ in image_list.image_sizes]
+        strides = [[torch.tensor(side, device=place) for side in pair] for pair in pairs]
+        anchors: Tensor = torch.cat(self.grid_anchors([list(grid) for grid in grids], strides))
+        return anchors

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,9 @@ from torch.nn import functional as F
 from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_inference
 from torchvision.ops import clip_boxes_to_image, remove_small_boxes
 
-from a2fpn.heads.mask_targets import mask_loss
+from a2fpn.heads.roi_heads import Samples
 from a2fpn.heads.share import LossShare
+from a2fpn.masks.targets import mask_loss
 from a2fpn.pyramid import Features
 
 Sizes = list[tuple[int, int]]
@@ -41,6 +42,7 @@ class CascadeRules:
         scale_gradients: Whether the box heads' gradients into the pyramid are divided by the number of stages
             (detectron2, with loss weights of 1).
         aligned: Whether mask targets are cut out with RoIAlign's shift by half a pixel, as the features are.
+        mask_boundary_weight: See :func:`~a2fpn.masks.targets.mask_loss`.
     """
 
     loss_weights: tuple[float, ...]
@@ -49,27 +51,7 @@ class CascadeRules:
     resample: bool = True
     scale_gradients: bool = False
     aligned: bool = True
-
-
-class Samples(NamedTuple):
-    """What a stage learns from, per image.
-
-    Args:
-        boxes: ``(S, 4)`` xyxy.
-        objects: ``(S,)`` index of the object that each box is held against.
-        labels: ``(S,)`` its class, 0 for background.
-        deltas: ``(S, 4)`` regression targets.
-    """
-
-    boxes: list[Tensor]
-    objects: list[Tensor]
-    labels: list[Tensor]
-    deltas: list[Tensor]
-
-    def positives(self) -> Samples:
-        """The boxes that are held against an object."""
-        keep = [torch.where(labels > 0)[0] for labels in self.labels]
-        return Samples(*([x[rows] for x, rows in zip(field, keep, strict=True)] for field in self))
+    mask_boundary_weight: float = 1.0
 
 
 class CascadeRoIHeads(nn.Module):
@@ -200,6 +182,7 @@ class CascadeRoIHeads(nn.Module):
             positives.labels,
             aligned=self.rules.aligned,
             binary=True,
+            boundary_weight=self.rules.mask_boundary_weight,
         )
         shared: Tensor = self.share(loss, sum(map(len, positives.labels)))
         return shared

@@ -18,11 +18,10 @@ from torchvision.models.detection.fcos import FCOSClassificationHead, FCOSHead, 
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import clip_boxes_to_image, remove_small_boxes
 
-from a2fpn.heads.nms import DetectionRule, suppress
+from a2fpn.heads.postprocess import DetectionRule, suppress
 from a2fpn.heads.share import LossShare
 
 _SMALLEST = 1e-2  # pixels, as in the R-CNN heads
-
 _GROUPS = 32
 """Groups of the heads' group norm, where the channels allow it."""
 

@@ -16,7 +16,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torchvision.models.detection._utils import Matcher
-from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.ops import box_iou
 
 PAIRS_AT_ONCE = 2**23
@@ -68,23 +67,29 @@ class ChunkedMatcher(Matcher):  # type: ignore[misc]
         if not len(objects) or not len(boxes):
             return boxes.new_full((len(boxes),), BACKGROUND, dtype=torch.int64)
         if len(objects) * len(boxes) <= PAIRS_AT_ONCE:
-            whole: Tensor = super().__call__(box_iou(objects, boxes))
-            return whole
+            iou = box_iou(objects, boxes)
+            value, candidates = iou.max(0)
+            unsurpassed = (iou == iou.amax(1)[:, None]).any(0) if self.allow_low_quality_matches else None
+            return self._decide(value, candidates, unsurpassed)
         # Filled in place: small results kept between large ones would pin the allocator's memory.
         highest, value = objects.new_zeros(len(objects)), boxes.new_empty(len(boxes))
         candidates = torch.empty(len(boxes), dtype=torch.int64, device=boxes.device)
         for rows, iou in _iou_chunks(pairs):
             value[rows], candidates[rows] = iou.max(0)
             torch.maximum(highest, iou.amax(1), out=highest)
-        matches = candidates.clone()
-        matches[value < self.high_threshold] = IGNORED
-        matches[value < self.low_threshold] = BACKGROUND
-        if self.allow_low_quality_matches:
-            # A second round of comparisons costs time; keeping the first one's would cost the memory.
-            for rows, iou in _iou_chunks(pairs):
-                unsurpassed = (iou == highest[:, None]).any(0)
-                matches[rows] = torch.where(unsurpassed, candidates[rows], matches[rows])
-        return matches
+        if not self.allow_low_quality_matches:
+            return self._decide(value, candidates, None)
+        unsurpassed = torch.empty(len(boxes), dtype=torch.bool, device=boxes.device)
+        # A second round of comparisons costs time; keeping the first one's would cost the memory.
+        for rows, iou in _iou_chunks(pairs):
+            unsurpassed[rows] = (iou == highest[:, None]).any(0)
+        return self._decide(value, candidates, unsurpassed)
+
+    def _decide(self, value: Tensor, candidates: Tensor, unsurpassed: Tensor | None) -> Tensor:
+        """The matches by the IoU of each box with its best object; nothing here waits for a device."""
+        below = torch.where(value < self.low_threshold, BACKGROUND, IGNORED)
+        good = value >= self.high_threshold
+        return torch.where(good if unsurpassed is None else good | unsurpassed, candidates, below)
 
 
 def _iou_chunks(pairs: BoxPairs) -> Iterator[tuple[slice, Tensor]]:
@@ -93,42 +98,6 @@ def _iou_chunks(pairs: BoxPairs) -> Iterator[tuple[slice, Tensor]]:
     for start in range(0, len(pairs.boxes), step):
         rows = slice(start, start + step)
         yield rows, box_iou(pairs.objects, pairs.boxes[rows])
-
-
-class ChunkedRoIHeads(RoIHeads):  # type: ignore[misc]
-    """torchvision's ``RoIHeads`` with :class:`ChunkedMatcher`; it takes the same arguments."""
-
-    proposal_matcher: ChunkedMatcher
-
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        super().__init__(*args, **kwargs)
-        matcher = self.proposal_matcher
-        self.proposal_matcher = ChunkedMatcher(matcher.high_threshold, matcher.low_threshold)
-
-    def assign_targets_to_proposals(
-        self, proposals: list[Tensor], gt_boxes: list[Tensor], gt_labels: list[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Objects and labels for proposals.
-
-        Args:
-            proposals: Per image ``(N, 4)`` xyxy.
-            gt_boxes: Per image ``(G, 4)`` xyxy.
-            gt_labels: Per image ``(G,)`` from 1.
-
-        Returns:
-            Per image the index of each proposal's object, 0 where it has none, and its label: 0 is background, -1 is
-            ignored; ``(N,)`` int64 both.
-        """
-        indices, labels = [], []
-        for boxes, objects, classes in zip(proposals, gt_boxes, gt_labels, strict=True):
-            matches = self.proposal_matcher(BoxPairs(objects, boxes))
-            index = matches.clamp(min=0)
-            label = classes[index] if len(classes) else index.clone()
-            label[matches == BACKGROUND] = 0
-            label[matches == IGNORED] = -1
-            indices.append(index)
-            labels.append(label)
-        return indices, labels
 
 
 def match_locations(objects: Tensor, anchors: Tensor, *, per_level: Sequence[int], radius: float) -> Tensor:

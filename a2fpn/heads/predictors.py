@@ -1,4 +1,4 @@
-"""torchvision's predictors with float32 outputs: decoded in bf16, boxes are off by pixels."""
+"""Predictors with float32 outputs, torchvision's above all: decoded in bf16, boxes are off by pixels."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
 from torchvision.models.detection.rpn import RPNHead
+
+from a2fpn.layers import CARAFE
 
 
 class Float32RPNHead(RPNHead):  # type: ignore[misc]
@@ -43,4 +45,27 @@ class Float32MaskPredictor(MaskRCNNPredictor):  # type: ignore[misc]
     def forward(self, x: Tensor) -> Tensor:
         """Mask logits ``(R, K + 1, M, M)``, float32."""
         logits: Tensor = super().forward(x).float()
+        return logits
+
+
+class CARAFEMaskPredictor(nn.Module):
+    """Mask predictor that doubles maps by content-aware upsampling; no activation follows it.
+
+    Source: Wang et al., "CARAFE", ICCV 2019, and mmdetection's mask head with ``upsample_cfg=dict(type="carafe")``.
+
+    Args:
+        in_channels: Channels of the input.
+        num_classes: Classes, background included.
+    """
+
+    def __init__(self, in_channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.upsample = CARAFE(in_channels)
+        self.mask_fcn_logits = nn.Conv2d(in_channels, num_classes, 1)
+        nn.init.kaiming_normal_(self.mask_fcn_logits.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mask logits ``(R, K + 1, 2 M, 2 M)`` of maps ``(R, C, M, M)``, float32."""
+        doubled = self.upsample.upsample(x, (2 * x.shape[-2], 2 * x.shape[-1]))
+        logits: Tensor = self.mask_fcn_logits(doubled).float()
         return logits

@@ -1,14 +1,31 @@
-"""torchvision's region proposals, with matching in little memory and losses that can be shared among processes."""
+"""torchvision's region proposals, with matching in little memory and losses that can be shared among processes.
+
+On a GPU the images of a batch are treated together, in shapes that no value decides: a detector's step is as long as
+the host takes to start its kernels, and every question the host asks the device stops both.
+
+Shape shorthand: ``B`` images, ``A`` anchors of an image, ``n`` candidates of an image.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
-from torchvision.models.detection.rpn import RegionProposalNetwork
+from torch.nn import functional as F
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.rpn import RegionProposalNetwork, concat_box_prediction_layers
+from torchvision.ops import nms
 
-from a2fpn.heads.matching import BoxPairs, ChunkedMatcher
+from a2fpn import device
+from a2fpn.heads.box_coder import BoxCoder
+from a2fpn.heads.matching import BACKGROUND, BoxPairs, ChunkedMatcher
+from a2fpn.heads.sampling import draw
 from a2fpn.heads.share import LossShare
+from a2fpn.pyramid import Features
+
+_BETA = 1 / 9  # where torchvision's box loss turns from L2 to L1
 
 
 class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
@@ -19,11 +36,105 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         matcher: Any = self.proposal_matcher
+        self.box_coder = BoxCoder(self.box_coder.weights)
         self.box_similarity = BoxPairs
         self.proposal_matcher = ChunkedMatcher(
             matcher.high_threshold, matcher.low_threshold, allow_low_quality_matches=True
         )
         self.share = LossShare()
+
+    def forward(
+        self, images: ImageList, features: Features, targets: list[dict[str, Any]] | None = None
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Proposals and, in training mode, losses.
+
+        Args:
+            images: The batch, of which the sizes count.
+            features: The pyramid.
+            targets: Per image ``boxes`` (G, 4) xyxy.
+
+        Returns:
+            Per image boxes ``(P, 4)`` xyxy, best first; the losses, none in evaluation.
+        """
+        if not device.runs_ahead(images.tensors):
+            found: tuple[list[Tensor], dict[str, Tensor]] = super().forward(images, features, targets)
+            return found
+        return self.forward_at_once(images, features, targets)
+
+    def forward_at_once(
+        self, images: ImageList, features: Features, targets: list[dict[str, Any]] | None = None
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """:meth:`forward` for all images together."""
+        maps = list(features.values())
+        by_level: tuple[list[Tensor], list[Tensor]] = self.head(maps)
+        anchors = self.anchor_generator(images, maps)[0]  # the same for every image
+        counts = [x[0].numel() for x in by_level[0]]
+        flat = concat_box_prediction_layers(*by_level)
+        objectness, deltas = flat[0].view(len(images.image_sizes), -1), flat[1].view(len(images.image_sizes), -1, 4)
+        proposals = self._best(objectness.detach(), deltas.detach(), anchors, images.image_sizes, counts)
+        if not self.training:
+            return proposals, {}
+        if targets is None:
+            raise ValueError("In training mode targets must be given.")
+        return proposals, self._losses(objectness, deltas, anchors, [target["boxes"] for target in targets])
+
+    def _best(
+        self,
+        objectness: Tensor,
+        deltas: Tensor,
+        anchors: Tensor,
+        sizes: Sequence[tuple[int, int]],
+        counts: Sequence[int],
+    ) -> list[Tensor]:
+        rows, levels, first = [], [], 0
+        for level, count in enumerate(counts):
+            best = objectness[:, first : first + count].topk(min(self.pre_nms_top_n(), count), 1)[1]
+            rows.append(best + first)
+            levels.append(anchors.new_full((best.shape[1],), level))
+            first += count
+        index = torch.cat(rows, 1)
+        scores = objectness.gather(1, index).sigmoid()
+        chosen = deltas.gather(1, index[..., None].expand(-1, -1, 4))
+        boxes = self.box_coder.decode_single(chosen.flatten(0, 1), anchors[index.flatten()]).view(*index.shape, 4)
+        boxes = torch.stack([_clip(image, size) for image, size in zip(boxes, sizes, strict=True)])
+        # Small and unlikely ones stay, as empty boxes that suppress nothing and come last.
+        sides = boxes[..., 2:] - boxes[..., :2]
+        valid = (sides >= self.min_size).all(2) & (scores >= self.score_thresh)
+        boxes, scores = boxes * valid[..., None], torch.where(valid, scores, -1.0)
+        apart = boxes + torch.cat(levels)[:, None] * (max(map(max, sizes)) + 1.0)
+        kept = [nms(b, s, self.nms_thresh)[: self.post_nms_top_n()] for b, s in zip(apart, scores, strict=True)]
+        found = torch.stack([v[k].sum() for v, k in zip(valid, kept, strict=True)]).tolist()
+        return [b[k[:number]] for b, k, number in zip(boxes, kept, found, strict=True)]
+
+    def _losses(
+        self, objectness: Tensor, deltas: Tensor, anchors: Tensor, objects: Sequence[Tensor]
+    ) -> dict[str, Tensor]:
+        matches = torch.stack([self.proposal_matcher(BoxPairs(boxes, anchors)) for boxes in objects])
+        labels = (matches >= 0).long() - (matches < BACKGROUND).long()
+        sampler = self.fg_bg_sampler
+        drawn = draw(labels, size=sampler.batch_size_per_image, positive_fraction=sampler.positive_fraction)
+        positive, is_positive = drawn.positive, drawn.is_positive
+        own = [
+            boxes.float()[match.clamp(min=0)] if len(boxes) else boxes.new_zeros(len(match), 4, dtype=torch.float32)
+            for boxes, match in zip(objects, matches.gather(1, positive), strict=True)
+        ]
+        wanted = self.box_coder.encode_single(torch.cat(own), anchors[positive.flatten()]).view(*positive.shape, 4)
+        # What stands where nothing was drawn is no box, and its logarithms no numbers.
+        wanted = torch.where(is_positive[..., None], wanted, 0)
+        got = deltas.gather(1, positive[..., None].expand(-1, -1, 4))
+        sampled = is_positive.sum() + drawn.is_negative.sum()
+        box_loss = F.smooth_l1_loss(got, wanted, beta=_BETA, reduction="none").sum(2)
+        logits = objectness.gather(1, torch.cat([positive, drawn.negative], 1))
+        truth = torch.cat([torch.ones_like(is_positive), torch.zeros_like(drawn.is_negative)], 1).to(logits.dtype)
+        counted = torch.cat([is_positive, drawn.is_negative], 1)
+        entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
+        losses = {
+            "loss_objectness": (entropy * counted).sum() / sampled,
+            "loss_rpn_box_reg": (box_loss * is_positive).sum() / sampled,
+        }
+        if self.share.enabled:
+            losses = {name: self.share(loss, int(sampled)) for name, loss in losses.items()}
+        return losses
 
     def compute_loss(
         self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor], regression_targets: list[Tensor]
@@ -44,3 +155,9 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
             positives = min(int((label >= 1).sum()), int(sampler.batch_size_per_image * sampler.positive_fraction))
             sampled += positives + min(int((label == 0).sum()), sampler.batch_size_per_image - positives)
         return self.share(losses[0], sampled), self.share(losses[1], sampled)
+
+
+def _clip(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Boxes ``(n, 4)`` inside an image of a height and width."""
+    x, y = boxes[:, 0::2].clamp(0, size[1]), boxes[:, 1::2].clamp(0, size[0])
+    return torch.stack([x, y], 2).flatten(1)

@@ -16,6 +16,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from a2fpn import device
 from a2fpn.pyramid import Features
 
 _MOST_SAMPLES = 256
@@ -26,7 +27,8 @@ def roi_align(x: Tensor, rois: Tensor, *, output_size: int, stride: int, samplin
     """RoIAlign of one level.
 
     On the CPU the same sampling is written as a weighted gather over channels-last features, which uses every core;
-    torchvision's kernel runs on one. Values are equal up to rounding.
+    torchvision's kernel runs on one. Values are equal up to rounding. With deterministic algorithms the gather runs
+    everywhere, since the gradients of torchvision's kernels are summed in any order.
 
     Args:
         x: Features ``(B, C, H, W)``.
@@ -46,7 +48,7 @@ def roi_align(x: Tensor, rois: Tensor, *, output_size: int, stride: int, samplin
         2.5
     """
     scale = 1.0 / stride
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" and not torch.are_deterministic_algorithms_enabled():
         pooled: Tensor = torchvision.ops.roi_align(x, rois.to(x.dtype), output_size, scale, sampling_ratio, aligned)
         return pooled
     if sampling_ratio:
@@ -170,8 +172,7 @@ class StrideRoIAlign(nn.Module):
         maps = [features[name] for name in self.strides]
         index = torch.cat([b.new_full((len(b), 1), i) for i, b in enumerate(boxes)])
         rois = torch.cat([index, torch.cat(list(boxes))], 1)
-        levels = self.assign_levels(rois[:, 1:])
-        chosen = [torch.where(levels == level)[0] for level in range(len(maps))]
+        chosen = self._rows(self.assign_levels(rois[:, 1:]))
         pooled = [
             roi_align(
                 x,
@@ -184,6 +185,15 @@ class StrideRoIAlign(nn.Module):
             for x, stride, rows in zip(maps, self.strides.values(), chosen, strict=True)
         ]
         return _in_order(pooled, chosen)
+
+    def _rows(self, levels: Tensor) -> list[Tensor]:
+        """The rows of each level, ascending."""
+        count = len(self.strides)
+        if not device.runs_ahead(levels):
+            return [torch.where(levels == level)[0] for level in range(count)]
+        # A device is waited for once instead of once per level.
+        sizes = (levels[:, None] == torch.arange(count, device=levels.device)).sum(0)
+        return list(levels.argsort(stable=True).split(sizes.tolist()))
 
     def assign_levels(self, boxes: Tensor) -> Tensor:
         """Index into the levels for each box ``(R, 4)``, ``(R,)`` int64."""

@@ -1,9 +1,12 @@
 """Building blocks of the necks; they know tensors, not pyramids."""
 
-from a2fpn.layers.attention import ATTENTION_KINDS, AttentionKind, attend
-from a2fpn.layers.context import MGC, orthogonality
+from a2fpn.layers.attention import ATTENTION_KINDS, AttentionKind, attend, attention_map
+from a2fpn.layers.context import MGC, ContextInit, Distribution, orthogonality
 from a2fpn.layers.conv import ConvNormAct
-from a2fpn.layers.reassemble import CARAFE, GACAP, GACARAFE, reassemble
+from a2fpn.layers.dysample import DySample
+from a2fpn.layers.fusion import CARAFE, GACAP, GACARAFE, KernelGrid, Pooling
+from a2fpn.layers.reasoning import ReasoningKind
+from a2fpn.layers.reassemble import reassemble
 from a2fpn.layers.resample import resample
 
 __all__ = [
@@ -13,8 +16,15 @@ __all__ = [
     "GACARAFE",
     "MGC",
     "AttentionKind",
+    "ContextInit",
     "ConvNormAct",
+    "Distribution",
+    "DySample",
+    "KernelGrid",
+    "Pooling",
+    "ReasoningKind",
     "attend",
+    "attention_map",
     "orthogonality",
     "reassemble",
     "resample",

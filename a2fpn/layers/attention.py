@@ -60,13 +60,7 @@ def attend(
         >>> attend(q, k, v, kind="scaled_cosine").squeeze()  # softmax of sqrt(2) * identity
         tensor([0.8044, 0.1956])
     """
-    if kind not in ATTENTION_KINDS:
-        raise ValueError(f"Unknown attention {kind!r}; expected one of {', '.join(ATTENTION_KINDS)}.")
-    d_k = query.shape[-1]
-    if kind == "scaled_cosine":
-        query, key, scale = _l2_normalise(query), _l2_normalise(key), math.sqrt(d_k)
-    else:
-        scale = 1.0 if kind == "dot" else 1.0 / math.sqrt(d_k)
+    query, key, scale = _scaled(query, key, kind)
     attended = F.scaled_dot_product_attention(
         query.to(value.dtype)[:, None],
         key.to(value.dtype)[:, None],
@@ -75,6 +69,38 @@ def attend(
         scale=scale,
     )
     return attended[:, 0]
+
+
+def attention_map(query: Tensor, key: Tensor, *, kind: AttentionKind = "scaled_cosine") -> Tensor:
+    """Weights that :func:`attend` gives the keys, for looking at: the whole map is made.
+
+    Args:
+        query: ``(B, n, d_k)``.
+        key: ``(B, m, d_k)``.
+        kind: Which attention.
+
+    Returns:
+        ``(B, n, m)``, rows sum to one.
+
+    Raises:
+        ValueError: For an unknown kind.
+
+    Example:
+        >>> attention_map(torch.eye(2)[None], torch.eye(2)[None])[0, 0]
+        tensor([0.8044, 0.1956])
+    """
+    query, key, scale = _scaled(query, key, kind)
+    return (scale * query @ key.transpose(-2, -1)).softmax(-1)
+
+
+def _scaled(query: Tensor, key: Tensor, kind: AttentionKind) -> tuple[Tensor, Tensor, float]:
+    """Query, key and factor whose product is the logits."""
+    if kind not in ATTENTION_KINDS:
+        raise ValueError(f"Unknown attention {kind!r}; expected one of {', '.join(ATTENTION_KINDS)}.")
+    d_k = query.shape[-1]
+    if kind == "scaled_cosine":
+        return _l2_normalise(query), _l2_normalise(key), math.sqrt(d_k)
+    return query, key, 1.0 if kind == "dot" else 1.0 / math.sqrt(d_k)
 
 
 def _l2_normalise(x: Tensor) -> Tensor:

@@ -11,52 +11,54 @@ Shape shorthand: ``B`` batch, ``C_i`` channels of level ``i``, ``d`` pyramid cha
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from a2fpn.layers.attention import ATTENTION_KINDS, AttentionKind, attend
+from a2fpn.layers.choices import check_choice
 from a2fpn.layers.precision import autocast_off
+from a2fpn.layers.reasoning import REASONING_KINDS, ReasoningKind, create_reasoning
 from a2fpn.layers.recompute import recomputed
+
+Distribution = Literal["all", "own"]
+DISTRIBUTIONS: tuple[str, ...] = typing.get_args(Distribution)
+ContextInit = Literal["zero", "gate", "small"]
+CONTEXT_INITS: tuple[str, ...] = typing.get_args(ContextInit)
+
+_BAND_BYTES = 2**24
+"""Of a query, outside training: half the size from which glibc's allocator takes fresh pages for each block."""
+
+_SMALL = 0.1
+"""Factor on the default initialization of a last map that starts small."""
 
 _BAND_BYTES = 2**24
 """Of a query, outside training: half the size from which glibc's allocator takes fresh pages for each block."""
 
 
-class SelfAttention(nn.Module):
-    """Reasoning over nodes: ``X + attend(X W_q, X W_k, X W_v)``.
-
-    Args:
-        channels: Channels of the nodes.
-        attention: Kind of attention.
-    """
-
-    def __init__(self, channels: int, *, attention: AttentionKind) -> None:
-        super().__init__()
-        self.attention: AttentionKind = attention
-        self.query = nn.Linear(channels, channels, bias=False)
-        self.key = nn.Linear(channels, channels, bias=False)
-        self.value = nn.Linear(channels, channels, bias=False)
-
-    def forward(self, nodes: Tensor) -> Tensor:
-        """Maps nodes ``(B, N, d)`` to ``(B, N, d)``."""
-        return nodes + attend(self.query(nodes), self.key(nodes), self.value(nodes), kind=self.attention)
-
-
 class MGC(nn.Module):
     """Collects semantic nodes from every level, reasons over them, and gives every pixel what it asks for.
 
-    The last map ``out`` starts at zero, so a fresh MGC returns zeros and leaves the laterals unchanged.
+    By default the last map ``out`` starts at zero, so a fresh MGC returns zeros and leaves the laterals unchanged.
 
     Args:
         in_channels: ``C_i`` per level.
         out_channels: ``d``.
         nodes: ``N_i`` per level; at most ``C_i``, or the entities could not be orthonormal.
-        attention: Kind of attention, for all three steps.
+        attention: Kind of attention, for collecting, distributing and, where it is attention, reasoning.
+        reasoning: ``"attention"`` for self-attention among nodes, ``"gcn"`` for a graph convolution; both with a
+            residual, within each level and then among all nodes.
+        distribute: What a pixel asks after the nodes of all levels have been reasoned over: ``"all"`` ``N`` of them,
+            or its ``"own"`` level's ``N_i``, which costs less.
+        context_init: Start of the last map: ``"zero"``; ``"gate"`` for the default initialization behind a gate per
+            channel that starts at zero; ``"small"`` for a tenth of the default initialization, which changes the
+            laterals from the beginning.
 
     Raises:
-        ValueError: For ``N_i > C_i``, counts that differ, or an unknown attention.
+        ValueError: For ``N_i > C_i``, counts that differ, or an unknown attention, reasoning, distribution or start.
 
     Example:
         >>> mgc = MGC([16, 32], 8, nodes=[16, 8])
@@ -72,8 +74,14 @@ class MGC(nn.Module):
         *,
         nodes: Sequence[int],
         attention: AttentionKind = "scaled_cosine",
+        reasoning: ReasoningKind = "attention",
+        distribute: Distribution = "all",
+        context_init: ContextInit = "zero",
     ) -> None:
         super().__init__()
+        check_choice("reasoning", reasoning, REASONING_KINDS)
+        check_choice("distribute", distribute, DISTRIBUTIONS)
+        check_choice("context_init", context_init, CONTEXT_INITS)
         if attention not in ATTENTION_KINDS:
             raise ValueError(f"Unknown attention {attention!r}; expected one of {', '.join(ATTENTION_KINDS)}.")
         if len(nodes) != len(in_channels):
@@ -85,14 +93,20 @@ class MGC(nn.Module):
                     f"rows of length {c} and must be orthonormal. Lower nodes={list(nodes)}."
                 )
         self.attention: AttentionKind = attention
+        self.distribute: Distribution = distribute
         self.entities = nn.ParameterList(
             nn.init.orthogonal_(torch.empty(n, c)) for n, c in zip(nodes, in_channels, strict=True)
         )
         self.value = nn.ModuleList(nn.Linear(c, out_channels) for c in in_channels)
-        self.level_reasoning = nn.ModuleList(SelfAttention(out_channels, attention=attention) for _ in in_channels)
-        self.global_reasoning = SelfAttention(out_channels, attention=attention)
+        self.level_reasoning = nn.ModuleList(
+            create_reasoning(reasoning, n, out_channels, attention=attention) for n in nodes
+        )
+        self.global_reasoning = create_reasoning(reasoning, sum(nodes), out_channels, attention=attention)
         self.query = nn.ModuleList(nn.Conv2d(c, out_channels, 1) for c in in_channels)
-        self.out = nn.ModuleList(_zero_linear(out_channels) for _ in in_channels)
+        self.out = nn.ModuleList(_last_map(out_channels, context_init) for _ in in_channels)
+        self.gate: nn.ParameterList | None = None
+        if context_init == "gate":
+            self.gate = nn.ParameterList(torch.zeros(out_channels) for _ in in_channels)
 
     def forward(
         self,
@@ -112,16 +126,30 @@ class MGC(nn.Module):
         Returns:
             Maps ``(B, d, H_i, W_i)``: the context, or its sum with ``onto``.
         """
+        base = [None] * len(features) if onto is None else onto
+        return [
+            recomputed(self, self._distribute, i, x, nodes, y)
+            for i, (x, nodes, y) in enumerate(zip(features, self.nodes(features, valid), base, strict=True))
+        ]
+
+    def nodes(self, features: Sequence[Tensor], valid: Sequence[Tensor | None] | None = None) -> list[Tensor]:
+        """Collects nodes and reasons over them.
+
+        Args:
+            features: Maps ``(B, C_i, H_i, W_i)``.
+            valid: See :meth:`forward`.
+
+        Returns:
+            Per level the nodes that its pixels ask: ``(B, N, d)``, the same for every level, or ``(B, N_i, d)``.
+        """
         masks = [None] * len(features) if valid is None else valid
         collected = [
             recomputed(self, self._collect, i, x, mask) for i, (x, mask) in enumerate(zip(features, masks, strict=True))
         ]
-        nodes = self.global_reasoning(torch.cat(collected, 1))
-        base = [None] * len(features) if onto is None else onto
-        return [
-            recomputed(self, self._distribute, i, x, nodes, y)
-            for i, (x, y) in enumerate(zip(features, base, strict=True))
-        ]
+        nodes: Tensor = self.global_reasoning(torch.cat(collected, 1))
+        if self.distribute == "all":
+            return [nodes] * len(features)
+        return list(nodes.split([len(w) for w in self.entities], 1))
 
     def _collect(self, level: int, x: Tensor, valid: Tensor | None) -> Tensor:
         pixels = x.flatten(2).transpose(1, 2)
@@ -134,6 +162,8 @@ class MGC(nn.Module):
 
     def _distribute(self, level: int, x: Tensor, nodes: Tensor, onto: Tensor | None) -> Tensor:
         values = self.out[level](nodes)
+        if self.gate is not None:
+            values = values * self.gate[level]
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             context = self._ask(level, x, nodes, values)
             return context if onto is None else onto + context
@@ -167,10 +197,15 @@ def _zeros_channels_last(like: Tensor, height: int, width: int) -> Tensor:
     return like.new_zeros(len(like), height, width, like.shape[2]).permute(0, 3, 1, 2)
 
 
-def _zero_linear(channels: int) -> nn.Linear:
+def _last_map(channels: int, init: ContextInit) -> nn.Linear:
     linear = nn.Linear(channels, channels)
-    nn.init.zeros_(linear.weight)
+    if init == "gate":
+        return linear
     nn.init.zeros_(linear.bias)
+    if init == "zero":
+        nn.init.zeros_(linear.weight)
+    else:
+        linear.weight.data.mul_(_SMALL)
     return linear
 
 

@@ -1,8 +1,9 @@
-"""A map of one stride made into one of another."""
+"""A map of one stride made into one of another, or of one size into another."""
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from a2fpn.layers.conv import resolve_layer
 
@@ -47,3 +48,28 @@ def resample(
         # Partial windows count, so that odd sizes round up as strided convolutions do.
         modules.append(nn.MaxPool2d(target // source, ceil_mode=True))
     return modules, channels
+
+
+def fit_doubled(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Fits a map of twice a coarse level's size to the finer level.
+
+    Strides halve from level to level and sizes round up, so that the finer level has twice the size or one less, and
+    the map is cropped; any other pair of sizes takes the nearest pixel.
+
+    Args:
+        x: ``(B, C, 2 h, 2 w)``.
+        size: ``(H, W)`` of the finer level.
+
+    Returns:
+        ``(B, C, H, W)``, a view where it is cropped.
+
+    Example:
+        >>> import torch
+        >>> x = torch.arange(4.0).expand(1, 1, 2, 4)
+        >>> fit_doubled(x, (1, 3)).tolist(), fit_doubled(x, (1, 6)).tolist()
+        ([[[[0.0, 1.0, 2.0]]]], [[[[0.0, 0.0, 1.0, 2.0, 2.0, 3.0]]]])
+    """
+    height, width = x.shape[-2:]
+    if height - 1 <= size[0] <= height and width - 1 <= size[1] <= width:
+        return x[..., : size[0], : size[1]]
+    return F.interpolate(x, size=size, mode="nearest")

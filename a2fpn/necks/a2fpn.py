@@ -1,18 +1,29 @@
 """A2-FPN: Hu et al., "A2-FPN: Attention Aggregation based Feature Pyramid Network", CVPR 2021.
 
 Three members share global context (MGC): ``pafpn_mgc`` is the ablation of the supplement's Table 1, ``a2fpn_lite``
-adds content-aware upsampling, ``a2fpn`` content-aware pooling as well.
+adds content-aware upsampling, ``a2fpn`` content-aware pooling as well. Where the supplement and the abstract are silent
+or other accounts differ, an option has both readings.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from torch import Tensor
 
-from a2fpn.layers import GACAP, GACARAFE, MGC, AttentionKind
+from a2fpn.layers import (
+    GACAP,
+    GACARAFE,
+    MGC,
+    AttentionKind,
+    ContextInit,
+    Distribution,
+    KernelGrid,
+    Pooling,
+    ReasoningKind,
+)
 from a2fpn.necks.neck import NearestFusion, PyramidNeck, StridedFusion, register_neck
 from a2fpn.pyramid import PyramidSpec
 
@@ -24,13 +35,19 @@ class ContextNeck(PyramidNeck):
 
     Args:
         in_spec: What the backbone gives.
+        top_down_options: For members of the family: options of their way to merge going down, None for none.
+        bottom_up_options: The same going up.
         out_channels: Channels of every level.
         extra_levels: Coarser levels added by subsampling.
         attention: Kind of attention in all steps of MGC.
         nodes: Semantic nodes per level; None takes ``node_budget * (6 - i)`` on level ``i`` (stride ``2**i``) and at
             most the level's channels.
         node_budget: Nodes of the level of stride 32, finer levels have 2, 3, 4 times as many; None takes the class's.
-        orthogonal_weight: Weight of the orthogonal regularisation.
+        orthogonal_weight: Weight of the orthogonal regularization.
+        reasoning: How nodes reason over each other: ``"attention"``, or ``"gcn"``, a graph convolution.
+        distribute: Nodes that a pixel asks: ``"all"``, or those of its ``"own"`` level, which costs less.
+        context_init: Start of MGC's last map: ``"zero"``, a zero-started ``"gate"`` behind it, or ``"small"``, which
+            changes the laterals from the beginning.
         norm_layer: Norm after each convolution (timm name), or None.
         act_layer: Activation after each convolution (timm name), or None.
     """
@@ -40,6 +57,8 @@ class ContextNeck(PyramidNeck):
     def __init__(
         self,
         in_spec: PyramidSpec,
+        top_down_options: Mapping[str, str] | None = None,
+        bottom_up_options: Mapping[str, str] | None = None,
         *,
         out_channels: int = 256,
         extra_levels: int = 1,
@@ -47,11 +66,16 @@ class ContextNeck(PyramidNeck):
         nodes: Sequence[int] | None = None,
         node_budget: int | None = None,
         orthogonal_weight: float = 1e-4,
+        reasoning: ReasoningKind = "attention",
+        distribute: Distribution = "all",
+        context_init: ContextInit = "zero",
         norm_layer: str | None = None,
         act_layer: str | None = None,
     ) -> None:
         super().__init__(
             in_spec,
+            top_down_options,
+            bottom_up_options,
             out_channels=out_channels,
             extra_levels=extra_levels,
             norm_layer=norm_layer,
@@ -59,11 +83,19 @@ class ContextNeck(PyramidNeck):
         )
         if nodes is None:
             nodes = _default_nodes(in_spec, node_budget or self.default_node_budget)
-        self.context = MGC(in_spec.channels, out_channels, nodes=nodes, attention=attention)
+        self.context = MGC(
+            in_spec.channels,
+            out_channels,
+            nodes=nodes,
+            attention=attention,
+            reasoning=reasoning,
+            distribute=distribute,
+            context_init=context_init,
+        )
         self.orthogonal_weight = orthogonal_weight
 
     def losses(self) -> dict[str, Tensor]:
-        """The weighted orthogonal regularisation of the entities."""
+        """The weighted orthogonal regularization of the entities."""
         if self.context is None:
             raise RuntimeError("A ContextNeck has an MGC by construction.")
         return {"loss_orthogonal": self.orthogonal_weight * self.context.orthogonal_loss()}
@@ -88,11 +120,68 @@ class PAFPNMGC(ContextNeck):
     bottom_up_fusion = StridedFusion
 
 
-@register_neck("a2fpn_lite")
-class A2FPNLite(ContextNeck):
-    """MGC with half the nodes, and GACARAFE without a bottom-up path.
+class GatedNeck(ContextNeck):
+    """A pyramid with global context whose levels are merged by content and reweighted.
 
-    Takes the arguments of :class:`ContextNeck`.
+    Args:
+        in_spec: What the backbone gives.
+        out_channels: See :class:`ContextNeck`.
+        extra_levels: See :class:`ContextNeck`.
+        attention: See :class:`ContextNeck`.
+        nodes: See :class:`ContextNeck`.
+        node_budget: See :class:`ContextNeck`.
+        orthogonal_weight: See :class:`ContextNeck`.
+        reasoning: See :class:`ContextNeck`.
+        distribute: See :class:`ContextNeck`.
+        context_init: See :class:`ContextNeck`.
+        kernels: Where the kernels going down are predicted: at the ``"fine"`` size, or at the ``"coarse"`` one and
+            pixel-shuffled, see :class:`~a2fpn.layers.GACARAFE`.
+        pool: Pooling of maps for their channel gates: ``"mean"``, or ``"attention"`` that starts as the mean.
+        norm_layer: See :class:`ContextNeck`.
+        act_layer: See :class:`ContextNeck`.
+    """
+
+    def __init__(
+        self,
+        in_spec: PyramidSpec,
+        *,
+        out_channels: int = 256,
+        extra_levels: int = 1,
+        attention: AttentionKind = "scaled_cosine",
+        nodes: Sequence[int] | None = None,
+        node_budget: int | None = None,
+        orthogonal_weight: float = 1e-4,
+        reasoning: ReasoningKind = "attention",
+        distribute: Distribution = "all",
+        context_init: ContextInit = "zero",
+        kernels: KernelGrid = "fine",
+        pool: Pooling = "mean",
+        norm_layer: str | None = None,
+        act_layer: str | None = None,
+    ) -> None:
+        super().__init__(
+            in_spec,
+            {"kernels": kernels, "pool": pool},
+            {"pool": pool},
+            out_channels=out_channels,
+            extra_levels=extra_levels,
+            attention=attention,
+            nodes=nodes,
+            node_budget=node_budget,
+            orthogonal_weight=orthogonal_weight,
+            reasoning=reasoning,
+            distribute=distribute,
+            context_init=context_init,
+            norm_layer=norm_layer,
+            act_layer=act_layer,
+        )
+
+
+@register_neck("a2fpn_lite")
+class A2FPNLite(GatedNeck):
+    """MGC with half the nodes, and GACARAFE without a bottom-up path: our own cut of the paper's neck.
+
+    Takes the arguments of :class:`GatedNeck`.
     """
 
     top_down_fusion = GACARAFE
@@ -100,10 +189,10 @@ class A2FPNLite(ContextNeck):
 
 
 @register_neck("a2fpn")
-class A2FPN(ContextNeck):
+class A2FPN(GatedNeck):
     """The whole A2-FPN: MGC, GACARAFE on the way down, GACAP on the way up.
 
-    Takes the arguments of :class:`ContextNeck`.
+    Takes the arguments of :class:`GatedNeck`.
 
     Example:
         >>> import torch

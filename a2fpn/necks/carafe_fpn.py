@@ -2,15 +2,61 @@
 
 from __future__ import annotations
 
-from a2fpn.layers import CARAFE
+import typing
+from typing import Literal
+
+from torch import Tensor
+
+from a2fpn.layers import CARAFE, ConvNormAct
+from a2fpn.layers.choices import check_choice
 from a2fpn.necks.neck import PyramidNeck, register_neck
+from a2fpn.pyramid import PyramidSpec
+
+ExtraSource = Literal["neck", "backbone"]
+EXTRA_SOURCES: tuple[str, ...] = typing.get_args(ExtraSource)
 
 
 @register_neck("carafe_fpn")
 class CARAFEFPN(PyramidNeck):
     """FPN whose top-down path reassembles the coarse map with kernels that it predicts itself.
 
-    Takes the arguments of :class:`~a2fpn.necks.neck.PyramidNeck`.
+    Args:
+        in_spec: What the backbone gives.
+        out_channels: Channels of every level.
+        extra_levels: Coarser levels.
+        extra_source: What the first of them is made from: the ``"neck"``'s coarsest level, by subsampling; or the
+            ``"backbone"``'s, by a 3x3 convolution of stride 2, and then it begins the top-down path, as in
+            mmdetection's published detectors. Further ones are subsampled.
+        norm_layer: Norm after each convolution (timm name), or None.
+        act_layer: Activation after each convolution (timm name), or None.
+
+    Raises:
+        ValueError: For an unknown source.
     """
 
     top_down_fusion = CARAFE
+
+    def __init__(
+        self,
+        in_spec: PyramidSpec,
+        *,
+        out_channels: int = 256,
+        extra_levels: int = 1,
+        extra_source: ExtraSource = "neck",
+        norm_layer: str | None = None,
+        act_layer: str | None = None,
+    ) -> None:
+        check_choice("extra_source", extra_source, EXTRA_SOURCES)
+        options = {"norm_layer": norm_layer, "act_layer": act_layer}
+        super().__init__(in_spec, out_channels=out_channels, extra_levels=extra_levels, **options)
+        self.from_backbone = extra_source == "backbone" and extra_levels > 0
+        if self.from_backbone:
+            self.lateral.append(ConvNormAct(in_spec.channels[-1], out_channels, 3, stride=2, **options))
+            self.top_down.append(CARAFE(out_channels))
+            self.output.append(ConvNormAct(out_channels, out_channels, 3, **options))
+
+    def fuse(self, features: list[Tensor], valid: list[Tensor | None]) -> list[Tensor]:
+        """See :meth:`~a2fpn.necks.Neck.fuse`."""
+        if self.from_backbone:
+            features, valid = [*features, features[-1]], [*valid, None]
+        return super().fuse(features, valid)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -198,6 +198,8 @@ class PyramidNeck(Neck):
 
     Args:
         in_spec: What the backbone gives.
+        top_down_options: For members of the family: options of their way to merge going down, None for none.
+        bottom_up_options: The same going up.
         out_channels: Channels ``d`` of every level.
         extra_levels: Coarser levels added by subsampling.
         norm_layer: Norm after each convolution (timm name), or None.
@@ -217,6 +219,8 @@ class PyramidNeck(Neck):
     def __init__(
         self,
         in_spec: PyramidSpec,
+        top_down_options: Mapping[str, str] | None = None,
+        bottom_up_options: Mapping[str, str] | None = None,
         *,
         out_channels: int = 256,
         extra_levels: int = 1,
@@ -224,6 +228,7 @@ class PyramidNeck(Neck):
         act_layer: str | None = None,
     ) -> None:
         super().__init__(in_spec, out_channels=out_channels, extra_levels=extra_levels)
+        going_down, going_up = top_down_options or {}, bottom_up_options or {}
 
         def conv(in_channels: int, kernel_size: int) -> ConvNormAct:
             return ConvNormAct(in_channels, out_channels, kernel_size, norm_layer=norm_layer, act_layer=act_layer)
@@ -231,9 +236,9 @@ class PyramidNeck(Neck):
         steps, down = range(len(in_spec) - 1), self.bottom_up_fusion
         self.lateral = nn.ModuleList(conv(channels, 1) for channels in in_spec.channels)
         self.context: MGC | None = None
-        self.top_down = nn.ModuleList(self.top_down_fusion(out_channels) for _ in steps)
+        self.top_down = nn.ModuleList(self.top_down_fusion(out_channels, **going_down) for _ in steps)
         self.output = nn.ModuleList(conv(out_channels, 3) for _ in in_spec)
-        self.bottom_up = None if down is None else nn.ModuleList(down(out_channels) for _ in steps)
+        self.bottom_up = None if down is None else nn.ModuleList(down(out_channels, **going_up) for _ in steps)
         self.bottom_up_output = None if down is None else nn.ModuleList(conv(out_channels, 3) for _ in steps)
 
     def fuse(self, features: list[Tensor], valid: list[Tensor | None]) -> list[Tensor]:

@@ -1,0 +1,104 @@
+"""Frozen dataclasses <-> JSON-able built-ins, checked key by key and type by type."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar, Union
+
+from a2fpn._registry import did_you_mean
+
+ConfigT = TypeVar("ConfigT")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Turns a configuration into JSON-able built-ins.
+
+    Example:
+        >>> from a2fpn.config import Category
+        >>> to_dict(Category(7, "cat"))
+        {'id': 7, 'name': 'cat'}
+    """
+    return typing.cast("dict[str, Any]", plain(dataclasses.asdict(config)))
+
+
+def plain(value: Any) -> Any:
+    """A value with dicts and lists in the place of other mappings and of tuples."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value
+
+
+def from_dict(cls: type[ConfigT], data: Any, *, where: str = "config") -> ConfigT:
+    """Builds a configuration dataclass from built-ins, checking every key and every type.
+
+    Args:
+        cls: The dataclass to build. A class method ``field_types(data)`` gives types that depend on the data.
+        data: A mapping, usually parsed from JSON.
+        where: Name of the place in messages.
+
+    Raises:
+        ValueError: For an unknown or missing key, or a value out of its choices.
+        TypeError: For a value of the wrong type.
+
+    Example:
+        >>> from a2fpn.config import Category
+        >>> from_dict(Category, {"id": 7, "name": "cat"})
+        Category(id=7, name='cat')
+        >>> from_dict(Category, {"id": 7, "nme": "cat"})
+        Traceback (most recent call last):
+        ...
+        ValueError: config: unknown key 'nme' for Category. Did you mean 'name'?
+    """
+    if not isinstance(data, Mapping):
+        raise TypeError(f"{where}: expected an object with the fields of {cls.__name__}, got {type(data).__name__}.")
+    fields = {f.name: f for f in dataclasses.fields(typing.cast(Any, cls))}
+    for key in data:
+        if key not in fields:
+            raise ValueError(f"{where}: unknown key {key!r} for {cls.__name__}. {did_you_mean(str(key), fields)}")
+    hints = typing.get_type_hints(cls)
+    depends = getattr(cls, "field_types", None)
+    if depends is not None:
+        hints |= depends(data)
+    values = {key: _convert(hints[key], value, f"{where}.{key}") for key, value in data.items()}
+    for name, f in fields.items():
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required and name not in values:
+            raise ValueError(f"{where}: the key {name!r} of {cls.__name__} is missing.")
+    return cls(**values)
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    """Checks a JSON value against a type hint and returns it in the dataclass's own types."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return (
+            value
+            if isinstance(value, typing.cast(type, hint))
+            else from_dict(typing.cast(type, hint), value, where=where)
+        )
+    if origin is Literal:
+        if value not in args:
+            raise ValueError(f"{where}: expected one of {', '.join(map(repr, args))}, got {value!r}.")
+        return value
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _convert(next(arg for arg in args if arg is not type(None)), value, where)
+    if origin is tuple:
+        if isinstance(value, str) or not isinstance(value, (list, tuple)):
+            raise TypeError(f"{where}: expected a list, got {value!r}.")
+        return tuple(_convert(args[0], item, f"{where}[{index}]") for index, item in enumerate(value))
+    if origin is not None and issubclass(origin, Mapping):
+        if not isinstance(value, Mapping):
+            raise TypeError(f"{where}: expected an object, got {value!r}.")
+        return dict(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
+        raise TypeError(f"{where}: expected {hint.__name__}, got {value!r}.")
+    return value

@@ -1,0 +1,68 @@
+"""Configurations to modules: :class:`~a2fpn.config.ModelConfig` to detector."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from a2fpn._serialize import from_dict
+from a2fpn.backbones import (
+    TimmBackbone,
+    weights_licence,
+)
+from a2fpn.config import BackboneConfig, ModelConfig
+from a2fpn.detectors import DETECTORS, Detector
+from a2fpn.necks import create_neck
+
+
+def create_backbone(
+    name: str,
+    *,
+    levels: Sequence[int] = (4, 8, 16, 32),
+    pretrained: bool = False,
+    weights: str | Path | None = None,
+    **options: Any,
+) -> TimmBackbone:
+    """Builds a backbone.
+
+    Args:
+        name: An alias or a timm name, with or without a tag; see :func:`a2fpn.list_backbones`.
+        levels: Strides of the maps, increasing powers of two. What the network lacks is made from its nearest map.
+        pretrained: Whether to load the weights that timm has for the name; batch norm is then frozen unless ``norm``
+            says otherwise.
+        weights: A local file of weights to load instead.
+        **options: Fields of :class:`a2fpn.config.BackboneConfig`.
+
+    Raises:
+        ValueError: For an unknown name or option, a network that can't be attached, or weights that don't fit.
+
+    Example:
+        >>> backbone = create_backbone("test_resnet", levels=(8, 16))
+        >>> list(backbone.out_spec.items())
+        [('c3', LevelSpec(channels=48, stride=8)), ('c4', LevelSpec(channels=192, stride=16))]
+    """
+    if pretrained or weights is not None:
+        options = trained_backbone_fields(name) | options
+    config = from_dict(BackboneConfig, {"name": name, "strides": levels, **options}, where="create_backbone")
+    return TimmBackbone(config, pretrained=pretrained, weights=weights)
+
+
+def trained_backbone_fields(backbone: str) -> dict[str, Any]:
+    """Fields of a backbone that come with pretrained weights, unless they are set."""
+    return {"norm": "frozen", "license": weights_licence(backbone)}
+
+
+def build_model(
+    config: ModelConfig, *, pretrained_backbone: bool = False, backbone_weights: str | Path | None = None
+) -> Detector:
+    """Build the detector of a configuration.
+
+    Args:
+        config: Its description.
+        pretrained_backbone: Whether to load timm's weights of the backbone.
+        backbone_weights: A local file of backbone weights to load instead.
+    """
+    backbone = TimmBackbone(config.backbone, pretrained=pretrained_backbone, weights=backbone_weights)
+    neck = create_neck(config.neck.name, backbone.out_spec, **config.neck.args)
+    return DETECTORS[config.detector](config, backbone, neck)

@@ -1,0 +1,127 @@
+"""``a2fpn check-data``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+if TYPE_CHECKING:
+    pass
+from a2fpn.cli.format import progress_bar
+
+T = TypeVar("T")
+
+
+def check_data(
+    *,
+    annotations: Annotated[Path, typer.Option(help="COCO file to check.", metavar="JSON")],
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of the images; without it only the JSON is checked.", metavar="DIR")
+    ] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="The other split, say of validation: classes must agree.", metavar="JSON")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="A checkpoint folder or a name of `a2fpn list`: its classes, if it has any, must fit, and sizes are "
+            "judged by its input size and anchors.",
+            metavar="NAME_OR_PATH",
+        ),
+    ] = None,
+    min_size: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="PIXELS", help="Short side of the input; by default the model's, or 800."),
+    ] = None,
+    max_size: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="PIXELS", help="Limit of the long side; by default the model's, or 1333."),
+    ] = None,
+    sample: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="Open only so many image files, evenly spread over the list.")
+    ] = None,
+    decode: Annotated[
+        bool, typer.Option("--decode", help="Decode every pixel, which finds truncated files, instead of headers only.")
+    ] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="PNG", help="Draw 12 annotated images, those with findings first, into this file."),
+    ] = None,
+    save: Annotated[Path | None, typer.Option("--json", help="File to write the report to.", metavar="OUT")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 for warnings too.")] = False,
+) -> None:
+    """Find what is wrong with a data set before training on it.
+
+    Example: `a2fpn check-data --images cells/train --annotations cells/train.json --against cells/val.json`
+
+    Would training see the right thing? `... --model maskrcnn_a2fpn_r50 --plot look.png`
+
+    Looks for categories that mean different things, classes without objects, objects that are all crowds, boxes and
+    masks that lie elsewhere or hold nothing, ids used twice, files that are missing, broken, turned or of another
+    size, and objects too small for the input or the anchors. Lists what there is of each class.
+
+    Exit code: 0 without errors, 1 with errors, 2 if the command was wrong.
+    """
+    from a2fpn import data
+
+    if plot is not None and images is None:
+        raise ValueError("--plot draws on the images: give --images too.")
+    facts = _model_facts(model, min_size, max_size)
+    with progress_bar() as progress:
+
+        def track(items: Iterable[T], description: str, total: int) -> Iterable[T]:
+            return progress.track(items, total=total, description=description)
+
+        report = data.check_data(
+            images,
+            annotations,
+            against=against,
+            sample=sample,
+            decode=decode,
+            examples=12 if plot else 0,
+            track=track,
+            **facts,
+        )
+    text = Text(str(report))
+    for word, style in {"error": "bold red", "warning": "bold yellow", "note": "bold cyan"}.items():
+        text.highlight_regex(rf"(?m)^{word}\b", style)
+    Console().print(text, soft_wrap=True)
+    if save is not None:
+        save.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+        typer.echo(f"The report is in {save}")
+    if plot is not None and images is not None and report.examples:
+        from a2fpn.inference.report import draw_report
+
+        draw_report(report, images).save(plot)
+        typer.echo(f"Open {plot}")
+    if report.errors or (strict and report.warnings):
+        raise typer.Exit(1)
+
+
+def _model_facts(name: str | None, min_size: int | None, max_size: int | None) -> dict[str, Any]:
+    """What a check of data needs to know of a model, as arguments of :func:`a2fpn.data.check_data`."""
+    import a2fpn
+    from a2fpn.config import PreprocessConfig
+    from a2fpn.heads import StrideAnchors
+    from a2fpn.preprocess import Preprocess
+
+    facts: dict[str, Any] = {}
+    preprocess = PreprocessConfig()
+    if name is not None:
+        detector = a2fpn.from_pretrained(name) if Path(name).is_dir() else a2fpn.create_model(name)
+        preprocess = detector.config.preprocess
+        facts["categories"] = detector.config.categories
+        if hasattr(detector.config.heads, "anchor_sizes"):  # FCOS has no anchors, only points
+            anchors = next(module for module in detector.modules() if isinstance(module, StrideAnchors))
+            facts |= {"anchor_sizes": anchors.sizes, "anchor_ratios": anchors.aspect_ratios[0]}
+    preprocess = dataclasses.replace(
+        preprocess, min_size=min_size or preprocess.min_size, max_size=max_size or preprocess.max_size
+    )
+    return facts | {"target_size": Preprocess(preprocess, divisor=1).target_size}

@@ -1,0 +1,189 @@
+"""``a2fpn evaluate``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from a2fpn.config import KeypointRCNNConfig
+
+if TYPE_CHECKING:
+    from a2fpn.data import CocoDataset
+    from a2fpn.detectors import Detector
+    from a2fpn.evaluation import CocoMetrics
+from a2fpn.cli.format import ap_text, as_text, count_of, progress_bar, table
+from a2fpn.cli.options import (
+    Device,
+    Model,
+    MostObjects,
+    Nms,
+    Optimize,
+    Overlap,
+    Precision,
+    SoftNmsKind,
+    Tile,
+    Tta,
+    build_predictor,
+    load_detector,
+)
+
+METRICS = {
+    "ap": "AP, mean of IoU 0.50 to 0.95",
+    "ap50": "AP at IoU 0.50",
+    "ap75": "AP at IoU 0.75",
+    "ap_small": "AP, small objects",
+    "ap_medium": "AP, medium objects",
+    "ap_large": "AP, large objects",
+    "ar1": "AR, 1 detection per image",
+    "ar10": "AR, 10 detections per image",
+    "ar100": "AR, {max_detections} detections per image",
+    "ar": "AR of keypoints, mean of OKS 0.50 to 0.95",
+    "ar50": "AR of keypoints at OKS 0.50",
+    "ar75": "AR of keypoints at OKS 0.75",
+    "ar_small": "AR, small objects",
+    "ar_medium": "AR, medium objects",
+    "ar_large": "AR, large objects",
+}
+
+
+def evaluate(
+    *,
+    model: Model,
+    images: Annotated[Path, typer.Option(help="Folder of the images.", metavar="DIR")],
+    annotations: Annotated[Path, typer.Option(help="COCO file with the ground truth.", metavar="JSON")],
+    max_detections: Annotated[
+        int, typer.Option(min=1, help="Best detections that count per image and class; COCO says 100.")
+    ] = 100,
+    save: Annotated[Path | None, typer.Option("--json", help="File to write the numbers to.", metavar="OUT")] = None,
+    tile: Tile = None,
+    overlap: Overlap = 0.2,
+    tta: Tta = False,
+    nms_threshold: Nms = None,
+    soft_nms: SoftNmsKind = None,
+    detections_per_image: MostObjects = None,
+    optimize: Optimize = False,
+    dtype: Precision = "float32",
+    device: Device = None,
+    oks_sigmas: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B,...",
+            help="How precisely people place each keypoint, in units of the object's size; by default those of COCO's "
+            "17 keypoints.",
+        ),
+    ] = None,
+    backend: Annotated[
+        Literal["auto", "hotcoco", "faster-coco-eval", "pycocotools"],
+        typer.Option(help="What counts: by default hotcoco. All agree; pycocotools is the reference, and slow."),
+    ] = "auto",
+) -> None:
+    """Measure a model on annotated images: the COCO numbers for boxes, masks and keypoints, and AP per class.
+
+    Example: `a2fpn evaluate --model runs/cells --images cells/val --annotations cells/val.json`
+
+    What the model predicts and the file has annotated is measured. Categories are matched by id. An image that can't
+    be read is an error: left out, it would count as missed.
+    """
+    from a2fpn.data import CocoDataset, read_image
+    from a2fpn.evaluation import COCO_SIGMAS, common_iou_types, evaluate_coco
+
+    detector = load_detector(model)
+    dataset = CocoDataset(images, annotations, categories=detector.config.categories or None)
+    _check_categories(detector, dataset)
+    kinds = common_iou_types(dataset.coco, detector.target_keys)
+    if "keypoints" in kinds:
+        _check_keypoints(detector, dataset)
+    predictor = build_predictor(
+        detector,
+        device,
+        optimize=optimize,
+        dtype=dtype,
+        nms_threshold=nms_threshold,
+        soft_nms=soft_nms or False,
+        detections_per_image=detections_per_image,
+        tile=tile,
+        overlap=overlap,
+        tta=tta,
+    )
+    predictor.categories = dataset.categories
+    known = {category.id for category in dataset.coco.categories}
+
+    def records() -> Iterator[dict[str, Any]]:
+        with progress_bar() as progress:
+            for entry in progress.track(list(dataset.coco.images.values()), description="evaluating"):
+                (result,) = predictor.predict([read_image(images / entry.file_name, size=(entry.height, entry.width))])
+                yield from (record for record in result.to_coco(entry.id) if record["category_id"] in known)
+
+    metrics = evaluate_coco(
+        dataset.coco,
+        records(),
+        iou_types=kinds,
+        max_detections=max_detections,
+        oks_sigmas=COCO_SIGMAS if oks_sigmas is None else _numbers(oks_sigmas),
+        backend=backend,
+    )
+    _print_metrics(metrics, title=f"{model} on {count_of(len(dataset), 'image')}")
+    if save is not None:
+        numbers = {"max_detections": max_detections, **metrics.to_dict(per_class=True)}
+        save.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+        typer.echo(f"The numbers are in {save}")
+
+
+def _check_categories(detector: Detector, dataset: CocoDataset) -> None:
+    """Stops where model and data mean different things by the same category."""
+    if not detector.config.categories and detector.config.num_classes != len(dataset.categories):
+        raise ValueError(
+            f"The model was saved without categories and has {detector.config.num_classes} classes, "
+            f"{dataset.coco.name} has {len(dataset.categories)}: which is which can't be told."
+        )
+    names = {category.id: category.name for category in dataset.categories}
+    for category in dataset.coco.categories:
+        if names.get(category.id, category.name).casefold() != category.name.casefold():
+            raise ValueError(
+                f"Category {category.id} is {category.name!r} in {dataset.coco.name} and {names[category.id]!r} for "
+                f"the model; give both the same ids and names."
+            )
+
+
+def _check_keypoints(detector: Detector, dataset: CocoDataset) -> None:
+    """Stops where model and data have other keypoints."""
+    heads, coco = detector.config.heads, dataset.coco
+    assert isinstance(heads, KeypointRCNNConfig)
+    if heads.num_keypoints != coco.num_keypoints:
+        raise ValueError(f"The model gives {heads.num_keypoints} keypoints, {coco.name} has {coco.num_keypoints}.")
+    if heads.keypoint_names and coco.keypoint_names and heads.keypoint_names != coco.keypoint_names:
+        raise ValueError(
+            f"The model's keypoints are {as_text(heads.keypoint_names)}, those of {coco.name} are "
+            f"{as_text(coco.keypoint_names)}; give both the same names in the same order."
+        )
+
+
+def _numbers(text: str) -> list[float]:
+    """Numbers of an option."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"Expected numbers with commas between, such as 0.026,0.025, got {text!r}.") from None
+
+
+def _print_metrics(metrics: CocoMetrics, *, title: str) -> None:
+    measured = metrics.measured
+    columns = [{"bbox": "boxes", "segm": "masks", "keypoints": "keypoints (OKS)"}[kind] for kind in measured]
+    tables = [(title, {label.format(max_detections=metrics.max_detections): key for key, label in METRICS.items()})]
+    classes = next(iter(measured.values())).per_class
+    if len(classes) > 1:
+        tables.append(("AP per class", {name: f"ap/{name}" for name in classes}))
+    for heading, keys in tables:
+        grid = table("", *columns)
+        for label, key in keys.items():
+            cells = [ap_text(metrics, kind, key) for kind in measured]
+            if any(cells):
+                grid.add_row(escape(label), *cells)
+        typer.echo(heading)
+        Console().print(grid)

@@ -1,0 +1,207 @@
+"""``a2fpn hub push | card | convert | verify | backbone``: publishing, also as ``python -m hub``."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import typer
+
+import a2fpn
+from a2fpn.backbones import export_backbone
+from a2fpn.cli.evaluate import evaluate
+from a2fpn.convert import from_detectron2, from_mmdet, from_torchvision, load_torchvision, read_state_dict
+from a2fpn.pretrained.card import model_card
+from a2fpn.pretrained.checkpoint import CONFIG_FILE, file_sha256, read_checkpoint, save_checkpoint
+from a2fpn.pretrained.hub import Repo, download_checkpoint
+
+TOLERANCE = 0.002
+"""Largest difference of an AP measured again that other kernels explain."""
+
+VERIFIED = ("bbox/ap", "segm/ap", "keypoints/ap")
+"""Metrics that are measured again."""
+
+PARITY = 1e-3
+"""Largest difference of features (relative) and of scores that rounding explains."""
+
+CONVERTERS: dict[str, Callable[..., Any]] = {"detectron2": from_detectron2, "mmdet": from_mmdet}
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+Folder = Annotated[Path, typer.Argument(help="A checkpoint folder, such as runs/cells/best.", metavar="MODEL_DIR")]
+RepoName = Annotated[str, typer.Option(help="The repository on the Hub.", metavar="ORG/NAME")]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line and exits; what the user can mend ends in one line.
+
+    Args:
+        argv: Arguments without the program's name; None takes ``sys.argv``.
+    """
+    try:
+        app(args=argv, prog_name="python -m hub")
+    except (OSError, ValueError) as error:
+        sys.exit(f"hub: error: {error}")
+
+
+@app.callback()
+def _options() -> None:
+    """Publish detectors on the Hugging Face Hub, as safetensors, with a card. Log in with `hf auth login`."""
+
+
+@app.command()
+def push(
+    folder: Folder,
+    *,
+    repo: RepoName,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
+) -> None:
+    """Publish a checkpoint folder in one commit; its README.md is the card if it has one."""
+    commit = a2fpn.push_to_hub(folder, repo, private=private or None, create_pr=create_pr)
+    typer.echo(f'Load it: a2fpn.from_pretrained("{repo}", revision="{commit}")')
+
+
+@app.command()
+def card(folder: Folder, *, repo: RepoName) -> None:
+    """Print the card that `push` would write, to be edited and saved as README.md in the folder."""
+    typer.echo(model_card(read_checkpoint(folder), repo))
+
+
+@app.command()
+def convert(
+    file: Annotated[Path, typer.Argument(help="Its weights: .pth, .pkl or .safetensors.", metavar="FILE")],
+    *,
+    source: Annotated[Literal["torchvision", "detectron2", "mmdet"], typer.Option("--from", help="What wrote it.")],
+    model: Annotated[
+        str,
+        typer.Option(
+            help="What it is here, such as maskrcnn_fpn_r50; of torchvision the function that built it, such as "
+            "maskrcnn_resnet50_fpn.",
+            metavar="NAME",
+        ),
+    ],
+    output: Annotated[Path, typer.Option(help="Folder to write, with no checkpoint in it.", metavar="DIR")],
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Argument of the converter, or of create_model or torchvision's function, as JSON, such as "
+            "stride_in_1x1=false; may be repeated.",
+            metavar="KEY=VALUE",
+        ),
+    ] = None,
+) -> None:
+    """Turn the weights of another framework into a checkpoint folder; no code of the file is run.
+
+    What was torchvision's is run on both sides, and an error if the two differ. For the others
+    `python -m benchmarks.parity` does that where they are installed.
+    """
+    if (output / CONFIG_FILE).exists():
+        raise ValueError(f"{str(output)!r} holds a checkpoint; choose another folder.")
+    options = _options_of(option or [])
+    state = read_state_dict(file)
+    try:
+        if source == "torchvision":
+            categories = options.pop("categories", None)
+            module = load_torchvision(state, model, **options)
+            detector = from_torchvision(module, categories=categories)
+            typer.echo(_compare(module, detector))
+            config, converted = detector.config, detector.state_dict()
+        else:
+            config, converted = CONVERTERS[source](state, model, **options)
+    except TypeError as error:
+        raise ValueError(f"--option: {error}") from error
+    origin = {"framework": source, "file": file.name, "sha256": file_sha256(file)}
+    save_checkpoint(output, config, converted, metadata={"converted_from": origin})
+    typer.echo(f'Load it: a2fpn.from_pretrained("{output}")')
+
+
+@torch.no_grad()
+def _compare(theirs: Any, ours: a2fpn.Detector) -> str:
+    """Runs both on a random image that neither resizes.
+
+    Raises:
+        ValueError: If they differ by more than rounding.
+    """
+    size, divisor = theirs.transform.min_size[-1], theirs.transform.size_divisible
+    side = -(-size // divisor) * divisor
+    image = torch.rand(3, side, side, generator=torch.Generator().manual_seed(0))
+    batch = ours.preprocess([image])
+    pairs = list(zip(theirs.backbone(batch.tensor).values(), ours.features(batch).values(), strict=True))
+    features = max(((a - b).abs().max() / a.abs().max()).item() for a, b in pairs)
+    expected, got = theirs([image])[0]["scores"], ours([image])[0]["scores"]
+    scores = (expected - got).abs().max().item() if len(expected) == len(got) > 0 else float(len(expected) != len(got))
+    if max(features, scores) > PARITY:
+        raise ValueError(
+            f"The two sides differ on a random image: features by {features:.1e} (relative), scores by {scores:.1e} "
+            f"({len(expected)} and {len(got)} detections)."
+        )
+    return (
+        f"Same as torchvision on a random image: features differ by {features:.1e} (relative), scores by {scores:.1e}."
+    )
+
+
+def _options_of(pairs: Sequence[str]) -> dict[str, Any]:
+    """``KEY=VALUE`` as keyword arguments; what is no JSON is text."""
+    options = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--option {pair!r}: expected KEY=VALUE.")
+        try:
+            options[key] = json.loads(text)
+        except ValueError:
+            options[key] = text
+    return options
+
+
+@app.command()
+def verify(
+    name: Annotated[str, typer.Argument(help="What was pushed.", metavar="ORG/NAME[@REVISION]")],
+    *,
+    images: Annotated[Path, typer.Option(help="Folder of the images it was evaluated on.", metavar="DIR")],
+    annotations: Annotated[Path, typer.Option(help="COCO file with the ground truth.", metavar="JSON")],
+) -> None:
+    """Download what was pushed into an empty cache, evaluate it, and compare with the metrics that it states."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = download_checkpoint(Repo.parse(name, cache_dir=temporary))
+        facts = read_checkpoint(folder).facts
+        numbers = Path(temporary) / "metrics.json"
+        limit = facts.max_detections
+        # Its table is headed by a folder that is gone when it is read.
+        with contextlib.redirect_stdout(io.StringIO()):
+            evaluate(model=str(folder), images=images, annotations=annotations, save=numbers, max_detections=limit)
+        measured = json.loads(numbers.read_text(encoding="utf-8"))
+    stated = {key: value for key, value in facts.metrics.items() if key in VERIFIED}
+    if not stated:
+        raise ValueError(f"{name!r} states no metrics to compare with.")
+    wrong = [
+        f"{key} is {measured.get(key, -1):.4f}, stated {value:.4f}"
+        for key, value in stated.items()
+        if abs(measured.get(key, -1) - value) > TOLERANCE
+    ]
+    if wrong:
+        raise ValueError(f"{name!r} is not what it says: {'; '.join(wrong)}.")
+    typer.echo(f"{name}: {', '.join(f'{key} {value:.4f}' for key, value in stated.items())}, as stated.")
+
+
+@app.command()
+def backbone(
+    name: Annotated[str, typer.Argument(help="A checkpoint folder, repository or pretrained name.", metavar="MODEL")],
+    *,
+    output: Annotated[Path, typer.Option(help="Folder to write.", metavar="DIR")],
+) -> None:
+    """Write a detector's backbone as a folder that timm loads; `hf upload org/name DIR` publishes it."""
+    detector = a2fpn.from_pretrained(name)
+    export_backbone(detector.backbone, output, preprocess=detector.config.preprocess)
+    typer.echo(f'Load it: timm.create_model("local-dir:{output}", pretrained=True, features_only=True)')

@@ -1,0 +1,49 @@
+"""``a2fpn list``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from a2fpn.pretrained.catalog import PretrainedModel
+from a2fpn.cli.format import columns
+
+
+def list_names(
+    pattern: Annotated[
+        str, typer.Argument(help='Part of a name, or a pattern such as "mask*_r50".', metavar="FILTER")
+    ] = "",
+    *,
+    necks: Annotated[bool, typer.Option("--necks", help="List necks.")] = False,
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="List models with pretrained weights.")] = False,
+) -> None:
+    """List models, necks or pretrained weights, one a line.
+
+    Example: `a2fpn list "maskrcnn_a2fpn_*"`
+
+    With `--pretrained` each line also says where the weights come from, whether they were trained as they are or
+    grafted on another neck (to be fine-tuned), their AP on the data of their source, and their licence.
+
+    The backbone may also be any other model of timm, written out: `maskrcnn_a2fpn_convnext_small.fb_in22k`.
+    """
+    import a2fpn
+
+    if pretrained:
+        names = columns(map(_pretrained_line, a2fpn.list_pretrained(pattern)))
+    else:
+        names = a2fpn.list_necks(pattern) if necks else a2fpn.list_models(pattern)
+    if not names:
+        raise ValueError(f"Nothing here matches {pattern!r}; without a filter everything is listed.")
+    typer.echo("\n".join(names))
+
+
+def ap_columns(row: PretrainedModel) -> list[str]:
+    """Box, mask and keypoint AP of pretrained weights; empty where there is none."""
+    values = {"box": row.box_ap, "mask": row.mask_ap, "keypoint": row.keypoint_ap}
+    return ["" if ap is None else f"{kind} {ap:.3f}" for kind, ap in values.items()]
+
+
+def _pretrained_line(row: PretrainedModel) -> list[str]:
+    return [row.name, row.source, "trained" if row.trained else "grafted", *ap_columns(row), f"licence: {row.licence}"]

@@ -1,0 +1,98 @@
+"""Options that several commands share, and what is made of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import torch
+import typer
+
+if TYPE_CHECKING:
+    from a2fpn.detectors import Detector
+    from a2fpn.inference import Predictor
+
+
+Model = Annotated[
+    str, typer.Option(help="A checkpoint folder, or a name of `a2fpn list --pretrained`.", metavar="NAME_OR_PATH")
+]
+Output = Annotated[Path, typer.Option(help="Folder for what is written; made if need be.", metavar="DIR")]
+Threshold = Annotated[float, typer.Option(min=0, max=1, help="Objects that score less are left out.")]
+Device = Annotated[
+    str | None, typer.Option(help="Where to run, such as cpu or cuda:1; by default cuda where there is one.")
+]
+Tile = Annotated[
+    int | None,
+    typer.Option(
+        min=16,
+        metavar="PIXELS",
+        help="Side of the overlapping tiles in which larger images are predicted, and whose objects are merged: for "
+        "images far larger than those of the training. By default an image is predicted whole.",
+    ),
+]
+Overlap = Annotated[
+    float,
+    typer.Option(
+        min=0, max=0.9, help="With --tile: least share of a tile that the next shows too. Objects up to it stay whole."
+    ),
+]
+Tta = Annotated[
+    bool,
+    typer.Option(
+        "--tta", help="See each image at three sizes, each also mirrored, and fuse what is found: six times the work."
+    ),
+]
+Nms = Annotated[
+    float | None,
+    typer.Option(
+        "--nms-threshold", min=0, max=1, help="IoU above which an object removes a worse one; by default the model's."
+    ),
+]
+SoftNmsKind = Annotated[
+    Literal["linear", "gaussian"] | None,
+    typer.Option("--soft-nms", help="Lower the scores of objects that overlap better ones instead of removing them."),
+]
+MostObjects = Annotated[
+    int | None,
+    typer.Option(
+        "--detections-per-image", min=1, help="Most objects of an image, or of a tile; by default the model's."
+    ),
+]
+Optimize = Annotated[
+    bool, typer.Option("--optimize", help="Fold the model for speed first: same results up to rounding.")
+]
+Precision = Annotated[
+    Literal["float32", "bf16"],
+    typer.Option(help="bf16 (implies --optimize) is up to twice as fast where the processor knows it, and rounds."),
+]
+
+
+def load_detector(source: str) -> Detector:
+    """A detector with its weights."""
+    import a2fpn
+
+    return a2fpn.from_pretrained(source)
+
+
+def build_predictor(detector: Detector, device: str | None, *, optimize: bool, dtype: str, **options: Any) -> Predictor:
+    """The detector, optimised if that is wanted, with the options of a command."""
+    import a2fpn
+
+    where = pick_device(device)
+    if optimize or dtype == "bf16":
+        ready = a2fpn.optimize_for_inference(
+            detector.to(where), dtype=torch.bfloat16 if dtype == "bf16" else torch.float32
+        )
+        return a2fpn.Predictor(ready, channels_last=False, **options)
+    return a2fpn.Predictor(detector, device=where, **options)
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device of that name, or the best there is."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"--device {name} can't be used here ({reason}); leave it out, or say cpu.") from error
+    return device

@@ -1,0 +1,81 @@
+"""Comparison of categories between a file, a model and another file."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+
+from a2fpn.data.check.reader import CocoDocument
+from a2fpn.data.check.report import (
+    Finding,
+    count_of,
+    few,
+    shorten,
+)
+from a2fpn.data.check.table import AnnotationTable
+
+
+def compare_with_model(model: Mapping[int, str], file: CocoDocument, table: AnnotationTable) -> Iterator[Finding]:
+    """Whether the data means by its categories what a model means by them."""
+    yield from _compare("the model", model, file.name, file.categories, table.used(file))
+    unseen = model.keys() - file.categories.keys()
+    if unseen and len(unseen) < len(model):
+        message = f"{count_of(len(unseen), 'class')} of the model not in {file.name}: {named(model, unseen)}."
+        yield Finding("note", "class-not-in-data", message, "On this data they can only be false alarms.", len(unseen))
+
+
+def compare_with_other(
+    file: CocoDocument, table: AnnotationTable, other: CocoDocument, other_table: AnnotationTable
+) -> Iterator[Finding]:
+    """Whether two files mean the same by their categories and hold objects of the same classes."""
+    used, other_used = table.used(file), other_table.used(other)
+    yield from _compare(file.name, file.categories, other.name, other.categories, other_used)
+    shared = file.categories.keys() & other.categories.keys()
+    for code, here, there, missing in (
+        ("class-not-learned", other, file, (other_used - used) & shared),
+        ("class-not-measured", file, other, used - other_used),
+    ):
+        if missing and shared:
+            names = named(here.categories, missing)
+            message = (
+                f"{count_of(len(missing), 'class')} with objects in {here.name} and none in {there.name}: {names}."
+            )
+            yield Finding(
+                "warning", code, message, "Split the images so that both files hold each class.", len(missing)
+            )
+
+
+def _compare(
+    source: str, known: Mapping[int, str], target: str, categories: Mapping[int, str], used: frozenset[int]
+) -> Iterator[Finding]:
+    """Whether the categories of ``target`` are among those that ``source`` knows, under the same names."""
+    advice = "Give both the same ids and names."
+    if source == "the model":
+        advice += " To train on other classes anew, check against the architecture without its weights' tag."
+    others = {key: name for key, name in categories.items() if known.get(key, name).casefold() != name.casefold()}
+    if others and known:
+        pairs = (f"{key} is {known[key]!r} for {source} and {others[key]!r} in {target}" for key in others)
+        message = f"Ids that mean different classes, {len(others)} of {len(categories)}: {few(pairs, len(others))}."
+        yield Finding("error", "category-names", message + _shift(known, categories), advice, len(others))
+    if known and categories and not known.keys() & categories.keys():
+        message = f"{target} has no category id in common with {source}: {few(categories, len(categories))} against "
+        message += f"{few(known, len(known))}.{_shift(known, categories)}"
+        yield Finding("error", "no-common-category", message, advice, len(categories), fatal=True)
+    elif unknown := used - known.keys():
+        message = f"{target} has objects of {count_of(len(unknown), 'class')} that {source} doesn't know: "
+        message += f"{named(categories, unknown)}.{_shift(known, categories)}"
+        yield Finding("error", "unknown-class", message, advice, len(unknown), fatal=True)
+
+
+def _shift(known: Mapping[int, str], categories: Mapping[int, str]) -> str:
+    """What to think of ids that would agree if they were counted from elsewhere."""
+    ids = {name.casefold(): key for key, name in known.items()}
+    shifts = Counter(key - ids[name.casefold()] for key, name in categories.items() if name.casefold() in ids)
+    shift, count = shifts.most_common(1)[0] if shifts else (0, 0)
+    return f" {count} of the names agree with ids {abs(shift)} {'higher' if shift > 0 else 'lower'}." if shift else ""
+
+
+def named(categories: Mapping[int, str], ids: Iterable[int]) -> str:
+    """Ids and names of categories in a message."""
+    ordered = sorted(ids)
+    return few((f"{key} ({shorten(repr(categories[key]), 40)})" for key in ordered), len(ordered))

@@ -1,0 +1,200 @@
+"""Finds what is wrong with a COCO data set before a model is trained on it.
+
+A COCO file can be valid JSON and still teach nothing: every object a crowd, boxes given as corners, ids that the
+model doesn't know. :func:`check_data` looks at the JSON as it is, at what :func:`a2fpn.data.read_coco` makes of it,
+and at the image files, and names what it finds with ids and what to do.
+
+Shape shorthand: N annotations, one row each, in the order of the file. Boxes are float64, in pixels.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from a2fpn.config import Category
+from a2fpn.data.check.annotations import (
+    box_format,
+    box_problems,
+    id_problems,
+    keypoint_problems,
+    mask_problems,
+    reference_problems,
+)
+from a2fpn.data.check.categories import compare_with_model, compare_with_other
+from a2fpn.data.check.classes import class_counts, scales, use_findings
+from a2fpn.data.check.files import file_findings
+from a2fpn.data.check.reader import CocoDocument, Source, read_document, source_name
+from a2fpn.data.check.report import (
+    AnnotatedImage,
+    DataReport,
+    Finding,
+    Track,
+)
+from a2fpn.data.check.sizes import size_findings
+from a2fpn.data.check.table import AnnotationTable, any_column
+from a2fpn.data.coco import CocoImage
+from a2fpn.errors import DataError
+from a2fpn.masks.rle import Rle, segmentation_to_rle
+
+T = TypeVar("T")
+_LARGEST_PICTURE = 2**27  # pixels; larger images are not drawn
+
+
+def check_data(
+    images: str | Path | None,
+    annotations: Source,
+    *,
+    against: Source | None = None,
+    categories: Sequence[Category] = (),
+    target_size: Callable[[int, int], tuple[int, int]] | None = None,
+    anchor_sizes: Sequence[Sequence[float]] = (),
+    anchor_ratios: Sequence[float] = (1.0,),
+    sample: int | None = None,
+    decode: bool = False,
+    examples: int = 0,
+    track: Track | None = None,
+) -> DataReport:
+    """Checks a COCO data set; whatever the file holds, the answer is a report.
+
+    Args:
+        images: The image folder; None checks the JSON alone.
+        annotations: The JSON file or its content.
+        against: What a model trained on ``annotations`` will be measured on; its categories must be the same.
+        categories: The model's classes, if the data must fit them.
+        target_size: Size (height, width) in which the network sees an image of a size, usually
+            ``model.preprocess.target_size``. With it the sizes of objects are judged.
+        anchor_sizes: Per level the model's anchor sizes in pixels of its input; empty for a model without anchors.
+        anchor_ratios: Height / width of the anchors.
+        sample: How many image files are opened, evenly spread over the list; None opens all.
+        decode: Whether the pixels of opened files are decoded, which finds truncated files. Otherwise only the
+            headers are read, many times faster.
+        examples: How many images to pick for drawing, see :class:`DataReport`.
+        track: Called as ``track(items, description, total)`` around the long loops.
+
+    Raises:
+        DataError: If the folder or a JSON file can't be opened.
+        ValueError: If ``sample`` or ``examples`` is negative.
+
+    Example:
+        >>> report = check_data(None, {
+        ...     "images": [{"id": 5, "file_name": "a.png", "height": 40, "width": 60}],
+        ...     "categories": [{"id": 7, "name": "cat"}],
+        ...     "annotations": [{"id": 1, "image_id": 5, "category_id": 7, "bbox": [70, 10, 20, 20]}],
+        ... })
+        >>> report.fatal[0].code, report.fatal[0].message
+        ('no-usable-objects', 'None of 1 annotation can be used (box-outside: 1).')
+    """
+    root = None if images is None else Path(images)
+    if root is not None and not root.is_dir():
+        raise DataError(f"{root}: no such folder of images.")
+    for name, value in {"sample": sample, "examples": examples}.items():
+        if value is not None and value < 0:
+            raise ValueError(f"{name} must be 0 or more, got {value}.")
+    track = track or _untracked
+    file, findings = read_document(annotations, track)
+    if file is None:
+        return DataReport(source_name(annotations), 0, 0, 0, (), tuple(findings))
+    table = AnnotationTable.of(file, track)
+    if categories:
+        findings += compare_with_model({category.id: category.name for category in categories}, file, table)
+    if against is not None:
+        other, problems = read_document(against, track)
+        findings += problems
+        findings += [] if other is None else compare_with_other(file, table, other, AnnotationTable.of(other, track))
+
+    problems_of_rows = [
+        problem
+        for problem in itertools.chain(
+            reference_problems(table),
+            id_problems(table),
+            box_problems(table),
+            mask_problems(table, track),
+            keypoint_problems(file, table),
+        )
+        if problem.rows.any()
+    ]
+    findings += (problem.finding(file, table) for problem in problems_of_rows)
+    left_out = [problem for problem in problems_of_rows if problem.left_out]
+    usable = np.ones(len(table), dtype=np.bool_)
+    for problem in left_out:
+        usable &= ~problem.rows
+    findings += box_format(table)
+    findings += use_findings(file, table, usable, left_out)
+
+    objects = np.flatnonzero(usable & ~table.crowd)
+    sides = table.inside[objects]
+    resized = None if target_size is None else sides * scales(file.images, target_size)[table.image[objects]]
+    if resized is not None and len(objects):
+        findings += size_findings(sides, resized, anchor_sizes, anchor_ratios)
+    opened = [] if root is None else _spread(file.images, sample)
+    if root is not None:
+        findings += file_findings(root, opened, track, decode=decode)
+    findings.sort(key=lambda finding: ("error", "warning", "note").index(finding.severity))
+    return DataReport(
+        file.name,
+        len(file.images),
+        len(table),
+        len(opened),
+        class_counts(file, table, usable, sides, resized),
+        tuple(findings),
+        tuple(_annotated_image(file, table, index, findings) for index in _choose(file, table, findings, examples)),
+    )
+
+
+def _untracked(items: Iterable[T], description: str, total: int) -> Iterable[T]:
+    return items
+
+
+def _spread(items: Sequence[T], count: int | None) -> Sequence[T]:
+    """So many items, evenly spread; None gives all."""
+    if count is None or count >= len(items):
+        return items
+    return [items[index] for index in np.linspace(0, len(items) - 1, count).astype(int).tolist()]
+
+
+def _choose(file: CocoDocument, table: AnnotationTable, findings: Sequence[Finding], count: int) -> list[int]:
+    """Indices of images to draw: one of each finding, the next of each finding, ..., then others with objects."""
+    rounds = itertools.zip_longest(*(finding.image_ids for finding in findings))
+    named = (file.index[image_id] for ids in rounds for image_id in ids if image_id is not None)
+    annotated = _spread(np.unique(table.image[table.image >= 0]).tolist(), count)
+    indices = dict.fromkeys(itertools.chain(named, annotated))
+    drawable = (i for i in indices if file.images[i].height * file.images[i].width <= _LARGEST_PICTURE)
+    return list(itertools.islice(drawable, count))
+
+
+def _annotated_image(
+    file: CocoDocument, table: AnnotationTable, index: int, findings: Sequence[Finding]
+) -> AnnotatedImage:
+    entry = file.images[index]
+    drawable = (table.image == index) & (table.category >= 0) & ~any_column(np.isnan(table.box))
+    rows = np.flatnonzero(drawable).tolist()
+    boxes = table.box[rows]
+    boxes[:, 2:] += boxes[:, :2]
+    sides = np.array([entry.width, entry.height] * 2)
+    boxes = np.clip(boxes, -sides, 2 * sides)  # what lies farther outside is not seen, and may not fit float32
+    rles = tuple(_mask_or_none(table.entries[row].get("segmentation"), entry) for row in rows)
+    codes = tuple(finding.code for finding in findings if entry.id in finding.image_ids)
+    return AnnotatedImage(
+        entry.id,
+        entry.file_name,
+        (entry.height, entry.width),
+        boxes.astype(np.float32),
+        table.category[rows],
+        table.crowd[rows],
+        rles if table.has_masks else None,
+        codes,
+    )
+
+
+def _mask_or_none(segmentation: object, entry: CocoImage) -> Rle:
+    """A mask, empty if it can't be read."""
+    try:
+        return segmentation_to_rle(segmentation, entry.height, entry.width)
+    except (TypeError, ValueError, OverflowError):
+        nothing = {"size": [entry.height, entry.width], "counts": [entry.height * entry.width]}
+        return segmentation_to_rle(nothing, entry.height, entry.width)

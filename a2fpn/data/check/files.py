@@ -1,0 +1,123 @@
+"""Whether the image files of a data set are there, can be read, and are what the annotations say."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+
+from PIL import ExifTags, Image
+
+from a2fpn.data.check.report import PICTURED, Finding, Severity, Track, count_of, few, shorten
+from a2fpn.data.coco import CocoImage
+from a2fpn.data.images import read_image
+from a2fpn.errors import ImageError
+
+_FOLDERS_SEARCHED = 1000
+_TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+
+
+def file_findings(root: Path, images: Sequence[CocoImage], track: Track, *, decode: bool) -> Iterator[Finding]:
+    """Files that are missing, can't be read, or are not what the JSON says."""
+    problems: dict[str, list[tuple[CocoImage, str]]] = {}
+    with ThreadPool() as pool, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PIL's, on files that are named below if they matter
+        inspected = pool.imap(lambda entry: _inspect(root / entry.file_name, entry, decode=decode), images, 16)
+        for entry, (code, detail) in zip(images, track(inspected, "opening images", len(images)), strict=True):
+            if code:
+                problems.setdefault(code, []).append((entry, detail))
+    lost = sum(len(found) for code, found in problems.items() if _FILES[code][0] == "error")
+    for code, found in problems.items():
+        severity, statement, advice = _FILES[code]
+        names = (f"{_name(entry)}{f': {detail}' if detail else ''}" for entry, detail in found)
+        message = f"{statement} in {len(found):,} of {count_of(len(images), 'opened image')}: {few(names, len(found))}."
+        if code == "missing-file" and len(found) == len(images):
+            advice += _elsewhere(root, images[0].file_name)
+        pictured = tuple(entry.id for entry, _ in found[:PICTURED])
+        fatal = severity == "error" and lost == len(images)
+        yield Finding(severity, code, message, advice, len(found), pictured, fatal=fatal)
+
+
+_FILES: Mapping[str, tuple[Severity, str, str]] = {
+    "missing-file": ("error", "No file", "Look at the folder and at the spelling of the names."),
+    "unreadable-file": ("error", "A file that is no readable image", "Fetch the file again, or convert it to PNG."),
+    "size-mismatch": (
+        "error",
+        "Another size than the JSON says",
+        "The boxes fit another version of the image: bring back that, or scale the annotations.",
+    ),
+    "exif-turned": (
+        "note",
+        "A stored picture that its EXIF tag turns to the size in the JSON",
+        "The reader turns such pictures; other tools may not.",
+    ),
+    "exif-ignored": (
+        "note",
+        "An EXIF tag that would turn the picture away from the size in the JSON",
+        "The reader ignores the tag, as the tool did that wrote the JSON; other tools may not.",
+    ),
+    "exif-ambiguous": (
+        "warning",
+        "An EXIF tag that turns or mirrors the picture without changing its size",
+        "The reader takes the pixels as stored. If boxes lie wrong (see a plot), apply the tag to the files.",
+    ),
+}
+"""Severity, statement and advice for what :func:`_inspect` finds."""
+
+
+def _name(entry: CocoImage) -> str:
+    return f"{entry.id} ({shorten(repr(entry.file_name), 60)})"
+
+
+def _inspect(path: Path, entry: CocoImage, *, decode: bool) -> tuple[str, str]:
+    """A key of ``_FILES`` and a detail for what is wrong with a file; empty if nothing is."""
+    size = (entry.height, entry.width)
+    try:
+        if not path.is_file():
+            return "missing-file", ""
+        with Image.open(path) as image:
+            stored = (image.height, image.width)
+            orientation = _orientation(image, agrees=stored == size)
+    except Exception as error:  # PIL raises almost anything on a corrupt file
+        return "unreadable-file", shorten(repr(str(error) or type(error).__name__), 80)
+    turned = stored[::-1] if orientation in _TURNED else stored
+    if size not in (stored, turned):
+        got, wanted = (f"{width} x {height}" for height, width in (stored, size))
+        return "size-mismatch", f"{got} instead of {wanted}"
+    if decode:
+        try:
+            read_image(path, size=size)
+        except ImageError as error:
+            return "unreadable-file", shorten(repr(str(error).removeprefix(f"{path}: ")), 80)
+    if orientation in (None, 1):
+        return "", ""
+    if stored == turned:
+        return "exif-ambiguous", f"orientation {orientation}"
+    return ("exif-ignored" if stored == size else "exif-turned"), ""
+
+
+def _orientation(image: Image.Image, *, agrees: bool) -> int | None:
+    """The EXIF orientation, 2 to 8 where it changes the picture; None where there is none.
+
+    A PNG without a tag before its pixels is decoded by PIL to look for one behind them: too slow to do if the size
+    agrees already.
+    """
+    if agrees and image.format == "PNG" and "exif" not in image.info:
+        return None
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # whatever PIL raises on a broken tag, which the reader never sees if the size agrees
+        return None
+    return orientation if orientation in range(1, 9) else None
+
+
+def _elsewhere(root: Path, file_name: str) -> str:
+    """Where below the folder the file lies, if it does."""
+    wanted = os.path.basename(file_name)
+    for folder, _, names in itertools.islice(os.walk(root), _FOLDERS_SEARCHED):
+        if wanted in names:
+            return f" {wanted!r} lies in {folder}."
+    return ""

@@ -1,0 +1,79 @@
+"""Whether objects are of a size that a network sees, and its anchors fit.
+
+Shape shorthand: K objects; sides are (K, 2) float64, width and height in pixels.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from a2fpn.data.check.report import Finding, Severity
+
+Sides = NDArray[np.float64]
+_COVERED = 0.5  # IoU from which an anchor's shape is taken to fit an object
+_GAIN = 0.1  # share of the objects that other anchors must fit in addition to be worth a word
+_MEASURED = 20_000  # objects that anchors are compared with
+_SMALL, _LARGE = 16.0, 256.0  # pixels of the network's input
+
+
+def size_findings(
+    sides: Sides,
+    resized: Sides,
+    anchor_sizes: Sequence[Sequence[float]],
+    anchor_ratios: Sequence[float],
+) -> Iterator[Finding]:
+    """How large the objects are for the network, and whether input size and anchors suit them; sides (K, 2)."""
+    before, (low, median, high) = median_size(sides), np.quantile(np.sqrt(resized.prod(1)), (0.05, 0.5, 0.95))
+    message = f"The median object measures {before:.1f} pixels, and {median:.1f} in the network's input, where 90 % "
+    message += f"measure {low:.1f} to {high:.1f} (square root of the box's area)."
+    advice = "That suits the input size."
+    severity: Severity = "note"
+    if median < _SMALL:
+        severity = "warning"
+        advice = (
+            f"That is small: enlarge the input {2 * _SMALL / median:.1f} times (min_size, max_size), or train on tiles."
+        )
+    elif median > _LARGE:
+        advice = f"That is large: on an input {_LARGE / median:.2f} times the size they would measure {_LARGE:.0f}."
+    yield Finding(severity, "object-size", message, advice, len(sides))
+    if not anchor_sizes:
+        return
+    shown = resized[:: -(-len(resized) // _MEASURED)]
+    now = _covered(shown, anchor_sizes, anchor_ratios)
+    ratios = sorted({*anchor_ratios, min(anchor_ratios) / 2, max(anchor_ratios) * 2})
+    options = [
+        ([[round(size * factor) for size in level] for level in anchor_sizes], ratio)
+        for ratio in (list(anchor_ratios), ratios)
+        for factor in (0.25, 0.5, 1, 2)
+    ]
+    shares = [_covered(shown, *option) for option in options]
+    # More ratios are more work: they must fit more than the best sizes alone do.
+    best = int(np.argmax(shares[:4]))
+    best = int(np.argmax(shares)) if max(shares) > shares[best] + _GAIN else best
+    message = f"The model's anchors have about the shape of {now:.0%} of the objects (IoU {_COVERED} or more)."
+    if shares[best] > now + _GAIN:
+        sizes, fitting = options[best]
+        advice = f"anchor_sizes={sizes}, anchor_ratios={fitting} fit {shares[best]:.0%}; anchors are set in the model."
+        yield Finding("warning", "anchors", message, advice, round((1 - now) * len(sides)))
+    else:
+        advice = "No multiple of these sizes and no wider range of ratios fits clearly more."
+        yield Finding("note", "anchors", message, advice, round((1 - now) * len(sides)))
+
+
+def _covered(sides: Sides, sizes: Sequence[Sequence[float]], ratios: Sequence[float]) -> float:
+    """Share of boxes, (K, 2), that some anchor put on their centre has an IoU of ``_COVERED`` with."""
+    best = np.zeros(len(sides))
+    for size, ratio in itertools.product(itertools.chain.from_iterable(sizes), ratios):
+        anchor = np.array([size / ratio**0.5, size * ratio**0.5])
+        shared = np.minimum(sides, anchor).prod(1)
+        best = np.maximum(best, shared / (sides.prod(1) + anchor.prod() - shared))
+    return float((best >= _COVERED).mean())
+
+
+def median_size(sides: Sides) -> float | None:
+    """The median size of boxes (K, 2); None without boxes."""
+    return float(np.median(np.sqrt(sides.prod(1)))) if len(sides) else None

@@ -1,0 +1,51 @@
+"""torchvision's coding of boxes, with the same values and no constant that has to travel to the device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchvision.models.detection import _utils
+
+
+class BoxCoder(_utils.BoxCoder):  # type: ignore[misc]
+    """Boxes as offsets from other boxes (Girshick et al., "R-CNN", CVPR 2014, Appendix C); arguments as torchvision's.
+
+    Example:
+        >>> coder = BoxCoder((1.0, 1.0, 1.0, 1.0))
+        >>> boxes, anchors = torch.tensor([[2.0, 0.0, 6.0, 8.0]]), torch.tensor([[0.0, 0.0, 4.0, 4.0]])
+        >>> coder.encode_single(boxes, anchors)
+        tensor([[0.5000, 0.5000, 0.0000, 0.6931]])
+        >>> coder.decode_single(coder.encode_single(boxes, anchors), anchors)
+        tensor([[2., 0., 6., 8.]])
+    """
+
+    def encode_single(self, reference_boxes: Tensor, proposals: Tensor) -> Tensor:
+        """Offsets ``(n, 4)`` dx, dy, dw, dh of boxes from proposals, ``(n, 4)`` xyxy both."""
+        sides = proposals[:, 2:] - proposals[:, :2]
+        centres = proposals[:, :2] + 0.5 * sides
+        own_sides = reference_boxes[:, 2:] - reference_boxes[:, :2]
+        own_centres = reference_boxes[:, :2] + 0.5 * own_sides
+        wx, wy, ww, wh = self.weights
+        moved, grown = (own_centres - centres, own_sides / sides)
+        columns = [
+            wx * moved[:, 0] / sides[:, 0],
+            wy * moved[:, 1] / sides[:, 1],
+            ww * torch.log(grown[:, 0]),
+            wh * torch.log(grown[:, 1]),
+        ]
+        return torch.stack(columns, 1)
+
+    def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
+        """Boxes ``(n, 4 K)`` xyxy of K offsets each, ``(n, 4 K)``, from boxes ``(n, 4)``."""
+        boxes = boxes.to(rel_codes.dtype)
+        sides = boxes[:, 2:] - boxes[:, :2]
+        centres = boxes[:, :2] + 0.5 * sides
+        codes = rel_codes.unflatten(1, (-1, 4))
+        wx, wy, ww, wh = self.weights
+        columns = []
+        for axis, (move, grow) in enumerate(((wx, ww), (wy, wh))):
+            centre = codes[..., axis] / move * sides[:, axis, None] + centres[:, axis, None]
+            side = torch.exp((codes[..., 2 + axis] / grow).clamp(max=self.bbox_xform_clip)) * sides[:, axis, None]
+            columns.append((centre - 0.5 * side, centre + 0.5 * side))
+        (x0, x1), (y0, y1) = columns
+        return torch.stack([x0, y0, x1, y1], 2).flatten(1)

@@ -1,0 +1,224 @@
+"""RoI heads of the two-stage detectors: sampling, losses and post-processing around torchvision's ``RoIHeads``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.models.detection.roi_heads import RoIHeads, fastrcnn_loss, keypointrcnn_loss, keypoints_to_heatmap
+
+from a2fpn import device
+from a2fpn.heads.box_coder import BoxCoder
+from a2fpn.heads.matching import IGNORED, BoxPairs, ChunkedMatcher
+from a2fpn.heads.postprocess import DetectionRule, box_detections
+from a2fpn.heads.sampling import draw_rows
+from a2fpn.heads.share import LossShare
+from a2fpn.masks.targets import mask_loss
+from a2fpn.pyramid import Features
+
+
+class Samples(NamedTuple):
+    """What a stage learns from, per image.
+
+    Args:
+        boxes: ``(S, 4)`` xyxy.
+        objects: ``(S,)`` index of the object that each box is held against.
+        labels: ``(S,)`` its class, 0 for background.
+        deltas: ``(S, 4)`` regression targets.
+    """
+
+    boxes: list[Tensor]
+    objects: list[Tensor]
+    labels: list[Tensor]
+    deltas: list[Tensor]
+
+    def positives(self) -> Samples:
+        """The boxes that are held against an object."""
+        keep = positive_rows(self.labels)
+        return Samples(*([x[rows] for x, rows in zip(field, keep, strict=True)] for field in self))
+
+
+def positive_rows(labels: Sequence[Tensor]) -> list[Tensor]:
+    """Per image the rows, ascending, of the boxes that are held against an object.
+
+    Args:
+        labels: Per image ``(S,)``.
+    """
+    if not device.runs_ahead(labels[0]):
+        return [torch.where(own > 0)[0] for own in labels]
+    # A device is waited for once instead of once per image.
+    counts = torch.stack([(own > 0).sum() for own in labels]).tolist()
+    order = [(own > 0).to(torch.uint8).argsort(descending=True, stable=True) for own in labels]
+    return [rows[:count] for rows, count in zip(order, counts, strict=True)]
+
+
+class DetectionRoIHeads(RoIHeads):  # type: ignore[misc]
+    """torchvision's ``RoIHeads`` with :class:`ChunkedMatcher` and a :class:`DetectionRule` that can be exchanged.
+
+    The thresholds stay where torchvision keeps them.
+
+    Args:
+        *args: torchvision's.
+        aligned: Whether mask targets are cut out with RoIAlign's shift by half a pixel, as the features are.
+        mask_boundary_weight: See :func:`~a2fpn.masks.targets.mask_loss`.
+        **kwargs: torchvision's.
+    """
+
+    proposal_matcher: ChunkedMatcher
+
+    def __init__(self, *args: Any, aligned: bool = False, mask_boundary_weight: float = 1.0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.aligned = aligned
+        self.mask_boundary_weight = mask_boundary_weight
+        matcher = self.proposal_matcher
+        self.box_coder = BoxCoder(self.box_coder.weights)
+        self.proposal_matcher = ChunkedMatcher(matcher.high_threshold, matcher.low_threshold)
+        self.rule = DetectionRule(self.score_thresh, self.nms_thresh, self.detections_per_img)
+        self.share = LossShare()
+
+    @property
+    def rule(self) -> DetectionRule:
+        """What makes a detection."""
+        return DetectionRule(self.score_thresh, self.nms_thresh, self.detections_per_img, *self._soft_nms)
+
+    @rule.setter
+    def rule(self, rule: DetectionRule) -> None:
+        self.score_thresh, self.nms_thresh = rule.score_threshold, rule.nms_threshold
+        self.detections_per_img = rule.detections_per_image
+        self._soft_nms = (rule.soft_nms, rule.soft_nms_sigma)
+
+    def assign_targets_to_proposals(
+        self, proposals: list[Tensor], gt_boxes: list[Tensor], gt_labels: list[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Objects and labels for proposals.
+
+        Args:
+            proposals: Per image ``(N, 4)`` xyxy.
+            gt_boxes: Per image ``(G, 4)`` xyxy.
+            gt_labels: Per image ``(G,)`` from 1.
+
+        Returns:
+            Per image the index of each proposal's object, 0 where it has none, and its label: 0 is background, -1 is
+            ignored; ``(N,)`` int64 both.
+        """
+        indices, labels = [], []
+        for boxes, objects, classes in zip(proposals, gt_boxes, gt_labels, strict=True):
+            matches = self.proposal_matcher(BoxPairs(objects, boxes))
+            index = matches.clamp(min=0)
+            label = classes[index] if len(classes) else index.clone()
+            label = torch.where(matches >= 0, label, (matches == IGNORED) * -1)
+            indices.append(index)
+            labels.append(label)
+        return indices, labels
+
+    def subsample(self, labels: list[Tensor]) -> list[Tensor]:
+        """Rows of the proposals that are learned from.
+
+        Args:
+            labels: Per image ``(N,)``: from 1 on an object's class, 0 background, -1 ignored.
+        """
+        if not device.runs_ahead(labels[0]):
+            rows: list[Tensor] = super().subsample(labels)
+            return rows
+        sampler = self.fg_bg_sampler
+        return draw_rows(labels, size=sampler.batch_size_per_image, positive_fraction=sampler.positive_fraction)
+
+    def forward(
+        self,
+        features: Features,
+        proposals: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+        targets: list[dict[str, Any]] | None = None,
+    ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+        """As torchvision's; ``masks`` of a target are :class:`~a2fpn.masks.InstanceMasks`, the losses are the same.
+
+        Args:
+            features: The pyramid.
+            proposals: Per image ``(P, 4)`` xyxy.
+            image_shapes: Per image height and width without padding.
+            targets: In training mode per image ``boxes``, ``labels`` from 1 and what the mask or keypoint head needs.
+        """
+        if targets is None:
+            found: tuple[list[dict[str, Tensor]], dict[str, Tensor]] = super().forward(
+                features, proposals, image_shapes
+            )
+            return found
+        samples = Samples(*self.select_training_samples(proposals, targets))
+        pooled = self.box_head(self.box_roi_pool(features, samples.boxes, image_shapes))
+        loss_classifier, loss_box = _box_losses(*self.box_predictor(pooled), samples)
+        count = sum(map(len, samples.labels))
+        losses = {"loss_classifier": self.share(loss_classifier, count), "loss_box_reg": self.share(loss_box, count)}
+        positives = samples.positives()
+        if self.has_mask():
+            pooled = self.mask_head(self.mask_roi_pool(features, positives.boxes, image_shapes))
+            loss = mask_loss(
+                self.mask_predictor(pooled),
+                [target["masks"] for target in targets],
+                positives.boxes,
+                positives.objects,
+                positives.labels,
+                aligned=self.aligned,
+                boundary_weight=self.mask_boundary_weight,
+            )
+            losses["loss_mask"] = self.share(loss, sum(map(len, positives.labels)))
+        if self.has_keypoint():
+            pooled = self.keypoint_head(self.keypoint_roi_pool(features, positives.boxes, image_shapes))
+            logits = self.keypoint_predictor(pooled).contiguous()  # torchvision's loss takes views of it
+            keypoints = [target["keypoints"] for target in targets]
+            loss = keypointrcnn_loss(logits, positives.boxes, keypoints, positives.objects)
+            visible = 0
+            if self.share.enabled:  # counting waits for the device
+                images = zip(keypoints, positives.boxes, positives.objects, strict=True)
+                visible = sum(int(keypoints_to_heatmap(k[i], b, logits.shape[-1])[1].sum()) for k, b, i in images)
+            losses["loss_keypoint"] = self.share(loss, visible)
+        return [], losses
+
+    def postprocess_detections(
+        self,
+        class_logits: Tensor,
+        box_regression: Tensor,
+        proposals: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Per image boxes ``(n, 4)``, scores ``(n,)`` descending and labels ``(n,)`` from 1.
+
+        Args:
+            class_logits: ``(R, K + 1)``, background first.
+            box_regression: ``(R, 4 (K + 1))``.
+            proposals: Per image ``(P, 4)`` xyxy.
+            image_shapes: Per image height and width without padding.
+        """
+        counts = [len(boxes) for boxes in proposals]
+        boxes = self.box_coder.decode(box_regression, proposals)
+        scores = class_logits.softmax(-1)
+        rule = self.rule
+        results = [
+            box_detections(image_boxes, image_scores, size, rule)
+            for image_boxes, image_scores, size in zip(
+                torch.split(boxes, counts), torch.split(scores, counts), image_shapes, strict=True
+            )
+        ]
+        found, best, labels = (list(column) for column in zip(*results, strict=True))
+        return found, best, labels
+
+
+def _box_losses(logits: Tensor, deltas: Tensor, samples: Samples) -> tuple[Tensor, Tensor]:
+    """Losses of torchvision; on a GPU without asking it which samples are positive."""
+    if not device.runs_ahead(logits):
+        losses: tuple[Tensor, Tensor] = fastrcnn_loss(logits, deltas, samples.labels, samples.deltas)
+        return losses
+    return _box_losses_at_once(logits, deltas, samples)
+
+
+def _box_losses_at_once(logits: Tensor, deltas: Tensor, samples: Samples) -> tuple[Tensor, Tensor]:
+    labels, wanted = torch.cat(samples.labels), torch.cat(samples.deltas)
+    positive = (labels > 0)[:, None]
+    own = (labels.clamp(min=0)[:, None, None]).expand(-1, 1, 4)
+    chosen = deltas.view(len(labels), -1, 4).gather(1, own)[:, 0]
+    # The others' targets are differences from no object, which need not be numbers.
+    wanted = torch.where(positive, wanted, 0)
+    loss = F.smooth_l1_loss(chosen, wanted, beta=1 / 9, reduction="none")
+    return F.cross_entropy(logits, labels), (loss * positive).sum() / labels.numel()

@@ -1,0 +1,6 @@
+"""Prediction: results, tiles, test-time augmentation, optimized models and pictures."""
+
+from a2fpn.inference.predictor import PredictOptions, Predictor, list_images
+from a2fpn.inference.result import Result
+
+__all__ = ["PredictOptions", "Predictor", "Result", "list_images"]

@@ -1,0 +1,60 @@
+"""Pictures of a data check."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from a2fpn.data import ImageError, read_image
+
+if TYPE_CHECKING:
+    from a2fpn.data import DataReport
+from a2fpn.inference.draw import draw_grid
+
+
+def draw_report(report: DataReport, images: str | Path) -> Image.Image:
+    """Draws the examples of a check of data, with the codes of what was found in each.
+
+    Where an image can't be read its annotations are drawn on grey.
+
+    Args:
+        report: Of :func:`a2fpn.data.check_data` with ``examples``.
+        images: The image folder.
+
+    Returns:
+        See :func:`draw_grid`.
+
+    Raises:
+        ValueError: If the report has no examples.
+    """
+    from a2fpn.inference import Result
+
+    if not report.examples:
+        raise ValueError(f"{report.name}: no image to draw.")
+    # As in the report, with escapes in the place of what can't be written.
+    classes = [replace(count.category, name=repr(count.category.name)[1:-1]) for count in report.classes]
+    categories = (*classes, *(replace(category, name=f"{category.name} (crowd)") for category in classes))
+    results = []
+    for example in report.examples:
+        path = Path(images) / example.file_name
+        try:
+            pixels = np.asarray(read_image(path, size=example.size)).transpose(1, 2, 0)
+        except (ImageError, OSError):  # the latter for a name that no file system takes
+            pixels = np.full((*example.size, 3), 200, dtype=np.uint8)
+        results.append(
+            Result(
+                boxes=example.boxes,
+                scores=np.ones(len(example.boxes), dtype=np.float32),
+                labels=example.labels + len(classes) * example.crowds,
+                size=example.size,
+                categories=categories,
+                rles=example.rles,
+                image=pixels,
+                path=repr(example.file_name)[1:-1],
+            )
+        )
+    return draw_grid(results, [f"image {x.image_id}: {', '.join(x.codes)}" if x.codes else "" for x in report.examples])

@@ -1,0 +1,217 @@
+"""Detections of one image.
+
+Shape shorthand: N objects of K keypoints, an image of H x W pixels.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from a2fpn.config import Category
+from a2fpn.data.images import read_image
+from a2fpn.masks.rle import Rle, decode_rle
+
+if TYPE_CHECKING:
+    import supervision
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Result:
+    """The objects found in one image, best first.
+
+    Masks are run-length encoded: four hundred objects of a large image take kilobytes.
+
+    Args:
+        boxes: (N, 4) float32, x0 y0 x1 y1 in pixels of the image.
+        scores: (N,) float32 in [0, 1], descending.
+        labels: (N,) int64, indices into ``categories``.
+        size: Height and width of the image.
+        categories: The classes the model knows, in the order of the labels.
+        rles: A COCO run-length encoding per object; None if the model gives no masks.
+        image: (H, W, 3) uint8 RGB; None if the image was read from ``path`` and can be read again.
+        path: The file the image was read from, if any.
+        keypoints: (N, K, 3) float32, x and y in pixels of the image and 1 for visible; None if the model gives none.
+        keypoint_scores: (N, K) float32, the height of each keypoint's heatmap, a logit: above 0 the model is sure.
+        keypoint_names: K names, or empty if the model doesn't know them.
+
+    Example:
+        >>> result = Result(
+        ...     boxes=np.array([[2, 2, 6, 5]], dtype=np.float32),
+        ...     scores=np.array([0.75], dtype=np.float32),
+        ...     labels=np.array([0]),
+        ...     size=(8, 10),
+        ...     categories=(Category(7, "cat"),),
+        ... )
+        >>> result
+        <Result: 1 object in 10 x 8 pixels: 1 cat>
+        >>> result.to_coco(image_id=3)
+        [{'image_id': 3, 'category_id': 7, 'bbox': [2.0, 2.0, 4.0, 3.0], 'score': 0.75}]
+    """
+
+    boxes: NDArray[np.float32]
+    scores: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    size: tuple[int, int]
+    categories: tuple[Category, ...]
+    rles: tuple[Rle, ...] | None = None
+    image: NDArray[np.uint8] | None = None
+    path: str | None = None
+    keypoints: NDArray[np.float32] | None = None
+    keypoint_scores: NDArray[np.float32] | None = None
+    keypoint_names: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{count} {name}" for name, count in self.counts.items())
+        objects = "1 object" if len(self) == 1 else f"{len(self)} objects"
+        return f"<Result: {objects} in {self.size[1]} x {self.size[0]} pixels{': ' if counts else ''}{counts}>"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The class name of each object."""
+        return tuple(self.categories[label].name for label in self.labels.tolist())
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many objects of each class there are, in the order of the labels, without the absent ones."""
+        return dict(Counter(self.categories[label].name for label in sorted(self.labels.tolist())))
+
+    @property
+    def masks(self) -> NDArray[np.bool_] | None:
+        """(N, H, W) bool, decoded anew at each access; None if the model gives no masks."""
+        return None if self.rles is None else decode_rle(self.rles, size=self.size)
+
+    def above(self, score_threshold: float) -> Result:
+        """Returns the result without the objects that score less.
+
+        Args:
+            score_threshold: Between 0, which keeps all, and 1.
+        """
+        kept = np.flatnonzero(self.scores >= score_threshold)
+        return replace(
+            self,
+            boxes=self.boxes[kept],
+            scores=self.scores[kept],
+            labels=self.labels[kept],
+            rles=None if self.rles is None else tuple(self.rles[index] for index in kept),
+            keypoints=None if self.keypoints is None else self.keypoints[kept],
+            keypoint_scores=None if self.keypoint_scores is None else self.keypoint_scores[kept],
+        )
+
+    def to_coco(self, image_id: int) -> list[dict[str, Any]]:
+        """Returns COCO results records, as pycocotools' ``loadRes`` and COCO's servers read them.
+
+        Args:
+            image_id: The id that the annotations give this image.
+
+        Returns:
+            Per object image_id, category_id (the original id of its category), bbox (x, y, width, height in
+            pixels), score and, if there are masks, segmentation (compressed RLE), if there are keypoints, keypoints
+            (x, y and visibility of each, 3 K numbers).
+        """
+        corners = self.boxes.astype(np.float64)
+        sides = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
+        records: list[dict[str, Any]] = [
+            {"image_id": image_id, "category_id": self.categories[label].id, "bbox": bbox, "score": score}
+            for label, bbox, score in zip(self.labels.tolist(), sides.tolist(), self.scores.tolist(), strict=True)
+        ]
+        for record, rle in zip(records, self.rles or (), strict=False):
+            record["segmentation"] = rle
+        if self.keypoints is not None:
+            for record, points in zip(records, self.keypoints, strict=True):
+                record["keypoints"] = points.ravel().tolist()
+        return records
+
+    def to_supervision(self) -> supervision.Detections:
+        """Returns supervision's ``Detections``, with dense masks and the names as ``data["class_name"]``.
+
+        ``Detections`` have no place for keypoints: they are in ``data["keypoints"]``, and in
+        :meth:`to_supervision_keypoints`.
+        """
+        import supervision
+
+        points = {} if self.keypoints is None else {"keypoints": self.keypoints}
+        return supervision.Detections(
+            xyxy=self.boxes,
+            mask=self.masks,
+            confidence=self.scores,
+            class_id=self.labels,
+            data={"class_name": np.array(self.names, dtype=np.str_), **points},
+        )
+
+    def to_supervision_keypoints(self) -> supervision.KeyPoints:
+        """Returns supervision's ``KeyPoints``, which its annotators of keypoints draw.
+
+        Raises:
+            ValueError: If the model gives no keypoints.
+        """
+        import supervision
+
+        if self.keypoints is None:
+            raise ValueError("This result has no keypoints; they come from detectors such as keypointrcnn.")
+        return supervision.KeyPoints(
+            xy=self.keypoints[..., :2],
+            class_id=self.labels,
+            data={"class_name": np.array(self.names, dtype=np.str_)},
+        )
+
+    def load_image(self) -> NDArray[np.uint8]:
+        """Returns the (H, W, 3) uint8 image, read from ``path`` again unless it was given in memory.
+
+        Raises:
+            ValueError: If there is neither an image nor a path.
+            OSError: If the file is gone.
+        """
+        if self.image is not None:
+            return self.image
+        if self.path is None:
+            raise ValueError("This result holds neither the image nor its path; give the image to plot(image=...).")
+        return to_array(read_image(self.path))
+
+    def plot(
+        self,
+        image: NDArray[np.uint8] | None = None,
+        *,
+        score_threshold: float = 0.5,
+        boxes: bool | None = None,
+        labels: bool | None = None,
+        legend: bool = True,
+    ) -> Image.Image:
+        """Draws the objects on the image, enlarging small images by a whole factor.
+
+        Keypoints that the model is sure of are drawn, and joined to a skeleton where they have the names of COCO's.
+
+        Args:
+            image: (H, W, 3) uint8 RGB; None takes the image of the result, or reads its path.
+            score_threshold: Objects that score less are left out; 0 draws all.
+            boxes: Whether to draw boxes; None leaves them out where there are masks and more than 40 objects.
+            labels: Whether to write class and score beside objects that have room for it; None does so for up
+                to 40 objects.
+            legend: Whether to add a strip under the picture with the classes, counts and ranges of score.
+
+        Returns:
+            An RGB picture; ``.save("overlay.png")`` writes it, a notebook shows it.
+
+        Raises:
+            ValueError: If there is no image, or one of another type or size.
+        """
+        from a2fpn.inference.draw import draw
+
+        image = self.load_image() if image is None else image
+        return draw(self.above(score_threshold), image, boxes=boxes, labels=labels, legend=legend)
+
+
+def to_array(image: Tensor) -> NDArray[np.uint8]:
+    """(H, W, 3) uint8 array of a (3, H, W) tensor, uint8 or float in [0, 1]."""
+    pixels = image if image.dtype == torch.uint8 else (image * 255).round().clamp(0, 255).to(torch.uint8)
+    return np.asarray(pixels.detach().permute(1, 2, 0).cpu())

@@ -1,0 +1,202 @@
+"""Test-time augmentation: an image seen at several sizes and mirrored, and one result of all views.
+
+Shape shorthand: ``N`` detections of all views, ``M`` side of a predicted mask.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.ops import box_iou
+
+from a2fpn.heads.postprocess import DetectionRule
+
+Detection = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Which views of an image are taken, and how their detections are fused.
+
+    Args:
+        scales: Sizes, as factors of the size that the model itself would choose.
+        horizontal_flip: Whether each is also seen mirrored left to right.
+        vertical_flip: Whether each is also seen upside down, for images without an up, such as microscopy.
+        iou: IoU from which detections of one class are the same object.
+
+    Raises:
+        ValueError: Without a scale, for one outside [0.1, 10], or an IoU outside [0, 1].
+    """
+
+    scales: tuple[float, ...] = (0.8, 1.0, 1.25)
+    horizontal_flip: bool = True
+    vertical_flip: bool = False
+    iou: float = 0.55
+
+    def __post_init__(self) -> None:
+        if not self.scales or not all(0.1 <= scale <= 10 for scale in self.scales):
+            raise ValueError(f"scales must be one or more numbers between 0.1 and 10, got {self.scales}.")
+        if not 0 <= self.iou <= 1:
+            raise ValueError(f"iou must be between 0 and 1, got {self.iou}.")
+
+    def views(self) -> Iterator[tuple[float, tuple[int, ...]]]:
+        """Every scale with the dimensions (-1 columns, -2 rows) that are flipped."""
+        flips = itertools.product((False, True)[: 1 + self.vertical_flip], (False, True)[: 1 + self.horizontal_flip])
+        for scale, (rows, columns) in itertools.product(self.scales, list(flips)):
+            yield scale, ((-2,) if rows else ()) + ((-1,) if columns else ())
+
+
+def detect_augmented(
+    detect: Callable[[Tensor], Detection],
+    image: Tensor,
+    size: tuple[int, int],
+    augmentation: Augmentation,
+    rule: DetectionRule,
+    *,
+    interpolation: str = "bilinear",
+) -> Detection:
+    """Detections of all views of an image, fused.
+
+    Args:
+        detect: A detector that takes an image as it is, without resizing it; masks as predicted in their boxes.
+        image: ``(C, H, W)``, float in [0, 1] or uint8.
+        size: Height and width to which the model itself would resize it.
+        augmentation: Which views.
+        rule: What makes a detection; its two limits hold after the fusion too.
+        interpolation: How the model itself resizes.
+
+    Returns:
+        Boxes in pixels of the image, scores, labels and, if there are any, masks (n, 1, M, M).
+
+    Raises:
+        ValueError: If the detector gives keypoints, of which left and right can't be told.
+    """
+    pixels = image.float().div(255) if image.dtype == torch.uint8 else image.float()
+    found = []
+    for scale, flips in augmentation.views():
+        height, width = (max(1, round(side * scale)) for side in size)
+        view = F.interpolate(pixels[None], size=(height, width), mode=interpolation, align_corners=False)[0]
+        detection = detect(view.flip(flips))
+        if "keypoints" in detection:
+            raise ValueError("Test-time augmentation can't mirror keypoints; use a detector of boxes or masks.")
+        found.append(_moved_back(detection, flips, (height, width), (int(image.shape[1]), int(image.shape[2]))))
+    fused = fuse(found, iou=augmentation.iou)
+    kept = torch.where(fused["scores"] > rule.score_threshold)[0][: rule.detections_per_image]
+    return {name: x[kept] for name, x in fused.items()}
+
+
+def _moved_back(
+    detection: Detection, flips: tuple[int, ...], view: tuple[int, int], original: tuple[int, int]
+) -> Detection:
+    """A detection of a view in pixels of the image."""
+    x0, y0, x1, y1 = detection["boxes"].unbind(1)
+    if -1 in flips:
+        x0, x1 = view[1] - x1, view[1] - x0
+    if -2 in flips:
+        y0, y1 = view[0] - y1, view[0] - y0
+    factor = x0.new_tensor([original[1] / view[1], original[0] / view[0]]).repeat(2)
+    moved = {**detection, "boxes": torch.stack([x0, y0, x1, y1], 1) * factor}
+    if "masks" in detection:
+        moved["masks"] = detection["masks"].flip(flips)
+    return moved
+
+
+def fuse(views: Sequence[Detection], *, iou: float = 0.55) -> Detection:
+    """Weighted boxes fusion (Solovyev et al., "Weighted boxes fusion", Image and Vision Computing 2021), with masks.
+
+    Boxes of one class that overlap become one, their mean weighted by the scores. Its score is their mean, lowered if
+    not every view saw the object. Masks are moved into the fused box and averaged likewise.
+
+    Args:
+        views: Detections of every view, in pixels of one image.
+        iou: IoU from which a box belongs to a fused one.
+
+    Returns:
+        The fused detections, best first.
+
+    Example:
+        >>> def view(box, score):
+        ...     return {
+        ...         "boxes": torch.tensor([box]), "scores": torch.tensor([score]), "labels": torch.tensor([0])
+        ...     }
+        >>> fused = fuse([view([0.0, 0.0, 8.0, 8.0], 0.8), view([0.0, 0.0, 10.0, 8.0], 0.8)])
+        >>> fused["boxes"].tolist(), fused["scores"].tolist()
+        ([[0.0, 0.0, 9.0, 8.0]], [0.800000011920929])
+    """
+    every = {name: torch.cat([view[name] for view in views]) for name in views[0]}
+    order = every["scores"].argsort(descending=True, stable=True)
+    every = {name: x[order] for name, x in every.items()}
+    boxes, scores, labels = every["boxes"], every["scores"], every["labels"]
+    member, fused, first = _clusters(boxes, scores, labels, iou)
+    count = len(fused)
+    weights = scores.new_zeros(count).index_add(0, member, scores)
+    seen = torch.bincount(member, minlength=count)
+    score = weights / seen * (seen.clamp(max=len(views)) / len(views))
+    result = {"boxes": fused, "scores": score, "labels": labels[first]}
+    if "masks" in every:
+        moved = move_masks(every["masks"], boxes, fused[member]) * scores[:, None, None, None]
+        total = moved.new_zeros(count, *moved.shape[1:]).index_add(0, member, moved)
+        result["masks"] = total / weights.clamp(min=torch.finfo(weights.dtype).tiny)[:, None, None, None]
+    best = score.argsort(descending=True, stable=True)
+    return {name: x[best] for name, x in result.items()}
+
+
+def _clusters(boxes: Tensor, scores: Tensor, labels: Tensor, iou: float) -> tuple[Tensor, Tensor, Tensor]:
+    """For each box, best first, the fused box it belongs to; the fused boxes; the first member of each."""
+    sums = boxes.new_zeros(len(boxes), 4)
+    weights = scores.new_zeros(len(boxes))
+    fused = torch.zeros_like(boxes)
+    first: list[int] = []
+    member: list[int] = []
+    kinds = torch.full_like(labels, -1)
+    for row, (box, score, label) in enumerate(zip(boxes, scores, labels, strict=True)):
+        count = len(first)
+        target = count
+        if count:
+            overlap = box_iou(box[None], fused[:count])[0] * (kinds[:count] == label)
+            best = int(overlap.argmax())
+            if overlap[best] > iou:
+                target = best
+        if target == count:
+            first.append(row)
+            kinds[target] = label
+        member.append(target)
+        sums[target] += box * score
+        weights[target] += score
+        fused[target] = sums[target] / weights[target]
+    index = {"dtype": torch.int64, "device": boxes.device}
+    return torch.tensor(member, **index), fused[: len(first)], torch.tensor(first, **index)  # type: ignore[arg-type]
+
+
+def move_masks(masks: Tensor, old: Tensor, new: Tensor) -> Tensor:
+    """Masks predicted inside boxes, sampled in other boxes; zero where these reach beyond.
+
+    Args:
+        masks: ``(N, 1, M, M)`` probabilities.
+        old: ``(N, 4)`` xyxy, the boxes they were predicted in.
+        new: ``(N, 4)`` xyxy.
+
+    Returns:
+        ``(N, 1, M, M)``.
+
+    Example:
+        >>> mask = torch.ones(1, 1, 2, 2)
+        >>> move_masks(mask, torch.tensor([[0.0, 0.0, 4.0, 4.0]]), torch.tensor([[2.0, 0.0, 6.0, 4.0]]))[0, 0]
+        tensor([[1., 0.],
+                [1., 0.]])
+    """
+    side = masks.shape[-1]
+    centres = (torch.arange(side, dtype=old.dtype, device=old.device) + 0.5) / side
+    places = new[:, None, :2] + centres[:, None] * (new[:, None, 2:] - new[:, None, :2])
+    # In units of the old box, (N, M, 2): x and y.
+    places = (places - old[:, None, :2]) / (old[:, None, 2:] - old[:, None, :2])
+    inside = ((places >= 0) & (places <= 1)).to(masks.dtype)
+    x, y = places.unbind(2)
+    grid = torch.stack([x[:, None].expand(-1, side, -1), y[:, :, None].expand(-1, -1, side)], 3) * 2 - 1
+    moved = F.grid_sample(masks, grid.to(masks.dtype), padding_mode="border", align_corners=False)
+    return moved * (inside[:, None, None, :, 0] * inside[:, None, :, None, 1])

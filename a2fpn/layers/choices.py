@@ -1,0 +1,25 @@
+"""Checks of arguments that name one of a few kinds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def check_choice(argument: str, value: object, allowed: Sequence[str]) -> None:
+    """Checks that an argument is one of the names it may be.
+
+    Args:
+        argument: Its name in the message.
+        value: What was given.
+        allowed: The names.
+
+    Raises:
+        ValueError: For any other value; the message has the names.
+
+    Example:
+        >>> check_choice("pool", "max", ("mean", "attention"))
+        Traceback (most recent call last):
+        ValueError: Unknown pool='max'; expected one of mean, attention.
+    """
+    if value not in allowed:
+        raise ValueError(f"Unknown {argument}={value!r}; expected one of {', '.join(allowed)}.")

@@ -1,0 +1,5 @@
+"""Instance masks: pixels, run lengths, polygons, pasting and training targets."""
+
+from a2fpn.masks.instances import InstanceMasks, nearest_pixels
+
+__all__ = ["InstanceMasks", "nearest_pixels"]

@@ -1,0 +1,414 @@
+"""Masks kept small: polygons and run lengths in, COCO run lengths (RLE) out, without full-size canvases.
+
+Shape shorthand: ``N`` objects, ``H`` x ``W`` image pixels, ``M`` x ``M`` mask cells inside a box. An RLE
+holds the mask of one object; its runs go down the columns, as in the COCO format.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+from pycocotools import mask as mask_utils
+from torch import Tensor
+
+from a2fpn.masks.paste import PasteRule, mask_windows
+
+_COORDINATE_LIMIT = 1e6  # pycocotools counts polygon steps in 32-bit integers and allocates one per pixel walked
+_PASS = 1 << 16  # characters of run lengths decoded at once, in a few MB
+
+
+class Rle(TypedDict):
+    """One mask in COCO's compressed form.
+
+    Attributes:
+        size: ``[H, W]``.
+        counts: The compressed run lengths, ASCII; JSON-able.
+    """
+
+    size: list[int]
+    counts: str
+
+
+@dataclass(frozen=True, eq=False)
+class Polygons:
+    """One mask as polygons, which together are the object.
+
+    Args:
+        points: Each ``(K, 2)`` float64, x and y in pixels; at least 3 points.
+        size: (H, W) of the image.
+    """
+
+    points: tuple[NDArray[np.float64], ...]
+    size: tuple[int, int]
+
+    def to_rle(self) -> Rle:
+        """The pixels that pycocotools finds inside."""
+        flat = [points.reshape(-1) for points in self.points]
+        return _as_text([mask_utils.merge(mask_utils.frPyObjects(flat, *self.size))])[0]
+
+
+def encode_masks(masks: Tensor | NDArray[Any]) -> list[Rle]:
+    """Encodes full-size masks.
+
+    Args:
+        masks: (N, H, W), bool or numbers; every value but 0 belongs to the object.
+
+    Returns:
+        N run-length encodings.
+
+    Raises:
+        ValueError: If ``masks`` has not three dimensions.
+
+    Example:
+        >>> encode_masks(np.eye(3)[None])
+        [{'size': [3, 3], 'counts': '013000'}]
+    """
+    if masks.ndim != 3:
+        raise ValueError(f"masks must have the shape (N, H, W), got {tuple(masks.shape)}.")
+    array = np.asarray(masks.detach().cpu() if isinstance(masks, Tensor) else masks)
+    return _as_text(mask_utils.encode(np.asfortranarray((array != 0).transpose(1, 2, 0), dtype=np.uint8)))
+
+
+def decode_rle(rles: Sequence[Rle], *, size: tuple[int, int] | None = None) -> NDArray[np.bool_]:
+    """Decodes masks of one image.
+
+    Args:
+        rles: N encodings of one size.
+        size: (H, W) of the result where ``rles`` is empty; (0, 0) if not given.
+
+    Returns:
+        (N, H, W) bool. The memory runs down the columns; ``np.ascontiguousarray`` makes rows contiguous.
+
+    Example:
+        >>> decode_rle(encode_masks(np.eye(3)[None]))[0].astype(int)
+        array([[1, 0, 0],
+               [0, 1, 0],
+               [0, 0, 1]])
+        >>> decode_rle([], size=(480, 640)).shape
+        (0, 480, 640)
+    """
+    height, width = rles[0]["size"] if rles else size or (0, 0)
+    columns = np.zeros((len(rles), width * height), dtype=np.bool_)
+    for mask, runs in zip(columns, _decoded(rles), strict=True):
+        # Only from the first to the last pixel: the rest of the memory is never touched, which makes hundreds
+        # of small objects in a large image tens of times faster than pycocotools' decode.
+        start, body = _body(runs)
+        mask[start : start + len(body)] = body
+    masks: NDArray[np.bool_] = columns.reshape(len(rles), width, height).transpose(0, 2, 1)
+    return masks
+
+
+def decode_window(rle: Rle) -> tuple[NDArray[np.uint8], tuple[int, int, int, int]]:
+    """Decodes a mask in the smallest window around it.
+
+    Returns:
+        (h, w) uint8 in {0, 1}, and the window's left, top, right and bottom, the last two behind its pixels.
+
+    Example:
+        >>> decode_window(encode_masks(np.eye(4)[None, :3])[0])
+        (array([[1, 0, 0],
+               [0, 1, 0],
+               [0, 0, 1]], dtype=uint8), (0, 0, 3, 3))
+    """
+    height = rle["size"][0]
+    (runs,) = _decoded([rle])
+    start, body = _body(runs)
+    if not len(body):
+        return np.zeros((0, 0), np.uint8), (0, 0, 0, 0)
+    left, right = start // height, -(-(start + len(body)) // height)
+    columns = np.zeros((right - left, height), np.uint8)
+    columns.reshape(-1)[start - left * height :][: len(body)] = body
+    rows = np.flatnonzero(columns.any(0))
+    top, bottom = int(rows[0]), int(rows[-1]) + 1
+    return columns.T[top:bottom], (left, top, right, bottom)
+
+
+def _body(runs: NDArray[np.int64]) -> tuple[int, NDArray[np.bool_]]:
+    """The first pixel of a mask, counted down the columns, and the values from there to the last."""
+    body = runs[1 : -1 if len(runs) % 2 else None]  # of 1, 0, 1, ...
+    return int(runs[0]), np.repeat(np.arange(len(body)) % 2 == 0, body)
+
+
+def segmentation_to_rle(segmentation: object, height: int, width: int) -> Rle:
+    """Turns a COCO ``segmentation`` into one RLE, after checks that pycocotools leaves out.
+
+    pycocotools reads stray memory, or never returns, on run lengths that don't fill the image, and takes
+    a list of four numbers for a box. Both are errors here.
+
+    Args:
+        segmentation: Polygons ``[[x0, y0, x1, y1, x2, y2, ...], ...]`` in pixels (all of them together are
+            one object), or ``{"size": [H, W], "counts": ...}`` with compressed (text) or uncompressed
+            (list of integers) run lengths.
+        height: Image height, pixels.
+        width: Image width, pixels.
+
+    Raises:
+        ValueError: If the value is none of these or doesn't fit the image.
+
+    Example:
+        >>> square = [[1, 1, 3, 1, 3, 3, 1, 3]]
+        >>> decode_rle([segmentation_to_rle(square, 4, 4)])[0].astype(int)
+        array([[0, 0, 0, 0],
+               [0, 1, 1, 0],
+               [0, 1, 1, 0],
+               [0, 0, 0, 0]])
+        >>> segmentation_to_rle({"size": [4, 4], "counts": [5, 2]}, 4, 4)
+        Traceback (most recent call last):
+        ...
+        ValueError: the run lengths of the mask add up to 7 pixels, the image has 4 x 4 = 16
+    """
+    mask = parse_segmentation(segmentation, height, width)
+    return mask.to_rle() if isinstance(mask, Polygons) else mask
+
+
+def parse_segmentation(segmentation: object, height: int, width: int) -> Polygons | Rle:
+    """Checks a COCO ``segmentation`` as :func:`segmentation_to_rle` does, and leaves polygons what they are.
+
+    Raises:
+        ValueError: As there.
+    """
+    (mask,) = parse_segmentations([(segmentation, height, width)])
+    if isinstance(mask, ValueError):
+        raise mask
+    return mask
+
+
+def parse_segmentations(segmentations: Iterable[tuple[object, int, int]]) -> list[Polygons | Rle | ValueError]:
+    """Checks many as :func:`parse_segmentation` does one, compressed run lengths in a fraction of the time.
+
+    Args:
+        segmentations: Each with the height and width of its image, pixels.
+
+    Returns:
+        For each the mask, or the error that it would raise.
+
+    Example:
+        >>> parse_segmentations([({"size": [3, 3], "counts": "013000"}, 3, 3), (None, 3, 3)])
+        [{'size': [3, 3], 'counts': '013000'}, ValueError('a segmentation is a list of polygons or an RLE, got None')]
+    """
+    masks: list[Polygons | Rle | ValueError] = []
+    positions: list[int] = []
+    texts: list[bytes] = []
+    sizes: list[tuple[int, int]] = []
+    for position, (segmentation, height, width) in enumerate(segmentations):
+        try:
+            mask: Polygons | Rle | bytes | ValueError = _parse(segmentation, height, width)
+        except ValueError as error:
+            mask = error
+        if isinstance(mask, bytes):
+            positions.append(position)
+            texts.append(mask)
+            sizes.append((height, width))
+            # Characters behind ASCII are among what the check finds.
+            mask = Rle(size=[height, width], counts=mask.decode("ascii", "replace"))
+        masks.append(mask)
+    for part in _passes(texts):
+        runs, firsts, problems = _run_lengths(texts[part])
+        # As floats, which are exact as long as they may be right: sums of long texts overflow 64-bit integers.
+        totals = np.add.reduceat(runs, firsts, dtype=np.float64).tolist()
+        for number, (position, total, (height, width)) in enumerate(
+            zip(positions[part], totals, sizes[part], strict=True)
+        ):
+            if number in problems:
+                masks[position] = ValueError(problems[number])
+            elif total != height * width:
+                masks[position] = ValueError(_wrong_total(int(total), height, width))
+    return masks
+
+
+def encode_box_masks(
+    masks: Tensor, boxes: Tensor, size: tuple[int, int], *, threshold: float = 0.5, rule: PasteRule = "exact"
+) -> list[Rle]:
+    """Encodes masks predicted inside boxes, bit for bit as pasting them into the image and encoding that.
+
+    The same result as ``paste_masks``, ``> threshold`` and pycocotools' ``encode``, in time and memory of the boxes,
+    not of N images. A box outside the image gives an empty mask.
+
+    Args:
+        masks: (N, 1, M, M) float probabilities inside each box, any device.
+        boxes: (N, 4) float xyxy, image pixels.
+        size: (H, W) of the image, pixels.
+        threshold: A pixel belongs to the object if its probability is above this, in [0, 1).
+        rule: How mask cells become pixels, see :func:`a2fpn.heads.mask_windows`.
+
+    Returns:
+        N encodings of the image's size.
+
+    Raises:
+        ValueError: For a threshold or rule out of range, or shapes that don't fit each other.
+
+    Example:
+        >>> import torch
+        >>> probabilities, boxes = torch.ones(2, 1, 28, 28), torch.tensor([[10.0, 20.0, 50.0, 60.0]] * 2)
+        >>> rles = encode_box_masks(probabilities, boxes, (480, 640))
+        >>> decode_rle(rles).shape, int(decode_rle(rles)[0].sum())
+        ((2, 480, 640), 1600)
+    """
+    if not 0 <= threshold < 1:
+        raise ValueError(f"threshold must lie in [0, 1), got {threshold}.")
+    windows = mask_windows(masks.detach().float().cpu(), boxes.detach().float().cpu(), size, rule=rule)
+    runs = [
+        {"size": list(size), "counts": _window_runs((window > threshold).numpy(), top, left, *size)}
+        for window, top, left in windows
+    ]
+    return _as_text(mask_utils.frPyObjects(runs, *size)) if runs else []
+
+
+def encode_window(window: NDArray[np.bool_], top: int, left: int, size: tuple[int, int]) -> Rle:
+    """Encodes a mask that is empty but for a window, in time and memory of the window.
+
+    Args:
+        window: (h, w) bool.
+        top: Row of its first pixels.
+        left: Column likewise.
+        size: (H, W) of the image, pixels; the window lies inside.
+
+    Example:
+        >>> decode_window(encode_window(np.ones((1, 2), np.bool_), 1, 2, (4, 5)))
+        (array([[1, 1]], dtype=uint8), (2, 1, 4, 2))
+    """
+    runs = {"size": list(size), "counts": _window_runs(window, top, left, *size)}
+    return _as_text(mask_utils.frPyObjects([runs], *size))[0]
+
+
+def _window_runs(window: NDArray[np.bool_], top: int, left: int, height: int, width: int) -> NDArray[np.int64]:
+    """Returns the run lengths of a mask that is empty but for an (h, w) window."""
+    # One empty row under the window ends every run within its column, so that each run has a start and an end.
+    rows = window.shape[0] + 1
+    columns = np.zeros((window.shape[1], rows), dtype=np.int8)
+    columns[:, :-1] = window.T
+    column, row = np.divmod(np.flatnonzero(np.diff(columns.ravel(), prepend=np.int8(0))), rows)
+    edges = (column + left) * height + row + top
+    # Where the window is as high as the image, a run may go on at the top of the next column: join the two.
+    joined = np.flatnonzero(edges[1:-1:2] == edges[2::2]) * 2 + 1
+    edges = np.delete(edges, np.concatenate((joined, joined + 1)))
+    runs = np.diff(edges, prepend=0, append=height * width)
+    return runs[:-1] if len(edges) and runs[-1] == 0 else runs
+
+
+def _checked_polygon(polygon: object) -> NDArray[np.float64]:
+    try:
+        points: NDArray[np.float64] = np.asarray(polygon, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError):
+        points = np.empty(0)
+    if points.ndim != 1 or len(points) < 6 or len(points) % 2:
+        raise ValueError(f"a polygon is a list of at least 3 points x, y, x, y, ..., got {_shorten(polygon)}")
+    if not (np.abs(points) < _COORDINATE_LIMIT).all():  # also true for NaN
+        raise ValueError(f"a polygon has a coordinate that is no pixel position: {_shorten(polygon)}")
+    return points.reshape(-1, 2)
+
+
+def _parse(segmentation: object, height: int, width: int) -> Polygons | Rle | bytes:
+    """Checks all but compressed run lengths, which are returned as they are."""
+    if not isinstance(segmentation, Mapping):
+        if not isinstance(segmentation, Sequence) or isinstance(segmentation, str) or not segmentation:
+            raise ValueError(f"a segmentation is a list of polygons or an RLE, got {_shorten(segmentation)}")
+        return Polygons(tuple(_checked_polygon(polygon) for polygon in segmentation), (height, width))
+    size, counts = segmentation.get("size"), segmentation.get("counts")
+    if not isinstance(size, Sequence) or list(size) != [height, width]:
+        raise ValueError(f"the mask's size is {size!r}, the image's [height, width] is {[height, width]}")
+    if isinstance(counts, (str, bytes)):
+        return counts if isinstance(counts, bytes) else counts.encode()
+    if not isinstance(counts, Sequence) or not all(isinstance(run, int) and run >= 0 for run in counts):
+        raise ValueError(f"the counts of an RLE are text or a list of run lengths, got {_shorten(counts)}")
+    if sum(counts) != height * width:
+        raise ValueError(_wrong_total(sum(counts), height, width))
+    return _as_text([mask_utils.frPyObjects({"size": [height, width], "counts": list(counts)}, height, width)])[0]
+
+
+def _wrong_total(total: int, height: int, width: int) -> str:
+    pixels = f"{height} x {width} = {height * width}"
+    return f"the run lengths of the mask add up to {total} pixels, the image has {pixels}"
+
+
+def _decoded(rles: Sequence[Rle]) -> Iterator[NDArray[np.int64]]:
+    """Yields the runs of each mask, of 0, 1, 0, 1, ...
+
+    Raises:
+        ValueError: If the counts of one are no such runs.
+    """
+    texts = [rle["counts"].encode() for rle in rles]
+    for part in _passes(texts):
+        runs, firsts, problems = _run_lengths(texts[part])
+        if problems:
+            raise ValueError(next(iter(problems.values())))
+        for start, end in itertools.pairwise([*firsts.tolist(), len(runs)]):
+            yield runs[start:end]
+
+
+def _passes(texts: Sequence[bytes]) -> Iterator[slice]:
+    """Cuts texts into parts of about ``_PASS`` characters, or of one longer text."""
+    start = characters = 0
+    for end, text in enumerate(texts):
+        if characters + len(text) > _PASS and end > start:
+            yield slice(start, end)
+            start, characters = end, 0
+        characters += len(text)
+    if texts:
+        yield slice(start, len(texts))
+
+
+def _run_lengths(texts: Sequence[bytes]) -> tuple[NDArray[np.int64], NDArray[np.int64], dict[int, str]]:
+    """Returns the runs in COCO's compressed texts, which nothing in pycocotools tells.
+
+    Each number is written in base 32, lowest digit first, one character per digit from ``chr(48)`` on, bit
+    5 set on all but the last digit, whose bit 4 is the sign. From the fourth number on it is the
+    difference to the number before the last.
+
+    Args:
+        texts: At least one.
+
+    Returns:
+        The runs of all texts one after the other, at least one of each; where those of each text begin; and what is
+        wrong with those texts, by number, that are no such text, or whose runs are negative.
+    """
+    lengths = np.array([len(text) or 1 for text in texts])
+    text_ends = lengths.cumsum() - 1
+    text_starts = text_ends - lengths + 1
+    # As bytes, what lies before chr(48) becomes large, as does the "/" that stands for an empty text.
+    digits = np.frombuffer(b"".join(text or b"/" for text in texts), dtype=np.uint8) - np.uint8(48)
+    last = digits < 32
+    damaged = (np.maximum.reduceat(digits, text_starts) >= 64) | ~last[text_ends]
+    last[text_ends] = True  # so that no number reaches into the next text
+    ends = last.nonzero()[0]
+    digits_of = ends + 1
+    digits_of[1:] -= digits_of[:-1].copy()
+    firsts = ends.searchsorted(text_starts)
+    damaged |= np.maximum.reduceat(digits_of, firsts) > 7  # 35 bits: more than any run of a mask
+    values = ((digits[ends] & 31) ^ 16).astype(np.int64) - 16
+    for place in range(1, min(int(digits_of.max()), 7)):
+        longer = (digits_of > place).nonzero()[0]
+        values[longer] = (values[longer] << 5) | (digits[ends[longer] - place] & 31)
+
+    # Sums of every other number, without the first of a text: through all texts, less what came before each.
+    first_values = values[firsts]
+    values[firsts] = 0
+    for part in (values[0::2], values[1::2]):
+        part.cumsum(out=part)
+    if len(texts) > 1:
+        counts = np.diff(firsts, append=len(values))
+        odd = (np.arange(len(values)) - firsts.repeat(counts)) & 1
+        before_odd = np.where(firsts > 0, values[firsts - 1], 0)
+        values -= np.where(odd, before_odd.repeat(counts), values[firsts].repeat(counts))
+    values[firsts] = first_values
+
+    negative = np.minimum.reduceat(values, firsts) < 0
+    problems = {}
+    for number in (damaged | negative).nonzero()[0].tolist():
+        problem = "are no compressed RLE" if damaged[number] else "hold a negative run length"
+        problems[number] = f"the counts {_shorten(texts[number])} {problem}"
+    return values, firsts, problems
+
+
+def _as_text(rles: Sequence[Mapping[str, Any]]) -> list[Rle]:
+    return [Rle(size=[int(side) for side in rle["size"]], counts=rle["counts"].decode("ascii")) for rle in rles]
+
+
+def _shorten(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,1 @@
+"""Pretrained weights: the catalog, checkpoint folders, the Hub, model cards and loading."""

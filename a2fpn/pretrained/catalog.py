@@ -1,0 +1,220 @@
+"""Catalog of pretrained weights by ``model.tag``.
+
+Nothing is listed that does not exist: what comes with the package, what torchvision has published, and grafts, which
+are made of torchvision's on the spot. Of torchvision's weights everything (address, hash, metrics) is read from
+torchvision's own records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torchvision.models import WeightsEnum, get_model_weights
+
+from a2fpn._registry import match_names
+from a2fpn.pretrained.checkpoint import Facts, read_checkpoint
+
+ASSETS = Path(__file__).parent.parent / "assets"
+
+
+@dataclass(frozen=True)
+class WeightsConfig:
+    """Weights inside the package.
+
+    Args:
+        folder: Checkpoint folder inside the package.
+        description: Data, licence and result in one line.
+    """
+
+    folder: Path
+    description: str
+
+
+@dataclass(frozen=True)
+class HubWeights:
+    """Weights that were published on the Hub.
+
+    Args:
+        repo: ``org/name``.
+        revision: The commit.
+        sha256: Hex digest of ``model.safetensors``.
+        facts: Those of its ``config.json``, so that listing needs no network.
+    """
+
+    repo: str
+    revision: str
+    sha256: str
+    facts: Facts
+
+
+@dataclass(frozen=True)
+class TorchvisionWeights:
+    """Weights that torchvision has published, converted when they are loaded.
+
+    Args:
+        builder: Name of the function in ``torchvision.models.detection`` that builds the detector.
+        frozen_eps: Epsilon of the backbone's frozen batch norm; None where its batch norm is trained. torchvision sets
+            0 for its older weights after loading them, which no record says.
+        tag: Which of the builder's weights.
+    """
+
+    builder: str
+    frozen_eps: float | None = None
+    tag: str = "COCO_V1"
+
+    @property
+    def published(self) -> WeightsEnum:
+        """The record that torchvision keeps of them."""
+        return get_model_weights(self.builder)[self.tag]
+
+    @property
+    def file(self) -> Path:
+        """Where torch.hub keeps the file, or will."""
+        url: str = self.published.url
+        return Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+
+
+@dataclass(frozen=True)
+class GraftedWeights:
+    """Weights made on the spot by :func:`a2fpn.convert.graft`.
+
+    Args:
+        base: Name of the weights of an FPN detector.
+        neck: What takes the FPN's place.
+    """
+
+    base: str
+    neck: str
+
+
+Weights = WeightsConfig | HubWeights | TorchvisionWeights | GraftedWeights
+
+
+def _torchvision() -> dict[str, Weights]:
+    mobilenet = "fasterrcnn_mobilenet_v3_large"
+    return {
+        "maskrcnn_fpn_r50.tv_coco": TorchvisionWeights("maskrcnn_resnet50_fpn", frozen_eps=0.0),
+        "maskrcnn_fpn_r50.tv_coco_v2": TorchvisionWeights("maskrcnn_resnet50_fpn_v2"),
+        "fasterrcnn_fpn_r50.tv_coco": TorchvisionWeights("fasterrcnn_resnet50_fpn", frozen_eps=0.0),
+        "fasterrcnn_fpn_r50.tv_coco_v2": TorchvisionWeights("fasterrcnn_resnet50_fpn_v2"),
+        "fasterrcnn_fpn_mobilenetv3_large_100.tv_coco": TorchvisionWeights(f"{mobilenet}_fpn", frozen_eps=1e-5),
+        "fasterrcnn_fpn_mobilenetv3_large_100.tv_coco_320": TorchvisionWeights(f"{mobilenet}_320_fpn", frozen_eps=1e-5),
+        "keypointrcnn_fpn_r50.tv_coco": TorchvisionWeights("keypointrcnn_resnet50_fpn", frozen_eps=0.0),
+        "retinanet_fpn_r50.tv_coco": TorchvisionWeights("retinanet_resnet50_fpn", frozen_eps=0.0),
+        "retinanet_fpn_r50.tv_coco_v2": TorchvisionWeights("retinanet_resnet50_fpn_v2"),
+        "fcos_fpn_r50.tv_coco": TorchvisionWeights("fcos_resnet50_fpn", frozen_eps=1e-5),
+    }
+
+
+def _grafts() -> Iterator[tuple[str, Weights]]:
+    necks = ("a2fpn", "a2fpn_lite", "pafpn", "pafpn_mgc", "carafe_fpn")
+    for detector in ("maskrcnn", "fasterrcnn", "keypointrcnn", "retinanet", "fcos"):
+        for neck in necks:
+            yield f"{detector}_{neck}_r50.tv_coco_graft", GraftedWeights(f"{detector}_fpn_r50.tv_coco", neck)
+    # In the second version of the R-CNNs the FPN has a norm, behind which only a neck without a bottom-up path can
+    # begin as an FPN.
+    plain = ("a2fpn_lite", "carafe_fpn")
+    for detector, possible in (("maskrcnn", plain), ("fasterrcnn", plain), ("retinanet", necks)):
+        for neck in possible:
+            yield f"{detector}_{neck}_r50.tv_coco_v2_graft", GraftedWeights(f"{detector}_fpn_r50.tv_coco_v2", neck)
+
+
+PRETRAINED: dict[str, Weights] = {
+    "maskrcnn_a2fpn_lite0.nuclei": WeightsConfig(
+        folder=ASSETS / "maskrcnn_a2fpn_lite0.nuclei",
+        description="nuclei in microscopy images (BBBC038v1, CC0), trained with the recipe nuclei_lite0",
+    ),
+    **_torchvision(),
+    **dict(_grafts()),
+}
+"""Pretrained weights by name; the first tag of a model is its default. Weights from the Hub go first."""
+
+
+def find_weights(name: str) -> tuple[str, Weights] | None:
+    """The weights of ``model.tag``, or the default ones of ``model``; None where there are none."""
+    for full, weights in PRETRAINED.items():
+        if name in (full, full.partition(".")[0]):
+            return full, weights
+    return None
+
+
+@dataclass(frozen=True)
+class PretrainedModel:
+    """What is known of pretrained weights without fetching them.
+
+    Args:
+        name: ``model.tag``, for :func:`a2fpn.create_model`.
+        source: Where they come from.
+        origin: The file, repository or address.
+        trained: Whether they were trained as they are; False for a graft, which is to be fine-tuned.
+        box_ap: Box AP in 0..1; None if it was not measured.
+        mask_ap: Mask AP in 0..1; None if it has no masks.
+        keypoint_ap: Keypoint AP in 0..1; None if it has no keypoints.
+        measured: On what and by whom; for a graft also of what.
+        licence: Of the weights, as far as their source says.
+    """
+
+    name: str
+    source: Literal["embedded", "hub", "torchvision"]
+    origin: str
+    trained: bool
+    box_ap: float | None
+    mask_ap: float | None
+    keypoint_ap: float | None
+    measured: str
+    licence: str
+
+
+def list_pretrained(pattern: str = "") -> list[PretrainedModel]:
+    """All pretrained weights and what is known of them; nothing is fetched.
+
+    Args:
+        pattern: A wildcard pattern, or a part of the name.
+
+    Example:
+        >>> [(row.name, row.source, row.box_ap) for row in list_pretrained("maskrcnn_fpn")]
+        [('maskrcnn_fpn_r50.tv_coco', 'torchvision', 0.379), ('maskrcnn_fpn_r50.tv_coco_v2', 'torchvision', 0.474)]
+    """
+    return [_describe(name, PRETRAINED[name]) for name in match_names(PRETRAINED, pattern)]
+
+
+def _describe(name: str, weights: Weights) -> PretrainedModel:
+    if isinstance(weights, GraftedWeights):
+        base = _describe(weights.base, PRETRAINED[weights.base])
+        measured = f"{base.measured}, of {weights.base} before the graft"
+        return PretrainedModel(**{**vars(base), "name": name, "trained": False, "measured": measured})
+    if isinstance(weights, TorchvisionWeights):
+        meta = weights.published.meta
+        ((data, metrics),) = meta["_metrics"].items()
+        return PretrainedModel(
+            name=name,
+            source="torchvision",
+            origin=weights.published.url,
+            trained=True,
+            **{f"{kind}_ap": _share(metrics.get(key)) for kind, key in _TORCHVISION_METRICS.items()},
+            measured=f"{data}, published by torchvision",
+            licence=meta.get("license") or "not stated by torchvision, whose code is under BSD-3-Clause",
+        )
+    embedded = isinstance(weights, WeightsConfig)
+    facts = read_checkpoint(weights.folder).facts if isinstance(weights, WeightsConfig) else weights.facts
+    return PretrainedModel(
+        name=name,
+        source="embedded" if embedded else "hub",
+        origin=str(weights.folder.name) if isinstance(weights, WeightsConfig) else f"{weights.repo}@{weights.revision}",
+        trained=True,
+        **{f"{kind}_ap": facts.metrics.get(f"{key}/ap") for kind, key in _METRICS.items()},
+        measured=facts.data or "not stated",
+        licence=facts.licence or "not stated",
+    )
+
+
+_TORCHVISION_METRICS = {"box": "box_map", "mask": "mask_map", "keypoint": "kp_map"}
+_METRICS = {"box": "bbox", "mask": "segm", "keypoint": "keypoints"}
+
+
+def _share(percent: float | None) -> float | None:
+    return None if percent is None else round(percent / 100, 4)

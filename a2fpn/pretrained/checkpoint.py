@@ -1,0 +1,255 @@
+"""A folder <-> (``config.json``, ``model.safetensors``): strict, checked, and it builds nothing.
+
+Only safetensors are read, never pickles. Weights must match the model tensor by tensor, and the file must have the
+sha256 that ``config.json`` names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from a2fpn._serialize import from_dict, to_dict
+from a2fpn._version import __version__
+from a2fpn.config import FORMAT_VERSION, ModelConfig
+from a2fpn.errors import CheckpointError
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_LIMIT = 2**22
+"""Bytes above which a ``config.json`` is not read."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What others read of a checkpoint's metadata: cards, lists, ``python -m hub verify``. All may be missing.
+
+    Args:
+        metrics: Measured numbers, such as ``bbox/ap`` in 0..1; -1 where there was nothing to measure.
+        data: What it was trained and measured on.
+        data_licence: Licence of the data.
+        licence: Licence of the weights.
+        recipe: How it was trained.
+        max_detections: Best detections per image and class that counted for the metrics.
+
+    Raises:
+        TypeError: If a metric is no number.
+    """
+
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    data: str | None = None
+    data_licence: str | None = None
+    licence: str | None = None
+    recipe: str | None = None
+    max_detections: int = 100
+
+    def __post_init__(self) -> None:
+        for key, value in self.metrics.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"The metric {key!r} must be a number, got {value!r}.")
+        object.__setattr__(self, "metrics", {key: float(value) for key, value in self.metrics.items()})
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The content of ``config.json``.
+
+    Args:
+        model: What to build.
+        sha256: Hex digest of the weights file.
+        format_version: Version of this format.
+        a2fpn_version: Version of the package that wrote it.
+        metadata: Anything worth knowing, as JSON values; what :class:`Facts` has a field for must be of its type.
+        code_licence: Licence of the package that wrote it. That of the backbone's weights is in ``model.backbone``.
+
+    Raises:
+        TypeError: If a fact is of another type.
+    """
+
+    model: ModelConfig
+    sha256: str
+    format_version: int = FORMAT_VERSION
+    a2fpn_version: str = __version__
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    code_licence: str = "Apache-2.0"
+
+    def __post_init__(self) -> None:
+        self.facts  # noqa: B018 - wrong ones are an error here, not where they are read
+
+    @property
+    def facts(self) -> Facts:
+        """What the metadata say of what others read."""
+        known = {f.name for f in dataclasses.fields(Facts)}
+        return from_dict(Facts, {key: x for key, x in self.metadata.items() if key in known}, where="metadata")
+
+
+def save_checkpoint(
+    directory: str | Path,
+    config: ModelConfig,
+    state: Mapping[str, Tensor],
+    *,
+    half: bool = False,
+    metadata: Mapping[str, Any] | None = None,
+) -> Path:
+    """Writes a checkpoint folder.
+
+    Args:
+        directory: Made if it does not exist.
+        config: What the model is.
+        state: Its state dict.
+        half: Whether matrices and kernels are stored in float16; vectors (norm statistics, biases) stay as they are,
+            since running variances leave float16's range.
+        metadata: JSON-able facts about the run.
+
+    Returns:
+        The directory.
+
+    Raises:
+        TypeError: If the metadata cannot be written as JSON, or a fact in it is of another type.
+    """
+    # First of all, before a good file is replaced: metadata that JSON cannot hold, or of a wrong type, are an error.
+    json.dumps(dict(metadata or {}))
+    checkpoint = Checkpoint(model=config, sha256="", metadata=metadata or {})
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        name: (x.half() if half and x.is_floating_point() and x.ndim > 1 else x).detach().cpu().contiguous()
+        for name, x in state.items()
+    }
+    # Written beside and renamed, so that a reader never meets half a file.
+    weights, description = directory / f".{WEIGHTS_FILE}.tmp", directory / f".{CONFIG_FILE}.tmp"
+    save_file(tensors, weights, metadata={"format": "pt"})
+    checkpoint = dataclasses.replace(checkpoint, sha256=file_sha256(weights))
+    description.write_text(json.dumps(to_dict(checkpoint), indent=2) + "\n", encoding="utf-8")
+    # safetensors makes files that only their owner may read.
+    weights.chmod(description.stat().st_mode)
+    os.replace(weights, directory / WEIGHTS_FILE)
+    os.replace(description, directory / CONFIG_FILE)
+    return directory
+
+
+def read_checkpoint(directory: str | Path) -> Checkpoint:
+    """Reads and validates ``config.json`` of a folder.
+
+    Raises:
+        CheckpointError: If there is none, it is no JSON, or any key or value is wrong.
+    """
+    path = Path(directory) / CONFIG_FILE
+    if not path.is_file():
+        raise CheckpointError(f"{str(directory)!r} is no checkpoint folder: it has no {CONFIG_FILE}.")
+    if path.stat().st_size > CONFIG_LIMIT:
+        raise CheckpointError(f"{str(path)!r} has {path.stat().st_size} bytes, more than any configuration needs.")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    # Beside what is no JSON: numbers of thousands of digits, and deep nesting.
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{str(path)!r} is no valid JSON: {error}.") from error
+    version = data.get("format_version") if isinstance(data, dict) else None
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{str(path)!r} has format_version {version!r}, this version of a2fpn reads {FORMAT_VERSION}."
+        )
+    try:
+        return from_dict(Checkpoint, data, where=str(path))
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise CheckpointError(str(error)) from error
+
+
+def missing_weights(where: str, files: Iterable[str]) -> str:
+    """What to say of a place that has no safetensors, given the names of its files."""
+    pickles = [name for name in files if name.endswith((".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"))]
+    if not pickles:
+        return f"{where} has no {WEIGHTS_FILE}; only safetensors are loaded."
+    return (
+        f"{where} has no {WEIGHTS_FILE} but {', '.join(pickles[:5])}: a pickle can run any code and is never loaded. "
+        "Turn the weights of another framework into a checkpoint with `python -m hub convert`."
+    )
+
+
+def check_weights(directory: str | Path, checkpoint: Checkpoint) -> Path:
+    """Returns the weights file of a folder after checking its sha256.
+
+    Raises:
+        CheckpointError: If the file is missing or not the one that ``config.json`` names.
+    """
+    path = Path(directory) / WEIGHTS_FILE
+    if not path.is_file():
+        raise CheckpointError(missing_weights(repr(str(directory)), (file.name for file in path.parent.glob("*"))))
+    digest = file_sha256(path)
+    if digest != checkpoint.sha256:
+        raise CheckpointError(
+            f"{str(path)!r} is damaged or not the file that belongs here: its sha256 is {digest}, "
+            f"{CONFIG_FILE} expects {checkpoint.sha256}."
+        )
+    return path
+
+
+def read_weights(directory: str | Path, checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Reads the tensors of a folder after checking the file's sha256.
+
+    Raises:
+        CheckpointError: If the file is missing, damaged, or not the one that ``config.json`` names.
+    """
+    path = check_weights(directory, checkpoint)
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{str(path)!r} is no safetensors file: {error}.") from error
+
+
+def load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Loads tensors strictly: same names, same shapes; floating dtypes are converted.
+
+    Raises:
+        CheckpointError: Naming up to five tensors per kind of mismatch.
+    """
+    own = model.state_dict()
+    check_shapes({name: tuple(x.shape) for name, x in own.items()}, {name: tuple(x.shape) for name, x in state.items()})
+    with torch.no_grad():
+        for name, x in own.items():
+            x.copy_(state[name])
+
+
+def check_shapes(own: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]]) -> None:
+    """Compares the names and shapes of a model's tensors with those of its weights.
+
+    Raises:
+        CheckpointError: Naming up to five tensors per kind of mismatch.
+    """
+    problems = {
+        "missing": [name for name in own if name not in given],
+        "unexpected": [name for name in given if name not in own],
+        "of another shape": [
+            f"{name} {given[name]} instead of {shape}"
+            for name, shape in own.items()
+            if name in given and given[name] != shape
+        ],
+    }
+    # A name may be as long as a file from anyone makes it.
+    found = [
+        f"{len(names)} {kind}: {', '.join(name[:300] for name in names[:5])}"
+        for kind, names in problems.items()
+        if names
+    ]
+    if found:
+        raise CheckpointError(f"The weights do not fit the model; tensors {'; '.join(found)}.")
+
+
+def file_sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()

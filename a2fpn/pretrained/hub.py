@@ -1,0 +1,396 @@
+"""The Hugging Face Hub, client side: download, verify, publish. Only ``config.json`` and safetensors travel.
+
+What goes wrong is told as a :class:`HubError` in one sentence: what was wanted, from where, and what to do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import shlex
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from httpx2 import ConnectError, ConnectTimeout, HTTPError, ProxyError, Timeout, TimeoutException, TransportError
+from huggingface_hub import (
+    HfApi,
+    constants,
+    errors,
+    get_token,
+    hf_hub_download,
+    try_to_load_from_cache,
+)
+from huggingface_hub.utils.sha import git_hash
+
+from a2fpn._version import __version__
+from a2fpn.detectors import Detector
+from a2fpn.errors import (
+    CheckpointError,
+    HubAccessError,
+    HubCacheError,
+    HubError,
+    HubIntegrityError,
+    HubNotFoundError,
+    HubOfflineError,
+    HubServerError,
+)
+from a2fpn.pretrained.card import CARD_FILE, model_card
+from a2fpn.pretrained.checkpoint import (
+    CONFIG_FILE,
+    CONFIG_LIMIT,
+    WEIGHTS_FILE,
+    check_weights,
+    file_sha256,
+    missing_weights,
+    read_checkpoint,
+    save_checkpoint,
+)
+
+
+@dataclass(frozen=True)
+class Repo:
+    """A model repository on the Hub, and how to reach it.
+
+    Args:
+        id: ``org/name``.
+        revision: Branch, tag, pull request (``refs/pr/1``) or commit; None is the main branch.
+        token: Access token; None takes the one saved by ``hf auth login``, False sends none.
+        cache_dir: Folder of the cache; None takes huggingface_hub's.
+        local_files_only: Whether to take everything from the cache and ask nobody.
+
+    Example:
+        >>> Repo.parse("acme/cells@v1.0")
+        Repo(id='acme/cells', revision='v1.0', token=None, cache_dir=None, local_files_only=False)
+    """
+
+    id: str
+    revision: str | None = None
+    token: str | bool | None = None
+    cache_dir: str | Path | None = None
+    local_files_only: bool = False
+
+    @classmethod
+    def parse(cls, name: str, *, revision: str | None = None, **options: Any) -> Repo:
+        """Reads ``org/name`` or ``org/name@revision``; options are the other fields.
+
+        Raises:
+            ValueError: If it is no such name, or two revisions are given.
+        """
+        repo_id, _, tagged = name.partition("@")
+        if not is_repo_id(repo_id):
+            raise ValueError(f"{name!r} is no repository of the Hub; expected 'org/name' or 'org/name@revision'.")
+        if tagged and revision and tagged != revision:
+            raise ValueError(f"{name!r} names a revision and so does revision={revision!r}; give one of them.")
+        return cls(repo_id, tagged or revision, **options)
+
+
+def is_repo_id(name: str) -> bool:
+    """Whether a text has the form ``org/name``.
+
+    Example:
+        >>> is_repo_id("acme/cells"), is_repo_id("../cells"), is_repo_id("runs/a/b")
+        (True, False, False)
+    """
+    part = r"(?!.*(--|\.\.))[A-Za-z0-9_][\w.-]{0,95}(?<![.-])"
+    return re.fullmatch(f"{part}/{part}", name) is not None
+
+
+def download_checkpoint(repo: Repo, *, weights: bool = True) -> Path:
+    """Brings a checkpoint into the cache, all of it from one commit, and checks it against the Hub's hashes.
+
+    A file that does not have its hash is downloaded once more. With everything in the cache, a commit needs no
+    request and a branch or tag one; offline none is made.
+
+    Args:
+        repo: What to download.
+        weights: Whether to download the weights, or ``config.json`` alone.
+
+    Returns:
+        The folder in the cache.
+
+    Raises:
+        HubError: See its children.
+        CheckpointError: If the repository holds no checkpoint of this package.
+    """
+    names = [CONFIG_FILE, WEIGHTS_FILE] if weights else [CONFIG_FILE]
+    offline = repo.local_files_only or constants.is_offline_mode()
+    with _explained(repo, names):
+        api = _api(repo.token)
+        # The cache's where the Hub cannot be reached.
+        commit = api.resolve_revision(
+            repo.id, revision=repo.revision, token=repo.token, cache_dir=repo.cache_dir, local_files_only=offline
+        ).resolved
+        missing = [
+            name
+            for name in names
+            if not isinstance(try_to_load_from_cache(repo.id, name, cache_dir=repo.cache_dir, revision=commit), str)
+        ]
+        if missing and offline:
+            raise HubOfflineError(_offline(repo, missing))
+        if missing:
+            _check_files(api, repo, commit, missing)
+        folder = _download(repo, CONFIG_FILE, commit, offline=offline).parent
+        if weights:
+            expected = read_checkpoint(folder).sha256
+            _download(repo, WEIGHTS_FILE, commit, offline=offline, expected=expected)
+    return folder
+
+
+def _check_files(api: _Api, repo: Repo, commit: str, names: Sequence[str]) -> None:
+    """Asks once, without retries, whether the files are there and can be what they are called."""
+    # Not hf_hub_download's own look: on a server that is down it retries for 23 s.
+    info = api.repo_info(repo.id, revision=commit, files_metadata=True)
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
+    if WEIGHTS_FILE in names and WEIGHTS_FILE not in sizes:
+        raise HubNotFoundError(missing_weights(_where(repo), sizes))
+    if CONFIG_FILE in names and CONFIG_FILE not in sizes:
+        raise HubNotFoundError(f"{_where(repo)} is no checkpoint of a2fpn: it has no {CONFIG_FILE}.")
+    if CONFIG_FILE in names and sizes[CONFIG_FILE] > CONFIG_LIMIT:
+        raise CheckpointError(f"{_where(repo)} has a {CONFIG_FILE} of {sizes[CONFIG_FILE]} bytes; refused unread.")
+
+
+def _download(repo: Repo, name: str, commit: str, *, offline: bool, expected: str | None = None) -> Path:
+    """Path of a file in the cache whose content has the hash that the Hub recorded for it."""
+    for again in (False, True):
+        path = Path(
+            hf_hub_download(
+                repo.id,
+                name,
+                revision=commit,
+                token=repo.token,
+                cache_dir=repo.cache_dir,
+                local_files_only=offline,
+                force_download=again,
+                library_name="a2fpn",
+                library_version=__version__,
+            )
+        )
+        # The link carries the hash that the Hub gave, a sha256 or a git-sha1; caches without links carry none.
+        recorded = Path(os.readlink(path)).name if path.is_symlink() else expected
+        if recorded is None:
+            return path
+        found = file_sha256(path) if len(recorded) == 64 else git_hash(path.read_bytes())
+        if found == recorded:
+            return path
+        if offline:
+            break
+        if not path.is_symlink():
+            path.unlink()  # a copy that exists would be left as it is
+    advice = (
+        "nothing can be downloaded now; load it once with a network" if offline else "it was downloaded again in vain"
+    )
+    raise HubIntegrityError(
+        f"{name} of {_where(repo)} is damaged: its hash is {found}, the Hub's record says {recorded}; {advice}."
+    )
+
+
+def push_to_hub(
+    model: Detector | str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    create_pr: bool = False,
+    token: str | bool | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    commit_message: str = "Upload a detector of a2fpn",
+) -> str:
+    """Publishes a detector as ``config.json``, ``model.safetensors`` and a card, in one commit.
+
+    Args:
+        model: A detector, or a checkpoint folder, whose own ``README.md`` then is the card if it has one.
+        repo_id: ``org/name``; made if it does not exist.
+        private: Whether a new repository is private; None takes the organisation's default.
+        create_pr: Whether to open a pull request in place of a commit to the main branch.
+        token: Access token with write permission; None takes the one saved by ``hf auth login``.
+        metadata: As in :func:`a2fpn.save_pretrained`; only with a detector, a folder has its own.
+        commit_message: Title of the commit.
+
+    Returns:
+        The commit; ``from_pretrained(repo_id, revision=commit)`` loads what was pushed.
+
+    Raises:
+        HubError: If the Hub refuses or cannot be reached.
+        CheckpointError: If the folder holds no sound checkpoint.
+        ValueError: If metadata are given with a folder, or the folder's card is a link or has no valid header.
+    """
+    repo = Repo.parse(repo_id, token=token)
+    if isinstance(model, (str, Path)) and metadata:
+        raise ValueError("A checkpoint folder has its own metadata; metadata= goes with a detector.")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        if isinstance(model, (str, Path)):
+            check_weights(model, read_checkpoint(model))
+            if (Path(model) / CARD_FILE).is_symlink():
+                raise ValueError(
+                    f"{CARD_FILE} of {str(model)!r} is a link; what it leads to would be published. Put the file "
+                    "itself there."
+                )
+            for name in (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE):
+                if (Path(model) / name).is_file():
+                    shutil.copyfile(Path(model) / name, folder / name)
+        else:
+            save_checkpoint(folder, model.config, model.state_dict(), metadata=metadata)
+        if not (folder / CARD_FILE).is_file():
+            (folder / CARD_FILE).write_text(model_card(read_checkpoint(folder), repo.id), encoding="utf-8")
+        api = _api(token)
+        with _explained(repo):
+            api.create_repo(repo.id, private=private, exist_ok=True)
+            commit = api.upload_folder(
+                repo_id=repo.id,
+                folder_path=folder,
+                commit_message=commit_message,
+                create_pr=create_pr,
+                allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, CARD_FILE],
+            )
+    return commit.oid
+
+
+CONNECT_SECONDS = 1.5
+"""How long a connection may take to be made: one lost packet is sent again after a second."""
+
+
+class _Api(HfApi):
+    """The client's own would wait for ever where packets vanish or a server keeps silent; this one waits once."""
+
+    _failed: TransportError | None = None
+
+    def repo_info(self, *args: Any, **options: Any) -> Any:
+        if self._failed is not None:
+            raise self._failed
+        patience = Timeout(constants.HF_HUB_ETAG_TIMEOUT, connect=CONNECT_SECONDS)
+        try:
+            return super().repo_info(*args, **options, timeout=cast(float, patience))
+        except TransportError as error:
+            self._failed = error
+            raise
+
+
+def _api(token: str | bool | None) -> _Api:
+    return _Api(token=token, library_name="a2fpn", library_version=__version__)
+
+
+def _where(repo: Repo) -> str:
+    """A repository as messages name it."""
+    revision = f" at revision {repo.revision!r}" if repo.revision else ""
+    return f"{repo.id!r}{revision} of {constants.ENDPOINT}"
+
+
+def _cache(repo: Repo) -> str:
+    return str(repo.cache_dir or constants.HF_HUB_CACHE)
+
+
+def _offline(repo: Repo, missing: Sequence[str], cause: BaseException | None = None) -> str:
+    reason = (
+        "local_files_only=True"
+        if repo.local_files_only
+        else "offline mode is on (HF_HUB_OFFLINE)"
+        if constants.is_offline_mode()
+        else f"the Hub cannot be reached ({_detail(cause)})"
+    )
+    command = ["hf", "download", repo.id, CONFIG_FILE, WEIGHTS_FILE]
+    command += ["--revision", repo.revision] if repo.revision else []
+    command += ["--cache-dir", str(repo.cache_dir)] if repo.cache_dir else []
+    return (
+        f"{' and '.join(missing)} of {_where(repo)} {'are' if len(missing) > 1 else 'is'} not in the cache "
+        f"{_cache(repo)}, and {reason}. Where there is a network, run: {shlex.join(command)}"
+    )
+
+
+def _detail(error: BaseException | None) -> str:
+    """An exception in one line."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}".rstrip(": ")
+
+
+@contextlib.contextmanager
+def _explained(repo: Repo, files: Sequence[str] = ()) -> Iterator[None]:
+    """Turns what huggingface_hub, its HTTP client and hf_xet raise into a :class:`HubError`.
+
+    Args:
+        repo: What is talked about.
+        files: What is to be downloaded; nothing when something is published.
+    """
+    try:
+        yield
+    except (HubError, CheckpointError):
+        raise
+    # hf_xet raises built-in errors, RuntimeError among them; a ValueError with a cause is a download forced in vain.
+    except (HTTPError, errors.RevisionResolutionError, OSError, RuntimeError, ValueError) as error:
+        if isinstance(error, ValueError) and error.__cause__ is None:
+            raise
+        raise _translated(error, repo, files) from error
+
+
+def _translated(error: Exception, repo: Repo, files: Sequence[str]) -> HubError:
+    # These only say that nothing was in the cache either.
+    wrappers = (errors.LocalEntryNotFoundError, errors.RevisionResolutionError, ValueError)
+    cause = error.__cause__ if isinstance(error, wrappers) else error
+    where = _where(repo)
+    log_in = "give token= or run `hf auth login`"
+    if isinstance(cause, errors.GatedRepoError):
+        return HubAccessError(f"{where} is gated: ask for access at {constants.ENDPOINT}/{repo.id}, then {log_in}.")
+    if isinstance(cause, errors.RepositoryNotFoundError):
+        return HubNotFoundError(
+            f"{where} does not exist, or is private and not for this token. Look at the spelling, or {log_in}."
+        )
+    if isinstance(cause, errors.RevisionNotFoundError):
+        return HubNotFoundError(f"{repo.id!r} of {constants.ENDPOINT} has no revision {repo.revision!r}.")
+    status = _status(cause)
+    if status in (401, 403) and not (repo.token if repo.token is not None else get_token()):
+        return HubAccessError(f"{where} is not for everyone ({status}), and no token was sent: {log_in}.")
+    if status in (401, 403):
+        right, public = ("read", "; token=False sends none, for what is public") if files else ("write to", "")
+        return HubAccessError(
+            f"The token was refused ({status}): it is wrong, revoked or may not {right} {where}. Give another token= "
+            f"or run `hf auth login`{public}."
+        )
+    if status is not None:
+        advice = "try again later" if status >= 500 else _detail(cause)
+        return HubServerError(f"{where} cannot be had: the server answered {status}; {advice}.")
+    number = _error_number(cause)
+    if number is not None and number in _CACHE_ERRORS:
+        return HubCacheError(
+            f"What comes from {where} cannot be kept in the cache {_cache(repo)}: {os.strerror(number)}. Nothing "
+            "half-done was kept. Make room there, or give another cache_dir= (for all, HF_HOME)."
+        )
+    unreachable = (ConnectError, ConnectTimeout, ProxyError, errors.OfflineModeIsEnabled)
+    if cause is None or isinstance(cause, unreachable):
+        if files:
+            return HubOfflineError(_offline(repo, files, cause))
+        return HubOfflineError(f"Nothing was published to {where}: it cannot be reached ({_detail(cause)}).")
+    if isinstance(cause, TimeoutException):
+        return HubServerError(
+            f"{where} keeps silent: the server or the connection is too slow ({_detail(cause)}). Nothing half-done was "
+            "kept. Try again; HF_HUB_ETAG_TIMEOUT and HF_HUB_DOWNLOAD_TIMEOUT set more than 10 seconds of patience."
+        )
+    return HubServerError(
+        f"The connection for {where} broke ({_detail(cause)}). Nothing half-done was kept; try again."
+    )
+
+
+_CACHE_ERRORS = {
+    getattr(errno, name)
+    for name in ("EACCES", "EDQUOT", "EFBIG", "ENOENT", "ENOSPC", "ENOTDIR", "EPERM", "EROFS")
+    if hasattr(errno, name)
+}
+
+
+def _status(cause: BaseException | None) -> int | None:
+    """The status that a server answered with; hf_xet tells it in words alone."""
+    if isinstance(cause, errors.HfHubHTTPError):
+        return cause.response.status_code
+    told = re.search(r"HTTP status \w+ error \((\d{3})\b", str(cause)) if isinstance(cause, RuntimeError) else None
+    return int(told[1]) if told else None
+
+
+def _error_number(cause: BaseException | None) -> int | None:
+    """The number of an error of the operating system; hf_xet tells it in words alone."""
+    if isinstance(cause, RuntimeError):
+        told = re.search(r"IO Error: .*\(os error (\d+)\)", str(cause))
+        return int(told[1]) if told else None
+    return cause.errno if isinstance(cause, OSError) else None

@@ -1,0 +1,118 @@
+"""Download of torchvision's published weights into torch.hub's cache."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import socket
+import urllib.error
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from a2fpn.errors import (
+    CheckpointError,
+    HubAccessError,
+    HubCacheError,
+    HubIntegrityError,
+    HubNotFoundError,
+    HubOfflineError,
+    HubServerError,
+)
+from a2fpn.pretrained.catalog import TorchvisionWeights
+from a2fpn.pretrained.checkpoint import file_sha256
+
+PATIENCE = 10.0
+"""Seconds that a server may keep silent before a download counts as broken."""
+
+
+class Download(NamedTuple):
+    """What is fetched.
+
+    Args:
+        what: The weights, for messages.
+        url: From where.
+        file: To where.
+    """
+
+    what: str
+    url: str
+    file: Path
+
+
+def read_torchvision(weights: TorchvisionWeights, *, local_files_only: bool = False) -> dict[str, Tensor]:
+    """The state dict of a torchvision detector, from torch.hub's cache or downloaded into it.
+
+    The file must have the hash that its name ends with, also when it comes from the cache; one that has not is
+    downloaded once more. Nothing but tensors is unpickled.
+
+    Args:
+        weights: Which.
+        local_files_only: Whether to take the file from the cache and ask nobody; so it is with ``HF_HUB_OFFLINE=1``.
+
+    Returns:
+        The tensors, by torchvision's names.
+
+    Raises:
+        HubError: If it cannot be had; its children say why.
+        CheckpointError: If the file holds anything but tensors.
+    """
+    from huggingface_hub.constants import is_offline_mode
+
+    wanted = Download(f"{weights.builder}, {weights.tag}", weights.published.url, weights.file)
+    digest = wanted.file.stem.rpartition("-")[2]
+    if not (wanted.file.is_file() and file_sha256(wanted.file).startswith(digest)):
+        if local_files_only or is_offline_mode():
+            reason = "local_files_only=True" if local_files_only else "offline mode is on (HF_HUB_OFFLINE)"
+            raise HubOfflineError(_cannot(wanted, reason))
+        with _explained(wanted):
+            wanted.file.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(wanted.url, str(wanted.file), digest, progress=True)
+    try:
+        # It is there: this only reads it, and would say on standard output what it downloads.
+        state = torch.hub.load_state_dict_from_url(wanted.url, map_location="cpu", check_hash=True, weights_only=True)
+    except (UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(
+            f"{str(wanted.file)!r} holds more than tensors, or is damaged, and is not loaded: {reason}"
+        ) from error
+    if not isinstance(state, Mapping) or not all(isinstance(x, Tensor) for x in state.values()):
+        raise CheckpointError(f"{str(wanted.file)!r} holds no state dict but a {type(state).__name__}.")
+    return dict(state)
+
+
+def _cannot(wanted: Download, reason: str) -> str:
+    lacking = "damaged" if wanted.file.is_file() else "not"
+    return (
+        f"The weights of torchvision's {wanted.what} are {lacking} in torch.hub's cache, and cannot be downloaded from "
+        f"{wanted.url}: {reason}. Download this file elsewhere and put it at {wanted.file}"
+    )
+
+
+@contextlib.contextmanager
+def _explained(wanted: Download) -> Iterator[None]:
+    """Turns what a download raises into a :class:`HubError`, and does not wait for ever for a silent server."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(PATIENCE)
+    try:
+        yield
+    except urllib.error.HTTPError as error:
+        kind = {401: HubAccessError, 403: HubAccessError, 404: HubNotFoundError, 410: HubNotFoundError}
+        raise kind.get(error.code, HubServerError)(
+            _cannot(wanted, f"the server answered {error.code} {error.reason}")
+        ) from error
+    except urllib.error.URLError as error:
+        raise HubOfflineError(_cannot(wanted, f"it cannot be reached ({error.reason})")) from error
+    except (http.client.HTTPException, ConnectionError, TimeoutError) as error:
+        raise HubServerError(_cannot(wanted, f"the connection broke ({type(error).__name__})")) from error
+    except OSError as error:
+        raise HubCacheError(_cannot(wanted, error.strerror or str(error))) from error
+    except RuntimeError as error:
+        # torch.hub's only one: the hash. Nothing was kept.
+        raise HubIntegrityError(_cannot(wanted, f"what comes from there is another file ({error})")) from error
+    finally:
+        socket.setdefaulttimeout(before)

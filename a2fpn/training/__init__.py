@@ -1,0 +1,1 @@
+"""Training of detectors with Accelerate: ``a2fpn train``, ``accelerate launch -m a2fpn.training``."""

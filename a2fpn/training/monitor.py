@@ -1,0 +1,269 @@
+"""Watching a run: progress, the text log, trackers, pictures of predictions, and the plot of its numbers."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from accelerate import Accelerator
+from accelerate.logging import MultiProcessAdapter
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+
+class MainProcessLogger(MultiProcessAdapter):  # type: ignore[misc]
+    """Accelerate's logger, which is silent on all processes but the main one, without its number before each line."""
+
+    def process(self, msg: Any, kwargs: Any) -> tuple[Any, Any]:
+        """See ``logging.LoggerAdapter.process``."""
+        return logging.LoggerAdapter.process(self, msg, kwargs)
+
+
+def get_logger(name: str) -> MainProcessLogger:
+    """Returns the logger of a module."""
+    return MainProcessLogger(logging.getLogger(name), {})
+
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How a run gets on.
+
+    Args:
+        images_per_second: Of all processes together.
+        waiting: Share of the time spent waiting for data, in [0, 1].
+        memory: Bytes in use by this process: the peak on a GPU, the present resident size elsewhere.
+    """
+
+    images_per_second: float
+    waiting: float
+    memory: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.images_per_second:.1f} images/s, {self.waiting:.0%} waiting for data, {self.memory / 2**30:.1f} GiB"
+        )
+
+
+class HostCopy:
+    """A copy of a tensor on its way to the host, waiting for nothing that is given to the device later.
+
+    Args:
+        x: The tensor.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self._copy, self._event = x.detach(), None
+        if x.device.type == "cuda":
+            self._copy = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x.detach(), non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def value(self) -> Tensor:
+        """The copy, once it has arrived."""
+        if self._event:
+            self._event.synchronize()
+        return self._copy
+
+
+_READ_AT_ONCE = 64
+"""Batches whose losses are kept on the device before they are read."""
+
+
+class LossWindow:
+    """Mean of every loss, and the pace, since the last reading, over all processes.
+
+    Args:
+        accelerator: The accelerator of the run.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        self._restart()
+
+    def _restart(self) -> None:
+        self._sums: dict[str, float] = {}
+        self._pending: list[dict[str, Tensor]] = []
+        self._images = 0
+        self._waited = 0.0
+        self._start = time.perf_counter()
+
+    def add(self, losses: Mapping[str, Tensor], *, images: int, waited: float = 0.0) -> None:
+        """Adds the scalar losses of one batch of so many images, for which the run waited so many seconds."""
+        # Reading a loss waits for the device: many are read at once.
+        self._pending.append(dict(losses))
+        if len(self._pending) == _READ_AT_ONCE:
+            self._read_pending()
+        self._images += images
+        self._waited += waited
+
+    def _read_pending(self) -> None:
+        flat = [loss for losses in self._pending for loss in losses.values()]
+        values = iter(torch.stack(flat).tolist() if flat else [])
+        for losses in self._pending:
+            for name, value in {"batches": 1.0, **{name: next(values) for name in losses}}.items():
+                self._sums[name] = self._sums.get(name, 0.0) + value
+        self._pending.clear()
+
+    def totals(self) -> dict[str, float]:
+        """The sums of all processes, ``batches`` among them; every process has to call it."""
+        self._read_pending()
+        accelerator = self._accelerator
+        if accelerator.num_processes == 1 or not self._sums:
+            return dict(self._sums)
+        sums = torch.tensor(list(self._sums.values()), dtype=torch.float64, device=accelerator.device)
+        return dict(zip(self._sums, accelerator.reduce(sums, reduction="sum").tolist(), strict=True))
+
+    def restore(self, totals: Mapping[str, float]) -> None:
+        """Goes on from what :meth:`totals` gave."""
+        self._sums = dict(totals) if self._accelerator.is_main_process else dict.fromkeys(totals, 0.0)
+
+    def read(self) -> tuple[dict[str, float], Pace]:
+        """Returns the means and the pace, and starts anew; every process has to call it."""
+        totals = self.totals()
+        batches = totals.pop("batches")
+        elapsed = time.perf_counter() - self._start
+        speed = self._images * self._accelerator.num_processes / elapsed
+        pace = Pace(speed, self._waited / elapsed, _memory(self._accelerator.device))
+        self._restart()
+        return {name: value / batches for name, value in totals.items()}, pace
+
+
+def _memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return int(psutil.Process().memory_info().rss)
+
+
+class ProgressLine:
+    """A progress bar on a terminal, log lines elsewhere; silent on all but the main process.
+
+    Args:
+        title: What is going on.
+        total: Number of steps.
+        accelerator: The accelerator of the run.
+        done: Steps that are behind already.
+    """
+
+    def __init__(self, title: str, total: int, accelerator: Accelerator, *, done: int = 0) -> None:
+        self._title = title
+        self._bar: Progress | None = None
+        console = Console(stderr=True)
+        if accelerator.is_main_process and console.is_terminal:
+            columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[info]}"))
+            self._bar = Progress("{task.description}", *columns, console=console, transient=True)
+            self._task = self._bar.add_task(title, total=total, completed=done, info="")
+
+    def __enter__(self) -> ProgressLine:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def advance(self) -> None:
+        """Counts one step."""
+        if self._bar:
+            self._bar.advance(self._task)
+
+    def show(self, step: int, loss: float, lr: float, pace: Pace) -> None:
+        """Shows the state of the training."""
+        info = f"loss {loss:.4f}  lr {lr:.2e}  {pace}"
+        if self._bar:
+            self._bar.update(self._task, info=info)
+            logger.debug("%s  step %d  %s", self._title, step, info)  # for the log file
+        else:
+            logger.info("%s  step %d  %s", self._title, step, info)
+
+
+@contextmanager
+def text_log(path: Path, *, enabled: bool) -> Iterator[None]:
+    """Appends what the run says to a plain text file, if enabled."""
+    if not enabled:
+        yield
+        return
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger("a2fpn")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
+
+
+def grid(pictures: Sequence[Image.Image], *, columns: int = 3, width: int = 420) -> Image.Image:
+    """Puts pictures of any sizes on one page, row by row.
+
+    Args:
+        pictures: At least one.
+        columns: Pictures in a row.
+        width: Width of each in pixels; the height follows.
+    """
+    scaled = [
+        picture.convert("RGB").resize((width, max(1, picture.height * width // picture.width))) for picture in pictures
+    ]
+    rows = [scaled[at : at + columns] for at in range(0, len(scaled), columns)]
+    heights = [max(picture.height for picture in row) for row in rows]
+    page = Image.new("RGB", (width * min(columns, len(scaled)), sum(heights)), "white")
+    for number, row in enumerate(rows):
+        for column, picture in enumerate(row):
+            page.paste(picture, (column * width, sum(heights[:number])))
+    return page
+
+
+def track_picture(accelerator: Accelerator, name: str, page: Image.Image, path: Path, step: int) -> None:
+    """Gives a picture to the trackers that take any."""
+    for tracker in accelerator.trackers:
+        if tracker.name == "trackio":
+            import trackio
+
+            tracker.log({name: trackio.Image(str(path))}, step=step)
+        elif hasattr(tracker, "log_images"):
+            tracker.log_images({name: np.asarray(page)[None]}, step=step, dataformats="NHWC")
+
+
+def plot_metrics(records: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draws the losses and the average precision of a run over its steps.
+
+    Args:
+        records: The lines of ``metrics.jsonl``.
+        path: The picture to write.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    losses, precision = figure.subplots(1, 2)
+    steps = [record["step"] for record in records]
+    for prefix, style in (("train/", "-"), ("val/", "--")):
+        names = sorted({name for record in records for name in record if name.startswith(f"{prefix}loss")})
+        for colour, name in enumerate(names):
+            values = [record.get(name, float("nan")) for record in records]
+            width = 2.2 if name == f"{prefix}loss" else 1.0
+            losses.plot(steps, values, style, marker=".", lw=width, color=f"C{colour}", label=name)
+    for colour, name in enumerate(("bbox/ap", "bbox/ap50", "segm/ap", "segm/ap50", "keypoints/ap")):
+        points = [(record["step"], record[name]) for record in records if record.get(name, -1) >= 0]
+        if points:
+            precision.plot(*zip(*points, strict=True), marker=".", color=f"C{colour}", label=name)
+    losses.set(title="Losses", xlabel="step", ylim=(0, None))
+    precision.set(title="Average precision on the validation images", xlabel="step", ylim=(0, 1))
+    for axes in (losses, precision):
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend(fontsize=7)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,172 @@
+"""The data of a run: a folder, shards or a set of the ``datasets`` library to train on, a folder to evaluate on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+import a2fpn
+from a2fpn.data import (
+    CocoDataset,
+    CopyPaste,
+    HfDataset,
+    ShardDataset,
+    StreamDataset,
+    check_data,
+    train_transforms,
+)
+from a2fpn.training.config import DataSection, ModelSection, TrainConfig
+from a2fpn.training.feed import Feed, FolderFeed
+from a2fpn.training.monitor import get_logger
+from a2fpn.training.streams import StreamFeed
+
+logger = get_logger(__name__)
+TrainingSet = CocoDataset | StreamDataset
+
+
+def open_training_set(data: DataSection) -> TrainingSet:
+    """Opens what is trained on.
+
+    Raises:
+        ValueError: If a folder, a file, or its content is missing or wrong.
+    """
+    stream = data.stream
+    if stream.shards and stream.dataset:
+        raise ValueError("data.stream.shards and data.stream.dataset exclude each other.")
+    if not stream.shards and not stream.dataset:
+        return _folder(data, data.train_images, data.train_annotations, data.train_semantic)
+    folder_only = {"group_by_aspect": data.group_by_aspect, "repeat_threshold": data.repeat_threshold}
+    for name, value in {**folder_only, "copy_paste": data.copy_paste}.items():
+        if value:
+            raise ValueError(f"data.{name} needs a folder of images; set it to {type(value)(0)} for a stream.")
+    if data.passes != 1:
+        raise ValueError("data.passes needs a folder of images; set it to 1 for a stream.")
+    options: dict[str, Any] = {"shuffle_buffer": stream.shuffle_buffer, "strict": data.strict}
+    if stream.shards:
+        return ShardDataset(stream.shards, **options)
+    # Class labels of `datasets` count from 0; the validation set says which categories they are, by name.
+    categories = _folder(data, data.val_images, data.val_annotations, None).categories
+    return HfDataset.load(
+        str(stream.dataset),
+        options=stream.options,
+        categories=categories,
+        num_keypoints=stream.num_keypoints,
+        num_samples=stream.num_samples,
+        bbox_format=stream.bbox_format,
+        split_by_file=stream.split_by_file,
+        **options,
+    )
+
+
+def open_validation_set(data: DataSection, training_set: TrainingSet) -> CocoDataset:
+    """Opens what is evaluated on; its labels are the training set's.
+
+    Raises:
+        ValueError: If a folder, a file, or its content is missing or wrong.
+    """
+    return _folder(data, data.val_images, data.val_annotations, data.val_semantic, categories=training_set.categories)
+
+
+def _folder(data: DataSection, images: str, annotations: str, semantic: str | None, **options: Any) -> CocoDataset:
+    root = Path(data.root)
+    maps = root / semantic if semantic else None
+    dataset = CocoDataset(root / images, root / annotations, semantic=maps, strict=data.strict, **options)
+    if not len(dataset):
+        raise ValueError(f"{dataset.name} lists no image.")
+    return dataset
+
+
+def check_folder(dataset: CocoDataset, classes: TrainingSet, *, images: int) -> None:
+    """Looks at the annotations and at some image files, as ``a2fpn check-data`` does, before anything is trained.
+
+    Args:
+        dataset: What is checked.
+        classes: The set with the classes of the model.
+        images: How many files are opened.
+
+    Raises:
+        ValueError: If nothing would be learned or measured, with the reason.
+    """
+    report = check_data(dataset.root, dataset.name, categories=classes.categories, sample=images, decode=True)
+    if report.fatal:
+        finding = report.fatal[0]
+        raise ValueError(f"{dataset.name}: {finding.message} {finding.advice} See a2fpn check-data.")
+    for finding in report.errors:
+        logger.warning("%s: %s %s See a2fpn check-data.", dataset.name, finding.message, finding.advice)
+
+
+def credits_of(dataset: TrainingSet) -> dict[str, str]:
+    """What a data set says of its origin: ``data`` (its description) and ``data_licence``."""
+    if isinstance(dataset, CocoDataset):
+        document = json.loads(Path(dataset.name).read_text(encoding="utf-8"))
+        info, licences = document.get("info"), document.get("licenses")
+    elif isinstance(dataset, ShardDataset):
+        info, licences = dataset.index.info, dataset.index.licenses
+    else:
+        info, licences = None, None
+    names = [str(entry.get("name", "unnamed")) for entry in licences or []]
+    return {
+        "data": str((info or {}).get("description", Path(dataset.name).name)),
+        "data_licence": ", ".join(names) or "not stated",
+    }
+
+
+def build_model(model: ModelSection, dataset: TrainingSet) -> Any:
+    """Makes the detector for the classes, and the named keypoints, of a data set.
+
+    Args:
+        model: The settings.
+        dataset: What is trained on.
+
+    Raises:
+        ValueError: For an unknown name or override, or weights that don't fit.
+    """
+    options: dict[str, Any] = {"num_classes": len(dataset.categories), "categories": dataset.categories}
+    if model.backbone_weights:
+        options["backbone_weights"] = model.backbone_weights
+    if dataset.keypoint_names and model.name.startswith("keypointrcnn"):
+        options |= {"num_keypoints": len(dataset.keypoint_names), "keypoint_names": list(dataset.keypoint_names)}
+    return a2fpn.create_model(
+        model.name,
+        pretrained=model.pretrained,
+        pretrained_backbone=model.pretrained_backbone,
+        **{**options, **model.overrides},
+    )
+
+
+def build_feed(config: TrainConfig, dataset: TrainingSet, model: Any, accelerator: Accelerator) -> Feed:
+    """Joins the training set, the augmentation and this process's part.
+
+    Args:
+        config: The settings.
+        dataset: What is trained on.
+        model: The detector, whose size for an image the augmentation varies.
+        accelerator: The accelerator of the run.
+    """
+    data, run = config.data, config.run
+    transforms = train_transforms(
+        model.preprocess.target_size, keypoint_names=dataset.keypoint_names, **vars(data.transforms)
+    )
+    options: dict[str, Any] = {
+        "batch_size": data.batch_size,
+        "grad_accumulation": run.grad_accumulation,
+        "workers": data.workers,
+        "seed": run.seed,
+        "rank": accelerator.process_index,
+        "world_size": accelerator.num_processes,
+        "pin_memory": accelerator.device.type == "cuda",
+    }
+    if isinstance(dataset, StreamDataset):
+        return StreamFeed(dataset, transforms=transforms, **options)
+    dataset.transforms = transforms
+    return FolderFeed(
+        CopyPaste(dataset, probability=data.copy_paste) if data.copy_paste else dataset,
+        dataset,
+        group_by_aspect=data.group_by_aspect,
+        passes=data.passes,
+        repeat_threshold=data.repeat_threshold,
+        **options,
+    )

@@ -1,0 +1,208 @@
+"""What a run leaves on disk: checkpoints that appear whole or not at all, metrics, and the resolved config.
+
+At whatever instant a run is killed, or the machine loses power, ``last`` and ``best`` are whole, or
+:func:`recover_folder` makes them so when the run is resumed. Within one save the metrics come first, then ``best``,
+then ``last``: whatever is newer than ``last`` is made again, with the same result, by the steps that are repeated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from a2fpn.training.config import TrainConfig
+
+RESUME_FOLDER = "training_state"
+METRICS_FILE = "metrics.jsonl"
+
+
+class CheckpointWriteError(RuntimeError):
+    """A checkpoint could not be written; the one before it is untouched."""
+
+
+@dataclasses.dataclass
+class RunState:
+    """How far a run is; saved with the training state.
+
+    Args:
+        epoch: Finished epochs.
+        step: Finished optimiser steps.
+        step_in_epoch: Finished optimiser steps of the running epoch.
+        sums: Losses of the running epoch, summed over its batches and processes.
+        best: Highest value of the main metric so far.
+        best_epoch: The epoch that reached it.
+        stale: Evaluations since then.
+        skipped: Images that could not be read.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    step_in_epoch: int = 0
+    sums: dict[str, float] = dataclasses.field(default_factory=dict)
+    best: float = float("-inf")
+    best_epoch: int = 0
+    stale: int = 0
+    skipped: list[str] = dataclasses.field(default_factory=list)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the fields."""
+        return dataclasses.asdict(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over the fields."""
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+def write_config(config: TrainConfig, output: Path) -> None:
+    """Writes ``config.yaml``, from which ``--config`` starts the same run anew."""
+    write_text(output / "config.yaml", yaml.safe_dump(as_plain(config), sort_keys=False))
+
+
+def as_plain(config: TrainConfig) -> dict[str, Any]:
+    """The settings as JSON values, without what says how this start of the run came about."""
+    fresh = dataclasses.replace(config, run=dataclasses.replace(config.run, resume=False))
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(fresh)))  # tuples become lists
+    return plain
+
+
+def changed_settings(config: TrainConfig, output: Path) -> list[str]:
+    """What differs from the settings that the run in a folder was started with, as ``name: old -> new``."""
+    path = output / "config.yaml"
+    if not path.exists():
+        return []
+    old, new = _flat(yaml.safe_load(path.read_text(encoding="utf-8"))), _flat(as_plain(config))
+    return [f"{name}: {old.get(name)} -> {new.get(name)}" for name in {**old, **new} if old.get(name) != new.get(name)]
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file that is there whole or as it was before."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    _sync(path.parent)
+
+
+def append_metrics(record: Mapping[str, Any], output: Path) -> None:
+    """Adds one line to ``metrics.jsonl``."""
+    with (output / METRICS_FILE).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_metrics(output: Path) -> list[dict[str, Any]]:
+    """Returns the records of ``metrics.jsonl``; a last line that was cut off is left out."""
+    path = output / METRICS_FILE
+    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+    return [json.loads(line) for line in lines[:-1]]  # a whole line ends in a line break
+
+
+def rewind_metrics(output: Path, step: int) -> None:
+    """Drops the records of steps after ``step``, which a resumed run makes again."""
+    if (output / METRICS_FILE).exists():
+        kept = [json.dumps(record) + "\n" for record in read_metrics(output) if record["step"] <= step]
+        write_text(output / METRICS_FILE, "".join(kept))
+
+
+def temporary_folder(folder: Path) -> Path:
+    """Returns the name under which a checkpoint folder is written before it is complete."""
+    return folder.with_name(f".{folder.name}.partial")
+
+
+@contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """Yields a temporary folder that takes the place of ``folder`` when the block ends without an error.
+
+    Files that are already in the temporary folder are kept and move along. Between the two renames there is no
+    ``folder``, but a whole one beside it, which :func:`recover_folder` finds.
+    """
+    partial, previous = temporary_folder(folder), _previous(folder)
+    partial.mkdir(parents=True, exist_ok=True)
+    yield partial
+    for path in [*partial.rglob("*"), partial]:
+        _sync(path)
+    shutil.rmtree(previous, ignore_errors=True)
+    if folder.exists():
+        folder.rename(previous)
+    partial.rename(folder)
+    _sync(folder.parent)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def recover_folder(folder: Path) -> None:
+    """Puts right what a kill in the middle of :func:`replaced_folder` left."""
+    if not folder.exists() and _previous(folder).exists():
+        _previous(folder).rename(folder)
+    for leftover in (temporary_folder(folder), _previous(folder)):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _previous(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.previous")
+
+
+def _sync(path: Path) -> None:
+    """Makes the system write a file's content, or a folder's list of names, to the disk."""
+    if os.name == "nt" and path.is_dir():  # Windows can't open a folder
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def resume_folder(resume: bool | str, output: Path) -> Path | None:
+    """Finds the training state to continue from.
+
+    Args:
+        resume: False; True for the run's own ``last`` checkpoint; ``"auto"`` for the same where there is one; or a path
+            to a run or a checkpoint.
+        output: The run's folder.
+
+    Returns:
+        The folder of the training state, or None to start afresh.
+
+    Raises:
+        FileNotFoundError: If there is no training state.
+    """
+    if not resume:
+        return None
+    start = output if resume in (True, "auto") else Path(str(resume))
+    folder = next((f for f in (start / RESUME_FOLDER, start / "last" / RESUME_FOLDER) if f.is_dir()), None)
+    if folder is None and resume != "auto":
+        raise FileNotFoundError(f"run.resume: no training state in {start / 'last'}; start without run.resume.")
+    return folder
+
+
+def code_version() -> str | None:
+    """Returns the git commit of the code, with ``-dirty`` for uncommitted changes, or None outside a checkout."""
+    root = Path(__file__).resolve().parent.parent.parent
+    if not (root / ".git").exists():  # installed, perhaps into somebody else's checkout
+        return None
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        answer = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return answer.stdout.strip()

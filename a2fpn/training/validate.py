@@ -1,0 +1,161 @@
+"""Predicting the validation images on all processes, as one process would, and comparing with the ground truth."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+
+import a2fpn
+from a2fpn.data import CocoDataset, Sample, collate
+from a2fpn.evaluation import COCO_SIGMAS, Backend, CocoMetrics, common_iou_types, evaluate_coco
+from a2fpn.training.monitor import ProgressLine
+from a2fpn.training.seeding import seeded
+
+
+def sharded_loader(
+    dataset: CocoDataset, *, batch_size: int, workers: int, rank: int, world_size: int
+) -> DataLoader[Sample]:
+    """Loads this process's share of the batches; their make-up does not depend on the number of processes.
+
+    Args:
+        dataset: All the images.
+        batch_size: Images per batch.
+        workers: Loader processes.
+        rank: Index of this process.
+        world_size: Number of processes.
+    """
+    batches = [list(range(at, min(at + batch_size, len(dataset)))) for at in range(0, len(dataset), batch_size)]
+    mine = [index for batch in batches[rank::world_size] for index in batch]
+    # Only the last batch of all may be short, and that is the last one of its process as well.
+    return DataLoader(Subset(dataset, mine), batch_size, num_workers=workers, collate_fn=collate)
+
+
+class Validator:
+    """Evaluates a model during training.
+
+    Args:
+        dataset: The validation images.
+        accelerator: The accelerator of the run.
+        target_keys: What the detector predicts, see its ``target_keys``.
+        batch_size: Images per batch and process.
+        workers: Loader processes per process.
+        max_detections: Detections per image that count.
+        backend: What computes the numbers, see :func:`a2fpn.evaluation.evaluate_coco`.
+        channels_last: Whether the network runs channels-last.
+        pictures: How many images are drawn.
+        seed: Seed of what is random in the losses.
+        oks_sigmas: See :func:`a2fpn.evaluation.evaluate_coco`; COCO's if empty.
+
+    Raises:
+        ValueError: If the images can't be evaluated in this way.
+    """
+
+    def __init__(
+        self,
+        dataset: CocoDataset,
+        accelerator: Accelerator,
+        *,
+        batch_size: int,
+        workers: int,
+        max_detections: int,
+        backend: Backend,
+        channels_last: bool,
+        pictures: int,
+        seed: int,
+        target_keys: Collection[str],
+        oks_sigmas: Sequence[float] = (),
+    ) -> None:
+        self.dataset = dataset
+        self.accelerator = accelerator
+        self.max_detections, self.backend = max_detections, backend
+        self.iou_types = common_iou_types(dataset.coco, target_keys)
+        self.oks_sigmas = tuple(oks_sigmas) or COCO_SIGMAS
+        if "keypoints" in self.iou_types:
+            self._compare([])  # finds sigmas that don't fit before the training, not after
+        self.channels_last, self.seed = channels_last, seed
+        # Spread over the set, with objects where there are any.
+        full = [i for i, image_id in enumerate(dataset.image_ids) if dataset.coco.annotations[image_id]]
+        full = full or list(range(len(dataset)))
+        self._drawn = {dataset.image_ids[full[i * len(full) // pictures]] for i in range(pictures)}
+        rank, world_size = accelerator.process_index, accelerator.num_processes
+        self.loader = sharded_loader(dataset, batch_size=batch_size, workers=workers, rank=rank, world_size=world_size)
+
+    def evaluate(self, model: Any) -> tuple[dict[str, float], list[Image.Image]]:
+        """Predicts all images; every process has to call it.
+
+        Returns:
+            On the main process the COCO numbers, with ``images_evaluated``, and pictures of predictions; elsewhere
+            nothing.
+        """
+        accelerator = self.accelerator
+        predictor = a2fpn.Predictor(model, device=accelerator.device, channels_last=self.channels_last)
+        found: list[tuple[int, list[dict[str, Any]]]] = []
+        drawn: list[tuple[int, Image.Image]] = []
+        with ProgressLine("Evaluation", len(self.loader), accelerator) as line:
+            for images, targets in self.loader:
+                ids = [int(target["image_id"]) for target in targets]
+                for image_id, image, result in zip(ids, images, predictor.predict(images), strict=True):
+                    found.append((image_id, result.to_coco(image_id)))
+                    if image_id in self._drawn:
+                        drawn.append((image_id, result.plot(image=image.permute(1, 2, 0).numpy())))
+                line.advance()
+        by_image = dict(gather_object(found))
+        pictures = dict(gather_object(drawn))
+        if not accelerator.is_main_process:
+            return {}, []
+        known = {category.id for category in self.dataset.coco.categories}  # the training set may have more
+        hits = [hit for i in self.dataset.image_ids for hit in by_image.get(i, ()) if hit["category_id"] in known]
+        metrics = self._compare(hits).to_dict(per_class=True)
+        return {**metrics, "images_evaluated": len(by_image)}, [pictures[i] for i in sorted(pictures)]
+
+    def _compare(self, detections: Sequence[Mapping[str, Any]]) -> CocoMetrics:
+        return evaluate_coco(
+            self.dataset.coco,
+            detections,
+            iou_types=self.iou_types,
+            max_detections=self.max_detections,
+            oks_sigmas=self.oks_sigmas,
+            backend=self.backend,
+        )
+
+    def losses(self, model: Any) -> dict[str, float]:
+        """Mean losses over the validation images, as ``val/<loss>``; every process has to call it."""
+        sums: dict[str, float] = {}
+        count = 0
+        with (
+            torch.no_grad(),
+            _computing_losses(model),
+            ProgressLine("Losses", len(self.loader), self.accelerator) as line,
+        ):
+            for images, targets in self.loader:
+                with seeded("validation", self.seed, int(targets[0]["image_id"])):
+                    values: Mapping[str, Tensor] = model(images, targets)
+                for name, value in {"loss": torch.stack(list(values.values())).sum(), **values}.items():
+                    sums[name] = sums.get(name, 0.0) + float(value) * len(images)
+                count += len(images)
+                line.advance()
+        parts: Sequence[tuple[dict[str, float], int]] = gather_object([(sums, count)])
+        total = sum(images for _, images in parts)
+        return {f"val/{name}": sum(part.get(name, 0.0) for part, _ in parts) / total for name in parts[0][0]}
+
+
+@contextmanager
+def _computing_losses(model: nn.Module) -> Iterator[None]:
+    """Makes a detector compute losses without changing what its norms and dropouts do in evaluation."""
+    before = [(module, module.training) for module in model.modules()]
+    for module, _ in before:
+        drops = "Drop" in type(module).__name__ and not any(True for _ in module.children())
+        module.training = not (drops or isinstance(module, nn.modules.batchnorm._BatchNorm))
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
