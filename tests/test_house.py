@@ -54,8 +54,8 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     ),
     "convert": (BUILDING | {"layers", "pretrained"}, {"torch", "torchvision", "safetensors"}),
     "data": (
-        {"config", "errors", "masks"},
-        {"datasets", "fsspec", "torch", "torchvision", "numpy", "PIL", "pycocotools"},
+        {"_registry", "config", "errors", "masks"},
+        {"datasets", "fsspec", "matplotlib", "numpy", "PIL", "pycocotools", "torch", "torchvision", "yaml"},
     ),
     "evaluation": ({"data", "errors", "masks"}, {"faster_coco_eval", "hotcoco", "numpy", "pycocotools"}),
     "inference": (

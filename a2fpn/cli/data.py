@@ -1,9 +1,10 @@
-"""``a2fpn data shard``."""
+"""``a2fpn data``: data sets brought into shape, and into shards."""
 
 from __future__ import annotations
 
 import typer
 
+from a2fpn.cli import data_sets
 from a2fpn.cli.shard import main
 
 app = typer.Typer(no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
@@ -18,3 +19,6 @@ def _options() -> None:
 def shard(context: typer.Context) -> None:
     """Write a COCO-format set as WebDataset shards, or check shards; see `a2fpn data shard --help`."""
     raise typer.Exit(main(context.args))
+
+
+data_sets.register(app)

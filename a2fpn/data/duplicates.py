@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from a2fpn.data.report import Finding, Track, few
+from a2fpn.data.check.report import Finding, Track, few
 
 _SIDE, _LOW = 32, 8  # pixels of the small image, frequencies of the hash
 _BITS = 12  # of 64 that may differ; those of other pictures differ by 16 and more

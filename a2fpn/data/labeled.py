@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from a2fpn.data.coco import DataError
-from a2fpn.data.masks import Rle
+from a2fpn.errors import DataError
+from a2fpn.masks.rle import Rle
 
 Segmentation = list[list[float]] | Rle
 Box = tuple[float, float, float, float]

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from a2fpn._registry import did_you_mean
-from a2fpn.data.coco import DataError
 from a2fpn.data.importers.files import read_json
 from a2fpn.data.splits import assign_splits
+from a2fpn.errors import DataError
 
 Coco = Mapping[str, Any]
 Source = str | Path | Coco

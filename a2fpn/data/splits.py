@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 
-from a2fpn.data.coco import DataError
+from a2fpn.errors import DataError
 
 
 def assign_splits(

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import TypeVar
 
 from a2fpn._registry import natural_key
-from a2fpn.data.coco import DataError
+from a2fpn.data.check.report import Track
 from a2fpn.data.exporters.base import EXPORTERS, ExportOptions, export_images
 from a2fpn.data.importers import open_source
 from a2fpn.data.importers.base import REPORT_FILE, Folder
 from a2fpn.data.importers.importing import ImportReport
 from a2fpn.data.importers.writer import Placing, SplitCount
 from a2fpn.data.labeled import CategoryInfo, LabeledImage, LossLog
-from a2fpn.data.report import Track
+from a2fpn.errors import DataError
 
 T = TypeVar("T")
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from pycocotools import mask as mask_utils
 
 from a2fpn.data.labeled import Segmentation
-from a2fpn.data.masks import Polygons, Rle, decode_window, parse_segmentation
+from a2fpn.masks.rle import Polygons, Rle, decode_window, parse_segmentation
 
 Ring = NDArray[np.float64]
 

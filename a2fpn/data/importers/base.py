@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Literal
 
 from a2fpn._registry import Registry
-from a2fpn.data.coco import DataError
 from a2fpn.data.importers.files import IMAGE_SUFFIXES, ImageIndex, read_json, read_text
 from a2fpn.data.labeled import CategoryInfo, LabeledImage, LossLog, folder_name
+from a2fpn.errors import DataError
 
 _HEAD = 4096  # bytes of a file that tell what it is
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from a2fpn.data.coco import DataError
 from a2fpn.data.importers.base import Folder, Importer, ImportOptions, register_importer
 from a2fpn.data.importers.files import read_json
 from a2fpn.data.labeled import CategoryInfo, LabeledImage, LabeledObject, LossLog, split_name
+from a2fpn.errors import DataError
 
 
 @register_importer("coco")

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from a2fpn.data.coco import DataError
 from a2fpn.data.importers.base import Folder, Importer, ImportOptions, register_importer
 from a2fpn.data.importers.files import read_bytes
 from a2fpn.data.labeled import LabeledImage, LabeledObject, LossLog, grouped, split_name
-from a2fpn.data.masks import Rle, encode_window
+from a2fpn.errors import DataError
+from a2fpn.masks.rle import Rle, encode_window
 
 _ELLIPSE_POINTS = 64
 _SHAPES = frozenset(("box", "polygon", "mask", "ellipse", "skeleton"))

@@ -9,11 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from a2fpn.data.coco import DataError
 from a2fpn.data.importers.base import Folder, Importer, ImportOptions, register_importer
 from a2fpn.data.importers.files import read_json
 from a2fpn.data.labeled import CategoryInfo, LabeledImage, LabeledObject, LossLog, grouped, split_name
-from a2fpn.data.masks import parse_segmentation
+from a2fpn.errors import DataError
+from a2fpn.masks.rle import parse_segmentation
 
 _SHAPES = frozenset(("bbox", "polygon", "mask", "points"))
 

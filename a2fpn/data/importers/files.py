@@ -14,8 +14,8 @@ from urllib.parse import unquote
 from PIL import ExifTags, Image
 
 from a2fpn._registry import natural_key
-from a2fpn.data.coco import DataError
 from a2fpn.data.labeled import LossLog, split_name
+from a2fpn.errors import DataError
 
 IMAGE_SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"))
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from a2fpn.data.coco import DataError
+from a2fpn.data.check.report import Track, count_of
 from a2fpn.data.importers.base import IMPORTERS, REPORT_FILE, Folder, Importer, ImportOptions, detect, read_categories
 from a2fpn.data.importers.writer import CocoWriter, Placing, SplitCount, SplitRule
 from a2fpn.data.labeled import CategoryInfo, Loss, LossLog
-from a2fpn.data.report import Track, count_of
+from a2fpn.errors import DataError
 
 T = TypeVar("T")
 

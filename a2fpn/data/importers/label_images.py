@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as mask_utils
 
-from a2fpn.data.coco import DataError
 from a2fpn.data.importers.base import Folder, Importer, ImportOptions, register_importer
 from a2fpn.data.importers.files import IMAGE_SUFFIXES, ImageIndex
 from a2fpn.data.importers.mask_files import mask_units
 from a2fpn.data.labeled import LabeledImage, LabeledObject, LossLog, split_name
-from a2fpn.data.masks import Rle
+from a2fpn.errors import DataError
+from a2fpn.masks.rle import Rle
 
 _FOLDERS = frozenset(("labels", "masks", "label_images", "label", "mask", "gt", "instances"))
 _ENDINGS = re.compile(r"[_-](cp_masks|masks?|labels?|instances?|gt|seg)$", re.IGNORECASE)

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from a2fpn.data.coco import DataError
 from a2fpn.data.importers.base import Folder, Importer, ImportOptions, register_importer
 from a2fpn.data.importers.files import clean_path, read_json
 from a2fpn.data.labeled import LabeledImage, LabeledObject, LossLog, grouped, split_name
-from a2fpn.data.masks import encode_masks
+from a2fpn.errors import DataError
+from a2fpn.masks.rle import encode_masks
 
 _ELLIPSE_POINTS = 64
 _KINDS = ("rectanglelabels", "polygonlabels", "brushlabels", "ellipselabels")

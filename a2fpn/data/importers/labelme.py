@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from a2fpn.data.coco import DataError
 from a2fpn.data.importers.base import (
     Folder,
     Importer,
@@ -28,7 +27,8 @@ from a2fpn.data.importers.base import (
 )
 from a2fpn.data.importers.files import read_json
 from a2fpn.data.labeled import LabeledImage, LabeledObject, LossLog, grouped
-from a2fpn.data.masks import Rle, encode_window
+from a2fpn.errors import DataError
+from a2fpn.masks.rle import Rle, encode_window
 
 _CIRCLE_POINTS = 64
 _SKIPPED = ("line", "linestrip")

@@ -15,7 +15,7 @@ from PIL import Image
 from a2fpn.data.importers.base import Folder, Importer, ImportOptions, register_importer
 from a2fpn.data.importers.files import IMAGE_SUFFIXES, ImageIndex
 from a2fpn.data.labeled import LabeledImage, LabeledObject, LossLog, split_name
-from a2fpn.data.masks import encode_masks
+from a2fpn.masks.rle import encode_masks
 
 
 @register_importer("mask_files")

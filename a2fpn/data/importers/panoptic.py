@@ -14,12 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from a2fpn.data.coco import DataError
 from a2fpn.data.importers.base import Folder, Importer, ImportOptions, register_importer
 from a2fpn.data.importers.coco import is_panoptic
 from a2fpn.data.importers.files import ImageIndex, read_json
 from a2fpn.data.labeled import CategoryInfo, LabeledImage, LabeledObject, LossLog, split_name
-from a2fpn.data.masks import encode_masks
+from a2fpn.errors import DataError
+from a2fpn.masks.rle import encode_masks
 
 
 @register_importer("panoptic")

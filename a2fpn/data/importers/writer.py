@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pycocotools import mask as mask_utils
 
 from a2fpn._registry import natural_key
-from a2fpn.data.coco import DataError
+from a2fpn.data.check.report import Track
 from a2fpn.data.labeled import (
     Box,
     CategoryInfo,
@@ -24,9 +24,9 @@ from a2fpn.data.labeled import (
     polygon_area,
     polygon_box,
 )
-from a2fpn.data.masks import parse_segmentation
-from a2fpn.data.report import Track
 from a2fpn.data.splits import assign_splits
+from a2fpn.errors import DataError
+from a2fpn.masks.rle import parse_segmentation
 
 Placing = Literal["link", "copy"]
 

@@ -18,10 +18,10 @@ import numpy as np
 import yaml
 
 from a2fpn._registry import natural_key
-from a2fpn.data.coco import DataError
 from a2fpn.data.importers.base import Folder, Importer, ImportOptions, register_importer
 from a2fpn.data.importers.files import IMAGE_SUFFIXES, clean_path, image_size, name_and_split, read_text
 from a2fpn.data.labeled import Box, LabeledImage, LabeledObject, LossLog, split_name
+from a2fpn.errors import DataError
 
 _CLASS_FILES = ("classes.txt", "obj.names", "classes.names", "labels.txt", "predefined_classes.txt")
 _SLACK = 0.01  # how far over the edge a coordinate may lie by rounding
