@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
-from a2fpn.cli.format import progress_bar
 from a2fpn.errors import DataError
 
 T = TypeVar("T")
@@ -78,7 +78,7 @@ def import_(
     """
     from a2fpn.data.importers import import_data
 
-    with progress_bar() as progress:
+    with _bars() as progress:
         report = import_data(
             source,
             output,
@@ -122,7 +122,7 @@ def convert(
     """
     from a2fpn.data.exporters import convert_data
 
-    with progress_bar() as progress:
+    with _bars() as progress:
         report = convert_data(
             source,
             output,
@@ -276,10 +276,16 @@ def register(app: typer.Typer) -> None:
         app.command()(command)
 
 
+def _bars() -> Progress:
+    """Progress bars on standard error that go when they are done."""
+    console = Console(stderr=True)
+    return Progress(console=console, transient=True, disable=not console.is_terminal)
+
+
 class _Track:
     """Shows loops on a progress bar."""
 
-    def __init__(self, progress: Any) -> None:
+    def __init__(self, progress: Progress) -> None:
         self.progress = progress
 
     def __call__(self, items: Iterable[T], description: str, total: int) -> Iterable[T]:
@@ -310,7 +316,7 @@ def _check(files: dict[str, Path], images: Path | None) -> None:
     from a2fpn.data import check_data
 
     train = files.get("train")
-    with progress_bar() as progress:
+    with _bars() as progress:
         for name, path in files.items():
             against = train if train is not None and name != "train" else None
             report = check_data(

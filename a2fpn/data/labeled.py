@@ -169,6 +169,15 @@ class LossLog:
         if len(self.losses) < _REMEMBERED:
             self.losses.append(loss)
 
+    def add_error(self, kind: str, file: Path, error: Exception) -> None:
+        """Note the error that reading a file raised, which names the file and perhaps a line."""
+        text = str(error).removeprefix(str(file)).lstrip(",: ")
+        place, colon, detail = text.partition(": ")
+        if colon and place.startswith("line "):
+            self.add(kind, file, detail, place=place)
+        else:
+            self.add(kind, file, text)
+
     def note(self, what: str, count: int = 1) -> None:
         """Count something that is worth knowing and no loss."""
         self.notes[what] += count

@@ -178,7 +178,9 @@ def unpack_runs(content: NDArray[np.uint8], expected: int) -> NDArray[np.uint8]:
         ValueError: If they are no such runs.
     """
     bits = "".join(map("{:08b}".format, content.tolist()))
-    total = int(bits[:32] or "0", 2)
+    if len(bits) < 53:
+        raise ValueError("the rle of a brush ends too early")
+    total = int(bits[:32], 2)
     if total != expected:
         raise ValueError(f"the rle of a brush holds {total} values, the image needs {expected}")
     word = int(bits[32:37], 2) + 1

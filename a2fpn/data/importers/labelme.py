@@ -64,7 +64,7 @@ class LabelmeImporter(Importer):
             try:
                 data = read_json(path)
             except DataError as error:
-                self.log.add("unreadable-labels", path, str(error).removeprefix(str(path)).lstrip(",: "))
+                self.log.add_error("unreadable-labels", path, error)
                 continue
             if not isinstance(data, Mapping) or not isinstance(data.get("shapes"), list):
                 self.log.add("unreadable-labels", path, "no labelme file; expected an object with the list shapes")

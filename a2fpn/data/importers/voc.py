@@ -51,7 +51,7 @@ class VocImporter(Importer):
             try:
                 image = self._image(path, used)
             except DataError as error:
-                self.log.add("unreadable-labels", path, str(error).removeprefix(str(path)).lstrip(",: "))
+                self.log.add_error("unreadable-labels", path, error)
                 continue
             if image is not None:
                 yield image

@@ -115,19 +115,25 @@ class YoloImporter(Importer):
 
     def _orphans(self, used: set[str], lists: Mapping[str, set[str]]) -> None:
         """Label files that no image belongs to."""
-        for folder, names in lists.items():
-            for name in sorted(names):
-                path = os.path.join(folder, name)
-                if name.endswith(".txt") and path not in used and name not in _CLASS_FILES:
-                    if folder != os.path.join(str(self.root), "") and self._is_list(path):
+        tops = {folder.rpartition(f"{os.sep}labels")[0] or folder for folder in lists}
+        listed = {os.path.splitext(path)[0] for path, _ in self.jobs}
+        other = 0
+        for top in sorted(tops):
+            labels = os.path.join(top, "labels")
+            for folder, _, names in os.walk(labels if os.path.isdir(labels) else top):
+                for name in sorted(names):
+                    path = os.path.join(folder, name)
+                    if not name.endswith(".txt") or path in used or name in _CLASS_FILES or _is_list(path):
                         continue
-                    self.log.add("missing-image", path, "no image of this name; its labels are lost")
-
-    def _is_list(self, path: str) -> bool:
-        """Whether a text file is a list of images or lies beside the labels for another end."""
-        with open(path, "rb") as file:
-            first = file.readline().split()
-        return bool(first) and not _is_number(first[0].lstrip(b"\xef\xbb\xbf"))
+                    stem = _image_stem(path)
+                    if stem in listed:
+                        continue
+                    if any(os.path.isfile(stem + suffix) for suffix in IMAGE_SUFFIXES):
+                        other += 1
+                    else:
+                        self.log.add("missing-image", path, "no image of this name; its labels are lost")
+        if other:
+            self.log.note("label files of images that no split lists", other)
 
     def _class_names(self) -> list[str]:
         names = self.yaml.get("names")
@@ -232,7 +238,7 @@ class YoloImporter(Importer):
         try:
             text = read_text(path)
         except DataError as error:
-            self.log.add("unreadable-labels", path, str(error).removeprefix(str(path)).lstrip(",: "))
+            self.log.add_error("unreadable-labels", path, error)
             return []
         objects = []
         seen: set[str] = set()
@@ -343,6 +349,20 @@ def _label_file(image: str) -> str:
     stem = os.path.splitext(image)[0]
     head, found, tail = stem.rpartition(f"{os.sep}images{os.sep}")
     return (f"{head}{os.sep}labels{os.sep}{tail}" if found else stem) + ".txt"
+
+
+def _image_stem(label: str) -> str:
+    """Where the image of a label file is, without its suffix; the way back of :func:`_label_file`."""
+    stem = os.path.splitext(label)[0]
+    head, found, tail = stem.rpartition(f"{os.sep}labels{os.sep}")
+    return f"{head}{os.sep}images{os.sep}{tail}" if found else stem
+
+
+def _is_list(path: str) -> bool:
+    """Whether a text file holds something else than labels, such as a list of images."""
+    with open(path, "rb") as file:
+        first = file.readline().split()
+    return bool(first) and not _is_number(first[0].lstrip(b"\xef\xbb\xbf"))
 
 
 def _below(base: str, path: str) -> Iterator[str]:
