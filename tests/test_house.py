@@ -55,7 +55,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "convert": (BUILDING | {"layers", "pretrained"}, {"torch", "torchvision", "safetensors"}),
     "data": (
         {"_registry", "config", "errors", "masks"},
-        {"datasets", "fsspec", "matplotlib", "numpy", "PIL", "pycocotools", "torch", "torchvision", "yaml"},
+        {"datasets", "fsspec", "matplotlib", "numpy", "orjson", "PIL", "pycocotools", "torch", "torchvision", "yaml"},
     ),
     "evaluation": ({"data", "errors", "masks"}, {"faster_coco_eval", "hotcoco", "numpy", "pycocotools"}),
     "inference": (

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from a2fpn.cli import main
-from a2fpn.data import check_data, read_coco
+from a2fpn.data import check_data, read_coco, read_image
 from a2fpn.data.exporters import EXPORTERS, convert_data
 from a2fpn.data.exporters.rings import bridge, to_one_ring, trace
 from a2fpn.data.importers import IMPORTERS, detect, import_data, list_formats
+from a2fpn.data.importers.files import image_size
 from a2fpn.data.importers.label_studio import pack_runs, unpack_runs
 from a2fpn.data.splits import assign_splits
 from a2fpn.errors import DataError
@@ -633,3 +634,15 @@ def test_the_synthetic_set_of_the_other_tests_survives(tmp_path: Path) -> None:
     convert_data(path, tmp_path / "x", to="cvat", format="coco")
     assert import_data(tmp_path / "x", tmp_path / "y").counts == {}
     assert images.is_dir()
+
+
+@pytest.mark.parametrize("orientation", [None, 1, 3, 6])
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.tif", "a.bmp", "grey.jpg", "progressive.jpg"])
+def test_sizes_of_headers_are_those_of_the_pictures(tmp_path: Path, name: str, orientation: int | None) -> None:
+    options: dict[str, Any] = {"progressive": True} if name.startswith("prog") else {}
+    if orientation is not None and not name.endswith("bmp"):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        options["exif"] = exif
+    Image.new("L" if name.startswith("grey") else "RGB", (61, 40)).save(tmp_path / name, **options)
+    assert image_size(tmp_path / name) == tuple(read_image(tmp_path / name).shape[1:])

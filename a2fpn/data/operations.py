@@ -6,6 +6,7 @@ All functions take the content of a file, or its path, and return new content; n
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -336,7 +337,7 @@ def _size(raw: Mapping[str, Any]) -> float:
     box = raw.get("bbox")
     if not isinstance(box, Sequence) or len(box) != 4 or not all(isinstance(side, (int, float)) for side in box):
         return 0.0
-    return float(max(box[2], 0) * max(box[3], 0)) ** 0.5
+    return math.sqrt(max(box[2], 0) * max(box[3], 0))
 
 
 def _hash(text: str) -> bytes:

@@ -30,7 +30,7 @@ class LabelmeExporter(Exporter):
         for number, labeled in enumerate(image.objects, 1):
             shapes += self._shapes(labeled, number, image)
         named = path.name if self.options.images is not None or image.path is None else str(image.path)
-        record = {
+        record: dict[str, Any] = {
             "version": _VERSION,
             "flags": {},
             "shapes": shapes,

@@ -69,13 +69,13 @@ class ImportReport:
                 f"  {split:<6} {count_of(count.images, 'image')} ({count.empty:,} without objects), "
                 f"{count_of(count.annotations, 'annotation')} ({count.masks:,} with masks, {count.crowds:,} crowds)"
             )
-        lines += [f"  note   {count:,} {what}" for what, count in self.notes.items()]
-        for kind, count in sorted(self.counts.items(), key=lambda pair: -pair[1]):
+        lines += [f"  note   {number:,} {what}" for what, number in self.notes.items()]
+        for kind, number in sorted(self.counts.items(), key=lambda pair: -pair[1]):
             examples = [str(loss) for loss in self.losses if loss.kind == kind][:3]
-            lines.append(f"  lost   {count:,} {kind}")
+            lines.append(f"  lost   {number:,} {kind}")
             lines += [f"           {example}" for example in examples]
-            if count > len(examples):
-                lines.append(f"           and {count - len(examples):,} more, see {REPORT_FILE}")
+            if number > len(examples):
+                lines.append(f"           and {number - len(examples):,} more, see {REPORT_FILE}")
         return "\n".join(lines)
 
 

@@ -136,8 +136,9 @@ def read_label_image(path: Path) -> NDArray[np.int64]:
         ValueError: If its pixels are no numbers of objects.
     """
     with Image.open(path) as image:
-        if getattr(image, "n_frames", 1) > 1:
-            raise ValueError(f"it has {image.n_frames} pages; export one slice a file")
+        pages = getattr(image, "n_frames", 1)
+        if pages > 1:
+            raise ValueError(f"it has {pages} pages; export one slice a file")
         if image.mode not in ("1", "L", "P", "F") and not image.mode.startswith("I"):
             raise ValueError(f"expected one number a pixel, got the mode {image.mode}")
         values = np.asarray(image)

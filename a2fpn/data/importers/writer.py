@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -11,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import orjson
 from pycocotools import mask as mask_utils
 
 from a2fpn._registry import natural_key
@@ -32,7 +32,6 @@ Placing = Literal["link", "copy"]
 
 _LEAST_SIDE = 0.01  # pixels; the reader leaves out boxes with less
 _COORDINATE_LIMIT = 1e6  # the reader's
-_encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
 
 
 @dataclass(frozen=True)
@@ -82,6 +81,10 @@ class SplitCount:
     empty: int
     masks: int
     crowds: int
+
+
+def _encode(value: object) -> str:
+    return orjson.dumps(value).decode()
 
 
 class CocoWriter:
@@ -312,12 +315,14 @@ def _measure(labeled: LabeledObject, height: int, width: int) -> tuple[Box, floa
         for polygon in segmentation:
             if len(polygon) < 6 or len(polygon) % 2:
                 raise ValueError(f"a polygon needs 3 or more points x, y, got {len(polygon)} numbers")
-            # Also false for NaN, which no comparison holds for.
-            if not (max(polygon) < _COORDINATE_LIMIT and min(polygon) > -_COORDINATE_LIMIT):
-                raise ValueError("a polygon has a coordinate that is no pixel position")
         if not segmentation:
             raise ValueError("it has no polygon")
-        box, area = labeled.bbox or polygon_box(segmentation), polygon_area(segmentation)
+        extent, area = polygon_box(segmentation), polygon_area(segmentation)
+        # NaN and infinity reach the area, whatever the smallest and the largest number are.
+        reach = max(-extent[0], -extent[1], extent[0] + extent[2], extent[1] + extent[3])
+        if not (reach < _COORDINATE_LIMIT and math.isfinite(area)):
+            raise ValueError("a polygon has a coordinate that is no pixel position")
+        box = labeled.bbox or extent
     elif segmentation is not None:
         rle = parse_segmentation(segmentation, height, width)
         left, top, w, h = mask_utils.toBbox(rle).tolist()
@@ -350,13 +355,13 @@ def _rounded(box: Box) -> list[float]:
 
 def _padded(text: str, length: int) -> str:
     """An annotation with as many keypoints as its class has by now; names came one after the other."""
-    record = json.loads("{" + text)
+    record = orjson.loads("{" + text)
     missing = length - len(record["keypoints"])
     return _encode(record | {"keypoints": record["keypoints"] + [0] * missing})[1:] if missing > 0 else text
 
 
 def _with_box_mask(text: str) -> str:
-    record = json.loads("{" + text)
+    record = orjson.loads("{" + text)
     x, y, w, h = record["bbox"]
     return _encode(record | {"segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]]})[1:]
 
