@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +32,7 @@ from a2fpn.masks.rle import parse_segmentation
 Placing = Literal["link", "copy"]
 
 _LEAST_SIDE = 0.01  # pixels; the reader leaves out boxes with less
+_THREADS = 4  # that place images: a file system takes most of the time
 _COORDINATE_LIMIT = 1e6  # the reader's
 
 
@@ -213,16 +215,13 @@ class CocoWriter:
 
     def _place(self, entries: Sequence[_Entry], track: Track) -> None:
         root = self.output / "images"
-        folders: set[str] = set()
-        for entry in track(entries, "placing images", len(entries)):
-            if entry.path is None:
-                continue
-            target = os.path.join(root, entry.name)
-            folder = os.path.dirname(target)
-            if folder not in folders:
-                os.makedirs(folder, exist_ok=True)
-                folders.add(folder)
-            place(entry.path, target, self.placing)
+        jobs = [(entry.path, os.path.join(root, entry.name)) for entry in entries if entry.path is not None]
+        for folder in {os.path.dirname(target) for _, target in jobs}:
+            os.makedirs(folder, exist_ok=True)
+        with ThreadPool(_THREADS) as pool:
+            done = pool.imap_unordered(lambda job: place(*job, self.placing), jobs, chunksize=64)
+            for _ in track(done, "placing images", len(jobs)):
+                pass
 
     def _write(
         self,

@@ -94,7 +94,7 @@ class YoloImporter(Importer):
             objects: Sequence[LabeledObject] = ()
             if has_label:
                 used.add(label)
-                objects = self._objects(Path(label), *size)
+                objects = self._objects(label, *size)
             else:
                 missing += 1
             yield LabeledImage(Path(path), name, *size, objects, split or named, source=label)
@@ -233,12 +233,12 @@ class YoloImporter(Importer):
                 found.append(match)
         return found
 
-    def _objects(self, path: Path, height: int, width: int) -> list[LabeledObject]:
+    def _objects(self, path: str, height: int, width: int) -> list[LabeledObject]:
         """The objects of a label file."""
         try:
-            text = read_text(path)
+            text = read_text(Path(path))
         except DataError as error:
-            self.log.add_error("unreadable-labels", path, error)
+            self.log.add_error("unreadable-labels", Path(path), error)
             return []
         objects = []
         seen: set[str] = set()
