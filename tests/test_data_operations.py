@@ -244,9 +244,10 @@ def test_commands_write_and_check(
 
 def test_commands_split_merge_and_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, path = write_coco(tmp_path / "coco", images=10)
+    parts = [str(tmp_path / "s" / f"instances_{split}.json") for split in ("train", "val")]
     for command in (
         ["split", str(path), "--output", str(tmp_path / "s"), "--val", "0.3"],
-        ["merge", *(str(tmp_path / "s" / f"instances_{s}.json") for s in ("train", "val")), "-o", str(tmp_path / "m.json")],
+        ["merge", *parts, "-o", str(tmp_path / "m.json")],
         ["stats", str(tmp_path / "m.json"), "--plot", str(tmp_path / "p.png"), "--json", str(tmp_path / "n.json")],
     ):  # fmt: skip
         with pytest.raises(SystemExit) as stop:

@@ -498,7 +498,7 @@ def test_damaged_members_are_named_and_left_out(
     for image in ("a.png", "untouched.png"):
         picture(root / image)
     (root / file).parent.mkdir(exist_ok=True)
-    (root / file).write_text("\ufeff" + content if name != "cvat" else content, encoding="utf-8")
+    (root / file).write_text("\ufeff" + content, encoding="utf-8")
     if loss is None:
         assert import_data(root, tmp_path / "y", format=name).counts == {}
         return
@@ -532,7 +532,10 @@ def test_xml_with_entities_of_its_own_is_refused(tmp_path: Path) -> None:
 # Label images
 
 
-@pytest.mark.parametrize(("suffix", "dtype"), [(".png", np.uint8), (".png", np.uint16), (".tif", np.uint16), (".tif", np.int32), (".tif", np.float32)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("suffix", "dtype"),
+    [(".png", np.uint8), (".png", np.uint16), (".tif", np.uint16), (".tif", np.int32), (".tif", np.float32)],
+)
 def test_label_images_of_all_depths(tmp_path: Path, suffix: str, dtype: type) -> None:
     picture(tmp_path / "x" / "a.png")
     values = np.zeros((40, 60), dtype=dtype)
@@ -550,15 +553,15 @@ def test_label_images_of_all_depths(tmp_path: Path, suffix: str, dtype: type) ->
 
 
 @pytest.mark.parametrize(
-    ("values", "mode", "message"),
+    ("values", "message"),
     [
-        (np.zeros((40, 61), np.uint8), None, "61 x 40 pixels, its image has 60 x 40"),
-        (np.zeros((40, 60, 3), np.uint8), None, "expected one number a pixel, got the mode RGB"),
-        (np.full((40, 60), 0.5, np.float32), None, "no whole numbers"),
-        (np.full((40, 60), -1, np.int32), None, "the negative number -1"),
+        (np.zeros((40, 61), np.uint8), "61 x 40 pixels, its image has 60 x 40"),
+        (np.zeros((40, 60, 3), np.uint8), "expected one number a pixel, got the mode RGB"),
+        (np.full((40, 60), 0.5, np.float32), "no whole numbers"),
+        (np.full((40, 60), -1, np.int32), "the negative number -1"),
     ],
 )
-def test_label_images_that_are_none(tmp_path: Path, values: np.ndarray, mode: str | None, message: str) -> None:
+def test_label_images_that_are_none(tmp_path: Path, values: np.ndarray, message: str) -> None:
     picture(tmp_path / "x" / "a.png")
     (tmp_path / "x" / "labels").mkdir()
     Image.fromarray(values).save(tmp_path / "x" / "labels" / "a.tif")
@@ -676,3 +679,15 @@ def test_sizes_of_headers_are_those_of_the_pictures(tmp_path: Path, name: str, o
         options["exif"] = exif
     Image.new("L" if name.startswith("grey") else "RGB", (61, 40)).save(tmp_path / name, **options)
     assert image_size(tmp_path / name) == tuple(read_image(tmp_path / name).shape[1:])
+
+
+def test_a_training_run_says_how_to_import(tmp_path: Path) -> None:
+    from a2fpn.training.config import DataSection
+    from a2fpn.training.sources import open_training_set
+
+    root = yolo(tmp_path / "x", {"a": "0 .5 .5 .5 .5\n"})
+    with pytest.raises(DataError, match=r"holds yolo labels and no annotations/.*\. Import them.*a2fpn data import"):
+        open_training_set(DataSection(root=str(root)))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no such"):
+        open_training_set(DataSection(root=str(tmp_path / "empty")))

@@ -104,8 +104,8 @@ def image_hash(image: Image.Image) -> int:
     """Return the perceptual hash of an image, 64 bits.
 
     Example:
-        >>> picture = Image.linear_gradient("L")
-        >>> image_hash(picture) == image_hash(picture.resize((100, 100)))
+        >>> picture = Image.radial_gradient("L").crop((0, 40, 200, 256))
+        >>> (image_hash(picture) ^ image_hash(picture.resize((100, 100)))).bit_count() <= 4
         True
     """
     return _hash(_small(image))[0]

@@ -14,8 +14,8 @@ def assign_splits(
 ) -> list[str]:
     r"""Assign images to ``"train"``, ``"val"`` and ``"test"``, all images of a group to the same.
 
-    Groups are ordered by the SHA-256 of their name and the seed; the first of them, up to the share of images,
-    are for validation, the next for testing.
+    Groups are ordered by the SHA-256 of their name and the seed. In this order each goes to validation if that comes
+    nearer to the share of images, then likewise to testing; the rest is for training.
 
     Args:
         names: Names of the images.
@@ -48,18 +48,17 @@ def assign_splits(
         )
     ranked = sorted(members, key=lambda group: hashlib.sha256(f"{seed}\0{group}".encode()).digest())
     split_of: dict[str, str] = {}
-    left = list(ranked)
     for split, share in (("val", val), ("test", test)):
+        wanted = share * len(names)
+        left = [group for group in ranked if group not in split_of]
         taken = 0
-        while share and len(left) > 1:
-            size = members[left[0]]
-            # The group that comes nearest to the share is the last; each split gets at least one.
-            if taken and abs(taken + size - share * len(names)) > abs(taken - share * len(names)):
-                break
-            split_of[left.pop(0)] = split
-            taken += size
-            if taken >= share * len(names):
-                break
+        for group in left[: len(left) - 1] if wanted else ():
+            size = members[group]
+            if abs(taken + size - wanted) < abs(taken - wanted):
+                split_of[group] = split
+                taken += size
+        if wanted and not taken and len(left) > 1:  # each split gets at least one
+            split_of[min(left, key=lambda group: members[group])] = split
     return [split_of.get(group, "train") for group in groups]
 
 

@@ -74,7 +74,7 @@ class LabelStudioExporter(Exporter):
             window, (left, top, right, bottom) = window_of(labeled.segmentation, height, width)
             full = np.zeros((height, width), dtype=np.uint8)
             full[top:bottom, left:right] = window * 255
-            return [("brushlabels", {"format": "rle", "rle": pack_runs(full.repeat(4))})]
+            return [("brushlabels", {"format": "rle", "rle": pack_runs(full.ravel(), repeats=4)})]
         if labeled.bbox is None:
             return []
         x, y, w, h = labeled.bbox

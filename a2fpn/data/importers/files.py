@@ -166,7 +166,7 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 def _size_in_header(path: Path) -> tuple[int, int] | None:
-    """Height and width in the header of a JPEG or PNG without EXIF, in a fifth of PIL's time; None for anything else."""
+    """Height and width in the header of a JPEG or PNG without EXIF, faster than PIL; None for anything else."""
     with open(path, "rb") as file:
         head = file.read(_HEAD)
     if head.startswith(b"\xff\xd8"):

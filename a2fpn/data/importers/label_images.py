@@ -157,7 +157,7 @@ def encode_labels(values: NDArray[np.int64]) -> dict[int, Rle]:
 
     Example:
         >>> encode_labels(np.array([[0, 7], [7, 9]]))
-        {7: {'size': [2, 2], 'counts': '1201'}, 9: {'size': [2, 2], 'counts': '31'}}
+        {7: {'size': [2, 2], 'counts': '121'}, 9: {'size': [2, 2], 'counts': '31'}}
     """
     height, width = values.shape
     flat = values.ravel(order="F")

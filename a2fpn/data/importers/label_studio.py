@@ -206,8 +206,15 @@ def unpack_runs(content: NDArray[np.uint8], expected: int) -> NDArray[np.uint8]:
     return values
 
 
-def pack_runs(values: NDArray[np.uint8]) -> list[int]:
+def pack_runs(values: NDArray[np.uint8], repeats: int = 1) -> list[int]:
     """Pack values as :func:`unpack_runs` unpacks them.
+
+    Args:
+        values: One after the other.
+        repeats: How often each stands in a row, such as 4 for the channels of a picture that are alike.
+
+    Returns:
+        Bytes.
 
     Example:
         >>> values = np.repeat(np.array([0, 255, 0], np.uint8), [40, 8, 16])
@@ -215,9 +222,10 @@ def pack_runs(values: NDArray[np.uint8]) -> list[int]:
         True
     """
     widths = (3, 4, 8, 16)
-    parts = [f"{len(values):032b}", f"{7:05b}", *(f"{width - 1:04b}" for width in widths)]
-    edges = np.flatnonzero(np.diff(values.astype(np.int16), prepend=-1))
-    for start, length in zip(edges.tolist(), np.diff(edges, append=len(values)).tolist(), strict=True):
+    parts = [f"{len(values) * repeats:032b}", f"{7:05b}", *(f"{width - 1:04b}" for width in widths)]
+    edges = np.concatenate([[0], 1 + np.flatnonzero(values[1:] != values[:-1])])
+    lengths = np.diff(edges, append=len(values)) * repeats
+    for start, length in zip(edges.tolist(), lengths.tolist(), strict=True):
         while length:
             count = min(length, 1 << 16)
             choice = next(index for index, width in enumerate(widths) if count <= 1 << width)

@@ -59,9 +59,7 @@ class YoloImporter(Importer):
             if isinstance(base, str) and (named := Path(self.root, base.replace("\\", "/"))).is_dir():
                 self.root = named
         self.names = self._class_names()
-        listed = [info for info in self.categories if info.name in set(self.names)]
-        if len(listed) < len(self.names):
-            self.declare(self.names)
+        self.declare(self.names)
         self.num_keypoints, self.dims = self._keypoint_shape()
         self.jobs = self._jobs()
         self.total = len(self.jobs)
