@@ -41,14 +41,25 @@ class PanopticExporter(Exporter):
             else:
                 masked.append((number, labeled))
         labels = self.paint(image, masked)
-        segments = []
-        for number, labeled in masked:
-            rows, columns = np.nonzero(labels == number)
-            if len(rows):
-                box = [int(v) for v in (columns.min(), rows.min(), np.ptp(columns) + 1, np.ptp(rows) + 1)]
-                category = self.ids[self.index[labeled.category]]
-                segment = {"id": number, "category_id": category, "area": len(rows), "bbox": box}
-                segments.append(segment | {"iscrowd": int(labeled.iscrowd)})
+        rows, columns = np.nonzero(labels)
+        place = np.stack([columns, rows], axis=1)
+        numbers = labels[rows, columns]
+        low = np.full((len(image.objects) + 1, 2), max(labels.shape))
+        high = np.full_like(low, -1)
+        np.minimum.at(low, numbers, place)
+        np.maximum.at(high, numbers, place)
+        areas = np.bincount(numbers, minlength=len(low)).tolist()
+        segments = [
+            {
+                "id": number,
+                "category_id": self.ids[self.index[labeled.category]],
+                "area": areas[number],
+                "bbox": [*low[number].tolist(), *(high[number] - low[number] + 1).tolist()],
+                "iscrowd": int(labeled.iscrowd),
+            }
+            for number, labeled in masked
+            if areas[number]
+        ]
         file_name = Path(image.name).with_suffix(".png").as_posix()
         path = self.output / "annotations" / f"panoptic_{split}" / file_name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -17,9 +17,9 @@ from PIL import Image
 from a2fpn.data.importers.base import Folder, Importer, ImportOptions, register_importer
 from a2fpn.data.importers.coco import is_panoptic
 from a2fpn.data.importers.files import ImageIndex, read_json
+from a2fpn.data.importers.label_images import encode_labels
 from a2fpn.data.labeled import CategoryInfo, LabeledImage, LabeledObject, LossLog, split_name
 from a2fpn.errors import DataError
-from a2fpn.masks.rle import encode_masks
 
 
 @register_importer("panoptic")
@@ -99,20 +99,20 @@ class PanopticImporter(Importer):
             detail = f"{ids.shape[1]} x {ids.shape[0]} pixels, {named} has {size[1]} x {size[0]}; left out"
             self.log.add("size-mismatch", map_path, detail)
             return None
+        rles = encode_labels(ids)
         objects = []
         for segment in entry.get("segments_info", []):
             category = segment.get("category_id")
             if category in infos and category not in things:
                 self.log.note("segments of stuff, left out")
                 continue
-            mask = ids == segment.get("id")
-            if category not in infos or not mask.any():
+            rle = rles.get(segment.get("id"))
+            if category not in infos or rle is None:
                 why = (
                     f"category {category} is not in the file" if category not in infos else "it has no pixel in the map"
                 )
                 self.log.add("bad-segment", path, f"segment {segment.get('id')}: {why}; left out", place=place)
                 continue
-            rle = encode_masks(mask[None])[0]
             crowd = bool(segment.get("iscrowd", 0))
             objects.append(LabeledObject(infos[category].name, None, rle, crowd, line=f"segment {segment['id']}"))
         split = split_name(path.stem)
