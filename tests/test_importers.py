@@ -107,6 +107,8 @@ def test_what_a_format_can_hold_comes_back_to_the_pixel(coco: Path, tmp_path: Pa
     assert written.counts == ({"crowd": 4} if name in NO_CROWDS else {})
     for split in ("train", "val"):
         before, after = objects(coco, split), objects(tmp_path / "back", split)
+        ids = [read_coco(root / "annotations" / f"instances_{split}.json").images for root in (coco, tmp_path / "back")]
+        assert dict(ids[1]) == dict(ids[0])
         assert list(after) == list(before)
         for file, old in before.items():
             kept = [item for item in old if not (item[1] and name in NO_CROWDS)]
@@ -691,3 +693,12 @@ def test_a_training_run_says_how_to_import(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no such"):
         open_training_set(DataSection(root=str(tmp_path / "empty")))
+
+
+def test_new_images_get_new_ids(tmp_path: Path) -> None:
+    convert_data(write_set(tmp_path / "coco", ("train",)), tmp_path / "x", to="labelme")
+    picture(tmp_path / "x" / "train" / "a_new.png")
+    import_data(tmp_path / "x", tmp_path / "y", unlabeled="keep")
+    data = json.loads((tmp_path / "y" / "annotations" / "instances_train.json").read_text())
+    ids = {raw["file_name"]: raw["id"] for raw in data["images"]}
+    assert ids == {"site_0/train0.png": 1, "site_1/train1.png": 2, "site_2/train2.png": 3, "a_new.png": 4}

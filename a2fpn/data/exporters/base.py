@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from a2fpn._registry import Registry
 from a2fpn.data.exporters.rings import window_of
-from a2fpn.data.importers.base import CATEGORIES_FILE
+from a2fpn.data.importers.base import CATEGORIES_FILE, IDS_FILE
 from a2fpn.data.importers.writer import Placing, check_output, place
 from a2fpn.data.labeled import CategoryInfo, LabeledImage, LabeledObject, LossLog
 
@@ -162,8 +162,13 @@ def export_images(
     check_output(output, overwrite=overwrite)
     log = log or LossLog()
     exporter = EXPORTERS[format](output, categories, log, options)
+    ids = {}
     for image in images:
         exporter.write(image)
         exporter.written += 1
+        if image.id is not None:
+            ids[image.name] = image.id
     exporter.close()
+    if ids:
+        exporter.save(output / IDS_FILE, json.dumps(ids, ensure_ascii=False, indent=0) + "\n")
     return log

@@ -23,7 +23,10 @@ CATEGORIES_FILE = "categories.json"
 REPORT_FILE = "import_report.json"
 """What an import or a conversion leaves in its output."""
 
-OWN_FILES = frozenset((CATEGORIES_FILE, REPORT_FILE))
+IDS_FILE = "image_ids.json"
+"""Beside any format: the ids of images in the COCO file that it was made of, by name."""
+
+OWN_FILES = frozenset((CATEGORIES_FILE, IDS_FILE, REPORT_FILE))
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,15 @@ class Importer(ABC):
     def images(self) -> ImageIndex:
         """The image files of the folder."""
         return ImageIndex(self.root)
+
+    @cached_property
+    def image_ids(self) -> Mapping[str, int]:
+        """Ids of images by name, as a conversion left them."""
+        path = self.folder.root / IDS_FILE
+        data = read_json(path) if path.is_file() else {}
+        if not isinstance(data, Mapping) or not all(type(value) is int for value in data.values()):
+            raise DataError(f"{path}: expected an object of whole-number ids by image name; remove it to number anew.")
+        return data
 
     def class_of(self, folder: str) -> str:
         """Return the class that a folder of masks stands for; the default for an empty name."""

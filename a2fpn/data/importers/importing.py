@@ -101,7 +101,8 @@ def import_data(
 
     The folder then holds ``images/``, ``annotations/instances_{train,val,test}.json`` and ``import_report.json``.
     Splits of the source are kept; categories keep the order in which the source lists them, or are sorted by name
-    where it lists none. Image ids are the file names where these are different numbers, and count from 1 elsewhere.
+    where it lists none. Image ids are those of the source if it has any, else the file names where
+    these are different numbers, else they count from 1.
 
     Args:
         source: The data set's folder, or a file of it such as ``data.yaml``.
@@ -140,7 +141,8 @@ def import_data(
     gc.disable()  # it looks for cycles in vain among hundreds of thousands of tuples
     try:
         for image in track(importer.read(), f"reading {importer.name}", importer.total):
-            writer.add(image)
+            image_id = importer.image_ids.get(image.name)
+            writer.add(image if image_id is None else dataclasses.replace(image, id=image_id))
     finally:
         if collects:
             gc.enable()

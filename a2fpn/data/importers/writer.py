@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import shutil
@@ -384,14 +385,18 @@ def _numbered(categories: Sequence[CategoryInfo]) -> dict[int, CategoryInfo]:
 
 def _number(entries: Sequence[_Entry]) -> None:
     """Image ids: as given, else the file names where they are different numbers, else 1, 2, ..."""
-    given = [entry.id for entry in entries]
-    if None in given or len(set(given)) < len(given):
-        stems = [Path(entry.name).stem for entry in entries]
-        numeric = all(stem.isascii() and stem.isdecimal() and len(stem) < 18 for stem in stems)
-        numbers = [int(stem) for stem in stems] if numeric else []
-        distinct = len(set(numbers)) == len(entries)
-        given = [*numbers] if distinct else [*range(1, len(entries) + 1)]
-    for entry, number in zip(entries, given, strict=True):
+    given = [entry.id for entry in entries if entry.id is not None]
+    if given and len(set(given)) == len(given):
+        following = itertools.count(max(given) + 1)
+        for entry in entries:
+            entry.id = next(following) if entry.id is None else entry.id
+        return
+    stems = [Path(entry.name).stem for entry in entries]
+    numeric = all(stem.isascii() and stem.isdecimal() and len(stem) < 18 for stem in stems)
+    numbers = [int(stem) for stem in stems] if numeric else []
+    if len(set(numbers)) < len(entries):
+        numbers = list(range(1, len(entries) + 1))
+    for entry, number in zip(entries, numbers, strict=True):
         entry.id = number
 
 
