@@ -58,6 +58,8 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         {"datasets", "fsspec", "matplotlib", "numpy", "orjson", "PIL", "pycocotools", "torch", "torchvision", "yaml"},
     ),
     "evaluation": ({"data", "errors", "masks"}, {"faster_coco_eval", "hotcoco", "numpy", "pycocotools"}),
+    "instance_metrics": ({"data", "masks"}, {"numpy"}),
+    "counting": (set(), {"numpy"}),
     "inference": (
         {"config", "data", "detectors", "device", "errors", "heads", "masks", "preprocess", "pyramid"},
         {
@@ -84,7 +86,8 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     ),
     "cli": (
         BUILDING
-        | {"_version", "convert", "data", "evaluation", "heads", "inference", "preprocess", "pretrained", "training"},
+        | {"_version", "convert", "counting", "data", "evaluation", "heads", "inference", "instance_metrics"}
+        | {"preprocess", "pretrained", "training"},
         {"torch", "rich", "typer"},
     ),
     "__main__": ({"cli"}, set()),

@@ -1,4 +1,4 @@
-"""The command line: ``a2fpn demo | predict | evaluate | check-data | list | info | train | data | hub``."""
+"""The command line: ``a2fpn demo | predict | evaluate | count | calibrate | check-data | list | info | ...``."""
 
 from a2fpn.cli.app import app, main
 

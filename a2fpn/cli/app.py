@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 from a2fpn._version import __version__
 from a2fpn.cli import data, hub
 from a2fpn.cli.check_data import check_data
+from a2fpn.cli.count import calibrate, count
 from a2fpn.cli.demo import demo
 from a2fpn.cli.evaluate import evaluate
 from a2fpn.cli.info import info
@@ -88,6 +89,8 @@ def _options(
 app.command()(demo)
 app.command()(predict)
 app.command()(evaluate)
+app.command()(count)
+app.command()(calibrate)
 app.command(name="check-data")(check_data)
 app.command(name="list")(list_names)
 app.command()(info)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from a2fpn.data import CocoDataset
     from a2fpn.detectors import Detector
     from a2fpn.evaluation import CocoMetrics
+    from a2fpn.inference import Predictor
 from a2fpn.cli.format import ap_text, as_text, count_of, progress_bar, table
 from a2fpn.cli.options import (
     Device,
@@ -52,6 +54,25 @@ METRICS = {
 }
 
 
+INSTANCE_METRICS = {
+    "objects": "Objects",
+    "found": "Found",
+    "precision@0.50": "Precision at IoU 0.50",
+    "recall@0.50": "Recall at IoU 0.50",
+    "f1@0.50": "F1 at IoU 0.50",
+    "f1@0.70": "F1 at IoU 0.70",
+    "f1@0.90": "F1 at IoU 0.90",
+    "average_f1": "F1, mean of images and IoU 0.50 to 0.95",
+    "bowl_score": "TP / (TP + FP + FN), the same mean (Data Science Bowl)",
+    "pq": "Panoptic quality",
+    "sq": "Segmentation quality, mean IoU of matches",
+    "aji": "Aggregated Jaccard index",
+    "count_bias": "Count per image, bias",
+    "count_mae": "Count per image, mean absolute error",
+    "count_r2": "Count per image, R²",
+}
+
+
 def evaluate(
     *,
     model: Model,
@@ -60,6 +81,19 @@ def evaluate(
     max_detections: Annotated[
         int, typer.Option(min=1, help="Best detections that count per image and class; COCO says 100.")
     ] = 100,
+    metrics: Annotated[
+        Literal["coco", "instances"],
+        typer.Option(
+            help="instances: at one score threshold, without overlaps, as people who count and outline measure: the "
+            "Data Science Bowl's score, F1 by IoU, PQ, AJI, counts."
+        ),
+    ] = "coco",
+    score_threshold: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=1, help="With --metrics instances: objects that score less do not count.", show_default="0.5"
+        ),
+    ] = None,
     save: Annotated[Path | None, typer.Option("--json", help="File to write the numbers to.", metavar="OUT")] = None,
     tile: Tile = None,
     overlap: Overlap = 0.2,
@@ -87,15 +121,17 @@ def evaluate(
 
     Example: `a2fpn evaluate --model runs/cells --images cells/val --annotations cells/val.json`
 
+    At one threshold, as counts and outlines are used: add `--metrics instances --score-threshold 0.6`
+
     What the model predicts and the file has annotated is measured. Categories are matched by id. An image that can't
     be read is an error: left out, it would count as missed.
     """
-    from a2fpn.data import CocoDataset, read_image
     from a2fpn.evaluation import COCO_SIGMAS, common_iou_types, evaluate_coco
 
+    if score_threshold is not None and metrics != "instances":
+        raise ValueError("--score-threshold is of --metrics instances; COCO's AP takes all objects by their scores.")
     detector = load_detector(model)
-    dataset = CocoDataset(images, annotations, categories=detector.config.categories or None)
-    _check_categories(detector, dataset)
+    dataset = open_annotated(detector, images, annotations)
     kinds = common_iou_types(dataset.coco, detector.target_keys)
     if "keypoints" in kinds:
         _check_keypoints(detector, dataset)
@@ -111,28 +147,70 @@ def evaluate(
         overlap=overlap,
         tta=tta,
     )
-    predictor.categories = dataset.categories
-    known = {category.id for category in dataset.coco.categories}
-
-    def records() -> Iterator[dict[str, Any]]:
-        with progress_bar() as progress:
-            for entry in progress.track(list(dataset.coco.images.values()), description="evaluating"):
-                (result,) = predictor.predict([read_image(images / entry.file_name, size=(entry.height, entry.width))])
-                yield from (record for record in result.to_coco(entry.id) if record["category_id"] in known)
-
-    metrics = evaluate_coco(
+    title = f"{model} on {count_of(len(dataset), 'image')}"
+    records = predict_annotated(predictor, dataset, images)
+    if metrics == "instances":
+        _evaluate_instances(dataset, records, 0.5 if score_threshold is None else score_threshold, title, save)
+        return
+    measured = evaluate_coco(
         dataset.coco,
-        records(),
+        records,
         iou_types=kinds,
         max_detections=max_detections,
         oks_sigmas=COCO_SIGMAS if oks_sigmas is None else _numbers(oks_sigmas),
         backend=backend,
     )
-    _print_metrics(metrics, title=f"{model} on {count_of(len(dataset), 'image')}")
-    if save is not None:
-        numbers = {"max_detections": max_detections, **metrics.to_dict(per_class=True)}
-        save.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
-        typer.echo(f"The numbers are in {save}")
+    _print_metrics(measured, title=title)
+    _save({"max_detections": max_detections, **measured.to_dict(per_class=True)}, save)
+
+
+def open_annotated(detector: Detector, images: Path, annotations: Path) -> CocoDataset:
+    """Annotated images of a detector's classes.
+
+    Raises:
+        ValueError: If model and data mean different things by a category.
+    """
+    from a2fpn.data import CocoDataset
+
+    dataset = CocoDataset(images, annotations, categories=detector.config.categories or None)
+    _check_categories(detector, dataset)
+    return dataset
+
+
+def predict_annotated(predictor: Predictor, dataset: CocoDataset, images: Path) -> Iterator[dict[str, Any]]:
+    """What is found in the images of a data set, as COCO results; classes that it lacks are left out."""
+    from a2fpn.data import read_image
+
+    predictor.categories = dataset.categories
+    known = {category.id for category in dataset.coco.categories}
+    with progress_bar() as progress:
+        for entry in progress.track(list(dataset.coco.images.values()), description="evaluating"):
+            (result,) = predictor.predict([read_image(images / entry.file_name, size=(entry.height, entry.width))])
+            yield from (record for record in result.to_coco(entry.id) if record["category_id"] in known)
+
+
+def _evaluate_instances(
+    dataset: CocoDataset, records: Iterable[Mapping[str, Any]], threshold: float, title: str, save: Path | None
+) -> None:
+    from a2fpn.instance_metrics import evaluate_instances
+
+    results = evaluate_instances(dataset.coco, records, score_threshold=threshold)
+    grid = table("", *map(escape, results))
+    for key, label in INSTANCE_METRICS.items():
+        values = [result.to_dict()[key] for result in results.values()]
+        grid.add_row(label, *("-" if math.isnan(value) else f"{value:.3f}" for value in values))
+    typer.echo(f"{title}, objects with a score of {threshold} or more")
+    Console().print(grid)
+    numbers = {f"{name}/{key}": value for name, result in results.items() for key, value in result.to_dict().items()}
+    # JSON has no NaN.
+    known = {key: None if math.isnan(value) else value for key, value in numbers.items()}
+    _save({"score_threshold": threshold, **known}, save)
+
+
+def _save(numbers: Mapping[str, float | None], path: Path | None) -> None:
+    if path is not None:
+        path.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+        typer.echo(f"The numbers are in {path}")
 
 
 def _check_categories(detector: Detector, dataset: CocoDataset) -> None:

@@ -60,7 +60,7 @@ def predict(
     """
     from a2fpn.data import ImageError
 
-    paths = _image_files(images)
+    paths = image_files(images)
     if output.resolve() in {path.resolve().parent for path in paths}:
         raise ValueError(f"--output {output} is a folder that images are read from; choose another one.")
     predictor = build_predictor(
@@ -109,7 +109,7 @@ def predict(
     )
 
 
-def _image_files(sources: Sequence[Path]) -> list[Path]:
+def image_files(sources: Sequence[Path]) -> list[Path]:
     """The given files, and the images of the given folders."""
     from a2fpn.inference import list_images
 

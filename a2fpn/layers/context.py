@@ -128,7 +128,7 @@ class MGC(nn.Module):
         """
         base = [None] * len(features) if onto is None else onto
         return [
-            recomputed(self, self._distribute, i, x, nodes, y)
+            self._distribute(i, x, nodes, y)
             for i, (x, nodes, y) in enumerate(zip(features, self.nodes(features, valid), base, strict=True))
         ]
 
@@ -149,7 +149,7 @@ class MGC(nn.Module):
         nodes: Tensor = self.global_reasoning(torch.cat(collected, 1))
         if self.distribute == "all":
             return [nodes] * len(features)
-        return list(nodes.split([len(w) for w in self.entities], 1))
+        return list(torch.split(nodes, [len(w) for w in self.entities], 1))
 
     def _collect(self, level: int, x: Tensor, valid: Tensor | None) -> Tensor:
         pixels = x.flatten(2).transpose(1, 2)
@@ -161,12 +161,11 @@ class MGC(nn.Module):
         return nodes
 
     def _distribute(self, level: int, x: Tensor, nodes: Tensor, onto: Tensor | None) -> Tensor:
-        values = self.out[level](nodes)
-        if self.gate is not None:
-            values = values * self.gate[level]
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            context = self._ask(level, x, nodes, values)
+            # The sum is no part of what is recomputed: it needs neither of its terms in the backward pass.
+            context = recomputed(self, self._answer, level, x, nodes)
             return context if onto is None else onto + context
+        values = self._values(level, nodes)
         batch, _, height, width = x.shape
         if onto is None:
             onto = _zeros_channels_last(values, height, width)
@@ -176,6 +175,13 @@ class MGC(nn.Module):
             band = slice(start, start + rows)
             onto[:, :, band] += self._ask(level, x[:, :, band], nodes, values)
         return onto
+
+    def _answer(self, level: int, x: Tensor, nodes: Tensor) -> Tensor:
+        return self._ask(level, x, nodes, self._values(level, nodes))
+
+    def _values(self, level: int, nodes: Tensor) -> Tensor:
+        values: Tensor = self.out[level](nodes)
+        return values if self.gate is None else values * self.gate[level]
 
     def _ask(self, level: int, x: Tensor, nodes: Tensor, values: Tensor) -> Tensor:
         query = self.query[level](x)

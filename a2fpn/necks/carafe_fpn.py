@@ -47,13 +47,16 @@ class CARAFEFPN(PyramidNeck):
         act_layer: str | None = None,
     ) -> None:
         check_choice("extra_source", extra_source, EXTRA_SOURCES)
-        options = {"norm_layer": norm_layer, "act_layer": act_layer}
-        super().__init__(in_spec, out_channels=out_channels, extra_levels=extra_levels, **options)
+        super().__init__(
+            in_spec, out_channels=out_channels, extra_levels=extra_levels, norm_layer=norm_layer, act_layer=act_layer
+        )
         self.from_backbone = extra_source == "backbone" and extra_levels > 0
         if self.from_backbone:
-            self.lateral.append(ConvNormAct(in_spec.channels[-1], out_channels, 3, stride=2, **options))
+            self.lateral.append(
+                ConvNormAct(in_spec.channels[-1], out_channels, 3, stride=2, norm_layer=norm_layer, act_layer=act_layer)
+            )
             self.top_down.append(CARAFE(out_channels))
-            self.output.append(ConvNormAct(out_channels, out_channels, 3, **options))
+            self.output.append(ConvNormAct(out_channels, out_channels, 3, norm_layer=norm_layer, act_layer=act_layer))
 
     def fuse(self, features: list[Tensor], valid: list[Tensor | None]) -> list[Tensor]:
         """See :meth:`~a2fpn.necks.Neck.fuse`."""

@@ -42,9 +42,11 @@ class Facts:
         licence: Licence of the weights.
         recipe: How it was trained.
         max_detections: Best detections per image and class that counted for the metrics.
+        count_threshold: Score from which objects count, chosen on annotated images, see :mod:`a2fpn.counting`.
 
     Raises:
         TypeError: If a metric is no number.
+        ValueError: If the threshold is not in [0, 1].
     """
 
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -53,11 +55,14 @@ class Facts:
     licence: str | None = None
     recipe: str | None = None
     max_detections: int = 100
+    count_threshold: float | None = None
 
     def __post_init__(self) -> None:
         for key, value in self.metrics.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"The metric {key!r} must be a number, got {value!r}.")
+        if self.count_threshold is not None and not 0 <= self.count_threshold <= 1:
+            raise ValueError(f"count_threshold must lie in [0, 1], got {self.count_threshold}.")
         object.__setattr__(self, "metrics", {key: float(value) for key, value in self.metrics.items()})
 
 
@@ -137,6 +142,30 @@ def save_checkpoint(
     os.replace(weights, directory / WEIGHTS_FILE)
     os.replace(description, directory / CONFIG_FILE)
     return directory
+
+
+def add_metadata(directory: str | Path, **facts: Any) -> Checkpoint:
+    """Writes facts into the metadata of a checkpoint folder, over those of the same names; the weights stay.
+
+    Args:
+        directory: The folder.
+        **facts: JSON values.
+
+    Returns:
+        What ``config.json`` then holds.
+
+    Raises:
+        CheckpointError: See :func:`read_checkpoint`.
+        TypeError: If a fact cannot be written as JSON, or is of another type than :class:`Facts` has.
+        ValueError: If a fact is out of its range.
+    """
+    json.dumps(facts)
+    checkpoint = read_checkpoint(directory)
+    checkpoint = dataclasses.replace(checkpoint, metadata={**checkpoint.metadata, **facts})
+    description = Path(directory) / f".{CONFIG_FILE}.tmp"
+    description.write_text(json.dumps(to_dict(checkpoint), indent=2) + "\n", encoding="utf-8")
+    os.replace(description, Path(directory) / CONFIG_FILE)
+    return checkpoint
 
 
 def read_checkpoint(directory: str | Path) -> Checkpoint:

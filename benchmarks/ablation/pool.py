@@ -201,6 +201,9 @@ def multi_process_service(environment: Mapping[str, str], *, wanted: bool) -> It
         wanted: Whether to start it.
     """
     control = shutil.which("nvidia-cuda-mps-control")
+    if wanted and "CUDA_MPS_PIPE_DIRECTORY" in environment:  # someone's own service, for other programs too
+        yield dict(environment)
+        return
     if not wanted or control is None:
         if wanted:
             measure.console().print("--mps: there is no nvidia-cuda-mps-control; processes take turns on the GPU.")

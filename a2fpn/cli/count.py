@@ -1,0 +1,153 @@
+"""``a2fpn count`` and ``a2fpn calibrate``."""
+
+from __future__ import annotations
+
+import csv
+from collections import defaultdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from a2fpn.cli.evaluate import open_annotated, predict_annotated
+from a2fpn.cli.format import count_of, progress_bar, table
+from a2fpn.cli.options import (
+    Device,
+    Model,
+    MostObjects,
+    Nms,
+    Optimize,
+    Overlap,
+    Precision,
+    Tile,
+    build_predictor,
+    load_detector,
+)
+from a2fpn.cli.predict import image_files
+
+
+def count(
+    images: Annotated[list[Path], typer.Argument(help="Image files and folders of images.", metavar="IMAGE_OR_FOLDER")],
+    *,
+    model: Model,
+    output: Annotated[Path | None, typer.Option(help="CSV file to write the counts to.", metavar="CSV")] = None,
+    score_threshold: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Objects that score less are not counted; by default what `a2fpn calibrate` stored, else 0.5.",
+        ),
+    ] = None,
+    tile: Tile = None,
+    overlap: Overlap = 0.2,
+    nms_threshold: Nms = None,
+    detections_per_image: MostObjects = None,
+    optimize: Optimize = False,
+    dtype: Precision = "float32",
+    device: Device = None,
+) -> None:
+    """Count the objects of each class in images: a table, and a CSV file with a row per image and class.
+
+    Example: `a2fpn count photos/ --model runs/cells --output counts.csv`
+
+    An image that can't be read is an error: left out, it would be missing in the counts.
+    """
+    paths = image_files(images)
+    threshold, source = _threshold(model, score_threshold)
+    predictor = build_predictor(
+        load_detector(model),
+        device,
+        optimize=optimize,
+        dtype=dtype,
+        score_threshold=threshold,
+        nms_threshold=nms_threshold,
+        detections_per_image=detections_per_image,
+        tile=tile,
+        overlap=overlap,
+    )
+    names = [category.name for category in predictor.categories]
+    rows: list[tuple[str, str, int]] = []
+    with progress_bar() as progress:
+        for path in progress.track(paths, description="counting"):
+            (result,) = predictor([path])
+            rows += [(str(path), name, result.counts.get(name, 0)) for name in names]
+    grid = table("image", "class", "count")
+    for file_name, name, number in rows:
+        grid.add_row(escape(file_name), escape(name), str(number))
+    Console().print(grid)
+    typer.echo(
+        f"{count_of(sum(number for *_, number in rows), 'object')} in {count_of(len(paths), 'image')}, "
+        f"from a score of {threshold:.3f} on ({source})"
+    )
+    if output is not None:
+        with output.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([("image", "class", "count"), *rows])
+        typer.echo(f"The counts are in {output}")
+
+
+def calibrate(
+    model: Annotated[Path, typer.Argument(help="A checkpoint folder.", metavar="MODEL")],
+    *,
+    images: Annotated[Path, typer.Option(help="Folder of annotated images.", metavar="DIR")],
+    annotations: Annotated[Path, typer.Option(help="COCO file with the ground truth.", metavar="JSON")],
+    tile: Tile = None,
+    overlap: Overlap = 0.2,
+    nms_threshold: Nms = None,
+    detections_per_image: MostObjects = None,
+    device: Device = None,
+) -> None:
+    """Choose the score from which `a2fpn count` counts, for the least count error, and store it in config.json.
+
+    Example: `a2fpn calibrate runs/cells --images cells/val --annotations cells/val.json`
+
+    Take images that the model was not trained on, and count with the same options.
+    """
+    from a2fpn.counting import calibrate_counts
+    from a2fpn.pretrained.checkpoint import add_metadata, read_checkpoint
+
+    read_checkpoint(model)
+    detector = load_detector(str(model))
+    dataset = open_annotated(detector, images, annotations)
+    predictor = build_predictor(
+        detector,
+        device,
+        optimize=False,
+        dtype="float32",
+        nms_threshold=nms_threshold,
+        detections_per_image=detections_per_image,
+        tile=tile,
+        overlap=overlap,
+    )
+    scores: dict[tuple[int, int], list[float]] = defaultdict(list)
+    for record in predict_annotated(predictor, dataset, images):
+        scores[record["image_id"], record["category_id"]].append(record["score"])
+    coco = dataset.coco
+    keys = [(image_id, category.id) for image_id in coco.images for category in coco.categories]
+    truth = [sum(a.category_id == kind and not a.iscrowd for a in coco.annotations[image]) for image, kind in keys]
+    best = calibrate_counts([scores[key] for key in keys], truth)
+    add_metadata(model, count_threshold=best.threshold)
+    typer.echo(
+        f"Count error of {count_of(len(coco.images), 'image')}: {best.mae:.2f} on average from a score of "
+        f"{best.threshold:.3f} on (bias {best.bias:+.2f}); {best.mae_at_half:.2f} from 0.5 on "
+        f"(bias {best.bias_at_half:+.2f}).\nThe threshold is stored in {model / 'config.json'}; a2fpn count takes it."
+    )
+
+
+def _threshold(model: str, wanted: float | None) -> tuple[float, str]:
+    """The score from which objects count, and who says so."""
+    from a2fpn.pretrained.catalog import WeightsConfig, find_weights
+    from a2fpn.pretrained.checkpoint import read_checkpoint
+
+    if wanted is not None:
+        return wanted, "as asked for"
+    found = find_weights(model)
+    known = (
+        found[1].folder
+        if found is not None and isinstance(found[1], WeightsConfig)
+        else Path(model.removeprefix("local-dir:"))
+    )
+    stored = read_checkpoint(known).facts.count_threshold if known.is_dir() else None
+    return (0.5, "no threshold is stored with the model") if stored is None else (stored, "calibrated")
