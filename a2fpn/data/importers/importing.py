@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -137,15 +136,9 @@ def import_data(
     rule = SplitRule(val, test, group_by, seed)
     writer = CocoWriter(output, log, placing=images, box_masks=box_masks, splits=rule, overwrite=overwrite)
     importer = open_source(source, log, format=format, categories=categories, category=category, unlabeled=unlabeled)
-    collects = gc.isenabled()
-    gc.disable()  # it looks for cycles in vain among hundreds of thousands of tuples
-    try:
-        for image in track(importer.read(), f"reading {importer.name}", importer.total):
-            image_id = importer.image_ids.get(image.name)
-            writer.add(image if image_id is None else dataclasses.replace(image, id=image_id))
-    finally:
-        if collects:
-            gc.enable()
+    for image in track(importer.read(), f"reading {importer.name}", importer.total):
+        image_id = importer.image_ids.get(image.name)
+        writer.add(image if image_id is None else dataclasses.replace(image, id=image_id))
     splits, names = writer.close(importer.categories, track)
     report = ImportReport(
         importer.name,
