@@ -2,13 +2,20 @@
 PYTHON ?= python3
 PIP_INSTALL = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint format wheel-check clean
+.PHONY: demo test test-lowest lint format wheel-check clean
 
 demo: .venv/installed-demo
 	.venv/bin/a2fpn demo
 
 test: lint
 	.venv/bin/python -m pytest -n 2
+
+# In an environment that somebody made, such as one with the lowest versions that pyproject.toml declares: what touches
+# other packages' interfaces.
+PYTHON_FOR_TESTS ?= .venv/bin/python
+LOWEST = thresholds config factory checkpoint preprocess masks necks nms heads evaluation inference cli recipes train_short
+test-lowest:
+	$(PYTHON_FOR_TESTS) -m pytest $(LOWEST:%=tests/test_%.py)
 
 lint: .venv/installed-dev
 	.venv/bin/ruff check .

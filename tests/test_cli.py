@@ -6,7 +6,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from coco_data import write_coco
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -17,6 +16,7 @@ from a2fpn.cli.info import INFO_SIZE
 from a2fpn.config import Category
 from a2fpn.evaluation import BACKENDS
 from a2fpn.pretrained.catalog import PRETRAINED, EmbeddedWeights
+from tests.coco_data import write_coco
 
 SMALL = {
     "backbone": "test_efficientnet",

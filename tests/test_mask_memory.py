@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_model
 from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 
 from a2fpn.data import CocoDataset, InstanceMasks, train_transforms
 from a2fpn.heads import matching
+from tests.helpers import tiny_model
 
 SMALL, LARGE = 256, 512
 OBJECTS = 400

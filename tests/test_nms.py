@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from helpers import randomise, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -13,6 +12,7 @@ from torchvision.ops import batched_nms
 
 from a2fpn.detectors import DETECTORS
 from a2fpn.heads import DetectionRoIHeads, DetectionRule, soft_nms, suppress, using_rule
+from tests.helpers import randomise, tiny_model
 
 
 def candidates(number: int, seed: int = 0, *, classes: int = 2, side: float = 40.0) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from helpers import tiny_model
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
@@ -16,6 +15,7 @@ import a2fpn
 from a2fpn.detectors import DETECTORS, Detector
 from a2fpn.heads import using_rule
 from a2fpn.inference.optimize import _ActivatedConv, _fold, _ResidualBlock, optimize_for_inference
+from tests.helpers import tiny_model
 
 NORMS = (nn.BatchNorm2d, FrozenBatchNorm2d)
 
