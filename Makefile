@@ -13,9 +13,12 @@ test: lint
 # In an environment that somebody made, such as one with the lowest versions that pyproject.toml declares: what touches
 # other packages' interfaces.
 PYTHON_FOR_TESTS ?= .venv/bin/python
-LOWEST = thresholds config factory checkpoint preprocess masks necks nms heads evaluation inference cli recipes train_short
+LOWEST = thresholds factory checkpoint preprocess masks heads necks inference recipes
+LOWEST_RUNS = learns_evaluates or counts_steps or warms_up or each_optimiser
 test-lowest:
 	$(PYTHON_FOR_TESTS) -m pytest $(LOWEST:%=tests/test_%.py)
+	$(PYTHON_FOR_TESTS) -m pytest tests/test_train.py -k "$(LOWEST_RUNS)"
+	$(PYTHON_FOR_TESTS) -m pytest tests/test_cli.py -k "info or list"
 
 lint: .venv/installed-dev
 	.venv/bin/ruff check .
