@@ -101,7 +101,7 @@ def test_a_wrong_recipe_is_one_line_and_exit_code_2(recipe, message, tmp_path, c
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("data.train_annotations=nothing.json", "nothing.json: no such file"),
+        ("data.train_annotations=nothing.json", "holds coco labels and no nothing.json"),
         ("data.val_images=nothing", "nothing: no such folder"),
         ("data.train_annotations=recipe.yaml", "recipe.yaml: no readable JSON"),
         ("model.name=maskrcnn_a2fpm_r50", "Did you mean 'maskrcnn_a2fpn_r50'"),
