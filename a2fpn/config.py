@@ -63,7 +63,7 @@ class BackboneConfig:
         image_size: Side of the square image that a network of fixed size is built for; None takes the size of its
             weights. Most networks take any size.
         grad_checkpointing: Whether training recomputes activations to save memory.
-        license: Licence of the weights that training began with, as timm states it; None if it began with none.
+        license: License of the weights that training began with, as timm states it; None if it began with none.
 
     Raises:
         ValueError: If ``norm_eps`` is negative, ``trainable_layers`` out of 0..5, or ``image_size`` out of 1..8192.
@@ -200,7 +200,7 @@ class RCNNConfig(HeadsConfig):
             :func:`a2fpn.masks.targets.mask_loss`; 1 is the plain mean.
         head_norm: ``"bn"`` puts batch norm behind the convolutions of the box and mask heads, as torchvision's second
             version does.
-        mask_paste: ``"exact"`` samples masks at pixel centres; ``"torchvision"`` rounds boxes to whole pixels first,
+        mask_paste: ``"exact"`` samples masks at pixel centers; ``"torchvision"`` rounds boxes to whole pixels first,
             for the same pixels as torchvision's detectors.
         roi_sampling_ratio: Samples per bin side in RoI pooling; 0 takes one per map pixel (detectron2, mmdetection).
         roi_aligned: Whether RoI pooling, of features and of mask targets, shifts by half a pixel (detectron2's
@@ -437,11 +437,11 @@ class FCOSConfig(OneStageConfig):
     The fields of :class:`OneStageConfig`, and:
 
     Args:
-        centre_radius: A location is positive up to this many strides from the centre of an object.
+        center_radius: A location is positive up to this many strides from the center of an object.
         head_layers: Number of 3x3 convolutions of each branch.
     """
 
-    centre_radius: float = 1.5
+    center_radius: float = 1.5
     head_layers: int = 4
     score_threshold: float = 0.2
     nms_threshold: float = 0.6
@@ -489,7 +489,7 @@ class ModelConfig:
         backbone: The feature extractor.
         neck: The pyramid.
         num_classes: Number of object classes, without a background class.
-        preprocess: Resizing and normalisation.
+        preprocess: Resizing and normalization.
         heads: Anchors, thresholds and the heads' sizes; of the class that :func:`heads_type` gives for the detector.
         categories: Ids and names of the classes in the order of the labels; empty when unknown.
 
@@ -531,6 +531,6 @@ class ModelConfig:
         return {"heads": heads_type(data.get("detector"))}
 
     @property
-    def labelled_categories(self) -> tuple[Category, ...]:
+    def labeled_categories(self) -> tuple[Category, ...]:
         """The categories, or ``Category(label + 1, "class <label>")`` where the model has none."""
         return self.categories or tuple(Category(label + 1, f"class {label}") for label in range(self.num_classes))

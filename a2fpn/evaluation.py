@@ -89,8 +89,8 @@ class BoxMaskMetrics:
 class KeypointMetrics:
     """The 10 COCO numbers of keypoints, in [0, 1]; -1 where the ground truth has no such object.
 
-    The object keypoint similarity (OKS) takes the place of the IoU: the mean over an object's labelled keypoints
-    of ``exp(-d² / (8 area sigma²))``, d the distance in pixels. Objects without a labelled keypoint count neither
+    The object keypoint similarity (OKS) takes the place of the IoU: the mean over an object's labeled keypoints
+    of ``exp(-d² / (8 area sigma²))``, d the distance in pixels. Objects without a labeled keypoint count neither
     way, and neither do small ones.
 
     Args:
@@ -248,7 +248,7 @@ def common_iou_types(ground_truth: CocoFile, keys: Collection[str]) -> list[str]
 def annotations_as_detections(ground_truth: str | Path | Mapping[str, Any] | CocoFile) -> list[dict[str, Any]]:
     """Returns the objects of a ground truth, crowds left out, as perfect detections with score 1.
 
-    In a file with keypoints, those of an object without a labelled one lie in the middle of its box, where they count
+    In a file with keypoints, those of an object without a labeled one lie in the middle of its box, where they count
     neither way.
 
     Evaluated against the same file they reach AP 1, which checks a data set and its ids from end to end.
@@ -513,7 +513,7 @@ def _perfect_keypoints(annotation: Annotation, coco: CocoFile) -> list[float]:
 
 
 def _truth_keypoints(annotation: Annotation, coco: CocoFile) -> dict[str, Any]:
-    """The keypoints one after the other, zeros for an object that has none, and how many are labelled."""
+    """The keypoints one after the other, zeros for an object that has none, and how many are labeled."""
     points = annotation.keypoints or ((0.0, 0.0, 0.0),) * coco.num_keypoints
     return {
         "keypoints": [value for point in points for value in point],

@@ -79,7 +79,7 @@ def main(
         return
     with quiet():
         rows = sweep(names, output, trained)
-    _summarise(rows)
+    _summarize(rows)
     if write:
         if missing := set(timm.list_models()) - {row["architecture"] for row in rows}:
             raise SystemExit(f"{len(missing)} architectures are missing: {sorted(missing)[:3]} ...")
@@ -306,7 +306,7 @@ def _write(rows: list[dict[str, str]], path: Path) -> None:
     shutil.move(fresh, path)
 
 
-def _summarise(rows: list[dict[str, str]]) -> None:
+def _summarize(rows: list[dict[str, str]]) -> None:
     counts = Counter(row["how"] for row in rows)
     attached = sum(not row["reason"] for row in rows)
     print_table(

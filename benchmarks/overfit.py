@@ -4,7 +4,7 @@
 
 The folder holds ``images/`` and ``annotations/instances_train.json`` with masks. A detector passes if boxes, and masks
 if it has any, reach AP50 >= 0.9 on the images that it was trained on within a bounded number of steps. Keypoints are
-made up: the centre of each mask and its two ends along x. COCO's keypoint AP needs tolerances that made-up points lack;
+made up: the center of each mask and its two ends along x. COCO's keypoint AP needs tolerances that made-up points lack;
 their distance from the truth is printed instead, and not judged.
 
 Ends with exit code 1 if a detector fails. Saves nothing.
@@ -127,7 +127,7 @@ def load(data: Path, *, quick: bool) -> tuple[CocoDataset, list[tuple[Tensor, Ta
 
 
 def mask_keypoints(mask: Tensor) -> Tensor:
-    """Centre, leftmost and rightmost point of a mask ``(H, W)``, ``(3, 3)`` as x, y, 2."""
+    """Center, leftmost and rightmost point of a mask ``(H, W)``, ``(3, 3)`` as x, y, 2."""
     ys, xs = (c.float() + 0.5 for c in torch.where(mask))
     points = [(xs.mean(), ys.mean()), *((xs[i], ys[i]) for i in (xs.argmin(), xs.argmax()))]
     return torch.tensor([[float(x), float(y), 2.0] for x, y in points])

@@ -3,7 +3,7 @@
 Their way is that of torchvision's own evaluation: every mask is pasted into an image of its own, and what is above one
 half is encoded by pycocotools, mask by mask. Targets for 100 masks on 1500x2000, with torchvision's rule to paste and
 every pixel equal: at most 0.15 of the time and 0.05 of the peak memory. How far the default rule is from it is stated:
-it samples at the centres of pixels, where torchvision rounds boxes down to whole pixels first.
+it samples at the centers of pixels, where torchvision rounds boxes down to whole pixels first.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ def prepare(form: str, case: Case, channels: int, backward: bool) -> measure.Cal
 
 
 def inputs(case: Case, channels: int) -> tuple[Tensor, Tensor]:
-    """Source and normalised kernels, the same in every process."""
+    """Source and normalized kernels, the same in every process."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, channels, *case.source, generator=generator)
     kernels = torch.randn(1, K * K, *case.target, generator=generator).softmax(1)

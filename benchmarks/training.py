@@ -73,14 +73,14 @@ def make_batch(size: Size, *, dense: bool, count: int = 2) -> tuple[list[Tensor]
     images, targets = [], []
     for _ in range(count):
         half = torch.rand(OBJECTS, 2, generator=generator) * min(size) / 4 + 4
-        centre = half + torch.rand(OBJECTS, 2, generator=generator) * (torch.tensor([width, height]) - 2 * half)
-        inside = ((columns - centre[:, 0, None, None]) / half[:, 0, None, None]) ** 2 + (
-            (rows - centre[:, 1, None, None]) / half[:, 1, None, None]
+        center = half + torch.rand(OBJECTS, 2, generator=generator) * (torch.tensor([width, height]) - 2 * half)
+        inside = ((columns - center[:, 0, None, None]) / half[:, 0, None, None]) ** 2 + (
+            (rows - center[:, 1, None, None]) / half[:, 1, None, None]
         ) ** 2 <= 1
         labels = torch.randint(CLASSES, (OBJECTS,), generator=generator)
         images.append(torch.rand(3, height, width, generator=generator))
         masks = inside.to(torch.uint8)
-        boxes = torch.cat([centre - half, centre + half], 1)
+        boxes = torch.cat([center - half, center + half], 1)
         targets.append(
             {
                 "boxes": boxes,

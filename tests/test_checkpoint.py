@@ -27,7 +27,7 @@ from a2fpn.pretrained.checkpoint import (
     read_weights,
     save_checkpoint,
 )
-from tests.helpers import randomise, tiny_model
+from tests.helpers import randomize, tiny_model
 
 CATEGORIES = (Category(7, "cell"), Category(23, "nucleus"), Category(90, "Zellkern"))
 
@@ -36,7 +36,7 @@ CATEGORIES = (Category(7, "cell"), Category(23, "nucleus"), Category(90, "Zellke
 def model() -> RCNN:
     torch.manual_seed(0)
     model = tiny_model(categories=CATEGORIES, neck_args={"nodes": [8, 8, 4, 4]}).eval()
-    randomise(model)
+    randomize(model)
     return model
 
 
@@ -67,7 +67,7 @@ def update_sha256(folder: Path) -> None:
 @pytest.mark.parametrize("name", [f"{detector}_{neck}" for detector in DETECTORS for neck in ("fpn", "a2fpn_lite")])
 def test_what_is_loaded_is_what_was_saved(name: str, tmp_path: Path) -> None:
     model = tiny_model(name, categories=CATEGORIES, resize="at_least", min_size=40, max_size=90, mean=[0.1, 0.2, 0.3])
-    randomise(model, std=0.02)
+    randomize(model, std=0.02)
     loaded = a2fpn.from_pretrained(a2fpn.save_pretrained(model, tmp_path / "new" / "folder"))
     assert loaded.config == model.config
     assert loaded.config.categories == CATEGORIES
@@ -122,7 +122,7 @@ def test_running_variances_beyond_half_precision_survive(model: RCNN, tmp_path: 
 
 
 def test_the_folder_says_what_it_is(model: RCNN, tmp_path: Path) -> None:
-    metadata = {"segm/ap": 0.61, "data": "nuclei", "licence": "CC0"}
+    metadata = {"segm/ap": 0.61, "data": "nuclei", "license": "CC0"}
     folder = a2fpn.save_pretrained(model, tmp_path, metadata=metadata)
     assert sorted(path.name for path in folder.iterdir()) == [CONFIG_FILE, WEIGHTS_FILE]
     data = json.loads((folder / CONFIG_FILE).read_text())
@@ -305,7 +305,7 @@ def test_reading_weights_checks_them(folder: Path) -> None:
         ({"metrics": [0.5]}, r"metadata\.metrics: expected an object, got \[0\.5\]"),
         ({"metrics": {"bbox/ap": "0.5"}}, r"The metric 'bbox/ap' must be a number, got '0\.5'"),
         ({"metrics": {"bbox/ap": True}}, r"The metric 'bbox/ap' must be a number, got True"),
-        ({"licence": 3}, r"metadata\.licence: expected str, got 3"),
+        ({"license": 3}, r"metadata\.license: expected str, got 3"),
         ({"max_detections": "all"}, r"metadata\.max_detections: expected int, got 'all'"),
     ],
 )
@@ -320,12 +320,12 @@ def test_facts_of_a_wrong_type_are_an_error(folder: Path, metadata: dict[str, An
 
 
 def test_facts_are_read_and_other_metadata_kept(model: RCNN, tmp_path: Path) -> None:
-    metadata = {"metrics": {"bbox/ap": 1}, "licence": "MIT", "data": "cells", "note": [1, {"a": None}]}
+    metadata = {"metrics": {"bbox/ap": 1}, "license": "MIT", "data": "cells", "note": [1, {"a": None}]}
     checkpoint = read_checkpoint(a2fpn.save_pretrained(model, tmp_path, metadata=metadata))
     assert checkpoint.metadata == metadata
-    assert checkpoint.facts == Facts({"bbox/ap": 1.0}, licence="MIT", data="cells")
+    assert checkpoint.facts == Facts({"bbox/ap": 1.0}, license="MIT", data="cells")
     assert checkpoint.facts.max_detections == 100
-    assert checkpoint.code_licence == "Apache-2.0"
+    assert checkpoint.code_license == "Apache-2.0"
 
 
 def test_metadata_that_json_cannot_hold_is_an_error_and_replaces_nothing(folder: Path) -> None:
@@ -356,7 +356,7 @@ def test_checkpoints_of_version_1_load_to_the_bit(name, tmp_path):
     """Version 1 had the position of a level where version 2 has its name."""
     options = {"semantic": "things"} if name.startswith("htc") else {}
     model = tiny_model(name, **options)
-    randomise(model)
+    randomize(model)
     counted = positional_keys(model)
     assert set(counted) != set(counted.values())
     assert len(set(counted.values())) == len(counted)

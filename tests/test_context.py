@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from a2fpn.layers import ATTENTION_KINDS, MGC, attention_map, orthogonality
 from a2fpn.layers.context import CONTEXT_INITS, DISTRIBUTIONS
 from a2fpn.layers.reasoning import REASONING_KINDS, GraphConvolution, SelfAttention
-from tests.helpers import attention_weights, largest_difference, randomise, weighted_sum, with_zero_gradient
+from tests.helpers import attention_weights, largest_difference, randomize, weighted_sum, with_zero_gradient
 
 kinds = pytest.mark.parametrize("kind", ATTENTION_KINDS)
 OPTIONS: list[dict[str, str]] = [
@@ -24,7 +24,7 @@ CHANNELS, NODES, SIZES = [12, 16, 20], [6, 4, 3], [(9, 13), (5, 7), (3, 4)]
 def random_mgc(kind: str = "scaled_cosine", **options: Any) -> MGC:
     """In float64, with every parameter away from where it starts."""
     mgc = MGC(CHANNELS, 8, nodes=NODES, attention=kind, **options).double()
-    randomise(mgc)
+    randomize(mgc)
     return mgc
 
 

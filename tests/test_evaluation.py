@@ -470,7 +470,7 @@ def test_without_a_fast_library_pycocotools_counts(ground_truth, monkeypatch, ca
 
 
 def people(count=6, points=17, seed=0):
-    """A file with keypoints, some hidden or not labelled, a crowd, an object without any, and a class without any."""
+    """A file with keypoints, some hidden or not labeled, a crowd, an object without any, and a class without any."""
     rng = np.random.default_rng(seed)
     annotations = []
     for number in range(count):
@@ -547,7 +547,7 @@ def test_a_shift_lowers_ap_as_oks_says(similarity, backend):
     options = {"iou_types": ["keypoints"], "oks_sigmas": [sigma, sigma, 5.0], "backend": backend}
     passed = sum(similarity >= 0.5 + 0.05 * step for step in range(10))
     assert evaluate_coco(truth, detections, **options).keypoints.ap == pytest.approx(passed / 10)
-    # Only what is labelled counts.
+    # Only what is labeled counts.
     detections[0]["keypoints"][6:] = [1000, 1000, 1]
     assert evaluate_coco(truth, detections, **options).keypoints.ap == pytest.approx(passed / 10)
 

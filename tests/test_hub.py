@@ -38,7 +38,7 @@ from tests.helpers import run_hub, tiny_model
 from tests.hub_server import HubServer, sha256
 
 REPO = "alice/cells"
-METADATA = {"metrics": {"bbox/ap": 0.5, "segm/ap": 0.25}, "data": "cells", "licence": "cc0-1.0"}
+METADATA = {"metrics": {"bbox/ap": 0.5, "segm/ap": 0.25}, "data": "cells", "license": "cc0-1.0"}
 FETCH = {"lfs": r"GET /alice/.*/resolve/.*safetensors", "xet": "GET /cas/data"}
 
 
@@ -522,7 +522,7 @@ def test_the_card(hub, published):
     ],
 )
 def test_cards_of_other_detectors(name, metrics, task, tasks, tmp_path):
-    facts = {"metrics": metrics, "licence": "Creative Commons BY 4.0"}
+    facts = {"metrics": metrics, "license": "Creative Commons BY 4.0"}
     folder = a2fpn.save_pretrained(tiny_model(name, min_size=64, resize="at_least"), tmp_path, metadata=facts)
     card = ModelCard(model_card(read_checkpoint(folder), REPO))
     assert card.data.pipeline_tag == task
@@ -530,7 +530,7 @@ def test_cards_of_other_detectors(name, metrics, task, tasks, tmp_path):
     assert (card.data.license, card.data.license_name) == ("other", "Creative Commons BY 4.0")
     assert card.data.base_model is None
     assert "by the rule `at_least`, min_size 64, max_size 1333." in card.text
-    assert "No licence of backbone weights is recorded." in card.text
+    assert "No license of backbone weights is recorded." in card.text
 
 
 def test_every_error_is_a_hub_error():

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import randomise, tiny_model
+from helpers import randomize, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -154,7 +154,7 @@ def test_every_detector_takes_the_rule(name: str) -> None:
     if name != "fcos":
         overrides["anchor_sizes"] = [[s] * (3 if name == "retinanet" else 1) for s in (8, 16, 32, 64, 128)]
     model = tiny_model(f"{name}_fpn", **overrides).eval()
-    randomise(model)  # fresh one-stage heads give boxes that hardly overlap, all with one score
+    randomize(model)  # fresh one-stage heads give boxes that hardly overlap, all with one score
     plain = detect(model)
     assert len(plain["scores"]) == 10
     assert len(detect(model, detections_per_image=4)["scores"]) == 4

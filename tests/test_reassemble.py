@@ -108,12 +108,12 @@ def test_pixels_are_counted_in_as_few_bits_as_will_do(
 @pytest.mark.parametrize("size", [(10, 14), (9, 13)])
 def test_one_hot_kernels_are_nearest_interpolation(size: tuple[int, int]) -> None:
     x = torch.randn(2, 3, 5, 7)
-    centre = torch.zeros(2, 25, *size)
-    centre[:, 12] = 1
-    assert torch.equal(reassemble(x, centre, size), F.interpolate(x, size=size, mode="nearest"))
+    center = torch.zeros(2, 25, *size)
+    center[:, 12] = 1
+    assert torch.equal(reassemble(x, center, size), F.interpolate(x, size=size, mode="nearest"))
 
 
-def test_one_hot_kernels_off_the_centre_shift_and_repeat_the_edge() -> None:
+def test_one_hot_kernels_off_the_center_shift_and_repeat_the_edge() -> None:
     x = torch.arange(12.0).reshape(1, 1, 3, 4)
     left = torch.zeros(1, 9, 3, 4)
     left[:, 3] = 1

@@ -56,7 +56,7 @@ def test_the_command_line_overrides_the_recipe_which_overrides_the_defaults(argu
     assert config.optim.name == "adamw"  # the recipe
     assert config.optim.weight_decay == OptimSection().weight_decay  # the default
     assert config.model.overrides["min_size"] == 96
-    assert config.model.overrides["box_channels"] == 32  # an override leaves its neighbours alone
+    assert config.model.overrides["box_channels"] == 32  # an override leaves its neighbors alone
 
 
 def test_an_argument_after_an_option_is_its_value_even_with_an_equals_sign():
@@ -142,7 +142,7 @@ def test_a_shipped_recipe_builds_its_model(recipe):
     assert config.run.max_detections == model.config.heads.detections_per_image
 
 
-# Optimiser and schedule
+# Optimizer and schedule
 
 SCHEDULES = st.builds(
     OptimSection,
@@ -210,7 +210,7 @@ def test_a_model_without_trainable_parameters_is_an_error():
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
-def test_each_optimiser_follows_the_schedule(name):
+def test_each_optimizer_follows_the_schedule(name):
     config = OptimSection(name=name, lr=0.1, schedule="cosine", warmup_steps=2, warmup_factor=0.5, final_factor=0.0)
     optimizer = build_optimizer(nn.Linear(2, 2), config, lr=config.lr)
     scheduler = build_scheduler(optimizer, 4, config)

@@ -169,10 +169,10 @@ def test_rows_say_what_the_sources_say() -> None:
     assert (mask.source, mask.trained, mask.keypoint_ap) == ("torchvision", True, None)
     assert (mask.box_ap, mask.mask_ap) == (0.474, 0.418)
     assert mask.measured == "COCO-val2017, published by torchvision"
-    assert "not stated by torchvision" in mask.licence
+    assert "not stated by torchvision" in mask.license
     assert rows["keypointrcnn_fpn_r50.tv_coco"].keypoint_ap == 0.65
     nuclei = rows["maskrcnn_a2fpn_lite0.nuclei"]
-    assert (nuclei.source, nuclei.trained, nuclei.licence) == ("embedded", True, "Apache-2.0")
+    assert (nuclei.source, nuclei.trained, nuclei.license) == ("embedded", True, "Apache-2.0")
     assert nuclei.mask_ap == pytest.approx(0.604, abs=1e-3)
 
 
@@ -324,7 +324,7 @@ def test_published_checkpoints_go_before_grafts(
     monkeypatch.setattr("a2fpn.pretrained.load.download_checkpoint", download)
     digest = read_checkpoint(saved).sha256
     name = "fasterrcnn_a2fpn_lite_r18.coco"
-    row = HubWeights("acme/cells", "c0ffee", digest, Facts({"bbox/ap": 0.4}, licence="Apache-2.0"))
+    row = HubWeights("acme/cells", "c0ffee", digest, Facts({"bbox/ap": 0.4}, license="Apache-2.0"))
     published = {name: row, **PRETRAINED}
     for module in ("a2fpn.pretrained.load.PRETRAINED", "a2fpn.pretrained.catalog.PRETRAINED"):
         monkeypatch.setattr(module, published)
@@ -333,7 +333,7 @@ def test_published_checkpoints_go_before_grafts(
     assert asked == [("acme/cells", "c0ffee", True)]
     (listing,) = a2fpn.list_pretrained(name)
     assert (listing.source, listing.origin, listing.trained) == ("hub", "acme/cells@c0ffee", True)
-    assert (listing.box_ap, listing.licence) == (0.4, "Apache-2.0")
+    assert (listing.box_ap, listing.license) == (0.4, "Apache-2.0")
     published[name] = HubWeights("acme/cells", "c0ffee", "0" * 64, Facts())
     with pytest.raises(
         HubIntegrityError, match=f"'acme/cells' at revision 'c0ffee' is not what .*{digest}, expected 000"

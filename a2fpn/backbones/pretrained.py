@@ -180,24 +180,24 @@ def preprocessing(config: BackboneConfig, *, attachment: Attachment | None = Non
     return wanted
 
 
-def weights_licence(name: str) -> str | None:
-    """Licence of a network's weights as timm states it, None where it states none; a restrictive one is said once.
+def weights_license(name: str) -> str | None:
+    """License of a network's weights as timm states it, None where it states none; a restrictive one is said once.
 
     Example:
-        >>> weights_licence("r50")
+        >>> weights_license("r50")
         'bsd-3-clause'
     """
     config = timm.get_pretrained_cfg(resolve_backbone_name(name))
-    licence = None if config is None else config.license
-    if licence not in _PERMISSIVE:
-        _say_licence(name, licence)
-    return licence
+    license = None if config is None else config.license
+    if license not in _PERMISSIVE:
+        _say_license(name, license)
+    return license
 
 
 @functools.cache
-def _say_licence(name: str, licence: str | None) -> None:
+def _say_license(name: str, license: str | None) -> None:
     _logger.warning(
         "The weights of backbone %s are under %s: read it before you use or publish what comes of them.",
         name,
-        f"the licence {licence!r}" if licence else "no licence that timm knows",
+        f"the license {license!r}" if license else "no license that timm knows",
     )

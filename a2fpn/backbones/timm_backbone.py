@@ -35,7 +35,7 @@ class TimmBackbone(nn.Module):
 
     Strides that the network has no map of are made from the nearest one it has: finer ones by transposed convolutions,
     coarser ones by max pooling. Where it has one stride only, as plain vision transformers do, each level also gets a
-    norm, since these maps are sums that nothing normalised; this is the pyramid of Li et al. (ECCV 2022) without its
+    norm, since these maps are sums that nothing normalized; this is the pyramid of Li et al. (ECCV 2022) without its
     last convolutions, which the neck has.
 
     Args:
@@ -134,7 +134,7 @@ class TimmBackbone(nn.Module):
     def _make_levels(self, strides: Sequence[int], channels: Sequence[int]) -> PyramidSpec:
         """Fills ``made`` with what makes the levels of maps with so many channels."""
         out_channels = [channels[source] for source in self._sources]
-        # One level alone is for a neck that makes the others, and normalises.
+        # One level alone is for a neck that makes the others, and normalizes.
         norm = len(self.attachment.strides) == 1 and len(strides) > 1 and not self.config.taps
         for i, (stride, source) in enumerate(zip(strides, self._sources, strict=True)):
             modules, out_channels[i] = resample(out_channels[i], self._own_strides[source], stride)

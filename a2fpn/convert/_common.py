@@ -288,7 +288,7 @@ def convert(
 
 
 def _reorder(key: str, x: Tensor, own: Tensor, pixels: Pixels) -> Tensor:
-    """A tensor with the background class, and the colours, where we have them."""
+    """A tensor with the background class, and the colors, where we have them."""
     if key == "backbone.body.conv1.weight":
         return x.flip(1) if pixels.bgr else x
     if "box_predictor.cls_score." in key:

@@ -453,7 +453,7 @@ def _fcos(module: FCOS) -> dict[str, Any]:
         )
     return {
         **_one_stage(module),
-        "centre_radius": module.center_sampling_radius,
+        "center_radius": module.center_sampling_radius,
         "head_layers": sum(isinstance(m, nn.Conv2d) for m in module.head.classification_head.conv),
     }
 

@@ -61,7 +61,7 @@ class Annotation:
         mask: The mask, or None in a file without masks.
         area: Pixels; as in the file, else of the mask, else of the box.
         iscrowd: Whether it marks a group, which is ignored in training and evaluation.
-        keypoints: x, y in pixels and visibility (0: not labelled, 1: hidden, 2: visible) of each keypoint; empty in a
+        keypoints: x, y in pixels and visibility (0: not labeled, 1: hidden, 2: visible) of each keypoint; empty in a
             file without keypoints, and in one with them for an object that has none.
     """
 
@@ -310,7 +310,7 @@ class CocoDataset(Dataset[Sample]):
     - ``labels``: int64 (N,) in 0..len(categories) - 1; there is no background label,
     - ``masks``: :class:`~a2fpn.masks.InstanceMasks`, whose ``dense()`` gives (N, H, W); absent if the file has no
       masks at all,
-    - ``keypoints``: float32 (N, K, 3), x, y in pixels and visibility (0: not labelled); absent if the file has none,
+    - ``keypoints``: float32 (N, K, 3), x, y in pixels and visibility (0: not labeled); absent if the file has none,
     - ``semantic``: ``tv_tensors.Mask`` uint8 (H, W) of classes, only with ``semantic``,
     - ``iscrowd``: int64 (N,), only with ``keep_crowd=True``.
 
@@ -327,7 +327,7 @@ class CocoDataset(Dataset[Sample]):
         categories: The classes in the order of their labels, usually a model's; matched by id. By default
             the file's own, sorted by id.
         keep_crowd: Whether crowds appear among the objects, marked in ``iscrowd``.
-        semantic: A folder of maps, each an 8-bit PNG (palette or grey) of classes with the name of its image and the
+        semantic: A folder of maps, each an 8-bit PNG (palette or gray) of classes with the name of its image and the
             suffix ``.png``; 255 marks pixels to ignore. COCO's ``stuffthingmaps`` are such.
         strict: Whether bad annotations and unreadable images are errors.
 

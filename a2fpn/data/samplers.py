@@ -98,7 +98,7 @@ def epoch_order(
     for name, values in (("groups", groups), ("repeats", repeats)):
         if values is not None and len(values) != num_samples:
             raise ConfigError(f"{name} must have one entry for each of the {num_samples} samples, got {len(values)}.")
-    # A digest, so that neighbouring seeds and epochs give unrelated orders on every machine.
+    # A digest, so that neighboring seeds and epochs give unrelated orders on every machine.
     digest = hashlib.sha256(f"order of epoch {epoch} with seed {seed}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 

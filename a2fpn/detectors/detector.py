@@ -38,7 +38,7 @@ class Detector(nn.Module, ABC):
         neck: Pyramid.
 
     Attributes:
-        preprocess: The resize, normalisation and padding rule.
+        preprocess: The resize, normalization and padding rule.
         has_masks: Whether it trains on masks and predicts them.
         box_detector: The registered detector of its kind that needs nothing but boxes.
         target_keys: What it reads of a target.
@@ -237,7 +237,7 @@ class Detector(nn.Module, ABC):
         """Indices of images that pad to the same size.
 
         Images of different padded sizes never share a batch: padding beyond the divisor would reach the features
-        through convolutions, and a prediction would depend on its neighbours in the batch.
+        through convolutions, and a prediction would depend on its neighbors in the batch.
         """
         groups: dict[tuple[int, ...], list[int]] = {}
         for index, image in enumerate(images):

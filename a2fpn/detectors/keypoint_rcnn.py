@@ -20,7 +20,7 @@ from a2fpn.heads.keypoints import Float32KeypointPredictor
 class KeypointRCNN(RCNN):
     """Faster R-CNN plus the keypoints of every object; torchvision's heads on any neck.
 
-    A target also has ``keypoints`` (N, K, 3) float: x, y in pixels and visibility, of which 0 means not labelled.
+    A target also has ``keypoints`` (N, K, 3) float: x, y in pixels and visibility, of which 0 means not labeled.
     Results have ``keypoints`` (N, K, 3) float32, x, y in pixels and 1, and ``keypoint_scores`` (N, K): the height of
     the heatmap, which is a logit.
     """

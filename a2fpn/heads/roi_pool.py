@@ -107,11 +107,11 @@ def _samples(start: Tensor, length: Tensor, bins: int, ratio: int, limit: int) -
     sample_index = torch.arange(ratio, dtype=start.dtype, device=start.device)
     # In torchvision's order: a sample on the border counts, one beyond it by rounding does not.
     side = length[:, None, None] / bins
-    centre = (start[:, None, None] + bin_index * side + (sample_index + 0.5) * side / ratio).flatten(1)
-    inside = (centre >= -1) & (centre <= limit)
-    centre = centre.clamp(min=0)
-    low = centre.floor().long().clamp(max=limit - 1)
-    fraction = (centre - low).clamp(max=1) * (low < limit - 1)
+    center = (start[:, None, None] + bin_index * side + (sample_index + 0.5) * side / ratio).flatten(1)
+    inside = (center >= -1) & (center <= limit)
+    center = center.clamp(min=0)
+    low = center.floor().long().clamp(max=limit - 1)
+    fraction = (center - low).clamp(max=1) * (low < limit - 1)
     taps = torch.stack([low, (low + 1).clamp(max=limit - 1)], -1)
     weights = torch.stack([1 - fraction, fraction], -1) * inside[..., None] / ratio
     return taps.view(len(start), bins, 2 * ratio), weights.view(len(start), bins, 2 * ratio)

@@ -62,12 +62,12 @@ class OptimizedDetector(nn.Module):
 
     @property
     def config(self) -> ModelConfig:
-        """The configuration of the model that was optimised."""
+        """The configuration of the model that was optimized."""
         return self.detector.config
 
     @property
     def preprocess(self) -> Preprocess:
-        """The resize, normalisation and padding rule."""
+        """The resize, normalization and padding rule."""
         return self.detector.preprocess
 
     @property
@@ -94,7 +94,7 @@ class OptimizedDetector(nn.Module):
             ValueError: If training is asked for.
         """
         if mode:
-            raise ConfigError("An optimised detector can't be trained; train the model that it was made from.")
+            raise ConfigError("An optimized detector can't be trained; train the model that it was made from.")
         return super().train(False)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
@@ -104,8 +104,8 @@ class OptimizedDetector(nn.Module):
             ValueError: Always.
         """
         raise ConfigError(
-            "An optimised detector can't be saved: its tensors are not those that a checkpoint holds. Save the model "
-            "that it was made from, and optimise what from_pretrained gives."
+            "An optimized detector can't be saved: its tensors are not those that a checkpoint holds. Save the model "
+            "that it was made from, and optimize what from_pretrained gives."
         )
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
@@ -114,7 +114,7 @@ class OptimizedDetector(nn.Module):
         Raises:
             ValueError: Always.
         """
-        raise ConfigError("An optimised detector takes no weights; load them into the model that it is made from.")
+        raise ConfigError("An optimized detector takes no weights; load them into the model that it is made from.")
 
 
 def optimize_for_inference(model: Detector, *, dtype: torch.dtype = torch.float32) -> OptimizedDetector:
@@ -130,7 +130,7 @@ def optimize_for_inference(model: Detector, *, dtype: torch.dtype = torch.float3
         The detector, for :class:`a2fpn.Predictor` or to be called with images.
 
     Raises:
-        TypeError: If the model is none of this package's detectors, or is optimised already.
+        TypeError: If the model is none of this package's detectors, or is optimized already.
         ValueError: For another dtype.
 
     Example:

@@ -128,7 +128,7 @@ class Predictor:
         self.model = model.to(device)
         if channels_last:
             self.model.to(memory_format=torch.channels_last)
-        self.categories = model.config.labelled_categories
+        self.categories = model.config.labeled_categories
 
     @overload
     def __call__(self, images: ImageInMemory, **options: Any) -> Result: ...
@@ -145,7 +145,7 @@ class Predictor:
         Args:
             images: An image, a folder (its images in order of their names, without sub-folders) or a sequence of
                 images. An image is a path, a PIL image (taken as it is; EXIF orientation is applied to files), a
-                uint8 array (H, W, 3) in RGB order or (H, W) in grey (OpenCV reads BGR: pass
+                uint8 array (H, W, 3) in RGB order or (H, W) in gray (OpenCV reads BGR: pass
                 ``image[..., ::-1]``), or a tensor (3, H, W), uint8 or float in [0, 1].
             **options: Fields of :class:`PredictOptions` for this call, e.g. ``tile=1024``.
 
@@ -301,7 +301,7 @@ def _to_tensor(image: ImageInMemory) -> Tensor:
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)) or not image.size:
             raise ConfigError(
-                f"Expected an image as a uint8 array (H, W, 3) in RGB order or (H, W) in grey, got {image.dtype} of "
+                f"Expected an image as a uint8 array (H, W, 3) in RGB order or (H, W) in gray, got {image.dtype} of "
                 f"shape {image.shape}. Convert it, or pass a PIL image or the path of the file."
             )
         rgb = image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2)

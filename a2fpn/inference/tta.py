@@ -192,8 +192,8 @@ def move_masks(masks: Tensor, old: Tensor, new: Tensor) -> Tensor:
                 [1., 0.]])
     """
     side = masks.shape[-1]
-    centres = (torch.arange(side, dtype=old.dtype, device=old.device) + 0.5) / side
-    places = new[:, None, :2] + centres[:, None] * (new[:, None, 2:] - new[:, None, :2])
+    centers = (torch.arange(side, dtype=old.dtype, device=old.device) + 0.5) / side
+    places = new[:, None, :2] + centers[:, None] * (new[:, None, 2:] - new[:, None, :2])
     # In units of the old box, (N, M, 2): x and y.
     places = (places - old[:, None, :2]) / (old[:, None, 2:] - old[:, None, :2])
     inside = ((places >= 0) & (places <= 1)).to(masks.dtype)

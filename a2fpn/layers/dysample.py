@@ -14,7 +14,7 @@ from a2fpn.layers.recompute import recomputed
 from a2fpn.layers.resample import fit_doubled
 
 _SCOPE = 0.25
-"""Static scope factor: offsets of a linear map of unit range do not reach a neighbour's (section 3.2)."""
+"""Static scope factor: offsets of a linear map of unit range do not reach a neighbor's (section 3.2)."""
 
 
 class DySample(nn.Module):

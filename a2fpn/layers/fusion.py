@@ -27,16 +27,16 @@ KERNEL_GRIDS: tuple[str, ...] = typing.get_args(KernelGrid)
 
 
 class KernelPredictor(nn.Module):
-    """Predicts normalized reassembly kernels: a 3x3 convolution, scaled, softmax over the neighbourhood.
+    """Predicts normalized reassembly kernels: a 3x3 convolution, scaled, softmax over the neighborhood.
 
-    ``logits = scale * conv(x)``; the convolution's bias starts at ``centre_bias / scale`` on the centre, so that a
-    fresh predictor is close to nearest-neighbour sampling. The scale keeps the softmax trainable where a large bias
+    ``logits = scale * conv(x)``; the convolution's bias starts at ``center_bias / scale`` on the center, so that a
+    fresh predictor is close to nearest-neighbor sampling. The scale keeps the softmax trainable where a large bias
     alone would leave it dead.
 
     Args:
         in_channels: Channels of the input.
         kernel_size: ``k``, odd.
-        centre_bias: Initial logit of the centre over its neighbours.
+        center_bias: Initial logit of the center over its neighbors.
         scale: Fixed factor on the convolution's output.
         doubled: Whether kernels are predicted for a map of twice the input's size, four per pixel, and
             pixel-shuffled.
@@ -47,7 +47,7 @@ class KernelPredictor(nn.Module):
         in_channels: int,
         *,
         kernel_size: int = 5,
-        centre_bias: float = 4.0,
+        center_bias: float = 4.0,
         scale: float = 4.0,
         doubled: bool = False,
     ) -> None:
@@ -58,17 +58,17 @@ class KernelPredictor(nn.Module):
         self.doubled = doubled
         self.conv = nn.Conv2d(in_channels, kernel_size**2 * (4 if doubled else 1), 3, padding=1)
         nn.init.normal_(self.conv.weight, std=0.001)
-        self.reset_centre(centre_bias)
+        self.reset_center(center_bias)
 
-    def reset_centre(self, centre_bias: float) -> None:
-        """Sets the bias to ``centre_bias / scale`` on the centre and 0 around it."""
+    def reset_center(self, center_bias: float) -> None:
+        """Sets the bias to ``center_bias / scale`` on the center and 0 around it."""
         if self.conv.bias is None:
             raise RuntimeError("The predictor's convolution has a bias by construction.")
         with torch.no_grad():
             self.conv.bias.zero_()
-            # The sub-pixels of a place in the neighbourhood are neighbours among the channels.
+            # The sub-pixels of a place in the neighborhood are neighbors among the channels.
             places = self.conv.bias.view(-1, 4 if self.doubled else 1)
-            places[len(places) // 2] = centre_bias / self.scale
+            places[len(places) // 2] = center_bias / self.scale
 
     def forward(self, x: Tensor) -> Tensor:
         """Predicts kernels that sum to one over dim 1.
@@ -168,7 +168,7 @@ class CARAFE(nn.Module):
         nn.init.xavier_uniform_(self.compress.weight)
         nn.init.constant_(typing.cast(Tensor, self.compress.bias), 0.0)
         self.kernels = KernelPredictor(
-            compressed_channels, kernel_size=kernel_size, centre_bias=0.0, scale=1.0, doubled=True
+            compressed_channels, kernel_size=kernel_size, center_bias=0.0, scale=1.0, doubled=True
         )
 
     def forward(self, coarse: Tensor, fine: Tensor, valid: Tensor | None = None) -> Tensor:

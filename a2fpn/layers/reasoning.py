@@ -60,8 +60,8 @@ class GraphConvolution(nn.Module):
 
     def forward(self, nodes: Tensor) -> Tensor:
         """Maps nodes ``(B, N, d)`` to ``(B, N, d)``."""
-        neighbours = self.adjacency(nodes.transpose(1, 2)).transpose(1, 2)
-        reasoned: Tensor = nodes + self.state(F.relu(nodes - neighbours))
+        neighbors = self.adjacency(nodes.transpose(1, 2)).transpose(1, 2)
+        reasoned: Tensor = nodes + self.state(F.relu(nodes - neighbors))
         return reasoned
 
 

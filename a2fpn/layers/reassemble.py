@@ -29,16 +29,16 @@ _BAG_DEVICES = ("cpu", "cuda")
 
 
 def reassemble(x: Tensor, kernels: Tensor, size: tuple[int, int], *, padding: Padding = "replicate") -> Tensor:
-    """Each target pixel becomes a weighted sum of the ``k x k`` neighbourhood of its nearest source pixel.
+    """Each target pixel becomes a weighted sum of the ``k x k`` neighborhood of its nearest source pixel.
 
-    The nearest source pixel of target pixel ``i`` is ``floor(i * h / H)``, as in nearest-neighbour interpolation,
+    The nearest source pixel of target pixel ``i`` is ``floor(i * h / H)``, as in nearest-neighbor interpolation,
     for any pair of sizes, up or down. Windows are never gathered: the sum and its gradients are weighted bags of
     pixels, or products of small matrices in Triton on an NVIDIA GPU. Only ``x`` and ``kernels`` are kept for the
     backward pass.
 
     Args:
         x: Source ``(B, C, h, w)``.
-        kernels: Weights ``(B, k * k, H, W)``, usually a softmax over dim 1; row-major over the neighbourhood.
+        kernels: Weights ``(B, k * k, H, W)``, usually a softmax over dim 1; row-major over the neighborhood.
         size: ``(H, W)``.
         padding: Beyond the border the edge pixel is repeated, ``"replicate"``, or there are ``"zeros"``.
 
@@ -50,8 +50,8 @@ def reassemble(x: Tensor, kernels: Tensor, size: tuple[int, int], *, padding: Pa
 
     Example:
         >>> x = torch.arange(4.0).reshape(1, 1, 2, 2)
-        >>> centre = torch.zeros(1, 9, 3, 3).index_fill_(1, torch.tensor([4]), 1.0)
-        >>> reassemble(x, centre, (3, 3))[0, 0]
+        >>> center = torch.zeros(1, 9, 3, 3).index_fill_(1, torch.tensor([4]), 1.0)
+        >>> reassemble(x, center, (3, 3))[0, 0]
         tensor([[0., 0., 1.],
                 [0., 0., 1.],
                 [2., 2., 3.]])

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 def recomputed(module: nn.Module, step: Callable[..., Tensor], *inputs: object) -> Tensor:
     """Runs a step of a module; in training it keeps only its inputs and runs again in the backward pass.
 
-    Normalised pixels, queries, kernels and reassembled maps would take several times the memory of the pyramid.
+    Normalized pixels, queries, kernels and reassembled maps would take several times the memory of the pyramid.
 
     Args:
         module: Says whether this is training.

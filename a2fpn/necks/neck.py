@@ -157,7 +157,7 @@ def keyword_arguments(neck: Callable[..., Neck]) -> set[str]:
 
 
 class NearestFusion(nn.Module):
-    """Nearest-neighbour upsampling and addition (Lin et al., "Feature Pyramid Networks", CVPR 2017).
+    """Nearest-neighbor upsampling and addition (Lin et al., "Feature Pyramid Networks", CVPR 2017).
 
     Args:
         channels: Unused, for one signature of fusions.

@@ -34,7 +34,7 @@ class PretrainedModel:
         mask_ap: Mask AP in 0..1; None if it has no masks.
         keypoint_ap: Keypoint AP in 0..1; None if it has no keypoints.
         measured: On what and by whom; for a graft also of what.
-        licence: Of the weights, as far as their source says.
+        license: Of the weights, as far as their source says.
     """
 
     name: str
@@ -45,7 +45,7 @@ class PretrainedModel:
     mask_ap: float | None
     keypoint_ap: float | None
     measured: str
-    licence: str
+    license: str
 
 
 _TORCHVISION_METRICS = {"box": "box_map", "mask": "mask_map", "keypoint": "kp_map"}
@@ -64,7 +64,7 @@ def _from_facts(name: str, source: Literal["embedded", "hub"], origin: str, fact
         trained=True,
         **{f"{kind}_ap": facts.metrics.get(f"{key}/ap") for kind, key in _METRICS.items()},
         measured=facts.data or "not stated",
-        licence=facts.licence or "not stated",
+        license=facts.license or "not stated",
     )
 
 
@@ -74,7 +74,7 @@ class EmbeddedWeights:
 
     Args:
         folder: Checkpoint folder inside the package.
-        description: Data, licence and result in one line.
+        description: Data, license and result in one line.
     """
 
     folder: Path
@@ -143,7 +143,7 @@ class TorchvisionWeights:
             trained=True,
             **{f"{kind}_ap": _share(metrics.get(key)) for kind, key in _TORCHVISION_METRICS.items()},
             measured=f"{data}, published by torchvision",
-            licence=meta.get("license") or "not stated by torchvision, whose code is under BSD-3-Clause",
+            license=meta.get("license") or "not stated by torchvision, whose code is under BSD-3-Clause",
         )
 
 

@@ -43,8 +43,8 @@ class Facts:
     Args:
         metrics: Measured numbers, such as ``bbox/ap`` in 0..1; -1 where there was nothing to measure.
         data: What it was trained and measured on.
-        data_licence: Licence of the data.
-        licence: Licence of the weights.
+        data_license: License of the data.
+        license: License of the weights.
         recipe: How it was trained.
         max_detections: Best detections per image and class that counted for the metrics.
         packages: Packages outside a2fpn and timm that define its neck, detector or backbone.
@@ -57,8 +57,8 @@ class Facts:
 
     metrics: Mapping[str, float] = field(default_factory=dict)
     data: str | None = None
-    data_licence: str | None = None
-    licence: str | None = None
+    data_license: str | None = None
+    license: str | None = None
     recipe: str | None = None
     max_detections: int = 100
     packages: tuple[str, ...] = ()
@@ -83,7 +83,7 @@ class Checkpoint:
         format_version: Version of this format.
         a2fpn_version: Version of the package that wrote it.
         metadata: Anything worth knowing, as JSON values; what :class:`Facts` has a field for must be of its type.
-        code_licence: Licence of the package that wrote it. That of the backbone's weights is in ``model.backbone``.
+        code_license: License of the package that wrote it. That of the backbone's weights is in ``model.backbone``.
 
     Raises:
         TypeError: If a fact is of another type.
@@ -94,7 +94,7 @@ class Checkpoint:
     format_version: int = FORMAT_VERSION
     a2fpn_version: str = __version__
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    code_licence: str = "Apache-2.0"
+    code_license: str = "Apache-2.0"
 
     def __post_init__(self) -> None:
         self.facts  # noqa: B018 - wrong ones are an error here, not where they are read

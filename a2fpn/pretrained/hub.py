@@ -220,7 +220,7 @@ def push_to_hub(
     Args:
         model: A detector, or a checkpoint folder, whose own ``README.md`` then is the card if it has one.
         repo_id: ``org/name``; made if it does not exist.
-        private: Whether a new repository is private; None takes the organisation's default.
+        private: Whether a new repository is private; None takes the organization's default.
         create_pr: Whether to open a pull request in place of a commit to the main branch.
         token: Access token with write permission; None takes the one saved by ``hf auth login``.
         metadata: As in :func:`a2fpn.save_pretrained`; only with a detector, a folder has its own.

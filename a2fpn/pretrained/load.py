@@ -186,7 +186,7 @@ def save_pretrained(
         model: The detector.
         directory: Made if it does not exist.
         half: Whether matrices and kernels are stored in float16.
-        metadata: JSON-able facts: metrics, recipe, data, licences.
+        metadata: JSON-able facts: metrics, recipe, data, licenses.
 
     Returns:
         The directory.

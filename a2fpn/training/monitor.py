@@ -252,14 +252,14 @@ def plot_metrics(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     steps = [record["step"] for record in records]
     for prefix, style in (("train/", "-"), ("val/", "--")):
         names = sorted({name for record in records for name in record if name.startswith(f"{prefix}loss")})
-        for colour, name in enumerate(names):
+        for color, name in enumerate(names):
             values = [record.get(name, float("nan")) for record in records]
             width = 2.2 if name == f"{prefix}loss" else 1.0
-            losses.plot(steps, values, style, marker=".", lw=width, color=f"C{colour}", label=name)
-    for colour, name in enumerate(("bbox/ap", "bbox/ap50", "segm/ap", "segm/ap50", "keypoints/ap")):
+            losses.plot(steps, values, style, marker=".", lw=width, color=f"C{color}", label=name)
+    for color, name in enumerate(("bbox/ap", "bbox/ap50", "segm/ap", "segm/ap50", "keypoints/ap")):
         points = [(record["step"], record[name]) for record in records if record.get(name, -1) >= 0]
         if points:
-            precision.plot(*zip(*points, strict=True), marker=".", color=f"C{colour}", label=name)
+            precision.plot(*zip(*points, strict=True), marker=".", color=f"C{color}", label=name)
     losses.set(title="Losses", xlabel="step", ylim=(0, None))
     precision.set(title="Average precision on the validation images", xlabel="step", ylim=(0, 1))
     for axes in (losses, precision):

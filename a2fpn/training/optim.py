@@ -1,4 +1,4 @@
-"""Optimiser with per-group weight decay and learning rate, and the learning-rate schedule."""
+"""Optimizer with per-group weight decay and learning rate, and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -68,11 +68,11 @@ def build_optimizer(model: nn.Module, config: OptimSection, *, lr: float) -> Opt
 
 
 def lr_factor(step: int, *, total_steps: int, config: OptimSection) -> float:
-    """Learning rate of an optimiser step relative to the peak.
+    """Learning rate of an optimizer step relative to the peak.
 
     Args:
-        step: Index of the optimiser step, from 0.
-        total_steps: Optimiser steps of the whole run.
+        step: Index of the optimizer step, from 0.
+        total_steps: Optimizer steps of the whole run.
         config: The schedule.
 
     Example:
@@ -89,5 +89,5 @@ def lr_factor(step: int, *, total_steps: int, config: OptimSection) -> float:
 
 
 def build_scheduler(optimizer: Optimizer, total_steps: int, config: OptimSection) -> LambdaLR:
-    """Returns the schedule; call its ``step()`` once after each optimiser step."""
+    """Returns the schedule; call its ``step()`` once after each optimizer step."""
     return LambdaLR(optimizer, partial(lr_factor, total_steps=total_steps, config=config))

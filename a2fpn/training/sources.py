@@ -100,18 +100,18 @@ def check_folder(dataset: CocoDataset, classes: TrainingSet, *, images: int) -> 
 
 
 def credits_of(dataset: TrainingSet) -> dict[str, str]:
-    """What a data set says of its origin: ``data`` (its description) and ``data_licence``."""
+    """What a data set says of its origin: ``data`` (its description) and ``data_license``."""
     if isinstance(dataset, CocoDataset):
         document = json.loads(Path(dataset.name).read_text(encoding="utf-8"))
-        info, licences = document.get("info"), document.get("licenses")
+        info, licenses = document.get("info"), document.get("licenses")
     elif isinstance(dataset, ShardDataset):
-        info, licences = dataset.index.info, dataset.index.licenses
+        info, licenses = dataset.index.info, dataset.index.licenses
     else:
-        info, licences = None, None
-    names = [str(entry.get("name", "unnamed")) for entry in licences or []]
+        info, licenses = None, None
+    names = [str(entry.get("name", "unnamed")) for entry in licenses or []]
     return {
         "data": str((info or {}).get("description", Path(dataset.name).name)),
-        "data_licence": ", ".join(names) or "not stated",
+        "data_license": ", ".join(names) or "not stated",
     }
 
 

@@ -35,8 +35,8 @@ class RunState:
 
     Args:
         epoch: Finished epochs.
-        step: Finished optimiser steps.
-        step_in_epoch: Finished optimiser steps of the running epoch.
+        step: Finished optimizer steps.
+        step_in_epoch: Finished optimizer steps of the running epoch.
         sums: Losses of the running epoch, summed over its batches and processes.
         best: Highest value of the main metric so far.
         best_epoch: The epoch that reached it.

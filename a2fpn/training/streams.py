@@ -135,7 +135,7 @@ class DecodedBatches(Dataset[LoadedBatch]):
 class StreamFeed:
     """Feeds a streamed data set; a :class:`~a2fpn.training.feed.Feed`.
 
-    In the place of an unreadable image stands the next readable one of its batch, or one of a neighbouring step; it is
+    In the place of an unreadable image stands the next readable one of its batch, or one of a neighboring step; it is
     logged and counted in the source's ``skipped``.
 
     Args:

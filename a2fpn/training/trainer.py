@@ -341,7 +341,7 @@ class Trainer:
         )
 
     def _step(self, parts: Sequence[tuple[Batch, float]], window: LossWindow) -> None:
-        """One step of the optimiser."""
+        """One step of the optimizer."""
         accelerator, config = self.accelerator, self.config
         for number, ((images, targets), waited) in enumerate(parts):
             # What is drawn in a step depends on nothing before it.

@@ -100,7 +100,7 @@ def _case(
                 f"{base.A2FPN}, compiled": (base.A2FPN, "compiled"),
             }
         else:
-            sides = {f"{name}{how and ', '}{how}": (name, how) for how in ("", "optimised", "graphs") for name in OURS}
+            sides = {f"{name}{how and ', '}{how}": (name, how) for how in ("", "optimized", "graphs") for name in OURS}
             if batch == 1 and kind == "bf16":
                 sides |= {f"{CASCADE}{how and ', '}{how}": (CASCADE, how) for how in ("", "graphs")}
         for side, (name, how) in sides.items():
@@ -155,16 +155,16 @@ def _ours(
     def plain() -> Any:
         return base.make_ours(name, path, threshold).model.to(device).to(memory_format=torch.channels_last)
 
-    def optimised() -> Any:
+    def optimized() -> Any:
         dtype = torch.bfloat16 if kind == "bf16" else torch.float32
         made = a2fpn.optimize_for_inference(models.get((size, name), plain), dtype=dtype)
-        if how != "optimised":
+        if how != "optimized":
             accelerated(made.detector, how)
         return made
 
     if not how:
         return _plain(models.get((size, name), plain), images, autocast)
-    return functools.partial(models.get((size, name, how, kind), optimised), images)
+    return functools.partial(models.get((size, name, how, kind), optimized), images)
 
 
 def _agreement(theirs: Call, ours: Call, side: str, kind: str) -> str:

@@ -163,7 +163,7 @@ def peak_bytes(call: Call, device: torch.device) -> int | None:
 def kernel_use(call: Call, device: torch.device, *, repeats: int = 3) -> dict[str, float] | None:
     """What the device did during a call: seconds of its kernels, their number, and waits of the host.
 
-    Kernels that overlap count once. Waits are the runtime's synchronisations and copies to the host.
+    Kernels that overlap count once. Waits are the runtime's synchronizations and copies to the host.
     """
     if device.type != "cuda":
         return None
@@ -176,7 +176,7 @@ def kernel_use(call: Call, device: torch.device, *, repeats: int = 3) -> dict[st
         torch.cuda.synchronize(device)
     kernels, waits, copies = [], 0, 0
     for event in profile.events():
-        if event.is_user_annotation:  # spans of the optimiser, not work of the device
+        if event.is_user_annotation:  # spans of the optimizer, not work of the device
             continue
         if event.device_type == torch.autograd.DeviceType.CUDA:
             copies += "memcpy dtoh" in event.name.lower()

@@ -99,7 +99,7 @@ def make_step(
     autocast: Callable[[], Any],
     **options: Any,
 ) -> Callable[[], dict[str, Tensor]]:
-    """One step of the optimiser, which gives its losses without waiting for them."""
+    """One step of the optimizer, which gives its losses without waiting for them."""
     theirs = side == base.TORCHVISION
     model = base.make(side, size, **options).to(device)
     images, targets = base.make_batch(size, dense=theirs, count=batch)

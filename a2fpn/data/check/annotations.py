@@ -163,7 +163,7 @@ def keypoint_problems(file: CocoDocument, table: AnnotationTable) -> Iterator[Pr
     if count:
         bad = np.array([points not in (None, []) and not _are_numbers(points, 3 * count) for points in lists])
         statement = f"Keypoints that are not {count} times x, y, visibility"
-        advice = "Every object needs all keypoints of its category; visibility is 0 for those that are not labelled."
+        advice = "Every object needs all keypoints of its category; visibility is 0 for those that are not labeled."
         yield Problem("warning", "bad-keypoints", bad, statement, advice, True)
 
 

@@ -65,7 +65,7 @@ def size_findings(
 
 
 def _covered(sides: Sides, sizes: Sequence[Sequence[float]], ratios: Sequence[float]) -> float:
-    """Share of boxes, (K, 2), that some anchor put on their centre has an IoU of ``_COVERED`` with."""
+    """Share of boxes, (K, 2), that some anchor put on their center has an IoU of ``_COVERED`` with."""
     best = np.zeros(len(sides))
     for size, ratio in itertools.product(itertools.chain.from_iterable(sizes), ratios):
         anchor = np.array([size / ratio**0.5, size * ratio**0.5])
