@@ -13,6 +13,15 @@ from a2fpn.errors import ConfigError, ConfigTypeError
 
 ConfigT = TypeVar("ConfigT")
 
+RENAMED = {
+    "centre_radius": "center_radius",
+    "code_licence": "code_license",
+    "colour_jitter": "color_jitter",
+    "data_licence": "data_license",
+    "licence": "license",
+}
+"""Keys of checkpoints and recipes as they were spelled before 0.2.0; they are still read."""
+
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Turns a configuration into JSON-able built-ins.
@@ -32,6 +41,24 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     return value
+
+
+def migrate_keys(data: Any) -> Any:
+    """Renames keys of older checkpoints and recipes, at any depth; where both names occur the current one counts.
+
+    Args:
+        data: Parsed JSON or YAML; not changed.
+
+    Example:
+        >>> migrate_keys({"heads": {"centre_radius": 1.5}})
+        {'heads': {'center_radius': 1.5}}
+    """
+    if isinstance(data, Mapping):
+        renamed = {RENAMED[key]: migrate_keys(value) for key, value in data.items() if key in RENAMED}
+        return renamed | {key: migrate_keys(value) for key, value in data.items() if key not in RENAMED}
+    if isinstance(data, list):
+        return [migrate_keys(item) for item in data]
+    return data
 
 
 def from_dict(cls: type[ConfigT], data: Any, *, where: str = "config") -> ConfigT:

@@ -14,7 +14,7 @@ from a2fpn._registry import Registry, did_you_mean
 from a2fpn._serialize import from_dict
 from a2fpn.backbones import (
     ALIASES,
-    find_attachment,
+    find_backbone_info,
     preprocessing,
     resolve_backbone_name,
 )
@@ -104,7 +104,7 @@ def attached(config: ModelConfig, overrides: Mapping[str, Any]) -> ModelConfig:
     """A config with what its backbone wants of images and gives to a neck, but for what was asked for."""
     wanted = {key: value for key, value in preprocessing(config.backbone).items() if key not in overrides}
     backbone = config.backbone
-    own = find_attachment(backbone.name.partition(".")[0]).strides
+    own = find_backbone_info(backbone.name.partition(".")[0]).strides
     if config.neck.name not in _composable_necks() and len(own) == 1 and "strides" not in overrides:
         backbone = dataclasses.replace(backbone, strides=own)
     return dataclasses.replace(config, backbone=backbone, preprocess=dataclasses.replace(config.preprocess, **wanted))

@@ -133,7 +133,7 @@ def _watched(neck: a2fpn.Neck, values: Values) -> Iterator[None]:
         _look_at_maps(mgc, neck.in_spec.names, features, valid, values)
         # Past the hooks, and before the sum is written into the laterals.
         for level, context, lateral in zip(
-            neck.in_spec.names, mgc.forward(features, valid), kwargs["onto"], strict=True
+            neck.in_spec.names, mgc.forward(features, valid), kwargs["residual"], strict=True
         ):
             values["size", level].append(float(context.float().square().mean().sqrt() / _rms(lateral)))
 

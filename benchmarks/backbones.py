@@ -28,9 +28,9 @@ from torch import Tensor, nn
 
 import a2fpn
 from a2fpn._registry import match_names
-from a2fpn.backbones import Attachment, TimmBackbone, find_attachment, preprocessing
+from a2fpn.backbones import BackboneInfo, TimmBackbone, find_backbone_info, preprocessing
 from a2fpn.backbones.attach import PYRAMID, feature_info, measure, probe, read_table
-from a2fpn.backbones.freezing import contributors, drop_dead
+from a2fpn.backbones.freezing import contributors, drop_unused
 from a2fpn.config import BackboneConfig, ModelConfig, NeckConfig, PreprocessConfig, RCNNConfig
 from a2fpn.detectors import DETECTORS, Detector
 from a2fpn.necks import create_neck
@@ -71,7 +71,9 @@ def main(
     print(f"Part {number}/{count} of timm {timm.__version__}: {len(names)} architectures.", flush=True)
     if check:
         with quiet():
-            faults = {name: fault for name in names if (fault := _fault(find_attachment(name), train=name in trained))}
+            faults = {
+                name: fault for name in names if (fault := _fault(find_backbone_info(name), train=name in trained))
+            }
         real = len(trained & set(names))
         print(f"{len(names) - len(faults)} of {len(names)} attach as the table says; {real} also took a training step.")
         if faults:
@@ -137,7 +139,7 @@ def sweep(names: list[str], output: Path, trained: set[str]) -> list[dict[str, s
     return rows
 
 
-def _row(found: Attachment, *, train: bool) -> dict[str, str]:
+def _row(found: BackboneInfo, *, train: bool) -> dict[str, str]:
     try:
         if not found.reason:
             found = _on_meta(_survey, found)
@@ -147,16 +149,16 @@ def _row(found: Attachment, *, train: bool) -> dict[str, str]:
     return {**found.to_row(), "trained": str(train and not found.reason)}
 
 
-def _survey(found: Attachment, device: str) -> Attachment:
-    """Finds out what is dead in a network."""
+def _survey(found: BackboneInfo, device: str) -> BackboneInfo:
+    """Finds out what is unused in a network."""
     with torch.device(device):
-        whole = dataclasses.replace(found, dead=(), dead_from_8=())
+        whole = dataclasses.replace(found, unused=(), unused_from_8=())
         backbones = [_backbone(whole, device, strides) for strides in (PYRAMID, PYRAMID[1:])]
-        dead = [drop_dead(backbone.body, backbone._example) for backbone in backbones]
-    return dataclasses.replace(found, dead=dead[0], dead_from_8=dead[1])
+        unused = [drop_unused(backbone.body, backbone._example) for backbone in backbones]
+    return dataclasses.replace(found, unused=unused[0], unused_from_8=unused[1])
 
 
-def _fault(found: Attachment, *, train: bool) -> Exception | None:
+def _fault(found: BackboneInfo, *, train: bool) -> Exception | None:
     """What is wrong with a backbone in a detector; whatever a network raises is."""
     try:
         _try(found, train=train)
@@ -165,13 +167,13 @@ def _fault(found: Attachment, *, train: bool) -> Exception | None:
     return None
 
 
-def _try(found: Attachment, *, train: bool) -> None:
+def _try(found: BackboneInfo, *, train: bool) -> None:
     _on_meta(_check, found)
     if train:
         _train(found)
 
 
-def _on_meta(call: Callable[[Attachment, str], T], found: Attachment) -> T:
+def _on_meta(call: Callable[[BackboneInfo, str], T], found: BackboneInfo) -> T:
     """Calls on the meta device, or with real numbers for networks that look at values or unroll recurrent layers."""
     try:
         return call(found, "meta")
@@ -181,7 +183,7 @@ def _on_meta(call: Callable[[Attachment, str], T], found: Attachment) -> T:
     return call(found, "cpu")
 
 
-def _check(found: Attachment, device: str) -> None:
+def _check(found: BackboneInfo, device: str) -> None:
     """Builds a detector, runs it up to the proposals' scores at all sizes, and compares with what was declared.
 
     Raises:
@@ -200,9 +202,9 @@ def _check(found: Attachment, device: str) -> None:
                 outputs = model.dense_head(list(model.neck(maps).values()))
             if (height, width) == SIZES[0]:
                 _require_gradients(backbone, [x for output in outputs for x in output])
-                if found.dead_from_8 == found.dead:
+                if found.unused_from_8 == found.unused:
                     _require_gradients(backbone.body, [raw[i] for i in set(backbone._sources[1:])])
-        if found.dead_from_8 != found.dead:
+        if found.unused_from_8 != found.unused:
             coarse = _backbone(found, device, PYRAMID[1:])
             _require_gradients(coarse.body, coarse._example())
 
@@ -212,7 +214,7 @@ def _compare(backbone: TimmBackbone, maps: dict[str, Tensor], raw: list[Tensor],
     got = {name: tuple(x.shape) for name, x in maps.items()}
     if got != declared:
         raise FaultError(f"For an image of {size} it declares {declared} and gives {got}.")
-    found, padded = backbone.attachment, backbone.padded_size(*size)
+    found, padded = backbone.info, backbone.padded_size(*size)
     # The other side: before maps are cropped, the network itself divides the image by its strides.
     own = measure(raw, padded, feature_info(backbone.body).channels())
     strides = tuple(stride for stride in found.strides if stride in own.strides)
@@ -230,7 +232,7 @@ def _no_dead(names: list[str]) -> None:
         raise FaultError(f"No gradient reaches {len(names)} parameters: {', '.join(names[:5])}.")
 
 
-def _train(found: Attachment) -> None:
+def _train(found: BackboneInfo) -> None:
     """A training step with real numbers."""
     torch.manual_seed(0)
     model = _detector(_backbone(found)).train()
@@ -242,16 +244,16 @@ def _train(found: Attachment) -> None:
     _no_dead([name for name, p in model.backbone.named_parameters() if p.requires_grad and p.grad is None])
 
 
-def _backbone(found: Attachment, device: str = "cpu", strides: tuple[int, ...] = PYRAMID) -> TimmBackbone:
-    backbone = TimmBackbone(BackboneConfig(found.architecture, strides=strides), attachment=found)
+def _backbone(found: BackboneInfo, device: str = "cpu", strides: tuple[int, ...] = PYRAMID) -> TimmBackbone:
+    backbone = TimmBackbone(BackboneConfig(found.architecture, strides=strides), info=found)
     if device == "meta" and any(isinstance(module, nn.RNNBase) for module in backbone.modules()):
         raise NotImplementedError("recurrent layers on meta")
     return backbone
 
 
 def _detector(backbone: TimmBackbone) -> Detector:
-    config, found = backbone.config, backbone.attachment
-    wanted = preprocessing(config, attachment=found)
+    config, found = backbone.config, backbone.info
+    wanted = preprocessing(config, info=found)
     if found.size is None:
         wanted["resize"] = "none"
     neck = NeckConfig("fpn", {"out_channels": 16})
@@ -307,11 +309,11 @@ def _write(rows: list[dict[str, str]], path: Path) -> None:
 
 
 def _summarize(rows: list[dict[str, str]]) -> None:
-    counts = Counter(row["how"] for row in rows)
+    counts = Counter(row["adaptations"] for row in rows)
     attached = sum(not row["reason"] for row in rows)
     print_table(
         f"timm {timm.__version__}: {attached} of {len(rows)} attach ({100 * attached / max(1, len(rows)):.2f} %)",
-        ["how", "architectures"],
+        ["adaptations", "architectures"],
         [[how, str(count)] for how, count in counts.most_common()],
     )
     for row in rows:

@@ -60,7 +60,7 @@ def time_construction(model: str, name: str, *, rounds: int) -> measure.Timings:
     """Seconds for timm's network, a backbone, neck and heads on one that is there, and a whole detector."""
     there = a2fpn.create_model(model, backbone=name)
     config, backbone = there.config, there.backbone
-    found = backbone.attachment
+    found = backbone.info
     # What the backbone asks timm for, so that neither side has maps to make that the other has not.
     indices = [found.indices[i] for i in sorted({found.source(stride) for stride in config.backbone.strides})]
 

@@ -160,7 +160,7 @@ def test_missing_levels_are_made_from_the_one_there_is() -> None:
 
 def test_missing_levels_of_a_pyramid_are_made_from_the_nearest() -> None:
     backbone = build("efficientvim_m1")
-    assert backbone.attachment.strides == (16, 32, 64)
+    assert backbone.info.strides == (16, 32, 64)
     # Those that it has stay as they are, and so do the names of its tensors.
     assert list(backbone.made) == ["4", "8"]
     assert backbone._sources == [0, 0, 0, 1]
@@ -356,7 +356,7 @@ def test_the_deepest_stages_are_trained_and_the_others_stay_as_they_are(
     stages = [child for child, _ in backbone.body.named_children() if child.startswith(("layer", "stages"))]
     assert stages[max(0, 4 - trained) :] == [stage for stage in stages if stage in changed]
     # The stem of a network without a map of stride 2 belongs to the stage of stride 4.
-    assert (changed <= set(stages)) == (trained < (5 if 2 in backbone.attachment.strides else 4))
+    assert (changed <= set(stages)) == (trained < (5 if 2 in backbone.info.strides else 4))
 
 
 def test_frozen_parts_stay_in_evaluation_mode() -> None:

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import pickle
 import re
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 import a2fpn
 from a2fpn import CheckpointError
+from a2fpn._serialize import RENAMED, migrate_keys
 from a2fpn.config import Category
 from a2fpn.detectors import DETECTORS, RCNN
 from a2fpn.layers import positional_keys
@@ -379,3 +381,33 @@ def test_the_embedded_model_is_of_version_1_and_loads():
     assert read_checkpoint(weights.folder).format_version == 1
     state = a2fpn.from_pretrained(weights.folder).state_dict()
     assert torch.equal(state["neck.lateral.p3.conv.weight"], stored["neck.lateral.1.conv.weight"].float())
+
+
+def british(data: Any) -> Any:
+    """A configuration with the keys that versions before 0.2.0 wrote."""
+    old = {new: name for name, new in RENAMED.items()}
+    if isinstance(data, list):
+        return [british(item) for item in data]
+    if not isinstance(data, dict):
+        return data
+    if "in_chans" in data:  # a backbone's license was always spelled so
+        return data
+    return {old.get(key, key): british(value) for key, value in data.items()}
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_keys_of_older_checkpoints_are_renamed(version, tmp_path):
+    model = tiny_model("fcos_fpn", center_radius=2.5)
+    metadata = {"license": "CC0", "data_license": "MIT", "data": "cells", "note": {"license": 1}}
+    folder = a2fpn.save_pretrained(model, tmp_path, metadata=metadata)
+    expected = read_checkpoint(folder)
+    document = british(json.loads((folder / CONFIG_FILE).read_text())) | {"format_version": version}
+    assert {"centre_radius", "code_licence", "data_licence", "licence"} <= set(re.findall(r"\w+", json.dumps(document)))
+    (folder / CONFIG_FILE).write_text(json.dumps(document))
+    assert read_checkpoint(folder) == dataclasses.replace(expected, format_version=version)
+    assert read_checkpoint(folder).facts == Facts(license="CC0", data_license="MIT", data="cells")
+
+
+def test_of_both_names_of_a_key_the_current_one_counts():
+    assert migrate_keys([{"licence": "a", "license": "b"}, 3]) == [{"license": "b"}, 3]
+    assert migrate_keys({"license": "b", "licence": "a"}) == {"license": "b"}

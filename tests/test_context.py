@@ -95,10 +95,10 @@ def test_the_sum_is_written_in_place_only_where_no_gradient_is_recorded() -> Non
     laterals = [torch.randn(2, 8, *size, dtype=torch.float64) for size in SIZES]
     expected = [x + y for x, y in zip(laterals, mgc(features), strict=True)]
     before = [x.clone() for x in laterals]
-    assert largest_difference(mgc(features, onto=laterals), expected) < 1e-12
+    assert largest_difference(mgc(features, residual=laterals), expected) < 1e-12
     assert all(map(torch.equal, laterals, before))
     with torch.no_grad():
-        got = mgc(features, onto=laterals)
+        got = mgc(features, residual=laterals)
     assert all(a is b for a, b in zip(got, laterals, strict=True))
     assert largest_difference(got, expected) < 1e-12
 

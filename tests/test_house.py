@@ -70,7 +70,18 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         },
     ),
     "training": (
-        {"_atomic", "_plugins", "_registry", "config", "data", "errors", "evaluation", "inference", "pretrained"},
+        {
+            "_atomic",
+            "_plugins",
+            "_registry",
+            "_serialize",
+            "config",
+            "data",
+            "errors",
+            "evaluation",
+            "inference",
+            "pretrained",
+        },
         {
             *(
                 "accelerate",

@@ -16,7 +16,7 @@ import a2fpn
 from a2fpn.detectors import DETECTORS, Detector, OneStage
 from a2fpn.heads import Float32FCOSHead, StrideAnchors, TopLevels
 from a2fpn.heads.dense import LevelOutputs, dense_detections
-from a2fpn.heads.postprocess import DetectionRule
+from a2fpn.heads.postprocess import PostprocessConfig
 from tests.helpers import (
     in_our_layout,
     random_target,
@@ -221,7 +221,7 @@ def test_detections_by_hand() -> None:
             [level],
             lambda deltas, boxes: boxes + deltas,
             (10, 40),
-            rule=DetectionRule(**rule),
+            rule=PostprocessConfig(**rule),
             candidates_per_level=candidates_per_level,
         )
         rows = zip(result["scores"].tolist(), result["labels"].tolist(), result["boxes"][:, 0].tolist(), strict=True)

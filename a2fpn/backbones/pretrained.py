@@ -18,7 +18,7 @@ from timm.models import load_state_dict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from a2fpn.backbones.attach import PYRAMID, Attachment, find_attachment
+from a2fpn.backbones.attach import PYRAMID, BackboneInfo, find_backbone_info
 from a2fpn.backbones.names import resolve_backbone_name
 from a2fpn.config import BackboneConfig
 from a2fpn.errors import ConfigError, MissingFileError
@@ -150,14 +150,14 @@ def pretrained_statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ..
     return tuple(config.mean), tuple(config.std)
 
 
-def preprocessing(config: BackboneConfig, *, attachment: Attachment | None = None) -> dict[str, Any]:
+def preprocessing(config: BackboneConfig, *, info: BackboneInfo | None = None) -> dict[str, Any]:
     """What a backbone wants of the images, as fields of :class:`a2fpn.config.PreprocessConfig`.
 
     Statistics and interpolation are those of its weights; sizes are those that it runs at.
 
     Args:
         config: The backbone.
-        attachment: How it is attached, if that is known better than from the table.
+        info: How it is attached, if that is known better than from the table.
 
     Example:
         >>> preprocessing(BackboneConfig("lite0"))
@@ -166,7 +166,7 @@ def preprocessing(config: BackboneConfig, *, attachment: Attachment | None = Non
         224
     """
     name = resolve_backbone_name(config.name)
-    weights, found = timm.get_pretrained_cfg(name), attachment or find_attachment(name.partition(".")[0])
+    weights, found = timm.get_pretrained_cfg(name), info or find_backbone_info(name.partition(".")[0])
     wanted: dict[str, Any] = {}
     if weights is not None and weights.interpolation in ("bilinear", "bicubic"):
         wanted["interpolation"] = weights.interpolation

@@ -16,7 +16,7 @@ from a2fpn._registry import Registry
 from a2fpn.backbones import TimmBackbone
 from a2fpn.config import HEADS, HeadsConfig, ModelConfig
 from a2fpn.errors import ConfigError
-from a2fpn.heads.share import share_losses
+from a2fpn.heads.loss_normalizer import normalize_losses_globally
 from a2fpn.masks import InstanceMasks
 from a2fpn.masks.paste import PasteRule
 from a2fpn.necks import Neck
@@ -147,12 +147,12 @@ class Detector(nn.Module, ABC):
         """How masks are pasted into the image, see :class:`~a2fpn.config.RCNNConfig`."""
         return "exact"
 
-    def share_losses(self, *, enabled: bool = True) -> None:
-        """Makes several processes learn what one with all the images would, see :class:`~a2fpn.heads.LossShare`.
+    def normalize_losses_globally(self, *, enabled: bool = True) -> None:
+        """Normalize losses over all ranks, see :class:`~a2fpn.heads.GlobalLossNormalizer`.
 
         Every process then has to compute losses at the same time, as it does in training.
         """
-        share_losses(self, enabled=enabled)
+        normalize_losses_globally(self, enabled=enabled)
 
     def check_data(self, name: str, keys: Collection[str]) -> None:
         """Checks, before anything is trained, that a data set has what the detector trains on.

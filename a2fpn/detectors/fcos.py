@@ -51,8 +51,8 @@ class FCOS(OneStage):
         losses = self.head.compute_loss(targets, outputs, anchors, matches)
         names = {"classification": "classifier", "bbox_regression": "box_reg", "bbox_ctrness": "centerness"}
         # Counting waits for the device.
-        positives = sum(int((match >= 0).sum()) for match in matches) if self.head.share.enabled else 0
-        return {f"loss_{ours}": self.head.share(losses[theirs], positives) for theirs, ours in names.items()}
+        positives = sum(int((match >= 0).sum()) for match in matches) if self.head.normalizer.enabled else 0
+        return {f"loss_{ours}": self.head.normalizer(losses[theirs], positives) for theirs, ours in names.items()}
 
     def scores(self, outputs: dict[str, Tensor]) -> Tensor:
         """See :meth:`OneStage.scores`; the geometric mean of class score and centerness."""

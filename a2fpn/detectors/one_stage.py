@@ -18,7 +18,7 @@ from a2fpn.detectors.detector import Detection, Detector
 from a2fpn.errors import ConfigError
 from a2fpn.heads import StrideAnchors
 from a2fpn.heads.dense import LevelOutputs, TopLevels, dense_detections
-from a2fpn.heads.postprocess import DetectionRule
+from a2fpn.heads.postprocess import PostprocessConfig
 from a2fpn.necks import Neck
 from a2fpn.preprocess import Batch
 from a2fpn.pyramid import Features, PyramidSpec
@@ -57,7 +57,7 @@ class OneStage(Detector):
         self.top = TopLevels(source.channels, channels, self._spec.names[len(neck.out_spec) :])
         self.anchor_generator = self.build_anchors()
         self.head = self.build_head()
-        self.rule = DetectionRule(heads.score_threshold, heads.nms_threshold, heads.detections_per_image)
+        self.rule = PostprocessConfig(heads.score_threshold, heads.nms_threshold, heads.detections_per_image)
 
     @abstractmethod
     def build_anchors(self) -> StrideAnchors:

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_inference
 from torchvision.ops import clip_boxes_to_image, remove_small_boxes
 
+from a2fpn.heads.loss_normalizer import GlobalLossNormalizer
 from a2fpn.heads.roi_heads import Samples
-from a2fpn.heads.share import LossShare
 from a2fpn.masks.targets import mask_loss
 from a2fpn.pyramid import Features
 
@@ -74,7 +74,7 @@ class CascadeRoIHeads(nn.Module):
         super().__init__()
         self.stages = nn.ModuleList(stages)  # type: ignore[assignment]
         self.rules = rules
-        self.share = LossShare()
+        self.normalizer = GlobalLossNormalizer()
 
     def has_mask(self) -> bool:
         """Whether the first stage, or every one, has a mask head."""
@@ -120,7 +120,7 @@ class CascadeRoIHeads(nn.Module):
             logits, deltas = _box_outputs(stage, features, samples.boxes, image_sizes, gradient_scale=scale)
             count = sum(map(len, samples.labels))
             losses = {
-                name: self.share(loss, count)
+                name: self.normalizer(loss, count)
                 for name, loss in _box_losses(logits, deltas, samples, beta=rules.box_loss_beta).items()
             }
             proposals = _refine_samples(stage, deltas, samples, image_sizes, objects=not rules.resample)
@@ -184,8 +184,8 @@ class CascadeRoIHeads(nn.Module):
             binary=True,
             boundary_weight=self.rules.mask_boundary_weight,
         )
-        shared: Tensor = self.share(loss, sum(map(len, positives.labels)))
-        return shared
+        normalized: Tensor = self.normalizer(loss, sum(map(len, positives.labels)))
+        return normalized
 
     def _masks(self, features: Features, boxes: list[Tensor], labels: list[Tensor], image_sizes: Sizes) -> list[Tensor]:
         x = self.stages[0].mask_roi_pool(features, boxes, image_sizes)
@@ -243,7 +243,7 @@ def _refine_samples(stage: RoIHeads, deltas: Tensor, samples: Samples, sizes: Si
     proposals = []
     for image, boxes in enumerate(_refine(stage, deltas, samples.boxes, sizes)):
         if not objects:
-            born = (samples.labels[image] > 0) & (samples.deltas[image] == 0).all(1)
-            boxes = boxes[~born]
+            is_ground_truth = (samples.labels[image] > 0) & (samples.deltas[image] == 0).all(1)
+            boxes = boxes[~is_ground_truth]
         proposals.append(boxes[remove_small_boxes(boxes, min_size=1e-2)])
     return proposals

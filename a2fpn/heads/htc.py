@@ -167,8 +167,8 @@ class HTCRoIHeads(CascadeRoIHeads):
             canvas[:height, :width] = semantic
         loss = F.cross_entropy(logits, wanted, ignore_index=IGNORE, reduction="sum")
         labeled = int((wanted != IGNORE).sum())
-        shared: Tensor = self.share(loss / max(1, labeled), labeled)
-        return shared
+        normalized: Tensor = self.normalizer(loss / max(1, labeled), labeled)
+        return normalized
 
 
 def things_map(masks: InstanceMasks, labels: Tensor) -> Tensor:

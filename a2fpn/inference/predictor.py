@@ -20,7 +20,7 @@ from torch import Tensor
 
 from a2fpn.data.images import read_image, to_rgb
 from a2fpn.errors import ConfigError, ConfigTypeError
-from a2fpn.heads.postprocess import DetectionRule, SoftNms, using_rule
+from a2fpn.heads.postprocess import PostprocessConfig, SoftNms, override_postprocess
 from a2fpn.inference.result import Result, to_array
 from a2fpn.inference.tiling import TileDetections, merge_tiles, tile_windows
 from a2fpn.inference.tta import Augmentation, detect_augmented
@@ -67,7 +67,7 @@ class PredictOptions:
     tta: bool | Augmentation = False
 
     def __post_init__(self) -> None:
-        DetectionRule(**self.changes)
+        PostprocessConfig(**self.changes)
         tile_windows((1, 1), self.tile or 16, self.overlap)
 
     @property
@@ -184,7 +184,7 @@ class Predictor:
             # The heads keep what scores more than their threshold, a result what scores no less.
             below = float(np.nextafter(np.float32(changes["score_threshold"]), np.float32(-1)))
             changes["score_threshold"] = max(0.0, below)
-        with _evaluating(self.model), using_rule(self.model, **changes) as rule, torch.inference_mode():
+        with _evaluating(self.model), override_postprocess(self.model, **changes) as rule, torch.inference_mode():
             if chosen.tile is not None:
                 return [self._tiled(image, chosen, rule) for image in images]
             return [
@@ -193,7 +193,7 @@ class Predictor:
             ]
 
     def _detect(
-        self, images: Sequence[Tensor], options: PredictOptions, rule: DetectionRule
+        self, images: Sequence[Tensor], options: PredictOptions, rule: PostprocessConfig
     ) -> Sequence[Mapping[str, Tensor]]:
         """What the model, or the fusion of what it sees in several views, finds in each image."""
         model, augmentation = self.model, options.augmentation
@@ -212,7 +212,7 @@ class Predictor:
             for image in images
         ]
 
-    def _tiled(self, image: Tensor, options: PredictOptions, rule: DetectionRule) -> Result:
+    def _tiled(self, image: Tensor, options: PredictOptions, rule: PostprocessConfig) -> Result:
         size = _size(image)
         results = []
         windows = tile_windows(size, options.tile or max(size), options.overlap)

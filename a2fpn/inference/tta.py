@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torchvision.ops import box_iou
 
 from a2fpn.errors import ConfigError
-from a2fpn.heads.postprocess import DetectionRule
+from a2fpn.heads.postprocess import PostprocessConfig
 
 Detection = dict[str, Tensor]
 
@@ -57,7 +57,7 @@ def detect_augmented(
     image: Tensor,
     size: tuple[int, int],
     augmentation: Augmentation,
-    rule: DetectionRule,
+    rule: PostprocessConfig,
     *,
     interpolation: str = "bilinear",
 ) -> Detection:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from a2fpn.layers.checkpointing import maybe_checkpoint
 from a2fpn.layers.precision import autocast_off
-from a2fpn.layers.recompute import recomputed
 from a2fpn.layers.resample import fit_doubled
 
 _SCOPE = 0.25
@@ -49,7 +49,7 @@ class DySample(nn.Module):
 
     def forward(self, coarse: Tensor, fine: Tensor, valid: Tensor | None = None) -> Tensor:
         """Merges ``(B, C, h, w)`` into ``(B, C, H, W)``; ``valid`` is unused, kept for one signature of fusions."""
-        return recomputed(self, self._merge, coarse, fine)
+        return maybe_checkpoint(self, self._merge, coarse, fine)
 
     def _merge(self, coarse: Tensor, fine: Tensor) -> Tensor:
         return fine + self.upsample(coarse, (fine.shape[-2], fine.shape[-1]))

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from a2fpn.layers.checkpointing import maybe_checkpoint
 from a2fpn.layers.choices import check_choice
 from a2fpn.layers.reassemble import reassemble
-from a2fpn.layers.recompute import recomputed
 from a2fpn.layers.resample import fit_doubled
 
 Pooling = Literal["mean", "attention"]
@@ -173,7 +173,7 @@ class CARAFE(nn.Module):
 
     def forward(self, coarse: Tensor, fine: Tensor, valid: Tensor | None = None) -> Tensor:
         """Merges ``(B, C, h, w)`` into ``(B, C, H, W)``; ``valid`` is unused, kept for one signature of fusions."""
-        return recomputed(self, self._merge, coarse, fine)
+        return maybe_checkpoint(self, self._merge, coarse, fine)
 
     def _merge(self, coarse: Tensor, fine: Tensor) -> Tensor:
         return fine + self.upsample(coarse, (fine.shape[-2], fine.shape[-1]))
@@ -226,7 +226,7 @@ class GACARAFE(nn.Module):
 
     def forward(self, coarse: Tensor, fine: Tensor, valid: Tensor | None = None) -> Tensor:
         """Merges ``coarse`` ``(B, C, h, w)`` into ``fine`` ``(B, C, H, W)``; ``valid`` is the fine level's mask."""
-        return recomputed(self, self._merge, coarse, fine, valid)
+        return maybe_checkpoint(self, self._merge, coarse, fine, valid)
 
     def _merge(self, coarse: Tensor, fine: Tensor, valid: Tensor | None) -> Tensor:
         size = (fine.shape[-2], fine.shape[-1])
@@ -278,7 +278,7 @@ class GACAP(nn.Module):
 
     def forward(self, fine: Tensor, coarse: Tensor, valid: Tensor | None = None) -> Tensor:
         """Merges ``fine`` ``(B, C, H, W)`` into ``coarse`` ``(B, C, h, w)``; ``valid`` is the coarse level's mask."""
-        return recomputed(self, self._merge, fine, coarse, valid)
+        return maybe_checkpoint(self, self._merge, fine, coarse, valid)
 
     def _merge(self, fine: Tensor, coarse: Tensor, valid: Tensor | None) -> Tensor:
         size = (coarse.shape[-2], coarse.shape[-1])

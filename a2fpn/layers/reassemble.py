@@ -168,7 +168,7 @@ def _pixels_around(x: Tensor, kernels: Tensor, k: int) -> Tensor:
     """For every target pixel the source pixels of its window, ``(B * H * W, k * k)``, as rows of the source."""
     (batch, _, h, w), (height, width) = x.shape, kernels.shape[2:]
     rows, columns = _window(height, h, k, x.device), _window(width, w, k, x.device)
-    return _join(_in_batch(batch, rows * w, h * w), columns, _narrowest(batch * h * w, batch * height * width * k**2))
+    return _join(_in_batch(batch, rows * w, h * w), columns, _index_dtype(batch * h * w, batch * height * width * k**2))
 
 
 def _pixels_to(x: Tensor, kernels: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -179,7 +179,7 @@ def _pixels_to(x: Tensor, kernels: Tensor, k: int) -> tuple[Tensor, Tensor]:
     weights = _as_rows(kernels).flatten()[_join(rows * k**2 + i * k, columns * k**2 + j, torch.int64)]
     own = own_row[:, None, :, None] & own_column[:, None, :]
     weights.view(batch, *own.shape).mul_(own)
-    return _join(rows, columns, _narrowest(batch * height * width, weights.numel())), weights
+    return _join(rows, columns, _index_dtype(batch * height * width, weights.numel())), weights
 
 
 def _in_batch(batch: int, rows: Tensor, pixels: int) -> Tensor:
@@ -193,7 +193,7 @@ def _join(rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
     return pixels.view(-1, rows.shape[2] * columns.shape[1])
 
 
-def _narrowest(*counts: int) -> torch.dtype:
+def _index_dtype(*counts: int) -> torch.dtype:
     """What counts so far in the least memory."""
     return torch.int32 if max(counts) < 2**31 else torch.int64
 

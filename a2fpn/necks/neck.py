@@ -250,7 +250,7 @@ class PyramidNeck(Neck):
         """See :meth:`Neck.fuse`."""
         pyramid: list[Tensor] = [lateral(x) for lateral, x in zip(self.lateral, features, strict=True)]
         if self.context is not None:
-            pyramid = self.context(features, valid, onto=pyramid)
+            pyramid = self.context(features, valid, residual=pyramid)
         for i in reversed(range(len(pyramid) - 1)):
             pyramid[i] = self.top_down[i](pyramid[i + 1], pyramid[i], valid[i])
         pyramid = [output(x) for output, x in zip(self.output, pyramid, strict=True)]

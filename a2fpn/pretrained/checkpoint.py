@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from a2fpn._atomic import replaced_file, write_text
 from a2fpn._plugins import load_plugins
-from a2fpn._serialize import from_dict, to_dict
+from a2fpn._serialize import from_dict, migrate_keys, to_dict
 from a2fpn._version import __version__
 from a2fpn.backbones import backbone_module
 from a2fpn.config import FORMAT_VERSION, ModelConfig
@@ -194,7 +194,7 @@ def read_checkpoint(directory: str | Path) -> Checkpoint:
         )
     _check_packages(data, str(path))
     try:
-        return from_dict(Checkpoint, data, where=str(path))
+        return from_dict(Checkpoint, migrate_keys(data), where=str(path))
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise CheckpointError(str(error)) from error
 

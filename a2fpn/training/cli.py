@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from a2fpn._plugins import import_package
+from a2fpn._serialize import RENAMED
 from a2fpn.errors import message_for_users
 from a2fpn.training.config import TrainConfig
 from a2fpn.training.recipes import copy_recipe, find_recipe, list_recipes
@@ -81,9 +82,9 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
     for position, (previous, argument) in enumerate(zip(["", *arguments], arguments, strict=False)):
         option, equals, name = argument.partition("=")
         if previous == "--config":
-            arguments[position] = str(find_recipe(argument))
+            arguments[position] = _recipe(argument)
         elif option == "--config" and equals:
-            arguments[position] = f"--config={find_recipe(name)}"
+            arguments[position] = f"--config={_recipe(name)}"
     parser = build_parser()
     options = []
     arguments = [SHORT.get(argument, argument) for argument in arguments]
@@ -92,6 +93,14 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
         options.append(f"--{argument}" if ASSIGNMENT.match(argument) and not is_value else argument)
     settings = parser.instantiate(parser.parse_args(options))
     return TrainConfig(**{field.name: settings[field.name] for field in fields(TrainConfig)})
+
+
+def _recipe(name: str) -> str:
+    """Return the path of a recipe, or its text where that had to be changed: keys of older versions are renamed."""
+    path = find_recipe(name)
+    text = path.read_text(encoding="utf-8", errors="replace")
+    current = re.sub(rf"\b({'|'.join(RENAMED)})(?=\s*:)", lambda match: RENAMED[match[0]], text)
+    return str(path) if current == text else current
 
 
 def setting_names(section: Any = TrainConfig, prefix: str = "") -> Iterator[str]:

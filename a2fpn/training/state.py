@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from a2fpn._atomic import write_text
+from a2fpn._serialize import migrate_keys
 from a2fpn.errors import MissingFileError, RunError
 from a2fpn.training.config import TrainConfig
 
@@ -80,7 +81,7 @@ def changed_settings(config: TrainConfig, output: Path) -> list[str]:
     path = output / "config.yaml"
     if not path.exists():
         return []
-    old, new = _flat(yaml.safe_load(path.read_text(encoding="utf-8"))), _flat(as_plain(config))
+    old, new = _flat(migrate_keys(yaml.safe_load(path.read_text(encoding="utf-8")))), _flat(as_plain(config))
     return [f"{name}: {old.get(name)} -> {new.get(name)}" for name in {**old, **new} if old.get(name) != new.get(name)]
 
 

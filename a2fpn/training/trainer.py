@@ -124,8 +124,8 @@ class Trainer:
             model = model.to(memory_format=torch.channels_last)
         # Before `prepare`, which replaces `forward`; a copy made later would call the original.
         self.ema = ModelEmaV3(model, decay=run.ema, use_warmup=True) if run.ema else None
-        self._shares = run.sync_losses and self.accelerator.num_processes > 1
-        model.share_losses(enabled=self._shares)
+        self._global_losses = run.sync_losses and self.accelerator.num_processes > 1
+        model.normalize_losses_globally(enabled=self._global_losses)
         self.feed: Feed = build_feed(config, train_set, model, self.accelerator)
         self.total_steps, self.epochs = self._length()
 
@@ -394,9 +394,9 @@ class Trainer:
             broadcast(list(model.buffers()))
         losses: dict[str, float] = {}
         if self.config.run.val_loss:
-            model.share_losses(enabled=False)  # processes have different numbers of batches
+            model.normalize_losses_globally(enabled=False)  # processes have different numbers of batches
             losses = self.validator.losses(model)
-            model.share_losses(enabled=self._shares)
+            model.normalize_losses_globally(enabled=self._global_losses)
         metrics, pictures = self.validator.evaluate(model)
         if not accelerator.is_main_process:
             return {}

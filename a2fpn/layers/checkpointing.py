@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
-def recomputed(module: nn.Module, step: Callable[..., Tensor], *inputs: object) -> Tensor:
+def maybe_checkpoint(module: nn.Module, step: Callable[..., Tensor], *inputs: object) -> Tensor:
     """Runs a step of a module; in training it keeps only its inputs and runs again in the backward pass.
 
     Normalized pixels, queries, kernels and reassembled maps would take several times the memory of the pyramid.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 
-class LossShare(nn.Module):
+class GlobalLossNormalizer(nn.Module):
     """Turns a loss that is a mean over a process's terms into its part of the mean over the terms of all processes.
 
     Processes average their gradients. Where a loss is divided by a number that differs from one to the other (of
@@ -18,7 +18,7 @@ class LossShare(nn.Module):
         enabled: Off by default: a loss is what torchvision's is.
 
     Example:
-        >>> LossShare()(torch.tensor(0.5), 3)
+        >>> GlobalLossNormalizer()(torch.tensor(0.5), 3)
         tensor(0.5000)
     """
 
@@ -38,8 +38,8 @@ class LossShare(nn.Module):
         return loss * (max(1, count) * distributed.get_world_size() / total.clamp(min=1))
 
 
-def share_losses(module: nn.Module, *, enabled: bool = True) -> None:
-    """Sets ``enabled`` of every :class:`LossShare` in a module."""
+def normalize_losses_globally(module: nn.Module, *, enabled: bool = True) -> None:
+    """Sets ``enabled`` of every :class:`GlobalLossNormalizer` in a module."""
     for part in module.modules():
-        if isinstance(part, LossShare):
+        if isinstance(part, GlobalLossNormalizer):
             part.enabled = enabled
