@@ -61,7 +61,7 @@ def _register_narrow() -> None:
 
 
 def _neck_args(detector: str, neck: str) -> dict[str, Any]:
-    """What a detector wants of a neck, as far as the neck has such arguments."""
+    """Return a detector's arguments for its neck, of those that the neck has."""
     accepted = keyword_arguments(NECKS[neck])
     return {key: value for key, value in DETECTORS[detector].neck_args.items() if key in accepted}
 

@@ -1,4 +1,4 @@
-"""What a model is, as plain data: frozen, typed, JSON-able dataclasses, validated key by key.
+"""Model configuration as plain data: frozen, typed, JSON-able dataclasses, validated key by key.
 
 A :class:`ModelConfig` travels with every checkpoint in ``config.json`` and is enough to rebuild the
 model. Unknown keys, wrong types and unsupported format versions are errors, never warnings.
@@ -41,7 +41,7 @@ class Category:
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """Which timm model extracts the features.
+    """The timm model that extracts features.
 
     Args:
         name: Full timm name with the weights tag pinned, e.g. ``resnet50.tv_in1k``.
@@ -93,7 +93,7 @@ class BackboneConfig:
 
 @dataclass(frozen=True)
 class NeckConfig:
-    """Which neck turns backbone features into a pyramid.
+    """The neck that turns backbone features into a pyramid.
 
     Args:
         name: A registered neck name, see :func:`a2fpn.list_necks`.
@@ -120,7 +120,7 @@ class NeckConfig:
 
 @dataclass(frozen=True)
 class PreprocessConfig:
-    """How an image becomes the network's input; the same in training, evaluation and prediction.
+    """Preprocessing of images; the same in training, evaluation and prediction.
 
     Args:
         resize: ``"shortest_edge"`` brings the short side to ``min_size`` unless the long side would pass
@@ -145,7 +145,7 @@ class PreprocessConfig:
 
 @dataclass(frozen=True)
 class HeadsConfig:
-    """What the heads of all detectors have in common.
+    """Fields that the heads of all detectors have in common.
 
     Args:
         legacy_anchors: Whether anchors lie as in torchvision, which takes ``image size // grid size`` for the stride
@@ -384,7 +384,7 @@ class KeypointRCNNConfig(RCNNConfig):
 
 @dataclass(frozen=True)
 class OneStageConfig(HeadsConfig):
-    """What the heads of the one-stage detectors have in common, besides the fields of :class:`HeadsConfig`.
+    """Fields common to the heads of one-stage detectors, besides those of :class:`HeadsConfig`.
 
     Args:
         top_levels: Coarser levels made from the pyramid by strided convolutions, p6 and p7 on a pyramid that ends at

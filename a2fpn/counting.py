@@ -13,7 +13,7 @@ from a2fpn.errors import ConfigError
 
 @dataclass(frozen=True)
 class CountCalibration:
-    """How well counts agree from the best score threshold on.
+    """Score threshold with the least count error, and that error.
 
     Args:
         threshold: The score from which objects count, in [0, 1].

@@ -138,7 +138,7 @@ class CocoMetrics:
 
     @property
     def measured(self) -> dict[str, BoxMaskMetrics | KeypointMetrics]:
-        """What was asked for, by kind of IoU."""
+        """Metrics that were asked for, by kind of IoU."""
         found = {kind: getattr(self, kind) for kind in IOU_TYPES}
         return {kind: metrics for kind, metrics in found.items() if metrics is not None}
 
@@ -328,7 +328,7 @@ def _check_sigmas(coco: CocoFile, sigmas: Sequence[float]) -> None:
 
 @dataclass(frozen=True)
 class _Scene:
-    """What is compared, in the form that the libraries read and with ids as all of them bear.
+    """Ground truth and detections, renumbered with ids that all evaluation libraries accept.
 
     Images, in the order of their ids, categories and objects are numbered from 1: an object with id 0 counts as no
     match, hotcoco takes no negative ids, and faster-coco-eval leaves out categories without keypoints if it may choose.

@@ -81,7 +81,7 @@ def label_image(
 
 @dataclass(frozen=True, eq=False)
 class Overlap:
-    """How the objects of two label images overlap.
+    """Overlaps between the objects of two label images.
 
     Args:
         truth: ``(G,)`` pixels of each object of the ground truth.
@@ -161,7 +161,7 @@ class Overlap:
 
 @dataclass(frozen=True)
 class InstanceMetrics:
-    """How well objects of one class were found, outlined and counted, at one score threshold.
+    """Detection, segmentation and counting metrics of one class at one score threshold.
 
     Those by IoU threshold are of all images' objects together. In an image without objects in which none were found,
     ``bowl_score``, ``average_f1`` and ``aji`` are 1. NaN is what can't be measured, such as the precision of nothing.

@@ -1,4 +1,4 @@
-"""How images become the network's input, and how boxes come back: one object for training, evaluation and use."""
+"""Preprocessing of images and its inverse for boxes: one object for training, evaluation and use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What flows between backbone, neck and heads: named feature maps with declared channels and strides.
+"""Feature pyramids between backbone, neck and heads: named maps with declared channels and strides.
 
 Shape shorthand used everywhere: ``B`` batch, ``C`` channels, ``H`` and ``W`` height and width of a map in
 pixels of that map. A level's name says its stride: backbone ``cK`` and neck ``pK`` have stride ``2**K``; of several

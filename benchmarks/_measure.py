@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved timing, peak memory in a process of its own, tables of ratios.
+"""Common parts of the benchmarks: interleaved timing, peak memory in a process of its own, tables of ratios.
 
 Absolute figures belong to the machine and the moment. Ratios travel: both sides take turns in one run.
 """

@@ -1,4 +1,4 @@
-"""What a trained neck does inside: attention maps, entities, gates and reassembly kernels on given images.
+"""Pictures of a trained neck: attention maps, entities, gates and reassembly kernels on given images.
 
     python -m benchmarks.attention_maps --model runs/a2fpn/best --images data/val --output maps.json
 

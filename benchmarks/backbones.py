@@ -102,7 +102,7 @@ def quiet() -> Iterator[None]:
 
 
 def read_part(part: str, today: datetime.date) -> tuple[int, int]:
-    """Which of how many interleaved parts, from ``"k/n"`` or ``"today/n"``, which takes turns day by day.
+    """Parse one of several interleaved parts, from ``"k/n"`` or ``"today/n"``, which takes turns day by day.
 
     Raises:
         ValueError: If it is no part.
@@ -159,7 +159,7 @@ def _survey(found: BackboneInfo, device: str) -> BackboneInfo:
 
 
 def _fault(found: BackboneInfo, *, train: bool) -> Exception | None:
-    """What is wrong with a backbone in a detector; whatever a network raises is."""
+    """Return the fault of a backbone in a detector; whatever a network raises is one."""
     try:
         _try(found, train=train)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""How long it takes to build a detector, against timm's network and the heads; and a backbone against timm's network.
+"""Time to build a detector, against timm's network and the heads; and a backbone against timm's network.
 
 Target: at most 1.3 times either, on medians; all sides take turns in one process. By default on the smallest member of
 every family of timm, where anything besides weights to fill weighs most.

@@ -29,7 +29,7 @@ Form = Callable[[Tensor, Tensor], Tensor]
 
 
 def ours(x: Tensor, kernels: Tensor) -> Tensor:
-    """What ``reassemble`` runs on CUDA."""
+    """Run ``reassemble`` as it runs on CUDA."""
     from a2fpn.layers.reassemble_triton import reassemble_triton
 
     return reassemble_triton(x, kernels)

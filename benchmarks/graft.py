@@ -1,4 +1,4 @@
-"""What a graft keeps of a trained FPN detector, and whether the new parts can learn from where they start.
+"""Fidelity of a graft to a trained FPN detector, and gradients of the new parts at their initial values.
 
     python -m benchmarks.graft
 
@@ -136,7 +136,7 @@ def total_loss(model: RCNN, images: list[Tensor], targets: list[Target]) -> Tens
 
 
 class Reference:
-    """What the FPN detector computes on some images, to compare others with."""
+    """Outputs of the FPN detector on some images, to compare others with."""
 
     def __init__(self, model: RCNN, images: list[Tensor], targets: list[Target]) -> None:
         self.images = images

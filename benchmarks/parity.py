@@ -49,7 +49,7 @@ anchors; detectron2's stem sees numbers up to 255."""
 
 @dataclass(frozen=True)
 class Output:
-    """What one side computes for one image.
+    """Outputs of one side for one image.
 
     Args:
         features: ``(1, C, H, W)`` per level.
@@ -89,7 +89,7 @@ class Framework(ABC):
 
     @abstractmethod
     def run(self, model: nn.Module, image: Tensor) -> Output:
-        """What a detection on an image gives, and what it goes through."""
+        """Detect on an image, recording intermediate outputs."""
 
     @abstractmethod
     def convert(self, state: Mapping[str, Tensor], name: str) -> tuple[Any, dict[str, Tensor]]:
@@ -260,7 +260,7 @@ def compare(wanted: Output, got: Output) -> list[str]:
 
 @torch.inference_mode()
 def detect(model: RCNN, image: Tensor) -> Output:
-    """What our side makes of an image ``(3, H, W)``, red first, uint8."""
+    """Detect with our side on an image ``(3, H, W)``, red first, uint8."""
     batch = model.preprocess([image], resize=False)
     features = model.features(batch)
     (proposals,), _ = model.rpn(ImageList(batch.tensor, batch.sizes), dict(features))
@@ -288,7 +288,7 @@ def largest(x: Tensor) -> float:
 
 
 def partner(wanted: Output, got: Output, index: int) -> int | None:
-    """Which of our objects is one of theirs: same class, and the closest box, up to a pixel."""
+    """Return our object that matches one of theirs: same class, and the closest box, up to a pixel."""
     distance = (got.boxes - wanted.boxes[index]).abs().amax(1)
     distance[got.labels != wanted.labels[index]] = torch.inf
     return int(distance.argmin()) if len(distance) and distance.min() < 1 else None

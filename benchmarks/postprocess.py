@@ -83,7 +83,7 @@ def theirs(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> list[Rle]:
 
 
 def compare(case: Case) -> str:
-    """What the default rule changes.
+    """Compare the masks of the default rule with torchvision's.
 
     Raises:
         RuntimeError: If torchvision's rule changes a pixel.

@@ -1,4 +1,4 @@
-"""How each timm architecture becomes maps of declared strides: measured, never believed.
+"""Adaptation of timm architectures to maps of declared strides: measured, never believed.
 
 timm declares strides and channels, but not at which image sizes a network runs, nor what it does to other sizes. So a
 network is built on the meta device, where it costs neither memory nor arithmetic, and run at two sizes. What was found
@@ -54,7 +54,7 @@ class UnsupportedBackboneError(ConfigError):
 
 @dataclass(frozen=True)
 class BackboneInfo:
-    """How an architecture becomes maps of declared strides.
+    """Maps that an architecture gives, and the adaptations that it needs to give them at declared strides.
 
     Args:
         architecture: timm's name without a tag.
@@ -188,7 +188,7 @@ def list_backbones(pattern: str = "", *, pyramid: bool = False) -> list[str]:
 
 @functools.cache
 def find_backbone_info(architecture: str) -> BackboneInfo:
-    """How an architecture is attached: from the table, or probed if timm is not the version that the table is of.
+    """Return how an architecture is adapted: from the table, or probed for another version of timm than the table's.
 
     Raises:
         UnsupportedBackboneError: If there is no way, with the reason and three near architectures that work.
@@ -229,7 +229,7 @@ class _NeedsValuesError(Exception):
 
 @dataclass(frozen=True)
 class _Maps:
-    """What a network gave at one or more sizes.
+    """Strides and channels of a network's maps at one or more image sizes.
 
     ``strides`` are to the nearest power of two, ``ratios`` as they are. ``exact`` maps have sizes by these strides,
     ``even`` ones keep their ratios at every size.
@@ -393,5 +393,5 @@ def measure(maps: Sequence[Tensor], size: tuple[int, int], channels: Sequence[in
 
 
 def feature_info(body: nn.Module) -> FeatureInfo:
-    """What timm declares of a network's maps, with the type that ``nn.Module`` hides."""
+    """Return timm's description of a network's maps, with the type that ``nn.Module`` hides."""
     return typing.cast(FeatureInfo, body.feature_info)

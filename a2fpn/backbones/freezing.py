@@ -1,4 +1,4 @@
-"""Which parts of a network are trained, and which of its parameters matter at all."""
+"""Freezing of parts of a network, and removal of parameters that no output depends on."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ def pretrained_statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ..
 
 
 def preprocessing(config: BackboneConfig, *, info: BackboneInfo | None = None) -> dict[str, Any]:
-    """What a backbone wants of the images, as fields of :class:`a2fpn.config.PreprocessConfig`.
+    """Return the preprocessing of a backbone's weights, as fields of :class:`a2fpn.config.PreprocessConfig`.
 
     Statistics and interpolation are those of its weights; sizes are those that it runs at.
 

@@ -321,7 +321,7 @@ class TimmBackbone(nn.Module):
 
 
 def _run_tapped(body: nn.Module, x: Tensor, taps: Sequence[str]) -> list[Tensor]:
-    """What modules of a network give on the way."""
+    """Run a network and return the outputs of the named modules."""
     maps: list[Tensor] = []
     # Hooks that outlived the call would still feed this list from a deep copy of the network.
     with contextlib.ExitStack() as stack:
@@ -337,7 +337,10 @@ def _run_tapped(body: nn.Module, x: Tensor, taps: Sequence[str]) -> list[Tensor]
 
 
 def _crashes_channels_last(module: nn.Module) -> bool:
-    """Whether torch 2.15 may crash on a CPU: with few channels laid out last, such a gradient writes astray."""
+    """Return whether channels_last must be avoided.
+
+    torch 2.15's CPU backward pass of strided 1x1 convolutions with fewer than 16 input channels corrupts memory.
+    """
     return (
         isinstance(module, nn.Conv2d)
         and module.kernel_size == (1, 1)

@@ -1,4 +1,4 @@
-"""What the converters of foreign state dicts share: reading files safely, names one by one, classes in our order."""
+"""Common parts of the converters: safe reading of files, renaming of tensors, classes in our order."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ class _DType:
 
 @dataclass(frozen=True)
 class _Meaning:
-    """What stands for a name of numpy's: it can be called, and nothing else can be done to it."""
+    """Inert stand-in for a name of numpy's: it can be called, and nothing else can be done to it."""
 
     call: Callable[..., Any]
 
@@ -201,7 +201,7 @@ def _tensors(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a framework names and orders what a detector of ours holds.
+    """Names and order of a framework's tensors, relative to ours.
 
     Args:
         framework: Its name in messages.
@@ -218,7 +218,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Pixels:
-    """What the source's network takes for an image.
+    """Pixel format that the source's network expects.
 
     Args:
         mean: Per channel in the source's order, in 0..255.
@@ -305,7 +305,7 @@ def _pad_front(x: Tensor, rows: int) -> Tensor:
 
 
 def _sizes(state: Mapping[str, Tensor], name: str, layout: Layout) -> dict[str, Any]:
-    """What the shapes tell of a detector, as overrides of :func:`a2fpn.create_model`."""
+    """Infer overrides of :func:`a2fpn.create_model` from the shapes of tensors."""
 
     def has(key: str) -> bool:
         return layout.rename(key) in state

@@ -157,7 +157,7 @@ def load_torchvision(
 
 
 def _numbers(state: Mapping[str, Tensor]) -> dict[str, int]:
-    """What the tensors of a torchvision detector tell of its builder's arguments."""
+    """Infer arguments of a torchvision detector's builder from its tensors."""
     rows = {key.removesuffix(".weight"): x.shape for key, x in state.items() if key.endswith(".weight")}
     found = {}
     if shape := rows.get("roi_heads.box_predictor.cls_score"):
@@ -385,7 +385,7 @@ def _box_head(head: TwoMLPHead | FastRCNNConvFCHead) -> dict[str, Any]:
 
 
 def _head_norm(convs: Iterable[nn.Module]) -> dict[str, Any]:
-    """Whether batch norm follows the convolutions of a head."""
+    """Return whether batch norm follows the convolutions of a head."""
     return {"head_norm": "bn"} if any(isinstance(m, nn.BatchNorm2d) for conv in convs for m in conv.modules()) else {}
 
 
@@ -465,7 +465,7 @@ def _num_outputs(module: FasterRCNN | RetinaNet | FCOS) -> int:
 
 
 def _published(detector: str) -> Mapping[str, Any]:
-    """What torchvision says of its own weights."""
+    """Return torchvision's metadata of its own weights."""
     meta: Mapping[str, Any] = get_model_weights(f"{detector}_resnet50_fpn")["COCO_V1"].meta
     return meta
 
@@ -485,7 +485,7 @@ def _categories(detector: str, outputs: int, names: Sequence[str] | None) -> tup
 
 
 def _renaming(config: ModelConfig) -> Callable[[str], str]:
-    """What turns the name of a tensor of torchvision's, of any version, into ours."""
+    """Return the function that maps torchvision's tensor names, of any version, to ours."""
     rules = [
         (r"backbone\.body\.(.*)", r"backbone.body.\1"),
         (r"backbone\.fpn\.extra_blocks\.(.*)", r"top.\1"),

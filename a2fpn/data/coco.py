@@ -105,7 +105,7 @@ class CocoFile:
 
 @dataclass(frozen=True)
 class SkipReport:
-    """What a dataset left out.
+    """Images and annotations that a dataset skipped.
 
     Args:
         annotations: One message for each annotation left out.
@@ -388,7 +388,7 @@ class CocoDataset(Dataset[Sample]):
 
     @property
     def target_keys(self) -> tuple[str, ...]:
-        """What the targets hold: a detector that trains on something else says so before anything is trained."""
+        """Keys of the targets; a detector that needs others reports so before training starts."""
         optional = {
             "masks": self.coco.has_masks,
             "keypoints": bool(self.coco.num_keypoints),
@@ -399,7 +399,7 @@ class CocoDataset(Dataset[Sample]):
 
     @property
     def skipped(self) -> SkipReport:
-        """What was left out so far."""
+        """Images and annotations skipped so far."""
         files = tuple(self.coco.images[self.image_ids[i]].file_name for i in self._unreadable.nonzero().flatten())
         return SkipReport(self.coco.problems, files)
 

@@ -117,7 +117,7 @@ def _jpeg_header(content: bytearray) -> _JpegHeader | None:
 
 
 def _opened(source: str | Path | bytes, name: str, hint: str = "") -> tuple[str, Path | io.BytesIO]:
-    """What messages call an image file or content, and what PIL opens.
+    """Return the name of an image in messages, and what PIL can open.
 
     Raises:
         ImageError: If there is no such file.

@@ -34,7 +34,7 @@ def aspect_ratio_groups(dataset: CocoDataset) -> list[int]:
 
 
 def repeat_factors(dataset: CocoDataset, *, threshold: float) -> Tensor:
-    """How often each image should be seen in an epoch, after LVIS: Gupta et al., CVPR 2019.
+    """Repeat factors of the images of an epoch, after LVIS: Gupta et al., CVPR 2019.
 
     A class c that is on a share f(c) of the images gets max(1, sqrt(t / f(c))), an image the highest of its classes'
     factors, or 1 without objects. Crowds don't count, since training ignores them.

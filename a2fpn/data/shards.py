@@ -55,7 +55,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """What ``index.json`` says.
+    """Content of ``index.json``.
 
     Args:
         info: What the COCO file says of its origin.
@@ -289,7 +289,7 @@ class ShardDataset(StreamDataset):
         return found
 
     def _names(self, shard: Shard, samples: range) -> list[str]:
-        """What samples that can't be read are counted as."""
+        """Return the names under which unreadable samples are counted."""
         return [f"{_join(self._location, shard.name)}: image {number}" for number in samples]
 
     def _check_size(self, shard: Shard) -> None:

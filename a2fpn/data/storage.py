@@ -19,7 +19,7 @@ _SKIPPED_AT_ONCE = 2**20  # bytes
 
 
 def is_remote(location: str | Path) -> bool:
-    """Whether a location is a URL."""
+    """Return whether a location is a URL."""
     return "://" in str(location)
 
 

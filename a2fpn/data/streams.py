@@ -87,7 +87,7 @@ class SampleDecoder:
 
 
 class StreamDataset(IterableDataset[Sample]):
-    """What streamed data sets have in common.
+    """Base class of streamed data sets.
 
     Iterating gives every sample once, as :class:`CocoDataset` makes it, in the stored order; in loader processes each
     takes its share. An unreadable image is left out, logged and counted, or an error if ``strict``. Training reads with
@@ -157,7 +157,7 @@ class StreamDataset(IterableDataset[Sample]):
 
     @property
     def target_keys(self) -> tuple[str, ...]:
-        """What the targets hold, as :attr:`CocoDataset.target_keys`."""
+        """Keys of the targets, as :attr:`CocoDataset.target_keys <a2fpn.data.CocoDataset.target_keys>`."""
         maker = self.decoder.make_sample
         optional = {
             "masks": maker.has_masks,
@@ -169,7 +169,7 @@ class StreamDataset(IterableDataset[Sample]):
 
     @property
     def skipped(self) -> SkipReport:
-        """What was left out so far, as far as this process knows."""
+        """Samples skipped so far, as far as this process knows."""
         return SkipReport(tuple(self._skipped_annotations), tuple(self._skipped_images))
 
     def note_annotations(self, problems: Iterable[str]) -> None:

@@ -38,7 +38,7 @@ class CascadeRCNN(RCNN):
 
     @property
     def rules(self) -> CascadeRules:
-        """How the stages work together."""
+        """Variant of the cascade."""
         heads = self.cascade
         return CascadeRules(
             loss_weights=heads.stage_loss_weights,

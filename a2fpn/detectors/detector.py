@@ -1,4 +1,4 @@
-"""What every detector is: images in, results or losses out; backbone -> neck -> heads in between.
+"""Base class of detectors: images in, results or losses out; backbone -> neck -> heads in between.
 
 Shape shorthand: ``B`` images, ``N`` objects of an image, ``M`` side of a predicted mask.
 """
@@ -71,7 +71,7 @@ class Detector(nn.Module, ABC):
     @property
     @abstractmethod
     def dense_head(self) -> nn.Module:
-        """What runs at every location of the pyramid; called with the list of maps."""
+        """The dense head (RPN or one-stage); takes the list of feature maps."""
 
     @abstractmethod
     def losses(self, features: Features, batch: Batch, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -144,7 +144,7 @@ class Detector(nn.Module, ABC):
 
     @property
     def mask_paste(self) -> PasteRule:
-        """How masks are pasted into the image, see :class:`~a2fpn.config.RCNNConfig`."""
+        """Method of pasting masks into the image, see :class:`~a2fpn.config.RCNNConfig`."""
         return "exact"
 
     def normalize_losses_globally(self, *, enabled: bool = True) -> None:
@@ -169,7 +169,7 @@ class Detector(nn.Module, ABC):
                 raise ConfigError(f"{name} has no {key}, which {self.config.detector} trains on. {self._instead(key)}")
 
     def _instead(self, key: str) -> str:
-        """What to do where targets lack ``key``."""
+        """Return advice for targets that lack ``key``."""
         return f"Without {key} use {self.box_detector}."
 
     def _losses(
@@ -257,7 +257,7 @@ def _plain(value: Any) -> Any:
 
 
 def place(target: Mapping[str, Any], index: int) -> str:
-    """How messages name an image of a batch."""
+    """Return the name of a batch's image in messages."""
     return f"image_id {target['image_id']}" if "image_id" in target else f"image {index} of the batch"
 
 

@@ -1,4 +1,4 @@
-"""What torchvision's heads lack: anchors and RoI pooling from declared strides, cascades, exact pasting of masks."""
+"""Heads beyond torchvision's: anchors and RoI pooling from declared strides, cascades, exact pasting of masks."""
 
 from a2fpn.heads.anchors import StrideAnchors
 from a2fpn.heads.cascade import CascadeRoIHeads, CascadeRules

@@ -30,7 +30,7 @@ Targets = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class CascadeRules:
-    """What the published cascades do in different ways; the defaults are mmdetection's, but for ``average``.
+    """Choices in which published Cascade R-CNNs differ; defaults follow mmdetection except ``average``.
 
     Args:
         loss_weights: Per stage the factor of its losses.
@@ -77,7 +77,7 @@ class CascadeRoIHeads(nn.Module):
         self.normalizer = GlobalLossNormalizer()
 
     def has_mask(self) -> bool:
-        """Whether the first stage, or every one, has a mask head."""
+        """Return whether the first stage, or every one, has a mask head."""
         return bool(self.stages[0].has_mask())
 
     @property
@@ -154,7 +154,7 @@ class CascadeRoIHeads(nn.Module):
         return results
 
     def mask_features(self, index: int, x: Tensor, previous: Tensor | None) -> Tensor:
-        """What the mask predictor of a stage sees, ``(R, C, S, S)``.
+        """Return the input of a stage's mask predictor, ``(R, C, S, S)``.
 
         Args:
             index: Number of the stage, from 0.

@@ -117,7 +117,7 @@ def _float32(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class LevelOutputs(NamedTuple):
-    """What the head says of one image on one level of ``n`` anchors.
+    """Outputs of the head for one image on one level of ``n`` anchors.
 
     Args:
         scores: ``(n, K)`` in [0, 1].

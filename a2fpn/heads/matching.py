@@ -1,4 +1,4 @@
-"""Which object each anchor, proposal or location learns from, in memory that does not grow with their product.
+"""Target assignment for anchors, proposals and FCOS locations, chunked to bound memory.
 
 The rules are torchvision's: IoU with low-quality matches (Ren et al., "Faster R-CNN", NeurIPS 2015) and center
 sampling (Tian et al., "FCOS", TPAMI 2020). torchvision compares every object with every anchor at once; 2,000 objects

@@ -26,7 +26,7 @@ _SMALLEST = 1e-2  # pixels, as in torchvision
 
 @dataclass(frozen=True)
 class PostprocessConfig:
-    """What makes a detection of a candidate.
+    """Score threshold, NMS and maximum number of detections.
 
     Args:
         score_threshold: Candidates that do not score more are dropped, between 0 and 1.

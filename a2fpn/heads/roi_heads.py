@@ -21,7 +21,7 @@ from a2fpn.pyramid import Features
 
 
 class Samples(NamedTuple):
-    """What a stage learns from, per image.
+    """Sampled boxes of a stage and their targets, per image.
 
     Args:
         boxes: ``(S, 4)`` xyxy.
@@ -81,7 +81,7 @@ class DetectionRoIHeads(RoIHeads):  # type: ignore[misc]
 
     @property
     def rule(self) -> PostprocessConfig:
-        """What makes a detection."""
+        """Post-processing of detections."""
         return PostprocessConfig(self.score_thresh, self.nms_thresh, self.detections_per_img, *self._soft_nms)
 
     @rule.setter

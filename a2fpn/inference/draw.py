@@ -43,7 +43,7 @@ Colors = NDArray[np.float64]
 
 
 class Drawable(Protocol):
-    """What is drawn: the fields of :class:`a2fpn.Result`, which is documented there."""
+    """Protocol of results that can be drawn: the fields of :class:`a2fpn.Result`, which is documented there."""
 
     @property
     def boxes(self) -> NDArray[np.float32]: ...
@@ -477,7 +477,7 @@ def _object_colors(result: Drawable) -> tuple[Colors, bool]:
 
 
 def _legend(result: Drawable, colors: Colors, *, scores: bool = True) -> list[_Entry]:
-    """What the legend says: the picture's name and size, then each class."""
+    """Return the lines of the legend: the picture's name and size, then each class."""
     height, width = result.size
     title = Path(result.path).name if result.path else ""
     objects = f"{len(result)} object{'' if len(result) == 1 else 's'}"

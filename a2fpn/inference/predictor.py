@@ -38,7 +38,7 @@ ImagePath = str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class PredictOptions:
-    """How images are predicted; None leaves a limit to the model's own configuration.
+    """Options of prediction; None leaves a limit to the model's own configuration.
 
     Args:
         score_threshold: Objects that score less are dropped, between 0 and 1. Below the model's own threshold (0.05
@@ -79,7 +79,7 @@ class PredictOptions:
 
     @property
     def augmentation(self) -> Augmentation | None:
-        """Which views are taken, if more than one."""
+        """Views of test-time augmentation, if there are more than one."""
         return (Augmentation() if self.tta else None) if isinstance(self.tta, bool) else self.tta
 
 
@@ -195,7 +195,7 @@ class Predictor:
     def _detect(
         self, images: Sequence[Tensor], options: PredictOptions, rule: PostprocessConfig
     ) -> Sequence[Mapping[str, Tensor]]:
-        """What the model, or the fusion of what it sees in several views, finds in each image."""
+        """Return the detections of each image, by the model or fused from several views."""
         model, augmentation = self.model, options.augmentation
         if augmentation is None or not all(image.ndim == 3 for image in images):
             found: Sequence[Mapping[str, Tensor]] = model(images, paste_masks=False)

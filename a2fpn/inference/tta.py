@@ -22,7 +22,7 @@ Detection = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Which views of an image are taken, and how their detections are fused.
+    """Views of an image, and the fusion of their detections.
 
     Args:
         scales: Sizes, as factors of the size that the model itself would choose.

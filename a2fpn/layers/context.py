@@ -222,7 +222,7 @@ def _last_map(channels: int, init: ContextInit) -> nn.Linear:
 
 
 def orthogonality(weight: Tensor, *, unit_norm: bool) -> Tensor:
-    r"""How far the rows of a matrix are from orthogonal.
+    r"""Return a matrix's squared deviation from orthogonal rows.
 
     :math:`\|W W^T - I\|_F^2` with ``unit_norm``, else :math:`\|W W^T \odot (1 - I)\|_F^2` (supplement, Eq. 7).
 

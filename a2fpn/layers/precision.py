@@ -1,4 +1,4 @@
-"""Where autocast must not reach."""
+"""Regions without autocast."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def reassemble(x: Tensor, kernels: Tensor, size: tuple[int, int], *, padding: Pa
 
 @functools.cache
 def _has_triton(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the Triton kernels run there: on NVIDIA GPUs with TF32 and bfloat16, by a C compiler."""
+    """Return whether the Triton kernels run there: on NVIDIA GPUs with TF32 and bfloat16, by a C compiler."""
     return (
         device.type == "cuda"
         and torch.version.hip is None
@@ -93,7 +93,7 @@ def _source_index(target: int, source: int, device: torch.device) -> Tensor:
 
 
 def _beyond(x: Tensor, kernels: Tensor, k: int) -> Tensor:
-    """Which places of which windows lie beyond the border, ``(k * k, H, W)``."""
+    """Return which places of which windows lie beyond the border, ``(k * k, H, W)``."""
 
     def along(target: int, source: int) -> Tensor:
         place = torch.arange(k, device=x.device)[:, None] - k // 2 + _source_index(target, source, x.device)
@@ -194,7 +194,7 @@ def _join(rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _index_dtype(*counts: int) -> torch.dtype:
-    """What counts so far in the least memory."""
+    """Return the smallest integer dtype that can index this many elements."""
     return torch.int32 if max(counts) < 2**31 else torch.int64
 
 

@@ -1,4 +1,4 @@
-"""What mask heads learn from: instance masks inside boxes, from the pixels around each object alone.
+"""Targets of mask heads: instance masks inside boxes, from the pixels around each object alone.
 
 Shape shorthand: ``N`` objects of an image, ``R`` boxes held against them, ``M`` side of a predicted mask.
 """

@@ -23,7 +23,7 @@ ASSETS = Path(__file__).parent.parent / "assets"
 
 @dataclass(frozen=True)
 class PretrainedModel:
-    """What is known of pretrained weights without fetching them.
+    """Description of pretrained weights, available without downloading them.
 
     Args:
         name: ``model.tag``, for :func:`a2fpn.create_model`.
@@ -81,7 +81,7 @@ class EmbeddedWeights:
     description: str
 
     def describe(self, name: str) -> PretrainedModel:
-        """What its ``config.json`` says."""
+        """Describe the weights by their ``config.json``."""
         return _from_facts(name, "embedded", self.folder.name, read_checkpoint(self.folder).facts)
 
 
@@ -102,7 +102,7 @@ class HubWeights:
     facts: Facts
 
     def describe(self, name: str) -> PretrainedModel:
-        """What is listed here."""
+        """Describe the weights by the facts that are listed here."""
         return _from_facts(name, "hub", f"{self.repo}@{self.revision}", self.facts)
 
 
@@ -128,12 +128,12 @@ class TorchvisionWeights:
 
     @property
     def file(self) -> Path:
-        """Where torch.hub keeps the file, or will."""
+        """Path of the file in torch.hub's cache, whether downloaded yet or not."""
         url: str = self.published.url
         return Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
 
     def describe(self, name: str) -> PretrainedModel:
-        """What torchvision's record says."""
+        """Describe the weights by torchvision's record."""
         meta = self.published.meta
         ((data, metrics),) = meta["_metrics"].items()
         return PretrainedModel(
@@ -160,7 +160,7 @@ class GraftedWeights:
     neck: str
 
     def describe(self, name: str) -> PretrainedModel:
-        """What is known of the weights before the graft."""
+        """Describe the weights before the graft."""
         base = PRETRAINED[self.base].describe(self.base)
         return replace(base, name=name, trained=False, measured=f"{base.measured}, of {self.base} before the graft")
 

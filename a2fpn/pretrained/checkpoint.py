@@ -38,7 +38,7 @@ CONFIG_LIMIT = 2**22
 
 @dataclass(frozen=True)
 class Facts:
-    """What others read of a checkpoint's metadata: cards, lists, ``python -m hub verify``. All may be missing.
+    """Metadata with a meaning of their own: for cards, lists, ``python -m hub verify``. All may be missing.
 
     Args:
         metrics: Measured numbers, such as ``bbox/ap`` in 0..1; -1 where there was nothing to measure.
@@ -101,7 +101,7 @@ class Checkpoint:
 
     @property
     def facts(self) -> Facts:
-        """What the metadata say of what others read."""
+        """Metadata that :class:`Facts` has a field for."""
         known = {f.name for f in dataclasses.fields(Facts)}
         return from_dict(Facts, {key: x for key, x in self.metadata.items() if key in known}, where="metadata")
 
@@ -227,7 +227,7 @@ def _check_packages(data: Mapping[str, Any], where: str) -> None:
 
 
 def missing_weights(where: str, files: Iterable[str]) -> str:
-    """What to say of a place that has no safetensors, given the names of its files."""
+    """Return the message for a place that has no safetensors, given the names of its files."""
     pickles = [name for name in files if name.endswith((".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"))]
     if not pickles:
         return f"{where} has no {WEIGHTS_FILE}; only safetensors are loaded."
@@ -253,7 +253,7 @@ def check_weights(directory: str | Path, checkpoint: Checkpoint) -> Path:
 
 
 def wrong_weights(where: str, digest: str, expected: str) -> str:
-    """What to say of weights that are not those of their ``config.json``."""
+    """Return the message for weights that are not those of their ``config.json``."""
     return (
         f"{where} is damaged or not the file that belongs here: its sha256 is {digest}, "
         f"{CONFIG_FILE} expects {expected}."

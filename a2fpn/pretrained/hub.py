@@ -93,7 +93,7 @@ class Repo:
 
 
 def is_repo_id(name: str) -> bool:
-    """Whether a text has the form ``org/name``.
+    """Return whether a text has the form ``org/name``.
 
     Example:
         >>> is_repo_id("acme/cells"), is_repo_id("../cells"), is_repo_id("runs/a/b")
@@ -295,7 +295,7 @@ _TRANSPORT = ("TransportError", "RequestException", *_UNREACHABLE, *_TIMEOUT)
 
 
 def _is_a(error: BaseException | None, *names: str) -> bool:
-    """Whether an exception's class, or one that it inherits from, has one of the names."""
+    """Return whether an exception's class, or one that it inherits from, has one of the names."""
     return any(kind.__name__ in names for kind in type(error).__mro__)
 
 

@@ -203,7 +203,7 @@ def save_pretrained(
 
 
 class Weights(NamedTuple):
-    """What a model is built of.
+    """Configuration and state dict that a model is built from.
 
     Args:
         config: What it was saved as.

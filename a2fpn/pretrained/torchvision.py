@@ -37,7 +37,7 @@ PATIENCE = 10.0
 
 
 class Download(NamedTuple):
-    """What is fetched.
+    """A file to be downloaded.
 
     Args:
         what: The weights, for messages.

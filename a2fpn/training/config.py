@@ -13,7 +13,7 @@ JsonValue = None | bool | int | float | list[Any] | dict[str, Any] | str
 
 @dataclass(frozen=True)
 class ModelSection:
-    """Which detector is trained; its classes are the categories of the training annotations.
+    """The detector that is trained; its classes are the categories of the training annotations.
 
     Args:
         name: A registered model name, see `a2fpn list`, or local-dir:PATH of a checkpoint.

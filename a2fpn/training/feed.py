@@ -1,4 +1,4 @@
-"""What a run is fed with: the batches of every step, in an order that depends on the seed and the step alone.
+"""Batch sources: the batches of every step, in an order that depends on the seed and the step alone.
 
 A *step* of the optimizer takes one global batch. It is divided into equal parts, one for each process, and each part
 into ``grad_accumulation`` batches. Which images make up a step, and how each is augmented, does not depend on the
@@ -25,7 +25,7 @@ Slot = tuple[int, int, int]  # epoch, position within it, index of the sample
 
 
 class Feed(Protocol):
-    """Where batches come from."""
+    """Source of batches."""
 
     def steps(self, epoch: int) -> int:
         """Steps of an epoch, the same on every process."""

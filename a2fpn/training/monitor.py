@@ -39,7 +39,7 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Pace:
-    """How a run gets on.
+    """Images per second and time spent waiting for data.
 
     Args:
         images_per_second: Of all processes together.

@@ -100,7 +100,7 @@ def check_folder(dataset: CocoDataset, classes: TrainingSet, *, images: int) -> 
 
 
 def credits_of(dataset: TrainingSet) -> dict[str, str]:
-    """What a data set says of its origin: ``data`` (its description) and ``data_license``."""
+    """Return the origin that a data set states: ``data`` (its description) and ``data_license``."""
     if isinstance(dataset, CocoDataset):
         document = json.loads(Path(dataset.name).read_text(encoding="utf-8"))
         info, licenses = document.get("info"), document.get("licenses")

@@ -1,7 +1,7 @@
-"""What a run leaves on disk: checkpoints that appear whole or not at all, metrics, and the resolved config.
+"""Files of a run: checkpoints that appear whole or not at all, metrics, and the resolved config.
 
 At whatever instant a run is killed, or the machine loses power, ``last`` and ``best`` are whole, or
-:func:`recover_folder` makes them so when the run is resumed. Within one save the metrics come first, then ``best``,
+:func:`~a2fpn._atomic.recover_folder` makes them so when the run is resumed. Within one save the metrics come first, then ``best``,
 then ``last``: whatever is newer than ``last`` is made again, with the same result, by the steps that are repeated.
 """
 
@@ -32,7 +32,7 @@ class CheckpointWriteError(RunError):
 
 @dataclasses.dataclass
 class RunState:
-    """How far a run is; saved with the training state.
+    """Progress of a run; saved with the training state.
 
     Args:
         epoch: Finished epochs.
@@ -77,7 +77,7 @@ def as_plain(config: TrainConfig) -> dict[str, Any]:
 
 
 def changed_settings(config: TrainConfig, output: Path) -> list[str]:
-    """What differs from the settings that the run in a folder was started with, as ``name: old -> new``."""
+    """List differences from the settings that the run in a folder was started with, as ``name: old -> new``."""
     path = output / "config.yaml"
     if not path.exists():
         return []

@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RawBatch:
-    """What a loader process makes a batch of.
+    """Batch as a loader process makes it.
 
     Args:
         epoch: The epoch.
@@ -38,7 +38,7 @@ class RawBatch:
 
 
 class LoadedBatch(NamedTuple):
-    """What comes back.
+    """Batch as the training process receives it.
 
     Args:
         images: Images, augmented.

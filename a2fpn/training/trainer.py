@@ -479,7 +479,7 @@ class Trainer:
         )
 
     def _metadata(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        """What a checkpoint says about its making."""
+        """Return the metadata of a checkpoint."""
         return {
             "recipe": self.config.run.name,
             "epochs": self.state.epoch,

@@ -24,7 +24,7 @@ class Difference:
 
     @property
     def includes_zero(self) -> bool:
-        """Whether the interval holds zero."""
+        """Return whether the interval holds zero."""
         return abs(self.mean) <= self.half
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""What is to be run: a recipe, the settings all runs share, arms, seeds; and the one place that knows the command."""
+"""Plan of the runs: a recipe, the settings all runs share, arms, seeds; and the one place that knows the command."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Run:
 
     @property
     def log(self) -> Path:
-        """What it printed."""
+        """Path of the run's output."""
         return self.folder / "log.txt"
 
     def __str__(self) -> str:
@@ -174,7 +174,7 @@ def sha256(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Circumstances:
-    """What a record says of how its run took place.
+    """Circumstances of a run that its record states.
 
     Args:
         commit: Commit of the code.

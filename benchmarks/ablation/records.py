@@ -76,7 +76,7 @@ class Record:
 
     @property
     def comparable(self) -> tuple[str, str, str, int]:
-        """What runs of one seed must share to be paired."""
+        """Return the part of a record in which runs of one seed must agree to be paired."""
         return self.fingerprint, self.seen, self.weights, self.steps
 
     def value(self, metric: str) -> float | None:

@@ -1,4 +1,4 @@
-"""What the records show: tables of paired differences, curves, and the page made of both."""
+"""Report of the records: tables of paired differences, curves, and the page made of both."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class Comparison:
 
     @property
     def metric(self) -> str:
-        """What is judged: mask AP where there are masks."""
+        """Return the metric that is judged: mask AP where there are masks."""
         return "segm/ap" if any(one.values("segm/ap") for one in self.series) else "bbox/ap"
 
     @property

@@ -168,7 +168,7 @@ def _ours(
 
 
 def _agreement(theirs: Call, ours: Call, side: str, kind: str) -> str:
-    """How equal the detections of the first image are; only float32 promises it."""
+    """Compare the detections of the first image; only float32 promises equality."""
     if side == base.TORCHVISION:
         return f"{len(theirs()[0]['boxes'])} objects"
     if "cascade" in side:

@@ -1,4 +1,4 @@
-"""What the parts share: a file of rows that is written after every row, and timing on a device that runs behind."""
+"""Common parts of the GPU benchmarks: rows written as they are measured, and timing on an asynchronous device."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def peak_bytes(call: Call, device: torch.device) -> int | None:
 
 
 def kernel_use(call: Call, device: torch.device, *, repeats: int = 3) -> dict[str, float] | None:
-    """What the device did during a call: seconds of its kernels, their number, and waits of the host.
+    """Profile a call on the device: seconds of its kernels, their number, and waits of the host.
 
     Kernels that overlap count once. Waits are the runtime's synchronizations and copies to the host.
     """

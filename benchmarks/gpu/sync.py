@@ -1,4 +1,4 @@
-"""Where the host waits for the GPU in a training step, line by line, for ours and torchvision's."""
+"""Lines of a training step at which the host waits for the GPU, for ours and torchvision's."""
 
 from __future__ import annotations
 

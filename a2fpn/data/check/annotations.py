@@ -168,7 +168,7 @@ def keypoint_problems(file: CocoDocument, table: AnnotationTable) -> Iterator[Pr
 
 
 def _are_numbers(values: object, count: int) -> bool:
-    """Whether a JSON value is a list of so many finite numbers."""
+    """Return whether a JSON value is a list of so many finite numbers."""
     if not isinstance(values, list) or len(values) != count:
         return False
     try:

@@ -1,4 +1,4 @@
-"""What a check of a data set found, as data and as text."""
+"""Result of a check of a data set, as data and as text."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class ClassCount:
-    """What there is of one class, in annotations that the reader can use.
+    """Number and sizes of the usable objects of one class.
 
     Args:
         category: Id and name.
@@ -116,7 +116,7 @@ class AnnotatedImage:
 
 @dataclass(frozen=True)
 class DataReport:
-    """What :func:`check_data` found.
+    """Result of :func:`check_data`.
 
     Args:
         name: The annotation file.

@@ -140,7 +140,7 @@ class Problem:
 
 
 def any_column(cells: NDArray[np.bool_]) -> Rows:
-    """Which rows of (N, C) hold a true value."""
+    """Return which rows of (N, C) hold a true value."""
     rows: Rows = np.logical_or.reduce(cells, axis=1)
     return rows
 
