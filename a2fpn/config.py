@@ -53,16 +53,16 @@ class BackboneConfig:
         strides: Strides of the maps that the neck gets, increasing.
         trainable_layers: How many of the five stages, counted from the deepest, are trained, as torchvision counts
             them, whatever levels are taken: 3 trains the stages that end at strides 8, 16 and 32 (``layer2`` to
-            ``layer4`` of a ResNet), 4 also that of stride 4, 5 and None all, 0 none. A network without maps of these
-            strides, or with branches side by side, has no such stages: so many fifths of its layers are trained. What
-            makes levels that the network lacks is always trained.
+            ``layer4`` of a ResNet), 4 also that of stride 4, 5 and None all, 0 none. Networks without one stage per
+            stride train the last ``trainable_layers / 5`` of their layers. Layers added for missing strides are always
+            trained.
         norm_eps: Epsilon of every batch norm, 0 or more; None keeps timm's. torchvision's older COCO detectors were
             trained with 0: with another value their detections are others.
         taps: Modules whose outputs are the maps, in network order, in place of the deepest map of each stride. Several
             may have one stride.
         image_size: Side of the square image that a network of fixed size is built for; None takes the size of its
             weights. Most networks take any size.
-        grad_checkpointing: Whether training recomputes activations to save memory.
+        grad_checkpointing: Whether the backbone uses activation checkpointing in training.
         license: License of the weights that training began with, as timm states it; None if it began with none.
 
     Raises:
@@ -205,9 +205,9 @@ class RCNNConfig(HeadsConfig):
         roi_sampling_ratio: Samples per bin side in RoI pooling; 0 takes one per map pixel (detectron2, mmdetection).
         roi_aligned: Whether RoI pooling, of features and of mask targets, shifts by half a pixel (detectron2's
             ``aligned=True``).
-        unused_outputs: Outputs of the box predictor that stand for no class. They take part in the softmax and in
-            post-processing, and what they find is dropped. torchvision's COCO detectors have ten, for the ids that
-            COCO left out: without them scores would be others.
+        unused_outputs: Outputs of the box predictor without a class. They take part in the softmax and in
+            post-processing, and their detections are dropped. torchvision's COCO detectors have ten, for the ids that
+            COCO does not use: without them scores would differ.
 
     Raises:
         ValueError: For a size or weight out of its range.

@@ -220,7 +220,7 @@ def evaluate_coco(
     given = list(detections)
     results: dict[str, Any] = {}
     for kind in dict.fromkeys(iou_types):
-        scene = _Scene.of(coco, given, kind)
+        scene = _EvalInputs.of(coco, given, kind)
         if kind == "keypoints":
             results[kind] = _keypoint_metrics(scene, library, max_keypoint_detections, oks_sigmas)
         else:
@@ -327,7 +327,7 @@ def _check_sigmas(coco: CocoFile, sigmas: Sequence[float]) -> None:
 
 
 @dataclass(frozen=True)
-class _Scene:
+class _EvalInputs:
     """Ground truth and detections, renumbered with ids that all evaluation libraries accept.
 
     Images, in the order of their ids, categories and objects are numbered from 1: an object with id 0 counts as no
@@ -348,7 +348,7 @@ class _Scene:
     detections: list[dict[str, Any]]
 
     @classmethod
-    def of(cls, coco: CocoFile, detections: Sequence[Mapping[str, Any]], kind: str) -> _Scene:
+    def of(cls, coco: CocoFile, detections: Sequence[Mapping[str, Any]], kind: str) -> _EvalInputs:
         """Numbers everything and checks the detections."""
         image_numbers = {image_id: number for number, image_id in enumerate(sorted(coco.images), start=1)}
         category_numbers = {category.id: number for number, category in enumerate(coco.categories, start=1)}
@@ -521,7 +521,7 @@ def _truth_keypoints(annotation: Annotation, coco: CocoFile) -> dict[str, Any]:
     }
 
 
-def _box_mask_metrics(scene: _Scene, library: tuple[Any, Any], max_detections: int) -> BoxMaskMetrics:
+def _box_mask_metrics(scene: _EvalInputs, library: tuple[Any, Any], max_detections: int) -> BoxMaskMetrics:
     limits = sorted({min(1, max_detections), min(10, max_detections), max_detections})
     precision, recall = scene.compare(library, limits)
     every, small, medium, large = range(4)
@@ -544,7 +544,7 @@ def _box_mask_metrics(scene: _Scene, library: tuple[Any, Any], max_detections: i
 
 
 def _keypoint_metrics(
-    scene: _Scene, library: tuple[Any, Any], max_detections: int, sigmas: Sequence[float]
+    scene: _EvalInputs, library: tuple[Any, Any], max_detections: int, sigmas: Sequence[float]
 ) -> KeypointMetrics:
     precision, recall = scene.compare(library, [max_detections], sigmas)
     every, medium, large = range(3)

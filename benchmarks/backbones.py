@@ -224,10 +224,10 @@ def _compare(backbone: TimmBackbone, maps: dict[str, Tensor], raw: list[Tensor],
 
 def _require_gradients(module: nn.Module, outputs: list[Tensor]) -> None:
     reached = set().union(*contributors(outputs))
-    _no_dead([name for name, p in module.named_parameters() if p.requires_grad and p not in reached])
+    _no_unused([name for name, p in module.named_parameters() if p.requires_grad and p not in reached])
 
 
-def _no_dead(names: list[str]) -> None:
+def _no_unused(names: list[str]) -> None:
     if names:
         raise FaultError(f"No gradient reaches {len(names)} parameters: {', '.join(names[:5])}.")
 
@@ -241,7 +241,7 @@ def _train(found: BackboneInfo) -> None:
     target = {"boxes": torch.tensor([[10.0, 20.0, 90.0, 100.0]]), "labels": torch.tensor([0])}
     losses = model(images, [target] * 2)
     torch.stack(list(losses.values())).sum().backward()
-    _no_dead([name for name, p in model.backbone.named_parameters() if p.requires_grad and p.grad is None])
+    _no_unused([name for name, p in model.backbone.named_parameters() if p.requires_grad and p.grad is None])
 
 
 def _backbone(found: BackboneInfo, device: str = "cpu", strides: tuple[int, ...] = PYRAMID) -> TimmBackbone:

@@ -63,7 +63,7 @@ def main(steps: Steps = 300, quick: measure.Quick = False) -> None:
     measure.print_table("Grafted onto a2fpn", ["center_bias", "weight on nearest", *COLUMNS], fidelity)
     measure.print_table(
         "Can the kernel predictor learn from there? Loss of imitating a random upsampling, after 100 steps of SGD, "
-        "relative to nearest neighbor (1 is dead)",
+        "relative to nearest neighbor (1 is no gradient)",
         ["center_bias", "its gradient in the detector", "loss, scale 4", "loss, scale 1"],
         learning,
     )

@@ -3,7 +3,7 @@
 All get the same image, which none of them resizes. torchvision, and ours where no more is said, paste the masks of some
 60 objects into it; "RLE" means run lengths instead, which is what evaluation and files need: torchvision's masks are
 encoded once they are pasted, ours are never pasted. Every side is compared with torchvision as it is and at the same
-kind of output, and held against the target both times. Outputs are compared first. Ours are laid out as
+kind of output, and compared with the target both times. Outputs are compared first. Ours are laid out as
 :class:`a2fpn.Predictor` lays them out. Beside them stand ``maskrcnn_a2fpn_r50``, grafted onto the same weights, and the
 cascades on the same backbone, pyramid and proposals, with fresh heads made to find as many objects. Targets: ours in
 no more time than torchvision's; optimized, with run lengths, in at most 0.78 of it at 480x640 and 0.66 at 800x1088; in

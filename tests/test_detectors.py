@@ -281,12 +281,12 @@ def test_every_detector_says_what_it_trains_on(kind: str) -> None:
     model = tiny_model(f"{kind}_fpn")
     model.check_data("train.json", {"boxes", "labels", "masks", "keypoints", "image_id"})
     for key in set(model.target_keys) - {"boxes", "labels"}:
-        message = rf"train\.json has no {key}, which {kind} trains on\. Without {key} use {model.box_detector}"
+        message = rf"train\.json has no {key}, which {kind} trains on\. Without {key} use {model.box_only_variant}"
         with pytest.raises(ValueError, match=message):
             model.check_data("train.json", set(model.target_keys) - {key})
         # What it says to use does without.
-        assert DETECTORS[model.box_detector].target_keys == ("boxes", "labels")
-        with pytest.raises(ValueError, match=f"image_id 42: .*got none. Without {key} use {model.box_detector}"):
+        assert DETECTORS[model.box_only_variant].target_keys == ("boxes", "labels")
+        with pytest.raises(ValueError, match=f"image_id 42: .*got none. Without {key} use {model.box_only_variant}"):
             model(*broken(**{key: None}))
 
 

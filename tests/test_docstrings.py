@@ -46,7 +46,7 @@ def test_the_first_line_is_a_verb_or_a_noun_phrase(folder: str) -> None:
 
 
 def scopes(path: Path, name: str) -> list[str]:
-    """Scopes in which a name in a docstring is looked up: its class, its module, the package that exports it, the root."""
+    """Prefixes that a name in a docstring is looked up with: its class, its module, the package, none."""
     parts = name.split(".") if name[:1].isupper() else []
     classes = [f"{module_name(path)}.{'.'.join(parts[:count])}." for count in range(len(parts), 0, -1)]
     return [*classes, f"{module_name(path)}.", f"{module_name(path).rpartition('.')[0]}.".lstrip("."), ""]

@@ -355,7 +355,7 @@ def test_a_server_that_refuses(status: int, kind: type[Exception], listed: str, 
     assert str(raised.value).startswith(
         "The weights of torchvision's fasterrcnn_tiny_fpn, COCO_V1 are not in torch.hub's"
     )
-    assert f"cannot be downloaded from {listed}: the server answered {status}" in str(raised.value)
+    assert f"could not be downloaded from {listed}: the server answered {status}" in str(raised.value)
     assert str(raised.value).endswith(f"Download this file elsewhere and put it at {file}")
     assert list(home.iterdir()) == []
 
@@ -374,7 +374,7 @@ def test_offline_asks_nobody(how: str, listed: str, site: Site, home: Path, monk
     if how == "environment":
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         options, reason = {}, r"offline mode is on \(HF_HUB_OFFLINE\)"
-    with pytest.raises(HubOfflineError, match=f"cannot be downloaded from {listed}: {reason}"):
+    with pytest.raises(HubOfflineError, match=f"could not be downloaded from {listed}: {reason}"):
         a2fpn.from_pretrained(NAME, **options)
     # A file that was put where the message says is taken.
     home.mkdir(parents=True)
@@ -391,7 +391,7 @@ def test_a_file_with_another_hash_is_fetched_again(listed: str, site: Site, home
     assert a2fpn.from_pretrained(NAME).config.num_classes == 80
     assert len(site.requests) == 1
     (home / name).write_bytes(b"half a file")
-    with pytest.raises(HubOfflineError, match=r"are damaged in torch\.hub's cache, and cannot be downloaded"):
+    with pytest.raises(HubOfflineError, match=r"are damaged in torch\.hub's cache, and could not be downloaded"):
         a2fpn.from_pretrained(NAME, local_files_only=True)
 
 
@@ -409,7 +409,7 @@ def test_a_download_with_another_hash_is_refused(
 
 def test_a_connection_that_breaks_leaves_nothing(listed: str, site: Site, home: Path) -> None:
     site.cut = 1000
-    with pytest.raises((HubIntegrityError, HubServerError), match="cannot be downloaded from"):
+    with pytest.raises((HubIntegrityError, HubServerError), match="could not be downloaded from"):
         a2fpn.from_pretrained(NAME)
     assert list(home.iterdir()) == []
 
@@ -430,7 +430,7 @@ def test_a_full_disk(listed: str, home: Path) -> None:
     said = context.Queue()
     process = context.Process(target=load)
     process.start()
-    assert re.search(r"cannot be downloaded from .*: File too large", said.get(timeout=60))
+    assert re.search(r"could not be downloaded from .*: File too large", said.get(timeout=60))
     process.join()
     assert list(home.iterdir()) == []
 
@@ -438,7 +438,7 @@ def test_a_full_disk(listed: str, home: Path) -> None:
 def test_a_silent_server_is_given_up(listed: str, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(downloads, "PATIENCE", 0.2)
     site.silence = 1.0
-    with pytest.raises((HubServerError, HubOfflineError), match=r"cannot be downloaded from .*(timed out|Timeout)"):
+    with pytest.raises((HubServerError, HubOfflineError), match=r"could not be downloaded from .*(timed out|Timeout)"):
         a2fpn.from_pretrained(NAME)
 
 

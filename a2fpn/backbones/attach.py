@@ -49,7 +49,7 @@ _UNKNOWN = "?"
 
 
 class UnsupportedBackboneError(ConfigError):
-    """A network that no way was found to attach, with the reason and some that can be."""
+    """A timm model that cannot serve as a backbone; the message has the reason and similar models that can."""
 
 
 @dataclass(frozen=True)

@@ -114,24 +114,24 @@ def freeze_parameters(module: nn.Module, parameters: Collection[nn.Parameter]) -
 
 
 def drop_unused(body: nn.Module, run: Callable[[], list[Tensor]]) -> tuple[str, ...]:
-    """Takes parameters out of a network that none of its maps depends on, heads and last norms above all.
+    """Removes parameters that none of a network's maps depends on, heads and last norms above all.
 
-    A module that holds nothing else is left out; where the network can't run without it, and for single parameters,
-    training is stopped instead.
+    A module that holds nothing else is removed. Where the network can't run without it, its parameters are frozen
+    instead, as single parameters are.
 
     Args:
         body: The network; it is changed.
         run: Runs it, in evaluation mode and with gradients, and gives its maps.
 
     Returns:
-        Names of the modules that are left out and of the parameters that are frozen, for :func:`drop_modules`.
+        Names of the removed modules and of the frozen parameters, for :func:`drop_modules`.
     """
     maps = run()
     alive = set().union(*contributors(maps))
     unused = {parameter for parameter in body.parameters() if parameter.requires_grad} - alive
     shapes = [x.shape for x in maps]
     removed = []
-    # From the last on, since what follows wants the channels of what is left out.
+    # From the last on: later modules expect the channels of removed ones.
     for name in reversed(list(_unused_modules(body, unused))):
         parent, _, child = name.rpartition(".")
         holder = body.get_submodule(parent)
@@ -147,7 +147,7 @@ def drop_unused(body: nn.Module, run: Callable[[], list[Tensor]]) -> tuple[str, 
 
 
 def drop_modules(body: nn.Module, names: Iterable[str]) -> None:
-    """Takes modules out of a network, and stops the training of parameters.
+    """Removes modules from a network, and freezes parameters.
 
     Args:
         body: The network; it is changed.

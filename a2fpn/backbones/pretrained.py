@@ -157,7 +157,7 @@ def preprocessing(config: BackboneConfig, *, info: BackboneInfo | None = None) -
 
     Args:
         config: The backbone.
-        info: How it is attached, if that is known better than from the table.
+        info: Its maps and adaptations, if they are known better than from the table.
 
     Example:
         >>> preprocessing(BackboneConfig("lite0"))

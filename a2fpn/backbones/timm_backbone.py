@@ -43,13 +43,13 @@ class TimmBackbone(nn.Module):
         pretrained: Whether to load its weights through timm.
         weights: A local weights file that timm's loader reads instead of downloading.
         strides: The strides wanted, increasing; None takes those of the config.
-        info: How the network is attached; None looks it up.
+        info: Maps and adaptations of the network; None looks them up.
 
     Attributes:
-        info: How the network is attached.
+        info: Maps and adaptations of the network.
         body: timm's network.
-        unused: Names of the modules of it that no map depends on, and of parameters, which are frozen then.
-        made: The modules that make the levels that it doesn't have.
+        unused: Names of removed modules and frozen parameters that no output depends on.
+        made: Modules that make missing levels.
         out_spec: Names, channels and strides of the maps.
 
     Raises:

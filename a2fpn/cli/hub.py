@@ -95,7 +95,7 @@ def convert(
 ) -> None:
     """Turn the weights of another framework into a checkpoint folder; no code of the file is run.
 
-    What was torchvision's is run on both sides, and an error if the two differ. For the others
+    Torchvision conversions are verified: both models run on a random image, and a mismatch is an error. For the others
     `python -m benchmarks.parity` does that where they are installed.
     """
     if (output / CONFIG_FILE).exists():

@@ -248,8 +248,8 @@ class ShardDataset(StreamDataset):
     def _stretch(self, row: Sequence[tuple[Shard, int]], begin: int, size: int, *, whole: bool) -> list[RawSample]:
         """Reads a stretch of the row of shards; unless strict, what can't be read is counted.
 
-        With ``whole`` what can be read of it is repeated in its place, or the next stretch of which anything can;
-        otherwise an empty sample stands there.
+        If ``whole``, unreadable samples are replaced by readable ones from the same stretch, or from the next one that
+        has any; otherwise they are returned empty.
         """
         for place in (*range(begin, self.num_samples, size), *range(0, begin, size)):
             samples: list[RawSample] = []

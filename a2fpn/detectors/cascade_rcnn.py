@@ -67,4 +67,4 @@ class CascadeRCNN(RCNN):
 class CascadeMaskRCNN(CascadeRCNN, MaskRCNN):
     """Cascade R-CNN with a mask head per stage, whose masks are averaged, or with one."""
 
-    box_detector = "cascadercnn"
+    box_only_variant = "cascadercnn"

@@ -40,7 +40,7 @@ class Detector(nn.Module, ABC):
     Attributes:
         preprocess: The resize, normalization and padding rule.
         has_masks: Whether it trains on masks and predicts them.
-        box_detector: The registered detector of its kind that needs nothing but boxes.
+        box_only_variant: Box-only counterpart, suggested in error messages.
         target_keys: What it reads of a target.
         class_dependent: How the names of the tensors begin that depend on the number of classes.
         strides: Strides of the backbone's maps, unless the model's configuration says otherwise.
@@ -48,7 +48,7 @@ class Detector(nn.Module, ABC):
     """
 
     has_masks = False
-    box_detector = "fasterrcnn"
+    box_only_variant = "fasterrcnn"
     target_keys: tuple[str, ...] = ("boxes", "labels")
     class_dependent: tuple[str, ...] = ()
     strides: ClassVar[tuple[int, ...]] = (4, 8, 16, 32)
@@ -170,7 +170,7 @@ class Detector(nn.Module, ABC):
 
     def _instead(self, key: str) -> str:
         """Return advice for targets that lack ``key``."""
-        return f"Without {key} use {self.box_detector}."
+        return f"Without {key} use {self.box_only_variant}."
 
     def _losses(
         self, images: Sequence[Tensor], targets: Sequence[Mapping[str, Any]], resize: bool

@@ -63,7 +63,7 @@ class RCNN(Detector):
 
     @property
     def num_outputs(self) -> int:
-        """Outputs of the box predictor: background, the classes, and those that stand for nothing."""
+        """Outputs of the box predictor: background, the classes, and unused ones."""
         return 1 + self.config.num_classes + self.rcnn.unused_outputs
 
     @property

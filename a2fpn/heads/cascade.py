@@ -208,7 +208,7 @@ def _box_outputs(
 
 
 def _label(stage: RoIHeads, proposals: list[Tensor], targets: Targets) -> Samples:
-    """All boxes as samples, held against the objects by the stage's IoU."""
+    """All boxes as samples, matched to the ground truth by the stage's IoU."""
     boxes = [target["boxes"].to(proposals[0]) for target in targets]
     objects, labels = stage.assign_targets_to_proposals(proposals, boxes, [target["labels"] for target in targets])
     matched = [

@@ -61,7 +61,7 @@ class TopLevels(nn.ModuleDict):
 
 
 class Float32RetinaNetHead(RetinaNetHead):  # type: ignore[misc]
-    """RetinaNet's head, whose outputs leave autocast.
+    """RetinaNet's head with float32 outputs under autocast.
 
     Args:
         in_channels: Channels of the pyramid.
@@ -84,7 +84,7 @@ class Float32RetinaNetHead(RetinaNetHead):  # type: ignore[misc]
 
 
 class Float32FCOSHead(FCOSHead):  # type: ignore[misc]
-    """FCOS's head, whose outputs leave autocast.
+    """FCOS's head with float32 outputs under autocast.
 
     Args:
         in_channels: Channels of the pyramid.

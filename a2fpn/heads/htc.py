@@ -25,7 +25,7 @@ from a2fpn.pyramid import Features, level_size
 SEMANTIC = "semantic"
 """Under this name the semantic embedding travels with the pyramid."""
 IGNORE = 255
-"""Label of pixels that the semantic loss leaves out."""
+"""Label of pixels that the semantic loss ignores."""
 
 
 class SemanticBranch(nn.Module):

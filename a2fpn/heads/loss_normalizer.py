@@ -1,4 +1,4 @@
-"""Losses that do not depend on how a batch is divided among processes."""
+"""Loss normalization over all ranks."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from torch import Tensor, distributed, nn
 
 
 class GlobalLossNormalizer(nn.Module):
-    """Turns a loss that is a mean over a process's terms into its part of the mean over the terms of all processes.
+    """Normalizes a loss by the number of terms on all ranks instead of on this one.
 
-    Processes average their gradients. Where a loss is divided by a number that differs from one to the other (of
-    positives, of proposals), the average of means is not the mean that one process with all the images would compute.
-    With ``enabled`` the number of all processes takes the place of the own one; every process then has to compute the
-    same losses at the same time. The usual remedy in detectors (``reduce_mean`` of the average factor in mmdetection).
+    Data-parallel training averages gradients over ranks. Where ranks divide their losses by different numbers (of
+    positives, of proposals), the average of their means is not the mean over the whole batch. With ``enabled`` all
+    divide by the average number (mmdetection's ``reduce_mean(avg_factor)``); every rank then has to compute the same
+    losses at the same time.
 
     Attributes:
-        enabled: Off by default: a loss is what torchvision's is.
+        enabled: False by default: losses equal torchvision's.
 
     Example:
         >>> GlobalLossNormalizer()(torch.tensor(0.5), 3)
@@ -25,11 +25,11 @@ class GlobalLossNormalizer(nn.Module):
     enabled = False
 
     def forward(self, loss: Tensor, count: int) -> Tensor:
-        """The loss as this process should have it.
+        """Returns the loss of this rank, normalized over all ranks.
 
         Args:
             loss: Scalar, a sum divided by ``max(1, count)``.
-            count: Terms of this process.
+            count: Terms on this rank.
         """
         if not self.enabled or not distributed.is_initialized():
             return loss

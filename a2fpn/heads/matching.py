@@ -22,10 +22,10 @@ PAIRS_AT_ONCE = 2**23
 """Pairs of an object and an anchor that are compared at once; each takes about 32 bytes."""
 
 BACKGROUND = -1
-"""In place of an object's index: learns to be background."""
+"""Match index of a negative."""
 
 IGNORED = -2
-"""In place of an object's index: learns nothing."""
+"""Match index of an ignored anchor (no loss)."""
 
 
 class BoxPairs(NamedTuple):

@@ -25,7 +25,7 @@ class Samples(NamedTuple):
 
     Args:
         boxes: ``(S, 4)`` xyxy.
-        objects: ``(S,)`` index of the object that each box is held against.
+        objects: ``(S,)`` index of the ground-truth object matched to each box.
         labels: ``(S,)`` its class, 0 for background.
         deltas: ``(S, 4)`` regression targets.
     """
@@ -36,13 +36,13 @@ class Samples(NamedTuple):
     deltas: list[Tensor]
 
     def positives(self) -> Samples:
-        """The boxes that are held against an object."""
+        """The boxes that are matched to an object."""
         keep = positive_rows(self.labels)
         return Samples(*([x[rows] for x, rows in zip(field, keep, strict=True)] for field in self))
 
 
 def positive_rows(labels: Sequence[Tensor]) -> list[Tensor]:
-    """Per image the rows, ascending, of the boxes that are held against an object.
+    """Per image the rows, ascending, of the boxes that are matched to an object.
 
     Args:
         labels: Per image ``(S,)``.

@@ -42,7 +42,7 @@ _BAND_BYTES = 2**24
 
 
 class MGC(nn.Module):
-    """Collects semantic nodes from every level, reasons over them, and gives every pixel what it asks for.
+    """Collects semantic nodes from every level, reasons over them, and distributes them to the pixels by attention.
 
     By default the last map ``out`` starts at zero, so a fresh MGC returns zeros and leaves the laterals unchanged.
 
@@ -54,7 +54,7 @@ class MGC(nn.Module):
         attention: Kind of attention, for collecting, distributing and, where it is attention, reasoning.
         reasoning: ``"attention"`` for self-attention among nodes, ``"gcn"`` for a graph convolution; both with a
             residual, within each level and then among all nodes.
-        distribute: What a pixel asks after the nodes of all levels have been reasoned over: ``"all"`` ``N`` of them,
+        distribute: Nodes that a pixel attends to after reasoning over the nodes of all levels: ``"all"`` ``N`` of them,
             or its ``"own"`` level's ``N_i``, which costs less.
         context_init: Start of the last map: ``"zero"``; ``"gate"`` for the default initialization behind a gate per
             channel that starts at zero; ``"small"`` for a tenth of the default initialization, which changes the
@@ -168,7 +168,7 @@ class MGC(nn.Module):
 
     def _distribute(self, level: int, x: Tensor, nodes: Tensor, residual: Tensor | None) -> Tensor:
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            # The sum is no part of what is recomputed: it needs neither of its terms in the backward pass.
+            # The sum is outside the checkpoint: it needs neither of its terms in the backward pass.
             context = maybe_checkpoint(self, self._answer, level, x, nodes)
             return context if residual is None else residual + context
         values = self._values(level, nodes)

@@ -31,7 +31,7 @@ class KernelPredictor(nn.Module):
 
     ``logits = scale * conv(x)``; the convolution's bias starts at ``center_bias / scale`` on the center, so that a
     fresh predictor is close to nearest-neighbor sampling. The scale keeps the softmax trainable where a large bias
-    alone would leave it dead.
+    alone would leave it without gradient.
 
     Args:
         in_channels: Channels of the input.

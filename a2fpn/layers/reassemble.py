@@ -25,7 +25,7 @@ Padding = Literal["replicate", "zeros"]
 PADDINGS: tuple[str, ...] = typing.get_args(Padding)
 
 _BAG_DEVICES = ("cpu", "cuda")
-"""Where torch has weighted bags and their gradients."""
+"""Devices whose ``embedding_bag`` supports ``per_sample_weights`` and its gradient."""
 
 
 def reassemble(x: Tensor, kernels: Tensor, size: tuple[int, int], *, padding: Padding = "replicate") -> Tensor:
@@ -117,7 +117,7 @@ def _reassemble_by_shifts(x: Tensor, kernels: Tensor, k: int) -> Tensor:
 
 
 class _Reassemble(torch.autograd.Function):
-    """The op; its sums run in the dtype of ``x``, in both passes, whatever autocast says around them."""
+    """The op; its sums run in the dtype of ``x`` in both passes, also under autocast."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, kernels: Tensor, k: int) -> Tensor:

@@ -38,8 +38,8 @@ logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
-class Pace:
-    """Images per second and time spent waiting for data.
+class Throughput:
+    """Images per second, time spent waiting for data, and memory.
 
     Args:
         images_per_second: Of all processes together.
@@ -83,7 +83,7 @@ _READ_AT_ONCE = 64
 
 
 class LossWindow:
-    """Mean of every loss, and the pace, since the last reading, over all processes.
+    """Mean of every loss, and the throughput, since the last reading, over all processes.
 
     Args:
         accelerator: The accelerator of the run.
@@ -130,15 +130,15 @@ class LossWindow:
         """Goes on from what :meth:`totals` gave."""
         self._sums = dict(totals) if self._accelerator.is_main_process else dict.fromkeys(totals, 0.0)
 
-    def read(self) -> tuple[dict[str, float], Pace]:
-        """Returns the means and the pace, and starts anew; every process has to call it."""
+    def read(self) -> tuple[dict[str, float], Throughput]:
+        """Returns the means and the throughput, and starts anew; every process has to call it."""
         totals = self.totals()
         batches = totals.pop("batches")
         elapsed = time.perf_counter() - self._start
         speed = self._images * self._accelerator.num_processes / elapsed
-        pace = Pace(speed, self._waited / elapsed, _memory(self._accelerator.device))
+        throughput = Throughput(speed, self._waited / elapsed, _memory(self._accelerator.device))
         self._restart()
-        return {name: value / batches for name, value in totals.items()}, pace
+        return {name: value / batches for name, value in totals.items()}, throughput
 
 
 def _memory(device: torch.device) -> int:
@@ -180,9 +180,9 @@ class ProgressLine:
         if self._bar:
             self._bar.advance(self._task)
 
-    def show(self, step: int, loss: float, lr: float, pace: Pace) -> None:
+    def show(self, step: int, loss: float, lr: float, throughput: Throughput) -> None:
         """Shows the state of the training."""
-        info = f"loss {loss:.4f}  lr {lr:.2e}  {pace}"
+        info = f"loss {loss:.4f}  lr {lr:.2e}  {throughput}"
         if self._bar:
             self._bar.update(self._task, info=info)
             logger.debug("%s  step %d  %s", self._title, step, info)  # for the log file

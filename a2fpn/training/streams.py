@@ -81,7 +81,7 @@ class RawBatches:
         self._read = partial(source.read, batch=per_step, seed=seed, rank=rank, world_size=world_size)
 
     def __iter__(self) -> Iterator[RawBatch]:
-        """The spare sample of a step is of the next, that of the last step of the one before."""
+        """Each step takes its spare sample from the following step; the last step takes it from the previous one."""
         epoch, start = self.epoch, self.start
         if start >= self.steps:
             return

@@ -277,24 +277,24 @@ class Trainer:
                 state.step_in_epoch += 1
                 line.advance()
                 if state.step % config.run.log_every == 0 or state.step == self.total_steps:
-                    means, pace = window.read()
+                    means, throughput = window.read()
                     rate = float(max(self.scheduler.get_last_lr()))
-                    line.show(state.step, means["loss"], rate, pace)
+                    line.show(state.step, means["loss"], rate, throughput)
                     values = {f"train/{name}": value for name, value in means.items()}
-                    speed = {"images_per_second": pace.images_per_second, "waiting_for_data": pace.waiting}
+                    speed = {"images_per_second": throughput.images_per_second, "waiting_for_data": throughput.waiting}
                     self.accelerator.log({**values, "lr": rate, **speed}, step=state.step)
                 self.scheduler.step()
                 every = config.run.checkpoint_every
                 if every and state.step % every == 0 and state.step_in_epoch < steps and state.step < self.total_steps:
                     self._save(None)
-        means, pace = self.epoch_losses.read()
+        means, throughput = self.epoch_losses.read()
         state.epoch += 1
         state.step_in_epoch = 0
         return {
             "epoch": state.epoch,
             "step": state.step,
             "train_seconds": round(time.perf_counter() - start, 1),
-            "images_per_second": round(pace.images_per_second, 2),
+            "images_per_second": round(throughput.images_per_second, 2),
             **{f"train/{name}": value for name, value in means.items()},
         }
 
