@@ -169,7 +169,7 @@ def match(
         outside: (N,) detections that count neither way unless they match.
 
     Returns:
-        The partners; a detection of an annotation that is left out has it as its partner and is ignored.
+        The partners; a detection of an ignored annotation has it as its partner and is ignored as well.
     """
     optional = scene.truth.crowd if ignored is None else scene.truth.crowd | ignored
     partner = np.full((len(thresholds), len(scene.found)), -1, dtype=np.int64)

@@ -1,8 +1,8 @@
 """Files of a run: checkpoints that appear whole or not at all, metrics, and the resolved config.
 
-Whenever a run is killed, or the machine loses power, ``last`` and ``best`` are whole, or
-:func:`~a2fpn._atomic.recover_folder` makes them so when the run is resumed. Within one save the metrics come first, then
-``best``, then ``last``: the steps after ``last`` are repeated and write the same again.
+Whenever a run is killed, or the machine loses power, ``last`` and ``best`` are whole, or become so by
+:func:`~a2fpn._atomic.recover_folder` when the run is resumed. Within one save the metrics come first, then ``best``,
+then ``last``: the steps after ``last`` are repeated and write the same again.
 """
 
 from __future__ import annotations
