@@ -18,7 +18,6 @@ from a2fpn.errors import ConfigError
 if TYPE_CHECKING:
     pass
 
-
 T = TypeVar("T")
 
 
@@ -31,6 +30,12 @@ def check_data(
     against: Annotated[
         Path | None, typer.Option(help="The other split, say of validation: classes must agree.", metavar="JSON")
     ] = None,
+    duplicates: Annotated[
+        bool,
+        typer.Option(
+            "--duplicates", help="With --images and --against: look for images of both that are nearly the same."
+        ),
+    ] = False,
     model: Annotated[
         str | None,
         typer.Option(
@@ -76,6 +81,8 @@ def check_data(
 
     if plot is not None and images is None:
         raise ConfigError("--plot draws on the images: give --images too.")
+    if duplicates and (images is None or against is None):
+        raise ConfigError("--duplicates compares the images of two splits: give --images and --against too.")
     facts = _model_facts(model, min_size, max_size)
     with progress_bar() as progress:
 
@@ -89,6 +96,7 @@ def check_data(
             sample=sample,
             decode=decode,
             examples=12 if plot else 0,
+            duplicates=duplicates,
             track=track,
             **facts,
         )
