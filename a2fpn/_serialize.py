@@ -24,7 +24,7 @@ RENAMED = {
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Turns a configuration into JSON-able built-ins.
+    """Turn a configuration into JSON-able built-ins.
 
     Example:
         >>> from a2fpn.config import Category
@@ -44,7 +44,7 @@ def plain(value: Any) -> Any:
 
 
 def migrate_keys(data: Any) -> Any:
-    """Renames keys of older checkpoints and recipes, at any depth; where both names occur the current one counts.
+    """Rename keys of older checkpoints and recipes, at any depth; where both names occur the current one counts.
 
     Args:
         data: Parsed JSON or YAML; not changed.
@@ -62,7 +62,7 @@ def migrate_keys(data: Any) -> Any:
 
 
 def from_dict(cls: type[ConfigT], data: Any, *, where: str = "config") -> ConfigT:
-    """Builds a configuration dataclass from built-ins, checking every key and every type.
+    """Build a configuration dataclass from built-ins, checking every key and every type.
 
     Args:
         cls: The dataclass to build. A class method ``field_types(data)`` gives types that depend on the data.
@@ -103,7 +103,7 @@ def from_dict(cls: type[ConfigT], data: Any, *, where: str = "config") -> Config
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
-    """Checks a JSON value against a type hint and returns it in the dataclass's own types."""
+    """Check a JSON value against a type hint and return it in the dataclass's own types."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         return (

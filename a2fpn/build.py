@@ -24,7 +24,7 @@ def create_backbone(
     weights: str | Path | None = None,
     **options: Any,
 ) -> TimmBackbone:
-    """Builds a backbone.
+    """Build a backbone.
 
     Args:
         name: An alias or a timm name, with or without a tag; see :func:`a2fpn.list_backbones`.

@@ -28,7 +28,7 @@ MODELS: Registry[Callable[[], ModelConfig]] = Registry("model")
 
 
 def register_model(name: str) -> Callable[[Callable[[], ModelConfig]], Callable[[], ModelConfig]]:
-    """Returns a decorator that registers a function giving a :class:`ModelConfig` under a model name.
+    """Return a decorator that registers a function giving a :class:`ModelConfig` under a model name.
 
     Only models that differ from the plain ``<detector>_<neck>_<backbone>`` need it.
 

@@ -33,7 +33,7 @@ class CountCalibration:
 
 
 def calibrate_counts(scores: Sequence[Sequence[float]], counts: Sequence[int]) -> CountCalibration:
-    """Finds the score threshold with the least mean absolute count error.
+    """Find the score threshold with the least mean absolute count error.
 
     Where several steps from score to score are equally good, it is in the middle of the widest.
 

@@ -133,7 +133,7 @@ def sweep(names: list[str], output: Path, trained: set[str]) -> list[dict[str, s
         rows.append(row)
         _append(row, output)
         seconds = time.perf_counter() - start
-        print(f"{number}/{len(left)} {name}: {row['how']} ({seconds:.1f} s) {row['reason']}", flush=True)
+        print(f"{number}/{len(left)} {name}: {row['adaptations']} ({seconds:.1f} s) {row['reason']}", flush=True)
         if number % 25 == 0:
             gc.collect()
     return rows

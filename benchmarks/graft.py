@@ -37,7 +37,7 @@ Steps = Annotated[int, typer.Option(help="Training steps of the detector.", min=
 
 
 def main(steps: Steps = 300, quick: measure.Quick = False) -> None:
-    """Trains, grafts, compares and prints."""
+    """Train, grafts, compare and prints."""
     with measure.progress() as bar:
         model = train(2 if quick else steps, bar)
         test = Reference(model, *shapes(2 if quick else 48, torch.Generator().manual_seed(1)))
@@ -158,7 +158,7 @@ class Reference:
         return metrics.ap50, metrics.ap75
 
     def compare(self, model: RCNN) -> list[str]:
-        """Compares another detector with this one: a cell for each of ``COLUMNS``."""
+        """Compare another detector with this one: a cell for each of ``COLUMNS``."""
         features, detections = self.run(model)
         differences = [(a - b) / a.std() for a, b in zip(self.features, features, strict=True)]
         scores, boxes = [0.0], [0.0]

@@ -84,7 +84,7 @@ def make_ours(side: str, weights: Path, threshold: float) -> a2fpn.Predictor:
 
 
 def rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Renames the tensors of torchvision's model to ours; only the pyramid's differ."""
+    """Rename the tensors of torchvision's model to ours; only the pyramid's differ."""
     names = {"inner_blocks": "lateral", "layer_blocks": "output"}
     return {
         re.sub(
@@ -103,7 +103,7 @@ def make_image(size: Size) -> Tensor:
 
 @torch.inference_mode()
 def save_weights(size: Size, path: Path) -> float:
-    """Saves random weights that decide like trained ones: a few confident objects among many rejected boxes.
+    """Save random weights that decide like trained ones: a few confident objects among many rejected boxes.
 
     Returns:
         A score threshold that leaves 50 to 70 objects, in the widest gap between two scores.
@@ -141,7 +141,7 @@ def _standardize(linear: nn.Linear, _: object, output: Tensor, *, spread: float)
 
 
 def prepare(side: str, size: Size, weights: Path, threshold: float) -> measure.Call:
-    """Makes a model; returns one detection."""
+    """Make a model; return one detection."""
     image = make_image(size)
     if side.startswith(TORCHVISION):
         model = make_torchvision(size, weights, threshold)
@@ -154,7 +154,7 @@ def prepare(side: str, size: Size, weights: Path, threshold: float) -> measure.C
 
 
 def compare(reference: Detections, ours: Detections) -> str:
-    """Matches two sets of detections and describes the largest differences.
+    """Match two sets of detections and describe the largest differences.
 
     Args:
         reference: torchvision's, whose labels count the background.
@@ -180,7 +180,7 @@ def compare(reference: Detections, ours: Detections) -> str:
 
 
 def resemblance(reference: Detections, ours: Detections) -> str:
-    """Describes how near detections are that are not meant to be equal; arguments as those of :func:`compare`."""
+    """Describe how near detections are that are not meant to be equal; arguments as those of :func:`compare`."""
     distance, partner = _distances(reference, ours).min(1)
     near = distance < 0.1 * (reference["boxes"][:, 2:] - reference["boxes"][:, :2]).amin(1)
     rows, partner = torch.where(near)[0], partner[near]
@@ -231,7 +231,7 @@ def main(
     threads: measure.Threads = 0,
     profile: Annotated[bool, typer.Option(help="Print where the time goes, part by part.")] = False,
 ) -> None:
-    """Compares outputs, times and peak memory at two image sizes."""
+    """Compare outputs, times and peak memory at two image sizes."""
     rounds = 1 if quick else rounds
     sizes, sides = ([(32, 48)], QUICK_SIDES) if quick else (list(TARGETS), SIDES)
     measure.start(threads, rounds)

@@ -93,7 +93,7 @@ def main(
     threads: measure.Threads = 0,
     workers: Annotated[int, typer.Option(help="Loader processes.", min=0)] = 0,
 ) -> None:
-    """Measures the loaders and prints ratios of images per second."""
+    """Measure the loaders and print ratios of images per second."""
     annotations = sorted((data / "annotations").glob("*.json"))[0]
     images = next(folder for folder in (data / "images" / "val2017", data / "images") if folder.is_dir())
     measure.start(threads, 1 if quick else rounds)

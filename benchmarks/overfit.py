@@ -60,7 +60,7 @@ def main(
     learning_rate: Rate = 1e-3,
     quick: measure.Quick = False,
 ) -> None:
-    """Trains every detector, prints a table, and fails if one of them did."""
+    """Train every detector, print a table, and fail if one of them did."""
     torch.set_num_threads(1)
     names = sorted({name for pattern in detectors or ["*"] for name in fnmatch.filter(DETECTORS, pattern)})
     if not names:
@@ -165,7 +165,7 @@ def train(
     learning_rate: float,
     bar: Progress,
 ) -> tuple[int, dict[str, float]]:
-    """Trains until AP50 is reached or the steps are used up; returns the steps taken and AP50 by kind."""
+    """Train until AP50 is reached or the steps are used up; return the steps taken and AP50 by kind."""
     model.check_data("The data", samples[0][1])
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=1e-4)
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, total_iters=20)

@@ -85,7 +85,7 @@ class Framework(ABC):
 
     @abstractmethod
     def detect(self, model: nn.Module, image: Tensor) -> Any:
-        """Detects on an image ``(3, H, W)``, blue first, uint8, as users of the framework do."""
+        """Detect on an image ``(3, H, W)``, blue first, uint8, as users of the framework do."""
 
     @abstractmethod
     def run(self, model: nn.Module, image: Tensor) -> Output:
@@ -201,7 +201,7 @@ Source = Annotated[Literal["detectron2", "mmdet"], typer.Option(help="The other 
 
 
 def main(source: Source = "detectron2", rounds: measure.Rounds = 3, threads: measure.Threads = 0) -> None:
-    """Builds, converts, compares, times and prints."""
+    """Build, convert, compare, time and print."""
     framework = FRAMEWORKS[source]()
     if importlib.util.find_spec(framework.package) is None:
         typer.echo(f"{framework.package} is not installed: nothing to compare with.")

@@ -92,7 +92,7 @@ def make_batch(size: Size, *, dense: bool, count: int = 2) -> tuple[list[Tensor]
 
 
 def prepare(side: str, size: Size) -> measure.Call:
-    """Makes a model and a batch; returns one step, which returns its losses."""
+    """Make a model and a batch; return one step, which returns its losses."""
     model = make(side, size)
     images, targets = make_batch(size, dense=side == TORCHVISION)
     run = model if side == TORCHVISION else functools.partial(model, resize=False)
@@ -116,7 +116,7 @@ def main(
     threads: measure.Threads = 0,
     others: Annotated[bool, typer.Option(help="Measure the other necks and detectors as well.")] = False,
 ) -> None:
-    """Compares losses, times and peak memory of one training step of two images."""
+    """Compare losses, times and peak memory of one training step of two images."""
     rounds = 1 if quick else rounds
     size = (64, 96) if quick else (480, 640)
     measure.start(threads, rounds)

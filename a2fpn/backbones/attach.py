@@ -209,7 +209,7 @@ def find_backbone_info(architecture: str) -> BackboneInfo:
 
 
 def probe(architecture: str) -> BackboneInfo:
-    """Finds out how an architecture is attached; ``reason`` says why if it can't be.
+    """Find out how an architecture is attached; ``reason`` says why if it can't be.
 
     Example:
         >>> found = probe("test_resnet")
@@ -349,7 +349,7 @@ class _Probe:
 
     @contextlib.contextmanager
     def _noted(self, what: str) -> Iterator[None]:
-        """Swallows what a network raises: any exception may come from code that was made for another size."""
+        """Swallow what a network raises: any exception may come from code that was made for another size."""
         try:
             yield
         except _NeedsValuesError:

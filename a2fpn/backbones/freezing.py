@@ -15,7 +15,7 @@ Norm = Literal["bn", "frozen", "sync", "gn"]
 
 
 def convert_norms(body: nn.Module, norm: Norm) -> nn.Module:
-    """Turns the batch norms of a network into another kind.
+    """Turn the batch norms of a network into another kind.
 
     By timm's own converters, since torch's drop the activations that timm's norms hold. Other norms stay as they are.
 
@@ -92,7 +92,7 @@ def _leaves(x: Tensor) -> set[nn.Parameter]:
 
 
 def freeze_parameters(module: nn.Module, parameters: Collection[nn.Parameter]) -> Iterator[nn.Module]:
-    """Stops the training of parameters.
+    """Stop the training of parameters.
 
     Args:
         module: Where they are.
@@ -114,7 +114,7 @@ def freeze_parameters(module: nn.Module, parameters: Collection[nn.Parameter]) -
 
 
 def drop_unused(body: nn.Module, run: Callable[[], list[Tensor]]) -> tuple[str, ...]:
-    """Removes parameters that none of a network's maps depends on, heads and last norms above all.
+    """Remove parameters that none of a network's maps depends on, heads and last norms above all.
 
     A module that holds nothing else is removed. Where the network can't run without it, its parameters are frozen
     instead, as single parameters are.
@@ -147,7 +147,7 @@ def drop_unused(body: nn.Module, run: Callable[[], list[Tensor]]) -> tuple[str, 
 
 
 def drop_modules(body: nn.Module, names: Iterable[str]) -> None:
-    """Removes modules from a network, and freezes parameters.
+    """Remove modules from a network, and freeze parameters.
 
     Args:
         body: The network; it is changed.

@@ -31,7 +31,7 @@ _PERMISSIVE = {"apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0"}
 
 
 def create_with_weights(name: str, weights: str | Path | None, options: dict[str, Any]) -> nn.Module:
-    """Builds a network with timm's weights, or those of a local file.
+    """Build a network with timm's weights, or those of a local file.
 
     timm adapts them to other image channels, and those of most families to switches of the constructor; position
     embeddings, tables of attention biases and patches that it leaves as they are, are resized here.
@@ -77,7 +77,7 @@ def _load(name: str, source: dict[str, Any], options: dict[str, Any]) -> nn.Modu
 
 
 def _resized(name: str, x: Tensor, shape: torch.Size) -> Tensor:
-    """Interpolates a parameter that holds one value per position.
+    """Interpolate a parameter that holds one value per position.
 
     The positions are two axes, or one: a grid row by row behind what belongs to no position (class tokens), or a line.
 
@@ -115,7 +115,7 @@ def _interpolated(x: Tensor, size: list[int], *, align_corners: bool = False) ->
 
 
 def _create_from_file(name: str, weights: Path, options: dict[str, Any]) -> nn.Module:
-    """Makes sure that the weights arrived.
+    """Make sure that the weights arrived.
 
     timm loads feature extractors without looking at what is missing, since the classifier always is. Its loaders may
     also rename and reshape. So what is compared is what the tensors hold, not what they are called.

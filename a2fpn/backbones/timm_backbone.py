@@ -132,7 +132,7 @@ class TimmBackbone(nn.Module):
             self._checkpoint()
 
     def _make_levels(self, strides: Sequence[int], channels: Sequence[int]) -> PyramidSpec:
-        """Fills ``made`` with what makes the levels of maps with so many channels."""
+        """Fill ``made`` with what makes the levels of maps with so many channels."""
         out_channels = [channels[source] for source in self._sources]
         # One level alone is for a neck that makes the others, and normalizes.
         norm = len(self.info.strides) == 1 and len(strides) > 1 and not self.config.taps
@@ -266,7 +266,7 @@ class TimmBackbone(nn.Module):
         return ids | {f"made.{name}": len(order) for name, _ in self.made.named_parameters()}
 
     def train(self, mode: bool = True) -> TimmBackbone:
-        """Sets training mode everywhere but in the frozen part."""
+        """Set training mode everywhere but in the frozen part."""
         super().train(mode)
         for module in self._frozen:
             module.eval()
@@ -350,7 +350,7 @@ def _crashes_channels_last(module: nn.Module) -> bool:
 
 
 def _move_strides(body: nn.Module, name: str) -> None:
-    """Gives the strides of bottlenecks to their first convolution, as in Caffe's ResNets."""
+    """Give the strides of bottlenecks to their first convolution, as in Caffe's ResNets."""
     blocks = [module for module in body.modules() if isinstance(module, Bottleneck)]
     if not blocks:
         raise ConfigError(f"Backbone {name!r} has no ResNet bottlenecks; leave stride_in_1x1 at False.")

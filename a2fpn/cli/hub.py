@@ -38,7 +38,7 @@ RepoName = Annotated[str, typer.Option(help="The repository on the Hub.", metava
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command line and exits.
+    """Run the command line and exit.
 
     Args:
         argv: Arguments without the program's name; None takes ``sys.argv``.
@@ -120,7 +120,7 @@ def convert(
 
 @torch.no_grad()
 def _compare(theirs: Any, ours: a2fpn.Detector) -> str:
-    """Runs both on a random image that neither resizes.
+    """Run both on a random image that neither resizes.
 
     Raises:
         ValueError: If they differ by more than rounding.

@@ -29,7 +29,7 @@ _TRACKED = ".num_batches_tracked"
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Reads a state dict from a file of a foreign framework, without running any code of it.
+    """Read a state dict from a file of a foreign framework, without running any code of it.
 
     Args:
         path: ``.pth``, ``.pt``, ``.bin`` or ``.ckpt``, read by ``torch.load(weights_only=True)``; ``.pkl``, a pickle
@@ -77,7 +77,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
 
 def load_array_pickle(path: str | Path) -> Any:
-    """Reads a pickle that holds nothing but numpy arrays, text, numbers and containers of them.
+    """Read a pickle that holds nothing but numpy arrays, text, numbers and containers of them.
 
     No name in the pickle is ever looked up: the few that numpy writes for an array stand for functions of this
     module, which make tensors, and any other is an error.
@@ -239,7 +239,7 @@ class Pixels:
 def convert(
     state: Mapping[str, Tensor], name: str, layout: Layout, pixels: Pixels, overrides: Mapping[str, Any]
 ) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Turns a foreign state dict into a configuration and a state dict of ours.
+    """Turn a foreign state dict into a configuration and a state dict of ours.
 
     Sizes (classes, widths, layers) are read from the tensors. The background class moves from the end to the
     beginning; where the source has none (boxes per class, masks), it gets zeros, which nothing reads.

@@ -49,7 +49,7 @@ def graft(
     seed: int = 0,
     **options: Any,
 ) -> dict[str, Tensor]:
-    """Turns the state dict of an FPN detector into that of the same detector with another neck.
+    """Turn the state dict of an FPN detector into that of the same detector with another neck.
 
     Args:
         state: State dict of a detector with neck ``fpn``; not changed.
@@ -101,7 +101,7 @@ def graft(
 def graft_model(
     model: Detector, *, target: str = "a2fpn", center_bias: float = 8.0, seed: int = 0, **options: Any
 ) -> Detector:
-    """Builds the detector that :func:`graft` gives the weights of.
+    """Build the detector that :func:`graft` gives the weights of.
 
     Args:
         model: A detector with neck ``fpn``; not changed, and nothing is shared with it.
@@ -162,7 +162,7 @@ def _not_an_fpn(found: str) -> ValueError:
 
 
 def _begin_as_fpn(neck: PyramidNeck, center_bias: float) -> PyramidNeck:
-    """Sets the parts that an FPN lacks so that they change nothing, and returns the neck."""
+    """Set the parts that an FPN lacks so that they change nothing, and return the neck."""
     for module in neck.top_down.modules():
         if isinstance(module, KernelPredictor):
             module.reset_center(center_bias)

@@ -54,7 +54,7 @@ def from_mmdet(
     std: tuple[float, ...] = (58.395, 57.12, 57.375),
     **overrides: Any,
 ) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Turns a state dict of mmdetection into one of ours.
+    """Turn a state dict of mmdetection into one of ours.
 
     The defaults are those of mmdetection's configurations ``*_r50_fpn_*``. Colors are swapped in the first
     convolution where need be, and the statistics expressed in the configuration.

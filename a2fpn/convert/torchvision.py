@@ -70,7 +70,7 @@ _UNNAMED = ("N/A", "__background__")
 
 
 def from_torchvision(module: nn.Module, *, categories: Sequence[str] | None = None) -> Detector:
-    """Turns a torchvision detector into one of ours that gives the same detections.
+    """Turn a torchvision detector into one of ours that gives the same detections.
 
     Labels then start at 0 without background. Sizes whose resize torchvision's floating point makes a pixel smaller
     (97 to 799 instead of 800) are the exception.
@@ -106,7 +106,7 @@ def from_torchvision(module: nn.Module, *, categories: Sequence[str] | None = No
 def load_torchvision(
     state: Mapping[str, Tensor], builder: str, *, norm_eps: float | None = None, **options: Any
 ) -> nn.Module:
-    """Builds the torchvision detector that a state dict belongs to, for :func:`from_torchvision`.
+    """Build the torchvision detector that a state dict belongs to, for :func:`from_torchvision`.
 
     Args:
         state: Its tensors; numbers of classes and keypoints are read from them.
@@ -247,7 +247,7 @@ def published_config(weights: TorchvisionWeights) -> ModelConfig:
 
 
 def torchvision_state(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Turns the state dict of a torchvision detector into that of ours.
+    """Turn the state dict of a torchvision detector into that of ours.
 
     Args:
         state: Names of any version of torchvision; not changed, its tensors are shared where they stay as they are.

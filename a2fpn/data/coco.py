@@ -124,7 +124,7 @@ class SkipReport:
 
 
 def read_coco(source: str | Path | Mapping[str, Any] | CocoFile, *, strict: bool = False) -> CocoFile:
-    """Reads and checks a COCO file.
+    """Read and check a COCO file.
 
     Annotation ids may be 0, repeated or missing: nothing depends on them. A missing ``iscrowd`` is 0, a
     missing ``area`` is computed.
@@ -188,7 +188,7 @@ def check_annotations(
     has_masks: bool,
     num_keypoints: int = 0,
 ) -> tuple[dict[int, list[Annotation]], list[str]]:
-    """Checks annotations as :func:`read_coco` does, for sources that give them image by image.
+    """Check annotations as :func:`read_coco` does, for sources that give them image by image.
 
     Args:
         entries: What stands in ``annotations`` of a COCO file.
@@ -256,7 +256,7 @@ class SampleMaker:
         semantic: str | Path | bytes | None = None,
         transforms: Callable[..., Any] | None = None,
     ) -> Sample:
-        """Makes a sample.
+        """Make a sample.
 
         Args:
             entry: The image's entry; its size must be the image's.
@@ -438,7 +438,7 @@ class CocoDataset(Dataset[Sample]):
 
 
 def collate(batch: Sequence[Sample]) -> tuple[list[tv_tensors.Image], list[dict[str, Any]]]:
-    """Collects samples into a list of images, which may differ in size, and a list of targets.
+    """Collect samples into a list of images, which may differ in size, and a list of targets.
 
     Example:
         >>> images, targets = collate([(torch.zeros(3, 4, 5), {}), (torch.zeros(3, 6, 7), {})])
@@ -514,7 +514,7 @@ def _parse_keypoints(values: Any, count: int) -> tuple[tuple[float, float, float
 
 
 def _parse_masks(entries: Sequence[Any], images: Mapping[int, CocoImage]) -> dict[int, Polygons | Rle | ValueError]:
-    """Checks the masks of all entries at once, by position; those that name no image are left out."""
+    """Check the masks of all entries at once, by position; those that name no image are left out."""
     of_image = {
         position: images[raw["image_id"]]
         for position, raw in enumerate(entries)

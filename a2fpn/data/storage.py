@@ -24,7 +24,7 @@ def is_remote(location: str | Path) -> bool:
 
 
 def read_bytes(location: str | Path, start: int = 0, end: int | None = None) -> bytes:
-    """Reads a file, or the part from byte ``start`` up to ``end``; what lies beyond the file is left out.
+    """Read a file, or the part from byte ``start`` up to ``end``; what lies beyond the file is left out.
 
     Network reads that fail for a reason that may pass are tried again three times, within about ten seconds.
 

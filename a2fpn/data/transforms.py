@@ -42,7 +42,7 @@ def train_transforms(
     min_box_size: float = 1.0,
     keypoint_names: Sequence[str] = (),
 ) -> Callable[..., Any]:
-    """Returns the training augmentation for a model.
+    """Return the training augmentation for a model.
 
     An image is cropped, resized to the model's own size for it times a random factor, cropped again, recolored (before
     it is resized where that is less work), flipped and turned; it is never padded, which is the model's part. The

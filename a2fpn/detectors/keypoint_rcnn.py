@@ -66,7 +66,7 @@ class KeypointRCNN(RCNN):
 
 
 def resize_keypoints(keypoints: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Scales keypoints ``(N, K, 3)`` x, y, visibility from an image of one size (height, width) to another.
+    """Scale keypoints ``(N, K, 3)`` x, y, visibility from an image of one size (height, width) to another.
 
     Example:
         >>> import torch

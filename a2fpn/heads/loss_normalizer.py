@@ -25,7 +25,7 @@ class GlobalLossNormalizer(nn.Module):
     enabled = False
 
     def forward(self, loss: Tensor, count: int) -> Tensor:
-        """Returns the loss of this rank, normalized over all ranks.
+        """Return the loss of this rank, normalized over all ranks.
 
         Args:
             loss: Scalar, a sum divided by ``max(1, count)``.
@@ -39,7 +39,7 @@ class GlobalLossNormalizer(nn.Module):
 
 
 def normalize_losses_globally(module: nn.Module, *, enabled: bool = True) -> None:
-    """Sets ``enabled`` of every :class:`GlobalLossNormalizer` in a module."""
+    """Set ``enabled`` of every :class:`GlobalLossNormalizer` in a module."""
     for part in module.modules():
         if isinstance(part, GlobalLossNormalizer):
             part.enabled = enabled

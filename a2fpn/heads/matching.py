@@ -55,7 +55,7 @@ class ChunkedMatcher(Matcher):  # type: ignore[misc]
     """
 
     def __call__(self, pairs: BoxPairs) -> Tensor:
-        """Matches boxes.
+        """Match boxes.
 
         Args:
             pairs: What is matched; no object makes everything background.

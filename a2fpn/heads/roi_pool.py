@@ -74,7 +74,7 @@ def _adaptive_roi_align(x: Tensor, rois: Tensor, size: int, scale: float, aligne
 
 
 def _on_map(rois: Tensor, scale: float, aligned: bool) -> tuple[Tensor, Tensor]:
-    """Starts and lengths of RoIs along y and x in map pixels, ``(R, 2)`` each."""
+    """Start and lengths of RoIs along y and x in map pixels, ``(R, 2)`` each."""
     corners = rois[:, 1:].float() * scale - (0.5 if aligned else 0.0)
     starts, ends = corners[:, [1, 0]], corners[:, [3, 2]]
     # Unaligned RoIAlign treats boxes of less than one map pixel as one pixel.
@@ -159,7 +159,7 @@ class StrideRoIAlign(nn.Module):
     def forward(
         self, features: Features, boxes: Sequence[Tensor], image_shapes: Sequence[tuple[int, int]] | None = None
     ) -> Tensor:
-        """Pools boxes.
+        """Pool boxes.
 
         Args:
             features: Maps; levels without a declared stride here are ignored.

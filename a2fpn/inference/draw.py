@@ -110,7 +110,7 @@ def draw(
     scores: bool = True,
     fit: tuple[int, int] | None = None,
 ) -> Image.Image:
-    """Draws a result on its image; :meth:`a2fpn.Result.plot` is the usual way to call it.
+    """Draw a result on its image; :meth:`a2fpn.Result.plot` is the usual way to call it.
 
     With one class each object has another color than its neighbors; with more, each class has its own, the
     same in every picture as far as the palette reaches. An image whose long side is under 768 pixels, or whose
@@ -195,7 +195,7 @@ def draw(
 
 
 def draw_grid(results: Sequence[Drawable], notes: Sequence[str], *, columns: int = 3) -> Image.Image:
-    """Draws annotated images side by side, each with its name, a remark and its classes under it; no scores.
+    """Draw annotated images side by side, each with its name, a remark and its classes under it; no scores.
 
     Args:
         results: The images with their objects.
@@ -266,7 +266,7 @@ class _Canvas:
         self.clip = self.figure.bbox
 
     def paste(self, picture: Image.Image, left: int = 0, top: int = 0) -> None:
-        """Puts a picture's top left corner at (left, top); outlines are cut off at its border."""
+        """Put a picture's top left corner at (left, top); outlines are cut off at its border."""
         bottom = self.height - top - picture.height
         self.figure.figimage(np.asarray(picture), xo=left, yo=bottom, origin="upper")
         self.clip = Bbox.from_extents(left, bottom, left + picture.width, bottom + picture.height)
@@ -281,7 +281,7 @@ class _Canvas:
         opacity: float = 1.0,
         fill: float = 0.0,
     ) -> None:
-        """Strokes and fills outlines, given in pixels / ``scale``, with lines of ``line`` pixels.
+        """Stroke and fill outlines, given in pixels / ``scale``, with lines of ``line`` pixels.
 
         ``opacity`` is the lines', ``fill`` the areas'.
         """
@@ -298,12 +298,12 @@ class _Canvas:
         )
 
     def rectangle(self, x: float, y: float, width: float, height: float, color: Colors) -> None:
-        """Fills a rectangle whose top left corner is (x, y)."""
+        """Fill a rectangle whose top left corner is (x, y)."""
         corner = (x, self.height - y - height)
         self.figure.add_artist(Rectangle(corner, width, height, color=color, lw=0, transform=IdentityTransform()))
 
     def text(self, x: float, y: float, text: str, size: float, color: Colors, *, bold: bool = False) -> float:
-        """Writes text on the baseline y and returns its width in pixels."""
+        """Write text on the baseline y and return its width in pixels."""
         self.figure.add_artist(
             Text(
                 x,
@@ -318,14 +318,14 @@ class _Canvas:
         return _text_width(text, size, bold=bold)
 
     def label(self, place: NDArray[np.float64], text: str, size: float, color: Colors) -> None:
-        """Writes a label on a colored rectangle, given as xyxy."""
+        """Write a label on a colored rectangle, given as xyxy."""
         x0, y0, x1, y1 = place
         self.rectangle(x0, y0, x1 - x0, y1 - y0, color)
         dark_on_light = color @ (0.299, 0.587, 0.114) > 0.45
         self.text(x0 + 0.25 * size, y1 - 0.35 * size, text, size, _DARK if dark_on_light else _WHITE)
 
     def entry(self, x: float, y: float, entry: _Entry, size: float) -> None:
-        """Writes an entry of the legend on the baseline y."""
+        """Write an entry of the legend on the baseline y."""
         for color in entry.colors:
             self.rectangle(x, y - 0.75 * size, 0.8 * size, 0.8 * size, color)
             x += 0.8 * size
@@ -424,7 +424,7 @@ def _together(outlines: list[Outline]) -> Outline:
 def _place_labels(
     texts: Sequence[str], boxes: NDArray[np.float32], picture: tuple[int, int], size: float
 ) -> list[NDArray[np.float64] | None]:
-    """Finds room for labels: on the box, in its corner or under it, or nowhere.
+    """Find room for labels: on the box, in its corner or under it, or nowhere.
 
     Args:
         texts: N texts, the most important first.
@@ -494,7 +494,7 @@ def _legend(result: Drawable, colors: Colors, *, scores: bool = True) -> list[_E
 
 
 def _wrap(entries: list[_Entry], width: int, size: float) -> list[list[tuple[float, _Entry]]]:
-    """Sets entries in rows no wider than ``width``, the first alone, each with its x."""
+    """Set entries in rows no wider than ``width``, the first alone, each with its x."""
     rows: list[list[tuple[float, _Entry]]] = []
     x = math.inf
     for index, entry in enumerate(entries):
@@ -507,7 +507,7 @@ def _wrap(entries: list[_Entry], width: int, size: float) -> list[list[tuple[flo
 
 
 def _shorten(text: str) -> str:
-    """Cuts a name that would not fit."""
+    """Cut a name that would not fit."""
     return text if len(text) <= 32 else f"{text[:31]}…"
 
 
@@ -523,6 +523,6 @@ def _text_width(text: str, size: float, *, bold: bool = False) -> float:
 
 @functools.cache
 def _renderer() -> Any:
-    """Measures text."""
+    """Measure text."""
     canvas: Any = FigureCanvasAgg(Figure(figsize=(1, 1), dpi=_DPI))
     return canvas.get_renderer()

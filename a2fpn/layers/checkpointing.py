@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 def maybe_checkpoint(module: nn.Module, step: Callable[..., Tensor], *inputs: object) -> Tensor:
-    """Runs a step of a module, in training under activation checkpointing.
+    """Run a step of a module, in training under activation checkpointing.
 
     Stored normalized pixels, queries, kernels and reassembled maps would take several times the memory of the pyramid.
 

@@ -120,7 +120,7 @@ class MGC(nn.Module):
         *,
         residual: Sequence[Tensor] | None = None,
     ) -> list[Tensor]:
-        """Computes the context of every pixel.
+        """Compute the context of every pixel.
 
         Args:
             features: Maps ``(B, C_i, H_i, W_i)``.
@@ -138,7 +138,7 @@ class MGC(nn.Module):
         ]
 
     def nodes(self, features: Sequence[Tensor], valid: Sequence[Tensor | None] | None = None) -> list[Tensor]:
-        """Collects nodes and reasons over them.
+        """Collect nodes and reason over them.
 
         Args:
             features: Maps ``(B, C_i, H_i, W_i)``.

@@ -48,7 +48,7 @@ class DySample(nn.Module):
             nn.init.zeros_(self.offset.bias)
 
     def forward(self, coarse: Tensor, fine: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Merges ``(B, C, h, w)`` into ``(B, C, H, W)``; ``valid`` is unused, kept for one signature of fusions."""
+        """Merge ``(B, C, h, w)`` into ``(B, C, H, W)``; ``valid`` is unused, kept for one signature of fusions."""
         return maybe_checkpoint(self, self._merge, coarse, fine)
 
     def _merge(self, coarse: Tensor, fine: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ class KernelPredictor(nn.Module):
         self.reset_center(center_bias)
 
     def reset_center(self, center_bias: float) -> None:
-        """Sets the bias to ``center_bias / scale`` on the center and 0 around it."""
+        """Set the bias to ``center_bias / scale`` on the center and 0 around it."""
         if self.conv.bias is None:
             raise RuntimeError("The predictor's convolution has a bias by construction.")
         with torch.no_grad():
@@ -71,7 +71,7 @@ class KernelPredictor(nn.Module):
             places[len(places) // 2] = center_bias / self.scale
 
     def forward(self, x: Tensor) -> Tensor:
-        """Predicts kernels that sum to one over dim 1.
+        """Predict kernels that sum to one over dim 1.
 
         Args:
             x: ``(B, in_channels, H, W)``.
@@ -113,7 +113,7 @@ class ChannelGates(nn.Module):
             self.focus = nn.ParameterList(torch.zeros(channels) for _ in range(2))
 
     def forward(self, a: Tensor, b: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Returns ``gate_a * a + gate_b * b`` for maps ``(B, C, H, W)``; ``valid`` is a bool ``(B, 1, H, W)``.
+        """Return ``gate_a * a + gate_b * b`` for maps ``(B, C, H, W)``; ``valid`` is a bool ``(B, 1, H, W)``.
 
         Where no gradient is recorded, the sum is written into ``a``.
         """
@@ -172,7 +172,7 @@ class CARAFE(nn.Module):
         )
 
     def forward(self, coarse: Tensor, fine: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Merges ``(B, C, h, w)`` into ``(B, C, H, W)``; ``valid`` is unused, kept for one signature of fusions."""
+        """Merge ``(B, C, h, w)`` into ``(B, C, H, W)``; ``valid`` is unused, kept for one signature of fusions."""
         return maybe_checkpoint(self, self._merge, coarse, fine)
 
     def _merge(self, coarse: Tensor, fine: Tensor) -> Tensor:
@@ -225,7 +225,7 @@ class GACARAFE(nn.Module):
         self.gates = ChannelGates(channels, pool=pool)
 
     def forward(self, coarse: Tensor, fine: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Merges ``coarse`` ``(B, C, h, w)`` into ``fine`` ``(B, C, H, W)``; ``valid`` is the fine level's mask."""
+        """Merge ``coarse`` ``(B, C, h, w)`` into ``fine`` ``(B, C, H, W)``; ``valid`` is the fine level's mask."""
         return maybe_checkpoint(self, self._merge, coarse, fine, valid)
 
     def _merge(self, coarse: Tensor, fine: Tensor, valid: Tensor | None) -> Tensor:
@@ -277,7 +277,7 @@ class GACAP(nn.Module):
         self.gates = ChannelGates(channels, pool=pool)
 
     def forward(self, fine: Tensor, coarse: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Merges ``fine`` ``(B, C, H, W)`` into ``coarse`` ``(B, C, h, w)``; ``valid`` is the coarse level's mask."""
+        """Merge ``fine`` ``(B, C, H, W)`` into ``coarse`` ``(B, C, h, w)``; ``valid`` is the coarse level's mask."""
         return maybe_checkpoint(self, self._merge, fine, coarse, valid)
 
     def _merge(self, fine: Tensor, coarse: Tensor, valid: Tensor | None) -> Tensor:

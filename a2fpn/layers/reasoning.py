@@ -66,7 +66,7 @@ class GraphConvolution(nn.Module):
 
 
 def create_reasoning(kind: ReasoningKind, nodes: int, channels: int, *, attention: AttentionKind) -> nn.Module:
-    """Builds a module that maps nodes ``(B, N, d)`` to ``(B, N, d)``.
+    """Build a module that maps nodes ``(B, N, d)`` to ``(B, N, d)``.
 
     Args:
         kind: :class:`SelfAttention` or :class:`GraphConvolution`.

@@ -183,7 +183,7 @@ def _pixels_to(x: Tensor, kernels: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _in_batch(batch: int, rows: Tensor, pixels: int) -> Tensor:
-    """Starts of rows ``(h, m)`` in each image of a batch, ``(B, h, m)``."""
+    """Start of rows ``(h, m)`` in each image of a batch, ``(B, h, m)``."""
     return torch.arange(batch, device=rows.device)[:, None, None] * pixels + rows
 
 

@@ -145,7 +145,7 @@ class WeightedFusion(nn.Module):
         self.pointwise = ConvNormAct(channels, channels, norm_layer=norm_layer)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        """Fuses maps ``(B, d, H, W)`` of one size into one."""
+        """Fuse maps ``(B, d, H, W)`` of one size into one."""
         weight = F.relu(self.weight)
         weight = weight / (weight.sum() + _EPS)
         fused = maps[0] * weight[0]

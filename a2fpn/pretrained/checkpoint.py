@@ -114,7 +114,7 @@ def save_checkpoint(
     half: bool = False,
     metadata: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Writes a checkpoint folder.
+    """Write a checkpoint folder.
 
     Args:
         directory: Made if it does not exist.
@@ -150,7 +150,7 @@ def save_checkpoint(
 
 
 def add_metadata(directory: str | Path, **facts: Any) -> Checkpoint:
-    """Writes facts into the metadata of a checkpoint folder, over those of the same names; the weights stay.
+    """Write facts into the metadata of a checkpoint folder, over those of the same names; the weights stay.
 
     Args:
         directory: The folder.
@@ -172,7 +172,7 @@ def add_metadata(directory: str | Path, **facts: Any) -> Checkpoint:
 
 
 def read_checkpoint(directory: str | Path) -> Checkpoint:
-    """Reads and validates ``config.json`` of a folder.
+    """Read and validate ``config.json`` of a folder.
 
     Raises:
         CheckpointError: If there is none, it is no JSON, or any key or value is wrong.
@@ -207,7 +207,7 @@ def _packages(config: ModelConfig) -> list[str]:
 
 
 def _check_packages(data: Mapping[str, Any], where: str) -> None:
-    """Names the packages that have to be imported first; a checkpoint never makes anything be imported.
+    """Name the packages that have to be imported first; a checkpoint never makes anything be imported.
 
     Raises:
         CheckpointError: If one is not.
@@ -238,7 +238,7 @@ def missing_weights(where: str, files: Iterable[str]) -> str:
 
 
 def check_weights(directory: str | Path, checkpoint: Checkpoint) -> Path:
-    """Returns the weights file of a folder after checking its sha256.
+    """Return the weights file of a folder after checking its sha256.
 
     Raises:
         CheckpointError: If the file is missing or not the one that ``config.json`` names.
@@ -261,7 +261,7 @@ def wrong_weights(where: str, digest: str, expected: str) -> str:
 
 
 def read_weights(directory: str | Path, checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Reads the tensors of a folder after checking the file's sha256.
+    """Read the tensors of a folder after checking the file's sha256.
 
     Raises:
         CheckpointError: If the file is missing, damaged, or not the one that ``config.json`` names.
@@ -270,7 +270,7 @@ def read_weights(directory: str | Path, checkpoint: Checkpoint) -> dict[str, Ten
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Reads the tensors of a file whose hash is known to be right.
+    """Read the tensors of a file whose hash is known to be right.
 
     Raises:
         CheckpointError: If it is no safetensors file.
@@ -282,7 +282,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Loads tensors strictly: same names, same shapes; floating dtypes are converted.
+    """Load tensors strictly: same names, same shapes; floating dtypes are converted.
 
     Raises:
         CheckpointError: Naming up to five tensors per kind of mismatch.

@@ -79,7 +79,7 @@ class Repo:
 
     @classmethod
     def parse(cls, name: str, *, revision: str | None = None, **options: Any) -> Repo:
-        """Reads ``org/name`` or ``org/name@revision``; options are the other fields.
+        """Read ``org/name`` or ``org/name@revision``; options are the other fields.
 
         Raises:
             ValueError: If it is no such name, or two revisions are given.
@@ -116,7 +116,7 @@ class Downloaded(NamedTuple):
 
 
 def download_checkpoint(repo: Repo, *, weights: bool = True) -> Downloaded:
-    """Brings a checkpoint into the cache, all of it from one commit, and checks it: each file is read once.
+    """Bring a checkpoint into the cache, all of it from one commit, and check it: each file is read once.
 
     ``config.json`` must have the hash that the Hub recorded, the weights the one that ``config.json`` names. A file
     that has not is downloaded once more. With everything in the cache, a commit needs no request and a branch or tag
@@ -155,7 +155,7 @@ def download_checkpoint(repo: Repo, *, weights: bool = True) -> Downloaded:
 
 
 def _check_files(api: _Api, repo: Repo, commit: str, names: Sequence[str]) -> None:
-    """Asks once, without retries, whether the files are there and can be what they are called."""
+    """Ask once, without retries, whether the files are there and can be what they are called."""
     # Not hf_hub_download's own look: on a server that is down it retries for 23 s.
     info = api.repo_info(repo.id, revision=commit, files_metadata=True)
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
@@ -215,7 +215,7 @@ def push_to_hub(
     metadata: Mapping[str, Any] | None = None,
     commit_message: str = "Upload a detector of a2fpn",
 ) -> str:
-    """Publishes a detector as ``config.json``, ``model.safetensors`` and a card, in one commit.
+    """Publish a detector as ``config.json``, ``model.safetensors`` and a card, in one commit.
 
     Args:
         model: A detector, or a checkpoint folder, whose own ``README.md`` then is the card if it has one.
@@ -337,7 +337,7 @@ def _detail(error: BaseException | None) -> str:
 
 @contextlib.contextmanager
 def _explained(repo: Repo, files: Sequence[str] = ()) -> Iterator[None]:
-    """Turns what huggingface_hub, its HTTP client and hf_xet raise into a :class:`HubError`.
+    """Turn what huggingface_hub, its HTTP client and hf_xet raise into a :class:`HubError`.
 
     Args:
         repo: What is talked about.

@@ -92,7 +92,7 @@ def read_torchvision(weights: TorchvisionWeights, *, local_files_only: bool = Fa
 
 
 def _download(wanted: Download, digest: str) -> None:
-    """Downloads a file whose sha256 begins with ``digest``; torch.hub's function has no time limit.
+    """Download a file whose sha256 begins with ``digest``; torch.hub's function has no time limit.
 
     Raises:
         HubIntegrityError: If what comes has another hash; nothing is kept.
@@ -129,7 +129,7 @@ def _cannot(wanted: Download, reason: str) -> str:
 
 @contextlib.contextmanager
 def _explained(wanted: Download) -> Iterator[None]:
-    """Turns what a download raises into a :class:`HubError`."""
+    """Turn what a download raises into a :class:`HubError`."""
     try:
         yield
     except HubError:

@@ -57,7 +57,7 @@ class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
 
 
 def build_parser() -> ArgumentParser:
-    """Returns the parser of :class:`TrainConfig`; its errors are raised, not printed."""
+    """Return the parser of :class:`TrainConfig`; its errors are raised, not printed."""
     parser = ArgumentParser(
         prog="train",
         usage="train [--config RECIPE] data.root=DIR [section.key=value ...]",
@@ -72,7 +72,7 @@ def build_parser() -> ArgumentParser:
 
 
 def parse(arguments: Sequence[str]) -> TrainConfig:
-    """Reads the settings from command-line arguments.
+    """Read the settings from command-line arguments.
 
     Raises:
         argparse.ArgumentError: For an unknown key, and a missing or wrong value.
@@ -104,7 +104,7 @@ def _recipe(name: str) -> str:
 
 
 def setting_names(section: Any = TrainConfig, prefix: str = "") -> Iterator[str]:
-    """Yields the dotted name of every setting.
+    """Yield the dotted name of every setting.
 
     Example:
         >>> "optim.lr" in setting_names()
@@ -118,7 +118,7 @@ def setting_names(section: Any = TrainConfig, prefix: str = "") -> Iterator[str]
 
 
 def explain(error: Exception) -> str:
-    """Turns an error about the user's input into one line; for an unknown setting it names the likely one."""
+    """Turn an error about the user's input into one line; for an unknown setting it names the likely one."""
     message = " ".join(str(error).split())
     match = UNKNOWN_KEY.search(message)
     if match is None:
@@ -133,13 +133,13 @@ def explain(error: Exception) -> str:
 
 
 def fail(error: Any, code: int = 2) -> int:
-    """Prints one line and returns the exit code."""
+    """Print one line and return the exit code."""
     sys.stderr.write(f"train: error: {error}\n")
     return code
 
 
 def configure_logging() -> None:
-    """Shows what this program says, and only the warnings of the libraries."""
+    """Show what this program says, and only the warnings of the libraries."""
     console = Console(stderr=True)
     if console.is_terminal:  # rich keeps log lines and the progress bar apart
         logging.basicConfig(format="%(message)s", handlers=[RichHandler(console=console, show_path=False)])
@@ -163,7 +163,7 @@ def _door_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Trains as the command line says.
+    """Train as the command line says.
 
     Returns:
         The exit code: 0 after a finished run, 1 after one that failed on the way, 2 for wrong input, 128 + the number

@@ -30,7 +30,7 @@ class MainProcessLogger(MultiProcessAdapter):  # type: ignore[misc]
 
 
 def get_logger(name: str) -> MainProcessLogger:
-    """Returns the logger of a module."""
+    """Return the logger of a module."""
     return MainProcessLogger(logging.getLogger(name), {})
 
 
@@ -101,7 +101,7 @@ class LossWindow:
         self._start = time.perf_counter()
 
     def add(self, losses: Mapping[str, Tensor], *, images: int, waited: float = 0.0) -> None:
-        """Adds the scalar losses of one batch of so many images, for which the run waited so many seconds."""
+        """Add the scalar losses of one batch of so many images, for which the run waited so many seconds."""
         # Reading a loss waits for the device: many are read at once.
         self._pending.append(dict(losses))
         if len(self._pending) == _READ_AT_ONCE:
@@ -127,11 +127,11 @@ class LossWindow:
         return dict(zip(self._sums, accelerator.reduce(sums, reduction="sum").tolist(), strict=True))
 
     def restore(self, totals: Mapping[str, float]) -> None:
-        """Goes on from what :meth:`totals` gave."""
+        """Go on from what :meth:`totals` gave."""
         self._sums = dict(totals) if self._accelerator.is_main_process else dict.fromkeys(totals, 0.0)
 
     def read(self) -> tuple[dict[str, float], Throughput]:
-        """Returns the means and the throughput, and starts anew; every process has to call it."""
+        """Return the means and the throughput, and start anew; every process has to call it."""
         totals = self.totals()
         batches = totals.pop("batches")
         elapsed = time.perf_counter() - self._start
@@ -176,12 +176,12 @@ class ProgressLine:
             self._bar.stop()
 
     def advance(self) -> None:
-        """Counts one step."""
+        """Count one step."""
         if self._bar:
             self._bar.advance(self._task)
 
     def show(self, step: int, loss: float, lr: float, throughput: Throughput) -> None:
-        """Shows the state of the training."""
+        """Show the state of the training."""
         info = f"loss {loss:.4f}  lr {lr:.2e}  {throughput}"
         if self._bar:
             self._bar.update(self._task, info=info)
@@ -192,7 +192,7 @@ class ProgressLine:
 
 @contextmanager
 def text_log(path: Path, *, enabled: bool) -> Iterator[None]:
-    """Appends what the run says to a plain text file, if enabled."""
+    """Append what the run says to a plain text file, if enabled."""
     if not enabled:
         yield
         return
@@ -208,7 +208,7 @@ def text_log(path: Path, *, enabled: bool) -> Iterator[None]:
 
 
 def grid(pictures: Sequence[Image.Image], *, columns: int = 3, width: int = 420) -> Image.Image:
-    """Puts pictures of any sizes on one page, row by row.
+    """Put pictures of any sizes on one page, row by row.
 
     Args:
         pictures: At least one.
@@ -228,7 +228,7 @@ def grid(pictures: Sequence[Image.Image], *, columns: int = 3, width: int = 420)
 
 
 def track_picture(accelerator: Accelerator, name: str, page: Image.Image, path: Path, step: int) -> None:
-    """Gives a picture to the trackers that take any."""
+    """Give a picture to the trackers that take any."""
     for tracker in accelerator.trackers:
         if tracker.name == "trackio":
             import trackio
@@ -239,7 +239,7 @@ def track_picture(accelerator: Accelerator, name: str, page: Image.Image, path: 
 
 
 def plot_metrics(records: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draws the losses and the average precision of a run over its steps.
+    """Draw the losses and the average precision of a run over its steps.
 
     Args:
         records: The lines of ``metrics.jsonl``.

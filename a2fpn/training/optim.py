@@ -28,7 +28,7 @@ def scaled_lr(config: OptimSection, batch_size: int) -> float:
 
 
 def parameter_groups(model: nn.Module, config: OptimSection, *, lr: float) -> list[dict[str, Any]]:
-    """Splits the trainable parameters by learning rate (depth in the backbone) and weight decay (matrix or not).
+    """Split the trainable parameters by learning rate (depth in the backbone) and weight decay (matrix or not).
 
     Biases, norm weights and every other parameter of fewer than two dimensions get no weight decay.
 
@@ -59,7 +59,7 @@ def parameter_groups(model: nn.Module, config: OptimSection, *, lr: float) -> li
 
 
 def build_optimizer(model: nn.Module, config: OptimSection, *, lr: float) -> Optimizer:
-    """Returns SGD with momentum or AdamW over :func:`parameter_groups`; on CUDA each step is a few kernels."""
+    """Return SGD with momentum or AdamW over :func:`parameter_groups`; on CUDA each step is a few kernels."""
     groups = parameter_groups(model, config, lr=lr)
     fused = True if groups[0]["params"][0].device.type == "cuda" else None
     if config.name == "sgd":
@@ -89,5 +89,5 @@ def lr_factor(step: int, *, total_steps: int, config: OptimSection) -> float:
 
 
 def build_scheduler(optimizer: Optimizer, total_steps: int, config: OptimSection) -> LambdaLR:
-    """Returns the schedule; call its ``step()`` once after each optimizer step."""
+    """Return the schedule; call its ``step()`` once after each optimizer step."""
     return LambdaLR(optimizer, partial(lr_factor, total_steps=total_steps, config=config))

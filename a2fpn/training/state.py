@@ -55,17 +55,17 @@ class RunState:
     skipped: list[str] = dataclasses.field(default_factory=list)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the fields."""
+        """Return the fields."""
         return dataclasses.asdict(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over the fields."""
+        """Take over the fields."""
         for name, value in state.items():
             setattr(self, name, value)
 
 
 def write_config(config: TrainConfig, output: Path) -> None:
-    """Writes ``config.yaml``, from which ``--config`` starts the same run anew."""
+    """Write ``config.yaml``, from which ``--config`` starts the same run anew."""
     write_text(output / "config.yaml", yaml.safe_dump(as_plain(config), sort_keys=False))
 
 
@@ -93,7 +93,7 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def append_metrics(record: Mapping[str, Any], output: Path) -> None:
-    """Adds one line to ``metrics.jsonl``."""
+    """Add one line to ``metrics.jsonl``."""
     with (output / METRICS_FILE).open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
         file.flush()
@@ -101,21 +101,21 @@ def append_metrics(record: Mapping[str, Any], output: Path) -> None:
 
 
 def read_metrics(output: Path) -> list[dict[str, Any]]:
-    """Returns the records of ``metrics.jsonl``; a last line that was cut off is left out."""
+    """Return the records of ``metrics.jsonl``; a last line that was cut off is left out."""
     path = output / METRICS_FILE
     lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
     return [json.loads(line) for line in lines[:-1]]  # a whole line ends in a line break
 
 
 def rewind_metrics(output: Path, step: int) -> None:
-    """Drops the records of steps after ``step``, which a resumed run makes again."""
+    """Drop the records of steps after ``step``, which a resumed run makes again."""
     if (output / METRICS_FILE).exists():
         kept = [json.dumps(record) + "\n" for record in read_metrics(output) if record["step"] <= step]
         write_text(output / METRICS_FILE, "".join(kept))
 
 
 def resume_folder(resume: bool | str, output: Path) -> Path | None:
-    """Finds the training state to continue from.
+    """Find the training state to continue from.
 
     Args:
         resume: False; True for the run's own ``last`` checkpoint; ``"auto"`` for the same where there is one; or a path
@@ -138,7 +138,7 @@ def resume_folder(resume: bool | str, output: Path) -> Path | None:
 
 
 def code_version() -> str | None:
-    """Returns the git commit of the code, with ``-dirty`` for uncommitted changes, or None outside a checkout."""
+    """Return the git commit of the code, with ``-dirty`` for uncommitted changes, or None outside a checkout."""
     root = Path(__file__).resolve().parent.parent.parent
     if not (root / ".git").exists():  # installed, perhaps into somebody else's checkout
         return None

@@ -199,7 +199,7 @@ class StreamFeed:
 
 
 def ahead(items: Iterator[T], *, depth: int) -> Iterator[T]:
-    """Takes ``depth`` items in advance, in a thread; an error comes where its item would.
+    """Take ``depth`` items in advance, in a thread; an error comes where its item would.
 
     Example:
         >>> list(ahead(iter("abc"), depth=2))

@@ -36,7 +36,7 @@ class Difference:
 
 
 def difference(values: Mapping[int, float], control: Mapping[int, float]) -> Difference:
-    """Returns the mean difference of what shares a seed, with its 95 % interval by Student's t.
+    """Return the mean difference of what shares a seed, with its 95 % interval by Student's t.
 
     Args:
         values: By seed.

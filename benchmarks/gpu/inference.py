@@ -36,7 +36,7 @@ QUICK_CASES = [((32, 48), 1, "bf16"), ((32, 48), 2, "fp32")]
 
 
 def run(record: Record) -> None:
-    """Measures case by case, eager and graphs first, the compiler where time is left."""
+    """Measure case by case, eager and graphs first, the compiler where time is left."""
     cases, models = QUICK_CASES if record.quick else CASES, Models()
     with tempfile.TemporaryDirectory() as folder:
         thresholds: dict[base.Size, float] = {}

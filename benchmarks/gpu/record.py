@@ -56,18 +56,18 @@ class Record:
         return self._stop - time.perf_counter()
 
     def add(self, **row: Any) -> None:
-        """Adds a row and writes the file."""
+        """Add a row and write the file."""
         self.rows.append(row)
         self._write()
 
     def note(self, name: str, value: Any) -> None:
-        """Sets a field beside the rows and writes the file."""
+        """Set a field beside the rows and write the file."""
         self._document[name] = value
         self._write()
 
     @contextmanager
     def attempt(self, **row: Any) -> Iterator[None]:
-        """Turns an error into a row: what follows is measured all the same."""
+        """Turn an error into a row: what follows is measured all the same."""
         try:
             yield
         except Exception as error:  # whatever it is, the machine is at hand now
@@ -109,7 +109,7 @@ def commit() -> str | None:
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits for the device."""
+    """Wait for the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -201,7 +201,7 @@ def _union(intervals: Sequence[tuple[float, float]]) -> float:
 
 @contextmanager
 def precision(name: str, device: torch.device) -> Iterator[Callable[[], Any]]:
-    """Sets the arithmetic of float32; gives the autocast under which a plain model runs."""
+    """Set the arithmetic of float32; give the autocast under which a plain model runs."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name != "fp32"
     try:

@@ -28,7 +28,7 @@ class _Given(nn.Module):
 
 
 def accelerated(detector: Detector, how: str) -> None:
-    """Changes a detector that only detects: backbone, neck and dense head run as one.
+    """Change a detector that only detects: backbone, neck and dense head run as one.
 
     Args:
         detector: The detector; its :meth:`~a2fpn.detectors.Detector.features` is replaced.

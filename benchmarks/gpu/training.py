@@ -31,7 +31,7 @@ ALL: dict[str, Any] = {
 
 
 def run(record: Record) -> None:
-    """Compares the losses, then measures case by case."""
+    """Compare the losses, then measures case by case."""
     with record.attempt(side="losses"):
         _compare_losses(record)
     for batch, kind in [(2, "bf16")] if record.quick else CASES:

@@ -178,7 +178,7 @@ def _are_numbers(values: object, count: int) -> bool:
 
 
 def _extend_points(points: array[float], polygons: Sequence[Any]) -> None:
-    """Appends the coordinates of an object's polygons.
+    """Append the coordinates of an object's polygons.
 
     Raises:
         TypeError: If a coordinate is no number.

@@ -28,7 +28,7 @@ class Track(Protocol):
     """Shows the progress of a loop."""
 
     def __call__(self, items: Iterable[T], description: str, total: int) -> Iterable[T]:
-        """Gives the items on, one by one."""
+        """Give the items on, one by one."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class DataReport:
         return tuple(finding for finding in self.findings if finding.fatal)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns JSON-able built-ins, without ``examples``."""
+        """Return JSON-able built-ins, without ``examples``."""
         counts = {"images": self.images, "annotations": self.annotations, "opened": self.opened}
         classes = [
             {"id": count.category.id, "name": count.category.name}
@@ -207,7 +207,7 @@ def count_of(number: int, noun: str) -> str:
 
 
 def shorten(text: str, length: int) -> str:
-    """Cuts a text that is longer than ``length`` characters."""
+    """Cut a text that is longer than ``length`` characters."""
     return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
