@@ -37,7 +37,7 @@ Steps = Annotated[int, typer.Option(help="Training steps of the detector.", min=
 
 
 def main(steps: Steps = 300, quick: measure.Quick = False) -> None:
-    """Train, grafts, compare and prints."""
+    """Train, graft, compare and print."""
     with measure.progress() as bar:
         model = train(2 if quick else steps, bar)
         test = Reference(model, *shapes(2 if quick else 48, torch.Generator().manual_seed(1)))
