@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+
 
 def check_data(
     *,
@@ -81,6 +83,8 @@ def check_data(
 
     if plot is not None and images is None:
         raise ConfigError("--plot draws on the images: give --images too.")
+    if plot is not None and plot.suffix.lower() not in PICTURES:
+        raise ConfigError(f"--plot {plot}: expected a name that ends in {', '.join(PICTURES)}.")
     if duplicates and (images is None or against is None):
         raise ConfigError("--duplicates compares the images of two splits: give --images and --against too.")
     facts = _model_facts(model, min_size, max_size)
