@@ -59,7 +59,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         {"_atomic", "config", "errors", "masks"},
         {"datasets", "fsspec", "torch", "torchvision", "numpy", "PIL", "pycocotools"},
     ),
-    "evaluation": ({"data", "errors", "masks"}, {"faster_coco_eval", "hotcoco", "numpy", "pycocotools"}),
+    "evaluation": ({"data", "errors", "masks"}, {"hotcoco", "numpy", "pycocotools"}),
     "instance_metrics": ({"errors", "data", "masks"}, {"numpy"}),
     "counting": ({"errors"}, {"numpy"}),
     "inference": (
