@@ -6,7 +6,7 @@ summary knows only 100 detections per image. None of this happens here. The matc
 own, but for one thing: whether a detected mask is small or large is decided by the mask, as in detectron2, not
 by the box that comes with it.
 
-Three libraries count alike, to the last bits of a float64: hotcoco is the fastest by far and the default,
+Two libraries count alike, to the last bits of a float64: hotcoco is the default and many times as fast,
 pycocotools the reference. Whichever counts, the order in which the images' detections come does not matter:
 equal scores count in the order of the image ids and, within an image, in the order given.
 """
@@ -36,7 +36,7 @@ from a2fpn.masks.rle import Polygons, Rle, parse_segmentations
 
 logger = logging.getLogger(__name__)
 IOU_TYPES = ("bbox", "segm", "keypoints")
-Backend = Literal["auto", "hotcoco", "faster-coco-eval", "pycocotools"]
+Backend = Literal["auto", "hotcoco", "pycocotools"]
 BACKENDS: tuple[str, ...] = typing.get_args(Backend)
 _MASKS_AT_ONCE = 255  # pycocotools' area raises OverflowError for more
 COCO_SIGMAS = tuple(
@@ -279,25 +279,19 @@ def annotations_as_detections(ground_truth: str | Path | Mapping[str, Any] | Coc
 
 @functools.cache
 def _library(backend: Backend) -> tuple[Any, Any]:
-    """Returns the classes ``COCO`` and ``COCOeval`` of a library; all have pycocotools' interface."""
+    """Returns the classes ``COCO`` and ``COCOeval`` of a library; both have pycocotools' interface."""
     if backend not in BACKENDS:
         raise ConfigError(f"Unknown backend {backend!r}; expected one of {', '.join(BACKENDS)}.")
+    if backend == "pycocotools":
+        return _silent_pycocotools()
     try:
-        if backend in ("auto", "hotcoco"):
-            import hotcoco
-
-            return hotcoco.COCO, hotcoco.COCOeval
-        if backend == "faster-coco-eval":
-            import faster_coco_eval  # type: ignore[import-untyped]
-
-            return faster_coco_eval.COCO, faster_coco_eval.COCOeval_faster
+        import hotcoco
     except ImportError as error:
-        if backend != "auto":
-            raise ConfigError(
-                f"The backend {backend!r} can't be imported ({error}); install {backend}, or take 'pycocotools'."
-            ) from error
+        if backend == "hotcoco":
+            raise ConfigError(f"hotcoco can't be imported ({error}); install it, or take 'pycocotools'.") from error
         logger.warning("hotcoco can't be imported (%s): pycocotools evaluates, which takes many times as long", error)
-    return _silent_pycocotools()
+        return _silent_pycocotools()
+    return hotcoco.COCO, hotcoco.COCOeval
 
 
 def _silent_pycocotools() -> tuple[Any, Any]:
@@ -328,10 +322,10 @@ def _check_sigmas(coco: CocoFile, sigmas: Sequence[float]) -> None:
 
 @dataclass(frozen=True)
 class _EvalInputs:
-    """Ground truth and detections, renumbered with ids that all evaluation libraries accept.
+    """Ground truth and detections, renumbered with ids that both libraries accept.
 
     Images, in the order of their ids, categories and objects are numbered from 1: an object with id 0 counts as no
-    match, hotcoco takes no negative ids, and faster-coco-eval leaves out categories without keypoints if it may choose.
+    match, and hotcoco takes no negative ids.
 
     Args:
         kind: The kind of IoU.

@@ -15,7 +15,6 @@ from a2fpn.backbones import BackboneInfo, TimmBackbone, UnsupportedBackboneError
 from a2fpn.backbones.attach import PYRAMID, measure, probe, read_table
 from a2fpn.config import BackboneConfig
 from benchmarks import backbones as sweep
-from benchmarks import construction
 
 same_timm = pytest.mark.skipif(
     timm.__version__ != next(iter(read_table().values())).timm,
@@ -331,17 +330,6 @@ def test_parts_are_disjoint_and_complete(monkeypatch: pytest.MonkeyPatch, fresh_
     for k in range(1, 8):
         sweep.main(pattern="test_*", part=f"{k}/7", check=True)
     assert sorted(swept) == timm.list_models("test_*")
-
-
-# The benchmark
-
-
-def test_construction_is_compared_with_that_of_its_parts(capsys: pytest.CaptureFixture[str]) -> None:
-    construction.main(pattern="test_resnet", quick=True)
-    out = capsys.readouterr().out
-    assert (
-        len(re.findall(r"│ test_resnet │( +[\d.]+ ms │){4} +\d+\.\d\d │ +\d+\.\d\d │ <= 1\.30 (met|missed)", out)) == 2
-    )
 
 
 @same_timm

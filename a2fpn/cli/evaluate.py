@@ -126,7 +126,7 @@ def evaluate(
         ),
     ] = None,
     backend: Annotated[
-        Literal["auto", "hotcoco", "faster-coco-eval", "pycocotools"],
+        Literal["auto", "hotcoco", "pycocotools"],
         typer.Option(help="What counts: by default hotcoco. All agree; pycocotools is the reference, and slow."),
     ] = "auto",
 ) -> None:

@@ -215,7 +215,7 @@ class RunSection:
     sync_losses: bool = True
     checkpoint_every: int = 0
     evaluate_every: int = 1
-    evaluator: Literal["auto", "hotcoco", "faster-coco-eval", "pycocotools"] = "auto"
+    evaluator: Literal["auto", "hotcoco", "pycocotools"] = "auto"
     val_loss: bool = False
     max_detections: int = 100
     patience: int = 0

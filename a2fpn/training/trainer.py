@@ -171,14 +171,18 @@ class Trainer:
             LoaderError: If a loader process died.
             CheckpointWriteError: If a checkpoint can't be written.
         """
-        main, run = self.accelerator.is_main_process, self.config.run
-        with text_log(self.output / "train.log", enabled=main), Signals() as signals:
+        run = self.config.run
+        with text_log(self.output / "train.log", enabled=self.accelerator.is_main_process), Signals() as signals:
             self._log_start()
-            while self.state.step < self.total_steps and not (run.patience and self.state.stale >= run.patience):
-                record = self._train_epoch(signals)
-                if self.state.epoch % run.evaluate_every == 0 or self.state.step >= self.total_steps:
-                    record |= self._evaluate()
-                self._save(record)
+            try:
+                self._run_epochs(signals)
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise LoaderError(
+                    f"{str(error).splitlines()[0].rstrip('. ')}. If memory ran out, lower data.workers or "
+                    "data.batch_size; run.resume=auto continues from the last checkpoint."
+                ) from error
             if self.state.step < self.total_steps:
                 logger.info("Stopping early: no better %s in %d evaluations.", self.metric, run.patience)
         self.accelerator.end_training()
@@ -261,6 +265,14 @@ class Trainer:
 
     # Training
 
+    def _run_epochs(self, signals: Signals) -> None:
+        run = self.config.run
+        while self.state.step < self.total_steps and not (run.patience and self.state.stale >= run.patience):
+            record = self._train_epoch(signals)
+            if self.state.epoch % run.evaluate_every == 0 or self.state.step >= self.total_steps:
+                record |= self._evaluate()
+            self._save(record)
+
     def _train_epoch(self, signals: Signals) -> dict[str, Any]:
         """Trains to the end of the epoch, or of the run; returns the epoch's record."""
         state, config = self.state, self.config
@@ -303,21 +315,11 @@ class Trainer:
 
         Raises:
             StopRequest: On all processes, if a signal came to any.
-            LoaderError: If a loader process died.
         """
         fetched = []
-        try:
-            for _ in range(self.config.run.grad_accumulation):
-                start = time.perf_counter()
-                if signals.dead_worker:
-                    raise signals.dead_worker
-                fetched.append((next(batches), time.perf_counter() - start))
-                signals.watch_workers()
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            if not signals.received:  # else the signal went to the workers as well
-                raise self._loader_error(error) from error
+        for _ in range(self.config.run.grad_accumulation):
+            start = time.perf_counter()
+            fetched.append((next(batches), time.perf_counter() - start))
         signum = int(max(self._gather(signals.received)))
         if signum:
             self._save(None)
@@ -330,15 +332,6 @@ class Trainer:
             return [value]
         values: list[float] = self.accelerator.gather(torch.tensor([value], device=self.accelerator.device)).tolist()
         return values
-
-    def _loader_error(self, error: RuntimeError) -> LoaderError:
-        if self.accelerator.num_processes == 1:  # with several, the others can't join in now
-            self._save(None)
-        return LoaderError(
-            f"{str(error).splitlines()[0].rstrip('. ')}. A loader process that is killed has often run out of memory: "
-            f"lower data.workers or data.batch_size. The last checkpoint is {self.output / 'last'}; run.resume=auto "
-            "continues from it."
-        )
 
     def _step(self, parts: Sequence[tuple[Batch, float]], window: LossWindow) -> None:
         """One step of the optimizer."""
