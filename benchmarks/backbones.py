@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
-import datetime
 import gc
 import logging
 import shutil
@@ -59,14 +58,12 @@ def main(
         "build/backbones.csv"
     ),
     pattern: Annotated[str, typer.Option(help="Only architectures that match.")] = "",
-    part: Annotated[
-        str, typer.Option(help="Only a part: '3/10' is the third tenth, 'today/10' each day another one.")
-    ] = "1/1",
+    part: Annotated[str, typer.Option(help="Only a part: '3/10' is the third tenth.")] = "1/1",
     check: Annotated[bool, typer.Option(help="Try the shipped table instead of making one; fails on a fault.")] = False,
     write: Annotated[bool, typer.Option(help="Put the complete output in the place of the shipped table.")] = False,
 ) -> None:
     """Sweeps over timm's architectures."""
-    number, count = read_part(part, datetime.datetime.now(datetime.timezone.utc).date())
+    number, count = read_part(part)
     names, trained = match_names(timm.list_models(), pattern)[number - 1 :: count], smallest()
     print(f"Part {number}/{count} of timm {timm.__version__}: {len(names)} architectures.", flush=True)
     if check:
@@ -101,17 +98,15 @@ def quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def read_part(part: str, today: datetime.date) -> tuple[int, int]:
-    """Parse one of several interleaved parts, from ``"k/n"`` or ``"today/n"``, which takes turns day by day.
+def read_part(part: str) -> tuple[int, int]:
+    """Parse one of several interleaved parts, from ``"k/n"``.
 
     Raises:
         ValueError: If it is no part.
     """
     index, _, count = part.partition("/")
-    if index == "today" and count.isdigit() and int(count):
-        index = str(today.toordinal() % int(count) + 1)
     if not (index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)):
-        raise ValueError(f"A part is written k/n with 1 <= k <= n, or today/n, got {part!r}.")
+        raise ValueError(f"A part is written k/n with 1 <= k <= n, got {part!r}.")
     return int(index), int(count)
 
 

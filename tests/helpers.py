@@ -20,6 +20,13 @@ from a2fpn.detectors import Detector
 from a2fpn.necks import Neck
 from a2fpn.pyramid import Features, PyramidSpec, level_size
 
+
+def torch_from(major: int, minor: int, reason: str) -> pytest.MarkDecorator:
+    """Skips a test with older versions of torch."""
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    return pytest.mark.skipif(version < (major, minor), reason=f"torch {torch.__version__}: {reason}")
+
+
 TINY: dict[str, Any] = {
     "backbone": "test_efficientnet",
     "neck_args": {"out_channels": 16},

@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import datetime
 import re
 from pathlib import Path
 
@@ -313,15 +312,11 @@ def test_the_shipped_table_can_be_tried_in_parts(
         sweep.main(pattern="test_convnext", part="1/3", check=True)
 
 
-def test_parts_take_turns() -> None:
-    first = datetime.date(2026, 1, 28)
-    days = [first + datetime.timedelta(days=i) for i in range(10)]
-    assert sorted(sweep.read_part("today/10", day) for day in days) == [(k, 10) for k in range(1, 11)]
-    assert sweep.read_part("today/10", first) == sweep.read_part("today/10", first + datetime.timedelta(days=10))
-    assert sweep.read_part("3/10", first) == (3, 10)
-    for wrong in ("0/10", "11/10", "1", "a/b", "", "today", "today/0", "today/x"):
-        with pytest.raises(ValueError, match="A part is written k/n"):
-            sweep.read_part(wrong, first)
+@pytest.mark.parametrize("wrong", ["0/10", "11/10", "1", "a/b", "", "/10", "today/10"])
+def test_a_part_is_a_number_of_a_number(wrong: str) -> None:
+    assert sweep.read_part("3/10") == (3, 10)
+    with pytest.raises(ValueError, match="A part is written k/n"):
+        sweep.read_part(wrong)
 
 
 def test_parts_are_disjoint_and_complete(monkeypatch: pytest.MonkeyPatch, fresh_lookups: None) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import random_target, tiny_model, without_gradient
 from torchvision.models.detection.image_list import ImageList
 
 import a2fpn
@@ -15,6 +14,7 @@ from a2fpn._serialize import from_dict, to_dict
 from a2fpn.config import CascadeConfig, ModelConfig, RCNNConfig, heads_type
 from a2fpn.heads.cascade import CascadeRoIHeads, _box_losses, _label, _refine_samples
 from a2fpn.heads.roi_heads import Samples
+from tests.helpers import random_target, tiny_model, without_gradient
 
 NAMES = ["cascadercnn", "cascademaskrcnn", "htc"]
 BOX_LOSSES = {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg"}

@@ -6,7 +6,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from coco_data import write_coco
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -17,6 +16,8 @@ from a2fpn.cli.info import INFO_SIZE
 from a2fpn.config import Category
 from a2fpn.evaluation import BACKENDS
 from a2fpn.pretrained.catalog import PRETRAINED, EmbeddedWeights
+from tests.coco_data import write_coco
+from tests.helpers import torch_from
 
 SMALL = {
     "backbone": "test_efficientnet",
@@ -358,6 +359,7 @@ def test_info_of_a_checkpoint(checkpoint):
         assert name in output
 
 
+@torch_from(2, 5, "its counter does not know the attention of the CPU")
 def test_info_counts_multiplications(tmp_path):
     # Of every level, the neck's 1x1 and 3x3 convolutions at the size of the padded image: known by hand.
     output = run("info", save(tmp_path))

@@ -7,7 +7,6 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from coco_data import write_coco
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import tv_tensors
@@ -24,6 +23,7 @@ from a2fpn.data import (
     read_coco,
     read_image,
 )
+from tests.coco_data import write_coco
 
 IMAGE = {"id": 5, "file_name": "a.png", "height": 40, "width": 60}
 SQUARE = [[10, 10, 20, 10, 20, 20, 10, 20]]

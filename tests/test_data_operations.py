@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from coco_data import write_coco
 from PIL import Image, ImageEnhance
 
 from a2fpn.cli import main
@@ -23,6 +22,7 @@ from a2fpn.data.operations import (
 )
 from a2fpn.data.plots import draw_stats
 from a2fpn.errors import DataError
+from tests.coco_data import write_coco
 
 
 @pytest.fixture

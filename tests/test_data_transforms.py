@@ -2,7 +2,6 @@ import pickle
 
 import pytest
 import torch
-from coco_data import write_coco
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
@@ -11,6 +10,7 @@ from torchvision import tv_tensors
 from a2fpn.config import PreprocessConfig
 from a2fpn.data import CocoDataset, InstanceMasks, collate, train_transforms
 from a2fpn.preprocess import Preprocess
+from tests.coco_data import write_coco
 
 
 def double(height, width):

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from coco_data import write_coco
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools.coco import COCO
@@ -20,6 +19,7 @@ from a2fpn import evaluation
 from a2fpn.data import DataError, read_coco
 from a2fpn.evaluation import COCO_SIGMAS, annotations_as_detections, common_iou_types, evaluate_coco
 from a2fpn.masks.rle import encode_masks
+from tests.coco_data import write_coco
 
 TEN = ["ap", "ap50", "ap75", "ap_medium", "ap_large", "ar", "ar50", "ar75", "ar_medium", "ar_large"]
 TWELVE = [

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from coco_data import write_coco
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -24,6 +23,7 @@ from a2fpn.data.importers.label_studio import pack_runs, unpack_runs
 from a2fpn.data.splits import assign_splits
 from a2fpn.errors import DataError
 from a2fpn.masks.rle import decode_rle, encode_masks, segmentation_to_rle
+from tests.coco_data import write_coco
 
 NO_CROWDS = {"yolo", "labels", "mask_files"}
 ONE_NUMBER_A_PIXEL = {"labels", "panoptic", "voc"}

@@ -22,6 +22,7 @@ from tests.helpers import (
     pyramid_spec,
     random_features,
     randomize,
+    torch_from,
     weighted_sum,
     with_zero_gradient,
     without_gradient,
@@ -39,7 +40,7 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     *((name, {"reasoning": "gcn"}) for name in WITH_CONTEXT),
     *((name, {"distribute": "own"}) for name in WITH_CONTEXT),
     *((name, {"context_init": init}) for name in WITH_CONTEXT for init in ("gate", "small")),
-    *((name, {"node_budget": 1}) for name in WITH_CONTEXT),
+    *((name, {"node_budget": 2}) for name in WITH_CONTEXT),  # one node attends to itself alone: no gradient
     *((name, {"kernels": "coarse"}) for name in ("a2fpn", "a2fpn_lite")),
     *((name, {"pool": "attention"}) for name in ("a2fpn", "a2fpn_lite")),
     ("carafe_fpn", {"extra_source": "backbone"}),
@@ -149,6 +150,7 @@ def test_recomputing_in_training_changes_no_gradient(name: str) -> None:
     assert largest_difference(*gradients) == 0
 
 
+@torch_from(2, 5, "activation checkpointing does not know the meta device")
 @every_neck
 def test_shapes_can_be_probed_without_memory(name: str) -> None:
     with torch.device("meta"):

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from helpers import tiny_model
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
@@ -16,6 +15,7 @@ import a2fpn
 from a2fpn.detectors import DETECTORS, Detector
 from a2fpn.heads import override_postprocess
 from a2fpn.inference.optimize import _ActivatedConv, _fold, _ResidualBlock, optimize_for_inference
+from tests.helpers import tiny_model
 
 NORMS = (nn.BatchNorm2d, FrozenBatchNorm2d)
 
@@ -284,6 +284,23 @@ def test_bfloat16_gives_float32_results_that_are_near(name: str) -> None:
     assert not torch.equal(found["scores"], expected["scores"])
     # Anchors and decoding in bfloat16 would put corners on a grid of half a pixel.
     assert (found["boxes"] * 4 % 1 > 0).any()
+
+
+@pytest.mark.parametrize("name", ["fasterrcnn", "cascadercnn"])
+def test_in_bfloat16_the_box_predictor_stays_in_float32(name: str) -> None:
+    optimised = optimize_for_inference(create(name), dtype=torch.bfloat16)
+    heads = optimised.detector.roi_heads
+    predictors = [module for key, module in heads.named_modules() if key.split(".")[-1] == "box_predictor"]
+    layers = [layer for predictor in predictors for layer in predictor.modules() if isinstance(layer, nn.Linear)]
+    seen: list[Tensor] = []
+    for layer in layers:
+        layer.register_forward_hook(lambda _, inputs, output: seen.extend([*inputs, output]))
+    detect(optimised, image())
+    assert len(layers) >= 2
+    assert len(seen) >= 2 * len(layers)
+    assert {x.dtype for x in [*seen, *(p for layer in layers for p in layer.parameters())]} == {torch.float32}
+    # Its results are not those of bfloat16 in another type.
+    assert not any(torch.equal(output, output.bfloat16().float()) for output in seen[1::2])
 
 
 def test_the_predictor_and_its_options_take_it() -> None:

@@ -285,6 +285,22 @@ def test_the_moving_average_is_what_is_evaluated_and_saved(arguments, tmp_path):
     assert any(not torch.allclose(saved[name], value) for name, value in trained.items())
 
 
+def test_the_moving_average_warms_up_with_the_steps(arguments):
+    """Its decay in step k is ``1 - k ** (-2 / 3)``, at most the one set: a short run is not averaged with its start."""
+    trainer = Trainer(parse([*arguments, "run.ema=0.5", "run.epochs=2"]))
+    name, weight = next((n, p) for n, p in trainer.model.named_parameters() if p.requires_grad)
+    after: list[torch.Tensor] = []
+    trainer.optimizer.optimizer.register_step_post_hook(lambda *_: after.append(weight.detach().clone()))
+    trainer.run()
+    assert len(after) == 4
+    expected = after[0]
+    for decay, value in zip([0.3700, 0.5, 0.5], after[1:], strict=True):
+        expected = decay * expected + (1 - decay) * value
+    average = trainer.ema.module.get_parameter(name)
+    torch.testing.assert_close(average, expected, rtol=0, atol=float((after[1] - after[0]).abs().max()) / 100)
+    assert not torch.allclose(average, after[-1], rtol=0, atol=float((after[1] - after[0]).abs().max()) / 10)
+
+
 def test_bf16_and_a_box_detector_train(arguments, tmp_path):
     overrides = ["model.name=fasterrcnn_fpn", "run.mixed_precision=bf16", "run.max_steps=1", "optim.name=sgd"]
     assert main([*arguments, *overrides]) == 0

@@ -365,7 +365,7 @@ def test_no_network(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     start = time.perf_counter()
     with pytest.raises(HubOfflineError, match=r"127\.0\.0\.1:9/tiny-00000000\.pth: it cannot be reached .*put it at"):
         a2fpn.from_pretrained(NAME)
-    assert time.perf_counter() - start < 2
+    assert time.perf_counter() - start < 8  # on a busy machine; waiting is 10 seconds and more
 
 
 @pytest.mark.parametrize("how", ["argument", "environment"])
@@ -437,7 +437,7 @@ def test_a_full_disk(listed: str, home: Path) -> None:
 
 def test_a_silent_server_is_given_up(listed: str, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(downloads, "PATIENCE", 0.2)
-    site.silence = 1.0
+    site.silence = 5.0
     with pytest.raises((HubServerError, HubOfflineError), match=r"could not be downloaded from .*(timed out|Timeout)"):
         a2fpn.from_pretrained(NAME)
 
