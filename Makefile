@@ -14,6 +14,7 @@ lint: .venv/installed-dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+	.venv/bin/python -m benchmarks.tables --check
 
 format: .venv/installed-dev
 	.venv/bin/ruff check --fix .
