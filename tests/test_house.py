@@ -56,8 +56,8 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     ),
     "convert": (BUILDING | {"layers", "pretrained"}, {"torch", "torchvision", "safetensors"}),
     "data": (
-        {"_atomic", "config", "errors", "masks"},
-        {"datasets", "fsspec", "torch", "torchvision", "numpy", "PIL", "pycocotools"},
+        {"_atomic", "_registry", "config", "errors", "masks"},
+        {"datasets", "fsspec", "matplotlib", "numpy", "orjson", "PIL", "pycocotools", "torch", "torchvision", "yaml"},
     ),
     "evaluation": ({"data", "errors", "masks"}, {"faster_coco_eval", "hotcoco", "numpy", "pycocotools"}),
     "instance_metrics": ({"errors", "data", "masks"}, {"numpy"}),

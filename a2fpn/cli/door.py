@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -19,6 +20,13 @@ SETTINGS: dict[str, Any] = {
 """Arguments that all Typer applications of the package share."""
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of every error (also A2FPN_DEBUG=1).")]
+
+
+def prepare_streams() -> None:
+    """Let text pass that the encoding of the terminal can't write: such characters become question marks."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not those of a test or a notebook
+            stream.reconfigure(errors="replace")
 
 
 class Door(TyperGroup):

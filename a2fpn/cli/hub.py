@@ -13,7 +13,7 @@ import typer
 
 import a2fpn
 from a2fpn.backbones import export_backbone
-from a2fpn.cli.door import SETTINGS, Debug, Door
+from a2fpn.cli.door import SETTINGS, Debug, Door, prepare_streams
 from a2fpn.cli.evaluate import open_annotated, predict_annotated
 from a2fpn.cli.options import build_predictor, load_detector
 from a2fpn.convert import from_detectron2, from_mmdet, from_torchvision, load_torchvision, read_state_dict
@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Args:
         argv: Arguments without the program's name; None takes ``sys.argv``.
     """
+    prepare_streams()
     app(args=argv, prog_name="python -m hub")
 
 

@@ -374,7 +374,7 @@ class CocoDataset(Dataset[Sample]):
         )
         self._check_categories()
         self._unreadable = torch.zeros(len(self.image_ids), dtype=torch.bool)
-        self._unreadable.share_memory_()  # type: ignore[no-untyped-call]  # one for all workers
+        self._unreadable.share_memory_()  # one for all workers
 
     @property
     def name(self) -> str:

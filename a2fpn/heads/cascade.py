@@ -202,7 +202,7 @@ def _box_outputs(
     """Class logits ``(R, K + 1)`` and deltas ``(R, 4)``."""
     pooled: Tensor = stage.box_roi_pool(features, boxes, sizes)
     if gradient_scale != 1 and pooled.requires_grad:
-        pooled.register_hook(lambda gradient: gradient * gradient_scale)  # type: ignore[no-untyped-call]
+        pooled.register_hook(lambda gradient: gradient * gradient_scale)
     logits, deltas = stage.box_predictor(stage.box_head(pooled))
     return logits, deltas
 

@@ -34,6 +34,8 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
 
     proposal_matcher: ChunkedMatcher
 
+    box_coder: BoxCoder
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         matcher: Any = self.proposal_matcher

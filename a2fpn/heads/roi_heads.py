@@ -67,6 +67,7 @@ class DetectionRoIHeads(RoIHeads):  # type: ignore[misc]
         **kwargs: torchvision's.
     """
 
+    box_coder: BoxCoder
     proposal_matcher: ChunkedMatcher
 
     def __init__(self, *args: Any, aligned: bool = False, mask_boundary_weight: float = 1.0, **kwargs: Any) -> None:
@@ -148,7 +149,8 @@ class DetectionRoIHeads(RoIHeads):  # type: ignore[misc]
             return found
         samples = Samples(*self.select_training_samples(proposals, targets))
         pooled = self.box_head(self.box_roi_pool(features, samples.boxes, image_shapes))
-        loss_classifier, loss_box = _box_losses(*self.box_predictor(pooled), samples)
+        logits, deltas = self.box_predictor(pooled)
+        loss_classifier, loss_box = _box_losses(logits, deltas, samples)
         count = sum(map(len, samples.labels))
         losses = {"loss_classifier": self.share(loss_classifier, count), "loss_box_reg": self.share(loss_box, count)}
         positives = samples.positives()

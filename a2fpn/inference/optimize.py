@@ -147,11 +147,11 @@ def optimize_for_inference(model: Detector, *, dtype: torch.dtype = torch.float3
         raise ConfigError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}.")
     place = next(model.parameters()).device
     # On the CPU no convolution rounds as TF32 does, which would look like a wrong fold.
-    detector = copy.deepcopy(model).eval().requires_grad_(False).to("cpu", memory_format=torch.channels_last)
+    detector = copy.deepcopy(model).eval().requires_grad_(False).cpu().to(memory_format=torch.channels_last)
     with torch.inference_mode(False), torch.no_grad():
         _fold(detector)
         _replace_heads(detector)
-        detector.to(place, memory_format=torch.channels_last)
+        detector.to(place).to(memory_format=torch.channels_last)
         if dtype != torch.float32:
             _convert_weights(detector, dtype)
     return OptimizedDetector(detector, dtype)
@@ -395,7 +395,7 @@ def _has_fused_convolution(x: Tensor) -> bool:
     return (
         x.device.type == "cpu"
         and x.dtype in DTYPES
-        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
         and (x.dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
     )
@@ -446,7 +446,7 @@ class _Proposals(ProposalNetwork):
     """torchvision's proposals, decoded after the best of each level are chosen instead of before."""
 
     def forward(
-        self, images: ImageList, features: Features, targets: None = None
+        self, images: ImageList, features: Features, targets: list[dict[str, Any]] | None = None
     ) -> tuple[list[Tensor], dict[str, Any]]:
         """Per image boxes ``(P, 4)`` xyxy, best first, and no losses."""
         if device.runs_ahead(images.tensors):

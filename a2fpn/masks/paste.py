@@ -111,8 +111,8 @@ def _paste_at_once(masks: Tensor, boxes: Tensor, size: tuple[int, int], rule: Pa
         part = slice(at, at + step)
         x = masks[part, 0]
         for axis in (1, 0):
-            edges = (edge[part, axis, None] for edge in (start, stop, first, last))
-            x = _spread(x, *edges, size[1 - axis]).transpose(1, 2)
+            begin, end, low, high = (edge[part, axis, None] for edge in (start, stop, first, last))
+            x = _spread(x, begin, end, low, high, size[1 - axis]).transpose(1, 2)
         pasted[part, 0] = x
     return pasted
 

@@ -259,6 +259,23 @@ def encode_box_masks(
     return _as_text(mask_utils.frPyObjects(runs, *size)) if runs else []
 
 
+def encode_window(window: NDArray[np.bool_], top: int, left: int, size: tuple[int, int]) -> Rle:
+    """Encodes a mask that is empty but for a window, in time and memory of the window.
+
+    Args:
+        window: (h, w) bool.
+        top: Row of its first pixels.
+        left: Column likewise.
+        size: (H, W) of the image, pixels; the window lies inside.
+
+    Example:
+        >>> decode_window(encode_window(np.ones((1, 2), np.bool_), 1, 2, (4, 5)))
+        (array([[1, 1]], dtype=uint8), (2, 1, 4, 2))
+    """
+    runs = {"size": list(size), "counts": _window_runs(window, top, left, *size)}
+    return _as_text(mask_utils.frPyObjects([runs], *size))[0]
+
+
 def _window_runs(window: NDArray[np.bool_], top: int, left: int, height: int, width: int) -> NDArray[np.int64]:
     """Returns the run lengths of a mask that is empty but for an (h, w) window."""
     # One empty row under the window ends every run within its column, so that each run has a start and an end.

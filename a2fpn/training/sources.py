@@ -18,7 +18,8 @@ from a2fpn.data import (
     check_data,
     train_transforms,
 )
-from a2fpn.errors import ConfigError
+from a2fpn.data.importers import detect
+from a2fpn.errors import ConfigError, DataError
 from a2fpn.training.config import DataSection, ModelSection, TrainConfig
 from a2fpn.training.feed import Feed, FolderFeed
 from a2fpn.training.monitor import get_logger
@@ -74,10 +75,30 @@ def open_validation_set(data: DataSection, training_set: TrainingSet) -> CocoDat
 def _folder(data: DataSection, images: str, annotations: str, semantic: str | None, **options: Any) -> CocoDataset:
     root = Path(data.root)
     maps = root / semantic if semantic else None
+    if root.is_dir() and not (root / annotations).exists():
+        _say_how_to_import(root, annotations)
     dataset = CocoDataset(root / images, root / annotations, semantic=maps, strict=data.strict, **options)
     if not len(dataset):
         raise ConfigError(f"{dataset.name} lists no image.")
     return dataset
+
+
+def _say_how_to_import(root: Path, annotations: str) -> None:
+    """Stops with the command that imports a folder, if it holds labels of another format or in other places.
+
+    Raises:
+        DataError: If it does.
+    """
+    try:
+        name = detect(root)
+    except DataError:
+        return  # the reader says what is missing
+    imported = f"{root.resolve()}_coco"
+    raise DataError(
+        f"{root} holds {name} labels and no {annotations}. Import them, and train on what that writes: "
+        f"a2fpn data import {root} --output {imported} --val 0.2 (without --val if the data has a split of its own), "
+        f"then data.root={imported}."
+    )
 
 
 def check_folder(dataset: CocoDataset, classes: TrainingSet, *, images: int) -> None:
