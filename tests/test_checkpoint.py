@@ -375,14 +375,6 @@ def test_checkpoints_of_version_1_load_to_the_bit(name, tmp_path):
     assert load_file(folder / WEIGHTS_FILE).keys() == model.state_dict().keys()
 
 
-def test_the_embedded_model_is_of_version_1_and_loads():
-    weights = PRETRAINED["maskrcnn_a2fpn_lite0.nuclei"]
-    stored = read_weights(weights.folder, read_checkpoint(weights.folder))
-    assert read_checkpoint(weights.folder).format_version == 1
-    state = a2fpn.from_pretrained(weights.folder).state_dict()
-    assert torch.equal(state["neck.lateral.p3.conv.weight"], stored["neck.lateral.1.conv.weight"].float())
-
-
 def british(data: Any) -> Any:
     """A configuration with the keys that versions before 0.2.0 wrote."""
     old = {new: name for name, new in RENAMED.items()}
@@ -411,3 +403,15 @@ def test_keys_of_older_checkpoints_are_renamed(version, tmp_path):
 def test_of_both_names_of_a_key_the_current_one_counts():
     assert migrate_keys([{"licence": "a", "license": "b"}, 3]) == [{"license": "b"}, 3]
     assert migrate_keys({"license": "b", "licence": "a"}) == {"license": "b"}
+
+
+def test_the_embedded_model_is_of_this_version_and_small_enough_to_ship():
+    folder = PRETRAINED["maskrcnn_a2fpn_lite0.nuclei"].folder
+    checkpoint = read_checkpoint(folder)
+    assert checkpoint.format_version == 2
+    assert (folder / WEIGHTS_FILE).stat().st_size < 20e6
+    stored = read_weights(folder, checkpoint)
+    state = a2fpn.from_pretrained(folder).state_dict()
+    assert stored.keys() == state.keys()
+    assert torch.equal(state["neck.lateral.p3.conv.weight"], stored["neck.lateral.p3.conv.weight"].float())
+    assert 0 < checkpoint.facts.count_threshold < 1

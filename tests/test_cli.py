@@ -415,7 +415,7 @@ def test_the_packaged_demo(tmp_path):
     assert f"Open {tmp_path}" in output
     assert len(list(tmp_path.iterdir())) == 8
     (total,) = [line for line in output.splitlines() if "all" in line]
-    assert float(total.replace("│", " ").split()[3]) == pytest.approx(0.651, abs=0.01)
+    assert float(total.replace("│", " ").split()[3]) == pytest.approx(0.738, abs=0.01)
 
 
 def test_errors_show_their_traceback_only_when_asked():

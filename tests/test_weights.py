@@ -173,7 +173,7 @@ def test_rows_say_what_the_sources_say() -> None:
     assert rows["keypointrcnn_fpn_r50.tv_coco"].keypoint_ap == 0.65
     nuclei = rows["maskrcnn_a2fpn_lite0.nuclei"]
     assert (nuclei.source, nuclei.trained, nuclei.license) == ("embedded", True, "Apache-2.0")
-    assert nuclei.mask_ap == pytest.approx(0.604, abs=1e-3)
+    assert nuclei.mask_ap == pytest.approx(0.6845, abs=1e-4)
 
 
 def test_grafts_are_not_passed_off_as_trained() -> None:
