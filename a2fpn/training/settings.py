@@ -17,11 +17,11 @@ from a2fpn.errors import ConfigError, ConfigTypeError
 from a2fpn.training.config import TrainConfig
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
     """Reads 1e-3 as a float, as YAML 1.2 does, and dates as text."""
 
 
-class _Dumper(yaml.SafeDumper):
+class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
     """Quotes the strings that :class:`_Loader` would read as something else."""
 
 
