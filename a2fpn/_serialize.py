@@ -20,9 +20,18 @@ POSITIVE = (math.nextafter(0, 1), math.inf)
 SHARE = (0, 1)
 """Bounds for :func:`check_fields`."""
 
+RENAMED = {
+    "centre_radius": "center_radius",
+    "code_licence": "code_license",
+    "colour_jitter": "color_jitter",
+    "data_licence": "data_license",
+    "licence": "license",
+}
+"""Keys of checkpoints and recipes as they were spelled before 0.2.0; they are still read."""
+
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Turns a configuration into JSON-able built-ins.
+    """Turn a configuration into JSON-able built-ins.
 
     Example:
         >>> from a2fpn.config import Category
@@ -41,8 +50,26 @@ def plain(value: Any) -> Any:
     return value
 
 
+def migrate_keys(data: Any) -> Any:
+    """Rename keys of older checkpoints and recipes, at any depth; where both names occur the current one counts.
+
+    Args:
+        data: Parsed JSON or YAML; not changed.
+
+    Example:
+        >>> migrate_keys({"heads": {"centre_radius": 1.5}})
+        {'heads': {'center_radius': 1.5}}
+    """
+    if isinstance(data, Mapping):
+        renamed = {RENAMED[key]: migrate_keys(value) for key, value in data.items() if key in RENAMED}
+        return renamed | {key: migrate_keys(value) for key, value in data.items() if key not in RENAMED}
+    if isinstance(data, list):
+        return [migrate_keys(item) for item in data]
+    return data
+
+
 def from_dict(cls: type[ConfigT], data: Any, *, where: str = "config") -> ConfigT:
-    """Builds a configuration dataclass from built-ins, checking every key and every type.
+    """Build a configuration dataclass from built-ins, checking every key and every type.
 
     Args:
         cls: The dataclass to build. A class method ``field_types(data)`` gives types that depend on the data.
@@ -83,7 +110,7 @@ def from_dict(cls: type[ConfigT], data: Any, *, where: str = "config") -> Config
 
 
 def check_fields(config: Any, where: str, **bounds: tuple[float, float]) -> None:
-    """Checks the fields of a frozen dataclass, for its ``__post_init__``; lists become tuples, integers floats.
+    """Check the fields of a frozen dataclass, for its ``__post_init__``; lists become tuples, integers floats.
 
     Args:
         config: The dataclass.
@@ -97,16 +124,17 @@ def check_fields(config: Any, where: str, **bounds: tuple[float, float]) -> None
     for name, hint in typing.get_type_hints(type(config)).items():
         value = _convert(hint, getattr(config, name), f"{where}.{name}".lstrip("."))
         object.__setattr__(config, name, value)
-        least, largest = bounds.get(name, (-math.inf, math.inf))
+    for name, (least, largest) in bounds.items():
+        value = getattr(config, name)
         for number in value if isinstance(value, tuple) else (value,):
-            if name in bounds and number is not None and not least <= number <= largest:  # NaN is out as well
+            if number is not None and not least <= number <= largest:  # NaN is out as well
                 low = f"at least {least}" if least != POSITIVE[0] else "more than 0"
                 high = "" if largest == math.inf else f" and at most {largest}"
                 raise ConfigError(f"{where}.{name} must be {low}{high}, got {number}.")
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
-    """Checks a JSON value against a type hint and returns it in the dataclass's own types."""
+    """Check a JSON value against a type hint and return it in the dataclass's own types."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         return (

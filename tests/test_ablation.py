@@ -9,8 +9,6 @@ import sys
 
 import pytest
 import typer
-from coco_data import write_coco
-from training import TINY_RECIPE, tiny_run
 
 from a2fpn import list_necks
 from a2fpn.training.cli import parse
@@ -21,6 +19,8 @@ from benchmarks.ablation.plan import RECIPES, Plan, assignment, find_recipe, mer
 from benchmarks.ablation.pool import Pool, environment, multi_process_service
 from benchmarks.ablation.records import Record, append_record, check_fingerprint, read_records, seen
 from benchmarks.ablation.report import Comparison, findings, print_report, write_page
+from tests.coco_data import write_coco
+from tests.training import TINY_RECIPE, tiny_run
 
 
 @pytest.mark.parametrize(

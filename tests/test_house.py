@@ -59,7 +59,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         {"_atomic", "_registry", "config", "errors", "masks"},
         {"datasets", "fsspec", "matplotlib", "numpy", "orjson", "PIL", "pycocotools", "torch", "torchvision", "yaml"},
     ),
-    "evaluation": ({"data", "errors", "masks"}, {"faster_coco_eval", "hotcoco", "numpy", "pycocotools"}),
+    "evaluation": ({"data", "errors", "masks"}, {"hotcoco", "numpy", "pycocotools"}),
     "instance_metrics": ({"errors", "data", "masks"}, {"numpy"}),
     "counting": ({"errors"}, {"numpy"}),
     "inference": (

@@ -57,7 +57,7 @@ def test_the_command_line_overrides_the_recipe_which_overrides_the_defaults(argu
     assert config.optim.name == "adamw"  # the recipe
     assert config.optim.weight_decay == OptimSection().weight_decay  # the default
     assert config.model.overrides["min_size"] == 96
-    assert config.model.overrides["box_channels"] == 32  # an override leaves its neighbours alone
+    assert config.model.overrides["box_channels"] == 32  # an override leaves its neighbors alone
 
 
 def test_an_argument_after_an_option_is_its_value_even_with_an_equals_sign():
@@ -143,7 +143,7 @@ def test_a_shipped_recipe_builds_its_model(recipe):
     assert config.run.max_detections == model.config.heads.detections_per_image
 
 
-# Optimiser and schedule
+# Optimizer and schedule
 
 SCHEDULES = st.builds(
     OptimSection,
@@ -211,7 +211,7 @@ def test_a_model_without_trainable_parameters_is_an_error():
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
-def test_each_optimiser_follows_the_schedule(name):
+def test_each_optimizer_follows_the_schedule(name):
     config = OptimSection(name=name, lr=0.1, schedule="cosine", warmup_steps=2, warmup_factor=0.5, final_factor=0.0)
     optimizer = build_optimizer(nn.Linear(2, 2), config, lr=config.lr)
     scheduler = build_scheduler(optimizer, 4, config)
@@ -284,6 +284,22 @@ def test_the_moving_average_is_what_is_evaluated_and_saved(arguments, tmp_path):
     average, trained = trainer.ema.module.state_dict(), trainer.model.state_dict()
     assert all(torch.equal(saved[name], value) for name, value in average.items())
     assert any(not torch.allclose(saved[name], value) for name, value in trained.items())
+
+
+def test_the_moving_average_warms_up_with_the_steps(arguments):
+    """Its decay in step k is ``1 - k ** (-2 / 3)``, at most the one set: a short run is not averaged with its start."""
+    trainer = Trainer(parse([*arguments, "run.ema=0.5", "run.epochs=2"]))
+    name, weight = next((n, p) for n, p in trainer.model.named_parameters() if p.requires_grad)
+    after: list[torch.Tensor] = []
+    trainer.optimizer.optimizer.register_step_post_hook(lambda *_: after.append(weight.detach().clone()))
+    trainer.run()
+    assert len(after) == 4
+    expected = after[0]
+    for decay, value in zip([0.3700, 0.5, 0.5], after[1:], strict=True):
+        expected = decay * expected + (1 - decay) * value
+    average = trainer.ema.module.get_parameter(name)
+    torch.testing.assert_close(average, expected, rtol=0, atol=float((after[1] - after[0]).abs().max()) / 100)
+    assert not torch.allclose(average, after[-1], rtol=0, atol=float((after[1] - after[0]).abs().max()) / 10)
 
 
 def test_bf16_and_a_box_detector_train(arguments, tmp_path):

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+
 
 def check_data(
     *,
@@ -81,6 +83,8 @@ def check_data(
 
     if plot is not None and images is None:
         raise ConfigError("--plot draws on the images: give --images too.")
+    if plot is not None and plot.suffix.lower() not in PICTURES:
+        raise ConfigError(f"--plot {plot}: expected a name that ends in {', '.join(PICTURES)}.")
     if duplicates and (images is None or against is None):
         raise ConfigError("--duplicates compares the images of two splits: give --images and --against too.")
     facts = _model_facts(model, min_size, max_size)
@@ -117,7 +121,7 @@ def check_data(
 
 
 def _model_facts(name: str | None, min_size: int | None, max_size: int | None) -> dict[str, Any]:
-    """What a check of data needs to know of a model, as arguments of :func:`a2fpn.data.check_data`."""
+    """Return the arguments of :func:`a2fpn.data.check_data` that depend on a model."""
     import a2fpn
     from a2fpn.config import PreprocessConfig
     from a2fpn.heads import StrideAnchors

@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def describe(section: Any = TrainConfig, prefix: str = "") -> Iterator[str]:
-    """Yields the help of every setting: name, type, default, and its sentence in the docstring."""
+    """Yield the help of every setting: name, type, default, and its sentence in the docstring."""
     sentences = dict(re.findall(r"^    (\w+): (.+(?:\n {8}.+)*)", inspect.getdoc(section) or "", flags=re.MULTILINE))
     hints = get_type_hints(section)
     for field in dataclasses.fields(section):
@@ -101,7 +101,7 @@ def type_name(hint: Any) -> str:
 
 
 def parse(arguments: Sequence[str]) -> TrainConfig:
-    """Reads the settings from command-line arguments.
+    """Read the settings from command-line arguments.
 
     Raises:
         ConfigError: For an unknown recipe or setting, and a missing or wrong value.
@@ -134,13 +134,13 @@ def _settings(options: argparse.Namespace, arguments: Sequence[str]) -> TrainCon
 
 
 def fail(error: Any, code: int = 2) -> int:
-    """Prints one line and returns the exit code."""
+    """Print one line and return the exit code."""
     sys.stderr.write(f"train: error: {error}\n")
     return code
 
 
 def configure_logging() -> None:
-    """Shows what this program says, and only the warnings of the libraries."""
+    """Show what this program says, and only the warnings of the libraries."""
     console = Console(stderr=True)
     if console.is_terminal:  # rich keeps log lines and the progress bar apart
         logging.basicConfig(format="%(message)s", handlers=[RichHandler(console=console, show_path=False)])
@@ -154,7 +154,7 @@ def configure_logging() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Trains as the command line says.
+    """Train as the command line says.
 
     Returns:
         The exit code: 0 after a finished run, 1 after one that failed on the way, 2 for wrong input, 128 + the number

@@ -13,16 +13,17 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from a2fpn._serialize import migrate_keys
 from a2fpn.errors import ConfigError, ConfigTypeError
 from a2fpn.training.config import TrainConfig
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """Reads 1e-3 as a float, as YAML 1.2 does, and dates as text."""
+    """YAML 1.1 with 1e-3 as a float, as in YAML 1.2, and dates as text."""
 
 
 class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
-    """Quotes the strings that :class:`_Loader` would read as something else."""
+    """Writer that quotes the strings which :class:`_Loader` would read as something else."""
 
 
 _FLOAT = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
@@ -35,7 +36,7 @@ for _kind in (_Loader, _Dumper):
 
 
 def load_yaml(text: str, where: str) -> Any:
-    """Reads YAML.
+    """Read YAML.
 
     Raises:
         ConfigError: If it is none; the message begins with ``where``.
@@ -51,12 +52,12 @@ def load_yaml(text: str, where: str) -> Any:
 
 
 def dump_yaml(value: Any) -> str:
-    """Writes YAML that :func:`load_yaml` reads as the same value."""
+    """Write YAML that :func:`load_yaml` reads as the same value."""
     return str(yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True))
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns nested settings under their dotted names.
+    """Return nested settings under their dotted names.
 
     Example:
         >>> flat({"optim": {"lr": 1.0, "name": "sgd"}})
@@ -69,7 +70,7 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def setting_names(section: Any = TrainConfig, prefix: str = "") -> Iterator[str]:
-    """Yields the dotted name of every setting.
+    """Yield the dotted name of every setting.
 
     Example:
         >>> "optim.lr" in setting_names()
@@ -131,7 +132,7 @@ def read_value(name: str, text: str) -> Any:
 
 
 def assign(settings: Mapping[str, Any], name: str, value: Any, *, merge: bool = True) -> dict[str, Any]:
-    """Returns nested settings with one changed.
+    """Return nested settings with one changed.
 
     Args:
         settings: Nested dictionaries.
@@ -158,13 +159,13 @@ def assign(settings: Mapping[str, Any], name: str, value: Any, *, merge: bool = 
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """Settings of a YAML file, all of them known ones.
+    """Settings of a YAML file, all of them known ones; keys of older versions are renamed.
 
     Raises:
         ConfigError: If it holds something else.
     """
     try:
-        settings = load_yaml(path.read_text(encoding="utf-8"), str(path))
+        settings = migrate_keys(load_yaml(path.read_text(encoding="utf-8"), str(path)))
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: no text in UTF-8.") from None
     if not isinstance(settings or {}, dict):
@@ -175,7 +176,7 @@ def read_file(path: Path) -> dict[str, Any]:
 
 
 def read_arguments(arguments: Iterable[str]) -> Iterator[tuple[str, Any]]:
-    """Yields the settings of ``section.key=value``, ``--section.key=value`` and ``--section.key value``.
+    """Yield the settings of ``section.key=value``, ``--section.key=value`` and ``--section.key value``.
 
     Raises:
         ConfigError: For an unknown setting, a missing value, and anything else.

@@ -1,4 +1,4 @@
-"""What the records show: tables of paired differences, curves, and the page made of both."""
+"""Report of the records: tables of paired differences, curves, and the page made of both."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class Comparison:
 
     @property
     def metric(self) -> str:
-        """What is judged: mask AP where there are masks."""
+        """Return the metric that is judged: mask AP where there are masks."""
         return "segm/ap" if any(one.values("segm/ap") for one in self.series) else "bbox/ap"
 
     @property
@@ -165,14 +165,14 @@ def draw(comparison: Comparison, path: Path) -> None:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for number, one in enumerate(comparison.series):
-        colour = f"C{number % 10}"
+        color = f"C{number % 10}"
         style = "-" if number < 10 else "--"
         for run in one.runs.values():
             points = [(p["step"], 100 * p[comparison.metric]) for p in run.curve if p.get(comparison.metric, -1) >= 0]
-            axes.plot(*zip(*points, strict=True), style, color=colour, lw=0.5, alpha=0.5) if points else None
+            axes.plot(*zip(*points, strict=True), style, color=color, lw=0.5, alpha=0.5) if points else None
         mean = one.curve(comparison.metric)
         if mean:
-            axes.plot(*zip(*mean, strict=True), style, color=colour, marker=".", lw=1.8, label=one.name)
+            axes.plot(*zip(*mean, strict=True), style, color=color, marker=".", lw=1.8, label=one.name)
     plan = comparison.example.plan
     axes.set(xlabel="step", ylabel=f"{METRICS[comparison.metric]}, %", title=f"{plan['data']}, recipe {plan['recipe']}")
     axes.grid(alpha=0.3)
