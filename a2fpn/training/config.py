@@ -1,12 +1,15 @@
 """The settings of a training run: frozen, typed dataclasses, one per section of a recipe.
 
-The docstrings are the text of ``python -m train --help``.
+The docstrings are the text of ``a2fpn train --help``. Each section checks the types and ranges of its settings,
+however it was made.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from a2fpn._serialize import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, check_fields
 
 JsonValue = None | bool | int | float | list[Any] | dict[str, Any] | str
 
@@ -29,6 +32,9 @@ class ModelSection:
     pretrained_backbone: bool = False
     backbone_weights: str | None = None
     overrides: dict[str, JsonValue] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_fields(self, "model")
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,16 @@ class TransformsSection:
     color_jitter: float = 0.0
     min_box_size: float = 1.0
 
+    def __post_init__(self) -> None:
+        check_fields(
+            self,
+            "data.transforms",
+            **dict.fromkeys(("min_sizes", "crop_size"), COUNT),
+            **dict.fromkeys(("scale_range", "large_scale_jitter", "crop_range"), POSITIVE),
+            **dict.fromkeys(("horizontal_flip", "vertical_flip", "rotate90", "color_jitter"), SHARE),
+            min_box_size=NOT_NEGATIVE,
+        )
+
 
 @dataclass(frozen=True)
 class StreamSection:
@@ -84,6 +100,9 @@ class StreamSection:
     num_keypoints: int = 0
     split_by_file: bool = False
     shuffle_buffer: int = 512
+
+    def __post_init__(self) -> None:
+        check_fields(self, "data.stream", num_samples=COUNT, num_keypoints=NOT_NEGATIVE, shuffle_buffer=COUNT)
 
 
 @dataclass(frozen=True)
@@ -133,6 +152,16 @@ class DataSection:
     stream: StreamSection = field(default_factory=StreamSection)
     transforms: TransformsSection = field(default_factory=TransformsSection)
 
+    def __post_init__(self) -> None:
+        check_fields(
+            self,
+            "data",
+            **dict.fromkeys(("batch_size", "eval_batch_size", "passes"), COUNT),
+            **dict.fromkeys(("workers", "check_images"), NOT_NEGATIVE),
+            **dict.fromkeys(("repeat_threshold", "copy_paste"), SHARE),
+            oks_sigmas=POSITIVE,
+        )
+
 
 @dataclass(frozen=True)
 class OptimSection:
@@ -173,6 +202,16 @@ class OptimSection:
     gamma: float = 0.1
     final_factor: float = 0.01
     clip_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(
+            self,
+            "optim",
+            **dict.fromkeys(("lr", "gamma", "layer_decay"), POSITIVE),
+            **dict.fromkeys(("momentum", "warmup_factor", "milestones", "final_factor"), SHARE),
+            **dict.fromkeys(("weight_decay", "backbone_lr_factor", "warmup_steps", "clip_norm"), NOT_NEGATIVE),
+            lr_batch_size=COUNT,
+        )
 
 
 @dataclass(frozen=True)
@@ -227,6 +266,16 @@ class RunSection:
     ema: float = 0.0
     resume: bool | str = False
 
+    def __post_init__(self) -> None:
+        check_fields(
+            self,
+            "run",
+            **dict.fromkeys(("epochs", "max_steps", "grad_accumulation", "evaluate_every", "log_every"), COUNT),
+            **dict.fromkeys(("seed", "checkpoint_every", "patience", "pictures"), NOT_NEGATIVE),
+            max_detections=COUNT,
+            ema=SHARE,
+        )
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -243,3 +292,6 @@ class TrainConfig:
     model: ModelSection = field(default_factory=ModelSection)
     optim: OptimSection = field(default_factory=OptimSection)
     run: RunSection = field(default_factory=RunSection)
+
+    def __post_init__(self) -> None:
+        check_fields(self, "")

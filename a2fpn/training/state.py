@@ -15,12 +15,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from a2fpn._atomic import write_text
-from a2fpn._serialize import migrate_keys
+from a2fpn._serialize import migrate_keys, to_dict
 from a2fpn.errors import MissingFileError, RunError
 from a2fpn.training.config import TrainConfig
+from a2fpn.training.settings import dump_yaml, flat, load_yaml
 
 RESUME_FOLDER = "training_state"
 METRICS_FILE = "metrics.jsonl"
@@ -66,14 +65,13 @@ class RunState:
 
 def write_config(config: TrainConfig, output: Path) -> None:
     """Write ``config.yaml``, from which ``--config`` starts the same run anew."""
-    write_text(output / "config.yaml", yaml.safe_dump(as_plain(config), sort_keys=False))
+    write_text(output / "config.yaml", dump_yaml(as_plain(config)))
 
 
 def as_plain(config: TrainConfig) -> dict[str, Any]:
     """The settings as JSON values, without what says how this start of the run came about."""
     fresh = dataclasses.replace(config, run=dataclasses.replace(config.run, resume=False))
-    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(fresh)))  # tuples become lists
-    return plain
+    return to_dict(fresh)
 
 
 def changed_settings(config: TrainConfig, output: Path) -> list[str]:
@@ -81,15 +79,8 @@ def changed_settings(config: TrainConfig, output: Path) -> list[str]:
     path = output / "config.yaml"
     if not path.exists():
         return []
-    old, new = _flat(migrate_keys(yaml.safe_load(path.read_text(encoding="utf-8")))), _flat(as_plain(config))
+    old, new = flat(migrate_keys(load_yaml(path.read_text(encoding="utf-8"), str(path)))), flat(as_plain(config))
     return [f"{name}: {old.get(name)} -> {new.get(name)}" for name in {**old, **new} if old.get(name) != new.get(name)]
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return flat
 
 
 def append_metrics(record: Mapping[str, Any], output: Path) -> None:

@@ -80,7 +80,7 @@ def kill_after_a_checkpoint(process: subprocess.Popen, output: Path) -> None:
 
 
 def test_two_runs_and_one_that_was_killed_end_with_the_same_bits(tmp_path: Path, device: torch.device) -> None:
-    pytest.importorskip("jsonargparse")
+    pytest.importorskip("accelerate")
     from safetensors.torch import load_file
 
     from tests.training import tiny_run
