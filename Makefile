@@ -26,6 +26,7 @@ lint: .venv/installed-dev
 	.venv/bin/mypy
 	.venv/bin/codespell
 	.venv/bin/deptry .
+	.venv/bin/python -m benchmarks.tables --check
 
 format: .venv/installed-dev
 	.venv/bin/ruff check --fix .

@@ -174,7 +174,14 @@ def example(arm, seed, curve, *, control="fpn", status="done", fingerprint="f", 
         plan={"recipe": "facades", "data": "facades", "settings": [], "config": config},
         seen=seen or f"seen{seed}",
         curve=[{"step": 10 * (i + 1), metric: x, f"{metric}_large": -1.0} for i, x in enumerate(curve)],
-        costs={"parameters": 1e6, "gmacs": 2.5, "gmacs_size": 384, "seconds_per_step": 0.1},
+        costs={
+            "parameters": 1e6,
+            "gmacs": 2.5,
+            "gmacs_size": 384,
+            "seconds_per_step": 0.1,
+            "train_seconds": 50.0,
+            "eval_seconds": 10.0,
+        },
         log=["one", "the reason"] if status == "failed" else [],
     )
 

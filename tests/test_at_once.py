@@ -18,7 +18,7 @@ from a2fpn.heads.sampling import draw, draw_rows
 from a2fpn.masks import InstanceMasks
 from a2fpn.masks.paste import PASTE_RULES, paste_masks
 from a2fpn.masks.targets import mask_targets
-from tests.helpers import random_features, randomise, tiny_model
+from tests.helpers import random_features, randomize, tiny_model
 
 SIZE = (90, 120)
 ALL = {"rpn_batch_size": 10**6, "rpn_positive_fraction": 1.0}
@@ -77,7 +77,7 @@ def test_mask_targets(aligned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
 def network(**overrides: object) -> tuple[ProposalNetwork, dict[str, Tensor], ImageList]:
     """Proposals of a small detector, a pyramid, and images of two sizes."""
     model = tiny_model("fasterrcnn_fpn", **(ALL | {"rpn_score_threshold": 0.0} | overrides))
-    randomise(model.rpn, std=0.3)
+    randomize(model.rpn, std=0.3)
     features = random_features(model.spec, (96, 128))
     return model.rpn, features, ImageList(torch.zeros(2, 3, 96, 128), [(96, 100), (80, 128)])
 

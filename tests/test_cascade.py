@@ -277,7 +277,7 @@ def test_later_stages_sample_anew_or_keep_the_first_sample(resample: bool, monke
     torch.testing.assert_close(seen[2], moved)
 
 
-def test_boxes_are_labelled_by_the_stages_own_iou() -> None:
+def test_boxes_are_labeled_by_the_stages_own_iou() -> None:
     stages = tiny_model("cascadercnn_fpn").roi_heads.stages
     target = {"boxes": torch.tensor([[0.0, 0, 20, 20]]), "labels": torch.tensor([2])}
     boxes = torch.tensor([[0.0, 0, 20, 13], [0, 0, 20, 15], [50, 50, 60, 60]])  # IoU 0.65, 0.75, 0

@@ -15,7 +15,6 @@ from a2fpn.data import DataError, check_data, read_coco
 from a2fpn.inference.draw import draw_grid
 from a2fpn.inference.report import draw_report
 from a2fpn.preprocess import Preprocess
-from benchmarks import check_data as benchmark
 from tests.coco_data import write_coco
 
 SQUARE = [[10, 10, 30, 10, 30, 30, 10, 30]]
@@ -635,8 +634,3 @@ def test_a_model_gives_classes_input_size_and_anchors(tmp_path):
     assert "[anchors]" not in output
     assert "[anchors]" in run("check-data", "--annotations", path, "--model", "retinanet_fpn_lite0")
     assert "min_size <= max_size, got 9000 and 1333" in fails("check-data", "--annotations", path, "--min-size", 9000)
-
-
-def test_the_benchmark_runs(capsys):
-    benchmark.main(quick=True)
-    assert "100 images, 700 objects" in capsys.readouterr().out

@@ -107,10 +107,10 @@ def test_every_way_to_give_an_image_finds_the_same(predictor, pixels, tmp_path):
         assert result.path == (str(path) if from_file else None)
 
 
-def test_grey_and_transparent_images_become_rgb(predictor):
-    grey = np.full((20, 30), 128, dtype=np.uint8)
-    assert (predictor(grey).image == 128).all()
-    assert (predictor(Image.fromarray(grey)).image == 128).all()
+def test_gray_and_transparent_images_become_rgb(predictor):
+    gray = np.full((20, 30), 128, dtype=np.uint8)
+    assert (predictor(gray).image == 128).all()
+    assert (predictor(Image.fromarray(gray)).image == 128).all()
     transparent = Image.new("RGBA", (30, 20), (0, 0, 0, 0))
     assert (predictor(transparent).image == 255).all()
 

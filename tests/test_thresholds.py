@@ -8,7 +8,7 @@ from torch import Tensor
 from a2fpn.heads import (
     BoxPairs,
     ChunkedMatcher,
-    DetectionRule,
+    PostprocessConfig,
     StrideRoIAlign,
     match_locations,
     matching,
@@ -72,7 +72,7 @@ def test_a_score_on_the_threshold_is_dropped(
     head: str, kind: str | None, ahead: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("a2fpn.device.runs_ahead", lambda _: ahead)
-    rule = DetectionRule(score_threshold=0.25, soft_nms=kind)
+    rule = PostprocessConfig(score_threshold=0.25, soft_nms=kind)
     above = float(torch.nextafter(torch.tensor(0.25), torch.tensor(1.0)))
     boxes = torch.arange(3.0)[:, None] * 20 + torch.tensor(SQUARE)
     scores = torch.tensor([[0.25], [above], [0.125]])
@@ -93,7 +93,7 @@ def overlapping() -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize(("threshold", "scores"), [(0.5 - JUST, [1.0]), (0.5, [1.0, 0.5]), (0.5 + JUST, [1.0, 0.5])])
 def test_nms_removes_above_its_threshold(threshold: float, scores: list[float]) -> None:
-    assert suppress(*overlapping(), DetectionRule(nms_threshold=threshold))[1].tolist() == scores
+    assert suppress(*overlapping(), PostprocessConfig(nms_threshold=threshold))[1].tolist() == scores
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_linear_soft_nms_lowers_from_its_threshold_on(threshold: float, scores: 
 
 @pytest.mark.parametrize(("least", "number"), [(0.25 - JUST, 2), (0.25, 1)])
 def test_a_score_lowered_to_the_threshold_is_dropped(least: float, number: int) -> None:
-    rule = DetectionRule(score_threshold=least, soft_nms="linear")
+    rule = PostprocessConfig(score_threshold=least, soft_nms="linear")
     assert len(suppress(*overlapping(), rule)[1]) == number
 
 

@@ -25,8 +25,8 @@ _SMALLEST = 1e-2  # pixels, as in torchvision
 
 
 @dataclass(frozen=True)
-class DetectionRule:
-    """What makes a detection of a candidate.
+class PostprocessConfig:
+    """Score threshold, NMS and maximum number of detections.
 
     Args:
         score_threshold: Candidates that do not score more are dropped, between 0 and 1.
@@ -40,7 +40,7 @@ class DetectionRule:
         ValueError: For a value out of its range.
 
     Example:
-        >>> DetectionRule(soft_nms="gauss")
+        >>> PostprocessConfig(soft_nms="gauss")
         Traceback (most recent call last):
         ...
         a2fpn.errors.ConfigError: soft_nms must be one of linear, gaussian or None, got 'gauss'.
@@ -65,7 +65,7 @@ class DetectionRule:
             raise ConfigError(f"soft_nms_sigma must be above 0, got {self.soft_nms_sigma}.")
 
 
-def suppress(boxes: Tensor, scores: Tensor, labels: Tensor, rule: DetectionRule) -> tuple[Tensor, Tensor]:
+def suppress(boxes: Tensor, scores: Tensor, labels: Tensor, rule: PostprocessConfig) -> tuple[Tensor, Tensor]:
     """The detections among the candidates of an image that score more than the threshold, class by class.
 
     Args:
@@ -146,11 +146,11 @@ def soft_nms(
 
 
 @contextlib.contextmanager
-def using_rule(model: nn.Module, **changes: Any) -> Iterator[DetectionRule]:
+def override_postprocess(model: nn.Module, **changes: Any) -> Iterator[PostprocessConfig]:
     """Replaces fields of the rule of every head of a model for as long as the context lasts.
 
     Args:
-        model: A detector; its heads have a :class:`DetectionRule` under the name ``rule``.
+        model: A detector; its heads have a :class:`PostprocessConfig` under the name ``rule``.
         **changes: The fields.
 
     Yields:
@@ -160,10 +160,12 @@ def using_rule(model: nn.Module, **changes: Any) -> Iterator[DetectionRule]:
         TypeError: If the model has no such head.
     """
     before = {
-        module: rule for module in model.modules() if isinstance(rule := getattr(module, "rule", None), DetectionRule)
+        module: rule
+        for module in model.modules()
+        if isinstance(rule := getattr(module, "rule", None), PostprocessConfig)
     }
     if not before:
-        raise ConfigTypeError(f"{type(model).__name__} has no head with a DetectionRule.")
+        raise ConfigTypeError(f"{type(model).__name__} has no head with a PostprocessConfig.")
     rules = {module: dataclasses.replace(rule, **changes) for module, rule in before.items()}
     try:
         _set_rules(rules)
@@ -172,13 +174,13 @@ def using_rule(model: nn.Module, **changes: Any) -> Iterator[DetectionRule]:
         _set_rules(before)
 
 
-def _set_rules(rules: Mapping[nn.Module, DetectionRule]) -> None:
+def _set_rules(rules: Mapping[nn.Module, PostprocessConfig]) -> None:
     for module, rule in rules.items():
         module.rule = rule  # type: ignore[assignment]
 
 
 def box_detections(
-    boxes: Tensor, scores: Tensor, size: tuple[int, int], rule: DetectionRule
+    boxes: Tensor, scores: Tensor, size: tuple[int, int], rule: PostprocessConfig
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of ``(P, K + 1, 4)`` boxes and ``(P, K + 1)`` scores, the background first."""
     scores = scores[:, 1:].flatten()
