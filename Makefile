@@ -14,7 +14,7 @@ test: lint
 # other packages' interfaces.
 PYTHON_FOR_TESTS ?= .venv/bin/python
 LOWEST = thresholds factory checkpoint preprocess masks heads necks inference recipes
-LOWEST_RUNS = learns_evaluates or counts_steps or warms_up or each_optimiser
+LOWEST_RUNS = learns_evaluates or counts_steps or warms_up or each_optimizer
 test-lowest:
 	$(PYTHON_FOR_TESTS) -m pytest $(LOWEST:%=tests/test_%.py)
 	$(PYTHON_FOR_TESTS) -m pytest tests/test_train.py -k "$(LOWEST_RUNS)"
