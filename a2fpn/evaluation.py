@@ -89,8 +89,8 @@ class BoxMaskMetrics:
 class KeypointMetrics:
     """The 10 COCO numbers of keypoints, in [0, 1]; -1 where the ground truth has no such object.
 
-    The object keypoint similarity (OKS) takes the place of the IoU: the mean over an object's labelled keypoints
-    of ``exp(-d² / (8 area sigma²))``, d the distance in pixels. Objects without a labelled keypoint count neither
+    The object keypoint similarity (OKS) takes the place of the IoU: the mean over an object's labeled keypoints
+    of ``exp(-d² / (8 area sigma²))``, d the distance in pixels. Objects without a labeled keypoint count neither
     way, and neither do small ones.
 
     Args:
@@ -138,7 +138,7 @@ class CocoMetrics:
 
     @property
     def measured(self) -> dict[str, BoxMaskMetrics | KeypointMetrics]:
-        """What was asked for, by kind of IoU."""
+        """Metrics that were asked for, by kind of IoU."""
         found = {kind: getattr(self, kind) for kind in IOU_TYPES}
         return {kind: metrics for kind, metrics in found.items() if metrics is not None}
 
@@ -220,7 +220,7 @@ def evaluate_coco(
     given = list(detections)
     results: dict[str, Any] = {}
     for kind in dict.fromkeys(iou_types):
-        scene = _Scene.of(coco, given, kind)
+        scene = _EvalInputs.of(coco, given, kind)
         if kind == "keypoints":
             results[kind] = _keypoint_metrics(scene, library, max_keypoint_detections, oks_sigmas)
         else:
@@ -248,7 +248,7 @@ def common_iou_types(ground_truth: CocoFile, keys: Collection[str]) -> list[str]
 def annotations_as_detections(ground_truth: str | Path | Mapping[str, Any] | CocoFile) -> list[dict[str, Any]]:
     """Returns the objects of a ground truth, crowds left out, as perfect detections with score 1.
 
-    In a file with keypoints, those of an object without a labelled one lie in the middle of its box, where they count
+    In a file with keypoints, those of an object without a labeled one lie in the middle of its box, where they count
     neither way.
 
     Evaluated against the same file they reach AP 1, which checks a data set and its ids from end to end.
@@ -321,7 +321,7 @@ def _check_sigmas(coco: CocoFile, sigmas: Sequence[float]) -> None:
 
 
 @dataclass(frozen=True)
-class _Scene:
+class _EvalInputs:
     """Ground truth and detections, renumbered with ids that both libraries accept.
 
     Images, in the order of their ids, categories and objects are numbered from 1: an object with id 0 counts as no
@@ -342,7 +342,7 @@ class _Scene:
     detections: list[dict[str, Any]]
 
     @classmethod
-    def of(cls, coco: CocoFile, detections: Sequence[Mapping[str, Any]], kind: str) -> _Scene:
+    def of(cls, coco: CocoFile, detections: Sequence[Mapping[str, Any]], kind: str) -> _EvalInputs:
         """Numbers everything and checks the detections."""
         image_numbers = {image_id: number for number, image_id in enumerate(sorted(coco.images), start=1)}
         category_numbers = {category.id: number for number, category in enumerate(coco.categories, start=1)}
@@ -507,7 +507,7 @@ def _perfect_keypoints(annotation: Annotation, coco: CocoFile) -> list[float]:
 
 
 def _truth_keypoints(annotation: Annotation, coco: CocoFile) -> dict[str, Any]:
-    """The keypoints one after the other, zeros for an object that has none, and how many are labelled."""
+    """The keypoints one after the other, zeros for an object that has none, and how many are labeled."""
     points = annotation.keypoints or ((0.0, 0.0, 0.0),) * coco.num_keypoints
     return {
         "keypoints": [value for point in points for value in point],
@@ -515,7 +515,7 @@ def _truth_keypoints(annotation: Annotation, coco: CocoFile) -> dict[str, Any]:
     }
 
 
-def _box_mask_metrics(scene: _Scene, library: tuple[Any, Any], max_detections: int) -> BoxMaskMetrics:
+def _box_mask_metrics(scene: _EvalInputs, library: tuple[Any, Any], max_detections: int) -> BoxMaskMetrics:
     limits = sorted({min(1, max_detections), min(10, max_detections), max_detections})
     precision, recall = scene.compare(library, limits)
     every, small, medium, large = range(4)
@@ -538,7 +538,7 @@ def _box_mask_metrics(scene: _Scene, library: tuple[Any, Any], max_detections: i
 
 
 def _keypoint_metrics(
-    scene: _Scene, library: tuple[Any, Any], max_detections: int, sigmas: Sequence[float]
+    scene: _EvalInputs, library: tuple[Any, Any], max_detections: int, sigmas: Sequence[float]
 ) -> KeypointMetrics:
     precision, recall = scene.compare(library, [max_detections], sigmas)
     every, medium, large = range(3)

@@ -25,7 +25,7 @@ CLASSES = 10
 
 
 def main(images: int = 10_000, objects: int = 10, quick: measure.Quick = False) -> None:
-    """Times one import of each format without copying."""
+    """Time one import of each format without copying."""
     if quick:
         images = 50
     rows = []

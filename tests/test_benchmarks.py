@@ -2,16 +2,15 @@
 
 import functools
 import re
-import time
 
 import numpy as np
 import pytest
 import torch
-from coco_data import write_coco
 from torch import nn
 
 from benchmarks import _measure as measure
 from benchmarks import evaluation, inference, loader, necks
+from tests.coco_data import write_coco
 
 
 def test_inference_compares_equal_outputs_and_prints_ratios(capsys):
@@ -109,21 +108,25 @@ def test_a_failure_while_measuring_memory_is_raised():
 
 
 class Pause(nn.Module):
-    def __init__(self, seconds, inner=None):
+    """Lets the time of a clock pass."""
+
+    def __init__(self, clock, seconds, inner=None):
         super().__init__()
-        self.seconds, self.inner = seconds, inner
+        self.clock, self.seconds, self.inner = clock, seconds, inner
 
     def forward(self):
-        time.sleep(self.seconds)
+        self.clock.append(self.clock[-1] + self.seconds)
         if self.inner:
             self.inner()
 
 
-def test_parts_exclude_the_parts_inside_them():
-    inner = Pause(0.05)
-    outer = Pause(0.0, inner)
+def test_parts_exclude_the_parts_inside_them(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: clock[-1])
+    inner = Pause(clock, 3.0)
+    outer = Pause(clock, 1.0, inner)
     seconds = measure.time_parts({"side": ({"outer": [outer], "inner": [inner]}, outer)}, rounds=1)["side"]
-    assert seconds["inner"] >= 0.05 > seconds["outer"]
+    assert seconds == {"inner": 3.0, "outer": 1.0}
     assert not outer._forward_hooks
     assert not inner._forward_pre_hooks
 

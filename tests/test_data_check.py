@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from coco_data import write_coco
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -16,6 +15,7 @@ from a2fpn.data import DataError, check_data, read_coco
 from a2fpn.inference.draw import draw_grid
 from a2fpn.inference.report import draw_report
 from a2fpn.preprocess import Preprocess
+from tests.coco_data import write_coco
 
 SQUARE = [[10, 10, 30, 10, 30, 30, 10, 30]]
 RLE = {"size": [40, 60], "counts": [400 + 10, *[20, 20] * 19, 20, 40 * 60 - 410 - 20 * 39]}

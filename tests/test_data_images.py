@@ -19,7 +19,7 @@ from a2fpn.data import images as reading
 
 
 def picture(mode: str = "RGB", size: tuple[int, int] = (37, 23)) -> Image.Image:
-    """Smooth colours with some noise."""
+    """Smooth colors with some noise."""
     rng = np.random.default_rng(0)
     bands = len(mode) if mode in ("RGB", "CMYK") else 1
     pixels = np.linspace(0, 200, size[0] * size[1] * bands).reshape(size[1], size[0], bands)
@@ -60,7 +60,7 @@ PLAIN = {
     "rgb without subsampling": jpeg(picture(), subsampling=0, quality=95),
     "progressive": jpeg(picture(), progressive=True),
     "restart markers": jpeg(picture(), restart_marker_blocks=1),
-    "grey": jpeg(picture("L")),
+    "gray": jpeg(picture("L")),
     "kept as rgb": jpeg(picture(), keep_rgb=True),
     "with a comment and a profile": jpeg(picture(), comment=b"\xff\xd8" * 9, icc_profile=b"\xff\xc0" * 99),
     "one pixel": jpeg(picture(size=(1, 1))),
@@ -130,7 +130,7 @@ def test_other_formats_are_left_to_pil(fast: list[bool]) -> None:
     assert fast == [False] * 4
 
 
-@pytest.mark.parametrize("name", ["rgb", "progressive", "grey"])
+@pytest.mark.parametrize("name", ["rgb", "progressive", "gray"])
 def test_a_cut_off_jpeg_is_what_it_is_to_pil(name: str) -> None:
     """At any length: an error with PIL's reason, or the same pixels."""
     content, outcomes = PLAIN[name], set()

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from coco_data import write_coco
 from PIL import Image, ImageEnhance
 
 from a2fpn.cli import main
@@ -23,6 +22,7 @@ from a2fpn.data.operations import (
 )
 from a2fpn.data.plots import draw_stats
 from a2fpn.errors import DataError
+from tests.coco_data import write_coco
 
 
 @pytest.fixture
@@ -194,9 +194,9 @@ def test_near_duplicates_are_found_and_others_are_not(tmp_path: Path, change: An
 
 
 def test_hashes_of_sixteen_bits_are_those_of_eight() -> None:
-    grey = scene(1).convert("L")
-    wide = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
-    assert bin(image_hash(grey) ^ image_hash(wide)).count("1") <= 2
+    gray = scene(1).convert("L")
+    wide = Image.fromarray(np.asarray(gray).astype(np.uint16) * 257)
+    assert bin(image_hash(gray) ^ image_hash(wide)).count("1") <= 2
 
 
 def test_the_check_finds_near_duplicates_across_splits(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from coco_data import write_coco
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools.coco import COCO
@@ -20,6 +19,7 @@ from a2fpn import evaluation
 from a2fpn.data import DataError, read_coco
 from a2fpn.evaluation import COCO_SIGMAS, annotations_as_detections, common_iou_types, evaluate_coco
 from a2fpn.masks.rle import encode_masks
+from tests.coco_data import write_coco
 
 TEN = ["ap", "ap50", "ap75", "ap_medium", "ap_large", "ar", "ar50", "ar75", "ar_medium", "ar_large"]
 TWELVE = [
@@ -456,7 +456,7 @@ def test_without_a_fast_library_pycocotools_counts(ground_truth, monkeypatch, ca
 
 
 def people(count=6, points=17, seed=0):
-    """A file with keypoints, some hidden or not labelled, a crowd, an object without any, and a class without any."""
+    """A file with keypoints, some hidden or not labeled, a crowd, an object without any, and a class without any."""
     rng = np.random.default_rng(seed)
     annotations = []
     for number in range(count):
@@ -533,7 +533,7 @@ def test_a_shift_lowers_ap_as_oks_says(similarity, backend):
     options = {"iou_types": ["keypoints"], "oks_sigmas": [sigma, sigma, 5.0], "backend": backend}
     passed = sum(similarity >= 0.5 + 0.05 * step for step in range(10))
     assert evaluate_coco(truth, detections, **options).keypoints.ap == pytest.approx(passed / 10)
-    # Only what is labelled counts.
+    # Only what is labeled counts.
     detections[0]["keypoints"][6:] = [1000, 1000, 1]
     assert evaluate_coco(truth, detections, **options).keypoints.ap == pytest.approx(passed / 10)
 

@@ -38,7 +38,8 @@ from tests.helpers import run_hub, tiny_model
 from tests.hub_server import HubServer, sha256
 
 REPO = "alice/cells"
-METADATA = {"metrics": {"bbox/ap": 0.5, "segm/ap": 0.25}, "data": "cells", "licence": "cc0-1.0"}
+AT_ONCE = 8.0  # seconds on a busy machine; what waits for the network waits for 10 and more
+METADATA = {"metrics": {"bbox/ap": 0.5, "segm/ap": 0.25}, "data": "cells", "license": "cc0-1.0"}
 FETCH = {"lfs": r"GET /alice/.*/resolve/.*safetensors", "xet": "GET /cas/data"}
 
 
@@ -323,7 +324,7 @@ def test_no_network(hub, published, model, monkeypatch, tmp_path):
     for revision in (None, published):
         with pytest.raises(HubOfflineError, match=r"the Hub cannot be reached \(ConnectError"):
             a2fpn.from_pretrained(REPO, revision=revision, cache_dir=tmp_path / "empty")
-    assert time.perf_counter() - start < 2
+    assert time.perf_counter() - start < AT_ONCE
 
 
 def test_offline_the_cache_serves_without_a_request(hub, published, model, monkeypatch):
@@ -346,17 +347,17 @@ def test_a_network_that_swallows_packets(hub, published, model, monkeypatch, tmp
         point_to(f"http://127.0.0.1:{hole.getsockname()[1]}", monkeypatch)
         start = time.perf_counter()
         assert same(a2fpn.from_pretrained(REPO), model)
-        assert time.perf_counter() - start < 2
+        assert time.perf_counter() - start < AT_ONCE
         start = time.perf_counter()
         with pytest.raises(HubOfflineError, match=r"cannot be reached \(ConnectTimeout.*run: hf download alice/cells"):
             a2fpn.from_pretrained(REPO, cache_dir=tmp_path)
-        assert time.perf_counter() - start < 2
+        assert time.perf_counter() - start < AT_ONCE
         (tmp_path / f"models--{REPO.replace('/', '--')}" / "refs").mkdir(parents=True)
         (tmp_path / f"models--{REPO.replace('/', '--')}" / "refs" / "main").write_text(published)
         start = time.perf_counter()
         with pytest.raises(HubOfflineError, match=r"cannot be reached \(ConnectTimeout"):
             a2fpn.from_pretrained(REPO, cache_dir=tmp_path)
-        assert time.perf_counter() - start < 2
+        assert time.perf_counter() - start < AT_ONCE
 
 
 def test_a_server_that_keeps_silent(hub, published, model, monkeypatch, tmp_path):
@@ -519,7 +520,7 @@ def test_the_card(hub, published):
     ],
 )
 def test_cards_of_other_detectors(name, metrics, task, tasks, tmp_path):
-    facts = {"metrics": metrics, "licence": "Creative Commons BY 4.0"}
+    facts = {"metrics": metrics, "license": "Creative Commons BY 4.0"}
     folder = a2fpn.save_pretrained(tiny_model(name, min_size=64, resize="at_least"), tmp_path, metadata=facts)
     card = ModelCard(model_card(read_checkpoint(folder), REPO))
     assert card.data.pipeline_tag == task
@@ -527,7 +528,7 @@ def test_cards_of_other_detectors(name, metrics, task, tasks, tmp_path):
     assert (card.data.license, card.data.license_name) == ("other", "Creative Commons BY 4.0")
     assert card.data.base_model is None
     assert "by the rule `at_least`, min_size 64, max_size 1333." in card.text
-    assert "No licence of backbone weights is recorded." in card.text
+    assert "No license of backbone weights is recorded." in card.text
 
 
 def test_every_error_is_a_hub_error():

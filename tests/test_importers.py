@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from coco_data import write_coco
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -24,6 +23,7 @@ from a2fpn.data.importers.label_studio import pack_runs, unpack_runs
 from a2fpn.data.splits import assign_splits
 from a2fpn.errors import DataError
 from a2fpn.masks.rle import decode_rle, encode_masks, segmentation_to_rle
+from tests.coco_data import write_coco
 
 NO_CROWDS = {"yolo", "labels", "mask_files"}
 ONE_NUMBER_A_PIXEL = {"labels", "panoptic", "voc"}
@@ -672,14 +672,14 @@ def test_the_synthetic_set_of_the_other_tests_survives(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("orientation", [None, 1, 3, 6])
-@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.tif", "a.bmp", "grey.jpg", "progressive.jpg"])
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.tif", "a.bmp", "gray.jpg", "progressive.jpg"])
 def test_sizes_of_headers_are_those_of_the_pictures(tmp_path: Path, name: str, orientation: int | None) -> None:
     options: dict[str, Any] = {"progressive": True} if name.startswith("prog") else {}
     if orientation is not None and not name.endswith("bmp"):
         exif = Image.Exif()
         exif[0x0112] = orientation
         options["exif"] = exif
-    Image.new("L" if name.startswith("grey") else "RGB", (61, 40)).save(tmp_path / name, **options)
+    Image.new("L" if name.startswith("gray") else "RGB", (61, 40)).save(tmp_path / name, **options)
     assert image_size(tmp_path / name) == tuple(read_image(tmp_path / name).shape[1:])
 
 

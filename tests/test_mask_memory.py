@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_model
 from PIL import Image
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
@@ -18,6 +17,7 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 from a2fpn.data import CocoDataset, InstanceMasks, encode_box_masks, train_transforms
 from a2fpn.heads import matching
 from a2fpn.layers import reassemble
+from tests.helpers import tiny_model
 
 SMALL, LARGE = 256, 512
 OBJECTS = 400

@@ -87,7 +87,7 @@ def test_any_image_becomes_a_batch(size: tuple[int, int], resize: str) -> None:
     assert batch.tensor.isfinite().all()
 
 
-def test_images_are_normalised_and_padded_with_zeros() -> None:
+def test_images_are_normalized_and_padded_with_zeros() -> None:
     images = [torch.rand(3, 40, 50), torch.rand(3, 33, 60)]
     mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
     batch = rule("none", mean=mean, std=std)(images)

@@ -496,7 +496,7 @@ def test_the_order_changes_with_seed_and_epoch(shards, parquet, table):
         assert orders[0, 1] == str(raw_ids(source.read(batch=4, seed=0, epoch=1)))
 
 
-def test_a_step_mixes_shards_and_neighbours_are_shuffled(shards):
+def test_a_step_mixes_shards_and_neighbors_are_shuffled(shards):
     source = ShardDataset(shards, shuffle_buffer=16)
     steps = raw_ids(source.read(batch=4, seed=0))
     numbers = [[(image_id - 100) // 3 for image_id in step] for step in steps]

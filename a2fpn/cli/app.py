@@ -29,7 +29,7 @@ app = typer.Typer(name="a2fpn", cls=Door, **SETTINGS)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command line and exits.
+    """Run the command line and exit.
 
     Args:
         argv: Arguments without the program's name; None takes ``sys.argv``.

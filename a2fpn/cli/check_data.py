@@ -121,7 +121,7 @@ def check_data(
 
 
 def _model_facts(name: str | None, min_size: int | None, max_size: int | None) -> dict[str, Any]:
-    """What a check of data needs to know of a model, as arguments of :func:`a2fpn.data.check_data`."""
+    """Return the arguments of :func:`a2fpn.data.check_data` that depend on a model."""
     import a2fpn
     from a2fpn.config import PreprocessConfig
     from a2fpn.heads import StrideAnchors

@@ -20,7 +20,7 @@ app = typer.Typer(name="data", cls=Door, **SETTINGS)
 
 
 def parse_size(text: str) -> int:
-    """Reads a size in bytes.
+    """Read a size in bytes.
 
     Raises:
         ValueError: If it is none.

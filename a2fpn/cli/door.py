@@ -36,7 +36,7 @@ class Door(TyperGroup):
     """
 
     def invoke(self, ctx: Any) -> Any:
-        """Runs the command; the outermost group turns errors into lines."""
+        """Run the command; the outermost group turns errors into lines."""
         if ctx.params.get("debug"):
             ctx.meta["a2fpn.debug"] = True
         try:

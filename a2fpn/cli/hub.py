@@ -38,7 +38,7 @@ RepoName = Annotated[str, typer.Option(help="The repository on the Hub.", metava
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command line and exits.
+    """Run the command line and exit.
 
     Args:
         argv: Arguments without the program's name; None takes ``sys.argv``.
@@ -96,7 +96,7 @@ def convert(
 ) -> None:
     """Turn the weights of another framework into a checkpoint folder; no code of the file is run.
 
-    What was torchvision's is run on both sides, and an error if the two differ. For the others
+    Torchvision conversions are verified: both models run on a random image, and a mismatch is an error. For the others
     `python -m benchmarks.parity` does that where they are installed.
     """
     if (output / CONFIG_FILE).exists():
@@ -121,7 +121,7 @@ def convert(
 
 @torch.no_grad()
 def _compare(theirs: Any, ours: a2fpn.Detector) -> str:
-    """Runs both on a random image that neither resizes.
+    """Run both on a random image that neither resizes.
 
     Raises:
         ValueError: If they differ by more than rounding.

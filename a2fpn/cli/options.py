@@ -77,7 +77,7 @@ def load_detector(source: str) -> Detector:
 
 
 def build_predictor(detector: Detector, device: str | None, *, optimize: bool, dtype: str, **options: Any) -> Predictor:
-    """The detector, optimised if that is wanted, with the options of a command."""
+    """The detector, optimized if that is wanted, with the options of a command."""
     import a2fpn
 
     where = pick_device(device)

@@ -129,7 +129,7 @@ def _image_ids(paths: Sequence[Path]) -> list[int]:
 
 
 def _picture_files(paths: Sequence[Path], output: Path) -> list[Path]:
-    """Where the pictures go: named as the images, numbered where names repeat."""
+    """Return the paths of the pictures: named as the images, numbered where names repeat."""
     names: dict[str, str] = {}  # by lower case: some file systems take both for one
     for path in paths:
         numbered = (f"{path.stem}_{number}" for number in itertools.count(2))

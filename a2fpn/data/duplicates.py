@@ -1,7 +1,7 @@
 """Near-duplicate images across splits: a scene that is in training and in validation makes the numbers too good.
 
 The hash is the perceptual one of Zauner (Implementation and Benchmarking of Perceptual Image Hash Functions, 2010): the
-signs of the 8 x 8 lowest frequencies of the image at 32 x 32 grey pixels, each against their median. It changes by few
+signs of the 8 x 8 lowest frequencies of the image at 32 x 32 gray pixels, each against their median. It changes by few
 bits where an image is scaled, compressed or brightened. What it takes for alike is compared once more by the
 correlation of the 32 x 32 pixels, since pictures with little structure have close hashes.
 
@@ -130,8 +130,8 @@ def _small(image: Image.Image) -> NDArray[np.float64]:
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float64)
         image = Image.fromarray((255 * (values - values.min()) / max(float(np.ptp(values)), 1e-9)).astype(np.uint8))
-    grey = image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.BOX, reducing_gap=2.0)
-    return np.asarray(grey, dtype=np.float64)
+    gray = image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.BOX, reducing_gap=2.0)
+    return np.asarray(gray, dtype=np.float64)
 
 
 def _hash(pixels: NDArray[np.float64]) -> tuple[int, NDArray[np.float32]]:

@@ -24,11 +24,11 @@ def read_image(
 
     - EXIF orientation: applied. With ``size``, the stored pixels are taken as they are if they have that
       size, and only otherwise turned: labelling tools differ in whether they obey EXIF.
-    - 16-bit grey: the full range 0..65535 becomes 0..255, by division by 257 and rounding, whatever range
-      the image uses. So does 32-bit integer grey, if its values lie in that range. Floating-point images
+    - 16-bit gray: the full range 0..65535 becomes 0..255, by division by 257 and rounding, whatever range
+      the image uses. So does 32-bit integer gray, if its values lie in that range. Floating-point images
       have no agreed range and are an error.
     - Transparency: composed over white.
-    - Grey, palette, CMYK and the other colour spaces: PIL's conversion.
+    - Gray, palette, CMYK and the other color spaces: PIL's conversion.
     - Animations and multi-page files: the first frame.
 
     Args:
@@ -72,7 +72,7 @@ def read_image(
 def _decode_plain_jpeg(opened: Image.Image, content: bytearray, size: tuple[int, int] | None) -> Tensor | None:
     """Decodes a JPEG in 0.7 of PIL's time, where the pixels are the same; None elsewhere.
 
-    Those are grey and three-channel images of the wanted size, and, where no size is wanted, those without EXIF or XMP.
+    That is a gray or three-channel image of the wanted size, and, where no size is wanted, one without EXIF or XMP.
     """
     if opened.format != "JPEG" or opened.mode not in ("L", "RGB"):
         return None
@@ -87,7 +87,7 @@ def _decode_plain_jpeg(opened: Image.Image, content: bytearray, size: tuple[int,
 
 
 def _opened(source: str | Path | bytes, name: str, hint: str = "") -> tuple[str, Path | io.BytesIO]:
-    """What messages call an image file or content, and what PIL opens.
+    """Return the name of an image in messages, and what PIL can open.
 
     Raises:
         ImageError: If there is no such file.
@@ -104,7 +104,7 @@ def read_labels(source: str | Path | bytes, size: tuple[int, int], *, name: str)
     """Reads a map of classes.
 
     Args:
-        source: An 8-bit palette or grey image, the file or its content.
+        source: An 8-bit palette or gray image, the file or its content.
         size: (H, W) that it must have, pixels.
         name: The image's name, for messages about content.
 
@@ -118,7 +118,7 @@ def read_labels(source: str | Path | bytes, size: tuple[int, int], *, name: str)
     try:
         with Image.open(file) as image:
             if image.mode not in ("L", "P"):
-                raise ImageError(f"{name}: a semantic map must be an 8-bit palette or grey image, got {image.mode!r}.")
+                raise ImageError(f"{name}: a semantic map must be an 8-bit palette or gray image, got {image.mode!r}.")
             labels = np.array(image, dtype=np.uint8)
     except (OSError, SyntaxError) as error:
         raise ImageError(f"{name}: no readable image ({error}).") from error
@@ -136,10 +136,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
-            raise ValueError(f"grey values of {values.min()} to {values.max()} don't fit 16 bits; convert it to 8 bits")
+            raise ValueError(f"gray values of {values.min()} to {values.max()} don't fit 16 bits; convert it to 8 bits")
         image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
     elif image.mode == "F":
-        raise ValueError("floating-point grey values have no agreed range; convert it to 8 bits")
+        raise ValueError("floating-point gray values have no agreed range; convert it to 8 bits")
     elif "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

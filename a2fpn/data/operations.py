@@ -28,7 +28,7 @@ _LISTS = ("images", "annotations", "categories")
 
 @dataclass(frozen=True)
 class DataStats:
-    """What a COCO file holds.
+    """Statistics of a COCO file.
 
     Args:
         images: Number of images.

@@ -15,7 +15,7 @@ _BUSY = (408, 425, 429)  # of the 4xx answers, those that are worth another try
 
 
 def is_remote(location: str | Path) -> bool:
-    """Whether a location is a URL."""
+    """Return whether a location is a URL."""
     return "://" in str(location)
 
 

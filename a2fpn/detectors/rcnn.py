@@ -63,7 +63,7 @@ class RCNN(Detector):
 
     @property
     def num_outputs(self) -> int:
-        """Outputs of the box predictor: background, the classes, and those that stand for nothing."""
+        """Outputs of the box predictor: background, the classes, and unused ones."""
         return 1 + self.config.num_classes + self.rcnn.unused_outputs
 
     @property
@@ -73,7 +73,7 @@ class RCNN(Detector):
         return head
 
     def build_roi_heads(self, pooled: Mapping[str, int]) -> nn.Module:
-        """What turns proposals into detections or losses; called like torchvision's ``RoIHeads``.
+        """Build the RoI heads, which turn proposals into detections or losses; called like torchvision's ``RoIHeads``.
 
         Args:
             pooled: Name and stride of the levels that RoIs are pooled from.
@@ -116,7 +116,7 @@ class RCNN(Detector):
         )
 
     def box_head(self) -> nn.Module:
-        """What maps pooled features to ``box_channels`` numbers per RoI."""
+        """Build the module that maps pooled features to ``box_channels`` numbers per RoI."""
         heads, channels = self.rcnn, self.neck.out_channels
         if not heads.box_layers:
             mlp: nn.Module = TwoMLPHead(channels * heads.box_pool_size**2, heads.box_channels)

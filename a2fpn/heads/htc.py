@@ -25,7 +25,7 @@ from a2fpn.pyramid import Features, level_size
 SEMANTIC = "semantic"
 """Under this name the semantic embedding travels with the pyramid."""
 IGNORE = 255
-"""Label of pixels that the semantic loss leaves out."""
+"""Label of pixels that the semantic loss ignores."""
 
 
 class SemanticBranch(nn.Module):
@@ -152,7 +152,7 @@ class HTCRoIHeads(CascadeRoIHeads):
         return y
 
     def _semantic_loss(self, logits: Tensor, targets: Targets, image_sizes: Sizes) -> Tensor:
-        """Mean cross entropy over the labelled pixels; zero where there are none."""
+        """Mean cross entropy over the labeled pixels; zero where there are none."""
         wanted = torch.full((len(logits), *logits.shape[2:]), IGNORE, dtype=torch.long, device=logits.device)
         for canvas, target, size in zip(wanted, targets, image_sizes, strict=True):
             height, width = level_size(size, self.semantic_stride)
@@ -166,9 +166,9 @@ class HTCRoIHeads(CascadeRoIHeads):
                 semantic = target[SEMANTIC][rows[:, None], columns]
             canvas[:height, :width] = semantic
         loss = F.cross_entropy(logits, wanted, ignore_index=IGNORE, reduction="sum")
-        labelled = int((wanted != IGNORE).sum())
-        shared: Tensor = self.share(loss / max(1, labelled), labelled)
-        return shared
+        labeled = int((wanted != IGNORE).sum())
+        normalized: Tensor = self.normalizer(loss / max(1, labeled), labeled)
+        return normalized
 
 
 def things_map(masks: InstanceMasks, labels: Tensor) -> Tensor:

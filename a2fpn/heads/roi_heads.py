@@ -12,20 +12,20 @@ from torchvision.models.detection.roi_heads import RoIHeads, fastrcnn_loss, keyp
 
 from a2fpn import device
 from a2fpn.heads.box_coder import BoxCoder
+from a2fpn.heads.loss_normalizer import GlobalLossNormalizer
 from a2fpn.heads.matching import IGNORED, BoxPairs, ChunkedMatcher
-from a2fpn.heads.postprocess import DetectionRule, box_detections
+from a2fpn.heads.postprocess import PostprocessConfig, box_detections
 from a2fpn.heads.sampling import draw_rows
-from a2fpn.heads.share import LossShare
 from a2fpn.masks.targets import mask_loss
 from a2fpn.pyramid import Features
 
 
 class Samples(NamedTuple):
-    """What a stage learns from, per image.
+    """Sampled boxes of a stage and their targets, per image.
 
     Args:
         boxes: ``(S, 4)`` xyxy.
-        objects: ``(S,)`` index of the object that each box is held against.
+        objects: ``(S,)`` index of the ground-truth object matched to each box.
         labels: ``(S,)`` its class, 0 for background.
         deltas: ``(S, 4)`` regression targets.
     """
@@ -36,13 +36,13 @@ class Samples(NamedTuple):
     deltas: list[Tensor]
 
     def positives(self) -> Samples:
-        """The boxes that are held against an object."""
+        """The boxes that are matched to an object."""
         keep = positive_rows(self.labels)
         return Samples(*([x[rows] for x, rows in zip(field, keep, strict=True)] for field in self))
 
 
 def positive_rows(labels: Sequence[Tensor]) -> list[Tensor]:
-    """Per image the rows, ascending, of the boxes that are held against an object.
+    """Per image the rows, ascending, of the boxes that are matched to an object.
 
     Args:
         labels: Per image ``(S,)``.
@@ -56,7 +56,7 @@ def positive_rows(labels: Sequence[Tensor]) -> list[Tensor]:
 
 
 class DetectionRoIHeads(RoIHeads):  # type: ignore[misc]
-    """torchvision's ``RoIHeads`` with :class:`ChunkedMatcher` and a :class:`DetectionRule` that can be exchanged.
+    """torchvision's ``RoIHeads`` with :class:`ChunkedMatcher` and a :class:`PostprocessConfig` that can be exchanged.
 
     The thresholds stay where torchvision keeps them.
 
@@ -77,16 +77,16 @@ class DetectionRoIHeads(RoIHeads):  # type: ignore[misc]
         matcher = self.proposal_matcher
         self.box_coder = BoxCoder(self.box_coder.weights)
         self.proposal_matcher = ChunkedMatcher(matcher.high_threshold, matcher.low_threshold)
-        self.rule = DetectionRule(self.score_thresh, self.nms_thresh, self.detections_per_img)
-        self.share = LossShare()
+        self.rule = PostprocessConfig(self.score_thresh, self.nms_thresh, self.detections_per_img)
+        self.normalizer = GlobalLossNormalizer()
 
     @property
-    def rule(self) -> DetectionRule:
-        """What makes a detection."""
-        return DetectionRule(self.score_thresh, self.nms_thresh, self.detections_per_img, *self._soft_nms)
+    def rule(self) -> PostprocessConfig:
+        """Post-processing of detections."""
+        return PostprocessConfig(self.score_thresh, self.nms_thresh, self.detections_per_img, *self._soft_nms)
 
     @rule.setter
-    def rule(self, rule: DetectionRule) -> None:
+    def rule(self, rule: PostprocessConfig) -> None:
         self.score_thresh, self.nms_thresh = rule.score_threshold, rule.nms_threshold
         self.detections_per_img = rule.detections_per_image
         self._soft_nms = (rule.soft_nms, rule.soft_nms_sigma)
@@ -152,7 +152,10 @@ class DetectionRoIHeads(RoIHeads):  # type: ignore[misc]
         logits, deltas = self.box_predictor(pooled)
         loss_classifier, loss_box = _box_losses(logits, deltas, samples)
         count = sum(map(len, samples.labels))
-        losses = {"loss_classifier": self.share(loss_classifier, count), "loss_box_reg": self.share(loss_box, count)}
+        losses = {
+            "loss_classifier": self.normalizer(loss_classifier, count),
+            "loss_box_reg": self.normalizer(loss_box, count),
+        }
         positives = samples.positives()
         if self.has_mask():
             pooled = self.mask_head(self.mask_roi_pool(features, positives.boxes, image_shapes))
@@ -165,17 +168,17 @@ class DetectionRoIHeads(RoIHeads):  # type: ignore[misc]
                 aligned=self.aligned,
                 boundary_weight=self.mask_boundary_weight,
             )
-            losses["loss_mask"] = self.share(loss, sum(map(len, positives.labels)))
+            losses["loss_mask"] = self.normalizer(loss, sum(map(len, positives.labels)))
         if self.has_keypoint():
             pooled = self.keypoint_head(self.keypoint_roi_pool(features, positives.boxes, image_shapes))
             logits = self.keypoint_predictor(pooled).contiguous()  # torchvision's loss takes views of it
             keypoints = [target["keypoints"] for target in targets]
             loss = keypointrcnn_loss(logits, positives.boxes, keypoints, positives.objects)
             visible = 0
-            if self.share.enabled:  # counting waits for the device
+            if self.normalizer.enabled:  # counting waits for the device
                 images = zip(keypoints, positives.boxes, positives.objects, strict=True)
                 visible = sum(int(keypoints_to_heatmap(k[i], b, logits.shape[-1])[1].sum()) for k, b, i in images)
-            losses["loss_keypoint"] = self.share(loss, visible)
+            losses["loss_keypoint"] = self.normalizer(loss, visible)
         return [], losses
 
     def postprocess_detections(

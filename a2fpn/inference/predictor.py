@@ -20,7 +20,7 @@ from torch import Tensor
 
 from a2fpn.data.images import read_image, to_rgb
 from a2fpn.errors import ConfigError, ConfigTypeError
-from a2fpn.heads.postprocess import DetectionRule, SoftNms, using_rule
+from a2fpn.heads.postprocess import PostprocessConfig, SoftNms, override_postprocess
 from a2fpn.inference.result import Result, to_array
 from a2fpn.inference.tiling import TileDetections, merge_tiles, tile_windows
 from a2fpn.inference.tta import Augmentation, detect_augmented
@@ -38,7 +38,7 @@ ImagePath = str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class PredictOptions:
-    """How images are predicted; None leaves a limit to the model's own configuration.
+    """Options of prediction; None leaves a limit to the model's own configuration.
 
     Args:
         score_threshold: Objects that score less are dropped, between 0 and 1. Below the model's own threshold (0.05
@@ -67,7 +67,7 @@ class PredictOptions:
     tta: bool | Augmentation = False
 
     def __post_init__(self) -> None:
-        DetectionRule(**self.changes)
+        PostprocessConfig(**self.changes)
         tile_windows((1, 1), self.tile or 16, self.overlap)
 
     @property
@@ -79,7 +79,7 @@ class PredictOptions:
 
     @property
     def augmentation(self) -> Augmentation | None:
-        """Which views are taken, if more than one."""
+        """Views of test-time augmentation, if there are more than one."""
         return (Augmentation() if self.tta else None) if isinstance(self.tta, bool) else self.tta
 
 
@@ -128,7 +128,7 @@ class Predictor:
         self.model = model.to(device)
         if channels_last:
             self.model.to(memory_format=torch.channels_last)
-        self.categories = model.config.labelled_categories
+        self.categories = model.config.labeled_categories
 
     @overload
     def __call__(self, images: ImageInMemory, **options: Any) -> Result: ...
@@ -145,7 +145,7 @@ class Predictor:
         Args:
             images: An image, a folder (its images in order of their names, without sub-folders) or a sequence of
                 images. An image is a path, a PIL image (taken as it is; EXIF orientation is applied to files), a
-                uint8 array (H, W, 3) in RGB order or (H, W) in grey (OpenCV reads BGR: pass
+                uint8 array (H, W, 3) in RGB order or (H, W) in gray (OpenCV reads BGR: pass
                 ``image[..., ::-1]``), or a tensor (3, H, W), uint8 or float in [0, 1].
             **options: Fields of :class:`PredictOptions` for this call, e.g. ``tile=1024``.
 
@@ -184,7 +184,7 @@ class Predictor:
             # The heads keep what scores more than their threshold, a result what scores no less.
             below = float(np.nextafter(np.float32(changes["score_threshold"]), np.float32(-1)))
             changes["score_threshold"] = max(0.0, below)
-        with _evaluating(self.model), using_rule(self.model, **changes) as rule, torch.inference_mode():
+        with _evaluating(self.model), override_postprocess(self.model, **changes) as rule, torch.inference_mode():
             if chosen.tile is not None:
                 return [self._tiled(image, chosen, rule) for image in images]
             return [
@@ -193,9 +193,9 @@ class Predictor:
             ]
 
     def _detect(
-        self, images: Sequence[Tensor], options: PredictOptions, rule: DetectionRule
+        self, images: Sequence[Tensor], options: PredictOptions, rule: PostprocessConfig
     ) -> Sequence[Mapping[str, Tensor]]:
-        """What the model, or the fusion of what it sees in several views, finds in each image."""
+        """Return the detections of each image, by the model or fused from several views."""
         model, augmentation = self.model, options.augmentation
         if augmentation is None or not all(image.ndim == 3 for image in images):
             found: Sequence[Mapping[str, Tensor]] = model(images, paste_masks=False)
@@ -212,7 +212,7 @@ class Predictor:
             for image in images
         ]
 
-    def _tiled(self, image: Tensor, options: PredictOptions, rule: DetectionRule) -> Result:
+    def _tiled(self, image: Tensor, options: PredictOptions, rule: PostprocessConfig) -> Result:
         size = _size(image)
         results = []
         windows = tile_windows(size, options.tile or max(size), options.overlap)
@@ -301,7 +301,7 @@ def _to_tensor(image: ImageInMemory) -> Tensor:
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)) or not image.size:
             raise ConfigError(
-                f"Expected an image as a uint8 array (H, W, 3) in RGB order or (H, W) in grey, got {image.dtype} of "
+                f"Expected an image as a uint8 array (H, W, 3) in RGB order or (H, W) in gray, got {image.dtype} of "
                 f"shape {image.shape}. Convert it, or pass a PIL image or the path of the file."
             )
         rgb = image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2)

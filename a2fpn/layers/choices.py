@@ -8,7 +8,7 @@ from a2fpn.errors import ConfigError
 
 
 def check_choice(argument: str, value: object, allowed: Sequence[str]) -> None:
-    """Checks that an argument is one of the names it may be.
+    """Check that an argument is one of the names it may be.
 
     Args:
         argument: Its name in the message.

@@ -78,7 +78,7 @@ class Repo:
 
     @classmethod
     def parse(cls, name: str, *, revision: str | None = None, **options: Any) -> Repo:
-        """Reads ``org/name`` or ``org/name@revision``; options are the other fields.
+        """Read ``org/name`` or ``org/name@revision``; options are the other fields.
 
         Raises:
             ValueError: If it is no such name, or two revisions are given.
@@ -92,7 +92,7 @@ class Repo:
 
 
 def is_repo_id(name: str) -> bool:
-    """Whether a text has the form ``org/name``.
+    """Return whether a text has the form ``org/name``.
 
     Example:
         >>> is_repo_id("acme/cells"), is_repo_id("../cells"), is_repo_id("runs/a/b")
@@ -115,7 +115,7 @@ class Downloaded(NamedTuple):
 
 
 def download_checkpoint(repo: Repo, *, weights: bool = True) -> Downloaded:
-    """Brings a checkpoint into the cache, all of it from one commit, and checks it: each file is read once.
+    """Bring a checkpoint into the cache, all of it from one commit, and check it: each file is read once.
 
     ``config.json`` must have the hash that the Hub recorded, the weights the one that ``config.json`` names. A file
     that has not is downloaded once more. With everything in the cache, a commit needs no request and a branch or tag
@@ -154,7 +154,7 @@ def download_checkpoint(repo: Repo, *, weights: bool = True) -> Downloaded:
 
 
 def _check_files(api: _Api, repo: Repo, commit: str, names: Sequence[str]) -> None:
-    """Asks once, without retries, whether the files are there and can be what they are called."""
+    """Ask once, without retries, whether the files are there and can be what they are called."""
     # Not hf_hub_download's own look: on a server that is down it retries for 23 s.
     info = api.repo_info(repo.id, revision=commit, files_metadata=True)
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
@@ -214,12 +214,12 @@ def push_to_hub(
     metadata: Mapping[str, Any] | None = None,
     commit_message: str = "Upload a detector of a2fpn",
 ) -> str:
-    """Publishes a detector as ``config.json``, ``model.safetensors`` and a card, in one commit.
+    """Publish a detector as ``config.json``, ``model.safetensors`` and a card, in one commit.
 
     Args:
         model: A detector, or a checkpoint folder, whose own ``README.md`` then is the card if it has one.
         repo_id: ``org/name``; made if it does not exist.
-        private: Whether a new repository is private; None takes the organisation's default.
+        private: Whether a new repository is private; None takes the organization's default.
         create_pr: Whether to open a pull request in place of a commit to the main branch.
         token: Access token with write permission; None takes the one saved by ``hf auth login``.
         metadata: As in :func:`a2fpn.save_pretrained`; only with a detector, a folder has its own.
@@ -293,7 +293,7 @@ _TRANSPORT = ("TransportError", "RequestException", *_UNREACHABLE)
 
 
 def _is_a(error: BaseException | None, *names: str) -> bool:
-    """Whether an exception's class, or one that it inherits from, has one of the names."""
+    """Return whether an exception's class, or one that it inherits from, has one of the names."""
     return any(kind.__name__ in names for kind in type(error).__mro__)
 
 
@@ -335,7 +335,7 @@ def _detail(error: BaseException | None) -> str:
 
 @contextlib.contextmanager
 def _explained(repo: Repo, files: Sequence[str] = ()) -> Iterator[None]:
-    """Turns what huggingface_hub, its HTTP client and hf_xet raise into a :class:`HubError`.
+    """Turn what huggingface_hub, its HTTP client and hf_xet raise into a :class:`HubError`.
 
     Args:
         repo: What is talked about.

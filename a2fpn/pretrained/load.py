@@ -65,7 +65,7 @@ def create_model(
     num_classes: int | None = None,
     **overrides: Any,
 ) -> Detector:
-    """Builds a detector.
+    """Build a detector.
 
     Args:
         name: ``<detector>_<neck>_<backbone>``, see :func:`list_models`; the backbone may be any timm name or be left
@@ -130,7 +130,7 @@ def from_pretrained(
     local_files_only: bool = False,
     **overrides: Any,
 ) -> Detector:
-    """Loads a detector from a folder, the Hub, or by the name of pretrained weights; nothing has to be retyped.
+    """Load a detector from a folder, the Hub, or by the name of pretrained weights; nothing has to be retyped.
 
     Args:
         source: A folder written by :func:`save_pretrained` (also as ``local-dir:PATH``), a name of
@@ -180,13 +180,13 @@ def from_pretrained(
 def save_pretrained(
     model: Detector, directory: str | Path, *, half: bool = False, metadata: Mapping[str, Any] | None = None
 ) -> Path:
-    """Saves a detector as ``config.json`` and ``model.safetensors``.
+    """Save a detector as ``config.json`` and ``model.safetensors``.
 
     Args:
         model: The detector.
         directory: Made if it does not exist.
         half: Whether matrices and kernels are stored in float16.
-        metadata: JSON-able facts: metrics, recipe, data, licences.
+        metadata: JSON-able facts: metrics, recipe, data, licenses.
 
     Returns:
         The directory.
@@ -203,7 +203,7 @@ def save_pretrained(
 
 
 class Weights(NamedTuple):
-    """What a model is built of.
+    """Configuration and state dict that a model is built from.
 
     Args:
         config: What it was saved as.
@@ -295,7 +295,7 @@ def _assemble(
     num_classes: int | None,
     overrides: Mapping[str, Any],
 ) -> Detector:
-    """Builds a model as it was saved but for the overrides, with weights if there are any."""
+    """Build a model as it was saved but for the overrides, with weights if there are any."""
     saved, state, version = weights
     config = override(saved, num_classes, overrides)
     try:

@@ -1,6 +1,6 @@
-"""What a run is fed with: the batches of every step, in an order that depends on the seed and the step alone.
+"""Batch sources: the batches of every step, in an order that depends on the seed and the step alone.
 
-A *step* of the optimiser takes one global batch. It is divided into equal parts, one for each process, and each part
+A *step* of the optimizer takes one global batch. It is divided into equal parts, one for each process, and each part
 into ``grad_accumulation`` batches. Which images make up a step, and how each is augmented, does not depend on the
 number of processes or loader workers: two processes with two images each see what one process with four sees, and a
 run that resumes at a step sees what it would have seen.
@@ -26,7 +26,7 @@ Slot = tuple[int, int, int]  # epoch, position within it, index of the sample
 
 
 class Feed(Protocol):
-    """Where batches come from."""
+    """Source of batches."""
 
     def steps(self, epoch: int) -> int:
         """Steps of an epoch, the same on every process."""

@@ -124,8 +124,8 @@ class Trainer:
             model = model.to(memory_format=torch.channels_last)
         # Before `prepare`, which replaces `forward`; a copy made later would call the original.
         self.ema = ModelEmaV3(model, decay=run.ema, use_warmup=True) if run.ema else None
-        self._shares = run.sync_losses and self.accelerator.num_processes > 1
-        model.share_losses(enabled=self._shares)
+        self._global_losses = run.sync_losses and self.accelerator.num_processes > 1
+        model.normalize_losses_globally(enabled=self._global_losses)
         self.feed: Feed = build_feed(config, train_set, model, self.accelerator)
         self.total_steps, self.epochs = self._length()
 
@@ -289,24 +289,24 @@ class Trainer:
                 state.step_in_epoch += 1
                 line.advance()
                 if state.step % config.run.log_every == 0 or state.step == self.total_steps:
-                    means, pace = window.read()
+                    means, throughput = window.read()
                     rate = float(max(self.scheduler.get_last_lr()))
-                    line.show(state.step, means["loss"], rate, pace)
+                    line.show(state.step, means["loss"], rate, throughput)
                     values = {f"train/{name}": value for name, value in means.items()}
-                    speed = {"images_per_second": pace.images_per_second, "waiting_for_data": pace.waiting}
+                    speed = {"images_per_second": throughput.images_per_second, "waiting_for_data": throughput.waiting}
                     self.accelerator.log({**values, "lr": rate, **speed}, step=state.step)
                 self.scheduler.step()
                 every = config.run.checkpoint_every
                 if every and state.step % every == 0 and state.step_in_epoch < steps and state.step < self.total_steps:
                     self._save(None)
-        means, pace = self.epoch_losses.read()
+        means, throughput = self.epoch_losses.read()
         state.epoch += 1
         state.step_in_epoch = 0
         return {
             "epoch": state.epoch,
             "step": state.step,
             "train_seconds": round(time.perf_counter() - start, 1),
-            "images_per_second": round(pace.images_per_second, 2),
+            "images_per_second": round(throughput.images_per_second, 2),
             **{f"train/{name}": value for name, value in means.items()},
         }
 
@@ -338,7 +338,7 @@ class Trainer:
         return values
 
     def _step(self, parts: Sequence[tuple[Batch, float]], window: LossWindow) -> None:
-        """One step of the optimiser."""
+        """One step of the optimizer."""
         accelerator, config = self.accelerator, self.config
         for number, ((images, targets), waited) in enumerate(parts):
             # What is drawn in a step depends on nothing before it.
@@ -391,9 +391,9 @@ class Trainer:
             broadcast(list(model.buffers()))
         losses: dict[str, float] = {}
         if self.config.run.val_loss:
-            model.share_losses(enabled=False)  # processes have different numbers of batches
+            model.normalize_losses_globally(enabled=False)  # processes have different numbers of batches
             losses = self.validator.losses(model)
-            model.share_losses(enabled=self._shares)
+            model.normalize_losses_globally(enabled=self._global_losses)
         metrics, pictures = self.validator.evaluate(model)
         if not accelerator.is_main_process:
             return {}
@@ -476,7 +476,7 @@ class Trainer:
         )
 
     def _metadata(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        """What a checkpoint says about its making."""
+        """Return the metadata of a checkpoint."""
         return {
             "recipe": self.config.run.name,
             "epochs": self.state.epoch,

@@ -61,7 +61,7 @@ def check_data(
     duplicates: bool = False,
     track: Track | None = None,
 ) -> DataReport:
-    """Checks a COCO data set; whatever the file holds, the answer is a report.
+    """Check a COCO data set; whatever the file holds, the answer is a report.
 
     Args:
         images: The image folder; None checks the JSON alone.

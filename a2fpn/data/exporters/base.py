@@ -1,4 +1,4 @@
-"""What every exporter shares: the registry, where images go, what is lost."""
+"""Common parts of the exporters: the registry, places of images, losses."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def convert_data(
 
 
 def _counts(images: Sequence[LabeledImage]) -> dict[str, SplitCount]:
-    """What was read of each split, before the format's own losses."""
+    """Count what was read of each split, before the format's own losses."""
     counts = {}
     for split in dict.fromkeys(image.split or "train" for image in images):
         members = [image for image in images if (image.split or "train") == split]

@@ -1,4 +1,4 @@
-"""What every importer shares: the registry, the folder it looks at, its options."""
+"""Common parts of the importers: the registry, the folder, options."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class Folder:
         return self._heads[path]
 
     def has_images(self) -> bool:
-        """Whether any image lies in the folder."""
+        """Return whether any image lies in the folder."""
         return any(suffix in IMAGE_SUFFIXES for suffix in self.by_suffix)
 
 

@@ -124,7 +124,7 @@ def _object(raw: Any, infos: Mapping[int, CategoryInfo], place: str) -> LabeledO
 
 
 def _is_ours(folder: Folder, path: Path) -> bool:
-    """Whether a JSON file is COCO's; its lists may come in any order, the first longer than what is looked at."""
+    """Return whether a JSON file is COCO's; its lists may come in any order, the first longer than what is read."""
     head = folder.head(path)
     if b'"segments_info"' in head or b'"shapes"' in head or b'"items"' in head:
         return False

@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ImportReport:
-    """What an import read, wrote and lost.
+    """Numbers of an import: read, written and lost.
 
     Args:
         format: Of the source.

@@ -191,7 +191,7 @@ def _pairs(root: Path) -> list[Path]:
 
 
 def _may_be_labels(path: Path) -> bool:
-    """Whether a picture has one number a pixel."""
+    """Return whether a picture has one number a pixel."""
     try:
         with Image.open(path) as image:
             return image.mode in ("1", "L", "P", "F") or image.mode.startswith("I")

@@ -96,7 +96,7 @@ class LabelmeImporter(Importer):
                 detail = f"it says {said[1]} x {said[0]} pixels, {file.name} has {size[1]} x {size[0]}; left out"
                 self.log.add("size-mismatch", path, detail)
                 return None
-            size = size[::-1]  # labelled on the stored pixels, without the EXIF tag
+            size = size[::-1]  # labeled on the stored pixels, without the EXIF tag
         shapes: list[tuple[object, LabeledObject]] = []
         points: _Points = {}
         for number, shape in enumerate(data["shapes"]):

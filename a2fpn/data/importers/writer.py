@@ -39,7 +39,7 @@ _COORDINATE_LIMIT = 1e6  # the reader's
 
 @dataclass(frozen=True)
 class SplitRule:
-    """How a source without splits gets them.
+    """Rule by which a source without splits gets them.
 
     Args:
         val: Share of images for validation; 0 makes none.
@@ -69,7 +69,7 @@ class _Entry:
 
 @dataclass(frozen=True)
 class SplitCount:
-    """What a split of the written data set holds.
+    """Numbers of images and objects in a split of the written data set.
 
     Args:
         images: All of them.

@@ -343,28 +343,28 @@ def _lines(path: Path) -> list[str]:
 
 
 def _label_file(image: str) -> str:
-    """Where the labels of an image are: its last folder "images" replaced by "labels", or beside it."""
+    """Return the label file of an image: its last folder "images" replaced by "labels", or beside it."""
     stem = os.path.splitext(image)[0]
     head, found, tail = stem.rpartition(f"{os.sep}images{os.sep}")
     return (f"{head}{os.sep}labels{os.sep}{tail}" if found else stem) + ".txt"
 
 
 def _image_stem(label: str) -> str:
-    """Where the image of a label file is, without its suffix; the way back of :func:`_label_file`."""
+    """Return the path of a label file's image, without its suffix; the inverse of :func:`_label_file`."""
     stem = os.path.splitext(label)[0]
     head, found, tail = stem.rpartition(f"{os.sep}labels{os.sep}")
     return f"{head}{os.sep}images{os.sep}{tail}" if found else stem
 
 
 def _is_list(path: str) -> bool:
-    """Whether a text file holds something else than labels, such as a list of images."""
+    """Return whether a text file holds something else than labels, such as a list of images."""
     with open(path, "rb") as file:
         first = file.readline().split()
     return bool(first) and not _is_number(first[0].lstrip(b"\xef\xbb\xbf"))
 
 
 def _below(base: str, path: str) -> Iterator[str]:
-    """What a path may mean below a folder, if its first parts are of another machine."""
+    """Interpret a path below a folder, if its first parts are of another machine."""
     parts = [part for part in path.split("/") if part not in ("", ".", "..")]
     for start in range(len(parts)):
         yield os.path.join(base, *parts[start:])
