@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from a2fpn.data import CocoDataset, Sample, aspect_ratio_groups, collate, epoch_order, repeat_factors
 from a2fpn.errors import ConfigError
 from a2fpn.training.seeding import seeded
-from a2fpn.training.signals import ignore_stop_signals
+from a2fpn.training.signals import leave_stopping_to_the_run
 
 T = TypeVar("T")
 Batch = tuple[list[Tensor], list[dict[str, Any]]]
@@ -54,7 +54,7 @@ def data_loader(dataset: Dataset[T], *, workers: int, pin_memory: bool, **option
         num_workers=workers,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
-        worker_init_fn=ignore_stop_signals,
+        worker_init_fn=leave_stopping_to_the_run,
         generator=torch.Generator(),
         **options,
     )

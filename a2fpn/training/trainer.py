@@ -317,9 +317,13 @@ class Trainer:
             StopRequest: On all processes, if a signal came to any.
         """
         fetched = []
-        for _ in range(self.config.run.grad_accumulation):
-            start = time.perf_counter()
-            fetched.append((next(batches), time.perf_counter() - start))
+        try:
+            for _ in range(self.config.run.grad_accumulation):
+                start = time.perf_counter()
+                fetched.append((next(batches), time.perf_counter() - start))
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error) or not signals.received:
+                raise  # else the signal went to the loader processes as well, which have left
         signum = int(max(self._gather(signals.received)))
         if signum:
             self._save(None)
