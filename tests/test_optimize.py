@@ -14,7 +14,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import a2fpn
 from a2fpn.detectors import DETECTORS, Detector
-from a2fpn.heads import using_rule
+from a2fpn.heads import DetectionRule
 from a2fpn.inference.optimize import _ActivatedConv, _fold, _ResidualBlock, optimize_for_inference
 
 NORMS = (nn.BatchNorm2d, FrozenBatchNorm2d)
@@ -296,5 +296,4 @@ def test_the_predictor_and_its_options_take_it() -> None:
     np.testing.assert_array_equal(found.labels, expected.labels)
     assert (found.masks != expected.masks).mean() < 1e-3
     assert len(a2fpn.Predictor(optimised)(pixels, detections_per_image=3)) == 3
-    with using_rule(optimised, detections_per_image=2):
-        assert len(detect(optimised, image())[0]["scores"]) == 2
+    assert len(detect(optimised, image(), rule=DetectionRule(detections_per_image=2))[0]["scores"]) == 2

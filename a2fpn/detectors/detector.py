@@ -16,6 +16,7 @@ from a2fpn._registry import Registry
 from a2fpn.backbones import TimmBackbone
 from a2fpn.config import HEADS, HeadsConfig, ModelConfig
 from a2fpn.errors import ConfigError
+from a2fpn.heads.postprocess import DetectionRule
 from a2fpn.heads.share import share_losses
 from a2fpn.masks import InstanceMasks
 from a2fpn.masks.paste import PasteRule
@@ -83,13 +84,20 @@ class Detector(nn.Module, ABC):
             targets: Per image what :attr:`target_keys` names, in pixels of the batch.
         """
 
+    @property
+    def rule(self) -> DetectionRule:
+        """The model's own post-processing, as configured."""
+        heads = self.config.heads
+        return DetectionRule(heads.score_threshold, heads.nms_threshold, heads.detections_per_image)
+
     @abstractmethod
-    def detect(self, features: Features, batch: Batch) -> list[Detection]:
+    def detect(self, features: Features, batch: Batch, *, rule: DetectionRule) -> list[Detection]:
         """Per image the detections, in pixels of the batch, best first.
 
         Args:
             features: The pyramid.
             batch: The images.
+            rule: Post-processing of this call.
         """
 
     def forward(
@@ -99,6 +107,7 @@ class Detector(nn.Module, ABC):
         *,
         resize: bool = True,
         paste_masks: bool = True,
+        rule: DetectionRule | None = None,
     ) -> dict[str, Tensor] | list[Detection]:
         """Detects objects, or computes the losses in training mode.
 
@@ -111,6 +120,7 @@ class Detector(nn.Module, ABC):
             resize: Whether images (and targets) are resized by the model's rule; False when they come resized.
             paste_masks: Whether masks are pasted into the image, ``(N, 1, H, W)``, or returned as they were
                 predicted inside each box, ``(N, 1, M, M)``.
+            rule: Post-processing of this call alone; None takes :attr:`rule`, the model's own.
 
         Returns:
             In training mode a dict of scalar losses, with the same keys on every step. Otherwise per image
@@ -126,7 +136,7 @@ class Detector(nn.Module, ABC):
             if targets is None:
                 raise ConfigError("In training mode targets must be given; call model.eval() to detect.")
             return self._losses(images, targets, resize)
-        return self._detect(images, resize, paste_masks)
+        return self._detect(images, resize, paste_masks, self.rule if rule is None else rule)
 
     def features(self, batch: Batch) -> Features:
         """The pyramid of a batch, named as in :attr:`spec`."""
@@ -223,12 +233,14 @@ class Detector(nn.Module, ABC):
                     f"got {got}. {self._instead('masks')}"
                 )
 
-    def _detect(self, images: Sequence[Tensor], resize: bool, paste_masks: bool) -> list[Detection]:
+    def _detect(
+        self, images: Sequence[Tensor], resize: bool, paste_masks: bool, rule: DetectionRule
+    ) -> list[Detection]:
         results: list[Detection] = [{}] * len(images)
         for group in self._groups(images, resize):
             batch = self.preprocess([images[i] for i in group], resize=resize)
             features = self.features(batch)
-            detections = self.detect(features, batch)
+            detections = self.detect(features, batch, rule=rule)
             for i, raw, size, original in zip(group, detections, batch.sizes, batch.original_sizes, strict=True):
                 results[i] = self._result(raw, size, original, paste_masks)
         return results

@@ -6,7 +6,7 @@ from a2fpn.heads.dense import Float32FCOSHead, Float32RetinaNetHead, TopLevels
 from a2fpn.heads.htc import HTCRoIHeads, SemanticBranch, SemanticRoIPool
 from a2fpn.heads.keypoints import Float32KeypointPredictor
 from a2fpn.heads.matching import BoxPairs, ChunkedMatcher, match_locations
-from a2fpn.heads.postprocess import DetectionRule, SoftNms, soft_nms, suppress, using_rule
+from a2fpn.heads.postprocess import DetectionRule, SoftNms, soft_nms, suppress
 from a2fpn.heads.predictors import CARAFEMaskPredictor, Float32BoxPredictor, Float32MaskPredictor, Float32RPNHead
 from a2fpn.heads.proposals import ProposalNetwork
 from a2fpn.heads.roi_heads import DetectionRoIHeads, Samples
@@ -45,5 +45,4 @@ __all__ = [
     "share_losses",
     "soft_nms",
     "suppress",
-    "using_rule",
 ]
