@@ -145,7 +145,8 @@ def test_a_cut_off_jpeg_is_what_it_is_to_pil(name: str) -> None:
         except Exception as error:
             outcomes.add("error")
             reason = re.split(r"[\n<]| \(", str(error))[0].rstrip(".")  # without numbers of bytes and addresses
-            with pytest.raises(ImageError, match=rf"^cut\.jpg: no readable image \({re.escape(reason)}"):
+            own = "(it is none of|damaged)" if reason.startswith("cannot identify") else re.escape(reason)
+            with pytest.raises(ImageError, match=rf"^cut\.jpg: no readable image \({own}"):
                 read_image(part, name="cut.jpg")
         else:
             outcomes.add("pixels")
