@@ -46,6 +46,8 @@ class Detector(nn.Module, ABC):
         class_dependent: How the names of the tensors begin that depend on the number of classes.
         strides: Strides of the backbone's maps, unless the model's configuration says otherwise.
         neck_args: Arguments of the neck, likewise.
+        provenance: What the checkpoint that it was loaded from says of it, see :mod:`a2fpn.pretrained.provenance`;
+            None for a model without one.
     """
 
     has_masks = False
@@ -58,6 +60,7 @@ class Detector(nn.Module, ABC):
     def __init__(self, config: ModelConfig, backbone: TimmBackbone, neck: Neck) -> None:
         super().__init__()
         self.config = config
+        self.provenance: object | None = None
         # Levels that only serve proposals, or that the detector adds, need not be covered by padding.
         coarsest = max(neck.out_spec[name].stride for name in neck.roi_levels)
         self.preprocess = Preprocess(config.preprocess, divisor=coarsest)
