@@ -6,6 +6,7 @@ model. Unknown keys, wrong types and unsupported format versions are errors, nev
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import typing
@@ -24,6 +25,7 @@ STAGES = 5
 
 _MOST_LAYERS = 100
 _LARGEST_IMAGE = 8192
+_LONGEST_IMAGE = 32_768
 _LARGEST_POOL = 128
 _LARGEST_WEIGHT = 1000
 _LARGEST_STRIDE = 1024
@@ -159,10 +161,10 @@ class PreprocessConfig:
 
     def __post_init__(self) -> None:
         _check_choices(self)
-        if not 1 <= self.min_size <= self.max_size <= _LARGEST_IMAGE:
-            raise ConfigError(
-                f"Expected 1 <= min_size <= max_size <= {_LARGEST_IMAGE}, got {self.min_size} and {self.max_size}."
-            )
+        if not 1 <= self.min_size <= self.max_size:
+            raise ConfigError(f"Expected 1 <= min_size <= max_size, got {self.min_size} and {self.max_size}.")
+        _check_range(1, _LARGEST_IMAGE, min_size=self.min_size)
+        _check_range(1, _LONGEST_IMAGE, max_size=self.max_size)
         if self.size_divisor is not None:
             _check_range(1, _LARGEST_DIVISOR, size_divisor=self.size_divisor)
         if len(self.mean) != len(self.std) or not all(0 < s < math.inf for s in self.std):
@@ -416,6 +418,8 @@ class KeypointRCNNConfig(RCNNConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.num_keypoints < 1:
+            raise ConfigError(f"num_keypoints must be at least 1, got {self.num_keypoints}.")
         _check_range(1, _MOST_CHANNELS, num_keypoints=self.num_keypoints, keypoint_channels=self.keypoint_channels)
         _check_range(1, _LARGEST_POOL, keypoint_pool_size=self.keypoint_pool_size)
         if len(self.keypoint_names) not in (0, self.num_keypoints):
@@ -528,11 +532,16 @@ def _check_anchors(sizes: tuple[tuple[int, ...], ...] | None, ratios: tuple[floa
 
 def _check_choices(config: Any) -> None:
     """Fields of named choices, which Python itself does not look at."""
-    for name, hint in typing.get_type_hints(type(config)).items():
+    for name, choices in _choices(type(config)).items():
         value = getattr(config, name)
-        if typing.get_origin(hint) is Literal and value not in typing.get_args(hint):
-            choices = ", ".join(map(repr, typing.get_args(hint)))
-            raise ConfigError(f"{name} must be one of {choices}, got {value!r}.")
+        if value not in choices:
+            raise ConfigError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+@functools.cache
+def _choices(config: type) -> dict[str, tuple[Any, ...]]:
+    hints = typing.get_type_hints(config).items()
+    return {name: typing.get_args(hint) for name, hint in hints if typing.get_origin(hint) is Literal}
 
 
 HEADS: dict[str, type[HeadsConfig]] = {
@@ -591,9 +600,9 @@ class ModelConfig:
                 f"The heads of {self.detector!r} are described by {expected.__name__}, got "
                 f"{type(self.heads).__name__}. Pass heads={expected.__name__}(...)."
             )
-        _check_range(0, _MOST_CHANNELS, num_classes=self.num_classes)
         if self.num_classes < 1:
             raise ConfigError(f"num_classes must be at least 1 (there is no background class), got {self.num_classes}.")
+        _check_range(1, _MOST_CHANNELS, num_classes=self.num_classes)
         if self.categories and len(self.categories) != self.num_classes:
             raise ConfigError(f"{len(self.categories)} categories were given for num_classes={self.num_classes}.")
         channels, statistics = self.backbone.in_chans, self.preprocess

@@ -40,9 +40,6 @@ class Preprocess(nn.Module):
         config: The rule.
         divisor: Padded sizes are multiples of this unless the config names its own.
 
-    Raises:
-        ValueError: If mean and std differ in length, or a std is not positive.
-
     Example:
         >>> preprocess = Preprocess(PreprocessConfig(min_size=64, max_size=100), divisor=32)
         >>> preprocess.target_size(32, 48)
@@ -57,10 +54,6 @@ class Preprocess(nn.Module):
 
     def __init__(self, config: PreprocessConfig, *, divisor: int) -> None:
         super().__init__()
-        if len(config.mean) != len(config.std) or any(s <= 0 for s in config.std):
-            raise ConfigError(f"mean {config.mean} and std {config.std} must have one positive std per channel.")
-        if not 1 <= config.min_size <= config.max_size:
-            raise ConfigError(f"Expected 1 <= min_size <= max_size, got {config.min_size} and {config.max_size}.")
         self.config = config
         self.divisor = config.size_divisor or divisor
         self.register_buffer("mean", torch.tensor(config.mean)[:, None, None], persistent=False)

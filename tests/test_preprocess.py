@@ -179,6 +179,21 @@ def test_images_of_another_dtype_are_an_error(dtype: torch.dtype) -> None:
         rule("none")([torch.ones(3, 8, 8).to(dtype)])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_float_images_beyond_the_unit_range_are_an_error(dtype: torch.dtype) -> None:
+    ramp = torch.linspace(0, 1, 192).view(3, 8, 8).to(dtype)
+    rule("none")([ramp])
+    for wrong in (ramp * 255, ramp - 0.5, (ramp - 0.45) / 0.225, ramp + float("inf")):
+        with pytest.raises(
+            ValueError, match=r"float image in \[0, 1\] or a uint8 image in \[0, 255\], got .* values fr"
+        ):
+            rule("none")([wrong])
+    # A bicubic resize goes beyond by itself.
+    rule("none")([ramp * 1.4 - 0.2], resize=False)
+    with pytest.raises(ValueError, match="values from"):
+        rule("none")([ramp * 255], resize=False)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

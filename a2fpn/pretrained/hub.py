@@ -224,7 +224,8 @@ def push_to_hub(
         private: Whether a new repository is private; None takes the organisation's default.
         create_pr: Whether to open a pull request in place of a commit to the main branch.
         token: Access token with write permission; None takes the one saved by ``hf auth login``.
-        metadata: As in :func:`a2fpn.save_pretrained`, over what is known of the model; only with a detector, a folder has its own.
+        metadata: As in :func:`a2fpn.save_pretrained`, over what is known of the model; only with a detector, a folder
+            has its own.
         commit_message: Title of the commit.
 
     Returns:
