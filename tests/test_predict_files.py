@@ -133,8 +133,8 @@ def test_ctrl_c_keeps_what_is_done_and_resume_does_the_rest(
     assert "2 images of 6 done before" in predict(checkpoint, photos, "--output", out, "--resume")
     assert read(out / "predictions.json") == read(tmp_path / "whole/predictions.json")
     assert {name: (out / name).stat().st_mtime_ns for name in pictures} == pictures
-    assert "score_threshold was 0.0 in the run" in predict(
-        checkpoint, photos, "--output", out, "--resume", "--score-threshold", 0.5, code=2
+    assert "detections_per_image was None in the run" in predict(
+        checkpoint, photos, "--output", out, "--resume", "--detections-per-image", 2, code=2
     )
 
 
