@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PIP_INSTALL = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint format wheel-check clean
+.PHONY: demo test test-lowest lint format wheel-check clean
 
 demo: .venv/installed-demo
 	.venv/bin/a2fpn demo
@@ -10,10 +10,23 @@ demo: .venv/installed-demo
 test: lint
 	.venv/bin/python -m pytest -n 2
 
+# In an environment that somebody made, such as one with the lowest versions that pyproject.toml declares: what touches
+# other packages' interfaces.
+PYTHON_FOR_TESTS ?= .venv/bin/python
+LOWEST = thresholds factory checkpoint preprocess masks heads necks inference recipes
+LOWEST_RUNS = learns_evaluates or counts_steps or warms_up or each_optimiser
+test-lowest:
+	$(PYTHON_FOR_TESTS) -m pytest $(LOWEST:%=tests/test_%.py)
+	$(PYTHON_FOR_TESTS) -m pytest tests/test_train.py -k "$(LOWEST_RUNS)"
+	$(PYTHON_FOR_TESTS) -m pytest tests/test_cli.py -k "info or list"
+
 lint: .venv/installed-dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+	.venv/bin/codespell
+	.venv/bin/deptry .
+	.venv/bin/python -m benchmarks.tables --check
 
 format: .venv/installed-dev
 	.venv/bin/ruff check --fix .

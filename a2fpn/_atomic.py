@@ -12,7 +12,7 @@ from pathlib import Path
 
 @contextmanager
 def replaced_file(path: Path) -> Iterator[Path]:
-    """Yields a path to write to; the file takes the place of ``path`` when the block ends without an error.
+    """Yield a path to write to; the file takes the place of ``path`` when the block ends without an error.
 
     Example:
         >>> import tempfile
@@ -34,14 +34,14 @@ def replaced_file(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file in UTF-8 that is there whole, or as it was before."""
+    """Write a text file in UTF-8 that is there whole, or as it was before."""
     with replaced_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 @contextmanager
 def replaced_folder(folder: Path) -> Iterator[Path]:
-    """Yields a temporary folder that takes the place of ``folder`` when the block ends without an error.
+    """Yield a temporary folder that takes the place of ``folder`` when the block ends without an error.
 
     Files that are already in the temporary folder are kept and move along. Between the two renames there is no
     ``folder``, but a whole one beside it, which :func:`recover_folder` finds.
@@ -60,7 +60,7 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
 
 
 def recover_folder(folder: Path) -> None:
-    """Puts right what a kill in the middle of :func:`replaced_folder` left."""
+    """Put right what a kill in the middle of :func:`replaced_folder` left."""
     if not folder.exists() and _previous(folder).exists():
         _previous(folder).rename(folder)
     for leftover in (partial_path(folder), _previous(folder)):
@@ -77,7 +77,7 @@ def _previous(folder: Path) -> Path:
 
 
 def _sync(path: Path) -> None:
-    """Makes the system write a file's content, or a folder's list of names, to the disk."""
+    """Make the system write a file's content, or a folder's list of names, to the disk."""
     if os.name == "nt" and path.is_dir():  # Windows can't open a folder
         return
     descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)

@@ -20,7 +20,7 @@ _tried: set[str] = set()
 
 
 def load_plugins() -> bool:
-    """Imports the modules of installed plugins, each once; one that fails is logged with its traceback.
+    """Import the modules of installed plugins, each once; one that fails is logged with its traceback.
 
     Returns:
         Whether any was imported that had not been before.
@@ -36,7 +36,7 @@ def load_plugins() -> bool:
 
 
 def import_package(name: str) -> None:
-    """Imports a module that a command was given, also from the working directory.
+    """Import a module that a command was given, also from the working directory.
 
     Raises:
         ConfigError: If there is no such module.

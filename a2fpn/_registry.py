@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Returns a sentence with the closest known names, or the first twenty of all when nothing is close.
+    """Return a sentence with the closest known names, or the first twenty of all when nothing is close.
 
     Args:
         name: What the user wrote.
@@ -66,7 +66,7 @@ class Registry(Generic[T]):
         self._items: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Returns a decorator that registers a component under ``name``.
+        """Return a decorator that registers a component under ``name``.
 
         Raises:
             ValueError: If the name is taken.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -13,9 +14,24 @@ from a2fpn.errors import ConfigError, ConfigTypeError
 
 ConfigT = TypeVar("ConfigT")
 
+COUNT = (1, math.inf)
+NOT_NEGATIVE = (0, math.inf)
+POSITIVE = (math.nextafter(0, 1), math.inf)
+SHARE = (0, 1)
+"""Bounds for :func:`check_fields`."""
+
+RENAMED = {
+    "centre_radius": "center_radius",
+    "code_licence": "code_license",
+    "colour_jitter": "color_jitter",
+    "data_licence": "data_license",
+    "licence": "license",
+}
+"""Keys of checkpoints and recipes as they were spelled before 0.2.0; they are still read."""
+
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Turns a configuration into JSON-able built-ins.
+    """Turn a configuration into JSON-able built-ins.
 
     Example:
         >>> from a2fpn.config import Category
@@ -34,8 +50,26 @@ def plain(value: Any) -> Any:
     return value
 
 
+def migrate_keys(data: Any) -> Any:
+    """Rename keys of older checkpoints and recipes, at any depth; where both names occur the current one counts.
+
+    Args:
+        data: Parsed JSON or YAML; not changed.
+
+    Example:
+        >>> migrate_keys({"heads": {"centre_radius": 1.5}})
+        {'heads': {'center_radius': 1.5}}
+    """
+    if isinstance(data, Mapping):
+        renamed = {RENAMED[key]: migrate_keys(value) for key, value in data.items() if key in RENAMED}
+        return renamed | {key: migrate_keys(value) for key, value in data.items() if key not in RENAMED}
+    if isinstance(data, list):
+        return [migrate_keys(item) for item in data]
+    return data
+
+
 def from_dict(cls: type[ConfigT], data: Any, *, where: str = "config") -> ConfigT:
-    """Builds a configuration dataclass from built-ins, checking every key and every type.
+    """Build a configuration dataclass from built-ins, checking every key and every type.
 
     Args:
         cls: The dataclass to build. A class method ``field_types(data)`` gives types that depend on the data.
@@ -67,7 +101,7 @@ def from_dict(cls: type[ConfigT], data: Any, *, where: str = "config") -> Config
     depends = getattr(cls, "field_types", None)
     if depends is not None:
         hints |= depends(data)
-    values = {key: _convert(hints[key], value, f"{where}.{key}") for key, value in data.items()}
+    values = {key: _convert(hints[key], value, f"{where}.{key}".lstrip(".")) for key, value in data.items()}
     for name, f in fields.items():
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if required and name not in values:
@@ -75,8 +109,32 @@ def from_dict(cls: type[ConfigT], data: Any, *, where: str = "config") -> Config
     return cls(**values)
 
 
+def check_fields(config: Any, where: str, **bounds: tuple[float, float]) -> None:
+    """Check the fields of a frozen dataclass, for its ``__post_init__``; lists become tuples, integers floats.
+
+    Args:
+        config: The dataclass.
+        where: Name of the place in messages.
+        bounds: Per field the least and the largest number, for tuples of each item; None passes.
+
+    Raises:
+        ConfigError: For a number out of its bounds, or a value out of its choices.
+        ConfigTypeError: For a value of the wrong type.
+    """
+    for name, hint in typing.get_type_hints(type(config)).items():
+        value = _convert(hint, getattr(config, name), f"{where}.{name}".lstrip("."))
+        object.__setattr__(config, name, value)
+    for name, (least, largest) in bounds.items():
+        value = getattr(config, name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is not None and not least <= number <= largest:  # NaN is out as well
+                low = f"at least {least}" if least != POSITIVE[0] else "more than 0"
+                high = "" if largest == math.inf else f" and at most {largest}"
+                raise ConfigError(f"{where}.{name} must be {low}{high}, got {number}.")
+
+
 def _convert(hint: Any, value: Any, where: str) -> Any:
-    """Checks a JSON value against a type hint and returns it in the dataclass's own types."""
+    """Check a JSON value against a type hint and return it in the dataclass's own types."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         return (
@@ -91,15 +149,20 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin in (Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        return _convert(next(arg for arg in args if arg is not type(None)), value, where)
+        *others, last = [arg for arg in args if arg is not type(None)]
+        return value if type(value) in others else _convert(last, value, where)
     if origin is tuple:
         if isinstance(value, str) or not isinstance(value, (list, tuple)):
             raise ConfigTypeError(f"{where}: expected a list, got {value!r}.")
-        return tuple(_convert(args[0], item, f"{where}[{index}]") for index, item in enumerate(value))
+        kinds = [args[0]] * len(value) if args[-1] is Ellipsis else args
+        if len(value) != len(kinds):
+            raise ConfigError(f"{where}: expected a list of {len(kinds)}, got {value!r}.")
+        items = zip(kinds, value, strict=True)
+        return tuple(_convert(kind, item, f"{where}[{index}]") for index, (kind, item) in enumerate(items))
     if origin is not None and issubclass(origin, Mapping):
         if not isinstance(value, Mapping):
             raise ConfigTypeError(f"{where}: expected an object, got {value!r}.")
-        return dict(value)
+        return {str(key): item for key, item in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):

@@ -9,7 +9,7 @@ from typing import Any
 from a2fpn._serialize import from_dict
 from a2fpn.backbones import (
     TimmBackbone,
-    weights_licence,
+    weights_license,
 )
 from a2fpn.config import BackboneConfig, ModelConfig
 from a2fpn.detectors import DETECTORS, Detector
@@ -24,7 +24,7 @@ def create_backbone(
     weights: str | Path | None = None,
     **options: Any,
 ) -> TimmBackbone:
-    """Builds a backbone.
+    """Build a backbone.
 
     Args:
         name: An alias or a timm name, with or without a tag; see :func:`a2fpn.list_backbones`.
@@ -50,7 +50,7 @@ def create_backbone(
 
 def trained_backbone_fields(backbone: str) -> dict[str, Any]:
     """Fields of a backbone that come with pretrained weights, unless they are set."""
-    return {"norm": "frozen", "license": weights_licence(backbone)}
+    return {"norm": "frozen", "license": weights_license(backbone)}
 
 
 def build_model(

@@ -14,7 +14,7 @@ from a2fpn._registry import Registry, did_you_mean
 from a2fpn._serialize import from_dict
 from a2fpn.backbones import (
     ALIASES,
-    find_attachment,
+    find_backbone_info,
     preprocessing,
     resolve_backbone_name,
 )
@@ -28,7 +28,7 @@ MODELS: Registry[Callable[[], ModelConfig]] = Registry("model")
 
 
 def register_model(name: str) -> Callable[[Callable[[], ModelConfig]], Callable[[], ModelConfig]]:
-    """Returns a decorator that registers a function giving a :class:`ModelConfig` under a model name.
+    """Return a decorator that registers a function giving a :class:`ModelConfig` under a model name.
 
     Only models that differ from the plain ``<detector>_<neck>_<backbone>`` need it.
 
@@ -61,7 +61,7 @@ def _register_narrow() -> None:
 
 
 def _neck_args(detector: str, neck: str) -> dict[str, Any]:
-    """What a detector wants of a neck, as far as the neck has such arguments."""
+    """Return a detector's arguments for its neck, of those that the neck has."""
     accepted = keyword_arguments(NECKS[neck])
     return {key: value for key, value in DETECTORS[detector].neck_args.items() if key in accepted}
 
@@ -104,7 +104,7 @@ def attached(config: ModelConfig, overrides: Mapping[str, Any]) -> ModelConfig:
     """A config with what its backbone wants of images and gives to a neck, but for what was asked for."""
     wanted = {key: value for key, value in preprocessing(config.backbone).items() if key not in overrides}
     backbone = config.backbone
-    own = find_attachment(backbone.name.partition(".")[0]).strides
+    own = find_backbone_info(backbone.name.partition(".")[0]).strides
     if config.neck.name not in _composable_necks() and len(own) == 1 and "strides" not in overrides:
         backbone = dataclasses.replace(backbone, strides=own)
     return dataclasses.replace(config, backbone=backbone, preprocess=dataclasses.replace(config.preprocess, **wanted))

@@ -1,4 +1,4 @@
-"""What a model is, as plain data: frozen, typed, JSON-able dataclasses, validated key by key.
+"""Model configuration as plain data: frozen, typed, JSON-able dataclasses, validated key by key.
 
 A :class:`ModelConfig` travels with every checkpoint in ``config.json`` and is enough to rebuild the
 model. Unknown keys, wrong types and unsupported format versions are errors, never warnings.
@@ -51,7 +51,7 @@ class Category:
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """Which timm model extracts the features.
+    """The timm model that extracts features.
 
     Args:
         name: Full timm name with the weights tag pinned, e.g. ``resnet50.tv_in1k``.
@@ -63,17 +63,17 @@ class BackboneConfig:
         strides: Strides of the maps that the neck gets, increasing.
         trainable_layers: How many of the five stages, counted from the deepest, are trained, as torchvision counts
             them, whatever levels are taken: 3 trains the stages that end at strides 8, 16 and 32 (``layer2`` to
-            ``layer4`` of a ResNet), 4 also that of stride 4, 5 and None all, 0 none. A network without maps of these
-            strides, or with branches side by side, has no such stages: so many fifths of its layers are trained. What
-            makes levels that the network lacks is always trained.
+            ``layer4`` of a ResNet), 4 also that of stride 4, 5 and None all, 0 none. Networks without one stage per
+            stride train the last ``trainable_layers / 5`` of their layers. Layers added for missing strides are always
+            trained.
         norm_eps: Epsilon of every batch norm, 0 or more; None keeps timm's. torchvision's older COCO detectors were
             trained with 0: with another value their detections are others.
         taps: Modules whose outputs are the maps, in network order, in place of the deepest map of each stride. Several
             may have one stride.
         image_size: Side of the square image that a network of fixed size is built for; None takes the size of its
             weights. Most networks take any size.
-        grad_checkpointing: Whether training recomputes activations to save memory.
-        license: Licence of the weights that training began with, as timm states it; None if it began with none.
+        grad_checkpointing: Whether the backbone uses activation checkpointing in training.
+        license: License of the weights that training began with, as timm states it; None if it began with none.
 
     Raises:
         ValueError: If ``norm_eps`` is negative, ``trainable_layers`` out of 0..5, or ``image_size`` out of 1..8192.
@@ -107,7 +107,7 @@ class BackboneConfig:
 
 @dataclass(frozen=True)
 class NeckConfig:
-    """Which neck turns backbone features into a pyramid.
+    """The neck that turns backbone features into a pyramid.
 
     Args:
         name: A registered neck name, see :func:`a2fpn.list_necks`.
@@ -134,7 +134,7 @@ class NeckConfig:
 
 @dataclass(frozen=True)
 class PreprocessConfig:
-    """How an image becomes the network's input; the same in training, evaluation and prediction.
+    """Preprocessing of images; the same in training, evaluation and prediction.
 
     Args:
         resize: ``"shortest_edge"`` brings the short side to ``min_size`` unless the long side would pass
@@ -173,7 +173,7 @@ class PreprocessConfig:
 
 @dataclass(frozen=True)
 class HeadsConfig:
-    """What the heads of all detectors have in common.
+    """Fields that the heads of all detectors have in common.
 
     Args:
         legacy_anchors: Whether anchors lie as in torchvision, which takes ``image size // grid size`` for the stride
@@ -233,14 +233,14 @@ class RCNNConfig(HeadsConfig):
             :func:`a2fpn.masks.targets.mask_loss`; 1 is the plain mean.
         head_norm: ``"bn"`` puts batch norm behind the convolutions of the box and mask heads, as torchvision's second
             version does.
-        mask_paste: ``"exact"`` samples masks at pixel centres; ``"torchvision"`` rounds boxes to whole pixels first,
+        mask_paste: ``"exact"`` samples masks at pixel centers; ``"torchvision"`` rounds boxes to whole pixels first,
             for the same pixels as torchvision's detectors.
         roi_sampling_ratio: Samples per bin side in RoI pooling; 0 takes one per map pixel (detectron2, mmdetection).
         roi_aligned: Whether RoI pooling, of features and of mask targets, shifts by half a pixel (detectron2's
             ``aligned=True``).
-        unused_outputs: Outputs of the box predictor that stand for no class. They take part in the softmax and in
-            post-processing, and what they find is dropped. torchvision's COCO detectors have ten, for the ids that
-            COCO left out: without them scores would be others.
+        unused_outputs: Outputs of the box predictor without a class. They take part in the softmax and in
+            post-processing, and their detections are dropped. torchvision's COCO detectors have ten, for the ids that
+            COCO does not use: without them scores would differ.
 
     Raises:
         ValueError: For a size or weight out of its range.
@@ -432,7 +432,7 @@ class KeypointRCNNConfig(RCNNConfig):
 
 @dataclass(frozen=True)
 class OneStageConfig(HeadsConfig):
-    """What the heads of the one-stage detectors have in common, besides the fields of :class:`HeadsConfig`.
+    """Fields common to the heads of one-stage detectors, besides those of :class:`HeadsConfig`.
 
     Args:
         top_levels: Coarser levels made from the pyramid by strided convolutions, p6 and p7 on a pyramid that ends at
@@ -492,11 +492,11 @@ class FCOSConfig(OneStageConfig):
     The fields of :class:`OneStageConfig`, and:
 
     Args:
-        centre_radius: A location is positive up to this many strides from the centre of an object.
+        center_radius: A location is positive up to this many strides from the center of an object.
         head_layers: Number of 3x3 convolutions of each branch.
     """
 
-    centre_radius: float = 1.5
+    center_radius: float = 1.5
     head_layers: int = 4
     score_threshold: float = 0.2
     nms_threshold: float = 0.6
@@ -504,7 +504,7 @@ class FCOSConfig(OneStageConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_layers(head_layers=self.head_layers)
-        _check_range(0, _LARGEST_WEIGHT, centre_radius=self.centre_radius)
+        _check_range(0, _LARGEST_WEIGHT, center_radius=self.center_radius)
 
 
 def _check_layers(*, least: int = 0, **counts: int) -> None:
@@ -575,7 +575,7 @@ class ModelConfig:
         backbone: The feature extractor.
         neck: The pyramid.
         num_classes: Number of object classes, without a background class.
-        preprocess: Resizing and normalisation.
+        preprocess: Resizing and normalization.
         heads: Anchors, thresholds and the heads' sizes; of the class that :func:`heads_type` gives for the detector.
         categories: Ids and names of the classes in the order of the labels; empty when unknown.
 
@@ -618,6 +618,6 @@ class ModelConfig:
         return {"heads": heads_type(data.get("detector"))}
 
     @property
-    def labelled_categories(self) -> tuple[Category, ...]:
+    def labeled_categories(self) -> tuple[Category, ...]:
         """The categories, or ``Category(label + 1, "class <label>")`` where the model has none."""
         return self.categories or tuple(Category(label + 1, f"class {label}") for label in range(self.num_classes))

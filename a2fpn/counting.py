@@ -13,7 +13,7 @@ from a2fpn.errors import ConfigError
 
 @dataclass(frozen=True)
 class CountCalibration:
-    """How well counts agree from the best score threshold on.
+    """Score threshold with the least count error, and that error.
 
     Args:
         threshold: The score from which objects count, in [0, 1].
@@ -33,7 +33,7 @@ class CountCalibration:
 
 
 def calibrate_counts(scores: Sequence[Sequence[float]], counts: Sequence[int]) -> CountCalibration:
-    """Finds the score threshold with the least mean absolute count error.
+    """Find the score threshold with the least mean absolute count error.
 
     Where several steps from score to score are equally good, it is in the middle of the widest.
 

@@ -1,4 +1,4 @@
-"""What decides how a computation is written: whether the host runs ahead of the device."""
+"""Properties of devices on which the form of a computation depends."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def runs_ahead(x: Tensor) -> bool:
-    """Whether a tensor's device works through what the host has given it, and is best not asked for values.
+    """Return whether a tensor's device runs asynchronously, so that reading values makes the host wait.
 
     Every value that the host wants stops both, and every operation takes the host as long as a large one: code for
     such a device has shapes that no value decides and few, large operations. On the CPU small ones cost nothing.

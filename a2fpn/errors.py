@@ -99,4 +99,14 @@ def message_for_users(error: BaseException) -> str | None:
     about_a_file = isinstance(error, OSError) and error.filename is not None and error.errno in _ABOUT_FILES
     if os.environ.get("A2FPN_DEBUG", "0") not in ("", "0") or not (isinstance(error, A2FPNError) or about_a_file):
         return None
-    return " ".join(str(error).split())
+    return printable(" ".join(str(error).split()))
+
+
+def printable(text: str) -> str:
+    r"""Return text in which control characters, such as those of a file's name, are written out.
+
+    Example:
+        >>> print(printable("a\x1b[31m.png"))
+        a\x1b[31m.png
+    """
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)

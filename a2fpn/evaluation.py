@@ -6,7 +6,7 @@ summary knows only 100 detections per image. None of this happens here. The matc
 own, but for one thing: whether a detected mask is small or large is decided by the mask, as in detectron2, not
 by the box that comes with it.
 
-Three libraries count alike, to the last bits of a float64: hotcoco is the fastest by far and the default,
+Two libraries count alike, to the last bits of a float64: hotcoco is the default and many times as fast,
 pycocotools the reference. Whichever counts, the order in which the images' detections come does not matter:
 equal scores count in the order of the image ids and, within an image, in the order given.
 """
@@ -36,7 +36,7 @@ from a2fpn.masks.rle import Polygons, Rle, parse_segmentations
 
 logger = logging.getLogger(__name__)
 IOU_TYPES = ("bbox", "segm", "keypoints")
-Backend = Literal["auto", "hotcoco", "faster-coco-eval", "pycocotools"]
+Backend = Literal["auto", "hotcoco", "pycocotools"]
 BACKENDS: tuple[str, ...] = typing.get_args(Backend)
 _MASKS_AT_ONCE = 255  # pycocotools' area raises OverflowError for more
 COCO_SIGMAS = tuple(
@@ -89,8 +89,8 @@ class BoxMaskMetrics:
 class KeypointMetrics:
     """The 10 COCO numbers of keypoints, in [0, 1]; -1 where the ground truth has no such object.
 
-    The object keypoint similarity (OKS) takes the place of the IoU: the mean over an object's labelled keypoints
-    of ``exp(-d² / (8 area sigma²))``, d the distance in pixels. Objects without a labelled keypoint count neither
+    The object keypoint similarity (OKS) takes the place of the IoU: the mean over an object's labeled keypoints
+    of ``exp(-d² / (8 area sigma²))``, d the distance in pixels. Objects without a labeled keypoint count neither
     way, and neither do small ones.
 
     Args:
@@ -138,7 +138,7 @@ class CocoMetrics:
 
     @property
     def measured(self) -> dict[str, BoxMaskMetrics | KeypointMetrics]:
-        """What was asked for, by kind of IoU."""
+        """Metrics that were asked for, by kind of IoU."""
         found = {kind: getattr(self, kind) for kind in IOU_TYPES}
         return {kind: metrics for kind, metrics in found.items() if metrics is not None}
 
@@ -220,7 +220,7 @@ def evaluate_coco(
     given = list(detections)
     results: dict[str, Any] = {}
     for kind in dict.fromkeys(iou_types):
-        scene = _Scene.of(coco, given, kind)
+        scene = _EvalInputs.of(coco, given, kind)
         if kind == "keypoints":
             results[kind] = _keypoint_metrics(scene, library, max_keypoint_detections, oks_sigmas)
         else:
@@ -248,7 +248,7 @@ def common_iou_types(ground_truth: CocoFile, keys: Collection[str]) -> list[str]
 def annotations_as_detections(ground_truth: str | Path | Mapping[str, Any] | CocoFile) -> list[dict[str, Any]]:
     """Returns the objects of a ground truth, crowds left out, as perfect detections with score 1.
 
-    In a file with keypoints, those of an object without a labelled one lie in the middle of its box, where they count
+    In a file with keypoints, those of an object without a labeled one lie in the middle of its box, where they count
     neither way.
 
     Evaluated against the same file they reach AP 1, which checks a data set and its ids from end to end.
@@ -279,25 +279,19 @@ def annotations_as_detections(ground_truth: str | Path | Mapping[str, Any] | Coc
 
 @functools.cache
 def _library(backend: Backend) -> tuple[Any, Any]:
-    """Returns the classes ``COCO`` and ``COCOeval`` of a library; all have pycocotools' interface."""
+    """Returns the classes ``COCO`` and ``COCOeval`` of a library; both have pycocotools' interface."""
     if backend not in BACKENDS:
         raise ConfigError(f"Unknown backend {backend!r}; expected one of {', '.join(BACKENDS)}.")
+    if backend == "pycocotools":
+        return _silent_pycocotools()
     try:
-        if backend in ("auto", "hotcoco"):
-            import hotcoco
-
-            return hotcoco.COCO, hotcoco.COCOeval
-        if backend == "faster-coco-eval":
-            import faster_coco_eval  # type: ignore[import-untyped]
-
-            return faster_coco_eval.COCO, faster_coco_eval.COCOeval_faster
+        import hotcoco
     except ImportError as error:
-        if backend != "auto":
-            raise ConfigError(
-                f"The backend {backend!r} can't be imported ({error}); install {backend}, or take 'pycocotools'."
-            ) from error
+        if backend == "hotcoco":
+            raise ConfigError(f"hotcoco can't be imported ({error}); install it, or take 'pycocotools'.") from error
         logger.warning("hotcoco can't be imported (%s): pycocotools evaluates, which takes many times as long", error)
-    return _silent_pycocotools()
+        return _silent_pycocotools()
+    return hotcoco.COCO, hotcoco.COCOeval
 
 
 def _silent_pycocotools() -> tuple[Any, Any]:
@@ -327,11 +321,11 @@ def _check_sigmas(coco: CocoFile, sigmas: Sequence[float]) -> None:
 
 
 @dataclass(frozen=True)
-class _Scene:
-    """What is compared, in the form that the libraries read and with ids as all of them bear.
+class _EvalInputs:
+    """Ground truth and detections, renumbered with ids that both libraries accept.
 
     Images, in the order of their ids, categories and objects are numbered from 1: an object with id 0 counts as no
-    match, hotcoco takes no negative ids, and faster-coco-eval leaves out categories without keypoints if it may choose.
+    match, and hotcoco takes no negative ids.
 
     Args:
         kind: The kind of IoU.
@@ -348,7 +342,7 @@ class _Scene:
     detections: list[dict[str, Any]]
 
     @classmethod
-    def of(cls, coco: CocoFile, detections: Sequence[Mapping[str, Any]], kind: str) -> _Scene:
+    def of(cls, coco: CocoFile, detections: Sequence[Mapping[str, Any]], kind: str) -> _EvalInputs:
         """Numbers everything and checks the detections."""
         image_numbers = {image_id: number for number, image_id in enumerate(sorted(coco.images), start=1)}
         category_numbers = {category.id: number for number, category in enumerate(coco.categories, start=1)}
@@ -513,7 +507,7 @@ def _perfect_keypoints(annotation: Annotation, coco: CocoFile) -> list[float]:
 
 
 def _truth_keypoints(annotation: Annotation, coco: CocoFile) -> dict[str, Any]:
-    """The keypoints one after the other, zeros for an object that has none, and how many are labelled."""
+    """The keypoints one after the other, zeros for an object that has none, and how many are labeled."""
     points = annotation.keypoints or ((0.0, 0.0, 0.0),) * coco.num_keypoints
     return {
         "keypoints": [value for point in points for value in point],
@@ -521,7 +515,7 @@ def _truth_keypoints(annotation: Annotation, coco: CocoFile) -> dict[str, Any]:
     }
 
 
-def _box_mask_metrics(scene: _Scene, library: tuple[Any, Any], max_detections: int) -> BoxMaskMetrics:
+def _box_mask_metrics(scene: _EvalInputs, library: tuple[Any, Any], max_detections: int) -> BoxMaskMetrics:
     limits = sorted({min(1, max_detections), min(10, max_detections), max_detections})
     precision, recall = scene.compare(library, limits)
     every, small, medium, large = range(4)
@@ -544,7 +538,7 @@ def _box_mask_metrics(scene: _Scene, library: tuple[Any, Any], max_detections: i
 
 
 def _keypoint_metrics(
-    scene: _Scene, library: tuple[Any, Any], max_detections: int, sigmas: Sequence[float]
+    scene: _EvalInputs, library: tuple[Any, Any], max_detections: int, sigmas: Sequence[float]
 ) -> KeypointMetrics:
     precision, recall = scene.compare(library, [max_detections], sigmas)
     every, medium, large = range(3)

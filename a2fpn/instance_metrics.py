@@ -81,7 +81,7 @@ def label_image(
 
 @dataclass(frozen=True, eq=False)
 class Overlap:
-    """How the objects of two label images overlap.
+    """Overlaps between the objects of two label images.
 
     Args:
         truth: ``(G,)`` pixels of each object of the ground truth.
@@ -97,7 +97,7 @@ class Overlap:
 
     @classmethod
     def of(cls, truth: NDArray[Any], found: NDArray[Any]) -> Overlap:
-        """Compares two label images ``(H, W)`` of integers, 0 where no object is; any other numbers are objects.
+        """Compare two label images ``(H, W)`` of integers, 0 where no object is; any other numbers are objects.
 
         Raises:
             ValueError: If the images are of different sizes.
@@ -161,7 +161,7 @@ class Overlap:
 
 @dataclass(frozen=True)
 class InstanceMetrics:
-    """How well objects of one class were found, outlined and counted, at one score threshold.
+    """Detection, segmentation and counting metrics of one class at one score threshold.
 
     Those by IoU threshold are of all images' objects together. In an image without objects in which none were found,
     ``bowl_score``, ``average_f1`` and ``aji`` are 1. NaN is what can't be measured, such as the precision of nothing.
@@ -203,7 +203,7 @@ class InstanceMetrics:
     count_r2: float
 
     def to_dict(self) -> dict[str, float]:
-        """Returns the numbers by name, e.g. ``"pq"`` and ``"f1@0.50"``."""
+        """Return the numbers by name, e.g. ``"pq"`` and ``"f1@0.50"``."""
         flat: dict[str, float] = {}
         for name, value in dataclasses.asdict(self).items():
             if isinstance(value, Mapping):
@@ -214,7 +214,7 @@ class InstanceMetrics:
 
 
 def instance_metrics(overlaps: Iterable[Overlap], *, thresholds: Sequence[float] = IOU_THRESHOLDS) -> InstanceMetrics:
-    """Sums up the images of a data set.
+    """Sum up the images of a data set.
 
     Args:
         overlaps: One per image.
@@ -273,7 +273,7 @@ def evaluate_instances(
     min_visible: float = 0.5,
     thresholds: Sequence[float] = IOU_THRESHOLDS,
 ) -> dict[str, InstanceMetrics]:
-    """Compares detections with a COCO ground truth as label images, class by class.
+    """Compare detections with a COCO ground truth as label images, class by class.
 
     Overlapping detections are cut by :func:`label_image`, the better on top. Annotated crowds are no objects, and
     detections that lie in them by more than half are left out (Kirillov et al., CVPR 2019, of void).

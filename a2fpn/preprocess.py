@@ -1,4 +1,4 @@
-"""How images become the network's input, and how boxes come back: one object for training, evaluation and use."""
+"""Preprocessing of images and its inverse for boxes: one object for training, evaluation and use."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Batch:
     """Images ready for a backbone.
 
     Args:
-        tensor: ``(B, C, H, W)`` float32, normalised, zero beyond each image; H and W are multiples of the divisor.
+        tensor: ``(B, C, H, W)`` float32, normalized, zero beyond each image; H and W are multiples of the divisor.
         sizes: Height and width of each image inside the tensor, pixels.
         original_sizes: Height and width of each image as it came, pixels.
     """
@@ -34,7 +34,7 @@ class Batch:
 
 
 class Preprocess(nn.Module):
-    """Normalises, resizes and pads images; nothing here depends on what came before.
+    """Normalizes, resizes and pads images; nothing here depends on what came before.
 
     Args:
         config: The rule.

@@ -1,4 +1,4 @@
-"""What flows between backbone, neck and heads: named feature maps with declared channels and strides.
+"""Feature pyramids between backbone, neck and heads: named maps with declared channels and strides.
 
 Shape shorthand used everywhere: ``B`` batch, ``C`` channels, ``H`` and ``W`` height and width of a map in
 pixels of that map. A level's name says its stride: backbone ``cK`` and neck ``pK`` have stride ``2**K``; of several
@@ -60,7 +60,7 @@ class PyramidSpec(Mapping[str, LevelSpec]):
     def from_channels(
         cls, channels: Sequence[int], *, strides: Sequence[int] = (4, 8, 16, 32), prefix: str = "c"
     ) -> PyramidSpec:
-        """Builds a spec from channel counts; levels are named after the power of two of their stride.
+        """Build a spec from channel counts; levels are named after the power of two of their stride.
 
         Raises:
             ValueError: If the counts differ or a stride is no power of two.
@@ -132,7 +132,7 @@ def level_names(prefix: str, strides: Sequence[int]) -> tuple[str, ...]:
 
 
 def check_features(features: Mapping[str, Tensor], spec: PyramidSpec) -> None:
-    """Checks that maps are what a spec promises: names, order, channels, one batch size.
+    """Check that maps are what a spec promises: names, order, channels, one batch size.
 
     Args:
         features: The maps, each ``(B, C, H, W)``.

@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved timing, peak memory in a process of its own, tables of ratios.
+"""Common parts of the benchmarks: interleaved timing, peak memory in a process of its own, tables of ratios.
 
 Absolute figures belong to the machine and the moment. Ratios travel: both sides take turns in one run.
 """
@@ -73,7 +73,7 @@ class Timings:
 
 
 def time_interleaved(calls: Mapping[str, Call], *, rounds: int, warmup: int = 1, title: str = "") -> Timings:
-    """Times calls in turns, in reversed order every other round, with a progress bar on stderr.
+    """Time calls in turns, in reversed order every other round, with a progress bar on stderr.
 
     Args:
         calls: What to time, by name.
@@ -223,7 +223,7 @@ def _exclusive_seconds(parts: Mapping[str, Iterable[nn.Module]]) -> Iterator[dic
 
 
 def start(threads: int, rounds: int) -> None:
-    """Sets the number of threads and prints under which circumstances the run takes place."""
+    """Set the number of threads and print under which circumstances the run takes place."""
     if threads:
         torch.set_num_threads(threads)
     packages = ("a2fpn", "torch", "torchvision", "timm")
@@ -248,7 +248,7 @@ def console() -> Console:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Prints a table; the first column is left-aligned, the others right-aligned."""
+    """Print a table; the first column is left-aligned, the others right-aligned."""
     table = Table(title=title, title_justify="left")
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left")

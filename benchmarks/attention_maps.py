@@ -1,4 +1,4 @@
-"""What a trained neck does inside: attention maps, entities, gates and reassembly kernels on given images.
+"""Pictures of a trained neck: attention maps, entities, gates and reassembly kernels on given images.
 
     python -m benchmarks.attention_maps --model runs/a2fpn/best --images data/val --output maps.json
 
@@ -70,7 +70,7 @@ class NeckReport:
 
 @torch.no_grad()
 def diagnose(model: Detector, images: Iterable[Tensor]) -> NeckReport:
-    """Runs a detector's backbone and neck on images, one by one, and looks into the neck.
+    """Run a detector's backbone and neck on images, one by one, and look into the neck.
 
     Args:
         model: Any detector; its mode is left as it was.
@@ -133,7 +133,7 @@ def _watched(neck: a2fpn.Neck, values: Values) -> Iterator[None]:
         _look_at_maps(mgc, neck.in_spec.names, features, valid, values)
         # Past the hooks, and before the sum is written into the laterals.
         for level, context, lateral in zip(
-            neck.in_spec.names, mgc.forward(features, valid), kwargs["onto"], strict=True
+            neck.in_spec.names, mgc.forward(features, valid), kwargs["residual"], strict=True
         ):
             values["size", level].append(float(context.float().square().mean().sqrt() / _rms(lateral)))
 
@@ -211,7 +211,7 @@ def main(
     limit: Annotated[int, typer.Option(help="Images to look at, the first by name.", min=1)] = 32,
     device: Annotated[str, typer.Option(help="Where to run.")] = "cpu",
 ) -> None:
-    """Looks into a trained neck and writes what it sees."""
+    """Look into a trained neck and write what it sees."""
     detector = a2fpn.from_pretrained(model) if Path(model).is_dir() else a2fpn.create_model(model)
     files = list_images(images)[:limit]
     report = diagnose(detector.to(device), map(read_image, files))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
-import datetime
 import gc
 import logging
 import shutil
@@ -28,9 +27,9 @@ from torch import Tensor, nn
 
 import a2fpn
 from a2fpn._registry import match_names
-from a2fpn.backbones import Attachment, TimmBackbone, find_attachment, preprocessing
+from a2fpn.backbones import BackboneInfo, TimmBackbone, find_backbone_info, preprocessing
 from a2fpn.backbones.attach import PYRAMID, feature_info, measure, probe, read_table
-from a2fpn.backbones.freezing import contributors, drop_dead
+from a2fpn.backbones.freezing import contributors, drop_unused
 from a2fpn.config import BackboneConfig, ModelConfig, NeckConfig, PreprocessConfig, RCNNConfig
 from a2fpn.detectors import DETECTORS, Detector
 from a2fpn.necks import create_neck
@@ -59,19 +58,19 @@ def main(
         "build/backbones.csv"
     ),
     pattern: Annotated[str, typer.Option(help="Only architectures that match.")] = "",
-    part: Annotated[
-        str, typer.Option(help="Only a part: '3/10' is the third tenth, 'today/10' each day another one.")
-    ] = "1/1",
+    part: Annotated[str, typer.Option(help="Only a part: '3/10' is the third tenth.")] = "1/1",
     check: Annotated[bool, typer.Option(help="Try the shipped table instead of making one; fails on a fault.")] = False,
     write: Annotated[bool, typer.Option(help="Put the complete output in the place of the shipped table.")] = False,
 ) -> None:
     """Sweeps over timm's architectures."""
-    number, count = read_part(part, datetime.datetime.now(datetime.timezone.utc).date())
+    number, count = read_part(part)
     names, trained = match_names(timm.list_models(), pattern)[number - 1 :: count], smallest()
     print(f"Part {number}/{count} of timm {timm.__version__}: {len(names)} architectures.", flush=True)
     if check:
         with quiet():
-            faults = {name: fault for name in names if (fault := _fault(find_attachment(name), train=name in trained))}
+            faults = {
+                name: fault for name in names if (fault := _fault(find_backbone_info(name), train=name in trained))
+            }
         real = len(trained & set(names))
         print(f"{len(names) - len(faults)} of {len(names)} attach as the table says; {real} also took a training step.")
         if faults:
@@ -79,7 +78,7 @@ def main(
         return
     with quiet():
         rows = sweep(names, output, trained)
-    _summarise(rows)
+    _summarize(rows)
     if write:
         if missing := set(timm.list_models()) - {row["architecture"] for row in rows}:
             raise SystemExit(f"{len(missing)} architectures are missing: {sorted(missing)[:3]} ...")
@@ -99,17 +98,15 @@ def quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def read_part(part: str, today: datetime.date) -> tuple[int, int]:
-    """Which of how many interleaved parts, from ``"k/n"`` or ``"today/n"``, which takes turns day by day.
+def read_part(part: str) -> tuple[int, int]:
+    """Parse one of several interleaved parts, from ``"k/n"``.
 
     Raises:
         ValueError: If it is no part.
     """
     index, _, count = part.partition("/")
-    if index == "today" and count.isdigit() and int(count):
-        index = str(today.toordinal() % int(count) + 1)
     if not (index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)):
-        raise ValueError(f"A part is written k/n with 1 <= k <= n, or today/n, got {part!r}.")
+        raise ValueError(f"A part is written k/n with 1 <= k <= n, got {part!r}.")
     return int(index), int(count)
 
 
@@ -131,13 +128,13 @@ def sweep(names: list[str], output: Path, trained: set[str]) -> list[dict[str, s
         rows.append(row)
         _append(row, output)
         seconds = time.perf_counter() - start
-        print(f"{number}/{len(left)} {name}: {row['how']} ({seconds:.1f} s) {row['reason']}", flush=True)
+        print(f"{number}/{len(left)} {name}: {row['adaptations']} ({seconds:.1f} s) {row['reason']}", flush=True)
         if number % 25 == 0:
             gc.collect()
     return rows
 
 
-def _row(found: Attachment, *, train: bool) -> dict[str, str]:
+def _row(found: BackboneInfo, *, train: bool) -> dict[str, str]:
     try:
         if not found.reason:
             found = _on_meta(_survey, found)
@@ -147,17 +144,17 @@ def _row(found: Attachment, *, train: bool) -> dict[str, str]:
     return {**found.to_row(), "trained": str(train and not found.reason)}
 
 
-def _survey(found: Attachment, device: str) -> Attachment:
-    """Finds out what is dead in a network."""
+def _survey(found: BackboneInfo, device: str) -> BackboneInfo:
+    """Finds out what is unused in a network."""
     with torch.device(device):
-        whole = dataclasses.replace(found, dead=(), dead_from_8=())
+        whole = dataclasses.replace(found, unused=(), unused_from_8=())
         backbones = [_backbone(whole, device, strides) for strides in (PYRAMID, PYRAMID[1:])]
-        dead = [drop_dead(backbone.body, backbone._example) for backbone in backbones]
-    return dataclasses.replace(found, dead=dead[0], dead_from_8=dead[1])
+        unused = [drop_unused(backbone.body, backbone._example) for backbone in backbones]
+    return dataclasses.replace(found, unused=unused[0], unused_from_8=unused[1])
 
 
-def _fault(found: Attachment, *, train: bool) -> Exception | None:
-    """What is wrong with a backbone in a detector; whatever a network raises is."""
+def _fault(found: BackboneInfo, *, train: bool) -> Exception | None:
+    """Return the fault of a backbone in a detector; whatever a network raises is one."""
     try:
         _try(found, train=train)
     except Exception as error:
@@ -165,13 +162,13 @@ def _fault(found: Attachment, *, train: bool) -> Exception | None:
     return None
 
 
-def _try(found: Attachment, *, train: bool) -> None:
+def _try(found: BackboneInfo, *, train: bool) -> None:
     _on_meta(_check, found)
     if train:
         _train(found)
 
 
-def _on_meta(call: Callable[[Attachment, str], T], found: Attachment) -> T:
+def _on_meta(call: Callable[[BackboneInfo, str], T], found: BackboneInfo) -> T:
     """Calls on the meta device, or with real numbers for networks that look at values or unroll recurrent layers."""
     try:
         return call(found, "meta")
@@ -181,7 +178,7 @@ def _on_meta(call: Callable[[Attachment, str], T], found: Attachment) -> T:
     return call(found, "cpu")
 
 
-def _check(found: Attachment, device: str) -> None:
+def _check(found: BackboneInfo, device: str) -> None:
     """Builds a detector, runs it up to the proposals' scores at all sizes, and compares with what was declared.
 
     Raises:
@@ -200,9 +197,9 @@ def _check(found: Attachment, device: str) -> None:
                 outputs = model.dense_head(list(model.neck(maps).values()))
             if (height, width) == SIZES[0]:
                 _require_gradients(backbone, [x for output in outputs for x in output])
-                if found.dead_from_8 == found.dead:
+                if found.unused_from_8 == found.unused:
                     _require_gradients(backbone.body, [raw[i] for i in set(backbone._sources[1:])])
-        if found.dead_from_8 != found.dead:
+        if found.unused_from_8 != found.unused:
             coarse = _backbone(found, device, PYRAMID[1:])
             _require_gradients(coarse.body, coarse._example())
 
@@ -212,7 +209,7 @@ def _compare(backbone: TimmBackbone, maps: dict[str, Tensor], raw: list[Tensor],
     got = {name: tuple(x.shape) for name, x in maps.items()}
     if got != declared:
         raise FaultError(f"For an image of {size} it declares {declared} and gives {got}.")
-    found, padded = backbone.attachment, backbone.padded_size(*size)
+    found, padded = backbone.info, backbone.padded_size(*size)
     # The other side: before maps are cropped, the network itself divides the image by its strides.
     own = measure(raw, padded, feature_info(backbone.body).channels())
     strides = tuple(stride for stride in found.strides if stride in own.strides)
@@ -222,15 +219,15 @@ def _compare(backbone: TimmBackbone, maps: dict[str, Tensor], raw: list[Tensor],
 
 def _require_gradients(module: nn.Module, outputs: list[Tensor]) -> None:
     reached = set().union(*contributors(outputs))
-    _no_dead([name for name, p in module.named_parameters() if p.requires_grad and p not in reached])
+    _no_unused([name for name, p in module.named_parameters() if p.requires_grad and p not in reached])
 
 
-def _no_dead(names: list[str]) -> None:
+def _no_unused(names: list[str]) -> None:
     if names:
         raise FaultError(f"No gradient reaches {len(names)} parameters: {', '.join(names[:5])}.")
 
 
-def _train(found: Attachment) -> None:
+def _train(found: BackboneInfo) -> None:
     """A training step with real numbers."""
     torch.manual_seed(0)
     model = _detector(_backbone(found)).train()
@@ -239,19 +236,19 @@ def _train(found: Attachment) -> None:
     target = {"boxes": torch.tensor([[10.0, 20.0, 90.0, 100.0]]), "labels": torch.tensor([0])}
     losses = model(images, [target] * 2)
     torch.stack(list(losses.values())).sum().backward()
-    _no_dead([name for name, p in model.backbone.named_parameters() if p.requires_grad and p.grad is None])
+    _no_unused([name for name, p in model.backbone.named_parameters() if p.requires_grad and p.grad is None])
 
 
-def _backbone(found: Attachment, device: str = "cpu", strides: tuple[int, ...] = PYRAMID) -> TimmBackbone:
-    backbone = TimmBackbone(BackboneConfig(found.architecture, strides=strides), attachment=found)
+def _backbone(found: BackboneInfo, device: str = "cpu", strides: tuple[int, ...] = PYRAMID) -> TimmBackbone:
+    backbone = TimmBackbone(BackboneConfig(found.architecture, strides=strides), info=found)
     if device == "meta" and any(isinstance(module, nn.RNNBase) for module in backbone.modules()):
         raise NotImplementedError("recurrent layers on meta")
     return backbone
 
 
 def _detector(backbone: TimmBackbone) -> Detector:
-    config, found = backbone.config, backbone.attachment
-    wanted = preprocessing(config, attachment=found)
+    config, found = backbone.config, backbone.info
+    wanted = preprocessing(config, info=found)
     if found.size is None:
         wanted["resize"] = "none"
     neck = NeckConfig("fpn", {"out_channels": 16})
@@ -306,12 +303,12 @@ def _write(rows: list[dict[str, str]], path: Path) -> None:
     shutil.move(fresh, path)
 
 
-def _summarise(rows: list[dict[str, str]]) -> None:
-    counts = Counter(row["how"] for row in rows)
+def _summarize(rows: list[dict[str, str]]) -> None:
+    counts = Counter(row["adaptations"] for row in rows)
     attached = sum(not row["reason"] for row in rows)
     print_table(
         f"timm {timm.__version__}: {attached} of {len(rows)} attach ({100 * attached / max(1, len(rows)):.2f} %)",
-        ["how", "architectures"],
+        ["adaptations", "architectures"],
         [[how, str(count)] for how, count in counts.most_common()],
     )
     for row in rows:

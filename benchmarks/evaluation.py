@@ -109,7 +109,7 @@ def objects(case: Case, boxes: NDArray[np.float64], classes: NDArray[np.int64], 
 
 
 def prepare(side: str, case: Case) -> measure.Call:
-    """Makes the scene; returns one evaluation, which gives the 12 numbers."""
+    """Make the scene; return one evaluation, which gives the 12 numbers."""
     file, results = scene(case)
     if side == PEER:
         return functools.partial(theirs, file, results, case.kind)
@@ -154,7 +154,7 @@ def compare(case: Case) -> tuple[dict[str, float], float]:
 
 
 def main(rounds: measure.Rounds = 3, quick: measure.Quick = False, threads: measure.Threads = 0) -> None:
-    """Compares the 12 numbers and times of all libraries, and the peak memory with masks."""
+    """Compare the 12 numbers and times of all libraries, and the peak memory with masks."""
     rounds = 1 if quick else rounds
     measure.start(threads, rounds)
     for case in QUICK_CASES if quick else CASES:

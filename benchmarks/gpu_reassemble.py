@@ -29,7 +29,7 @@ Form = Callable[[Tensor, Tensor], Tensor]
 
 
 def ours(x: Tensor, kernels: Tensor) -> Tensor:
-    """What ``reassemble`` runs on CUDA."""
+    """Run ``reassemble`` as it runs on CUDA."""
     from a2fpn.layers.reassemble_triton import reassemble_triton
 
     return reassemble_triton(x, kernels)
@@ -89,7 +89,7 @@ def errors(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> list[float]
 
 
 def compare(source: Size, target: Size, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """Times every form, forward and backward, with its errors against float64; a form that fails says why."""
+    """Time every form, forward and backward, with its errors against float64; a form that fails says why."""
     x, kernels, direction = inputs(source, target, dtype)
     wide = [y.detach().to(dtype).double().requires_grad_() for y in (x, kernels)]
     exact = bags(*wide)
@@ -130,7 +130,7 @@ def compare(source: Size, target: Size, dtype: torch.dtype) -> list[dict[str, An
 
 
 def main(output: Annotated[Path | None, typer.Option(help="Writes the figures there as JSON.")] = None) -> None:
-    """Prints time, bytes per second and errors; without a CUDA device, a line that says so."""
+    """Print time, bytes per second and errors; without a CUDA device, a line that says so."""
     if not torch.cuda.is_available():
         measure.console().print("No CUDA device: nothing to measure.")
         return

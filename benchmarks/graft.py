@@ -1,9 +1,9 @@
-"""What a graft keeps of a trained FPN detector, and whether the new parts can learn from where they start.
+"""Fidelity of a graft to a trained FPN detector, and gradients of the new parts at their initial values.
 
     python -m benchmarks.graft
 
 Trains a small Faster R-CNN with an FPN on synthetic shapes (a few minutes on one core), grafts it onto every target
-neck, and onto ``a2fpn`` with several centre biases. Prints three tables and saves nothing.
+neck, and onto ``a2fpn`` with several center biases. Prints three tables and saves nothing.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from benchmarks import _measure as measure
 
 SIZE = 128
 CLASSES = ("rectangle", "ellipse", "triangle")
-CENTRE_BIASES = (0.0, 4.0, 6.0, 8.0, 10.0, 15.0)
+CENTER_BIASES = (0.0, 4.0, 6.0, 8.0, 10.0, 15.0)
 COLUMNS = ("features rms", "max", "kept", "max score diff", "max box diff", "AP50", "AP75")
 
 Target = dict[str, Tensor]
@@ -37,7 +37,7 @@ Steps = Annotated[int, typer.Option(help="Training steps of the detector.", min=
 
 
 def main(steps: Steps = 300, quick: measure.Quick = False) -> None:
-    """Trains, grafts, compares and prints."""
+    """Train, graft, compare and print."""
     with measure.progress() as bar:
         model = train(2 if quick else steps, bar)
         test = Reference(model, *shapes(2 if quick else 48, torch.Generator().manual_seed(1)))
@@ -46,8 +46,8 @@ def main(steps: Steps = 300, quick: measure.Quick = False) -> None:
             for target in bar.track(TARGETS, description="Grafting onto every neck")
         ]
         fidelity, learning = [], []
-        for bias in bar.track(CENTRE_BIASES, description="Grafting with several centre biases"):
-            grafted = graft_model(model, centre_bias=bias)
+        for bias in bar.track(CENTER_BIASES, description="Grafting with several center biases"):
+            grafted = graft_model(model, center_bias=bias)
             weight = math.exp(bias) / (math.exp(bias) + 24)
             fidelity.append([f"{bias:g}", f"{weight:.4f}", *test.compare(grafted)])
             gradient = predictor_gradient(grafted, *shapes(4, torch.Generator().manual_seed(2)))
@@ -59,12 +59,12 @@ def main(steps: Steps = 300, quick: measure.Quick = False) -> None:
         "Feature differences are relative to the standard deviation of the level, on the worst level; kept are "
         "detections with the same label and an IoU > 0.9."
     )
-    measure.print_table("Grafted, centre_bias 8", ["target", *COLUMNS], targets)
-    measure.print_table("Grafted onto a2fpn", ["centre_bias", "weight on nearest", *COLUMNS], fidelity)
+    measure.print_table("Grafted, center_bias 8", ["target", *COLUMNS], targets)
+    measure.print_table("Grafted onto a2fpn", ["center_bias", "weight on nearest", *COLUMNS], fidelity)
     measure.print_table(
         "Can the kernel predictor learn from there? Loss of imitating a random upsampling, after 100 steps of SGD, "
-        "relative to nearest neighbour (1 is dead)",
-        ["centre_bias", "its gradient in the detector", "loss, scale 4", "loss, scale 1"],
+        "relative to nearest neighbor (1 is no gradient)",
+        ["center_bias", "its gradient in the detector", "loss, scale 4", "loss, scale 1"],
         learning,
     )
 
@@ -101,7 +101,7 @@ def shapes(count: int, generator: torch.Generator) -> tuple[list[Tensor], list[T
 
 
 def train(steps: int, bar: Progress) -> RCNN:
-    """A Faster R-CNN on a randomly initialised ResNet-18, trained on shapes."""
+    """A Faster R-CNN on a randomly initialized ResNet-18, trained on shapes."""
     torch.manual_seed(0)
     model = create_model(
         "fasterrcnn_fpn",
@@ -136,7 +136,7 @@ def total_loss(model: RCNN, images: list[Tensor], targets: list[Target]) -> Tens
 
 
 class Reference:
-    """What the FPN detector computes on some images, to compare others with."""
+    """Outputs of the FPN detector on some images, to compare others with."""
 
     def __init__(self, model: RCNN, images: list[Tensor], targets: list[Target]) -> None:
         self.images = images
@@ -158,7 +158,7 @@ class Reference:
         return metrics.ap50, metrics.ap75
 
     def compare(self, model: RCNN) -> list[str]:
-        """Compares another detector with this one: a cell for each of ``COLUMNS``."""
+        """Compare another detector with this one: a cell for each of ``COLUMNS``."""
         features, detections = self.run(model)
         differences = [(a - b) / a.std() for a, b in zip(self.features, features, strict=True)]
         scores, boxes = [0.0], [0.0]
@@ -215,13 +215,13 @@ def predictor_gradient(model: RCNN, images: list[Tensor], targets: list[Target])
     return float(torch.stack([p.conv.weight.grad.norm() for p in predictors]).norm())
 
 
-def learned(centre_bias: float, *, scale: float) -> float:
-    """Loss after 100 steps of SGD of an upsampling that imitates a random one, relative to nearest neighbour."""
+def learned(center_bias: float, *, scale: float) -> float:
+    """Loss after 100 steps of SGD of an upsampling that imitates a random one, relative to nearest neighbor."""
     torch.manual_seed(0)
     teacher, student = GACARAFE(16, compressed_channels=16), GACARAFE(16, compressed_channels=16)
-    teacher.kernels.reset_centre(0.0)
+    teacher.kernels.reset_center(0.0)
     nn.init.normal_(teacher.kernels.conv.weight, std=0.1)
-    student.kernels = KernelPredictor(32, centre_bias=centre_bias, scale=scale)
+    student.kernels = KernelPredictor(32, center_bias=center_bias, scale=scale)
     student.gates.requires_grad_(False)  # they would lower the loss without the kernels
     maps = [(torch.randn(4, 16, 12, 12), torch.randn(4, 16, 24, 24)) for _ in range(20)]
     with torch.no_grad():

@@ -1,12 +1,12 @@
-"""``maskrcnn_fpn_r50`` against torchvision's model of the same weights, as it is, optimised and in bf16.
+"""``maskrcnn_fpn_r50`` against torchvision's model of the same weights, as it is, optimized and in bf16.
 
 All get the same image, which none of them resizes. torchvision, and ours where no more is said, paste the masks of some
 60 objects into it; "RLE" means run lengths instead, which is what evaluation and files need: torchvision's masks are
 encoded once they are pasted, ours are never pasted. Every side is compared with torchvision as it is and at the same
-kind of output, and held against the target both times. Outputs are compared first. Ours are laid out as
+kind of output, and compared with the target both times. Outputs are compared first. Ours are laid out as
 :class:`a2fpn.Predictor` lays them out. Beside them stand ``maskrcnn_a2fpn_r50``, grafted onto the same weights, and the
 cascades on the same backbone, pyramid and proposals, with fresh heads made to find as many objects. Targets: ours in
-no more time than torchvision's; optimised, with run lengths, in at most 0.78 of it at 480x640 and 0.66 at 800x1088; in
+no more time than torchvision's; optimized, with run lengths, in at most 0.78 of it at 480x640 and 0.66 at 800x1088; in
 bf16 in at most 0.30, where the processor has units for it (AMX).
 """
 
@@ -33,10 +33,10 @@ from benchmarks import _measure as measure
 
 TORCHVISION, FPN, A2FPN = "torchvision", "maskrcnn_fpn_r50", "maskrcnn_a2fpn_r50"
 TORCHVISION_RLE, RUN_LENGTH = f"{TORCHVISION}, RLE", f"{FPN}, RLE"
-OPTIMISED, OPTIMISED_RLE, BF16 = f"{FPN}, optimised", f"{FPN}, optimised, RLE", f"{FPN}, bf16, RLE"
-CASCADES = tuple(f"{name}_fpn_r50{how}" for name in ("cascademaskrcnn", "htc") for how in ("", ", optimised"))
-SIDES = (TORCHVISION, TORCHVISION_RLE, FPN, RUN_LENGTH, OPTIMISED, OPTIMISED_RLE, BF16, A2FPN, *CASCADES)
-QUICK_SIDES = (TORCHVISION, TORCHVISION_RLE, FPN, OPTIMISED_RLE, BF16, A2FPN, CASCADES[1])
+OPTIMIZED, OPTIMIZED_RLE, BF16 = f"{FPN}, optimized", f"{FPN}, optimized, RLE", f"{FPN}, bf16, RLE"
+CASCADES = tuple(f"{name}_fpn_r50{how}" for name in ("cascademaskrcnn", "htc") for how in ("", ", optimized"))
+SIDES = (TORCHVISION, TORCHVISION_RLE, FPN, RUN_LENGTH, OPTIMIZED, OPTIMIZED_RLE, BF16, A2FPN, *CASCADES)
+QUICK_SIDES = (TORCHVISION, TORCHVISION_RLE, FPN, OPTIMIZED_RLE, BF16, A2FPN, CASCADES[1])
 TARGETS = {(480, 640): 0.78, (800, 1088): 0.66}
 BF16_TARGET = 0.30
 TOLERANCES = {"boxes": 1e-2, "scores": 1e-4, "masks": 1e-4}
@@ -77,14 +77,14 @@ def make_ours(side: str, weights: Path, threshold: float) -> a2fpn.Predictor:
             raise RuntimeError(f"Backbone, pyramid and proposals of {name} have other names than those of {FPN}.")
     if name == A2FPN:
         model = graft_model(model).eval()
-    if "bf16" in side or "optimised" in side:
+    if "bf16" in side or "optimized" in side:
         dtype = torch.bfloat16 if "bf16" in side else torch.float32
         return a2fpn.Predictor(a2fpn.optimize_for_inference(model, dtype=dtype), channels_last=False)
     return a2fpn.Predictor(model)
 
 
 def rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Renames the tensors of torchvision's model to ours; only the pyramid's differ."""
+    """Rename the tensors of torchvision's model to ours; only the pyramid's differ."""
     names = {"inner_blocks": "lateral", "layer_blocks": "output"}
     return {
         re.sub(
@@ -103,7 +103,7 @@ def make_image(size: Size) -> Tensor:
 
 @torch.inference_mode()
 def save_weights(size: Size, path: Path) -> float:
-    """Saves random weights that decide like trained ones: a few confident objects among many rejected boxes.
+    """Save random weights that decide like trained ones: a few confident objects among many rejected boxes.
 
     Returns:
         A score threshold that leaves 50 to 70 objects, in the widest gap between two scores.
@@ -120,9 +120,9 @@ def save_weights(size: Size, path: Path) -> float:
             nn.init.uniform_(module.weight, 0.3, 0.8)
             nn.init.normal_(module.bias, std=0.1)
     image = make_image(size)
-    # Fresh heads say nearly the same of every box: class scores are centred and spread over this image's boxes.
+    # Fresh heads say nearly the same of every box: class scores are centered and spread over this image's boxes.
     predictor = model.roi_heads.box_predictor.cls_score
-    hook = predictor.register_forward_hook(functools.partial(_standardise, spread=1.0))
+    hook = predictor.register_forward_hook(functools.partial(_standardize, spread=1.0))
     model([image])
     hook.remove()
     torch.save(model.state_dict(), path)
@@ -134,14 +134,14 @@ def save_weights(size: Size, path: Path) -> float:
     return float(scores[place - 1 : place + 1].mean())
 
 
-def _standardise(linear: nn.Linear, _: object, output: Tensor, *, spread: float) -> None:
+def _standardize(linear: nn.Linear, _: object, output: Tensor, *, spread: float) -> None:
     gain = spread / float(output.std(0).mean())
     linear.bias.sub_(output.mean(0)).mul_(gain)
     linear.weight.mul_(gain)
 
 
 def prepare(side: str, size: Size, weights: Path, threshold: float) -> measure.Call:
-    """Makes a model; returns one detection."""
+    """Make a model; return one detection."""
     image = make_image(size)
     if side.startswith(TORCHVISION):
         model = make_torchvision(size, weights, threshold)
@@ -154,7 +154,7 @@ def prepare(side: str, size: Size, weights: Path, threshold: float) -> measure.C
 
 
 def compare(reference: Detections, ours: Detections) -> str:
-    """Matches two sets of detections and describes the largest differences.
+    """Match two sets of detections and describe the largest differences.
 
     Args:
         reference: torchvision's, whose labels count the background.
@@ -180,7 +180,7 @@ def compare(reference: Detections, ours: Detections) -> str:
 
 
 def resemblance(reference: Detections, ours: Detections) -> str:
-    """Describes how near detections are that are not meant to be equal; arguments as those of :func:`compare`."""
+    """Describe how near detections are that are not meant to be equal; arguments as those of :func:`compare`."""
     distance, partner = _distances(reference, ours).min(1)
     near = distance < 0.1 * (reference["boxes"][:, 2:] - reference["boxes"][:, :2]).amin(1)
     rows, partner = torch.where(near)[0], partner[near]
@@ -210,7 +210,7 @@ def parts_of(model: Any) -> dict[str, list[nn.Module]]:
     ours = isinstance(model, RCNN)
     heads = model.roi_heads
     return {
-        "resize, normalise, pad": [model.preprocess if ours else model.transform],
+        "resize, normalize, pad": [model.preprocess if ours else model.transform],
         "backbone": [model.backbone if ours else model.backbone.body],
         "neck": [model.neck if ours else model.backbone.fpn],
         "RPN: convolutions": [model.rpn.head],
@@ -231,7 +231,7 @@ def main(
     threads: measure.Threads = 0,
     profile: Annotated[bool, typer.Option(help="Print where the time goes, part by part.")] = False,
 ) -> None:
-    """Compares outputs, times and peak memory at two image sizes."""
+    """Compare outputs, times and peak memory at two image sizes."""
     rounds = 1 if quick else rounds
     sizes, sides = ([(32, 48)], QUICK_SIDES) if quick else (list(TARGETS), SIDES)
     measure.start(threads, rounds)
@@ -245,14 +245,14 @@ def _report(size: Size, sides: Sequence[str], weights: Path, rounds: int, profil
     calls = {side: prepare(side, size, weights, threshold) for side in sides}
     title = f"Mask R-CNN, ResNet-50, {size[0]}x{size[1]}, one image"
     (reference,) = calls[TORCHVISION]()
-    for side in (FPN, OPTIMISED, BF16):
+    for side in (FPN, OPTIMIZED, BF16):
         (ours,) = prepare(side.removesuffix(", RLE"), size, weights, threshold)()
         text = (resemblance if side == BF16 else compare)(reference, ours)
         measure.console().print(f"{title}, {side.removesuffix(', RLE')}: {text}")
     timings = measure.time_interleaved(calls, rounds=rounds, title=title)
     memory = {side: measure.peak_memory(prepare, side, size, weights, threshold) for side in sides}
     rows = []
-    targets = {FPN: 1.0, OPTIMISED_RLE: TARGETS.get(size), BF16: BF16_TARGET}
+    targets = {FPN: 1.0, OPTIMIZED_RLE: TARGETS.get(size), BF16: BF16_TARGET}
     for side in sides:
         plain = timings.ratio(side, TORCHVISION)
         alike = timings.ratio(side, TORCHVISION_RLE if "RLE" in side else TORCHVISION)

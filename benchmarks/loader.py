@@ -80,7 +80,7 @@ def mask_iou(ours: CocoDataset, theirs: Dataset[Any], indices: Sequence[int]) ->
             raise RuntimeError(f"Image {a['image_id']} stands where torchvision has {b['image_id']}.")
         planes, boxes = a["masks"].dense().bool(), b["boxes"].as_subclass(Tensor)
         for plane, box in zip(planes, a["boxes"].as_subclass(Tensor), strict=True):
-            # Either side drops objects that the other keeps: each of ours is held against the nearest of theirs.
+            # Either side drops objects that the other keeps: each of ours is compared with the nearest of theirs.
             other = b["masks"][int((boxes - box).abs().sum(1).argmin())].as_subclass(Tensor).bool()
             values.append((plane & other).sum() / (plane | other).sum())
     return torch.stack(values)
@@ -93,7 +93,7 @@ def main(
     threads: measure.Threads = 0,
     workers: Annotated[int, typer.Option(help="Loader processes.", min=0)] = 0,
 ) -> None:
-    """Measures the loaders and prints ratios of images per second."""
+    """Measure the loaders and print ratios of images per second."""
     annotations = sorted((data / "annotations").glob("*.json"))[0]
     images = next(folder for folder in (data / "images" / "val2017", data / "images") if folder.is_dir())
     measure.start(threads, 1 if quick else rounds)

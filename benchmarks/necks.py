@@ -45,7 +45,7 @@ def make_features(neck: a2fpn.Neck, size: Size) -> dict[str, Tensor]:
 
 
 def prepare(name: str, channels: Sequence[int], size: Size, training: bool) -> measure.Call:
-    """Makes neck and features; returns a forward pass, or with ``training`` also the backward pass."""
+    """Make neck and features; return a forward pass, or with ``training`` also the backward pass."""
     # Channels last, as training and prediction lay it out.
     neck = make_neck(name, channels).to(memory_format=torch.channels_last)
     features = make_features(neck, size)
@@ -111,7 +111,7 @@ def main(
     pattern: Annotated[str, typer.Option(help="Only necks whose name fits, and fpn.")] = "",
     profile: Annotated[bool, typer.Option(help="Print where the time goes, per neck and part.")] = False,
 ) -> None:
-    """Measures the necks and prints their ratios to fpn."""
+    """Measure the necks and print their ratios to fpn."""
     rounds = 1 if quick else rounds
     channels, size = ((64, 64, 64, 64), (64, 96)) if quick else (CHANNELS, (800, 1088))
     measure.start(threads, rounds)

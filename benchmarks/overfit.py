@@ -4,7 +4,7 @@
 
 The folder holds ``images/`` and ``annotations/instances_train.json`` with masks. A detector passes if boxes, and masks
 if it has any, reach AP50 >= 0.9 on the images that it was trained on within a bounded number of steps. Keypoints are
-made up: the centre of each mask and its two ends along x. COCO's keypoint AP needs tolerances that made-up points lack;
+made up: the center of each mask and its two ends along x. COCO's keypoint AP needs tolerances that made-up points lack;
 their distance from the truth is printed instead, and not judged.
 
 Ends with exit code 1 if a detector fails. Saves nothing.
@@ -60,7 +60,7 @@ def main(
     learning_rate: Rate = 1e-3,
     quick: measure.Quick = False,
 ) -> None:
-    """Trains every detector, prints a table, and fails if one of them did."""
+    """Train every detector, print a table, and fail if one of them did."""
     torch.set_num_threads(1)
     names = sorted({name for pattern in detectors or ["*"] for name in fnmatch.filter(DETECTORS, pattern)})
     if not names:
@@ -127,7 +127,7 @@ def load(data: Path, *, quick: bool) -> tuple[CocoDataset, list[tuple[Tensor, Ta
 
 
 def mask_keypoints(mask: Tensor) -> Tensor:
-    """Centre, leftmost and rightmost point of a mask ``(H, W)``, ``(3, 3)`` as x, y, 2."""
+    """Center, leftmost and rightmost point of a mask ``(H, W)``, ``(3, 3)`` as x, y, 2."""
     ys, xs = (c.float() + 0.5 for c in torch.where(mask))
     points = [(xs.mean(), ys.mean()), *((xs[i], ys[i]) for i in (xs.argmin(), xs.argmax()))]
     return torch.tensor([[float(x), float(y), 2.0] for x, y in points])
@@ -165,7 +165,7 @@ def train(
     learning_rate: float,
     bar: Progress,
 ) -> tuple[int, dict[str, float]]:
-    """Trains until AP50 is reached or the steps are used up; returns the steps taken and AP50 by kind."""
+    """Train until AP50 is reached or the steps are used up; return the steps taken and AP50 by kind."""
     model.check_data("The data", samples[0][1])
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=1e-4)
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, total_iters=20)

@@ -4,7 +4,7 @@
     python -m benchmarks.parity --source mmdet
 
 Each published configuration is built on its own side, its weights are drawn at random, converted, and both sides
-detect. Features, proposals, boxes, scores and masks are compared, then both sides are timed, ours also optimised, masks
+detect. Features, proposals, boxes, scores and masks are compared, then both sides are timed, ours also optimized, masks
 pasted into the image. Needs the other framework; without it the command says so and ends.
 """
 
@@ -33,7 +33,7 @@ from benchmarks import _measure as measure
 
 SIZE = (480, 640)
 COLUMNS = ("features", "proposals", "objects", "boxes", "scores", "mask pixels")
-THEIRS, OURS, OPTIMISED = "theirs", "ours", "ours, optimised"
+THEIRS, OURS, OPTIMIZED = "theirs", "ours", "ours, optimized"
 GAINS = {
     "cls_score": 8.0,
     "fc_cls": 8.0,
@@ -49,7 +49,7 @@ anchors; detectron2's stem sees numbers up to 255."""
 
 @dataclass(frozen=True)
 class Output:
-    """What one side computes for one image.
+    """Outputs of one side for one image.
 
     Args:
         features: ``(1, C, H, W)`` per level.
@@ -85,11 +85,11 @@ class Framework(ABC):
 
     @abstractmethod
     def detect(self, model: nn.Module, image: Tensor) -> Any:
-        """Detects on an image ``(3, H, W)``, blue first, uint8, as users of the framework do."""
+        """Detect on an image ``(3, H, W)``, blue first, uint8, as users of the framework do."""
 
     @abstractmethod
     def run(self, model: nn.Module, image: Tensor) -> Output:
-        """What a detection on an image gives, and what it goes through."""
+        """Detect on an image, recording intermediate outputs."""
 
     @abstractmethod
     def convert(self, state: Mapping[str, Tensor], name: str) -> tuple[Any, dict[str, Tensor]]:
@@ -201,7 +201,7 @@ Source = Annotated[Literal["detectron2", "mmdet"], typer.Option(help="The other 
 
 
 def main(source: Source = "detectron2", rounds: measure.Rounds = 3, threads: measure.Threads = 0) -> None:
-    """Builds, converts, compares, times and prints."""
+    """Build, convert, compare, time and print."""
     framework = FRAMEWORKS[source]()
     if importlib.util.find_spec(framework.package) is None:
         typer.echo(f"{framework.package} is not installed: nothing to compare with.")
@@ -211,7 +211,7 @@ def main(source: Source = "detectron2", rounds: measure.Rounds = 3, threads: mea
     for config, name in framework.cases.items():
         torch.manual_seed(0)
         theirs = framework.build(config).eval()
-        randomise(theirs)
+        randomize(theirs)
         settings, state = framework.convert(theirs.state_dict(), name)
         with tempfile.TemporaryDirectory() as folder:
             ours = a2fpn.from_pretrained(save_checkpoint(folder, settings, state))
@@ -227,18 +227,18 @@ def main(source: Source = "detectron2", rounds: measure.Rounds = 3, threads: mea
     )
     measure.print_table(
         f"Time for one image of {SIZE[0]}x{SIZE[1]}",
-        ["theirs", "ours", THEIRS, f"{OURS} / {THEIRS}", f"{OPTIMISED} / {THEIRS}"],
+        ["theirs", "ours", THEIRS, f"{OURS} / {THEIRS}", f"{OPTIMIZED} / {THEIRS}"],
         times,
     )
 
 
 def timings(theirs: measure.Call, ours: RCNN, image: Tensor, rounds: int) -> list[str]:
-    """Their time, and the ratio of ours to it, as it is and optimised; all paste masks."""
+    """Their time, and the ratio of ours to it, as it is and optimized; all paste masks."""
     calls = {THEIRS: theirs}
-    for side, model in {OURS: a2fpn.Predictor(ours).model, OPTIMISED: a2fpn.optimize_for_inference(ours)}.items():
+    for side, model in {OURS: a2fpn.Predictor(ours).model, OPTIMIZED: a2fpn.optimize_for_inference(ours)}.items():
         calls[side] = functools.partial(model, [image.flip(0)], resize=False)
     times = measure.time_interleaved(calls, rounds=rounds, title=ours.config.detector)
-    return [measure.milliseconds(times.median(THEIRS)), *(str(times.ratio(side, THEIRS)) for side in (OURS, OPTIMISED))]
+    return [measure.milliseconds(times.median(THEIRS)), *(str(times.ratio(side, THEIRS)) for side in (OURS, OPTIMIZED))]
 
 
 def compare(wanted: Output, got: Output) -> list[str]:
@@ -260,7 +260,7 @@ def compare(wanted: Output, got: Output) -> list[str]:
 
 @torch.inference_mode()
 def detect(model: RCNN, image: Tensor) -> Output:
-    """What our side makes of an image ``(3, H, W)``, red first, uint8."""
+    """Detect with our side on an image ``(3, H, W)``, red first, uint8."""
     batch = model.preprocess([image], resize=False)
     features = model.features(batch)
     (proposals,), _ = model.rpn(ImageList(batch.tensor, batch.sizes), dict(features))
@@ -271,7 +271,7 @@ def detect(model: RCNN, image: Tensor) -> Output:
 
 
 def paste(masks: Tensor, boxes: Tensor) -> Tensor:
-    """Masks (N, 1, M, M) in the image as theirs are: beyond the outermost cells' centres they fade to zero.
+    """Masks (N, 1, M, M) in the image as theirs are: beyond the outermost cells' centers they fade to zero.
 
     Ours don't fade, which is why those are not what is compared.
     """
@@ -288,14 +288,14 @@ def largest(x: Tensor) -> float:
 
 
 def partner(wanted: Output, got: Output, index: int) -> int | None:
-    """Which of our objects is one of theirs: same class, and the closest box, up to a pixel."""
+    """Return our object that matches one of theirs: same class, and the closest box, up to a pixel."""
     distance = (got.boxes - wanted.boxes[index]).abs().amax(1)
     distance[got.labels != wanted.labels[index]] = torch.inf
     return int(distance.argmin()) if len(distance) and distance.min() < 1 else None
 
 
 @torch.no_grad()
-def randomise(model: nn.Module) -> None:
+def randomize(model: nn.Module) -> None:
     """Weights that keep features of a common size, and scores that differ from object to object."""
     for name, x in model.state_dict().items():
         if "running_var" in name:

@@ -73,14 +73,14 @@ def make_batch(size: Size, *, dense: bool, count: int = 2) -> tuple[list[Tensor]
     images, targets = [], []
     for _ in range(count):
         half = torch.rand(OBJECTS, 2, generator=generator) * min(size) / 4 + 4
-        centre = half + torch.rand(OBJECTS, 2, generator=generator) * (torch.tensor([width, height]) - 2 * half)
-        inside = ((columns - centre[:, 0, None, None]) / half[:, 0, None, None]) ** 2 + (
-            (rows - centre[:, 1, None, None]) / half[:, 1, None, None]
+        center = half + torch.rand(OBJECTS, 2, generator=generator) * (torch.tensor([width, height]) - 2 * half)
+        inside = ((columns - center[:, 0, None, None]) / half[:, 0, None, None]) ** 2 + (
+            (rows - center[:, 1, None, None]) / half[:, 1, None, None]
         ) ** 2 <= 1
         labels = torch.randint(CLASSES, (OBJECTS,), generator=generator)
         images.append(torch.rand(3, height, width, generator=generator))
         masks = inside.to(torch.uint8)
-        boxes = torch.cat([centre - half, centre + half], 1)
+        boxes = torch.cat([center - half, center + half], 1)
         targets.append(
             {
                 "boxes": boxes,
@@ -92,7 +92,7 @@ def make_batch(size: Size, *, dense: bool, count: int = 2) -> tuple[list[Tensor]
 
 
 def prepare(side: str, size: Size) -> measure.Call:
-    """Makes a model and a batch; returns one step, which returns its losses."""
+    """Make a model and a batch; return one step, which returns its losses."""
     model = make(side, size)
     images, targets = make_batch(size, dense=side == TORCHVISION)
     run = model if side == TORCHVISION else functools.partial(model, resize=False)
@@ -116,7 +116,7 @@ def main(
     threads: measure.Threads = 0,
     others: Annotated[bool, typer.Option(help="Measure the other necks and detectors as well.")] = False,
 ) -> None:
-    """Compares losses, times and peak memory of one training step of two images."""
+    """Compare losses, times and peak memory of one training step of two images."""
     rounds = 1 if quick else rounds
     size = (64, 96) if quick else (480, 640)
     measure.start(threads, rounds)

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as mask_utils
 
-COLOURS = ((220, 60, 60), (60, 220, 60), (80, 100, 240))
+COLORS = ((220, 60, 60), (60, 220, 60), (80, 100, 240))
 
 
 def write_coco(
@@ -24,7 +24,7 @@ def write_coco(
     """Writes PNG images and their annotations; returns the image folder and the JSON file.
 
     Every image is divided into four cells with one object in most of them: a disc (RLE, compressed and
-    uncompressed in turn), a rectangle (polygon), or a pair of rectangles (two polygons), one colour and one
+    uncompressed in turn), a rectangle (polygon), or a pair of rectangles (two polygons), one color and one
     shape per category. Odd images are upright. With more than one image the last has no object; with
     ``crowd`` the first has a crowd in its last cell. Annotation ids start at 0, as some tools write them.
     """
@@ -49,7 +49,7 @@ def write_coco(
             mask, segmentation = _shape(label % 3, top + 1, left + 1, h, w, (height, width))
             if is_crowd or (label % 3 == 0 and cell % 2):
                 segmentation = {"size": [height, width], "counts": _uncompressed(mask)}
-            pixels[mask] = COLOURS[label % 3]
+            pixels[mask] = COLORS[label % 3]
             ys, xs = np.nonzero(mask)
             data["annotations"].append(
                 {

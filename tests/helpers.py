@@ -20,6 +20,13 @@ from a2fpn.detectors import Detector
 from a2fpn.necks import Neck
 from a2fpn.pyramid import Features, PyramidSpec, level_size
 
+
+def torch_from(major: int, minor: int, reason: str) -> pytest.MarkDecorator:
+    """Skips a test with older versions of torch."""
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    return pytest.mark.skipif(version < (major, minor), reason=f"torch {torch.__version__}: {reason}")
+
+
 TINY: dict[str, Any] = {
     "backbone": "test_efficientnet",
     "neck_args": {"out_channels": 16},
@@ -64,7 +71,7 @@ def tiny_model(name: str = "maskrcnn_a2fpn", **overrides: Any) -> Detector:
 
 
 def random_target(boxes: Sequence[Sequence[float]], size: tuple[int, int], *, classes: int = 3) -> dict[str, Tensor]:
-    """A training target with masks that fill the boxes (xyxy pixels), and three keypoints: one is not labelled."""
+    """A training target with masks that fill the boxes (xyxy pixels), and three keypoints: one is not labeled."""
     masks = torch.zeros(len(boxes), *size, dtype=torch.uint8)
     for mask, (x0, y0, x1, y1) in zip(masks, boxes, strict=True):
         mask[int(y0) : math.ceil(y1), int(x0) : math.ceil(x1)] = 1
@@ -85,7 +92,7 @@ def random_features(spec: PyramidSpec, size: tuple[int, int], *, batch: int = 2,
     }
 
 
-def randomise(module: nn.Module, *, std: float = 0.1) -> None:
+def randomize(module: nn.Module, *, std: float = 0.1) -> None:
     """Moves every parameter away from where it starts, zeros above all."""
     with torch.no_grad():
         for parameter in module.parameters():

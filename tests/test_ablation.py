@@ -9,8 +9,6 @@ import sys
 
 import pytest
 import typer
-from coco_data import write_coco
-from training import TINY_RECIPE, tiny_run
 
 from a2fpn import list_necks
 from a2fpn.training.cli import parse
@@ -21,6 +19,8 @@ from benchmarks.ablation.plan import RECIPES, Plan, assignment, find_recipe, mer
 from benchmarks.ablation.pool import Pool, environment, multi_process_service
 from benchmarks.ablation.records import Record, append_record, check_fingerprint, read_records, seen
 from benchmarks.ablation.report import Comparison, findings, print_report, write_page
+from tests.coco_data import write_coco
+from tests.training import TINY_RECIPE, tiny_run
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,14 @@ def example(arm, seed, curve, *, control="fpn", status="done", fingerprint="f", 
         plan={"recipe": "facades", "data": "facades", "settings": [], "config": config},
         seen=seen or f"seen{seed}",
         curve=[{"step": 10 * (i + 1), metric: x, f"{metric}_large": -1.0} for i, x in enumerate(curve)],
-        costs={"parameters": 1e6, "gmacs": 2.5, "gmacs_size": 384, "seconds_per_step": 0.1},
+        costs={
+            "parameters": 1e6,
+            "gmacs": 2.5,
+            "gmacs_size": 384,
+            "seconds_per_step": 0.1,
+            "train_seconds": 50.0,
+            "eval_seconds": 10.0,
+        },
         log=["one", "the reason"] if status == "failed" else [],
     )
 

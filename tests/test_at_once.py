@@ -16,10 +16,9 @@ from a2fpn.heads.proposals import ProposalNetwork
 from a2fpn.heads.roi_heads import _box_losses_at_once
 from a2fpn.heads.sampling import draw, draw_rows
 from a2fpn.masks import InstanceMasks
-from a2fpn.masks import targets as targets_module
-from a2fpn.masks.paste import PASTE_RULES, _paste_at_once, paste_masks
+from a2fpn.masks.paste import PASTE_RULES, paste_masks
 from a2fpn.masks.targets import mask_targets
-from tests.helpers import random_features, randomise, tiny_model
+from tests.helpers import random_features, randomize, tiny_model
 
 SIZE = (90, 120)
 ALL = {"rpn_batch_size": 10**6, "rpn_positive_fraction": 1.0}
@@ -43,9 +42,10 @@ def test_pasted_masks(rule: str, number: int, at_once: int, monkeypatch: pytest.
     boxes[1::5] -= 25
     boxes[2::7, 2:] = boxes[2::7, :2]  # of no size
     expected = paste_masks(masks, boxes, size, rule=rule)
-    torch.testing.assert_close(_paste_at_once(masks, boxes, size, rule), expected, rtol=0, atol=1e-4)
+    monkeypatch.setattr("a2fpn.device.runs_ahead", lambda _: True)
+    torch.testing.assert_close(paste_masks(masks, boxes, size, rule=rule), expected, rtol=0, atol=1e-4)
     with pytest.raises(ValueError, match="Unknown rule"):
-        _paste_at_once(masks, boxes, size, "paint")
+        paste_masks(masks, boxes, size, rule="paint")
 
 
 def some_masks() -> InstanceMasks:
@@ -55,26 +55,29 @@ def some_masks() -> InstanceMasks:
     return InstanceMasks.from_dense(torch.stack([*discs, torch.zeros(SIZE, dtype=torch.bool)]))
 
 
-def test_planes() -> None:
+def test_planes(monkeypatch: pytest.MonkeyPatch) -> None:
     masks = some_masks()
-    assert torch.equal(masks._dense_at_once(), masks.dense())
     none = masks[torch.zeros(0, dtype=torch.int64)]
-    assert torch.equal(none._dense_at_once(), none.dense())
+    expected = masks.dense(), none.dense()
+    monkeypatch.setattr("a2fpn.device.runs_ahead", lambda _: True)
+    assert torch.equal(masks.dense(), expected[0])
+    assert torch.equal(none.dense(), expected[1])
 
 
 @pytest.mark.parametrize("aligned", [False, True])
-def test_mask_targets(aligned: bool) -> None:
+def test_mask_targets(aligned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     boxes, objects = boxes_in(SIZE, 50), torch.arange(50) % 4
     boxes[0] = torch.tensor([0.0, 0, 120, 90])
     expected = mask_targets(some_masks(), boxes, objects, 28, aligned=aligned)
-    got = targets_module._from_planes(some_masks(), boxes, objects, 28, aligned)
+    monkeypatch.setattr("a2fpn.device.runs_ahead", lambda _: True)
+    got = mask_targets(some_masks(), boxes, objects, 28, aligned=aligned)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-3)
 
 
 def network(**overrides: object) -> tuple[ProposalNetwork, dict[str, Tensor], ImageList]:
     """Proposals of a small detector, a pyramid, and images of two sizes."""
     model = tiny_model("fasterrcnn_fpn", **(ALL | {"rpn_score_threshold": 0.0} | overrides))
-    randomise(model.rpn, std=0.3)
+    randomize(model.rpn, std=0.3)
     features = random_features(model.spec, (96, 128))
     return model.rpn, features, ImageList(torch.zeros(2, 3, 96, 128), [(96, 100), (80, 128)])
 

@@ -79,7 +79,7 @@ def test_gradients_are_finite_at_zero_vectors(kind: str, dtype: torch.dtype) -> 
 def test_unit_vectors_and_their_gradients_are_those_of_torch(norm: float) -> None:
     x = (norm * F.normalize(torch.randn(2, 5, 8, dtype=torch.float64), dim=-1)).requires_grad_()
     weight = torch.randn(2, 5, 8, dtype=torch.float64)
-    theirs, ours = F.normalize(x, dim=-1, eps=attention._EPS), attention._l2_normalise(x)
+    theirs, ours = F.normalize(x, dim=-1, eps=attention._EPS), attention._l2_normalize(x)
     torch.testing.assert_close(ours, theirs)
     expected, got = (torch.autograd.grad(y, x, weight)[0] for y in (theirs, ours))
     torch.testing.assert_close(got, expected)
@@ -136,7 +136,7 @@ def test_variance_of_the_logits(kind: str, variance: object, d_k: int) -> None:
 
 @pytest.mark.parametrize("d_k", [16, 64, 128])
 def test_variance_of_the_cosine_itself(d_k: int) -> None:
-    """Eq. 4 and 5: components and cosine similarity of normalised vectors have variance 1 / d_k."""
+    """Eq. 4 and 5: components and cosine similarity of normalized vectors have variance 1 / d_k."""
     query, key, _ = random_inputs(n=200, m=200, d_k=d_k)
     assert F.normalize(query, dim=-1).var().item() == pytest.approx(1 / d_k, rel=0.05)
     cosine = weights_of(query, key, "scaled_cosine").log() / math.sqrt(d_k)

@@ -13,7 +13,7 @@ import a2fpn
 from a2fpn.layers import ATTENTION_KINDS
 from benchmarks import attention_maps
 from benchmarks.attention_maps import diagnose
-from tests.helpers import attention_weights, randomise, tiny_model
+from tests.helpers import attention_weights, randomize, tiny_model
 
 IMAGES = [torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8), torch.rand(3, 50, 70)]
 LEVELS = ["c2", "c3", "c4", "c5"]
@@ -36,7 +36,7 @@ def test_a_fresh_neck_is_orthogonal_and_changes_nothing() -> None:
 def test_distances_are_those_of_all_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_maps, "QUERIES", 10**6)
     model = tiny_model("fasterrcnn_pafpn_mgc", neck_args={"attention": "dot"}).eval()
-    randomise(model.neck, std=0.3)
+    randomize(model.neck, std=0.3)
     report = diagnose(model, IMAGES[:1])
     maps = list(model.backbone(model.preprocess(IMAGES[:1]).tensor).values())
     mgc = model.neck.context
@@ -67,9 +67,9 @@ def test_equal_queries_have_equal_maps() -> None:
 def test_gates_and_kernels_are_read_where_they_are_used() -> None:
     model = tiny_model("fasterrcnn_a2fpn")
     model.neck.top_down[1].gates.gate.bias.fill_(-100)
-    model.neck.top_down[2].kernels.reset_centre(1000)
+    model.neck.top_down[2].kernels.reset_center(1000)
     nn.init.zeros_(model.neck.bottom_up[0].kernels.conv.weight)
-    model.neck.bottom_up[0].kernels.reset_centre(0)
+    model.neck.bottom_up[0].kernels.reset_center(0)
     report = diagnose(model, IMAGES)
     assert report.gate_change["top_down.p3"] == pytest.approx(1)
     assert report.gate_change["top_down.p2"] == 0

@@ -20,9 +20,9 @@ from a2fpn.backbones import (
     TimmBackbone,
     pretrained_statistics,
     resolve_backbone_name,
-    weights_licence,
+    weights_license,
 )
-from a2fpn.backbones.pretrained import _resized, _say_licence
+from a2fpn.backbones.pretrained import _resized, _say_license
 from a2fpn.config import BackboneConfig, PreprocessConfig
 from a2fpn.layers import resample
 from a2fpn.preprocess import Preprocess
@@ -30,7 +30,7 @@ from a2fpn.pyramid import level_size
 from tests.helpers import (
     largest_difference,
     random_target,
-    randomise,
+    randomize,
     tiny_model,
     weighted_sum,
     with_zero_gradient,
@@ -116,7 +116,7 @@ def test_wanted_strides_are_found_wherever_they_are() -> None:
 def test_gradient_to_every_parameter(name: str) -> None:
     backbone = build(name)
     # Residual branches start at zero, and let nothing through.
-    randomise(backbone)
+    randomize(backbone)
     weighted_sum(backbone(torch.randn(2, 3, 64, 96))).backward()
     assert with_zero_gradient(backbone) == []
 
@@ -160,7 +160,7 @@ def test_missing_levels_are_made_from_the_one_there_is() -> None:
 
 def test_missing_levels_of_a_pyramid_are_made_from_the_nearest() -> None:
     backbone = build("efficientvim_m1")
-    assert backbone.attachment.strides == (16, 32, 64)
+    assert backbone.info.strides == (16, 32, 64)
     # Those that it has stay as they are, and so do the names of its tensors.
     assert list(backbone.made) == ["4", "8"]
     assert backbone._sources == [0, 0, 0, 1]
@@ -356,7 +356,7 @@ def test_the_deepest_stages_are_trained_and_the_others_stay_as_they_are(
     stages = [child for child, _ in backbone.body.named_children() if child.startswith(("layer", "stages"))]
     assert stages[max(0, 4 - trained) :] == [stage for stage in stages if stage in changed]
     # The stem of a network without a map of stride 2 belongs to the stage of stride 4.
-    assert (changed <= set(stages)) == (trained < (5 if 2 in backbone.attachment.strides else 4))
+    assert (changed <= set(stages)) == (trained < (5 if 2 in backbone.info.strides else 4))
 
 
 def test_frozen_parts_stay_in_evaluation_mode() -> None:
@@ -544,17 +544,17 @@ def test_statistics_come_from_the_weights() -> None:
     assert pretrained_statistics("lite0") == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
-def test_a_licence_that_asks_for_care_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    _say_licence.cache_clear()
-    assert weights_licence("convnextv2_atto.fcmae") == "cc-by-nc-4.0"
-    assert weights_licence("convnextv2_atto.fcmae") == "cc-by-nc-4.0"
+def test_a_license_that_asks_for_care_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    _say_license.cache_clear()
+    assert weights_license("convnextv2_atto.fcmae") == "cc-by-nc-4.0"
+    assert weights_license("convnextv2_atto.fcmae") == "cc-by-nc-4.0"
     assert caplog.text.count("'cc-by-nc-4.0'") == 1
     caplog.clear()
-    assert weights_licence("lite0") == "apache-2.0"
+    assert weights_license("lite0") == "apache-2.0"
     assert caplog.text == ""
 
 
-def test_the_licence_of_the_weights_goes_into_the_config(tmp_path: Path) -> None:
+def test_the_license_of_the_weights_goes_into_the_config(tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
     save_file(timm.create_model("test_resnet").state_dict(), path)
     model = tiny_model("fasterrcnn_fpn", backbone="test_resnet.r160_in1k", backbone_weights=path)
@@ -654,7 +654,7 @@ def test_positions_are_interpolated(
 
     got, expected = _resized(name, ramp(cells, shape), torch.Size(wanted)), ramp(goal, wanted)
     assert got.shape == wanted
-    # Corners differ by how far a cell's centre lies from the edge.
+    # Corners differ by how far a cell's center lies from the edge.
     assert (got - expected).abs().max() < 0.2 * expected.abs().max()
     torch.testing.assert_close(got.flip(axes[0]), -got, rtol=1e-4, atol=1e-4)
 
@@ -671,7 +671,7 @@ def test_only_positions_are_interpolated(name: str, shape: tuple[int, ...]) -> N
         _resized(name, torch.zeros([1, 49, 3] if name == "pos_embed" else [4, 4, 3, 3]), torch.Size(shape))
 
 
-def test_pretrained_backbones_have_frozen_norms_and_a_licence(tmp_path: Path) -> None:
+def test_pretrained_backbones_have_frozen_norms_and_a_license(tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
     save_file(timm.create_model("test_resnet").state_dict(), path)
     backbone = a2fpn.create_backbone("test_resnet.r160_in1k", weights=path)

@@ -11,7 +11,7 @@ from tests.helpers import (
     pyramid_spec,
     random_features,
     random_target,
-    randomise,
+    randomize,
     tiny_model,
 )
 
@@ -23,7 +23,7 @@ def halve(x: torch.Tensor) -> torch.Tensor:
 def test_a_layer_is_the_one_of_the_paper() -> None:
     """The three-level case of EfficientDet's figure 2 (d), edge by edge."""
     layer = BiFPNLayer(8, ["p2", "p3", "p4"], norm_layer="layernorm2d", act_layer="silu")
-    randomise(layer)
+    randomize(layer)
     p3, p4, p5 = (torch.randn(1, 8, side, side) for side in (12, 6, 3))
     middle = layer.top_down[1]([p4, F.interpolate(p5, scale_factor=2)])
     out3 = layer.top_down[0]([p3, F.interpolate(middle, scale_factor=2)])
@@ -34,7 +34,7 @@ def test_a_layer_is_the_one_of_the_paper() -> None:
 
 @given(weights=st.lists(st.floats(-2, 2, width=32), min_size=2, max_size=3))
 @settings(max_examples=25, deadline=None)
-def test_fusion_is_fast_and_normalised(weights: list[float]) -> None:
+def test_fusion_is_fast_and_normalized(weights: list[float]) -> None:
     node = WeightedFusion(4, len(weights), norm_layer=None, act_layer=None)
     node.weight.data = torch.tensor(weights)
     maps = [torch.randn(1, 4, 5, 6) for _ in weights]

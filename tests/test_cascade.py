@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import random_target, tiny_model, without_gradient
 from torchvision.models.detection.image_list import ImageList
 
 import a2fpn
@@ -15,6 +14,7 @@ from a2fpn._serialize import from_dict, to_dict
 from a2fpn.config import CascadeConfig, ModelConfig, RCNNConfig, heads_type
 from a2fpn.heads.cascade import CascadeRoIHeads, _box_losses, _label, _refine_samples
 from a2fpn.heads.roi_heads import Samples
+from tests.helpers import random_target, tiny_model, without_gradient
 
 NAMES = ["cascadercnn", "cascademaskrcnn", "htc"]
 BOX_LOSSES = {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg"}
@@ -277,7 +277,7 @@ def test_later_stages_sample_anew_or_keep_the_first_sample(resample: bool, monke
     torch.testing.assert_close(seen[2], moved)
 
 
-def test_boxes_are_labelled_by_the_stages_own_iou() -> None:
+def test_boxes_are_labeled_by_the_stages_own_iou() -> None:
     stages = tiny_model("cascadercnn_fpn").roi_heads.stages
     target = {"boxes": torch.tensor([[0.0, 0, 20, 20]]), "labels": torch.tensor([2])}
     boxes = torch.tensor([[0.0, 0, 20, 13], [0, 0, 20, 15], [50, 50, 60, 60]])  # IoU 0.65, 0.75, 0

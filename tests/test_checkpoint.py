@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import pickle
 import re
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 import a2fpn
 from a2fpn import CheckpointError
+from a2fpn._serialize import RENAMED, migrate_keys
 from a2fpn.config import Category
 from a2fpn.detectors import DETECTORS, RCNN
 from a2fpn.layers import positional_keys
@@ -27,7 +29,7 @@ from a2fpn.pretrained.checkpoint import (
     read_weights,
     save_checkpoint,
 )
-from tests.helpers import randomise, tiny_model
+from tests.helpers import randomize, tiny_model
 
 CATEGORIES = (Category(7, "cell"), Category(23, "nucleus"), Category(90, "Zellkern"))
 
@@ -36,7 +38,7 @@ CATEGORIES = (Category(7, "cell"), Category(23, "nucleus"), Category(90, "Zellke
 def model() -> RCNN:
     torch.manual_seed(0)
     model = tiny_model(categories=CATEGORIES, neck_args={"nodes": [8, 8, 4, 4]}).eval()
-    randomise(model)
+    randomize(model)
     return model
 
 
@@ -67,7 +69,7 @@ def update_sha256(folder: Path) -> None:
 @pytest.mark.parametrize("name", [f"{detector}_{neck}" for detector in DETECTORS for neck in ("fpn", "a2fpn_lite")])
 def test_what_is_loaded_is_what_was_saved(name: str, tmp_path: Path) -> None:
     model = tiny_model(name, categories=CATEGORIES, resize="at_least", min_size=40, max_size=90, mean=[0.1, 0.2, 0.3])
-    randomise(model, std=0.02)
+    randomize(model, std=0.02)
     loaded = a2fpn.from_pretrained(a2fpn.save_pretrained(model, tmp_path / "new" / "folder"))
     assert loaded.config == model.config
     assert loaded.config.categories == CATEGORIES
@@ -122,7 +124,7 @@ def test_running_variances_beyond_half_precision_survive(model: RCNN, tmp_path: 
 
 
 def test_the_folder_says_what_it_is(model: RCNN, tmp_path: Path) -> None:
-    metadata = {"segm/ap": 0.61, "data": "nuclei", "licence": "CC0"}
+    metadata = {"segm/ap": 0.61, "data": "nuclei", "license": "CC0"}
     folder = a2fpn.save_pretrained(model, tmp_path, metadata=metadata)
     assert sorted(path.name for path in folder.iterdir()) == [CONFIG_FILE, WEIGHTS_FILE]
     data = json.loads((folder / CONFIG_FILE).read_text())
@@ -305,7 +307,7 @@ def test_reading_weights_checks_them(folder: Path) -> None:
         ({"metrics": [0.5]}, r"metadata\.metrics: expected an object, got \[0\.5\]"),
         ({"metrics": {"bbox/ap": "0.5"}}, r"The metric 'bbox/ap' must be a number, got '0\.5'"),
         ({"metrics": {"bbox/ap": True}}, r"The metric 'bbox/ap' must be a number, got True"),
-        ({"licence": 3}, r"metadata\.licence: expected str, got 3"),
+        ({"license": 3}, r"metadata\.license: expected str, got 3"),
         ({"max_detections": "all"}, r"metadata\.max_detections: expected int, got 'all'"),
     ],
 )
@@ -320,12 +322,12 @@ def test_facts_of_a_wrong_type_are_an_error(folder: Path, metadata: dict[str, An
 
 
 def test_facts_are_read_and_other_metadata_kept(model: RCNN, tmp_path: Path) -> None:
-    metadata = {"metrics": {"bbox/ap": 1}, "licence": "MIT", "data": "cells", "note": [1, {"a": None}]}
+    metadata = {"metrics": {"bbox/ap": 1}, "license": "MIT", "data": "cells", "note": [1, {"a": None}]}
     checkpoint = read_checkpoint(a2fpn.save_pretrained(model, tmp_path, metadata=metadata))
     assert checkpoint.metadata == metadata
-    assert checkpoint.facts == Facts({"bbox/ap": 1.0}, licence="MIT", data="cells")
+    assert checkpoint.facts == Facts({"bbox/ap": 1.0}, license="MIT", data="cells")
     assert checkpoint.facts.max_detections == 100
-    assert checkpoint.code_licence == "Apache-2.0"
+    assert checkpoint.code_license == "Apache-2.0"
 
 
 def test_metadata_that_json_cannot_hold_is_an_error_and_replaces_nothing(folder: Path) -> None:
@@ -356,7 +358,7 @@ def test_checkpoints_of_version_1_load_to_the_bit(name, tmp_path):
     """Version 1 had the position of a level where version 2 has its name."""
     options = {"semantic": "things"} if name.startswith("htc") else {}
     model = tiny_model(name, **options)
-    randomise(model)
+    randomize(model)
     counted = positional_keys(model)
     assert set(counted) != set(counted.values())
     assert len(set(counted.values())) == len(counted)
@@ -373,9 +375,43 @@ def test_checkpoints_of_version_1_load_to_the_bit(name, tmp_path):
     assert load_file(folder / WEIGHTS_FILE).keys() == model.state_dict().keys()
 
 
-def test_the_embedded_model_is_of_version_1_and_loads():
-    weights = PRETRAINED["maskrcnn_a2fpn_lite0.nuclei"]
-    stored = read_weights(weights.folder, read_checkpoint(weights.folder))
-    assert read_checkpoint(weights.folder).format_version == 1
-    state = a2fpn.from_pretrained(weights.folder).state_dict()
-    assert torch.equal(state["neck.lateral.p3.conv.weight"], stored["neck.lateral.1.conv.weight"].float())
+def british(data: Any) -> Any:
+    """A configuration with the keys that versions before 0.2.0 wrote."""
+    old = {new: name for name, new in RENAMED.items()}
+    if isinstance(data, list):
+        return [british(item) for item in data]
+    if not isinstance(data, dict):
+        return data
+    if "in_chans" in data:  # a backbone's license was always spelled so
+        return data
+    return {old.get(key, key): british(value) for key, value in data.items()}
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_keys_of_older_checkpoints_are_renamed(version, tmp_path):
+    model = tiny_model("fcos_fpn", center_radius=2.5)
+    metadata = {"license": "CC0", "data_license": "MIT", "data": "cells", "note": {"license": 1}}
+    folder = a2fpn.save_pretrained(model, tmp_path, metadata=metadata)
+    expected = read_checkpoint(folder)
+    document = british(json.loads((folder / CONFIG_FILE).read_text())) | {"format_version": version}
+    assert {"centre_radius", "code_licence", "data_licence", "licence"} <= set(re.findall(r"\w+", json.dumps(document)))
+    (folder / CONFIG_FILE).write_text(json.dumps(document))
+    assert read_checkpoint(folder) == dataclasses.replace(expected, format_version=version)
+    assert read_checkpoint(folder).facts == Facts(license="CC0", data_license="MIT", data="cells")
+
+
+def test_of_both_names_of_a_key_the_current_one_counts():
+    assert migrate_keys([{"licence": "a", "license": "b"}, 3]) == [{"license": "b"}, 3]
+    assert migrate_keys({"license": "b", "licence": "a"}) == {"license": "b"}
+
+
+def test_the_embedded_model_is_of_this_version_and_small_enough_to_ship():
+    folder = PRETRAINED["maskrcnn_a2fpn_lite0.nuclei"].folder
+    checkpoint = read_checkpoint(folder)
+    assert checkpoint.format_version == 2
+    assert (folder / WEIGHTS_FILE).stat().st_size < 20e6
+    stored = read_weights(folder, checkpoint)
+    state = a2fpn.from_pretrained(folder).state_dict()
+    assert stored.keys() == state.keys()
+    assert torch.equal(state["neck.lateral.p3.conv.weight"], stored["neck.lateral.p3.conv.weight"].float())
+    assert 0 < checkpoint.facts.count_threshold < 1

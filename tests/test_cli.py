@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from coco_data import write_coco
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -18,6 +17,8 @@ from a2fpn.cli.info import INFO_SIZE
 from a2fpn.config import Category
 from a2fpn.evaluation import BACKENDS
 from a2fpn.pretrained.catalog import PRETRAINED, EmbeddedWeights
+from tests.coco_data import write_coco
+from tests.helpers import torch_from
 
 SMALL = {
     "backbone": "test_efficientnet",
@@ -145,7 +146,7 @@ def test_unusual_images_are_converted(checkpoint, tmp_path):
     Image.fromarray(rng.integers(0, 65536, (40, 50), dtype=np.uint16)).save(images / "16bit.png")
     Image.fromarray(rng.integers(0, 256, (40, 50, 4), dtype=np.uint8), "RGBA").save(images / "rgba.png")
     Image.fromarray(rng.integers(0, 256, (40, 50, 4), dtype=np.uint8), "CMYK").save(images / "cmyk.jpg")
-    Image.fromarray(rng.integers(0, 256, (40, 50), dtype=np.uint8)).save(images / "grey.png")
+    Image.fromarray(rng.integers(0, 256, (40, 50), dtype=np.uint8)).save(images / "gray.png")
     frames = [Image.fromarray(rng.integers(0, 256, (40, 50), dtype=np.uint8)) for _ in range(3)]
     frames[0].save(images / "animated.gif", save_all=True, append_images=frames[1:])
     Image.new("RGB", (1, 1)).save(images / "tiny.png")
@@ -263,7 +264,7 @@ NOSES = ["nose", "left_ear", "right_ear"]
 
 
 def with_keypoints(annotations, path, count=3):
-    """The annotations with keypoints inside their boxes, the last of which is not labelled."""
+    """The annotations with keypoints inside their boxes, the last of which is not labeled."""
     truth = json.loads(annotations.read_text())
     for annotation in truth["annotations"]:
         x, y, w, h = annotation["bbox"]
@@ -348,7 +349,7 @@ def test_list():
     assert [line.split()[0] for line in lines] == a2fpn.list_models(pretrained=True)
     (graft,) = run("list", "--pretrained", "maskrcnn_a2fpn_r50").splitlines()
     assert " torchvision  grafted  box 0.379  mask 0.346 " in graft
-    assert "licence: not stated by torchvision" in graft
+    assert "license: not stated by torchvision" in graft
     assert "matches 'nonsense'" in fails("list", "nonsense")
 
 
@@ -364,6 +365,7 @@ def test_info_of_a_checkpoint(checkpoint):
         assert name in output
 
 
+@torch_from(2, 5, "its counter does not know the attention of the CPU")
 def test_info_counts_multiplications(tmp_path):
     # Of every level, the neck's 1x1 and 3x3 convolutions at the size of the padded image: known by hand.
     output = run("info", save(tmp_path))
@@ -419,7 +421,7 @@ def test_the_packaged_demo(tmp_path):
     assert f"Open {tmp_path}" in output
     assert len(list(tmp_path.iterdir())) == 8
     (total,) = [line for line in output.splitlines() if "all" in line]
-    assert float(total.replace("│", " ").split()[3]) == pytest.approx(0.651, abs=0.01)
+    assert float(total.replace("│", " ").split()[3]) == pytest.approx(0.738, abs=0.01)
 
 
 def test_errors_show_their_traceback_only_when_asked():
@@ -491,7 +493,7 @@ def test_predict_in_tiles_and_views(checkpoint, data, tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [["--optimize"], ["--dtype", "bf16"]])
-def test_predict_with_an_optimised_model(checkpoint, data, tmp_path, arguments):
+def test_predict_with_an_optimized_model(checkpoint, data, tmp_path, arguments):
     common = ("predict", data[0] / "0.png", "--model", checkpoint, "--output", tmp_path, "--score-threshold", 0)
     run(*common)
     expected = json.loads((tmp_path / "predictions.json").read_text())

@@ -12,8 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from coco_data import write_coco
-from helpers import tiny_model
 from PIL import Image
 from test_cli import fails, run, save
 from test_report import references
@@ -28,6 +26,8 @@ from a2fpn.report import Run, write_report
 from a2fpn.report.compare import Comparison, compare
 from a2fpn.report.outlines import object_colors, svg_path
 from a2fpn.report.sheet import save_comparison, save_gallery
+from tests.coco_data import write_coco
+from tests.helpers import tiny_model
 
 
 class Knows:

@@ -220,8 +220,8 @@ def test_as_many_statistics_as_image_channels() -> None:
 
 def test_categories_have_ids_and_names_even_where_none_are_known() -> None:
     known = (Category(7, "cat"), Category(90, "dog"))
-    assert model_config(num_classes=2, categories=known).labelled_categories == known
-    assert model_config(num_classes=2).labelled_categories == (Category(1, "class 0"), Category(2, "class 1"))
+    assert model_config(num_classes=2, categories=known).labeled_categories == known
+    assert model_config(num_classes=2).labeled_categories == (Category(1, "class 0"), Category(2, "class 1"))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from a2fpn.layers import ATTENTION_KINDS, MGC, attention_map, orthogonality
 from a2fpn.layers.context import CONTEXT_INITS, DISTRIBUTIONS
 from a2fpn.layers.reasoning import REASONING_KINDS, GraphConvolution, SelfAttention
-from tests.helpers import attention_weights, largest_difference, randomise, weighted_sum, with_zero_gradient
+from tests.helpers import attention_weights, largest_difference, randomize, weighted_sum, with_zero_gradient
 
 kinds = pytest.mark.parametrize("kind", ATTENTION_KINDS)
 OPTIONS: list[dict[str, str]] = [
@@ -24,7 +24,7 @@ CHANNELS, NODES, SIZES = [12, 16, 20], [6, 4, 3], [(9, 13), (5, 7), (3, 4)]
 def random_mgc(kind: str = "scaled_cosine", **options: Any) -> MGC:
     """In float64, with every parameter away from where it starts."""
     mgc = MGC(CHANNELS, 8, nodes=NODES, attention=kind, **options).double()
-    randomise(mgc)
+    randomize(mgc)
     return mgc
 
 
@@ -95,10 +95,10 @@ def test_the_sum_is_written_in_place_only_where_no_gradient_is_recorded() -> Non
     laterals = [torch.randn(2, 8, *size, dtype=torch.float64) for size in SIZES]
     expected = [x + y for x, y in zip(laterals, mgc(features), strict=True)]
     before = [x.clone() for x in laterals]
-    assert largest_difference(mgc(features, onto=laterals), expected) < 1e-12
+    assert largest_difference(mgc(features, residual=laterals), expected) < 1e-12
     assert all(map(torch.equal, laterals, before))
     with torch.no_grad():
-        got = mgc(features, onto=laterals)
+        got = mgc(features, residual=laterals)
     assert all(a is b for a, b in zip(got, laterals, strict=True))
     assert largest_difference(got, expected) < 1e-12
 

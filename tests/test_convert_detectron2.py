@@ -22,7 +22,7 @@ from a2fpn.convert import from_detectron2, load_array_pickle, read_state_dict
 from a2fpn.preprocess import Preprocess
 from a2fpn.pretrained.checkpoint import read_checkpoint
 from benchmarks import parity
-from tests.helpers import randomise, run_hub
+from tests.helpers import randomize, run_hub
 
 NAMES = ["fasterrcnn_fpn_r18", "maskrcnn_fpn_r18", "cascadercnn_fpn_r18", "cascademaskrcnn_fpn_r18"]
 SMALL: dict[str, Any] = {
@@ -63,7 +63,7 @@ def random_detector(name: str, **options: Any) -> a2fpn.detectors.RCNN:
     """A detector whose weights are all random, but for those of the background that nothing reads."""
     sizes = {key: value for key, value in SMALL.items() if "mask" not in key or "mask" in name or "htc" in name}
     model = a2fpn.create_model(name, **(sizes | options)).eval()
-    randomise(model)
+    randomize(model)
     for key, x in model.state_dict().items():
         if "mask_fcn_logits" in key or ("box_predictor.bbox_pred" in key and len(x) > 4):
             x[: len(x) // 4] = 0
@@ -130,7 +130,7 @@ def test_a_detector_comes_back_with_its_sizes_and_rules(name: str) -> None:
     assert all(torch.equal(x, state[key]) for key, x in model.state_dict().items())
 
 
-def test_the_background_comes_first_and_colours_are_swapped() -> None:
+def test_the_background_comes_first_and_colors_are_swapped() -> None:
     state = source("maskrcnn_fpn_r18")
     state["roi_heads.box_predictor.cls_score.bias"] = torch.tensor([10.0, 20, 30, 99])
     state["roi_heads.box_predictor.bbox_pred.bias"] = torch.arange(12.0)

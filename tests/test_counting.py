@@ -6,7 +6,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from coco_data import write_coco
 from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -17,6 +16,7 @@ from a2fpn.config import Category
 from a2fpn.counting import calibrate_counts
 from a2fpn.errors import CheckpointError
 from a2fpn.pretrained.checkpoint import add_metadata, check_weights, read_checkpoint
+from tests.coco_data import write_coco
 
 SCORES = st.lists(st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0]), max_size=6)
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from coco_data import write_coco
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -16,7 +15,7 @@ from a2fpn.data import DataError, check_data, read_coco
 from a2fpn.inference.draw import draw_grid
 from a2fpn.inference.report import draw_report
 from a2fpn.preprocess import Preprocess
-from benchmarks import check_data as benchmark
+from tests.coco_data import write_coco
 
 SQUARE = [[10, 10, 30, 10, 30, 30, 10, 30]]
 RLE = {"size": [40, 60], "counts": [400 + 10, *[20, 20] * 19, 20, 40 * 60 - 410 - 20 * 39]}
@@ -635,8 +634,3 @@ def test_a_model_gives_classes_input_size_and_anchors(tmp_path):
     assert "[anchors]" not in output
     assert "[anchors]" in run("check-data", "--annotations", path, "--model", "retinanet_fpn_lite0")
     assert "min_size <= max_size, got 9000 and 1333" in fails("check-data", "--annotations", path, "--min-size", 9000)
-
-
-def test_the_benchmark_runs(capsys):
-    benchmark.main(quick=True)
-    assert "100 images, 700 objects" in capsys.readouterr().out

@@ -7,7 +7,6 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from coco_data import write_coco
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import tv_tensors
@@ -24,6 +23,7 @@ from a2fpn.data import (
     read_coco,
     read_image,
 )
+from tests.coco_data import write_coco
 
 IMAGE = {"id": 5, "file_name": "a.png", "height": 40, "width": 60}
 SQUARE = [[10, 10, 20, 10, 20, 20, 10, 20]]
@@ -309,7 +309,7 @@ def saved(tmp_path, image, name="a.png", **options):
 
 
 @pytest.mark.parametrize(
-    ("mode", "colour", "expected"),
+    ("mode", "color", "expected"),
     [
         ("L", 77, (77, 77, 77)),
         ("1", 1, (255, 255, 255)),
@@ -323,8 +323,8 @@ def saved(tmp_path, image, name="a.png", **options):
         ("I;16", 257 * 100 + 128, (100, 100, 100)),
     ],
 )
-def test_every_mode_becomes_rgb(tmp_path, mode, colour, expected):
-    image = read_image(saved(tmp_path, Image.new(mode, (5, 4), colour)))
+def test_every_mode_becomes_rgb(tmp_path, mode, color, expected):
+    image = read_image(saved(tmp_path, Image.new(mode, (5, 4), color)))
     assert (image.shape, image.dtype) == ((3, 4, 5), torch.uint8)
     assert tuple(image[:, 2, 3].tolist()) == expected
 
@@ -342,17 +342,17 @@ def test_cmyk_jpeg(tmp_path):
 
 
 def test_the_first_frame_of_an_animation(tmp_path):
-    frames = [Image.new("RGB", (5, 4), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (5, 4), color) for color in ("red", "blue")]
     image = read_image(saved(tmp_path, frames[0], "a.gif", save_all=True, append_images=frames[1:]))
     assert image[:, 0, 0].tolist() == [255, 0, 0]
 
 
-def test_grey_values_without_an_agreed_range_are_errors(tmp_path):
+def test_gray_values_without_an_agreed_range_are_errors(tmp_path):
     with pytest.raises(
-        ImageError, match=r"a\.tif: no readable image \(floating-point grey values have no agreed range"
+        ImageError, match=r"a\.tif: no readable image \(floating-point gray values have no agreed range"
     ):
         read_image(saved(tmp_path, Image.new("F", (5, 4), 0.5), "a.tif"))
-    with pytest.raises(ImageError, match="grey values of 70000 to 70000 don't fit 16 bits"):
+    with pytest.raises(ImageError, match="gray values of 70000 to 70000 don't fit 16 bits"):
         read_image(saved(tmp_path, Image.new("I", (5, 4), 70000), "b.tif"))
 
 

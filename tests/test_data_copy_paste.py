@@ -4,7 +4,6 @@ import pickle
 
 import pytest
 import torch
-from coco_data import write_coco
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
@@ -12,6 +11,7 @@ from torchvision import tv_tensors
 
 from a2fpn.data import CocoDataset, CopyPaste, InstanceMasks, collate, train_transforms
 from a2fpn.data.copy_paste import paste
+from tests.coco_data import write_coco
 
 
 def sample(size, boxes, *, value=200, **more):

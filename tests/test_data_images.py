@@ -20,7 +20,7 @@ from a2fpn.data import images as reading
 
 
 def picture(mode: str = "RGB", size: tuple[int, int] = (37, 23)) -> Image.Image:
-    """Smooth colours with some noise."""
+    """Smooth colors with some noise."""
     rng = np.random.default_rng(0)
     bands = len(mode) if mode in ("RGB", "CMYK") else 1
     pixels = np.linspace(0, 200, size[0] * size[1] * bands).reshape(size[1], size[0], bands)
@@ -61,7 +61,7 @@ PLAIN = {
     "rgb without subsampling": jpeg(picture(), subsampling=0, quality=95),
     "progressive": jpeg(picture(), progressive=True),
     "restart markers": jpeg(picture(), restart_marker_blocks=1),
-    "grey": jpeg(picture("L")),
+    "gray": jpeg(picture("L")),
     "kept as rgb": jpeg(picture(), keep_rgb=True),
     "with a comment and a profile": jpeg(picture(), comment=b"\xff\xd8" * 9, icc_profile=b"\xff\xc0" * 99),
     "one pixel": jpeg(picture(size=(1, 1))),
@@ -80,7 +80,7 @@ def test_plain_jpegs_are_what_pil_makes_of_them(name: str, tmp_path: Path, fast:
         for image in (read_image(tmp_path / "a.jpg"), read_image(content), read_image(content, size=size)):
             assert image.dtype == torch.uint8
             assert torch.equal(image, expected)
-    assert fast == [name != "fill bytes"] * 3
+    assert fast == [True] * 3
 
 
 def turned(orientation: int) -> bytes:
@@ -134,7 +134,7 @@ def test_other_formats_are_left_to_pil(fast: list[bool]) -> None:
     assert fast == [False] * 4
 
 
-@pytest.mark.parametrize("name", ["rgb", "progressive", "grey"])
+@pytest.mark.parametrize("name", ["rgb", "progressive", "gray"])
 def test_a_cut_off_jpeg_is_what_it_is_to_pil(name: str) -> None:
     """At any length: an error with PIL's reason, or the same pixels."""
     content, outcomes = PLAIN[name], set()

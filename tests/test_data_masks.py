@@ -81,15 +81,15 @@ def test_boxes_over_the_border_are_cut_and_boxes_outside_give_nothing(rule):
     assert not masks[1:].any()
 
 
-def test_exact_pasting_samples_pixel_centres():
-    """A mask linear in the image's coordinates comes back as that function at the centres of the pixels."""
+def test_exact_pasting_samples_pixel_centers():
+    """A mask linear in the image's coordinates comes back as that function at the centers of the pixels."""
     x0, y0, x1, y1 = 3.3, 2.6, 17.9, 12.2
     cells = (torch.arange(28, dtype=torch.float64) + 0.5) / 28
     mask = 0.01 * (x0 + cells * (x1 - x0)) + 0.02 * (y0 + cells[:, None] * (y1 - y0))
     pasted = paste_masks(mask[None, None], torch.tensor([[x0, y0, x1, y1]]), (20, 20))[0, 0]
-    centres = torch.arange(20, dtype=torch.float64) + 0.5
-    expected = 0.01 * centres + 0.02 * centres[:, None]
-    inside = (centres > x0) & (centres < x1) & ((centres > y0) & (centres < y1))[:, None]
+    centers = torch.arange(20, dtype=torch.float64) + 0.5
+    expected = 0.01 * centers + 0.02 * centers[:, None]
+    inside = (centers > x0) & (centers < x1) & ((centers > y0) & (centers < y1))[:, None]
     assert (pasted[~inside] == 0).all()
     # Within half a cell of the box's edge the outermost cell is repeated.
     torch.testing.assert_close(pasted[inside], expected[inside].to(pasted.dtype), atol=0.006, rtol=0)

@@ -2,7 +2,6 @@ import pickle
 
 import pytest
 import torch
-from coco_data import write_coco
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
@@ -11,6 +10,7 @@ from torchvision import tv_tensors
 from a2fpn.config import PreprocessConfig
 from a2fpn.data import CocoDataset, InstanceMasks, collate, train_transforms
 from a2fpn.preprocess import Preprocess
+from tests.coco_data import write_coco
 
 
 def double(height, width):
@@ -55,7 +55,7 @@ rectangles = st.lists(
 @given(boxes=rectangles, seed=st.integers(0, 10**6), crop=st.sampled_from([None, 1, 16, 100]), masks=st.booleans())
 def test_whatever_comes_out_is_a_consistent_sample(boxes, seed, crop, masks):
     torch.manual_seed(seed)
-    augment = train_transforms(double, crop_size=crop, vertical_flip=0.5, rotate90=0.5, colour_jitter=0.3)
+    augment = train_transforms(double, crop_size=crop, vertical_flip=0.5, rotate90=0.5, color_jitter=0.3)
     image, target = augment(*sample(20, 30, boxes, masks=masks))
     height, width = image.shape[1:]
     assert isinstance(image, tv_tensors.Image)
@@ -104,8 +104,8 @@ def test_switched_off_it_is_the_models_own_size_and_nothing_else():
     assert torch.equal(doubled_target["boxes"], 2 * target["boxes"])
 
 
-def test_masks_are_resized_about_pixel_centres():
-    # 4 -> 2 pixels: each new pixel covers two old ones, its centre rounds up to the second
+def test_masks_are_resized_about_pixel_centers():
+    # 4 -> 2 pixels: each new pixel covers two old ones, its center rounds up to the second
     image, target = sample(4, 4, [(1, 1, 2, 2), (2, 2, 3, 3)])
     _, target = train_transforms(lambda h, w: (2, 2), **STILL)(image, target)
     assert target["labels"].tolist() == [0]
@@ -132,10 +132,10 @@ def test_turns_reach_all_three_directions(masks):
     assert seen == {((30, 20), (2, 20, 6, 29)), ((20, 30), (20, 14, 29, 18)), ((30, 20), (14, 1, 18, 10))}
 
 
-def test_colours_change_only_when_asked():
+def test_colors_change_only_when_asked():
     image, target = sample(20, 30, [(1, 2, 10, 6)])
     image[0] = 90
-    changed, _ = train_transforms(same, **STILL, colour_jitter=0.5)(image, target)
+    changed, _ = train_transforms(same, **STILL, color_jitter=0.5)(image, target)
     assert not torch.equal(changed, image)
 
 
@@ -169,7 +169,7 @@ def test_extreme_sizes(size):
 def test_the_input_is_left_alone_and_the_seed_decides():
     image, target = sample(20, 30, [(1, 2, 10, 6)])
     before = (image.clone(), target["boxes"].clone(), target["masks"].dense())
-    augment = train_transforms(double, crop_size=20, rotate90=0.5, colour_jitter=0.2)
+    augment = train_transforms(double, crop_size=20, rotate90=0.5, color_jitter=0.2)
     results = []
     for _ in range(2):
         torch.manual_seed(3)
@@ -312,7 +312,7 @@ def test_outlines_and_pixels_give_the_same_objects(tmp_path):
     [
         ({"horizontal_flip": 1.5}, r"horizontal_flip must lie in \[0, 1\], got 1.5"),
         ({"rotate90": -1}, "rotate90 must lie in"),
-        ({"colour_jitter": 2}, "colour_jitter must lie in"),
+        ({"color_jitter": 2}, "color_jitter must lie in"),
         ({"scale_range": (1.3, 0.7)}, r"0 < lowest <= highest, got \(1.3, 0.7\)"),
         ({"scale_range": (0, 1)}, "0 < lowest"),
         ({"crop_size": 0}, "crop_size must be at least 1 pixel, or None for no crop, got 0"),

@@ -16,7 +16,7 @@ from a2fpn.detectors import DETECTORS, RCNN, Detector
 from a2fpn.masks import InstanceMasks
 from a2fpn.masks.paste import PASTE_RULES, paste_masks
 from a2fpn.masks.targets import mask_loss
-from tests.helpers import random_target, randomise, tiny_model, torchvision_names, without_gradient
+from tests.helpers import random_target, randomize, tiny_model, torchvision_names, without_gradient
 
 MODELS = [f"{detector}_{neck}" for detector, neck in itertools.product(DETECTORS, ("fpn", "a2fpn"))]
 models = pytest.mark.parametrize("name", MODELS)
@@ -36,7 +36,7 @@ def lively(name: str, **overrides: Any) -> Detector:
     torch.manual_seed(0)
     model = tiny_model(name, resize="shortest_edge", min_size=48, max_size=96, **overrides).eval()
     for part in (model.neck, *((model.rpn, model.roi_heads) if isinstance(model, RCNN) else (model.head,))):
-        randomise(part)
+        randomize(part)
     return model
 
 
@@ -281,12 +281,12 @@ def test_every_detector_says_what_it_trains_on(kind: str) -> None:
     model = tiny_model(f"{kind}_fpn")
     model.check_data("train.json", {"boxes", "labels", "masks", "keypoints", "image_id"})
     for key in set(model.target_keys) - {"boxes", "labels"}:
-        message = rf"train\.json has no {key}, which {kind} trains on\. Without {key} use {model.box_detector}"
+        message = rf"train\.json has no {key}, which {kind} trains on\. Without {key} use {model.box_only_variant}"
         with pytest.raises(ValueError, match=message):
             model.check_data("train.json", set(model.target_keys) - {key})
         # What it says to use does without.
-        assert DETECTORS[model.box_detector].target_keys == ("boxes", "labels")
-        with pytest.raises(ValueError, match=f"image_id 42: .*got none. Without {key} use {model.box_detector}"):
+        assert DETECTORS[model.box_only_variant].target_keys == ("boxes", "labels")
+        with pytest.raises(ValueError, match=f"image_id 42: .*got none. Without {key} use {model.box_only_variant}"):
             model(*broken(**{key: None}))
 
 
@@ -572,9 +572,9 @@ def test_maskrcnn_fpn_is_that_of_torchvision() -> None:
         mask_paste="torchvision",
     )
     # Scores far from each other: rounding must not decide what NMS keeps. Large deltas would amplify it.
-    randomise(model.rpn, std=0.02)
-    randomise(model.roi_heads.box_predictor)
-    randomise(model.roi_heads.mask_predictor)
+    randomize(model.rpn, std=0.02)
+    randomize(model.roi_heads.box_predictor)
+    randomize(model.roi_heads.mask_predictor)
     twin = torchvision_twin(model)
 
     image, target = torch.rand(3, 128, 192), random_target([[10, 20, 100, 90], [60, 5, 180, 120]], (128, 192))

@@ -54,7 +54,7 @@ def test_two_processes_with_two_images_learn_what_one_with_four_does(tmp_path, o
     """On images of one size: padding up to the largest image of a batch shows in the losses, in torchvision's too."""
     tiny_run(tmp_path, size=(64, 64))
     arguments = [*overrides, *TAKE_ALL, "run.epochs=2", "optim.lr=1e-2", "run.pictures=0", "data.check_images=0"]
-    arguments += ["data.transforms.colour_jitter=0.5", "model.overrides.norm=frozen"]
+    arguments += ["data.transforms.color_jitter=0.5", "model.overrides.norm=frozen"]
     one = launch(1, [*tiny_run(tmp_path, "one"), *arguments, "data.batch_size=4"])
     two = launch(2, [*tiny_run(tmp_path, "two"), *arguments, "data.batch_size=2"])
     finish(one)

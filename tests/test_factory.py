@@ -18,7 +18,7 @@ from a2fpn.config import BackboneConfig, NeckConfig
 from a2fpn.detectors import DETECTORS, OneStage
 from a2fpn.necks import NECKS
 from a2fpn.pretrained.catalog import PRETRAINED, EmbeddedWeights
-from tests.helpers import random_target, randomise, tiny_model, tiny_options
+from tests.helpers import random_target, randomize, tiny_model, tiny_options
 
 CATEGORIES = (Category(7, "cell"), Category(23, "nucleus"), Category(90, "Zellkern"))
 # Every alias gives several levels; simple_fpn wants one.
@@ -37,7 +37,7 @@ def tiny_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> a2fpn.detec
     """A trained-looking model that is listed as ``maskrcnn_fpn_test_resnet.tiny``."""
     model = tiny_model("maskrcnn_fpn", backbone="test_resnet", categories=CATEGORIES)
     model.config = dataclasses.replace(model.config, architecture="maskrcnn_fpn_test_resnet")
-    randomise(model)
+    randomize(model)
     folder = a2fpn.save_pretrained(model, tmp_path / "tiny")
     monkeypatch.setitem(PRETRAINED, "maskrcnn_fpn_test_resnet.tiny", EmbeddedWeights(folder, "for tests"))
     return model

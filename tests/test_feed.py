@@ -12,9 +12,9 @@ from tests.coco_data import write_coco
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    """9 images, upright and wide in turn, with random crops and colours."""
+    """9 images, upright and wide in turn, with random crops and colors."""
     folder, annotations = write_coco(tmp_path_factory.mktemp("feed"), images=9)
-    augment = train_transforms(lambda height, width: (height, width), crop_size=50, colour_jitter=0.5)
+    augment = train_transforms(lambda height, width: (height, width), crop_size=50, color_jitter=0.5)
     return CocoDataset(folder, annotations, transforms=augment)
 
 
@@ -42,7 +42,7 @@ def test_epochs_differ_and_are_the_same_again(dataset):
     one = feed(dataset)
     first, second = seen(one.batches(0)), seen(one.batches(1))
     assert first != second
-    assert sorted(first) != sorted(second)  # other crops and colours as well
+    assert sorted(first) != sorted(second)  # other crops and colors as well
     assert seen(one.batches(0)) == first
     assert seen(feed(dataset, seed=6).batches(0)) != first
 

@@ -14,7 +14,7 @@ from a2fpn.layers.resample import fit_doubled
 from tests.helpers import (
     largest_difference,
     random_target,
-    randomise,
+    randomize,
     tiny_model,
     weighted_sum,
     with_zero_gradient,
@@ -26,7 +26,7 @@ pools = pytest.mark.parametrize("pool", POOLINGS)
 
 @pytest.mark.parametrize(("doubled", "size"), [(False, (6, 7)), (True, (12, 14))])
 def test_fresh_kernels_are_close_to_the_nearest_pixel_and_can_learn(doubled: bool, size: tuple[int, int]) -> None:
-    predictor = KernelPredictor(8, kernel_size=5, centre_bias=8.0, doubled=doubled)
+    predictor = KernelPredictor(8, kernel_size=5, center_bias=8.0, doubled=doubled)
     kernels = predictor(torch.randn(1, 8, 6, 7))
     torch.testing.assert_close(kernels.sum(1), torch.ones(1, *size))
     assert (kernels[:, 12] > 0.98).all()
@@ -42,7 +42,7 @@ def test_kernels_are_float32_under_autocast() -> None:
     torch.testing.assert_close(kernels.sum(1), torch.ones(1, 6, 7))
 
 
-def test_an_even_kernel_has_no_centre() -> None:
+def test_an_even_kernel_has_no_center() -> None:
     with pytest.raises(ValueError, match="kernel_size must be odd, got 4"):
         KernelPredictor(8, kernel_size=4)
 
@@ -56,18 +56,18 @@ def test_fresh_gates_add(pool: str) -> None:
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_pooling_starts_as_the_mean(masked: bool) -> None:
     mean, attention = (ChannelGates(16, pool=pool).double() for pool in POOLINGS)
-    randomise(mean)
+    randomize(mean)
     attention.load_state_dict(mean.state_dict(), strict=False)
     a, b = torch.randn(2, 2, 16, 5, 7, dtype=torch.float64)
     valid = torch.rand(2, 1, 5, 7) < 0.5 if masked else None
     assert largest_difference([mean.gates(a, b, valid)], [attention.gates(a, b, valid)]) < 1e-14
-    randomise(attention, std=1)
+    randomize(attention, std=1)
     assert largest_difference([mean.gates(a, b, valid)], [attention.gates(a, b, valid)]) > 1e-3
 
 
 def test_attention_pooling_is_a_softmax_over_pixels() -> None:
     gates = ChannelGates(4, pool="attention").double()
-    randomise(gates, std=1)
+    randomize(gates, std=1)
     a, b = torch.randn(2, 1, 4, 3, 2, dtype=torch.float64)
     pooled = []
     for x, focus in zip((a, b), gates.focus, strict=True):
@@ -80,7 +80,7 @@ def test_attention_pooling_is_a_softmax_over_pixels() -> None:
 
 def test_gates_write_into_the_first_map_only_where_no_gradient_is_recorded() -> None:
     gates = ChannelGates(16)
-    randomise(gates)
+    randomize(gates)
     a, b = torch.randn(2, 16, 5, 7), torch.randn(2, 16, 5, 7)
     before = a.clone(), b.clone()
     expected = gates(a, b)
@@ -94,7 +94,7 @@ def test_gates_write_into_the_first_map_only_where_no_gradient_is_recorded() -> 
 
 def test_gates_lie_between_zero_and_two() -> None:
     gates = ChannelGates(16)
-    randomise(gates, std=10)
+    randomize(gates, std=10)
     a = torch.ones(2, 16, 5, 7)
     out = gates(a, torch.zeros_like(a))
     assert out.min() >= 0
@@ -105,7 +105,7 @@ def test_gates_lie_between_zero_and_two() -> None:
 @pools
 def test_gates_do_not_see_padding(pool: str) -> None:
     gates = ChannelGates(16, pool=pool).double()
-    randomise(gates)
+    randomize(gates)
     a, b = torch.randn(2, 2, 16, 5, 7, dtype=torch.float64)
     valid = torch.ones(2, 1, 5, 7, dtype=torch.bool)
     valid[1, :, 3:] = valid[1, :, :, 4:] = False
@@ -144,7 +144,7 @@ def test_gradient_to_every_parameter_of_a_fusion(
     fusion: Fusion, source: tuple[int, int], target: tuple[int, int]
 ) -> None:
     module = fusion(16)
-    randomise(module)
+    randomize(module)
     weighted_sum([module(torch.randn(2, 16, *source), torch.randn(2, 16, *target))]).backward()
     assert with_zero_gradient(module) == []
 
@@ -160,7 +160,7 @@ def test_fresh_upsampling_is_close_to_nearest_and_addition(kernels: str) -> None
 def reads_the_target(module: nn.Module, source: tuple[int, int], target: tuple[int, int]) -> bool:
     """Whether what comes from the source changes with the target map."""
     a, b, change = (torch.randn(1, 16, *size) for size in (source, target, target))
-    randomise(module)
+    randomize(module)
     first, second = module(a, b), module(a, b + change)
     return bool((second - first - change).abs().max() > 1e-3)
 
@@ -200,7 +200,7 @@ def carafe_written_out(module: CARAFE, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("k", [3, 5])
 def test_carafe_is_that_of_its_authors(size: tuple[int, int], k: int) -> None:
     module = CARAFE(4, compressed_channels=3, kernel_size=k).double()
-    randomise(module, std=1)
+    randomize(module, std=1)
     x, fine = torch.randn(2, 4, 3, 4, dtype=torch.float64), torch.randn(2, 4, *size, dtype=torch.float64)
     expected = fine + carafe_written_out(module, x)[:, :, : size[0], : size[1]]
     assert largest_difference([module(x, fine)], [expected]) < 1e-12
@@ -238,7 +238,7 @@ def dysample_written_out(module: DySample, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("size", [(6, 8), (5, 8), (5, 7)])
 def test_dysample_equals_the_paper_pixel_by_pixel(size: tuple[int, int]) -> None:
     module = DySample(4, groups=2).double()
-    randomise(module, std=2)
+    randomize(module, std=2)
     x, fine = torch.randn(2, 4, 3, 4, dtype=torch.float64), torch.randn(2, 4, *size, dtype=torch.float64)
     expected = fine + dysample_written_out(module, x)[:, :, : size[0], : size[1]]
     assert largest_difference([module(x, fine)], [expected]) < 1e-12
@@ -297,7 +297,7 @@ def test_an_unknown_kind_is_an_error_with_those_that_are_known(build: Callable[[
 def test_the_default_is_written_out() -> None:
     """Fine kernels and means: the function of every checkpoint there is."""
     module = GACARAFE(4, compressed_channels=3, kernel_size=3).double()
-    randomise(module, std=1)
+    randomize(module, std=1)
     coarse, fine = torch.randn(1, 4, 3, 4, dtype=torch.float64), torch.randn(1, 4, 5, 8, dtype=torch.float64)
     nearest = [[i * 3 // 5 for i in range(5)], [j * 4 // 8 for j in range(8)]]
     seen = torch.cat([module.compress_coarse(coarse)[:, :, nearest[0]][..., nearest[1]], module.compress_fine(fine)], 1)
@@ -317,7 +317,7 @@ def test_the_default_is_written_out() -> None:
 
 def test_the_mask_predictor_has_no_activation_behind_carafe() -> None:
     predictor = CARAFEMaskPredictor(8, 3).double()
-    randomise(predictor)
+    randomize(predictor)
     x = torch.randn(2, 8, 3, 4, dtype=torch.float64)
     expected = predictor.mask_fcn_logits(carafe_written_out(predictor.upsample, x))
     torch.testing.assert_close(predictor(x), expected.float(), rtol=1e-5, atol=1e-5)

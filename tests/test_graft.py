@@ -19,7 +19,7 @@ from tests.helpers import (
     pyramid_spec,
     random_features,
     random_target,
-    randomise,
+    randomize,
     tiny_model,
     with_zero_gradient,
 )
@@ -38,7 +38,7 @@ def images() -> list[Tensor]:
 
 def fpn_detector(name: str = "maskrcnn_fpn", **overrides: Any) -> RCNN:
     model = tiny_model(name, **overrides).eval()
-    randomise(model.neck)
+    randomize(model.neck)
     return model
 
 
@@ -72,9 +72,9 @@ def test_context_and_bottom_up_path_change_nothing(target: str, images: list[Ten
 @pytest.mark.parametrize("size", [(64, 96), (65, 97), (33, 200)])
 def test_only_the_reassembly_kernels_change_anything(target: str, size: tuple[int, int]) -> None:
     fpn = build_neck("fpn")
-    randomise(fpn)
+    randomize(fpn)
     features = random_features(pyramid_spec(), size)
-    exact = grafted_neck(fpn, target, centre_bias=ONE_HOT)
+    exact = grafted_neck(fpn, target, center_bias=ONE_HOT)
     assert largest_difference(fpn(features), exact(features)) == 0.0
     assert largest_difference(fpn(features), grafted_neck(fpn, target)(features)) > 0.0
 
@@ -94,10 +94,10 @@ def test_features_move_by_less_than_a_percent(target: str, images: list[Tensor])
 @torch.no_grad()
 def test_a_larger_bias_is_closer() -> None:
     fpn = build_neck("fpn")
-    randomise(fpn)
+    randomize(fpn)
     features = random_features(pyramid_spec(), (64, 96))
     errors = [
-        relative_rms(fpn(features)["p2"], grafted_neck(fpn, "a2fpn", centre_bias=bias)(features)["p2"])
+        relative_rms(fpn(features)["p2"], grafted_neck(fpn, "a2fpn", center_bias=bias)(features)["p2"])
         for bias in (0.0, 4.0, 6.0, 8.0, 10.0)
     ]
     assert errors == sorted(errors, reverse=True)
@@ -117,7 +117,7 @@ def test_everything_but_the_neck_is_taken_over(target: str) -> None:
 
 def test_a_norm_of_the_fpn_is_taken_over(images: list[Tensor]) -> None:
     model = fpn_detector(neck_args={"norm_layer": "batchnorm2d", "act_layer": "relu"})
-    grafted = graft_model(model, target="a2fpn_lite", centre_bias=ONE_HOT)
+    grafted = graft_model(model, target="a2fpn_lite", center_bias=ONE_HOT)
     batch = model.preprocess(images)
     assert largest_difference(model.features(batch), grafted.features(batch)) == 0.0
 
@@ -183,7 +183,7 @@ def test_the_name_of_a_grafted_detector_says_so() -> None:
 def test_a_detector_and_its_graft_share_nothing() -> None:
     model = fpn_detector()
     before = copy.deepcopy(model.state_dict())
-    randomise(graft_model(model))
+    randomize(graft_model(model))
     assert largest_difference(model.state_dict(), before) == 0
 
 

@@ -44,17 +44,17 @@ def test_anchors_are_those_of_torchvision_where_it_is_right(sizes: tuple[tuple[i
 
 
 @pytest.mark.parametrize("size", [(200, 333), (33, 47), (1, 1)])
-def test_centres_lie_on_the_declared_strides_at_any_size(size: tuple[int, int]) -> None:
+def test_centers_lie_on_the_declared_strides_at_any_size(size: tuple[int, int]) -> None:
     features = maps(size)
     (anchors,) = StrideAnchors(SIZES, RATIOS, STRIDES)(images(size), list(features.values()))
-    centres = [
+    centers = [
         (column * stride, row * stride)
         for stride, x in zip(STRIDES, features.values(), strict=True)
         for row in range(x.shape[-2])
         for column in range(x.shape[-1])
         for _ in RATIOS
     ]
-    torch.testing.assert_close((anchors[:, :2] + anchors[:, 2:]) / 2, torch.tensor(centres, dtype=torch.float32))
+    torch.testing.assert_close((anchors[:, :2] + anchors[:, 2:]) / 2, torch.tensor(centers, dtype=torch.float32))
 
 
 def test_anchors_have_their_sizes_and_ratios() -> None:
@@ -97,10 +97,10 @@ def test_the_same_number_of_sizes_on_every_level() -> None:
 def random_rois(number: int, size: tuple[int, int], *, batch: int = 2) -> Tensor:
     """Boxes of all sizes, many of them partly or wholly outside the image."""
     height, width = size
-    centre = (torch.rand(number, 2) * 1.6 - 0.3) * torch.tensor([width, height])
+    center = (torch.rand(number, 2) * 1.6 - 0.3) * torch.tensor([width, height])
     extent = torch.rand(number, 2) ** 3 * torch.tensor([width, height])
     index = torch.randint(batch, (number, 1)).float()
-    return torch.cat([index, centre - extent / 2, centre + extent / 2], 1)
+    return torch.cat([index, center - extent / 2, center + extent / 2], 1)
 
 
 SPECIAL_ROIS = torch.tensor(

@@ -56,10 +56,10 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     ),
     "convert": (BUILDING | {"layers", "pretrained"}, {"torch", "torchvision", "safetensors"}),
     "data": (
-        {"_atomic", "config", "errors", "masks"},
-        {"datasets", "fsspec", "torch", "torchvision", "numpy", "PIL", "pycocotools"},
+        {"_atomic", "_registry", "config", "errors", "masks"},
+        {"datasets", "fsspec", "matplotlib", "numpy", "orjson", "PIL", "pycocotools", "torch", "torchvision", "yaml"},
     ),
-    "evaluation": ({"data", "errors", "masks"}, {"faster_coco_eval", "hotcoco", "numpy", "pycocotools"}),
+    "evaluation": ({"data", "errors", "masks"}, {"hotcoco", "numpy", "pycocotools"}),
     "instance_metrics": ({"errors", "data", "masks"}, {"numpy"}),
     "counting": ({"errors"}, {"numpy"}),
     "inference": (
@@ -70,11 +70,21 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         },
     ),
     "training": (
-        {"_atomic", "_plugins", "_registry", "config", "data", "errors", "evaluation", "inference", "pretrained"},
+        {
+            "_atomic",
+            "_plugins",
+            "_registry",
+            "_serialize",
+            "config",
+            "data",
+            "errors",
+            "evaluation",
+            "inference",
+            "pretrained",
+        },
         {
             *(
                 "accelerate",
-                "jsonargparse",
                 "matplotlib",
                 "numpy",
                 "PIL",
@@ -202,7 +212,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 
 def test_the_import_brings_nothing_that_building_a_model_does_not_need() -> None:
-    heavy = {"matplotlib", "supervision", "typer", "rich", "pycocotools", "accelerate", "jsonargparse", "cv2", "pandas"}
+    heavy = {"matplotlib", "supervision", "typer", "rich", "pycocotools", "accelerate", "cv2", "pandas"}
     code = f"import a2fpn, sys; print(*sorted({heavy!r} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert result.stdout.split() == []

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import random_target, tiny_model, with_zero_gradient, without_gradient
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -12,6 +11,7 @@ import a2fpn
 from a2fpn.detectors import RCNN
 from a2fpn.heads.htc import SEMANTIC, things_map
 from a2fpn.masks import InstanceMasks
+from tests.helpers import random_target, tiny_model, with_zero_gradient, without_gradient
 
 SIZE = (64, 96)
 BOXES = [[8.0, 8.0, 40.0, 50.0], [30.0, 20.0, 90.0, 60.0]]

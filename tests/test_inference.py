@@ -107,10 +107,10 @@ def test_every_way_to_give_an_image_finds_the_same(predictor, pixels, tmp_path):
         assert result.path == (str(path) if from_file else None)
 
 
-def test_grey_and_transparent_images_become_rgb(predictor):
-    grey = np.full((20, 30), 128, dtype=np.uint8)
-    assert (predictor(grey).image == 128).all()
-    assert (predictor(Image.fromarray(grey)).image == 128).all()
+def test_gray_and_transparent_images_become_rgb(predictor):
+    gray = np.full((20, 30), 128, dtype=np.uint8)
+    assert (predictor(gray).image == 128).all()
+    assert (predictor(Image.fromarray(gray)).image == 128).all()
     transparent = Image.new("RGBA", (30, 20), (0, 0, 0, 0))
     assert (predictor(transparent).image == 255).all()
 
@@ -216,6 +216,7 @@ def test_box_detectors_have_no_masks(pixels):
     assert result.rles is None
     assert result.masks is None
     assert "segmentation" not in result.to_coco(1)[0]
+    pytest.importorskip("supervision")
     assert result.to_supervision().mask is None
 
 
@@ -245,6 +246,7 @@ def test_to_coco_round_trip_reaches_perfect_ap():
 @pytest.mark.filterwarnings("ignore:OpenCV")
 @pytest.mark.parametrize("n", [0, 4])
 def test_to_supervision(n):
+    pytest.importorskip("supervision")
     result = make_result(n)
     detections = result.to_supervision()
     assert len(detections) == n
@@ -341,6 +343,7 @@ def test_keypoints_are_those_of_the_model(keypoint_predictor, pixels):
 
 
 def test_keypoints_in_the_formats_of_others(keypoint_predictor, pixels):
+    pytest.importorskip("supervision")
     result = keypoint_predictor(pixels)
     records = json.loads(json.dumps(result.to_coco(4)))
     for record, points, score in zip(records, result.keypoints, result.scores, strict=True):

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from coco_data import write_coco
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as nps
@@ -22,6 +21,7 @@ from a2fpn.instance_metrics import (
     label_image,
 )
 from a2fpn.masks.rle import decode_rle, encode_masks
+from tests.coco_data import write_coco
 
 LABELS = nps.arrays(
     np.int32, nps.array_shapes(min_dims=2, max_dims=2, max_side=7), elements=st.sampled_from([0, 3, 4, 9])

@@ -19,7 +19,7 @@ import a2fpn
 from a2fpn.config import KeypointRCNNConfig
 from a2fpn.data import CocoDataset, DataError, ImageError, read_coco, train_transforms
 from a2fpn.detectors.keypoint_rcnn import resize_keypoints
-from tests.helpers import in_our_layout, random_target, randomise, tiny_model, torchvision_names, with_zero_gradient
+from tests.helpers import in_our_layout, random_target, randomize, tiny_model, torchvision_names, with_zero_gradient
 
 SIZE = (64, 96)
 BOXES = [[5.0, 6.0, 40.0, 50.0], [50.0, 10.0, 90.0, 30.0]]
@@ -34,7 +34,7 @@ def test_keypoints_learn() -> None:
     assert with_zero_gradient(model.roi_heads.keypoint_predictor) == []
 
 
-def test_what_is_not_labelled_does_not_count() -> None:
+def test_what_is_not_labeled_does_not_count() -> None:
     model = tiny_model("keypointrcnn_fpn", rpn_post_nms_top_n_train=0)
     image, target = torch.rand(3, *SIZE), random_target(BOXES, SIZE)
     losses = []
@@ -51,7 +51,7 @@ def test_what_is_not_labelled_does_not_count() -> None:
 def test_keypoints_are_in_the_images_own_pixels() -> None:
     rule = {"resize": "shortest_edge", "min_size": 48, "max_size": 96}
     model = tiny_model("keypointrcnn_fpn", **rule).eval()
-    randomise(model.roi_heads)
+    randomize(model.roi_heads)
     image = torch.rand(3, 24, 40)
     (resized,) = model([image])
     batch = model.preprocess([image])
@@ -156,9 +156,9 @@ def test_it_is_torchvisions(pool: str) -> None:
         detections_per_image=30,
         **rule,
     )
-    randomise(model.rpn, std=0.02)
-    randomise(model.roi_heads.box_predictor)
-    randomise(model.roi_heads.keypoint_predictor)
+    randomize(model.rpn, std=0.02)
+    randomize(model.roi_heads.box_predictor)
+    randomize(model.roi_heads.keypoint_predictor)
     theirs = in_our_layout(twin(**rule))
     theirs.load_state_dict(torchvision_names(model.state_dict()))
     if pool == "torchvision's":
@@ -266,7 +266,7 @@ def test_semantic_maps_come_from_a_folder(tmp_path: Path) -> None:
     ("pixels", "message"),
     [
         (None, "no such file; every image needs a semantic map of its name"),
-        (np.zeros((40, 60, 3), dtype=np.uint8), "must be an 8-bit palette or grey image, got 'RGB'"),
+        (np.zeros((40, 60, 3), dtype=np.uint8), "must be an 8-bit palette or gray image, got 'RGB'"),
         (np.zeros((60, 40), dtype=np.uint8), r"the map is \(40, 60\) pixels wide and high, its image \(60, 40\)"),
     ],
 )

@@ -100,7 +100,7 @@ def test_they_travel() -> None:
     assert small.to("meta").pixels.device.type == "meta"
 
 
-def test_a_new_pixel_takes_the_old_one_under_its_centre() -> None:
+def test_a_new_pixel_takes_the_old_one_under_its_center() -> None:
     assert nearest_pixels(2, 4).tolist() == [1, 3]
     assert nearest_pixels(3, 3).tolist() == [0, 1, 2]
     assert nearest_pixels(5, 2).tolist() == [0, 0, 1, 1, 1]

@@ -85,8 +85,8 @@ def grid(strides: tuple[int, ...], side: int) -> tuple[Tensor, list[int]]:
     levels = []
     for stride in strides:
         xs = torch.arange(0, side, stride, dtype=torch.float32)
-        centres = torch.cartesian_prod(xs, xs).flip(1)
-        levels.append(torch.cat([centres - stride / 2, centres + stride / 2], 1))
+        centers = torch.cartesian_prod(xs, xs).flip(1)
+        levels.append(torch.cat([centers - stride / 2, centers + stride / 2], 1))
     return torch.cat(levels), [len(level) for level in levels]
 
 

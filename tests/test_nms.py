@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from helpers import randomise, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -13,7 +12,8 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.ops import batched_nms
 
 from a2fpn.detectors import DETECTORS
-from a2fpn.heads import DetectionRoIHeads, DetectionRule, soft_nms, suppress
+from a2fpn.heads import DetectionRoIHeads, PostprocessConfig, soft_nms, suppress
+from tests.helpers import randomize, tiny_model
 
 
 def candidates(number: int, seed: int = 0, *, classes: int = 2, side: float = 40.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,10 +91,9 @@ def test_soft_nms_changes_no_input() -> None:
 @pytest.mark.parametrize("limit", [3, 100])
 def test_without_soft_nms_it_is_the_nms_of_torchvision(limit: int) -> None:
     boxes, scores, labels = candidates(60)
-    rule = DetectionRule(score_threshold=0.3, nms_threshold=0.4, detections_per_image=limit)
+    rule = PostprocessConfig(nms_threshold=0.4, detections_per_image=limit)
     kept, best = suppress(boxes, scores, labels, rule)
-    rows = torch.where(scores > 0.3)[0]
-    expected = rows[batched_nms(boxes[rows], scores[rows], labels[rows], 0.4)[:limit]]
+    expected = batched_nms(boxes, scores, labels, 0.4)[:limit]
     assert torch.equal(kept, expected)
     assert torch.equal(best, scores[expected])
 
@@ -102,14 +101,15 @@ def test_without_soft_nms_it_is_the_nms_of_torchvision(limit: int) -> None:
 def test_soft_nms_keeps_what_nms_removes_with_a_lower_score() -> None:
     boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 10.0, 8.0]])
     scores, labels = torch.tensor([0.9, 0.8]), torch.zeros(2, dtype=torch.int64)
-    assert len(suppress(boxes, scores, labels, DetectionRule())[0]) == 1
+    assert len(suppress(boxes, scores, labels, PostprocessConfig())[0]) == 1
     for kind, expected in (("linear", 0.8 * 0.2), ("gaussian", 0.8 * math.exp(-(0.8**2) / 0.5))):
-        kept, lowered = suppress(boxes, scores, labels, DetectionRule(soft_nms=kind))
+        kept, lowered = suppress(boxes, scores, labels, PostprocessConfig(soft_nms=kind))
         assert kept.tolist() == [0, 1]
         torch.testing.assert_close(lowered, torch.tensor([0.9, expected]))
     # Another class is none of its business.
     assert (
-        suppress(boxes, scores, torch.tensor([0, 1]), DetectionRule(soft_nms="linear"))[1].tolist() == scores.tolist()
+        suppress(boxes, scores, torch.tensor([0, 1]), PostprocessConfig(soft_nms="linear"))[1].tolist()
+        == scores.tolist()
     )
 
 
@@ -125,7 +125,7 @@ def test_soft_nms_keeps_what_nms_removes_with_a_lower_score() -> None:
 )
 def test_values_out_of_range(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        DetectionRule(**options)
+        PostprocessConfig(**options)
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.2])
@@ -155,7 +155,7 @@ def test_every_detector_takes_the_rule(name: str) -> None:
     if name != "fcos":
         overrides["anchor_sizes"] = [[s] * (3 if name == "retinanet" else 1) for s in (8, 16, 32, 64, 128)]
     model = tiny_model(f"{name}_fpn", **overrides).eval()
-    randomise(model)  # fresh one-stage heads give boxes that hardly overlap, all with one score
+    randomize(model)  # fresh one-stage heads give boxes that hardly overlap, all with one score
     plain = detect(model)
     assert len(plain["scores"]) == 10
     assert len(detect(model, detections_per_image=4)["scores"]) == 4

@@ -16,11 +16,11 @@ import a2fpn
 from a2fpn.detectors import DETECTORS, Detector, OneStage
 from a2fpn.heads import Float32FCOSHead, StrideAnchors, TopLevels
 from a2fpn.heads.dense import LevelOutputs, dense_detections
-from a2fpn.heads.postprocess import DetectionRule
+from a2fpn.heads.postprocess import PostprocessConfig
 from tests.helpers import (
     in_our_layout,
     random_target,
-    randomise,
+    randomize,
     tiny_model,
     torchvision_names,
     with_zero_gradient,
@@ -182,7 +182,7 @@ def test_labels_are_the_same_in_and_out(kind: str, label: int) -> None:
 def test_every_branch_learns(kind: str) -> None:
     # FCOS's boxes come from a ReLU, which starts dead in half of its outputs.
     model = tiny_model(f"{kind}_fpn")
-    randomise(model)
+    randomize(model)
     sum(model([torch.rand(3, *SIZE)], [random_target(BOXES, SIZE)]).values()).backward()
     assert with_zero_gradient(model.head) == []
     assert with_zero_gradient(model.top["p6"]) == []
@@ -221,7 +221,7 @@ def test_detections_by_hand() -> None:
             [level],
             lambda deltas, boxes: boxes + deltas,
             (10, 40),
-            rule=DetectionRule(**rule),
+            rule=PostprocessConfig(**rule),
             candidates_per_level=candidates_per_level,
         )
         rows = zip(result["scores"].tolist(), result["labels"].tolist(), result["boxes"][:, 0].tolist(), strict=True)
@@ -287,8 +287,8 @@ def test_difference_to_torchvision_is_zero(kind: str, build: Callable[..., nn.Mo
         **rule,
         **options,
     )
-    randomise(model.head, std=0.03)
-    randomise(model.top, std=0.01)
+    randomize(model.head, std=0.03)
+    randomize(model.top, std=0.01)
     twin = in_our_layout(build(score_thresh=0.001, detections_per_img=10**6, **rule))
     twin.load_state_dict(torchvision_names(model.state_dict()))
     # Enlarged, but to a width that P6's and P7's strides do not divide: torchvision's anchors drift.

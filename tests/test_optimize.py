@@ -1,4 +1,4 @@
-"""An optimised detector gives what the detector gives, and is nothing to save or to train."""
+"""An optimized detector gives what the detector gives, and is nothing to save or to train."""
 
 import copy
 import pickle
@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import timm
 import torch
-from helpers import tiny_model
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 import a2fpn
 from a2fpn.detectors import DETECTORS, Detector
-from a2fpn.heads import DetectionRule
+from a2fpn.heads import PostprocessConfig
 from a2fpn.inference.optimize import _ActivatedConv, _fold, _ResidualBlock, optimize_for_inference
+from tests.helpers import tiny_model
 
 NORMS = (nn.BatchNorm2d, FrozenBatchNorm2d)
 
@@ -73,30 +73,30 @@ def assert_same(found: list[dict[str, Tensor]], expected: list[dict[str, Tensor]
 @pytest.mark.parametrize("name", list(DETECTORS))
 def test_every_detector_gives_the_same(name: str, backbone: str) -> None:
     model = create(name, backbone=backbone)
-    optimised = optimize_for_inference(model)
+    optimized = optimize_for_inference(model)
     assert any(isinstance(module, NORMS) for module in model.modules())
-    assert not any(isinstance(module, NORMS) for module in optimised.modules())
+    assert not any(isinstance(module, NORMS) for module in optimized.modules())
     images = image(), image(64, 96), image()
-    assert_same(detect(optimised, *images), detect(model, *images))
-    assert_same(detect(optimised, image(), paste_masks=False), detect(model, image(), paste_masks=False))
+    assert_same(detect(optimized, *images), detect(model, *images))
+    assert_same(detect(optimized, image(), paste_masks=False), detect(model, image(), paste_masks=False))
 
 
 @pytest.mark.parametrize("neck", ["pafpn", "a2fpn", "carafe_fpn"])
 def test_necks_with_norms_are_folded_too(neck: str) -> None:
     model = create("fasterrcnn", neck=neck, neck_args={"norm_layer": "batchnorm2d", "act_layer": "relu"})
     assert any(isinstance(module, NORMS) for module in model.neck.modules())
-    optimised = optimize_for_inference(model)
-    assert not any(isinstance(module, NORMS) for module in optimised.modules())
-    assert any(isinstance(module, _ActivatedConv) for module in optimised.detector.neck.modules())
-    assert_same(detect(optimised, image()), detect(model, image()))
+    optimized = optimize_for_inference(model)
+    assert not any(isinstance(module, NORMS) for module in optimized.modules())
+    assert any(isinstance(module, _ActivatedConv) for module in optimized.detector.neck.modules())
+    assert_same(detect(optimized, image()), detect(model, image()))
 
 
 @pytest.mark.parametrize("overrides", [{"norm": "frozen"}, {"trainable_layers": 2}, {"roi_aligned": True}])
 def test_frozen_norms_and_other_settings(overrides: dict[str, object]) -> None:
     model = create("maskrcnn", backbone="test_resnet", **overrides)
-    optimised = optimize_for_inference(model)
-    assert not any(isinstance(module, NORMS) for module in optimised.modules())
-    assert_same(detect(optimised, image()), detect(model, image()))
+    optimized = optimize_for_inference(model)
+    assert not any(isinstance(module, NORMS) for module in optimized.modules())
+    assert_same(detect(optimized, image()), detect(model, image()))
 
 
 @pytest.mark.parametrize("backbone", ["test_vit", "test_convnext", "test_nfnet", "test_byobnet", "test_mambaout"])
@@ -123,9 +123,9 @@ def test_what_is_read_twice_is_not_folded() -> None:
     model = create("fasterrcnn")
     model.neck.output[0] = nn.Sequential(Twice(), model.neck.output[0])
     model = lived_in(model)
-    optimised = optimize_for_inference(model)
-    assert sum(isinstance(module, NORMS) for module in optimised.modules()) == 1
-    assert_same(detect(optimised, image()), detect(model, image()))
+    optimized = optimize_for_inference(model)
+    assert sum(isinstance(module, NORMS) for module in optimized.modules()) == 1
+    assert_same(detect(optimized, image()), detect(model, image()))
 
 
 def test_a_convolution_with_two_norms_is_not_folded() -> None:
@@ -141,9 +141,9 @@ def test_a_convolution_with_two_norms_is_not_folded() -> None:
     model = create("fasterrcnn")
     model.neck.output[0] = nn.Sequential(Shared(), model.neck.output[0])
     model = lived_in(model)
-    optimised = optimize_for_inference(model)
-    assert sum(isinstance(module, NORMS) for module in optimised.modules()) == 2
-    assert_same(detect(optimised, image()), detect(model, image()))
+    optimized = optimize_for_inference(model)
+    assert sum(isinstance(module, NORMS) for module in optimized.modules()) == 2
+    assert_same(detect(optimized, image()), detect(model, image()))
 
 
 def test_a_fold_that_changes_the_pyramid_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,10 +167,10 @@ def test_a_convolution_with_its_activation(number: int, dtype: torch.dtype, acti
 
 
 def test_without_the_fused_kernel_it_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    optimised = optimize_for_inference(create("maskrcnn", backbone="test_resnet"))
-    expected = detect(optimised, image())
+    optimized = optimize_for_inference(create("maskrcnn", backbone="test_resnet"))
+    expected = detect(optimized, image())
     monkeypatch.setattr("a2fpn.inference.optimize._has_fused_convolution", lambda x: False)
-    assert_same(detect(optimised, image()), expected)
+    assert_same(detect(optimized, image()), expected)
 
 
 @pytest.mark.parametrize(
@@ -184,15 +184,15 @@ def test_residual_blocks_give_the_same_and_overwrite_nobodys_maps(
     if not kernel:
         monkeypatch.setattr("a2fpn.inference.optimize._has_fused_convolution", lambda x: False)
     model = create("fasterrcnn", backbone=backbone)
-    optimised = optimize_for_inference(model)
-    assert sum(isinstance(module, _ResidualBlock) for module in optimised.modules()) == fused
+    optimized = optimize_for_inference(model)
+    assert sum(isinstance(module, _ResidualBlock) for module in optimized.modules()) == fused
     x = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(2)).contiguous(
         memory_format=torch.channels_last
     )
     with torch.inference_mode():
-        maps = [detector.backbone(x) for detector in (model, optimised.detector, optimised.detector)]
+        maps = [detector.backbone(x) for detector in (model, optimized.detector, optimized.detector)]
     for name, expected in maps[0].items():
-        # Where blocks are not normalised anew, they may amplify; rounding is relative to the map.
+        # Where blocks are not normalized anew, they may amplify; rounding is relative to the map.
         tolerance = 1e-5 * float(expected.abs().max())
         for again in maps[1:]:
             torch.testing.assert_close(again[name], expected, rtol=0, atol=tolerance)
@@ -213,10 +213,10 @@ def test_a_block_that_somebody_listens_to_stays() -> None:
     heard: list[Tensor] = []
     block = next(module for module in model.backbone.modules() if type(module).__name__ == "BasicBlock")
     block.register_forward_hook(lambda module, inputs, output: heard.append(output))
-    optimised = optimize_for_inference(model)
-    assert sum(isinstance(module, _ResidualBlock) for module in optimised.modules()) == 7
+    optimized = optimize_for_inference(model)
+    assert sum(isinstance(module, _ResidualBlock) for module in optimized.modules()) == 7
     before = len(heard)
-    detect(optimised, image())
+    detect(optimized, image())
     assert len(heard) == before + 1
 
 
@@ -234,34 +234,34 @@ def test_the_model_stays_as_it_was() -> None:
 
 def test_it_cannot_be_saved_loaded_or_trained(tmp_path) -> None:
     model = create("maskrcnn")
-    optimised = optimize_for_inference(model)
+    optimized = optimize_for_inference(model)
     with pytest.raises(ValueError, match=r"can't be saved: .* Save the model that it was made from"):
-        a2fpn.save_pretrained(optimised, tmp_path)
+        a2fpn.save_pretrained(optimized, tmp_path)
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="can't be saved"):
-        optimised.state_dict()
+        optimized.state_dict()
     with pytest.raises(ValueError, match="takes no weights; load them into the model"):
-        optimised.load_state_dict(model.state_dict())
+        optimized.load_state_dict(model.state_dict())
     with pytest.raises(ValueError, match="can't be trained; train the model"):
-        optimised.train()
-    assert not optimised.eval().training
-    assert not any(parameter.requires_grad for parameter in optimised.parameters())
+        optimized.train()
+    assert not optimized.eval().training
+    assert not any(parameter.requires_grad for parameter in optimized.parameters())
 
 
 def test_it_can_be_copied_and_sent_to_another_process() -> None:
-    optimised = optimize_for_inference(create("maskrcnn"))
-    expected = detect(optimised, image())
-    assert_same(detect(copy.deepcopy(optimised), image()), expected)
-    assert_same(detect(pickle.loads(pickle.dumps(optimised)), image()), expected)
+    optimized = optimize_for_inference(create("maskrcnn"))
+    expected = detect(optimized, image())
+    assert_same(detect(copy.deepcopy(optimized), image()), expected)
+    assert_same(detect(pickle.loads(pickle.dumps(optimized)), image()), expected)
 
 
 @pytest.mark.parametrize("model", [nn.Identity(), "maskrcnn_fpn_r50"])
-def test_only_detectors_are_optimised(model: object) -> None:
+def test_only_detectors_are_optimized(model: object) -> None:
     with pytest.raises(TypeError, match=r"create_model.*got (Identity|str)"):
         optimize_for_inference(model)
 
 
-def test_an_optimised_detector_is_not_optimised_again() -> None:
+def test_an_optimized_detector_is_not_optimized_again() -> None:
     with pytest.raises(TypeError, match="got OptimizedDetector"):
         optimize_for_inference(optimize_for_inference(create("fasterrcnn")))
 
@@ -274,9 +274,9 @@ def test_other_dtypes() -> None:
 @pytest.mark.parametrize("name", list(DETECTORS))
 def test_bfloat16_gives_float32_results_that_are_near(name: str) -> None:
     model = create(name)
-    optimised = optimize_for_inference(model, dtype=torch.bfloat16)
-    assert torch.bfloat16 in {x.dtype for x in optimised.parameters()}
-    (found,), (expected,) = detect(optimised, image()), detect(model, image())
+    optimized = optimize_for_inference(model, dtype=torch.bfloat16)
+    assert torch.bfloat16 in {x.dtype for x in optimized.parameters()}
+    (found,), (expected,) = detect(optimized, image()), detect(model, image())
     assert found.keys() == expected.keys()
     for key, x in found.items():
         assert x.dtype == expected[key].dtype
@@ -286,14 +286,31 @@ def test_bfloat16_gives_float32_results_that_are_near(name: str) -> None:
     assert (found["boxes"] * 4 % 1 > 0).any()
 
 
+@pytest.mark.parametrize("name", ["fasterrcnn", "cascadercnn"])
+def test_in_bfloat16_the_box_predictor_stays_in_float32(name: str) -> None:
+    optimised = optimize_for_inference(create(name), dtype=torch.bfloat16)
+    heads = optimised.detector.roi_heads
+    predictors = [module for key, module in heads.named_modules() if key.split(".")[-1] == "box_predictor"]
+    layers = [layer for predictor in predictors for layer in predictor.modules() if isinstance(layer, nn.Linear)]
+    seen: list[Tensor] = []
+    for layer in layers:
+        layer.register_forward_hook(lambda _, inputs, output: seen.extend([*inputs, output]))
+    detect(optimised, image())
+    assert len(layers) >= 2
+    assert len(seen) >= 2 * len(layers)
+    assert {x.dtype for x in [*seen, *(p for layer in layers for p in layer.parameters())]} == {torch.float32}
+    # Its results are not those of bfloat16 in another type.
+    assert not any(torch.equal(output, output.bfloat16().float()) for output in seen[1::2])
+
+
 def test_the_predictor_and_its_options_take_it() -> None:
     model = create("maskrcnn")
-    optimised = optimize_for_inference(model)
+    optimized = optimize_for_inference(model)
     pixels = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
-    expected, found = a2fpn.Predictor(model)(pixels), a2fpn.Predictor(optimised)(pixels)
+    expected, found = a2fpn.Predictor(model)(pixels), a2fpn.Predictor(optimized)(pixels)
     assert len(found) == len(expected) == 10
     np.testing.assert_allclose(found.boxes, expected.boxes, atol=1e-3)
     np.testing.assert_array_equal(found.labels, expected.labels)
     assert (found.masks != expected.masks).mean() < 1e-3
-    assert len(a2fpn.Predictor(optimised)(pixels, detections_per_image=3)) == 3
-    assert len(detect(optimised, image(), rule=DetectionRule(detections_per_image=2))[0]["scores"]) == 2
+    assert len(a2fpn.Predictor(optimized)(pixels, detections_per_image=3)) == 3
+    assert len(detect(optimized, image(), rule=PostprocessConfig(detections_per_image=2))[0]["scores"]) == 2

@@ -50,7 +50,7 @@ def test_what_it_cannot_use_is_an_error(tmp_path: Path) -> None:
         overfit.main(folder(tmp_path), detectors=["fcos"])
 
 
-def test_made_up_keypoints_are_centre_and_ends() -> None:
+def test_made_up_keypoints_are_center_and_ends() -> None:
     mask = torch.zeros(10, 20, dtype=torch.uint8)
     mask[3:6, 4:9] = 1
     assert overfit.mask_keypoints(mask).tolist() == [[6.5, 4.5, 2], [4.5, 3.5, 2], [8.5, 3.5, 2]]

@@ -4,18 +4,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import tiny_model
 
 import a2fpn
 from a2fpn.pretrained.card import model_card
 from a2fpn.pretrained.checkpoint import CheckpointError, load_weights, read_checkpoint
+from tests.helpers import tiny_model
 
 FACTS = {
     "metrics": {"bbox/ap": 0.5},
     "max_detections": 300,
     "data": "cells",
-    "data_licence": "CC0-1.0",
-    "licence": "MIT",
+    "data_license": "CC0-1.0",
+    "license": "MIT",
     "recipe": "cells_1x",
     "note": "mine",
 }
@@ -46,8 +46,8 @@ def test_what_was_measured_is_marked_when_it_no_longer_holds(change: str, folder
     assert "metrics" not in metadata
     assert "max_detections" not in metadata
     assert metadata["derived_from"]["metrics"] == {"bbox/ap": 0.5}
-    assert {key: metadata[key] for key in ("data_licence", "licence", "recipe", "note")} == {
-        key: FACTS[key] for key in ("data_licence", "licence", "recipe", "note")
+    assert {key: metadata[key] for key in ("data_license", "license", "recipe", "note")} == {
+        key: FACTS[key] for key in ("data_license", "license", "recipe", "note")
     }
 
 
@@ -55,8 +55,8 @@ def test_new_data_do_not_have_the_licence_of_the_old(folder: Path, tmp_path: Pat
     model = a2fpn.from_pretrained(folder)
     metadata = read_checkpoint(a2fpn.save_pretrained(model, tmp_path / "x", metadata={"data": "photos"})).metadata
     assert metadata["data"] == "photos"
-    assert metadata.keys().isdisjoint({"data_licence", "recipe"})
-    assert metadata["licence"] == "MIT"
+    assert metadata.keys().isdisjoint({"data_license", "recipe"})
+    assert metadata["license"] == "MIT"
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])

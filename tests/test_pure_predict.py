@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_model
 from numpy.typing import NDArray
 from torch import nn
 
 import a2fpn
 from a2fpn.inference import Predictor, Result
 from a2fpn.inference.eval_view import eval_view
+from tests.helpers import tiny_model
 
 OPTIONS: list[dict[str, Any]] = [
     {},

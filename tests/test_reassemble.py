@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from a2fpn.layers import reassemble
-from a2fpn.layers.reassemble import PADDINGS, _narrowest, _reassemble_by_shifts
+from a2fpn.layers.reassemble import PADDINGS, _index_dtype, _reassemble_by_shifts
 from tests.helpers import largest_difference
 
 SIZES = {
@@ -96,10 +96,10 @@ def test_gradcheck(target: tuple[int, int], padding: str) -> None:
 def test_pixels_are_counted_in_as_few_bits_as_will_do(
     pixels: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert _narrowest(5, pixels) == _narrowest(pixels, 5) == dtype
+    assert _index_dtype(5, pixels) == _index_dtype(pixels, 5) == dtype
     x, kernels = torch.randn(2, 3, 5, 7, requires_grad=True), random_kernels(3, (9, 13), dtype=torch.float32)
     expected = reassemble(x, kernels, (9, 13))
-    monkeypatch.setattr(sys.modules[_narrowest.__module__], "_narrowest", lambda *counts: dtype)
+    monkeypatch.setattr(sys.modules[_index_dtype.__module__], "_index_dtype", lambda *counts: dtype)
     got = reassemble(x, kernels, (9, 13))
     assert torch.equal(got, expected)
     assert torch.equal(*(torch.autograd.grad(y.square().sum(), x)[0] for y in (got, expected)))
@@ -108,12 +108,12 @@ def test_pixels_are_counted_in_as_few_bits_as_will_do(
 @pytest.mark.parametrize("size", [(10, 14), (9, 13)])
 def test_one_hot_kernels_are_nearest_interpolation(size: tuple[int, int]) -> None:
     x = torch.randn(2, 3, 5, 7)
-    centre = torch.zeros(2, 25, *size)
-    centre[:, 12] = 1
-    assert torch.equal(reassemble(x, centre, size), F.interpolate(x, size=size, mode="nearest"))
+    center = torch.zeros(2, 25, *size)
+    center[:, 12] = 1
+    assert torch.equal(reassemble(x, center, size), F.interpolate(x, size=size, mode="nearest"))
 
 
-def test_one_hot_kernels_off_the_centre_shift_and_repeat_the_edge() -> None:
+def test_one_hot_kernels_off_the_center_shift_and_repeat_the_edge() -> None:
     x = torch.arange(12.0).reshape(1, 1, 3, 4)
     left = torch.zeros(1, 9, 3, 4)
     left[:, 3] = 1

@@ -4,6 +4,7 @@ import pytest
 
 from a2fpn.training.cli import main, parse
 from a2fpn.training.recipes import find_recipe, list_recipes
+from a2fpn.training.state import changed_settings, write_config
 
 
 def test_all_are_listed_with_a_line_each(capsys):
@@ -43,3 +44,18 @@ def test_an_unknown_recipe_names_the_likely_one(capsys):
         "train: error: There is neither a file nor a recipe 'nuclei_lite1'. Did you mean 'nuclei_lite0'"
     )
     assert error.count("\n") == 1
+
+
+def test_keys_of_older_recipes_are_renamed(tmp_path):
+    text = find_recipe("nuclei_lite0").read_text()
+    assert "color_jitter: 0.3" in text
+    file = tmp_path / "old.yaml"
+    file.write_text(text.replace("color_jitter", "colour_jitter"))
+    current = parse(["--config", "nuclei_lite0", "data.root=x"])
+    assert current.data.transforms.color_jitter == 0.3
+    assert parse(["--config", str(file), "data.root=x"]) == parse([f"--config={file}", "data.root=x"]) == current
+    write_config(current, tmp_path)
+    resolved = tmp_path / "config.yaml"
+    resolved.write_text(resolved.read_text().replace("color_jitter", "colour_jitter"))
+    assert changed_settings(current, tmp_path) == []
+    assert parse(["--config", str(resolved)]) == current

@@ -8,8 +8,8 @@ from a2fpn._registry import Registry, did_you_mean, match_names, natural_key
 
 
 @pytest.fixture
-def colours() -> Registry[int]:
-    registry: Registry[int] = Registry("colour")
+def colors() -> Registry[int]:
+    registry: Registry[int] = Registry("color")
     registry.register("red10")(10)
     registry.register("red9")(9)
     registry.register("green")(1)
@@ -27,23 +27,23 @@ def test_register_gives_back_what_it_registers() -> None:
     assert "other" not in registry
 
 
-def test_names_come_in_natural_order(colours: Registry[int]) -> None:
-    assert colours.names() == list(colours) == ["green", "red9", "red10"]
+def test_names_come_in_natural_order(colors: Registry[int]) -> None:
+    assert colors.names() == list(colors) == ["green", "red9", "red10"]
 
 
-def test_a_taken_name_is_an_error(colours: Registry[int]) -> None:
-    with pytest.raises(ValueError, match=r"The colour name 'green' is taken by 1; choose another name\."):
-        colours.register("green")(2)
-    assert colours["green"] == 1
+def test_a_taken_name_is_an_error(colors: Registry[int]) -> None:
+    with pytest.raises(ValueError, match=r"The color name 'green' is taken by 1; choose another name\."):
+        colors.register("green")(2)
+    assert colors["green"] == 1
 
 
 @pytest.mark.parametrize(
     ("name", "hint"),
     [("gren", r"Did you mean 'green'\?"), ("red1", r"Did you mean .*'red10'"), ("xyz", "Known: green, red10, red9")],
 )
-def test_an_unknown_name_is_an_error_with_a_hint(colours: Registry[int], name: str, hint: str) -> None:
-    with pytest.raises(ValueError, match=rf"^Unknown colour '{name}'\. {hint}"):
-        colours[name]
+def test_an_unknown_name_is_an_error_with_a_hint(colors: Registry[int], name: str, hint: str) -> None:
+    with pytest.raises(ValueError, match=rf"^Unknown color '{name}'\. {hint}"):
+        colors[name]
 
 
 def test_did_you_mean_names_at_most_three() -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from coco_data import write_coco
 from pycocotools import mask as mask_utils
 
 from a2fpn.data import CocoFile, read_coco
@@ -20,6 +19,7 @@ from a2fpn.report import Run, matching, tide, write_report
 from a2fpn.report.analysis import analyze, calibration, grouped, image_ap, outcomes
 from a2fpn.report.matching import Scene, match
 from a2fpn.report.precision import precision, resampled_ap, resampling
+from tests.coco_data import write_coco
 
 SIZE = 400
 

@@ -496,7 +496,7 @@ def test_the_order_changes_with_seed_and_epoch(shards, parquet, table):
         assert orders[0, 1] == str(raw_ids(source.read(batch=4, seed=0, epoch=1)))
 
 
-def test_a_step_mixes_shards_and_neighbours_are_shuffled(shards):
+def test_a_step_mixes_shards_and_neighbors_are_shuffled(shards):
     source = ShardDataset(shards, shuffle_buffer=16)
     steps = raw_ids(source.read(batch=4, seed=0))
     numbers = [[(image_id - 100) // 3 for image_id in step] for step in steps]
@@ -613,9 +613,9 @@ def test_a_failing_server_is_asked_again(shards, monkeypatch):
         server.failures = 2
         assert len(list(source)) == IMAGES
         server.failures = 3
-        with pytest.raises(DataError, match=r"index\.json: can't be read \(HTTP Error 503"):
+        with pytest.raises(DataError, match=r"index\.json: can't be read \(503"):
             ShardDataset(server.url)
-    with pytest.raises(DataError, match=r"index\.json: can't be read .*refused"):
+    with pytest.raises(DataError, match=r"index\.json: can't be read .*Connect"):
         ShardDataset(server.url)
 
 
@@ -631,7 +631,7 @@ def test_a_missing_or_cut_off_file_on_a_server_names_itself(own_shards):
         with pytest.raises(DataError, match=r"http://.*shard-000001\.tar: no such file"):
             list(source)
         (own_shards / "shard-000001.tar").write_bytes(b"")
-        with pytest.raises(DataError, match=r"http://.*shard-000001\.tar: ends after 0 bytes"):
+        with pytest.raises(DataError, match=r"http://.*shard-000001\.tar: can't be read \(416"):
             list(source)
 
 
@@ -645,7 +645,7 @@ def test_other_urls_are_read_by_fsspec(shards):
     memory.rm("/shards/shard-000003.tar")
     with pytest.raises(DataError, match=r"memory://shards/shard-000003\.tar: no such file"):
         list(remote)
-    with pytest.raises(DataError, match=r"can't be read|needs a further package"):
+    with pytest.raises(DataError, match=r"can't be read \(Protocol not known"):
         ShardDataset("nosuchscheme://x")
 
 

@@ -150,7 +150,7 @@ def test_of_two_whole_ones_the_better_stays() -> None:
     assert merge([([84, 10, 96, 30], 0.6, 0)], [([84, 10, 96, 31], 0.7, 0)]) == [[84, 10, 96, 31, 0.7]]
 
 
-def test_other_classes_and_neighbours_are_other_objects() -> None:
+def test_other_classes_and_neighbors_are_other_objects() -> None:
     assert len(merge([([84, 10, 96, 30], 0.6, 0)], [([84, 10, 96, 30], 0.7, 1)])) == 2
     assert len(merge([([84, 10, 96, 30], 0.6, 0)], [([84, 28, 96, 60], 0.7, 0)])) == 2
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from a2fpn.heads import DetectionRule
+from a2fpn.heads import PostprocessConfig
 from a2fpn.inference.tta import Augmentation, detect_augmented, fuse, move_masks
 from a2fpn.masks.paste import paste_masks
 
-RULE = DetectionRule(score_threshold=0.05)
+RULE = PostprocessConfig(score_threshold=0.05)
 
 
 def square_detector(image: Tensor) -> dict[str, Tensor]:
@@ -64,7 +64,7 @@ def test_the_rule_holds_after_the_fusion() -> None:
     found = detect_augmented(once, picture(), (64, 96), augmentation, RULE)
     torch.testing.assert_close(found["scores"], torch.tensor([0.2]))  # one view of four saw it
     calls.clear()
-    assert not len(detect_augmented(once, picture(), (64, 96), augmentation, DetectionRule(0.3))["scores"])
+    assert not len(detect_augmented(once, picture(), (64, 96), augmentation, PostprocessConfig(0.3))["scores"])
 
 
 def test_keypoints_are_refused() -> None:

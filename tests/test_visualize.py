@@ -94,7 +94,7 @@ def test_masks_are_drawn_where_they_are_and_holes_stay_open():
     outside = np.ones_like(mask)
     outside[95:405, 195:505] = False
     assert not changed[outside].any()
-    # The line is of the full colour, the area translucent.
+    # The line is of the full color, the area translucent.
     assert picture[150, 200:202].max() > 200
     assert 0 < picture[150, 250].max() < 100
 
@@ -137,13 +137,13 @@ def test_many_objects_get_neither_boxes_nor_text():
 
 
 @given(st.lists(st.integers(0, 200), min_size=1, max_size=12, unique=True))
-def test_classes_have_colours_of_their_own(labels):
+def test_classes_have_colors_of_their_own(labels):
     colors = drawing._class_colors(np.array(labels))
     assert colors.keys() == set(labels)
     assert len({tuple(color) for color in colors.values()}) == len(labels)
 
 
-def test_a_class_keeps_its_colour_from_picture_to_picture():
+def test_a_class_keeps_its_color_from_picture_to_picture():
     alone = drawing._class_colors(np.array([5]))[5]
     np.testing.assert_array_equal(drawing._class_colors(np.array([2, 5, 9]))[5], alone)
     assert len(drawing._class_colors(np.arange(80))) == 80
@@ -151,10 +151,10 @@ def test_a_class_keeps_its_colour_from_picture_to_picture():
 
 @given(st.integers(1, 60), st.integers(0, 99))
 @settings(max_examples=30, deadline=None)
-def test_the_nearest_object_has_another_colour(n, seed):
+def test_the_nearest_object_has_another_color(n, seed):
     corners = np.random.default_rng(seed).uniform(0, 100, (n, 2)).astype(np.float32)
     boxes = np.concatenate([corners, corners + 10], axis=1)
-    colors = drawing._neighbour_colors(boxes)
+    colors = drawing._neighbor_colors(boxes)
     assert colors.shape == (n, 3)
     distances = np.square(corners[:, None] - corners[None]).sum(-1) + np.diag([np.inf] * n)
     same = (colors[:, None] == colors[None]).all(-1)
@@ -180,7 +180,7 @@ def test_labels_hide_neither_objects_nor_each_other(n, seed):
 
 
 def pose(names=(), *, scores=None, visible=(1, 1, 1)):
-    """One object of three keypoints that hang one under the other in the middle of a grey image."""
+    """One object of three keypoints that hang one under the other in the middle of a gray image."""
     return Result(
         boxes=np.array([[100, 100, 700, 700]], dtype=np.float32),
         scores=np.array([0.9], dtype=np.float32),
@@ -213,7 +213,7 @@ def test_keypoints_are_drawn_and_joined_where_their_names_are_known(result, poin
     changed = (picture != 90).any(2)
     for y in (200, 300, 400, 500, 600):
         assert changed[y, 400] == (y in (*points, *limbs)), y
-        # In the colour of the object, not white.
+        # In the color of the object, not white.
         if changed[y, 400]:
             assert np.ptp(picture[y, 400]) > 50
     assert changed.sum() < 3000

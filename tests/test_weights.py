@@ -169,11 +169,11 @@ def test_rows_say_what_the_sources_say() -> None:
     assert (mask.source, mask.trained, mask.keypoint_ap) == ("torchvision", True, None)
     assert (mask.box_ap, mask.mask_ap) == (0.474, 0.418)
     assert mask.measured == "COCO-val2017, published by torchvision"
-    assert "not stated by torchvision" in mask.licence
+    assert "not stated by torchvision" in mask.license
     assert rows["keypointrcnn_fpn_r50.tv_coco"].keypoint_ap == 0.65
     nuclei = rows["maskrcnn_a2fpn_lite0.nuclei"]
-    assert (nuclei.source, nuclei.trained, nuclei.licence) == ("embedded", True, "Apache-2.0")
-    assert nuclei.mask_ap == pytest.approx(0.604, abs=1e-3)
+    assert (nuclei.source, nuclei.trained, nuclei.license) == ("embedded", True, "Apache-2.0")
+    assert nuclei.mask_ap == pytest.approx(0.6845, abs=1e-4)
 
 
 def test_grafts_are_not_passed_off_as_trained() -> None:
@@ -324,7 +324,7 @@ def test_published_checkpoints_go_before_grafts(
     monkeypatch.setattr("a2fpn.pretrained.load.download_checkpoint", download)
     digest = read_checkpoint(saved).sha256
     name = "fasterrcnn_a2fpn_lite_r18.coco"
-    row = HubWeights("acme/cells", "c0ffee", digest, Facts({"bbox/ap": 0.4}, licence="Apache-2.0"))
+    row = HubWeights("acme/cells", "c0ffee", digest, Facts({"bbox/ap": 0.4}, license="Apache-2.0"))
     published = {name: row, **PRETRAINED}
     for module in ("a2fpn.pretrained.load.PRETRAINED", "a2fpn.pretrained.catalog.PRETRAINED"):
         monkeypatch.setattr(module, published)
@@ -333,7 +333,7 @@ def test_published_checkpoints_go_before_grafts(
     assert asked == [("acme/cells", "c0ffee", True)]
     (listing,) = a2fpn.list_pretrained(name)
     assert (listing.source, listing.origin, listing.trained) == ("hub", "acme/cells@c0ffee", True)
-    assert (listing.box_ap, listing.licence) == (0.4, "Apache-2.0")
+    assert (listing.box_ap, listing.license) == (0.4, "Apache-2.0")
     published[name] = HubWeights("acme/cells", "c0ffee", "0" * 64, Facts())
     with pytest.raises(
         HubIntegrityError, match=f"'acme/cells' at revision 'c0ffee' is not what .*{digest}, expected 000"
@@ -355,7 +355,7 @@ def test_a_server_that_refuses(status: int, kind: type[Exception], listed: str, 
     assert str(raised.value).startswith(
         "The weights of torchvision's fasterrcnn_tiny_fpn, COCO_V1 are not in torch.hub's"
     )
-    assert f"cannot be downloaded from {listed}: the server answered {status}" in str(raised.value)
+    assert f"could not be downloaded from {listed}: the server answered {status}" in str(raised.value)
     assert str(raised.value).endswith(f"Download this file elsewhere and put it at {file}")
     assert list(home.iterdir()) == []
 
@@ -365,7 +365,7 @@ def test_no_network(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     start = time.perf_counter()
     with pytest.raises(HubOfflineError, match=r"127\.0\.0\.1:9/tiny-00000000\.pth: it cannot be reached .*put it at"):
         a2fpn.from_pretrained(NAME)
-    assert time.perf_counter() - start < 2
+    assert time.perf_counter() - start < 8  # on a busy machine; waiting is 10 seconds and more
 
 
 @pytest.mark.parametrize("how", ["argument", "environment"])
@@ -374,7 +374,7 @@ def test_offline_asks_nobody(how: str, listed: str, site: Site, home: Path, monk
     if how == "environment":
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         options, reason = {}, r"offline mode is on \(HF_HUB_OFFLINE\)"
-    with pytest.raises(HubOfflineError, match=f"cannot be downloaded from {listed}: {reason}"):
+    with pytest.raises(HubOfflineError, match=f"could not be downloaded from {listed}: {reason}"):
         a2fpn.from_pretrained(NAME, **options)
     # A file that was put where the message says is taken.
     home.mkdir(parents=True)
@@ -391,7 +391,7 @@ def test_a_file_with_another_hash_is_fetched_again(listed: str, site: Site, home
     assert a2fpn.from_pretrained(NAME).config.num_classes == 80
     assert len(site.requests) == 1
     (home / name).write_bytes(b"half a file")
-    with pytest.raises(HubOfflineError, match=r"are damaged in torch\.hub's cache, and cannot be downloaded"):
+    with pytest.raises(HubOfflineError, match=r"are damaged in torch\.hub's cache, and could not be downloaded"):
         a2fpn.from_pretrained(NAME, local_files_only=True)
 
 
@@ -409,7 +409,7 @@ def test_a_download_with_another_hash_is_refused(
 
 def test_a_connection_that_breaks_leaves_nothing(listed: str, site: Site, home: Path) -> None:
     site.cut = 1000
-    with pytest.raises((HubIntegrityError, HubServerError), match="cannot be downloaded from"):
+    with pytest.raises((HubIntegrityError, HubServerError), match="could not be downloaded from"):
         a2fpn.from_pretrained(NAME)
     assert list(home.iterdir()) == []
 
@@ -430,15 +430,15 @@ def test_a_full_disk(listed: str, home: Path) -> None:
     said = context.Queue()
     process = context.Process(target=load)
     process.start()
-    assert re.search(r"cannot be downloaded from .*: File too large", said.get(timeout=60))
+    assert re.search(r"could not be downloaded from .*: File too large", said.get(timeout=60))
     process.join()
     assert list(home.iterdir()) == []
 
 
 def test_a_silent_server_is_given_up(listed: str, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(downloads, "PATIENCE", 0.2)
-    site.silence = 1.0
-    with pytest.raises((HubServerError, HubOfflineError), match=r"cannot be downloaded from .*(timed out|Timeout)"):
+    site.silence = 5.0
+    with pytest.raises((HubServerError, HubOfflineError), match=r"could not be downloaded from .*(timed out|Timeout)"):
         a2fpn.from_pretrained(NAME)
 
 

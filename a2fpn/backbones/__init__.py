@@ -3,23 +3,23 @@
 The only part of the package that calls :func:`timm.create_model`.
 """
 
-from a2fpn.backbones.attach import Attachment, UnsupportedBackboneError, find_attachment, list_backbones
+from a2fpn.backbones.attach import BackboneInfo, UnsupportedBackboneError, find_backbone_info, list_backbones
 from a2fpn.backbones.export import export_backbone
 from a2fpn.backbones.names import ALIASES, backbone_module, resolve_backbone_name
-from a2fpn.backbones.pretrained import preprocessing, pretrained_statistics, weights_licence
+from a2fpn.backbones.pretrained import preprocessing, pretrained_statistics, weights_license
 from a2fpn.backbones.timm_backbone import TimmBackbone
 
 __all__ = [
     "ALIASES",
-    "Attachment",
+    "BackboneInfo",
     "TimmBackbone",
     "UnsupportedBackboneError",
     "backbone_module",
     "export_backbone",
-    "find_attachment",
+    "find_backbone_info",
     "list_backbones",
     "preprocessing",
     "pretrained_statistics",
     "resolve_backbone_name",
-    "weights_licence",
+    "weights_license",
 ]

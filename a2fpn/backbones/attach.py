@@ -1,4 +1,4 @@
-"""How each timm architecture becomes maps of declared strides: measured, never believed.
+"""Adaptation of timm architectures to maps of declared strides: measured, never believed.
 
 timm declares strides and channels, but not at which image sizes a network runs, nor what it does to other sizes. So a
 network is built on the meta device, where it costs neither memory nor arithmetic, and run at two sizes. What was found
@@ -49,12 +49,12 @@ _UNKNOWN = "?"
 
 
 class UnsupportedBackboneError(ConfigError):
-    """A network that no way was found to attach, with the reason and some that can be."""
+    """A timm model that cannot serve as a backbone; the message has the reason and similar models that can."""
 
 
 @dataclass(frozen=True)
-class Attachment:
-    """How an architecture becomes maps of declared strides.
+class BackboneInfo:
+    """Maps that an architecture gives, and the adaptations that it needs to give them at declared strides.
 
     Args:
         architecture: timm's name without a tag.
@@ -67,9 +67,9 @@ class Attachment:
         resizable: Whether it can be built for another fixed size.
         channels_last: Whether its maps are ``(B, H, W, C)``.
         resized: Whether its maps are only nearly of their strides, and resized to them.
-        dead: What no map of stride 4 to 32 depends on: modules that are left out, and parameters that are frozen since
-            the network does not run without them. None where nobody looked.
-        dead_from_8: The same for the maps of stride 8 to 32, which one-stage detectors take.
+        unused: Modules that no map of stride 4 to 32 depends on, which are removed, and such parameters, which are
+            frozen since the network does not run without them. None where that was not determined.
+        unused_from_8: The same for the maps of stride 8 to 32, which one-stage detectors take.
         parameters: Parameters, in millions.
         reason: Why it can't be attached; empty if it can.
         timm: Version of timm that this was found with.
@@ -85,14 +85,14 @@ class Attachment:
     resizable: bool = False
     channels_last: bool = False
     resized: bool = False
-    dead: tuple[str, ...] | None = None
-    dead_from_8: tuple[str, ...] | None = None
+    unused: tuple[str, ...] | None = None
+    unused_from_8: tuple[str, ...] | None = None
     parameters: float = 0.0
     reason: str = ""
     timm: str = timm.__version__
 
     @property
-    def how(self) -> str:
+    def adaptations(self) -> str:
         """In words joined by ``+``, of which ``native`` means that nothing had to be done.
 
         ``permuted`` (channels last), ``switched`` (constructor switches), ``padded`` (to more than multiples of 32),
@@ -117,31 +117,33 @@ class Attachment:
         # Of two equally near ones the coarser, which knows more.
         return max(i for i, distance in enumerate(distances) if distance == min(distances))
 
-    def dead_among(self, sources: Collection[int]) -> tuple[str, ...] | None:
-        """``dead`` for maps at the given positions; None where it is not known."""
-        for strides, dead in ((PYRAMID, self.dead), (PYRAMID[1:], self.dead_from_8)):
+    def unused_by(self, sources: Collection[int]) -> tuple[str, ...] | None:
+        """``unused`` for maps at the given positions; None where it is not known."""
+        for strides, unused in ((PYRAMID, self.unused), (PYRAMID[1:], self.unused_from_8)):
             if set(sources) == {self.source(stride) for stride in strides}:
-                return dead
+                return unused
         return None
 
     def to_row(self) -> dict[str, str]:
         """As text for the table."""
         return {
             "architecture": self.architecture,
-            "how": self.how,
+            "adaptations": self.adaptations,
             **{f.name: _text(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "architecture"},
-            **{key: _UNKNOWN for key in ("dead", "dead_from_8") if getattr(self, key) is None},
+            **{key: _UNKNOWN for key in ("unused", "unused_from_8") if getattr(self, key) is None},
         }
 
     @classmethod
-    def from_row(cls, row: Mapping[str, str]) -> Attachment:
+    def from_row(cls, row: Mapping[str, str]) -> BackboneInfo:
         """Back from :meth:`to_row`; columns that are not its own are left alone."""
         readers: dict[str, Callable[[str], Any]] = {
             "options": json.loads,
             "divisor": int,
             "parameters": float,
             "size": lambda text: int(text) if text else None,
-            **dict.fromkeys(("dead", "dead_from_8"), lambda text: None if text == _UNKNOWN else tuple(text.split())),
+            **dict.fromkeys(
+                ("unused", "unused_from_8"), lambda text: None if text == _UNKNOWN else tuple(text.split())
+            ),
             **dict.fromkeys(("resizable", "channels_last", "resized"), "True".__eq__),
             **dict.fromkeys(("strides", "channels", "indices"), lambda text: tuple(map(int, text.split()))),
         }
@@ -155,10 +157,10 @@ def _text(value: Any) -> str:
 
 
 @functools.cache
-def read_table() -> dict[str, Attachment]:
+def read_table() -> dict[str, BackboneInfo]:
     """The shipped table by architecture."""
     text = importlib.resources.files("a2fpn").joinpath(TABLE).read_text(encoding="utf-8")
-    return {row["architecture"]: Attachment.from_row(row) for row in csv.DictReader(text.splitlines())}
+    return {row["architecture"]: BackboneInfo.from_row(row) for row in csv.DictReader(text.splitlines())}
 
 
 def list_backbones(pattern: str = "", *, pyramid: bool = False) -> list[str]:
@@ -185,14 +187,14 @@ def list_backbones(pattern: str = "", *, pyramid: bool = False) -> list[str]:
 
 
 @functools.cache
-def find_attachment(architecture: str) -> Attachment:
-    """How an architecture is attached: from the table, or probed if timm is not the version that the table is of.
+def find_backbone_info(architecture: str) -> BackboneInfo:
+    """Return how an architecture is adapted: from the table, or probed for another version of timm than the table's.
 
     Raises:
         UnsupportedBackboneError: If there is no way, with the reason and three near architectures that work.
 
     Example:
-        >>> find_attachment("test_vit").how, find_attachment("test_vit").strides
+        >>> find_backbone_info("test_vit").adaptations, find_backbone_info("test_vit").strides
         ('simple_fpn', (16,))
     """
     found = read_table().get(architecture)
@@ -206,12 +208,12 @@ def find_attachment(architecture: str) -> Attachment:
     return found
 
 
-def probe(architecture: str) -> Attachment:
-    """Finds out how an architecture is attached; ``reason`` says why if it can't be.
+def probe(architecture: str) -> BackboneInfo:
+    """Find out how an architecture is attached; ``reason`` says why if it can't be.
 
     Example:
         >>> found = probe("test_resnet")
-        >>> found.strides, found.divisor, found.how
+        >>> found.strides, found.divisor, found.adaptations
         ((2, 4, 8, 16, 32), 1, 'native')
     """
     try:
@@ -227,7 +229,7 @@ class _NeedsValuesError(Exception):
 
 @dataclass(frozen=True)
 class _Maps:
-    """What a network gave at one or more sizes.
+    """Strides and channels of a network's maps at one or more image sizes.
 
     ``strides`` are to the nearest power of two, ``ratios`` as they are. ``exact`` maps have sizes by these strides,
     ``even`` ones keep their ratios at every size.
@@ -251,10 +253,10 @@ class _Probe:
         self.native = 224 if config is None else max(config.input_size[1:])
         self.reasons: list[str] = []
 
-    def run(self) -> Attachment:
+    def run(self) -> BackboneInfo:
         body = self._build({})
         if body is None:
-            return Attachment(self.architecture, reason=self.reasons[0])
+            return BackboneInfo(self.architecture, reason=self.reasons[0])
         every = feature_info(body).get_dicts(idx=list(range(len(feature_info(body)))))
         # timm can't take a map that no module gives.
         indices = tuple(i for i, level in enumerate(every) if level["module"])
@@ -264,12 +266,12 @@ class _Probe:
         patch = _PATCH_16 if len(set(reductions)) == 1 and reductions[0] in (12, 14) else ()
         found = self._free_size(indices, (*patch, *_SWITCHES)) or self._fixed_size(indices)
         if found is None:
-            return Attachment(self.architecture, reason=self.reasons[-1])
+            return BackboneInfo(self.architecture, reason=self.reasons[-1])
         return dataclasses.replace(found, parameters=round(sum(p.numel() for p in body.parameters()) / 1e6, 3))
 
-    def _free_size(self, indices: tuple[int, ...], switches: Sequence[dict[str, Any]]) -> Attachment | None:
+    def _free_size(self, indices: tuple[int, ...], switches: Sequence[dict[str, Any]]) -> BackboneInfo | None:
         bodies: dict[int, nn.Module | None] = {}
-        nearly: Attachment | None = None
+        nearly: BackboneInfo | None = None
         evenly = False
         common = list(itertools.product(_DIVISORS, range(len(switches))))
         rare = [(divisor, i) for i in range(len(switches)) for divisor in _RARE_DIVISORS]
@@ -285,12 +287,12 @@ class _Probe:
                 # Padding may make it exact.
                 continue
             if maps is not None and (maps.exact or maps.even or nearly is None):
-                nearly, evenly = self._attachment(maps, indices, options=switches[i], divisor=divisor), maps.even
+                nearly, evenly = self._info(maps, indices, options=switches[i], divisor=divisor), maps.even
                 if maps.exact:
                     break
         return nearly
 
-    def _fixed_size(self, indices: tuple[int, ...]) -> Attachment | None:
+    def _fixed_size(self, indices: tuple[int, ...]) -> BackboneInfo | None:
         body = self._build({"out_indices": indices})
         maps = None if body is None else self._measure(body, [(self.native, self.native)])
         if maps is None:
@@ -298,15 +300,15 @@ class _Probe:
         double = 2 * self.native
         larger = self._build({"out_indices": indices, "img_size": double})
         again = None if larger is None else self._measure(larger, [(double, double)])
-        found = self._attachment(maps, indices, divisor=self.native)
+        found = self._info(maps, indices, divisor=self.native)
         return dataclasses.replace(
             found, size=self.native, resizable=again is not None and again.strides == maps.strides
         )
 
-    def _attachment(self, maps: _Maps, indices: tuple[int, ...], **options: Any) -> Attachment:
+    def _info(self, maps: _Maps, indices: tuple[int, ...], **options: Any) -> BackboneInfo:
         # The deepest map of each stride.
         last = {stride: i for i, stride in enumerate(maps.strides)}
-        return Attachment(
+        return BackboneInfo(
             self.architecture,
             strides=tuple(last),
             channels=tuple(maps.channels[i] for i in last.values()),
@@ -347,7 +349,7 @@ class _Probe:
 
     @contextlib.contextmanager
     def _noted(self, what: str) -> Iterator[None]:
-        """Swallows what a network raises: any exception may come from code that was made for another size."""
+        """Swallow what a network raises: any exception may come from code that was made for another size."""
         try:
             yield
         except _NeedsValuesError:
@@ -391,5 +393,5 @@ def measure(maps: Sequence[Tensor], size: tuple[int, int], channels: Sequence[in
 
 
 def feature_info(body: nn.Module) -> FeatureInfo:
-    """What timm declares of a network's maps, with the type that ``nn.Module`` hides."""
+    """Return timm's description of a network's maps, with the type that ``nn.Module`` hides."""
     return typing.cast(FeatureInfo, body.feature_info)

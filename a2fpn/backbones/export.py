@@ -22,7 +22,7 @@ _logger = logging.getLogger(__name__)
 def export_backbone(
     backbone: TimmBackbone, directory: str | Path, *, preprocess: PreprocessConfig | None = None
 ) -> Path:
-    """Writes ``config.json`` and ``model.safetensors`` in timm's own form, without this package's necks and heads.
+    """Write ``config.json`` and ``model.safetensors`` in timm's own form, without this package's necks and heads.
 
     ``timm.create_model("local-dir:DIRECTORY", pretrained=True, features_only=True)`` then gives the same maps; after
     ``hf upload org/name DIRECTORY`` so does ``hf-hub:org/name``. Layers that a detector has no use for, such as a last

@@ -1,4 +1,4 @@
-"""Which parts of a network are trained, and which of its parameters matter at all."""
+"""Freezing of parts of a network, and removal of parameters that no output depends on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Norm = Literal["bn", "frozen", "sync", "gn"]
 
 
 def convert_norms(body: nn.Module, norm: Norm) -> nn.Module:
-    """Turns the batch norms of a network into another kind.
+    """Turn the batch norms of a network into another kind.
 
     By timm's own converters, since torch's drop the activations that timm's norms hold. Other norms stay as they are.
 
@@ -92,7 +92,7 @@ def _leaves(x: Tensor) -> set[nn.Parameter]:
 
 
 def freeze_parameters(module: nn.Module, parameters: Collection[nn.Parameter]) -> Iterator[nn.Module]:
-    """Stops the training of parameters.
+    """Stop the training of parameters.
 
     Args:
         module: Where they are.
@@ -113,41 +113,41 @@ def freeze_parameters(module: nn.Module, parameters: Collection[nn.Parameter]) -
         yield from freeze_parameters(child, parameters)
 
 
-def drop_dead(body: nn.Module, run: Callable[[], list[Tensor]]) -> tuple[str, ...]:
-    """Takes parameters out of a network that none of its maps depends on, heads and last norms above all.
+def drop_unused(body: nn.Module, run: Callable[[], list[Tensor]]) -> tuple[str, ...]:
+    """Remove parameters that none of a network's maps depends on, heads and last norms above all.
 
-    A module that holds nothing else is left out; where the network can't run without it, and for single parameters,
-    training is stopped instead.
+    A module that holds nothing else is removed. Where the network can't run without it, its parameters are frozen
+    instead, as single parameters are.
 
     Args:
         body: The network; it is changed.
         run: Runs it, in evaluation mode and with gradients, and gives its maps.
 
     Returns:
-        Names of the modules that are left out and of the parameters that are frozen, for :func:`leave_out`.
+        Names of the removed modules and of the frozen parameters, for :func:`drop_modules`.
     """
     maps = run()
     alive = set().union(*contributors(maps))
-    dead = {parameter for parameter in body.parameters() if parameter.requires_grad} - alive
+    unused = {parameter for parameter in body.parameters() if parameter.requires_grad} - alive
     shapes = [x.shape for x in maps]
-    left_out = []
-    # From the last on, since what follows wants the channels of what is left out.
-    for name in reversed(list(_dead_modules(body, dead))):
+    removed = []
+    # From the last on: later modules expect the channels of removed ones.
+    for name in reversed(list(_unused_modules(body, unused))):
         parent, _, child = name.rpartition(".")
         holder = body.get_submodule(parent)
         module = getattr(holder, child)
         setattr(holder, child, nn.Identity())
         if _runs(run, shapes):
-            left_out.append(name)
+            removed.append(name)
         else:
             setattr(holder, child, module)
-    names = (*left_out, *(name for name, parameter in body.named_parameters() if parameter in dead))
-    leave_out(body, names)
+    names = (*removed, *(name for name, parameter in body.named_parameters() if parameter in unused))
+    drop_modules(body, names)
     return names
 
 
-def leave_out(body: nn.Module, names: Iterable[str]) -> None:
-    """Takes modules out of a network, and stops the training of parameters.
+def drop_modules(body: nn.Module, names: Iterable[str]) -> None:
+    """Remove modules from a network, and freeze parameters.
 
     Args:
         body: The network; it is changed.
@@ -155,7 +155,7 @@ def leave_out(body: nn.Module, names: Iterable[str]) -> None:
 
     Example:
         >>> body = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-        >>> leave_out(body, ["1", "0.bias"])
+        >>> drop_modules(body, ["1", "0.bias"])
         >>> body[1], body[0].bias.requires_grad
         (Identity(), False)
     """
@@ -169,13 +169,13 @@ def leave_out(body: nn.Module, names: Iterable[str]) -> None:
             part.requires_grad_(False)
 
 
-def _dead_modules(module: nn.Module, dead: Collection[nn.Parameter], prefix: str = "") -> Iterator[str]:
+def _unused_modules(module: nn.Module, unused: Collection[nn.Parameter], prefix: str = "") -> Iterator[str]:
     for name, child in module.named_children():
         own = list(child.parameters())
-        if own and all(parameter in dead for parameter in own):
+        if own and all(parameter in unused for parameter in own):
             yield prefix + name
         elif own:
-            yield from _dead_modules(child, dead, f"{prefix}{name}.")
+            yield from _unused_modules(child, unused, f"{prefix}{name}.")
 
 
 def _runs(run: Callable[[], list[Tensor]], shapes: list[torch.Size]) -> bool:

@@ -18,7 +18,7 @@ from timm.models import load_state_dict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from a2fpn.backbones.attach import PYRAMID, Attachment, find_attachment
+from a2fpn.backbones.attach import PYRAMID, BackboneInfo, find_backbone_info
 from a2fpn.backbones.names import resolve_backbone_name
 from a2fpn.config import BackboneConfig
 from a2fpn.errors import ConfigError, MissingFileError
@@ -31,7 +31,7 @@ _PERMISSIVE = {"apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0"}
 
 
 def create_with_weights(name: str, weights: str | Path | None, options: dict[str, Any]) -> nn.Module:
-    """Builds a network with timm's weights, or those of a local file.
+    """Build a network with timm's weights, or those of a local file.
 
     timm adapts them to other image channels, and those of most families to switches of the constructor; position
     embeddings, tables of attention biases and patches that it leaves as they are, are resized here.
@@ -77,7 +77,7 @@ def _load(name: str, source: dict[str, Any], options: dict[str, Any]) -> nn.Modu
 
 
 def _resized(name: str, x: Tensor, shape: torch.Size) -> Tensor:
-    """Interpolates a parameter that holds one value per position.
+    """Interpolate a parameter that holds one value per position.
 
     The positions are two axes, or one: a grid row by row behind what belongs to no position (class tokens), or a line.
 
@@ -115,7 +115,7 @@ def _interpolated(x: Tensor, size: list[int], *, align_corners: bool = False) ->
 
 
 def _create_from_file(name: str, weights: Path, options: dict[str, Any]) -> nn.Module:
-    """Makes sure that the weights arrived.
+    """Make sure that the weights arrived.
 
     timm loads feature extractors without looking at what is missing, since the classifier always is. Its loaders may
     also rename and reshape. So what is compared is what the tensors hold, not what they are called.
@@ -150,14 +150,14 @@ def pretrained_statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ..
     return tuple(config.mean), tuple(config.std)
 
 
-def preprocessing(config: BackboneConfig, *, attachment: Attachment | None = None) -> dict[str, Any]:
-    """What a backbone wants of the images, as fields of :class:`a2fpn.config.PreprocessConfig`.
+def preprocessing(config: BackboneConfig, *, info: BackboneInfo | None = None) -> dict[str, Any]:
+    """Return the preprocessing of a backbone's weights, as fields of :class:`a2fpn.config.PreprocessConfig`.
 
     Statistics and interpolation are those of its weights; sizes are those that it runs at.
 
     Args:
         config: The backbone.
-        attachment: How it is attached, if that is known better than from the table.
+        info: Its maps and adaptations, if they are known better than from the table.
 
     Example:
         >>> preprocessing(BackboneConfig("lite0"))
@@ -166,7 +166,7 @@ def preprocessing(config: BackboneConfig, *, attachment: Attachment | None = Non
         224
     """
     name = resolve_backbone_name(config.name)
-    weights, found = timm.get_pretrained_cfg(name), attachment or find_attachment(name.partition(".")[0])
+    weights, found = timm.get_pretrained_cfg(name), info or find_backbone_info(name.partition(".")[0])
     wanted: dict[str, Any] = {}
     if weights is not None and weights.interpolation in ("bilinear", "bicubic"):
         wanted["interpolation"] = weights.interpolation
@@ -180,24 +180,24 @@ def preprocessing(config: BackboneConfig, *, attachment: Attachment | None = Non
     return wanted
 
 
-def weights_licence(name: str) -> str | None:
-    """Licence of a network's weights as timm states it, None where it states none; a restrictive one is said once.
+def weights_license(name: str) -> str | None:
+    """License of a network's weights as timm states it, None where it states none; a restrictive one is said once.
 
     Example:
-        >>> weights_licence("r50")
+        >>> weights_license("r50")
         'bsd-3-clause'
     """
     config = timm.get_pretrained_cfg(resolve_backbone_name(name))
-    licence = None if config is None else config.license
-    if licence not in _PERMISSIVE:
-        _say_licence(name, licence)
-    return licence
+    license = None if config is None else config.license
+    if license not in _PERMISSIVE:
+        _say_license(name, license)
+    return license
 
 
 @functools.cache
-def _say_licence(name: str, licence: str | None) -> None:
+def _say_license(name: str, license: str | None) -> None:
     _logger.warning(
         "The weights of backbone %s are under %s: read it before you use or publish what comes of them.",
         name,
-        f"the licence {licence!r}" if licence else "no licence that timm knows",
+        f"the license {license!r}" if license else "no license that timm knows",
     )

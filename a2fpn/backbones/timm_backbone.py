@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from a2fpn.backbones.attach import PYRAMID, Attachment, feature_info, find_attachment
-from a2fpn.backbones.freezing import contributors, convert_norms, drop_dead, freeze_parameters, leave_out
+from a2fpn.backbones.attach import PYRAMID, BackboneInfo, feature_info, find_backbone_info
+from a2fpn.backbones.freezing import contributors, convert_norms, drop_modules, drop_unused, freeze_parameters
 from a2fpn.backbones.names import resolve_backbone_name
 from a2fpn.backbones.pretrained import create_with_weights
 from a2fpn.config import STAGES, BackboneConfig
@@ -35,7 +35,7 @@ class TimmBackbone(nn.Module):
 
     Strides that the network has no map of are made from the nearest one it has: finer ones by transposed convolutions,
     coarser ones by max pooling. Where it has one stride only, as plain vision transformers do, each level also gets a
-    norm, since these maps are sums that nothing normalised; this is the pyramid of Li et al. (ECCV 2022) without its
+    norm, since these maps are sums that nothing normalized; this is the pyramid of Li et al. (ECCV 2022) without its
     last convolutions, which the neck has.
 
     Args:
@@ -43,13 +43,13 @@ class TimmBackbone(nn.Module):
         pretrained: Whether to load its weights through timm.
         weights: A local weights file that timm's loader reads instead of downloading.
         strides: The strides wanted, increasing; None takes those of the config.
-        attachment: How the network is attached; None looks it up.
+        info: Maps and adaptations of the network; None looks them up.
 
     Attributes:
-        attachment: How the network is attached.
+        info: Maps and adaptations of the network.
         body: timm's network.
-        left_out: Names of the modules of it that no map depends on, and of parameters, which are frozen then.
-        made: The modules that make the levels that it doesn't have.
+        unused: Names of removed modules and frozen parameters that no output depends on.
+        made: Modules that make missing levels.
         out_spec: Names, channels and strides of the maps.
 
     Raises:
@@ -76,12 +76,12 @@ class TimmBackbone(nn.Module):
         pretrained: bool = False,
         weights: str | Path | None = None,
         strides: Sequence[int] | None = None,
-        attachment: Attachment | None = None,
+        info: BackboneInfo | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.name = resolve_backbone_name(config.name)
-        self.attachment = found = attachment or find_attachment(self.name.partition(".")[0])
+        self.info = found = info or find_backbone_info(self.name.partition(".")[0])
         self._size = self._fixed_size()
         strides = tuple(config.strides if strides is None else strides)
         if not strides:
@@ -115,12 +115,12 @@ class TimmBackbone(nn.Module):
             for module in self.body.modules():
                 if isinstance(module, _BatchNorm):
                     module.eps = config.norm_eps
-        dead = None if config.taps else found.dead_among(sources)
-        if dead is None:
-            dead = drop_dead(self.body, self._example)
+        unused = None if config.taps else found.unused_by(sources)
+        if unused is None:
+            unused = drop_unused(self.body, self._example)
         else:
-            leave_out(self.body, dead)
-        self.left_out = dead
+            drop_modules(self.body, unused)
+        self.unused = unused
         self.body = convert_norms(self.body, config.norm)
         self._frozen: list[nn.Module] = []
         if config.norm == "frozen":
@@ -132,10 +132,10 @@ class TimmBackbone(nn.Module):
             self._checkpoint()
 
     def _make_levels(self, strides: Sequence[int], channels: Sequence[int]) -> PyramidSpec:
-        """Fills ``made`` with what makes the levels of maps with so many channels."""
+        """Fill ``made`` with what makes the levels of maps with so many channels."""
         out_channels = [channels[source] for source in self._sources]
-        # One level alone is for a neck that makes the others, and normalises.
-        norm = len(self.attachment.strides) == 1 and len(strides) > 1 and not self.config.taps
+        # One level alone is for a neck that makes the others, and normalizes.
+        norm = len(self.info.strides) == 1 and len(strides) > 1 and not self.config.taps
         for i, (stride, source) in enumerate(zip(strides, self._sources, strict=True)):
             modules, out_channels[i] = resample(out_channels[i], self._own_strides[source], stride)
             if norm:
@@ -146,7 +146,7 @@ class TimmBackbone(nn.Module):
 
     def _fixed_size(self) -> int | None:
         """Side of the only image that the network takes, None for any."""
-        found, wanted = self.attachment, self.config.image_size
+        found, wanted = self.info, self.config.image_size
         if found.size is None:
             if wanted is not None:
                 raise ConfigError(
@@ -169,8 +169,8 @@ class TimmBackbone(nn.Module):
         return size
 
     def _switches(self) -> dict[str, Any]:
-        resized = self._size not in (None, self.attachment.size)
-        return {**self.attachment.options, **({"img_size": self._size} if resized else {})}
+        resized = self._size not in (None, self.info.size)
+        return {**self.info.options, **({"img_size": self._size} if resized else {})}
 
     def _freeze(self, parameters: set[nn.Parameter]) -> None:
         self._frozen += freeze_parameters(self.body, parameters)
@@ -180,7 +180,7 @@ class TimmBackbone(nn.Module):
         named = dict(self.body.named_parameters())
         if stages == STAGES:
             return set(named.values())
-        reached = self._reached() if set(PYRAMID) <= set(self.attachment.strides) else {}
+        reached = self._reached() if set(PYRAMID) <= set(self.info.strides) else {}
         if reached and all(fine <= coarse for fine, coarse in itertools.pairwise(reached.values())):
             names = set().union(*(found for stride, found in reached.items() if stride <= 1 << stages))
         else:
@@ -192,7 +192,7 @@ class TimmBackbone(nn.Module):
 
     def _reached(self) -> dict[int, set[str]]:
         """Per stride of all maps that the network has, the names of the parameters behind the map."""
-        found = self.attachment
+        found = self.info
         # The body makes only the maps that were asked for. Recurrent layers would be unrolled on the meta device, for
         # minutes.
         recurrent = any(isinstance(module, nn.RNNBase) for module in self.body.modules())
@@ -266,7 +266,7 @@ class TimmBackbone(nn.Module):
         return ids | {f"made.{name}": len(order) for name, _ in self.made.named_parameters()}
 
     def train(self, mode: bool = True) -> TimmBackbone:
-        """Sets training mode everywhere but in the frozen part."""
+        """Set training mode everywhere but in the frozen part."""
         super().train(mode)
         for module in self._frozen:
             module.eval()
@@ -283,7 +283,7 @@ class TimmBackbone(nn.Module):
         if padded != (height, width):
             x = F.pad(x, (0, padded[1] - width, 0, padded[0] - height))
         maps = self._run(self.body, x.contiguous() if self._needs_channels_first else x)
-        if self.attachment.resized and not self.config.taps:
+        if self.info.resized and not self.config.taps:
             maps = [
                 F.interpolate(y, size=level_size(padded, stride), mode="bilinear", align_corners=False)
                 for y, stride in zip(maps, self._own_strides, strict=True)
@@ -302,7 +302,7 @@ class TimmBackbone(nn.Module):
         Raises:
             ValueError: If the network has a fixed size that the image passes.
         """
-        divisor = self.attachment.divisor
+        divisor = self.info.divisor
         if self._size is None:
             return (
                 (height, width) if divisor == 1 else (-(-height // divisor) * divisor, -(-width // divisor) * divisor)
@@ -317,11 +317,11 @@ class TimmBackbone(nn.Module):
     def _run(self, body: nn.Module, x: Tensor) -> list[Tensor]:
         tapped = self.config.taps and body is self.body
         maps = _run_tapped(body, x, self.config.taps) if tapped else list(body(x))
-        return [y.permute(0, 3, 1, 2) for y in maps] if self.attachment.channels_last else maps
+        return [y.permute(0, 3, 1, 2) for y in maps] if self.info.channels_last else maps
 
 
 def _run_tapped(body: nn.Module, x: Tensor, taps: Sequence[str]) -> list[Tensor]:
-    """What modules of a network give on the way."""
+    """Run a network and return the outputs of the named modules."""
     maps: list[Tensor] = []
     # Hooks that outlived the call would still feed this list from a deep copy of the network.
     with contextlib.ExitStack() as stack:
@@ -337,7 +337,10 @@ def _run_tapped(body: nn.Module, x: Tensor, taps: Sequence[str]) -> list[Tensor]
 
 
 def _crashes_channels_last(module: nn.Module) -> bool:
-    """Whether torch 2.15 may crash on a CPU: with few channels laid out last, such a gradient writes astray."""
+    """Return whether channels_last must be avoided.
+
+    torch 2.15's CPU backward pass of strided 1x1 convolutions with fewer than 16 input channels corrupts memory.
+    """
     return (
         isinstance(module, nn.Conv2d)
         and module.kernel_size == (1, 1)
@@ -347,7 +350,7 @@ def _crashes_channels_last(module: nn.Module) -> bool:
 
 
 def _move_strides(body: nn.Module, name: str) -> None:
-    """Gives the strides of bottlenecks to their first convolution, as in Caffe's ResNets."""
+    """Give the strides of bottlenecks to their first convolution, as in Caffe's ResNets."""
     blocks = [module for module in body.modules() if isinstance(module, Bottleneck)]
     if not blocks:
         raise ConfigError(f"Backbone {name!r} has no ResNet bottlenecks; leave stride_in_1x1 at False.")

@@ -17,7 +17,7 @@ from a2fpn.cli.check_data import check_data
 from a2fpn.cli.compare import compare, gallery
 from a2fpn.cli.count import calibrate, count
 from a2fpn.cli.demo import demo
-from a2fpn.cli.door import SETTINGS, Debug, Door
+from a2fpn.cli.door import SETTINGS, Debug, Door, prepare_streams
 from a2fpn.cli.evaluate import evaluate
 from a2fpn.cli.info import info
 from a2fpn.cli.list_names import list_names
@@ -29,11 +29,12 @@ app = typer.Typer(name="a2fpn", cls=Door, **SETTINGS)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command line and exits.
+    """Run the command line and exit.
 
     Args:
         argv: Arguments without the program's name; None takes ``sys.argv``.
     """
+    prepare_streams()
     app(args=argv, prog_name="a2fpn")
 
 

@@ -18,8 +18,9 @@ from a2fpn.errors import ConfigError
 if TYPE_CHECKING:
     pass
 
-
 T = TypeVar("T")
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def check_data(
@@ -31,6 +32,12 @@ def check_data(
     against: Annotated[
         Path | None, typer.Option(help="The other split, say of validation: classes must agree.", metavar="JSON")
     ] = None,
+    duplicates: Annotated[
+        bool,
+        typer.Option(
+            "--duplicates", help="With --images and --against: look for images of both that are nearly the same."
+        ),
+    ] = False,
     model: Annotated[
         str | None,
         typer.Option(
@@ -76,6 +83,10 @@ def check_data(
 
     if plot is not None and images is None:
         raise ConfigError("--plot draws on the images: give --images too.")
+    if plot is not None and plot.suffix.lower() not in PICTURES:
+        raise ConfigError(f"--plot {plot}: expected a name that ends in {', '.join(PICTURES)}.")
+    if duplicates and (images is None or against is None):
+        raise ConfigError("--duplicates compares the images of two splits: give --images and --against too.")
     facts = _model_facts(model, min_size, max_size)
     with progress_bar() as progress:
 
@@ -89,6 +100,7 @@ def check_data(
             sample=sample,
             decode=decode,
             examples=12 if plot else 0,
+            duplicates=duplicates,
             track=track,
             **facts,
         )
@@ -109,7 +121,7 @@ def check_data(
 
 
 def _model_facts(name: str | None, min_size: int | None, max_size: int | None) -> dict[str, Any]:
-    """What a check of data needs to know of a model, as arguments of :func:`a2fpn.data.check_data`."""
+    """Return the arguments of :func:`a2fpn.data.check_data` that depend on a model."""
     import a2fpn
     from a2fpn.config import PreprocessConfig
     from a2fpn.heads import StrideAnchors

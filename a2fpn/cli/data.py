@@ -1,4 +1,4 @@
-"""``a2fpn data shard``."""
+"""``a2fpn data``: data sets brought into shape, and into shards."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
+from a2fpn.cli import data_sets
 from a2fpn.cli.door import SETTINGS, Debug, Door
 from a2fpn.errors import ConfigError
 
@@ -19,7 +20,7 @@ app = typer.Typer(name="data", cls=Door, **SETTINGS)
 
 
 def parse_size(text: str) -> int:
-    """Reads a size in bytes.
+    """Read a size in bytes.
 
     Raises:
         ValueError: If it is none.
@@ -108,3 +109,6 @@ def _check(location: str, bar: Progress) -> None:
     typer.echo(f"{location}: {shards} shards, {problems} of them damaged")
     if problems:
         raise typer.Exit(1)
+
+
+data_sets.register(app)

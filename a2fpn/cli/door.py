@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -21,6 +22,13 @@ SETTINGS: dict[str, Any] = {
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of every error (also A2FPN_DEBUG=1).")]
 
 
+def prepare_streams() -> None:
+    """Let text pass that the encoding of the terminal can't write: such characters become question marks."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not those of a test or a notebook
+            stream.reconfigure(errors="replace")
+
+
 class Door(TyperGroup):
     """Commands that end in one line and exit code 2 for errors about input; other errors keep their traceback.
 
@@ -28,7 +36,7 @@ class Door(TyperGroup):
     """
 
     def invoke(self, ctx: Any) -> Any:
-        """Runs the command; the outermost group turns errors into lines."""
+        """Run the command; the outermost group turns errors into lines."""
         if ctx.params.get("debug"):
             ctx.meta["a2fpn.debug"] = True
         try:

@@ -126,7 +126,7 @@ def evaluate(
         ),
     ] = None,
     backend: Annotated[
-        Literal["auto", "hotcoco", "faster-coco-eval", "pycocotools"],
+        Literal["auto", "hotcoco", "pycocotools"],
         typer.Option(help="What counts: by default hotcoco. All agree; pycocotools is the reference, and slow."),
     ] = "auto",
 ) -> None:
@@ -205,7 +205,7 @@ def open_annotated(detector: Detector, images: Path, annotations: Path) -> CocoD
 
 
 def predict_annotated(predictor: Predictor, dataset: CocoDataset, images: Path) -> Iterator[dict[str, Any]]:
-    """What is found in the images of a data set, as COCO results; classes that it lacks are left out."""
+    """Predict the images of a data set as COCO results; classes that it lacks are dropped."""
     from a2fpn.data import read_image
 
     predictor.categories = dataset.categories

@@ -13,7 +13,7 @@ import typer
 
 import a2fpn
 from a2fpn.backbones import export_backbone
-from a2fpn.cli.door import SETTINGS, Debug, Door
+from a2fpn.cli.door import SETTINGS, Debug, Door, prepare_streams
 from a2fpn.cli.evaluate import open_annotated, predict_annotated
 from a2fpn.cli.options import build_predictor, load_detector
 from a2fpn.convert import from_detectron2, from_mmdet, from_torchvision, load_torchvision, read_state_dict
@@ -38,11 +38,12 @@ RepoName = Annotated[str, typer.Option(help="The repository on the Hub.", metava
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command line and exits.
+    """Run the command line and exit.
 
     Args:
         argv: Arguments without the program's name; None takes ``sys.argv``.
     """
+    prepare_streams()
     app(args=argv, prog_name="python -m hub")
 
 
@@ -95,7 +96,7 @@ def convert(
 ) -> None:
     """Turn the weights of another framework into a checkpoint folder; no code of the file is run.
 
-    What was torchvision's is run on both sides, and an error if the two differ. For the others
+    Torchvision conversions are verified: both models run on a random image, and a mismatch is an error. For the others
     `python -m benchmarks.parity` does that where they are installed.
     """
     if (output / CONFIG_FILE).exists():
@@ -120,7 +121,7 @@ def convert(
 
 @torch.no_grad()
 def _compare(theirs: Any, ours: a2fpn.Detector) -> str:
-    """Runs both on a random image that neither resizes.
+    """Run both on a random image that neither resizes.
 
     Raises:
         ValueError: If they differ by more than rounding.

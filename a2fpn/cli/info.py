@@ -39,7 +39,7 @@ def info(
     detector = a2fpn.from_pretrained(folder) if folder.is_dir() else a2fpn.create_model(model).eval()
     config = detector.config
     preprocess = config.preprocess
-    categories = [category.name for category in config.labelled_categories]
+    categories = [category.name for category in config.labeled_categories]
     facts = {
         "detector": config.detector,
         "neck": f"{config.neck.name} {as_text(config.neck.args)}",
@@ -58,7 +58,7 @@ def info(
             "weights": row.origin,
             "kind": "trained" if row.trained else "grafted, to be fine-tuned",
             "AP": f"{', '.join(filter(None, ap_columns(row)))} ({row.measured})",
-            "licence": row.licence,
+            "license": row.license,
         }
     console = Console()
     grid = Table.grid(padding=(0, 2))

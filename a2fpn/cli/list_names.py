@@ -26,7 +26,7 @@ def list_names(
     Example: `a2fpn list "maskrcnn_a2fpn_*"`
 
     With `--pretrained` each line also says where the weights come from, whether they were trained as they are or
-    grafted on another neck (to be fine-tuned), their AP on the data of their source, and their licence.
+    grafted on another neck (to be fine-tuned), their AP on the data of their source, and their license.
 
     The backbone may also be any other model of timm, written out: `maskrcnn_a2fpn_convnext_small.fb_in22k`.
     """
@@ -48,4 +48,4 @@ def ap_columns(row: PretrainedModel) -> list[str]:
 
 
 def _pretrained_line(row: PretrainedModel) -> list[str]:
-    return [row.name, row.source, "trained" if row.trained else "grafted", *ap_columns(row), f"licence: {row.licence}"]
+    return [row.name, row.source, "trained" if row.trained else "grafted", *ap_columns(row), f"license: {row.license}"]

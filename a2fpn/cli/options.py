@@ -81,7 +81,7 @@ def load_detector(source: str) -> Detector:
 
 
 def build_predictor(detector: Detector, device: str | None, *, optimize: bool, dtype: str, **options: Any) -> Predictor:
-    """The detector, optimised if that is wanted, with the options of a command."""
+    """The detector, optimized if that is wanted, with the options of a command."""
     import a2fpn
 
     where = pick_device(device)
@@ -97,7 +97,7 @@ def pick_device(name: str | None) -> torch.device:
     """The device of that name, or the best there is."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # meta tensors have no values
     except (AssertionError, NotImplementedError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         raise ConfigError(f"--device {name} can't be used here ({reason}); leave it out, or say cpu.") from error

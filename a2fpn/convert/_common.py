@@ -1,4 +1,4 @@
-"""What the converters of foreign state dicts share: reading files safely, names one by one, classes in our order."""
+"""Common parts of the converters: safe reading of files, renaming of tensors, classes in our order."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _TRACKED = ".num_batches_tracked"
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Reads a state dict from a file of a foreign framework, without running any code of it.
+    """Read a state dict from a file of a foreign framework, without running any code of it.
 
     Args:
         path: ``.pth``, ``.pt``, ``.bin`` or ``.ckpt``, read by ``torch.load(weights_only=True)``; ``.pkl``, a pickle
@@ -77,7 +77,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
 
 def load_array_pickle(path: str | Path) -> Any:
-    """Reads a pickle that holds nothing but numpy arrays, text, numbers and containers of them.
+    """Read a pickle that holds nothing but numpy arrays, text, numbers and containers of them.
 
     No name in the pickle is ever looked up: the few that numpy writes for an array stand for functions of this
     module, which make tensors, and any other is an error.
@@ -137,7 +137,7 @@ class _DType:
 
 @dataclass(frozen=True)
 class _Meaning:
-    """What stands for a name of numpy's: it can be called, and nothing else can be done to it."""
+    """Inert stand-in for a name of numpy's: it can be called, and nothing else can be done to it."""
 
     call: Callable[..., Any]
 
@@ -201,7 +201,7 @@ def _tensors(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a framework names and orders what a detector of ours holds.
+    """Names and order of a framework's tensors, relative to ours.
 
     Args:
         framework: Its name in messages.
@@ -218,7 +218,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Pixels:
-    """What the source's network takes for an image.
+    """Pixel format that the source's network expects.
 
     Args:
         mean: Per channel in the source's order, in 0..255.
@@ -239,7 +239,7 @@ class Pixels:
 def convert(
     state: Mapping[str, Tensor], name: str, layout: Layout, pixels: Pixels, overrides: Mapping[str, Any]
 ) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Turns a foreign state dict into a configuration and a state dict of ours.
+    """Turn a foreign state dict into a configuration and a state dict of ours.
 
     Sizes (classes, widths, layers) are read from the tensors. The background class moves from the end to the
     beginning; where the source has none (boxes per class, masks), it gets zeros, which nothing reads.
@@ -288,7 +288,7 @@ def convert(
 
 
 def _reorder(key: str, x: Tensor, own: Tensor, pixels: Pixels) -> Tensor:
-    """A tensor with the background class, and the colours, where we have them."""
+    """A tensor with the background class, and the colors, where we have them."""
     if key == "backbone.body.conv1.weight":
         return x.flip(1) if pixels.bgr else x
     if "box_predictor.cls_score." in key:
@@ -305,7 +305,7 @@ def _pad_front(x: Tensor, rows: int) -> Tensor:
 
 
 def _sizes(state: Mapping[str, Tensor], name: str, layout: Layout) -> dict[str, Any]:
-    """What the shapes tell of a detector, as overrides of :func:`a2fpn.create_model`."""
+    """Infer overrides of :func:`a2fpn.create_model` from the shapes of tensors."""
 
     def has(key: str) -> bool:
         return layout.rename(key) in state

@@ -50,9 +50,9 @@ def from_detectron2(
     pixel_std: tuple[float, ...] = (1.0, 1.0, 1.0),
     **overrides: Any,
 ) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Turns a state dict of detectron2 into one of ours.
+    """Turn a state dict of detectron2 into one of ours.
 
-    The defaults are those of detectron2's configurations. Colours are swapped in the first convolution and the
+    The defaults are those of detectron2's configurations. Colors are swapped in the first convolution and the
     statistics expressed in the configuration, so that the network sees the same numbers.
 
     Args:

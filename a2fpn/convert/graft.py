@@ -5,12 +5,12 @@ Laterals and output convolutions are taken over. What the new neck adds starts s
 * global context (MGC) gives zero and gates are one, as in any fresh neck;
 * the bottom-up path's last convolution before the addition is zero, and its output convolution a Dirac delta.
   A zero factor behind a random convolution would be as exact, but leave that convolution without a gradient;
-* content-aware upsampling starts with the logit ``centre_bias`` on the nearest source pixel. This is the one part
+* content-aware upsampling starts with the logit ``center_bias`` on the nearest source pixel. This is the one part
   that is not exact: a softmax never gives all its weight to one pixel. Kernels of the bottom-up path keep their own
   start, which learns faster; what they reassemble cannot be seen yet. CARAFE has zeros beyond the border and no such
   scale, as its authors have it: it is a little further from the FPN there, and learns more slowly.
 
-The default ``centre_bias`` of 8 puts 99.2 % of the weight on the nearest pixel. ``python -m benchmarks.graft``
+The default ``center_bias`` of 8 puts 99.2 % of the weight on the nearest pixel. ``python -m benchmarks.graft``
 measures what that does to a trained detector, and that the predictor still learns from there, thanks to the fixed
 scale of :class:`~a2fpn.layers.fusion.KernelPredictor`.
 """
@@ -45,16 +45,16 @@ def graft(
     state: Mapping[str, Tensor],
     *,
     target: str = "a2fpn",
-    centre_bias: float = 8.0,
+    center_bias: float = 8.0,
     seed: int = 0,
     **options: Any,
 ) -> dict[str, Tensor]:
-    """Turns the state dict of an FPN detector into that of the same detector with another neck.
+    """Turn the state dict of an FPN detector into that of the same detector with another neck.
 
     Args:
         state: State dict of a detector with neck ``fpn``; not changed.
         target: One of :data:`TARGETS`.
-        centre_bias: Initial logit of the nearest source pixel over its neighbours in content-aware upsampling; more
+        center_bias: Initial logit of the nearest source pixel over its neighbors in content-aware upsampling; more
             is closer to the FPN and learns more slowly.
         seed: Of the new parts' random weights, which cannot be seen in the output yet.
         **options: The target neck's own arguments (``attention``, ``nodes``, ...), and ``norm_layer`` and
@@ -89,7 +89,7 @@ def graft(
         torch.default_generator.manual_seed(seed)
         neck = create_neck(target, spec, **{**options, "out_channels": laterals[0].shape[0]})
     assert isinstance(neck, PyramidNeck)  # as all of TARGETS
-    new = _begin_as_fpn(neck, centre_bias).to(laterals[0]).state_dict()
+    new = _begin_as_fpn(neck, center_bias).to(laterals[0]).state_dict()
     expected = {key: x.shape for key, x in new.items() if key.startswith(("lateral.", "output."))}
     difference = expected.items() ^ {key: x.shape for key, x in fpn.items()}.items()
     if difference:
@@ -99,14 +99,14 @@ def graft(
 
 
 def graft_model(
-    model: Detector, *, target: str = "a2fpn", centre_bias: float = 8.0, seed: int = 0, **options: Any
+    model: Detector, *, target: str = "a2fpn", center_bias: float = 8.0, seed: int = 0, **options: Any
 ) -> Detector:
-    """Builds the detector that :func:`graft` gives the weights of.
+    """Build the detector that :func:`graft` gives the weights of.
 
     Args:
         model: A detector with neck ``fpn``; not changed, and nothing is shared with it.
         target: One of :data:`TARGETS`.
-        centre_bias: See :func:`graft`.
+        center_bias: See :func:`graft`.
         seed: See :func:`graft`.
         **options: The target neck's own arguments, beside those of the FPN.
 
@@ -125,7 +125,7 @@ def graft_model(
     spec = model.neck.in_spec
     config = graft_config(model.config, target=target, **options)
     args = config.neck.args
-    state = graft(model.state_dict(), target=target, centre_bias=centre_bias, seed=seed, **args)
+    state = graft(model.state_dict(), target=target, center_bias=center_bias, seed=seed, **args)
     grafted = DETECTORS[config.detector](config, copy.deepcopy(model.backbone), create_neck(target, spec, **args))
     load_weights(grafted, state)
     return grafted.to(next(model.parameters())).train(model.training)
@@ -161,11 +161,11 @@ def _not_an_fpn(found: str) -> ValueError:
     )
 
 
-def _begin_as_fpn(neck: PyramidNeck, centre_bias: float) -> PyramidNeck:
-    """Sets the parts that an FPN lacks so that they change nothing, and returns the neck."""
+def _begin_as_fpn(neck: PyramidNeck, center_bias: float) -> PyramidNeck:
+    """Set the parts that an FPN lacks so that they change nothing, and return the neck."""
     for module in neck.top_down.modules():
         if isinstance(module, KernelPredictor):
-            module.reset_centre(centre_bias)
+            module.reset_center(center_bias)
     if neck.bottom_up is None or neck.bottom_up_output is None:
         return neck
     for merge, output in zip(neck.bottom_up, neck.bottom_up_output, strict=True):

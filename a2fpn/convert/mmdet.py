@@ -54,9 +54,9 @@ def from_mmdet(
     std: tuple[float, ...] = (58.395, 57.12, 57.375),
     **overrides: Any,
 ) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Turns a state dict of mmdetection into one of ours.
+    """Turn a state dict of mmdetection into one of ours.
 
-    The defaults are those of mmdetection's configurations ``*_r50_fpn_*``. Colours are swapped in the first
+    The defaults are those of mmdetection's configurations ``*_r50_fpn_*``. Colors are swapped in the first
     convolution where need be, and the statistics expressed in the configuration.
 
     Args:
@@ -97,7 +97,7 @@ def from_mmdet(
 
 
 _STAGE_STDS = ((0.1, 0.2), (0.05, 0.1), (0.033, 0.067))
-"""Per stage the ``target_stds`` of a box's centre and of its size."""
+"""Per stage the ``target_stds`` of a box's center and of its size."""
 
 
 def _rename(key: str) -> str:

@@ -70,7 +70,7 @@ _UNNAMED = ("N/A", "__background__")
 
 
 def from_torchvision(module: nn.Module, *, categories: Sequence[str] | None = None) -> Detector:
-    """Turns a torchvision detector into one of ours that gives the same detections.
+    """Turn a torchvision detector into one of ours that gives the same detections.
 
     Labels then start at 0 without background. Sizes whose resize torchvision's floating point makes a pixel smaller
     (97 to 799 instead of 800) are the exception.
@@ -106,7 +106,7 @@ def from_torchvision(module: nn.Module, *, categories: Sequence[str] | None = No
 def load_torchvision(
     state: Mapping[str, Tensor], builder: str, *, norm_eps: float | None = None, **options: Any
 ) -> nn.Module:
-    """Builds the torchvision detector that a state dict belongs to, for :func:`from_torchvision`.
+    """Build the torchvision detector that a state dict belongs to, for :func:`from_torchvision`.
 
     Args:
         state: Its tensors; numbers of classes and keypoints are read from them.
@@ -157,7 +157,7 @@ def load_torchvision(
 
 
 def _numbers(state: Mapping[str, Tensor]) -> dict[str, int]:
-    """What the tensors of a torchvision detector tell of its builder's arguments."""
+    """Infer arguments of a torchvision detector's builder from its tensors."""
     rows = {key.removesuffix(".weight"): x.shape for key, x in state.items() if key.endswith(".weight")}
     found = {}
     if shape := rows.get("roi_heads.box_predictor.cls_score"):
@@ -247,7 +247,7 @@ def published_config(weights: TorchvisionWeights) -> ModelConfig:
 
 
 def torchvision_state(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Turns the state dict of a torchvision detector into that of ours.
+    """Turn the state dict of a torchvision detector into that of ours.
 
     Args:
         state: Names of any version of torchvision; not changed, its tensors are shared where they stay as they are.
@@ -385,7 +385,7 @@ def _box_head(head: TwoMLPHead | FastRCNNConvFCHead) -> dict[str, Any]:
 
 
 def _head_norm(convs: Iterable[nn.Module]) -> dict[str, Any]:
-    """Whether batch norm follows the convolutions of a head."""
+    """Return whether batch norm follows the convolutions of a head."""
     return {"head_norm": "bn"} if any(isinstance(m, nn.BatchNorm2d) for conv in convs for m in conv.modules()) else {}
 
 
@@ -453,7 +453,7 @@ def _fcos(module: FCOS) -> dict[str, Any]:
         )
     return {
         **_one_stage(module),
-        "centre_radius": module.center_sampling_radius,
+        "center_radius": module.center_sampling_radius,
         "head_layers": sum(isinstance(m, nn.Conv2d) for m in module.head.classification_head.conv),
     }
 
@@ -465,7 +465,7 @@ def _num_outputs(module: FasterRCNN | RetinaNet | FCOS) -> int:
 
 
 def _published(detector: str) -> Mapping[str, Any]:
-    """What torchvision says of its own weights."""
+    """Return torchvision's metadata of its own weights."""
     meta: Mapping[str, Any] = get_model_weights(f"{detector}_resnet50_fpn")["COCO_V1"].meta
     return meta
 
@@ -485,7 +485,7 @@ def _categories(detector: str, outputs: int, names: Sequence[str] | None) -> tup
 
 
 def _renaming(config: ModelConfig) -> Callable[[str], str]:
-    """What turns the name of a tensor of torchvision's, of any version, into ours."""
+    """Return the function that maps torchvision's tensor names, of any version, to ours."""
     rules = [
         (r"backbone\.body\.(.*)", r"backbone.body.\1"),
         (r"backbone\.fpn\.extra_blocks\.(.*)", r"top.\1"),

@@ -14,8 +14,10 @@ from a2fpn.data.coco import (
     read_coco,
 )
 from a2fpn.data.copy_paste import CopyPaste
+from a2fpn.data.exporters import convert_data
 from a2fpn.data.hf import HfDataset
 from a2fpn.data.images import read_image
+from a2fpn.data.importers import ImportReport, import_data
 from a2fpn.data.samplers import aspect_ratio_groups, epoch_order, repeat_factors
 from a2fpn.data.shards import Shard, ShardDataset, ShardIndex, check_shards, write_shards
 from a2fpn.data.streams import RawSample, SampleDecoder, StreamDataset
@@ -38,6 +40,7 @@ __all__ = [
     "Finding",
     "HfDataset",
     "ImageError",
+    "ImportReport",
     "InstanceMasks",
     "Outlines",
     "RawSample",
@@ -54,10 +57,12 @@ __all__ = [
     "check_data",
     "check_shards",
     "collate",
+    "convert_data",
     "decode_rle",
     "encode_box_masks",
     "encode_masks",
     "epoch_order",
+    "import_data",
     "read_coco",
     "read_image",
     "repeat_factors",

@@ -61,7 +61,7 @@ class Annotation:
         mask: The mask, or None in a file without masks.
         area: Pixels; as in the file, else of the mask, else of the box.
         iscrowd: Whether it marks a group, which is ignored in training and evaluation.
-        keypoints: x, y in pixels and visibility (0: not labelled, 1: hidden, 2: visible) of each keypoint; empty in a
+        keypoints: x, y in pixels and visibility (0: not labeled, 1: hidden, 2: visible) of each keypoint; empty in a
             file without keypoints, and in one with them for an object that has none.
     """
 
@@ -105,7 +105,7 @@ class CocoFile:
 
 @dataclass(frozen=True)
 class SkipReport:
-    """What a dataset left out.
+    """Images and annotations that a dataset skipped.
 
     Args:
         annotations: One message for each annotation left out.
@@ -124,7 +124,7 @@ class SkipReport:
 
 
 def read_coco(source: str | Path | Mapping[str, Any] | CocoFile, *, strict: bool = False) -> CocoFile:
-    """Reads and checks a COCO file.
+    """Read and check a COCO file.
 
     Annotation ids may be 0, repeated or missing: nothing depends on them. A missing ``iscrowd`` is 0, a
     missing ``area`` is computed.
@@ -188,7 +188,7 @@ def check_annotations(
     has_masks: bool,
     num_keypoints: int = 0,
 ) -> tuple[dict[int, list[Annotation]], list[str]]:
-    """Checks annotations as :func:`read_coco` does, for sources that give them image by image.
+    """Check annotations as :func:`read_coco` does, for sources that give them image by image.
 
     Args:
         entries: What stands in ``annotations`` of a COCO file.
@@ -256,7 +256,7 @@ class SampleMaker:
         semantic: str | Path | bytes | None = None,
         transforms: Callable[..., Any] | None = None,
     ) -> Sample:
-        """Makes a sample.
+        """Make a sample.
 
         Args:
             entry: The image's entry; its size must be the image's.
@@ -310,7 +310,7 @@ class CocoDataset(Dataset[Sample]):
     - ``labels``: int64 (N,) in 0..len(categories) - 1; there is no background label,
     - ``masks``: :class:`~a2fpn.masks.InstanceMasks`, whose ``dense()`` gives (N, H, W); absent if the file has no
       masks at all,
-    - ``keypoints``: float32 (N, K, 3), x, y in pixels and visibility (0: not labelled); absent if the file has none,
+    - ``keypoints``: float32 (N, K, 3), x, y in pixels and visibility (0: not labeled); absent if the file has none,
     - ``semantic``: ``tv_tensors.Mask`` uint8 (H, W) of classes, only with ``semantic``,
     - ``iscrowd``: int64 (N,), only with ``keep_crowd=True``.
 
@@ -327,7 +327,7 @@ class CocoDataset(Dataset[Sample]):
         categories: The classes in the order of their labels, usually a model's; matched by id. By default
             the file's own, sorted by id.
         keep_crowd: Whether crowds appear among the objects, marked in ``iscrowd``.
-        semantic: A folder of maps, each an 8-bit PNG (palette or grey) of classes with the name of its image and the
+        semantic: A folder of maps, each an 8-bit PNG (palette or gray) of classes with the name of its image and the
             suffix ``.png``; 255 marks pixels to ignore. COCO's ``stuffthingmaps`` are such.
         strict: Whether bad annotations and unreadable images are errors.
 
@@ -374,7 +374,7 @@ class CocoDataset(Dataset[Sample]):
         )
         self._check_categories()
         self._unreadable = torch.zeros(len(self.image_ids), dtype=torch.bool)
-        self._unreadable.share_memory_()  # type: ignore[no-untyped-call]  # one for all workers
+        self._unreadable.share_memory_()  # one for all workers
 
     @property
     def name(self) -> str:
@@ -388,7 +388,7 @@ class CocoDataset(Dataset[Sample]):
 
     @property
     def target_keys(self) -> tuple[str, ...]:
-        """What the targets hold: a detector that trains on something else says so before anything is trained."""
+        """Keys of the targets; a detector that needs others reports so before training starts."""
         optional = {
             "masks": self.coco.has_masks,
             "keypoints": bool(self.coco.num_keypoints),
@@ -399,7 +399,7 @@ class CocoDataset(Dataset[Sample]):
 
     @property
     def skipped(self) -> SkipReport:
-        """What was left out so far."""
+        """Images and annotations skipped so far."""
         files = tuple(self.coco.images[self.image_ids[i]].file_name for i in self._unreadable.nonzero().flatten())
         return SkipReport(self.coco.problems, files)
 
@@ -438,7 +438,7 @@ class CocoDataset(Dataset[Sample]):
 
 
 def collate(batch: Sequence[Sample]) -> tuple[list[tv_tensors.Image], list[dict[str, Any]]]:
-    """Collects samples into a list of images, which may differ in size, and a list of targets.
+    """Collect samples into a list of images, which may differ in size, and a list of targets.
 
     Example:
         >>> images, targets = collate([(torch.zeros(3, 4, 5), {}), (torch.zeros(3, 6, 7), {})])
@@ -514,7 +514,7 @@ def _parse_keypoints(values: Any, count: int) -> tuple[tuple[float, float, float
 
 
 def _parse_masks(entries: Sequence[Any], images: Mapping[int, CocoImage]) -> dict[int, Polygons | Rle | ValueError]:
-    """Checks the masks of all entries at once, by position; those that name no image are left out."""
+    """Check the masks of all entries at once, by position; those that name no image are left out."""
     of_image = {
         position: images[raw["image_id"]]
         for position, raw in enumerate(entries)

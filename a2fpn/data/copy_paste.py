@@ -89,7 +89,7 @@ def paste(sample: Sample, source: Sample, *, min_visible: float = 0.1, min_box_s
 
 
 def _union(masks: InstanceMasks) -> Tensor:
-    """Where any of the objects is, (H, W) bool."""
+    """Return the union of the objects' masks, (H, W) bool."""
     plane = torch.zeros(masks.size, dtype=torch.bool)
     for crop, (left, top, right, bottom) in zip(masks.crops(), masks.windows.tolist(), strict=True):
         plane[top:bottom, left:right] |= crop > 0
@@ -97,7 +97,7 @@ def _union(masks: InstanceMasks) -> Tensor:
 
 
 def _uncovered(target: Target, covered: Tensor, *, min_visible: float, min_box_size: float) -> Target:
-    """What is left of the objects outside the pixels (H, W) bool; boxes fit those of which something is lost."""
+    """Return the objects without the pixels (H, W) bool; boxes are fitted anew to those that lost some."""
     masks: InstanceMasks = target["masks"]
     free = (~covered).to(torch.uint8)
     crops = [

@@ -48,7 +48,7 @@ class HfDataset(StreamDataset):
             matched by name where the category is a ``ClassLabel`` or text, else by id. By default those of the
             ``ClassLabel``, with ids from 0.
         num_samples: Number of rows; by default what the data set says.
-        bbox_format: What ``bbox`` holds: x, y, width and height as in COCO, two corners, or centre and size.
+        bbox_format: What ``bbox`` holds: x, y, width and height as in COCO, two corners, or center and size.
         num_keypoints: Keypoints of every object; 0 does not read any.
         keypoint_names: Their names, which a flip needs.
         keep_crowd: Whether crowds appear among the objects, marked in ``iscrowd``.

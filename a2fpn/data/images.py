@@ -109,11 +109,11 @@ def read_image(
 
     - EXIF orientation: applied, in training and evaluation as in prediction. With ``size``, a picture that has this
       size only as stored is an error, since the annotations then fit another picture than people are shown.
-    - 16-bit grey: the full range 0..65535 becomes 0..255, by division by 257 and rounding, whatever range
-      the image uses. So does 32-bit integer grey, if its values lie in that range. Floating-point images
+    - 16-bit gray: the full range 0..65535 becomes 0..255, by division by 257 and rounding, whatever range
+      the image uses. So does 32-bit integer gray, if its values lie in that range. Floating-point images
       have no agreed range and are an error.
     - Transparency: composed over white.
-    - Grey, palette, CMYK and the other colour spaces: PIL's conversion.
+    - Gray, palette, CMYK and the other color spaces: PIL's conversion.
     - Animations and multi-page files: the first frame, and a warning in the log.
 
     Args:
@@ -135,15 +135,16 @@ def read_image(
         a2fpn.errors.ImageError: missing.png: no such file.
     """
     name, file = _opened(source, name)
-    pixels = _decode_plain_jpeg(file, size, max_pixels)
-    if pixels is not None:
-        return tv_tensors.Image(pixels)
+    content = bytearray(file.read_bytes() if isinstance(file, Path) else file.getbuffer())
     try:
-        with open_image(file, max_pixels=max_pixels) as opened:
+        with open_image(io.BytesIO(content), max_pixels=max_pixels) as opened:  # reads the header alone
+            _check_size(opened, size, name)
+            pixels = _decode_plain_jpeg(opened, content)
+            if pixels is not None:
+                return tv_tensors.Image(pixels)
             if opened.format != "MPO" and getattr(opened, "is_animated", False):
                 frames = getattr(opened, "n_frames", "several")
                 _logger.warning("%s: %s frames or pages, of which the first is read.", name, frames)
-            _check_size(opened, size, name)
             if hasattr(opened, "_tile_size"):  # a TIFF, before whose allocation PIL looks at its own limit once more
                 opened.im = Image.core.new(opened.mode, opened._tile_size)
             return tv_tensors.Image(F.to_image(to_rgb(ImageOps.exif_transpose(opened))))
@@ -169,55 +170,25 @@ def _check_size(image: Image.Image, size: tuple[int, int] | None, name: str) -> 
     raise ImageError(f"{name}: the image is {got} pixels wide and high, the annotations say {wanted}.")
 
 
-def _decode_plain_jpeg(file: Path | io.BytesIO, size: tuple[int, int] | None, max_pixels: int | None) -> Tensor | None:
-    """Decodes a JPEG in 0.7 of PIL's time, where the result is the same for sure; None elsewhere.
+def _decode_plain_jpeg(opened: Image.Image, content: bytearray) -> Tensor | None:
+    """Decode a JPEG in 0.7 of PIL's time, where the pixels are the same; None elsewhere.
 
-    That is 8-bit grey or three-channel pixels of the wanted size, which no EXIF turns.
+    That is a gray or three-channel image that no EXIF turns.
     """
-    content = bytearray(file.read_bytes() if isinstance(file, Path) else file.getbuffer())
-    header = _jpeg_header(content)
-    if header is None or header.channels not in (1, 3) or header.bits != 8:
+    if opened.format != "JPEG" or opened.mode not in ("L", "RGB"):
         return None
-    if size not in (None, header.size) or (max_pixels is not None and math.prod(header.size) > max_pixels):
+    if orientation(opened) != 1:
         return None
     try:
-        if header.has_metadata:
-            with open_image(io.BytesIO(content), max_pixels=None) as image:
-                if orientation(image) != 1:
-                    return None
         # torchvision's operator; its function warns from 0.29 on that both will go one day.
         pixels: Tensor = torch.ops.image.decode_jpeg(torch.frombuffer(content, dtype=torch.uint8), _RGB, False)
-    except (AttributeError, RuntimeError, OSError, ValueError):  # no operator, or PIL says better what is wrong
+    except (AttributeError, RuntimeError):  # no operator, or PIL says better what is wrong
         return None
-    return pixels if tuple(pixels.shape[1:]) == header.size else None
-
-
-class _JpegHeader(NamedTuple):
-    bits: int
-    size: tuple[int, int]
-    channels: int
-    has_metadata: bool
-
-
-def _jpeg_header(content: bytearray) -> _JpegHeader | None:
-    """Reads what comes before the pixels of a JPEG (ITU T.81, annex B); None for anything else."""
-    position, has_metadata, frame = 2, False, None
-    if content[:2] != b"\xff\xd8":
-        return None
-    while position + 10 <= len(content) and content[position] == 0xFF:
-        marker = content[position + 1]
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # a frame: DHT, JPG and DAC are none
-            frame = struct.unpack_from(">BHHB", content, position + 4)
-        if marker == 0xDA and frame is not None:  # the pixels
-            bits, height, width, channels = frame
-            return _JpegHeader(bits, (height, width), channels, has_metadata)
-        has_metadata |= marker == 0xE1  # EXIF or XMP, both of which may name an orientation
-        position += 2 + struct.unpack_from(">H", content, position + 2)[0]
-    return None
+    return pixels if tuple(pixels.shape[:0:-1]) == opened.size else None
 
 
 def _opened(source: str | Path | bytes, name: str, hint: str = "") -> tuple[str, Path | io.BytesIO]:
-    """What messages call an image file or content, and what PIL opens.
+    """Return the name of an image in messages, and what PIL can open.
 
     Raises:
         ImageError: If there is no such file.
@@ -234,7 +205,7 @@ def read_labels(source: str | Path | bytes, size: tuple[int, int], *, name: str)
     """Reads a map of classes.
 
     Args:
-        source: An 8-bit palette or grey image, the file or its content.
+        source: An 8-bit palette or gray image, the file or its content.
         size: (H, W) that it must have, pixels.
         name: The image's name, for messages about content.
 
@@ -248,7 +219,7 @@ def read_labels(source: str | Path | bytes, size: tuple[int, int], *, name: str)
     try:
         with open_image(file, max_pixels=None) as image:
             if image.mode not in ("L", "P"):
-                raise ImageError(f"{name}: a semantic map must be an 8-bit palette or grey image, got {image.mode!r}.")
+                raise ImageError(f"{name}: a semantic map must be an 8-bit palette or gray image, got {image.mode!r}.")
             labels = np.array(image, dtype=np.uint8)
     except ImageError:
         raise
@@ -268,10 +239,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
-            raise ValueError(f"grey values of {values.min()} to {values.max()} don't fit 16 bits; convert it to 8 bits")
+            raise ValueError(f"gray values of {values.min()} to {values.max()} don't fit 16 bits; convert it to 8 bits")
         image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
     elif image.mode == "F":
-        raise ValueError("floating-point grey values have no agreed range; convert it to 8 bits")
+        raise ValueError("floating-point gray values have no agreed range; convert it to 8 bits")
     elif "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -34,7 +34,7 @@ def aspect_ratio_groups(dataset: CocoDataset) -> list[int]:
 
 
 def repeat_factors(dataset: CocoDataset, *, threshold: float) -> Tensor:
-    """How often each image should be seen in an epoch, after LVIS: Gupta et al., CVPR 2019.
+    """Repeat factors of the images of an epoch, after LVIS: Gupta et al., CVPR 2019.
 
     A class c that is on a share f(c) of the images gets max(1, sqrt(t / f(c))), an image the highest of its classes'
     factors, or 1 without objects. Crowds don't count, since training ignores them.
@@ -98,7 +98,7 @@ def epoch_order(
     for name, values in (("groups", groups), ("repeats", repeats)):
         if values is not None and len(values) != num_samples:
             raise ConfigError(f"{name} must have one entry for each of the {num_samples} samples, got {len(values)}.")
-    # A digest, so that neighbouring seeds and epochs give unrelated orders on every machine.
+    # A digest, so that neighboring seeds and epochs give unrelated orders on every machine.
     digest = hashlib.sha256(f"order of epoch {epoch} with seed {seed}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 

@@ -55,7 +55,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """What ``index.json`` says.
+    """Content of ``index.json``.
 
     Args:
         info: What the COCO file says of its origin.
@@ -81,7 +81,7 @@ class ShardIndex:
 
 
 def read_index(location: str | Path) -> ShardIndex:
-    """Reads the index of a folder of shards.
+    """Read the index of a folder of shards.
 
     Args:
         location: The folder or its URL.
@@ -106,7 +106,7 @@ def read_index(location: str | Path) -> ShardIndex:
 
 
 def check_shards(location: str | Path) -> Iterator[tuple[Shard, str | None]]:
-    """Reads every shard and compares it with the index.
+    """Read every shard and compare it with the index.
 
     Args:
         location: The folder or its URL.
@@ -234,7 +234,7 @@ class ShardDataset(StreamDataset):
         epoch: int,
         start: int,
     ) -> Iterator[RawSample]:
-        """Yields the samples of one lane from a step on."""
+        """Yield the samples of one lane from a step on."""
         length = math.ceil(self._shuffle_buffer / batch)
         # Lanes begin with stretches of different lengths, so that they don't all read at the same step.
         bounds = [max(begin, 0) for begin in range(-(lane * length // batch), steps, length)]
@@ -246,10 +246,10 @@ class ShardDataset(StreamDataset):
                 yield from (samples[place] for place in order[max(start - begin, 0) :])
 
     def _stretch(self, row: Sequence[tuple[Shard, int]], begin: int, size: int, *, whole: bool) -> list[RawSample]:
-        """Reads a stretch of the row of shards; unless strict, what can't be read is counted.
+        """Read a stretch of the row of shards; unless strict, what can't be read is counted.
 
-        With ``whole`` what can be read of it is repeated in its place, or the next stretch of which anything can;
-        otherwise an empty sample stands there.
+        If ``whole``, unreadable samples are replaced by readable ones from the same stretch, or from the next one that
+        has any; otherwise they are returned empty.
         """
         for place in (*range(begin, self.num_samples, size), *range(0, begin, size)):
             samples: list[RawSample] = []
@@ -271,7 +271,7 @@ class ShardDataset(StreamDataset):
         raise DataError(f"{self.name}: none of {self.num_samples} images can be read.")
 
     def _read(self, shard: Shard, samples: range) -> list[RawSample]:
-        """Reads some samples of a shard in one go."""
+        """Read some samples of a shard in one go."""
         begin, end = samples.start, samples.stop
         path = _join(self._location, shard.name)
         data = read_bytes(path, shard.offsets[begin], shard.offsets[end])
@@ -289,11 +289,11 @@ class ShardDataset(StreamDataset):
         return found
 
     def _names(self, shard: Shard, samples: range) -> list[str]:
-        """What samples that can't be read are counted as."""
+        """Return the names under which unreadable samples are counted."""
         return [f"{_join(self._location, shard.name)}: image {number}" for number in samples]
 
     def _check_size(self, shard: Shard) -> None:
-        """Finds out before any training whether a local shard is there and has its size."""
+        """Find out before any training whether a local shard is there and has its size."""
         path = Path(_join(self._location, shard.name))
         if not path.is_file():
             problem = f"{path}: no such file; the index says that it holds {shard.samples} images."
@@ -322,7 +322,7 @@ def write_shards(
     force: bool = False,
     progress: Callable[[int], None] = lambda total: None,
 ) -> ShardIndex:
-    """Writes a COCO-format set as shards; the same set and arguments give the same bytes.
+    """Write a COCO-format set as shards; the same set and arguments give the same bytes.
 
     A shard appears under its name when it is whole and on the disk, the index after the last of them.
 
@@ -462,7 +462,7 @@ def _tar_size(offset: int, sample: Sequence[tuple[str, bytes]]) -> int:
 
 
 def _samples(path: str, data: bytes) -> list[RawSample]:
-    """Returns the whole samples in a part of a tar file; cut off ones at its end are left out.
+    """Return the whole samples in a part of a tar file; cut off ones at its end are left out.
 
     Raises:
         DataError: If it is no tar file, or a sample's JSON can't be read.

@@ -61,7 +61,7 @@ class SampleDecoder:
     strict: bool = False
 
     def __call__(self, raw: RawSample, transforms: Callable[..., Any] | None = None) -> tuple[Sample, list[str]]:
-        """Returns the sample and one message for each annotation that was left out.
+        """Return the sample and one message for each annotation that was left out.
 
         Raises:
             ImageError: If the image can't be read, or its entry has no id and size or another size.
@@ -87,7 +87,7 @@ class SampleDecoder:
 
 
 class StreamDataset(IterableDataset[Sample]):
-    """What streamed data sets have in common.
+    """Base class of streamed data sets.
 
     Iterating gives every sample once, as :class:`CocoDataset` makes it, in the stored order; in loader processes each
     takes its share. An unreadable image is left out, logged and counted, or an error if ``strict``. Training reads with
@@ -157,7 +157,7 @@ class StreamDataset(IterableDataset[Sample]):
 
     @property
     def target_keys(self) -> tuple[str, ...]:
-        """What the targets hold, as :attr:`CocoDataset.target_keys`."""
+        """Keys of the targets, as :attr:`CocoDataset.target_keys <a2fpn.data.CocoDataset.target_keys>`."""
         maker = self.decoder.make_sample
         optional = {
             "masks": maker.has_masks,
@@ -169,11 +169,11 @@ class StreamDataset(IterableDataset[Sample]):
 
     @property
     def skipped(self) -> SkipReport:
-        """What was left out so far, as far as this process knows."""
+        """Samples skipped so far, as far as this process knows."""
         return SkipReport(tuple(self._skipped_annotations), tuple(self._skipped_images))
 
     def note_annotations(self, problems: Iterable[str]) -> None:
-        """Counts annotations that were left out, by their messages, and logs the first few."""
+        """Count annotations that were left out, by their messages, and log the first few."""
         for problem in problems:
             if problem not in self._skipped_annotations:
                 self._skipped_annotations[problem] = None
@@ -181,7 +181,7 @@ class StreamDataset(IterableDataset[Sample]):
                     logger.warning("skipped an annotation: %s", problem)
 
     def note_images(self, names: Iterable[str], reason: str) -> None:
-        """Counts images that were left out, by their names, and logs the reason unless all are known."""
+        """Count images that were left out, by their names, and log the reason unless all are known."""
         new = [name for name in names if name not in self._skipped_images]
         if new:
             self._skipped_images |= dict.fromkeys(new)
@@ -208,7 +208,7 @@ class StreamDataset(IterableDataset[Sample]):
         rank: int = 0,
         world_size: int = 1,
     ) -> Iterator[list[RawSample]]:
-        """Reads one process's part of every step of an epoch.
+        """Read one process's part of every step of an epoch.
 
         No sample is read twice in an epoch, by whichever process.
 

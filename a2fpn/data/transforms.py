@@ -1,8 +1,8 @@
-"""Augmentation for training: random scale, crop, flips, rotations and colours, from torch's random numbers.
+"""Augmentation for training: random scale, crop, flips, rotations and colors, from torch's random numbers.
 
 Shape shorthand: ``N`` objects, ``H`` x ``W`` pixels. Every transform takes and returns ``(image, target)`` as
 :class:`a2fpn.data.CocoDataset` gives them, the masks as outlines or as pixels, and works for N = 0. Evaluation uses
-none of them: the model itself resizes and normalises.
+none of them: the model itself resizes and normalizes.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ def train_transforms(
     horizontal_flip: float = 0.5,
     vertical_flip: float = 0.0,
     rotate90: float = 0.0,
-    colour_jitter: float = 0.0,
+    color_jitter: float = 0.0,
     min_box_size: float = 1.0,
     keypoint_names: Sequence[str] = (),
 ) -> Callable[..., Any]:
-    """Returns the training augmentation for a model.
+    """Return the training augmentation for a model.
 
     An image is cropped, resized to the model's own size for it times a random factor, cropped again, recolored (before
     it is resized where that is less work), flipped and turned; it is never padded, which is the model's part. The
@@ -66,7 +66,7 @@ def train_transforms(
         horizontal_flip: Probability.
         vertical_flip: Probability.
         rotate90: Probability of a turn by 90, 180 or 270 degrees.
-        colour_jitter: Brightness, contrast and saturation change by a factor of at most 1 +- this, the hue
+        color_jitter: Brightness, contrast and saturation change by a factor of at most 1 +- this, the hue
             by at most a tenth of this times 360 degrees; in [0, 1].
         min_box_size: Objects whose box is less wide or high are dropped, pixels after resizing.
         keypoint_names: Names of the keypoints, usually the data set's ``coco.keypoint_names``; a flip exchanges
@@ -89,7 +89,7 @@ def train_transforms(
         "horizontal_flip": horizontal_flip,
         "vertical_flip": vertical_flip,
         "rotate90": rotate90,
-        "colour_jitter": colour_jitter,
+        "color_jitter": color_jitter,
     }
     for name, share in shares.items():
         if not 0 <= share <= 1:
@@ -107,14 +107,14 @@ def train_transforms(
         raise ConfigError("large_scale_jitter needs a crop_size: its factors are those of the crop's side.")
     if large_scale_jitter and min_sizes:
         raise ConfigError("large_scale_jitter and min_sizes both decide the size; give one of them.")
-    jitter = v2.ColorJitter(colour_jitter, colour_jitter, colour_jitter, colour_jitter / 10)
+    jitter = v2.ColorJitter(color_jitter, color_jitter, color_jitter, color_jitter / 10)
     scale = (
         _LargeScaleJitter(large_scale_jitter, crop_size)
         if large_scale_jitter and crop_size
         else _ModelScale(target_size, tuple(min_sizes), scale_range)
     )
     steps = [
-        _RandomScaleCrop(scale, crop_range, crop_size, jitter if colour_jitter else None),
+        _RandomScaleCrop(scale, crop_range, crop_size, jitter if color_jitter else None),
         _RandomFlip(0, horizontal_flip, _mirrored(keypoint_names)),
         _RandomFlip(1, vertical_flip, _mirrored(keypoint_names)),
         _RandomRotate90(rotate90),
@@ -253,7 +253,7 @@ def _mirrored(names: Sequence[str]) -> tuple[int, ...]:
 
 
 def _hide(keypoints: Tensor) -> Tensor:
-    """Keypoints (N, K, 3) with zeros for those that are not labelled, as COCO has them."""
+    """Keypoints (N, K, 3) with zeros for those that are not labeled, as COCO has them."""
     return keypoints * (keypoints[..., 2:] > 0)
 
 

@@ -38,7 +38,7 @@ class CascadeRCNN(RCNN):
 
     @property
     def rules(self) -> CascadeRules:
-        """How the stages work together."""
+        """Variant of the cascade."""
         heads = self.cascade
         return CascadeRules(
             loss_weights=heads.stage_loss_weights,
@@ -67,4 +67,4 @@ class CascadeRCNN(RCNN):
 class CascadeMaskRCNN(CascadeRCNN, MaskRCNN):
     """Cascade R-CNN with a mask head per stage, whose masks are averaged, or with one."""
 
-    box_detector = "cascadercnn"
+    box_only_variant = "cascadercnn"

@@ -1,4 +1,4 @@
-"""What every detector is: images in, results or losses out; backbone -> neck -> heads in between.
+"""Base class of detectors: images in, results or losses out; backbone -> neck -> heads in between.
 
 Shape shorthand: ``B`` images, ``N`` objects of an image, ``M`` side of a predicted mask.
 """
@@ -16,8 +16,8 @@ from a2fpn._registry import Registry
 from a2fpn.backbones import TimmBackbone
 from a2fpn.config import HEADS, HeadsConfig, ModelConfig
 from a2fpn.errors import ConfigError
-from a2fpn.heads.postprocess import DetectionRule
-from a2fpn.heads.share import share_losses
+from a2fpn.heads.loss_normalizer import normalize_losses_globally
+from a2fpn.heads.postprocess import PostprocessConfig
 from a2fpn.masks import InstanceMasks
 from a2fpn.masks.paste import PasteRule
 from a2fpn.necks import Neck
@@ -39,9 +39,9 @@ class Detector(nn.Module, ABC):
         neck: Pyramid.
 
     Attributes:
-        preprocess: The resize, normalisation and padding rule.
+        preprocess: The resize, normalization and padding rule.
         has_masks: Whether it trains on masks and predicts them.
-        box_detector: The registered detector of its kind that needs nothing but boxes.
+        box_only_variant: Box-only counterpart, suggested in error messages.
         target_keys: What it reads of a target.
         class_dependent: How the names of the tensors begin that depend on the number of classes.
         strides: Strides of the backbone's maps, unless the model's configuration says otherwise.
@@ -51,7 +51,7 @@ class Detector(nn.Module, ABC):
     """
 
     has_masks = False
-    box_detector = "fasterrcnn"
+    box_only_variant = "fasterrcnn"
     target_keys: tuple[str, ...] = ("boxes", "labels")
     class_dependent: tuple[str, ...] = ()
     strides: ClassVar[tuple[int, ...]] = (4, 8, 16, 32)
@@ -75,7 +75,7 @@ class Detector(nn.Module, ABC):
     @property
     @abstractmethod
     def dense_head(self) -> nn.Module:
-        """What runs at every location of the pyramid; called with the list of maps."""
+        """The dense head (RPN or one-stage); takes the list of feature maps."""
 
     @abstractmethod
     def losses(self, features: Features, batch: Batch, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -88,13 +88,13 @@ class Detector(nn.Module, ABC):
         """
 
     @property
-    def rule(self) -> DetectionRule:
+    def rule(self) -> PostprocessConfig:
         """The model's own post-processing, as configured."""
         heads = self.config.heads
-        return DetectionRule(heads.score_threshold, heads.nms_threshold, heads.detections_per_image)
+        return PostprocessConfig(heads.score_threshold, heads.nms_threshold, heads.detections_per_image)
 
     @abstractmethod
-    def detect(self, features: Features, batch: Batch, *, rule: DetectionRule) -> list[Detection]:
+    def detect(self, features: Features, batch: Batch, *, rule: PostprocessConfig) -> list[Detection]:
         """Per image the detections, in pixels of the batch, best first.
 
         Args:
@@ -110,7 +110,7 @@ class Detector(nn.Module, ABC):
         *,
         resize: bool = True,
         paste_masks: bool = True,
-        rule: DetectionRule | None = None,
+        rule: PostprocessConfig | None = None,
     ) -> dict[str, Tensor] | list[Detection]:
         """Detects objects, or computes the losses in training mode.
 
@@ -157,15 +157,15 @@ class Detector(nn.Module, ABC):
 
     @property
     def mask_paste(self) -> PasteRule:
-        """How masks are pasted into the image, see :class:`~a2fpn.config.RCNNConfig`."""
+        """Method of pasting masks into the image, see :class:`~a2fpn.config.RCNNConfig`."""
         return "exact"
 
-    def share_losses(self, *, enabled: bool = True) -> None:
-        """Makes several processes learn what one with all the images would, see :class:`~a2fpn.heads.LossShare`.
+    def normalize_losses_globally(self, *, enabled: bool = True) -> None:
+        """Normalize losses over all ranks, see :class:`~a2fpn.heads.GlobalLossNormalizer`.
 
         Every process then has to compute losses at the same time, as it does in training.
         """
-        share_losses(self, enabled=enabled)
+        normalize_losses_globally(self, enabled=enabled)
 
     def check_data(self, name: str, keys: Collection[str]) -> None:
         """Checks, before anything is trained, that a data set has what the detector trains on.
@@ -182,8 +182,8 @@ class Detector(nn.Module, ABC):
                 raise ConfigError(f"{name} has no {key}, which {self.config.detector} trains on. {self._instead(key)}")
 
     def _instead(self, key: str) -> str:
-        """What to do where targets lack ``key``."""
-        return f"Without {key} use {self.box_detector}."
+        """Return advice for targets that lack ``key``."""
+        return f"Without {key} use {self.box_only_variant}."
 
     def _losses(
         self, images: Sequence[Tensor], targets: Sequence[Mapping[str, Any]], resize: bool
@@ -237,7 +237,7 @@ class Detector(nn.Module, ABC):
                 )
 
     def _detect(
-        self, images: Sequence[Tensor], resize: bool, paste_masks: bool, rule: DetectionRule
+        self, images: Sequence[Tensor], resize: bool, paste_masks: bool, rule: PostprocessConfig
     ) -> list[Detection]:
         results: list[Detection] = [{}] * len(images)
         for group in self._groups(images, resize):
@@ -252,7 +252,7 @@ class Detector(nn.Module, ABC):
         """Indices of images that pad to the same size.
 
         Images of different padded sizes never share a batch: padding beyond the divisor would reach the features
-        through convolutions, and a prediction would depend on its neighbours in the batch.
+        through convolutions, and a prediction would depend on its neighbors in the batch.
         """
         groups: dict[tuple[int, ...], list[int]] = {}
         for index, image in enumerate(images):
@@ -272,7 +272,7 @@ def _plain(value: Any) -> Any:
 
 
 def place(target: Mapping[str, Any], index: int) -> str:
-    """How messages name an image of a batch."""
+    """Return the name of a batch's image in messages."""
     return f"image_id {target['image_id']}" if "image_id" in target else f"image {index} of the batch"
 
 

@@ -18,10 +18,10 @@ from a2fpn.pyramid import Features
 
 @register_detector("fcos")
 class FCOS(OneStage):
-    """Boxes, classes and centreness at every location; torchvision's head and losses on any neck.
+    """Boxes, classes and centerness at every location; torchvision's head and losses on any neck.
 
     The losses are ``loss_classifier`` (focal), ``loss_box_reg`` (GIoU) and ``loss_centerness``. The stride of a level
-    is the unit of centre sampling, of the range of sizes that a level is responsible for, and of the boxes.
+    is the unit of center sampling, of the range of sizes that a level is responsible for, and of the boxes.
     """
 
     head: Float32FCOSHead
@@ -45,17 +45,17 @@ class FCOS(OneStage):
         """See :meth:`~a2fpn.detectors.Detector.losses`."""
         outputs, anchors, counts = self.outputs(features, batch)
         matches = [
-            match_locations(t["boxes"], a, per_level=counts, radius=self.fcos.centre_radius)
+            match_locations(t["boxes"], a, per_level=counts, radius=self.fcos.center_radius)
             for t, a in zip(targets, anchors, strict=True)
         ]
         losses = self.head.compute_loss(targets, outputs, anchors, matches)
         names = {"classification": "classifier", "bbox_regression": "box_reg", "bbox_ctrness": "centerness"}
         # Counting waits for the device.
-        positives = sum(int((match >= 0).sum()) for match in matches) if self.head.share.enabled else 0
-        return {f"loss_{ours}": self.head.share(losses[theirs], positives) for theirs, ours in names.items()}
+        positives = sum(int((match >= 0).sum()) for match in matches) if self.head.normalizer.enabled else 0
+        return {f"loss_{ours}": self.head.normalizer(losses[theirs], positives) for theirs, ours in names.items()}
 
     def scores(self, outputs: dict[str, Tensor]) -> Tensor:
-        """See :meth:`OneStage.scores`; the geometric mean of class score and centreness."""
+        """See :meth:`OneStage.scores`; the geometric mean of class score and centerness."""
         return (outputs["cls_logits"].sigmoid() * outputs["bbox_ctrness"].sigmoid()).sqrt()
 
     def decode(self, deltas: Tensor, anchors: Tensor) -> Tensor:

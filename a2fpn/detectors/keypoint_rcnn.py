@@ -20,7 +20,7 @@ from a2fpn.heads.keypoints import Float32KeypointPredictor
 class KeypointRCNN(RCNN):
     """Faster R-CNN plus the keypoints of every object; torchvision's heads on any neck.
 
-    A target also has ``keypoints`` (N, K, 3) float: x, y in pixels and visibility, of which 0 means not labelled.
+    A target also has ``keypoints`` (N, K, 3) float: x, y in pixels and visibility, of which 0 means not labeled.
     Results have ``keypoints`` (N, K, 3) float32, x, y in pixels and 1, and ``keypoint_scores`` (N, K): the height of
     the heatmap, which is a logit.
     """
@@ -66,7 +66,7 @@ class KeypointRCNN(RCNN):
 
 
 def resize_keypoints(keypoints: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Scales keypoints ``(N, K, 3)`` x, y, visibility from an image of one size (height, width) to another.
+    """Scale keypoints ``(N, K, 3)`` x, y, visibility from an image of one size (height, width) to another.
 
     Example:
         >>> import torch

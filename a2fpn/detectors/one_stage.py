@@ -1,4 +1,4 @@
-"""What the one-stage detectors share: levels added by strided convolutions, one dense head, one NMS.
+"""Base class of one-stage detectors: levels added by strided convolutions, one dense head, one NMS.
 
 Shape shorthand: ``B`` images, ``N`` anchors of all levels, ``K`` classes.
 """
@@ -18,7 +18,7 @@ from a2fpn.detectors.detector import Detection, Detector
 from a2fpn.errors import ConfigError
 from a2fpn.heads import StrideAnchors
 from a2fpn.heads.dense import LevelOutputs, TopLevels, dense_detections
-from a2fpn.heads.postprocess import DetectionRule
+from a2fpn.heads.postprocess import PostprocessConfig
 from a2fpn.necks import Neck
 from a2fpn.preprocess import Batch
 from a2fpn.pyramid import Features, PyramidSpec
@@ -64,11 +64,11 @@ class OneStage(Detector):
 
     @abstractmethod
     def build_head(self) -> nn.Module:
-        """What maps the list of maps to a dict of outputs ``(B, N, ...)``, float32."""
+        """Build the head, which maps the list of maps to a dict of outputs ``(B, N, ...)``, float32."""
 
     @abstractmethod
     def scores(self, outputs: dict[str, Tensor]) -> Tensor:
-        """What the head's outputs say of each class, ``(B, N, K)`` in [0, 1]."""
+        """Return the scores of each class from the head's outputs, ``(B, N, K)`` in [0, 1]."""
 
     @abstractmethod
     def decode(self, deltas: Tensor, anchors: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ class OneStage(Detector):
         added: Features = self.top(list(source.values())[-1])
         return pyramid | added
 
-    def detect(self, features: Features, batch: Batch, *, rule: DetectionRule) -> list[Detection]:
+    def detect(self, features: Features, batch: Batch, *, rule: PostprocessConfig) -> list[Detection]:
         """See :meth:`Detector.detect`."""
         outputs, anchors, counts = self.outputs(features, batch)
         images = zip(self.scores(outputs), outputs["bbox_regression"], anchors, strict=True)
@@ -112,7 +112,7 @@ class OneStage(Detector):
         ]
 
     def outputs(self, features: Features, batch: Batch) -> tuple[dict[str, Tensor], list[Tensor], list[int]]:
-        """What the head says, the anchors of each image, ``(N, 4)``, and how many of them each level has."""
+        """Return the head's outputs, the anchors of each image, ``(N, 4)``, and their number per level."""
         maps = list(features.values())
         anchors: list[Tensor] = self.anchor_generator(ImageList(batch.tensor, batch.sizes), maps)
         (per_location,) = set(self.anchor_generator.num_anchors_per_location())

@@ -14,7 +14,7 @@ from a2fpn.backbones import TimmBackbone
 from a2fpn.config import ModelConfig, RCNNConfig
 from a2fpn.detectors.detector import Detection, Detector
 from a2fpn.heads import Float32BoxPredictor, Float32RPNHead, ProposalNetwork, StrideAnchors, StrideRoIAlign
-from a2fpn.heads.postprocess import DetectionRule
+from a2fpn.heads.postprocess import PostprocessConfig
 from a2fpn.heads.roi_heads import DetectionRoIHeads
 from a2fpn.necks import Neck
 from a2fpn.preprocess import Batch
@@ -64,7 +64,7 @@ class RCNN(Detector):
 
     @property
     def num_outputs(self) -> int:
-        """Outputs of the box predictor: background, the classes, and those that stand for nothing."""
+        """Outputs of the box predictor: background, the classes, and unused ones."""
         return 1 + self.config.num_classes + self.rcnn.unused_outputs
 
     @property
@@ -74,13 +74,13 @@ class RCNN(Detector):
         return head
 
     @property
-    def rule(self) -> DetectionRule:
+    def rule(self) -> PostprocessConfig:
         """See :attr:`Detector.rule`; thresholds set on the heads, as with torchvision's, count."""
-        rule: DetectionRule = getattr(self.roi_heads, "rule", super().rule)
+        rule: PostprocessConfig = getattr(self.roi_heads, "rule", super().rule)
         return rule
 
     def build_roi_heads(self, pooled: Mapping[str, int]) -> nn.Module:
-        """What turns proposals into detections or losses; called like torchvision's ``RoIHeads``, with ``rule=``.
+        """Build the RoI heads, called like torchvision's ``RoIHeads`` and with ``rule=``.
 
         Args:
             pooled: Name and stride of the levels that RoIs are pooled from.
@@ -123,7 +123,7 @@ class RCNN(Detector):
         )
 
     def box_head(self) -> nn.Module:
-        """What maps pooled features to ``box_channels`` numbers per RoI."""
+        """Build the module that maps pooled features to ``box_channels`` numbers per RoI."""
         heads, channels = self.rcnn, self.neck.out_channels
         if not heads.box_layers:
             mlp: nn.Module = TwoMLPHead(channels * heads.box_pool_size**2, heads.box_channels)
@@ -156,7 +156,7 @@ class RCNN(Detector):
         _, roi_losses = self.roi_heads(features, proposals, batch.sizes, targets)
         return {**rpn_losses, **roi_losses}
 
-    def detect(self, features: Features, batch: Batch, *, rule: DetectionRule) -> list[Detection]:
+    def detect(self, features: Features, batch: Batch, *, rule: PostprocessConfig) -> list[Detection]:
         """See :meth:`Detector.detect`."""
         proposals, _ = self.rpn(ImageList(batch.tensor, batch.sizes), features)
         detections: list[Detection]

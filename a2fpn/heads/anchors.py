@@ -1,7 +1,7 @@
 """Anchors from declared strides.
 
 torchvision computes strides as ``image size // grid size``; on sizes that are no multiple of the coarsest stride its
-anchor centres drift by up to tens of pixels, and under bf16 autocast its anchors are made in bf16.
+anchor centers drift by up to tens of pixels, and under bf16 autocast its anchors are made in bf16.
 """
 
 from __future__ import annotations

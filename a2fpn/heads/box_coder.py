@@ -22,11 +22,11 @@ class BoxCoder(_utils.BoxCoder):  # type: ignore[misc]
     def encode_single(self, reference_boxes: Tensor, proposals: Tensor) -> Tensor:
         """Offsets ``(n, 4)`` dx, dy, dw, dh of boxes from proposals, ``(n, 4)`` xyxy both."""
         sides = proposals[:, 2:] - proposals[:, :2]
-        centres = proposals[:, :2] + 0.5 * sides
+        centers = proposals[:, :2] + 0.5 * sides
         own_sides = reference_boxes[:, 2:] - reference_boxes[:, :2]
-        own_centres = reference_boxes[:, :2] + 0.5 * own_sides
+        own_centers = reference_boxes[:, :2] + 0.5 * own_sides
         wx, wy, ww, wh = self.weights
-        moved, grown = (own_centres - centres, own_sides / sides)
+        moved, grown = (own_centers - centers, own_sides / sides)
         columns = [
             wx * moved[:, 0] / sides[:, 0],
             wy * moved[:, 1] / sides[:, 1],
@@ -39,13 +39,13 @@ class BoxCoder(_utils.BoxCoder):  # type: ignore[misc]
         """Boxes ``(n, 4 K)`` xyxy of K offsets each, ``(n, 4 K)``, from boxes ``(n, 4)``."""
         boxes = boxes.to(rel_codes.dtype)
         sides = boxes[:, 2:] - boxes[:, :2]
-        centres = boxes[:, :2] + 0.5 * sides
+        centers = boxes[:, :2] + 0.5 * sides
         codes = rel_codes.unflatten(1, (-1, 4))
         wx, wy, ww, wh = self.weights
         columns = []
         for axis, (move, grow) in enumerate(((wx, ww), (wy, wh))):
-            centre = codes[..., axis] / move * sides[:, axis, None] + centres[:, axis, None]
+            center = codes[..., axis] / move * sides[:, axis, None] + centers[:, axis, None]
             side = torch.exp((codes[..., 2 + axis] / grow).clamp(max=self.bbox_xform_clip)) * sides[:, axis, None]
-            columns.append((centre - 0.5 * side, centre + 0.5 * side))
+            columns.append((center - 0.5 * side, center + 0.5 * side))
         (x0, x1), (y0, y1) = columns
         return torch.stack([x0, y0, x1, y1], 2).flatten(1)

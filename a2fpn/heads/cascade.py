@@ -19,9 +19,9 @@ from torch.nn import functional as F
 from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_inference
 from torchvision.ops import clip_boxes_to_image, remove_small_boxes
 
-from a2fpn.heads.postprocess import DetectionRule
+from a2fpn.heads.loss_normalizer import GlobalLossNormalizer
+from a2fpn.heads.postprocess import PostprocessConfig
 from a2fpn.heads.roi_heads import Samples
-from a2fpn.heads.share import LossShare
 from a2fpn.masks.targets import mask_loss
 from a2fpn.pyramid import Features
 
@@ -31,7 +31,7 @@ Targets = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class CascadeRules:
-    """What the published cascades do in different ways; the defaults are mmdetection's, but for ``average``.
+    """Choices in which published Cascade R-CNNs differ; defaults follow mmdetection except ``average``.
 
     Args:
         loss_weights: Per stage the factor of its losses.
@@ -75,16 +75,16 @@ class CascadeRoIHeads(nn.Module):
         super().__init__()
         self.stages = nn.ModuleList(stages)  # type: ignore[assignment]
         self.rules = rules
-        self.share = LossShare()
+        self.normalizer = GlobalLossNormalizer()
 
     def has_mask(self) -> bool:
-        """Whether the first stage, or every one, has a mask head."""
+        """Return whether the first stage, or every one, has a mask head."""
         return bool(self.stages[0].has_mask())
 
     @property
-    def rule(self) -> DetectionRule:
+    def rule(self) -> PostprocessConfig:
         """Post-processing of calls that come without: the last stage's."""
-        rule: DetectionRule = self.stages[-1].rule
+        rule: PostprocessConfig = self.stages[-1].rule
         return rule
 
     @property
@@ -100,7 +100,7 @@ class CascadeRoIHeads(nn.Module):
         image_sizes: Sizes,
         targets: Targets | None = None,
         *,
-        rule: DetectionRule | None = None,
+        rule: PostprocessConfig | None = None,
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
         """Detects objects, or computes the losses in training mode.
 
@@ -134,7 +134,7 @@ class CascadeRoIHeads(nn.Module):
             logits, deltas = _box_outputs(stage, features, samples.boxes, image_sizes, gradient_scale=scale)
             count = sum(map(len, samples.labels))
             losses = {
-                name: self.share(loss, count)
+                name: self.normalizer(loss, count)
                 for name, loss in _box_losses(logits, deltas, samples, beta=rules.box_loss_beta).items()
             }
             proposals = _refine_samples(stage, deltas, samples, image_sizes, objects=not rules.resample)
@@ -147,7 +147,7 @@ class CascadeRoIHeads(nn.Module):
         return totals
 
     def detect(
-        self, features: Features, proposals: list[Tensor], image_sizes: Sizes, rule: DetectionRule | None = None
+        self, features: Features, proposals: list[Tensor], image_sizes: Sizes, rule: PostprocessConfig | None = None
     ) -> list[dict[str, Tensor]]:
         """Boxes of the last stage, with scores and masks averaged over the stages."""
         boxes, scores = proposals, []
@@ -171,7 +171,7 @@ class CascadeRoIHeads(nn.Module):
         return results
 
     def mask_features(self, index: int, x: Tensor, previous: Tensor | None) -> Tensor:
-        """What the mask predictor of a stage sees, ``(R, C, S, S)``.
+        """Return the input of a stage's mask predictor, ``(R, C, S, S)``.
 
         Args:
             index: Number of the stage, from 0.
@@ -201,8 +201,8 @@ class CascadeRoIHeads(nn.Module):
             binary=True,
             boundary_weight=self.rules.mask_boundary_weight,
         )
-        shared: Tensor = self.share(loss, sum(map(len, positives.labels)))
-        return shared
+        normalized: Tensor = self.normalizer(loss, sum(map(len, positives.labels)))
+        return normalized
 
     def _masks(self, features: Features, boxes: list[Tensor], labels: list[Tensor], image_sizes: Sizes) -> list[Tensor]:
         x = self.stages[0].mask_roi_pool(features, boxes, image_sizes)
@@ -219,13 +219,13 @@ def _box_outputs(
     """Class logits ``(R, K + 1)`` and deltas ``(R, 4)``."""
     pooled: Tensor = stage.box_roi_pool(features, boxes, sizes)
     if gradient_scale != 1 and pooled.requires_grad:
-        pooled.register_hook(lambda gradient: gradient * gradient_scale)  # type: ignore[no-untyped-call]
+        pooled.register_hook(lambda gradient: gradient * gradient_scale)
     logits, deltas = stage.box_predictor(stage.box_head(pooled))
     return logits, deltas
 
 
 def _label(stage: RoIHeads, proposals: list[Tensor], targets: Targets) -> Samples:
-    """All boxes as samples, held against the objects by the stage's IoU."""
+    """All boxes as samples, matched to the ground truth by the stage's IoU."""
     boxes = [target["boxes"].to(proposals[0]) for target in targets]
     objects, labels = stage.assign_targets_to_proposals(proposals, boxes, [target["labels"] for target in targets])
     matched = [
@@ -260,7 +260,7 @@ def _refine_samples(stage: RoIHeads, deltas: Tensor, samples: Samples, sizes: Si
     proposals = []
     for image, boxes in enumerate(_refine(stage, deltas, samples.boxes, sizes)):
         if not objects:
-            born = (samples.labels[image] > 0) & (samples.deltas[image] == 0).all(1)
-            boxes = boxes[~born]
+            is_ground_truth = (samples.labels[image] > 0) & (samples.deltas[image] == 0).all(1)
+            boxes = boxes[~is_ground_truth]
         proposals.append(boxes[remove_small_boxes(boxes, min_size=1e-2)])
     return proposals

@@ -18,8 +18,8 @@ from torchvision.models.detection.fcos import FCOSClassificationHead, FCOSHead, 
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import clip_boxes_to_image, remove_small_boxes
 
-from a2fpn.heads.postprocess import DetectionRule, suppress
-from a2fpn.heads.share import LossShare
+from a2fpn.heads.loss_normalizer import GlobalLossNormalizer
+from a2fpn.heads.postprocess import PostprocessConfig, suppress
 
 _SMALLEST = 1e-2  # pixels, as in the R-CNN heads
 _GROUPS = 32
@@ -61,7 +61,7 @@ class TopLevels(nn.ModuleDict):
 
 
 class Float32RetinaNetHead(RetinaNetHead):  # type: ignore[misc]
-    """RetinaNet's head, whose outputs leave autocast.
+    """RetinaNet's head with float32 outputs under autocast.
 
     Args:
         in_channels: Channels of the pyramid.
@@ -84,7 +84,7 @@ class Float32RetinaNetHead(RetinaNetHead):  # type: ignore[misc]
 
 
 class Float32FCOSHead(FCOSHead):  # type: ignore[misc]
-    """FCOS's head, whose outputs leave autocast.
+    """FCOS's head with float32 outputs under autocast.
 
     Args:
         in_channels: Channels of the pyramid.
@@ -99,7 +99,7 @@ class Float32FCOSHead(FCOSHead):  # type: ignore[misc]
         self.box_coder = BoxLinearCoder(normalize_by_size=True)
         self.classification_head = FCOSClassificationHead(in_channels, 1, num_classes, num_layers, norm_layer=norm)
         self.regression_head = FCOSRegressionHead(in_channels, 1, num_layers, norm_layer=norm)
-        self.share = LossShare()
+        self.normalizer = GlobalLossNormalizer()
 
     def forward(self, x: list[Tensor]) -> dict[str, Tensor]:
         """``cls_logits`` (B, N, K), ``bbox_regression`` (B, N, 4) and ``bbox_ctrness`` (B, N, 1), float32."""
@@ -117,7 +117,7 @@ def _float32(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class LevelOutputs(NamedTuple):
-    """What the head says of one image on one level of ``n`` anchors.
+    """Outputs of the head for one image on one level of ``n`` anchors.
 
     Args:
         scores: ``(n, K)`` in [0, 1].
@@ -135,7 +135,7 @@ def dense_detections(
     decode: Callable[[Tensor, Tensor], Tensor],
     size: tuple[int, int],
     *,
-    rule: DetectionRule,
+    rule: PostprocessConfig,
     candidates_per_level: int,
 ) -> dict[str, Tensor]:
     """Detections of an image from a one-stage head.

@@ -17,7 +17,7 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.ops import Conv2dNormActivation
 
 from a2fpn.heads.cascade import CascadeRoIHeads, CascadeRules, Sizes, Targets
-from a2fpn.heads.postprocess import DetectionRule
+from a2fpn.heads.postprocess import PostprocessConfig
 from a2fpn.heads.roi_pool import StrideRoIAlign
 from a2fpn.layers import LevelModules
 from a2fpn.masks import InstanceMasks, nearest_pixels
@@ -26,7 +26,7 @@ from a2fpn.pyramid import Features, level_size
 SEMANTIC = "semantic"
 """Under this name the semantic embedding travels with the pyramid."""
 IGNORE = 255
-"""Label of pixels that the semantic loss leaves out."""
+"""Label of pixels that the semantic loss ignores."""
 
 
 class SemanticBranch(nn.Module):
@@ -134,7 +134,7 @@ class HTCRoIHeads(CascadeRoIHeads):
         image_sizes: Sizes,
         targets: Targets | None = None,
         *,
-        rule: DetectionRule | None = None,
+        rule: PostprocessConfig | None = None,
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
         """See :meth:`CascadeRoIHeads.forward`; with a semantic branch there is also ``loss_semantic``."""
         if self.semantic is None:
@@ -160,7 +160,7 @@ class HTCRoIHeads(CascadeRoIHeads):
         return y
 
     def _semantic_loss(self, logits: Tensor, targets: Targets, image_sizes: Sizes) -> Tensor:
-        """Mean cross entropy over the labelled pixels; zero where there are none."""
+        """Mean cross entropy over the labeled pixels; zero where there are none."""
         wanted = torch.full((len(logits), *logits.shape[2:]), IGNORE, dtype=torch.long, device=logits.device)
         for canvas, target, size in zip(wanted, targets, image_sizes, strict=True):
             height, width = level_size(size, self.semantic_stride)
@@ -174,9 +174,9 @@ class HTCRoIHeads(CascadeRoIHeads):
                 semantic = target[SEMANTIC][rows[:, None], columns]
             canvas[:height, :width] = semantic
         loss = F.cross_entropy(logits, wanted, ignore_index=IGNORE, reduction="sum")
-        labelled = int((wanted != IGNORE).sum())
-        shared: Tensor = self.share(loss / max(1, labelled), labelled)
-        return shared
+        labeled = int((wanted != IGNORE).sum())
+        normalized: Tensor = self.normalizer(loss / max(1, labeled), labeled)
+        return normalized
 
 
 def things_map(masks: InstanceMasks, labels: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torchvision.models.detection.keypoint_rcnn import KeypointRCNNPredictor
 
 
 class Float32KeypointPredictor(KeypointRCNNPredictor):  # type: ignore[misc]
-    """Keypoint predictor whose outputs leave autocast: the position of a heatmap's maximum is what counts."""
+    """Keypoint predictor with float32 outputs under autocast: keypoints are positions of heatmap maxima."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Heatmaps ``(R, P, 4 S, 4 S)`` of ``P`` keypoints from features ``(R, C, S, S)``, float32."""

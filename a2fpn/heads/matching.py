@@ -1,6 +1,6 @@
-"""Which object each anchor, proposal or location learns from, in memory that does not grow with their product.
+"""Target assignment for anchors, proposals and FCOS locations, chunked to bound memory.
 
-The rules are torchvision's: IoU with low-quality matches (Ren et al., "Faster R-CNN", NeurIPS 2015) and centre
+The rules are torchvision's: IoU with low-quality matches (Ren et al., "Faster R-CNN", NeurIPS 2015) and center
 sampling (Tian et al., "FCOS", TPAMI 2020). torchvision compares every object with every anchor at once; 2,000 objects
 and 250,000 anchors then take 10 GB. Above :data:`PAIRS_AT_ONCE` the same comparisons run over one chunk of anchors
 after the other, with the same results.
@@ -22,10 +22,10 @@ PAIRS_AT_ONCE = 2**23
 """Pairs of an object and an anchor that are compared at once; each takes about 32 bytes."""
 
 BACKGROUND = -1
-"""In place of an object's index: learns to be background."""
+"""Match index of a negative."""
 
 IGNORED = -2
-"""In place of an object's index: learns nothing."""
+"""Match index of an ignored anchor (no loss)."""
 
 
 class BoxPairs(NamedTuple):
@@ -55,7 +55,7 @@ class ChunkedMatcher(Matcher):  # type: ignore[misc]
     """
 
     def __call__(self, pairs: BoxPairs) -> Tensor:
-        """Matches boxes.
+        """Match boxes.
 
         Args:
             pairs: What is matched; no object makes everything background.
@@ -103,7 +103,7 @@ def _iou_chunks(pairs: BoxPairs) -> Iterator[tuple[slice, Tensor]]:
 def match_locations(objects: Tensor, anchors: Tensor, *, per_level: Sequence[int], radius: float) -> Tensor:
     """Objects for the locations of FCOS.
 
-    A location belongs to an object if it lies inside its box, at most ``radius`` strides from its centre, and the
+    A location belongs to an object if it lies inside its box, at most ``radius`` strides from its center, and the
     farthest side of the box is between 4 and 8 strides away; below 8 on the finest, above 4 on the coarsest level. Of
     several objects it takes the smallest. (torchvision compares ``1e8 - area`` in float32, to which areas that differ
     by less than 8 square pixels may be equal.)
@@ -137,8 +137,8 @@ def match_locations(objects: Tensor, anchors: Tensor, *, per_level: Sequence[int
 def _match_locations(objects: Tensor, rows: Tensor, radius: float) -> Tensor:
     x, y, stride, nearest, farthest = rows[:, :, None].unbind(1)
     x0, y0, x1, y1 = objects.T[:, None]
-    off_centre = torch.maximum((x - (x0 + x1) / 2).abs(), (y - (y0 + y1) / 2).abs())
-    belongs = off_centre < radius * stride
+    off_center = torch.maximum((x - (x0 + x1) / 2).abs(), (y - (y0 + y1) / 2).abs())
+    belongs = off_center < radius * stride
     sides = (x - x0, y - y0, x1 - x, y1 - y)
     belongs &= torch.minimum(torch.minimum(sides[0], sides[1]), torch.minimum(sides[2], sides[3])) > 0
     reach = torch.maximum(torch.maximum(sides[0], sides[1]), torch.maximum(sides[2], sides[3]))

@@ -22,8 +22,8 @@ _SMALLEST = 1e-2  # pixels, as in torchvision
 
 
 @dataclass(frozen=True)
-class DetectionRule:
-    """What makes a detection of a candidate.
+class PostprocessConfig:
+    """Score threshold, NMS and maximum number of detections.
 
     Args:
         score_threshold: Candidates that do not score more are dropped, between 0 and 1.
@@ -37,7 +37,7 @@ class DetectionRule:
         ValueError: For a value out of its range.
 
     Example:
-        >>> DetectionRule(soft_nms="gauss")
+        >>> PostprocessConfig(soft_nms="gauss")
         Traceback (most recent call last):
         ...
         a2fpn.errors.ConfigError: soft_nms must be one of linear, gaussian or None, got 'gauss'.
@@ -62,24 +62,22 @@ class DetectionRule:
             raise ConfigError(f"soft_nms_sigma must be above 0, got {self.soft_nms_sigma}.")
 
 
-def suppress(boxes: Tensor, scores: Tensor, labels: Tensor, rule: DetectionRule) -> tuple[Tensor, Tensor]:
-    """The detections among the candidates of an image, class by class.
+def suppress(boxes: Tensor, scores: Tensor, labels: Tensor, rule: PostprocessConfig) -> tuple[Tensor, Tensor]:
+    """The detections among the candidates of an image that score more than the threshold, class by class.
 
     Args:
         boxes: ``(N, 4)`` xyxy.
-        scores: ``(N,)`` in [0, 1].
+        scores: ``(N,)`` above the rule's threshold.
         labels: ``(N,)``.
         rule: What makes a detection.
 
     Returns:
         Their rows, and their scores in descending order, which soft-NMS has lowered.
     """
-    rows = torch.where(scores > rule.score_threshold)[0]
-    boxes, scores, labels = boxes[rows], scores[rows], labels[rows]
     if rule.soft_nms is None:
         kept = batched_nms(boxes, scores, labels, rule.nms_threshold)[: rule.detections_per_image]
-        return rows[kept], scores[kept]
-    kept, lowered = soft_nms(
+        return kept, scores[kept]
+    return soft_nms(
         boxes,
         scores,
         labels,
@@ -89,7 +87,6 @@ def suppress(boxes: Tensor, scores: Tensor, labels: Tensor, rule: DetectionRule)
         score_threshold=rule.score_threshold,
         limit=rule.detections_per_image,
     )
-    return rows[kept], lowered
 
 
 def soft_nms(
@@ -146,23 +143,23 @@ def soft_nms(
 
 
 def box_detections(
-    boxes: Tensor, scores: Tensor, size: tuple[int, int], rule: DetectionRule
+    boxes: Tensor, scores: Tensor, size: tuple[int, int], rule: PostprocessConfig
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of ``(P, K + 1, 4)`` boxes and ``(P, K + 1)`` scores, the background first."""
     scores = scores[:, 1:].flatten()
     labels = torch.arange(1, boxes.shape[1], device=boxes.device).repeat(len(boxes))
-    if device.runs_ahead(scores) and rule.soft_nms is None:
-        every = clip_boxes_to_image(boxes[:, 1:].reshape(-1, 4), size)
-        large = ((every[:, 2:] - every[:, :2]) >= _SMALLEST).all(1)
+    if device.runs_ahead(scores):
+        # One wait for the device instead of two.
+        found = clip_boxes_to_image(boxes[:, 1:].reshape(-1, 4), size)
+        large = ((found[:, 2:] - found[:, :2]) >= _SMALLEST).all(1)
         rows = torch.where((scores > rule.score_threshold) & large)[0]
-        found, scores, labels = every[rows], scores[rows], labels[rows]
-        kept = batched_nms(found, scores, labels, rule.nms_threshold)[: rule.detections_per_image]
-        return found[kept], scores[kept], labels[kept]
-    # First of all, since few are left: what comes later is then done for them alone.
-    rows = torch.where(scores > rule.score_threshold)[0]
-    found = clip_boxes_to_image(boxes[:, 1:].reshape(-1, 4)[rows], size)
-    scores, labels = scores[rows], labels[rows]
-    large = remove_small_boxes(found, min_size=_SMALLEST)
-    found, scores, labels = found[large], scores[large], labels[large]
+        found, scores, labels = found[rows], scores[rows], labels[rows]
+    else:
+        # The threshold first of all, since few are left: what comes later is then done for them alone.
+        rows = torch.where(scores > rule.score_threshold)[0]
+        found = clip_boxes_to_image(boxes[:, 1:].reshape(-1, 4)[rows], size)
+        scores, labels = scores[rows], labels[rows]
+        large = remove_small_boxes(found, min_size=_SMALLEST)
+        found, scores, labels = found[large], scores[large], labels[large]
     kept, scores = suppress(found, scores, labels, rule)
     return found[kept], scores, labels[kept]

@@ -15,7 +15,7 @@ from a2fpn.layers import CARAFE
 
 
 class Float32RPNHead(RPNHead):  # type: ignore[misc]
-    """RPN head whose outputs leave autocast."""
+    """RPN head with float32 outputs under autocast."""
 
     def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Objectness ``(B, A, H, W)`` and deltas ``(B, 4 A, H, W)`` per level, float32."""
@@ -24,7 +24,7 @@ class Float32RPNHead(RPNHead):  # type: ignore[misc]
 
 
 class Float32BoxPredictor(FastRCNNPredictor):  # type: ignore[misc]
-    """Box predictor whose outputs leave autocast.
+    """Box predictor with float32 outputs under autocast.
 
     Args:
         in_channels: Channels of the input.
@@ -46,7 +46,7 @@ class Float32BoxPredictor(FastRCNNPredictor):  # type: ignore[misc]
 
 
 class Float32MaskPredictor(MaskRCNNPredictor):  # type: ignore[misc]
-    """Mask predictor whose outputs leave autocast."""
+    """Mask predictor with float32 outputs under autocast."""
 
     def __init__(self, in_channels: int, hidden_channels: int, num_classes: int) -> None:
         super().__init__(in_channels, hidden_channels, num_classes)

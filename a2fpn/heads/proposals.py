@@ -21,9 +21,9 @@ from torchvision.ops import nms
 from a2fpn import device
 from a2fpn.errors import ConfigError
 from a2fpn.heads.box_coder import BoxCoder
+from a2fpn.heads.loss_normalizer import GlobalLossNormalizer
 from a2fpn.heads.matching import BACKGROUND, BoxPairs, ChunkedMatcher
 from a2fpn.heads.sampling import draw
-from a2fpn.heads.share import LossShare
 from a2fpn.pyramid import Features
 
 _BETA = 1 / 9  # where torchvision's box loss turns from L2 to L1
@@ -34,6 +34,8 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
 
     proposal_matcher: ChunkedMatcher
 
+    box_coder: BoxCoder
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         matcher: Any = self.proposal_matcher
@@ -42,7 +44,7 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
         self.proposal_matcher = ChunkedMatcher(
             matcher.high_threshold, matcher.low_threshold, allow_low_quality_matches=True
         )
-        self.share = LossShare()
+        self.normalizer = GlobalLossNormalizer()
 
     def forward(
         self, images: ImageList, features: Features, targets: list[dict[str, Any]] | None = None
@@ -133,8 +135,8 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
             "loss_objectness": (entropy * counted).sum() / sampled,
             "loss_rpn_box_reg": (box_loss * is_positive).sum() / sampled,
         }
-        if self.share.enabled:
-            losses = {name: self.share(loss, int(sampled)) for name, loss in losses.items()}
+        if self.normalizer.enabled:
+            losses = {name: self.normalizer(loss, int(sampled)) for name, loss in losses.items()}
         return losses
 
     def compute_loss(
@@ -149,13 +151,13 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
             regression_targets: Per image ``(A, 4)``.
         """
         losses = super().compute_loss(objectness, pred_bbox_deltas, labels, regression_targets)
-        if not self.share.enabled:
+        if not self.normalizer.enabled:
             return losses[0], losses[1]
         sampler, sampled = self.fg_bg_sampler, 0
         for label in labels:  # how many the sampler takes; which ones is its secret
             positives = min(int((label >= 1).sum()), int(sampler.batch_size_per_image * sampler.positive_fraction))
             sampled += positives + min(int((label == 0).sum()), sampler.batch_size_per_image - positives)
-        return self.share(losses[0], sampled), self.share(losses[1], sampled)
+        return self.normalizer(losses[0], sampled), self.normalizer(losses[1], sampled)
 
 
 def _clip(boxes: Tensor, size: tuple[int, int]) -> Tensor:

@@ -19,20 +19,20 @@ from torchvision.models.detection.roi_heads import (
 
 from a2fpn import device
 from a2fpn.heads.box_coder import BoxCoder
+from a2fpn.heads.loss_normalizer import GlobalLossNormalizer
 from a2fpn.heads.matching import IGNORED, BoxPairs, ChunkedMatcher
-from a2fpn.heads.postprocess import DetectionRule, box_detections
+from a2fpn.heads.postprocess import PostprocessConfig, box_detections
 from a2fpn.heads.sampling import draw_rows
-from a2fpn.heads.share import LossShare
 from a2fpn.masks.targets import mask_loss
 from a2fpn.pyramid import Features
 
 
 class Samples(NamedTuple):
-    """What a stage learns from, per image.
+    """Sampled boxes of a stage and their targets, per image.
 
     Args:
         boxes: ``(S, 4)`` xyxy.
-        objects: ``(S,)`` index of the object that each box is held against.
+        objects: ``(S,)`` index of the ground-truth object matched to each box.
         labels: ``(S,)`` its class, 0 for background.
         deltas: ``(S, 4)`` regression targets.
     """
@@ -43,13 +43,13 @@ class Samples(NamedTuple):
     deltas: list[Tensor]
 
     def positives(self) -> Samples:
-        """The boxes that are held against an object."""
+        """The boxes that are matched to an object."""
         keep = positive_rows(self.labels)
         return Samples(*([x[rows] for x, rows in zip(field, keep, strict=True)] for field in self))
 
 
 def positive_rows(labels: Sequence[Tensor]) -> list[Tensor]:
-    """Per image the rows, ascending, of the boxes that are held against an object.
+    """Per image the rows, ascending, of the boxes that are matched to an object.
 
     Args:
         labels: Per image ``(S,)``.
@@ -63,7 +63,7 @@ def positive_rows(labels: Sequence[Tensor]) -> list[Tensor]:
 
 
 class DetectionRoIHeads(RoIHeads):  # type: ignore[misc]
-    """torchvision's ``RoIHeads`` with :class:`ChunkedMatcher` and a :class:`DetectionRule` per call.
+    """torchvision's ``RoIHeads`` with :class:`ChunkedMatcher` and a :class:`PostprocessConfig` per call.
 
     The thresholds of calls without one stay where torchvision keeps them.
 
@@ -74,6 +74,7 @@ class DetectionRoIHeads(RoIHeads):  # type: ignore[misc]
         **kwargs: torchvision's.
     """
 
+    box_coder: BoxCoder
     proposal_matcher: ChunkedMatcher
 
     def __init__(self, *args: Any, aligned: bool = False, mask_boundary_weight: float = 1.0, **kwargs: Any) -> None:
@@ -83,12 +84,12 @@ class DetectionRoIHeads(RoIHeads):  # type: ignore[misc]
         matcher = self.proposal_matcher
         self.box_coder = BoxCoder(self.box_coder.weights)
         self.proposal_matcher = ChunkedMatcher(matcher.high_threshold, matcher.low_threshold)
-        self.share = LossShare()
+        self.normalizer = GlobalLossNormalizer()
 
     @property
-    def rule(self) -> DetectionRule:
+    def rule(self) -> PostprocessConfig:
         """Post-processing of calls that come without."""
-        return DetectionRule(self.score_thresh, self.nms_thresh, self.detections_per_img)
+        return PostprocessConfig(self.score_thresh, self.nms_thresh, self.detections_per_img)
 
     def assign_targets_to_proposals(
         self, proposals: list[Tensor], gt_boxes: list[Tensor], gt_labels: list[Tensor]
@@ -133,7 +134,7 @@ class DetectionRoIHeads(RoIHeads):  # type: ignore[misc]
         image_shapes: list[tuple[int, int]],
         targets: list[dict[str, Any]] | None = None,
         *,
-        rule: DetectionRule | None = None,
+        rule: PostprocessConfig | None = None,
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
         """As torchvision's; ``masks`` of a target are :class:`~a2fpn.masks.InstanceMasks`, the losses are the same.
 
@@ -148,9 +149,13 @@ class DetectionRoIHeads(RoIHeads):  # type: ignore[misc]
             return self.detect(features, proposals, image_shapes, rule), {}
         samples = Samples(*self.select_training_samples(proposals, targets))
         pooled = self.box_head(self.box_roi_pool(features, samples.boxes, image_shapes))
-        loss_classifier, loss_box = _box_losses(*self.box_predictor(pooled), samples)
+        logits, deltas = self.box_predictor(pooled)
+        loss_classifier, loss_box = _box_losses(logits, deltas, samples)
         count = sum(map(len, samples.labels))
-        losses = {"loss_classifier": self.share(loss_classifier, count), "loss_box_reg": self.share(loss_box, count)}
+        losses = {
+            "loss_classifier": self.normalizer(loss_classifier, count),
+            "loss_box_reg": self.normalizer(loss_box, count),
+        }
         positives = samples.positives()
         if self.has_mask():
             pooled = self.mask_head(self.mask_roi_pool(features, positives.boxes, image_shapes))
@@ -163,17 +168,17 @@ class DetectionRoIHeads(RoIHeads):  # type: ignore[misc]
                 aligned=self.aligned,
                 boundary_weight=self.mask_boundary_weight,
             )
-            losses["loss_mask"] = self.share(loss, sum(map(len, positives.labels)))
+            losses["loss_mask"] = self.normalizer(loss, sum(map(len, positives.labels)))
         if self.has_keypoint():
             pooled = self.keypoint_head(self.keypoint_roi_pool(features, positives.boxes, image_shapes))
             logits = self.keypoint_predictor(pooled).contiguous()  # torchvision's loss takes views of it
             keypoints = [target["keypoints"] for target in targets]
             loss = keypointrcnn_loss(logits, positives.boxes, keypoints, positives.objects)
             visible = 0
-            if self.share.enabled:  # counting waits for the device
+            if self.normalizer.enabled:  # counting waits for the device
                 images = zip(keypoints, positives.boxes, positives.objects, strict=True)
                 visible = sum(int(keypoints_to_heatmap(k[i], b, logits.shape[-1])[1].sum()) for k, b, i in images)
-            losses["loss_keypoint"] = self.share(loss, visible)
+            losses["loss_keypoint"] = self.normalizer(loss, visible)
         return [], losses
 
     def detect(
@@ -181,7 +186,7 @@ class DetectionRoIHeads(RoIHeads):  # type: ignore[misc]
         features: Features,
         proposals: list[Tensor],
         image_shapes: list[tuple[int, int]],
-        rule: DetectionRule | None = None,
+        rule: PostprocessConfig | None = None,
     ) -> list[dict[str, Tensor]]:
         """Per image ``boxes``, ``scores``, ``labels`` from 1, and what the mask or keypoint head gives.
 
@@ -215,7 +220,7 @@ class DetectionRoIHeads(RoIHeads):  # type: ignore[misc]
         box_regression: Tensor,
         proposals: list[Tensor],
         image_shapes: list[tuple[int, int]],
-        rule: DetectionRule | None = None,
+        rule: PostprocessConfig | None = None,
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Per image boxes ``(n, 4)``, scores ``(n,)`` descending and labels ``(n,)`` from 1.
 

@@ -74,7 +74,7 @@ def _adaptive_roi_align(x: Tensor, rois: Tensor, size: int, scale: float, aligne
 
 
 def _on_map(rois: Tensor, scale: float, aligned: bool) -> tuple[Tensor, Tensor]:
-    """Starts and lengths of RoIs along y and x in map pixels, ``(R, 2)`` each."""
+    """Start and lengths of RoIs along y and x in map pixels, ``(R, 2)`` each."""
     corners = rois[:, 1:].float() * scale - (0.5 if aligned else 0.0)
     starts, ends = corners[:, [1, 0]], corners[:, [3, 2]]
     # Unaligned RoIAlign treats boxes of less than one map pixel as one pixel.
@@ -107,11 +107,11 @@ def _samples(start: Tensor, length: Tensor, bins: int, ratio: int, limit: int) -
     sample_index = torch.arange(ratio, dtype=start.dtype, device=start.device)
     # In torchvision's order: a sample on the border counts, one beyond it by rounding does not.
     side = length[:, None, None] / bins
-    centre = (start[:, None, None] + bin_index * side + (sample_index + 0.5) * side / ratio).flatten(1)
-    inside = (centre >= -1) & (centre <= limit)
-    centre = centre.clamp(min=0)
-    low = centre.floor().long().clamp(max=limit - 1)
-    fraction = (centre - low).clamp(max=1) * (low < limit - 1)
+    center = (start[:, None, None] + bin_index * side + (sample_index + 0.5) * side / ratio).flatten(1)
+    inside = (center >= -1) & (center <= limit)
+    center = center.clamp(min=0)
+    low = center.floor().long().clamp(max=limit - 1)
+    fraction = (center - low).clamp(max=1) * (low < limit - 1)
     taps = torch.stack([low, (low + 1).clamp(max=limit - 1)], -1)
     weights = torch.stack([1 - fraction, fraction], -1) * inside[..., None] / ratio
     return taps.view(len(start), bins, 2 * ratio), weights.view(len(start), bins, 2 * ratio)
@@ -159,7 +159,7 @@ class StrideRoIAlign(nn.Module):
     def forward(
         self, features: Features, boxes: Sequence[Tensor], image_shapes: Sequence[tuple[int, int]] | None = None
     ) -> Tensor:
-        """Pools boxes.
+        """Pool boxes.
 
         Args:
             features: Maps; levels without a declared stride here are ignored.

@@ -19,7 +19,7 @@ class Sampled(NamedTuple):
     """Candidates of a batch that were drawn.
 
     Args:
-        positive: ``(B, P)`` int64, indices of those that are held against an object.
+        positive: ``(B, P)`` int64, indices of those that are matched to an object.
         negative: ``(B, Q)`` int64, of background.
         is_positive: ``(B, P)`` bool, which of them are meant: there may be fewer than P.
         is_negative: ``(B, Q)`` bool.

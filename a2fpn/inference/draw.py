@@ -4,7 +4,7 @@ Everything is drawn by matplotlib's anti-aliased Agg canvas, in pixels of the ou
 by a whole factor first, and text is only written where it covers neither objects nor other text, so that a
 photograph with three objects and a micrograph with four hundred both stay readable.
 
-Shape shorthand: N objects, K colours, an image of H x W pixels. Boxes are (N, 4), xyxy; colours (N, 3) in [0, 1].
+Shape shorthand: N objects, K colors, an image of H x W pixels. Boxes are (N, 4), xyxy; colors (N, 3) in [0, 1].
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Colors = NDArray[np.float64]
 
 
 class Drawable(Protocol):
-    """What is drawn: the fields of :class:`a2fpn.Result`, which is documented there."""
+    """Protocol of results that can be drawn: the fields of :class:`a2fpn.Result`, which is documented there."""
 
     @property
     def boxes(self) -> NDArray[np.float32]: ...
@@ -72,18 +72,18 @@ class Drawable(Protocol):
     def load_image(self) -> NDArray[np.uint8]: ...
 
 
-# Okabe and Ito's colours, which people with colour-blindness tell apart, then others in between.
+# Okabe and Ito's colors, which people with color-blindness tell apart, then others in between.
 _PALETTE: Colors = to_rgba_array(
     ["#E69F00", "#56B4E9", "#009E73", "#F0E442", "#D55E00", "#CC79A7", "#0072B2", "#AADD55"]
     + ["#AA4499", "#44DDCC", "#BB5566", "#7788FF"]
 )[:, :3]
-_BLACK, _DARK, _GREY, _WHITE, _RED = to_rgba_array(["black", "#222222", "#666666", "white", "#B00020"])[:, :3]
+_BLACK, _DARK, _GRAY, _WHITE, _RED = to_rgba_array(["black", "#222222", "#666666", "white", "#B00020"])[:, :3]
 _MIN_SIDE = 768  # pixels the picture's long side has at least
 _MIN_OBJECT = 16  # pixels the side of a typical object has, unless the picture then passes _MAX_ENLARGED
 _MAX_ENLARGED = 2560
 _MAX_SIDE, _MAX_AREA = 2**15, 2**26  # beyond these the picture is shrunk; Agg's own limit is 2**16 a side
 _MIN_WIDTH = 480  # pixels the legend needs to be readable
-_MAX_LABELLED = 40  # objects; above that scores are noise, and the legend gives their range
+_MAX_LABELED = 40  # objects; above that scores are noise, and the legend gives their range
 _MAX_COVERED = 0.2  # share of any object's box that a label may cover
 _INSET = 0.7  # white left of the legend in letter sizes
 _LINE = 1.9  # distance of the legend's lines in letter sizes
@@ -111,9 +111,9 @@ def draw(
     scores: bool = True,
     fit: tuple[int, int] | None = None,
 ) -> Image.Image:
-    """Draws a result on its image; :meth:`a2fpn.Result.plot` is the usual way to call it.
+    """Draw a result on its image; :meth:`a2fpn.Result.plot` is the usual way to call it.
 
-    With one class each object has another colour than its neighbours; with more, each class has its own, the
+    With one class each object has another color than its neighbors; with more, each class has its own, the
     same in every picture as far as the palette reaches. An image whose long side is under 768 pixels, or whose
     typical object is smaller than 16 pixels, is enlarged by a whole factor; one of more than 64 megapixels is
     shrunk.
@@ -141,7 +141,7 @@ def draw(
             f"Expected the RGB image of the result, uint8 of shape {(*result.size, 3)}, "
             f"got {image.dtype} of shape {image.shape}."
         )
-    few = len(result) <= _MAX_LABELLED
+    few = len(result) <= _MAX_LABELED
     boxes = few or result.rles is None if boxes is None else boxes
     colors, one_class = _object_colors(result)
     labels = few and (scores or not one_class) if labels is None else labels
@@ -196,7 +196,7 @@ def draw(
 
 
 def draw_grid(results: Sequence[Drawable], notes: Sequence[str], *, columns: int = 3) -> Image.Image:
-    """Draws annotated images side by side, each with its name, a remark and its classes under it; no scores.
+    """Draw annotated images side by side, each with its name, a remark and its classes under it; no scores.
 
     Args:
         results: The images with their objects.
@@ -241,7 +241,7 @@ def draw_grid(results: Sequence[Drawable], notes: Sequence[str], *, columns: int
 
 
 class _Entry(NamedTuple):
-    """A part of the legend: coloured squares, a name, a remark in grey."""
+    """A part of the legend: colored squares, a name, a remark in gray."""
 
     colors: Colors
     name: str
@@ -267,7 +267,7 @@ class _Canvas:
         self.clip = self.figure.bbox
 
     def paste(self, picture: Image.Image, left: int = 0, top: int = 0) -> None:
-        """Puts a picture's top left corner at (left, top); outlines are cut off at its border."""
+        """Put a picture's top left corner at (left, top); outlines are cut off at its border."""
         bottom = self.height - top - picture.height
         self.figure.figimage(np.asarray(picture), xo=left, yo=bottom, origin="upper")
         self.clip = Bbox.from_extents(left, bottom, left + picture.width, bottom + picture.height)
@@ -282,7 +282,7 @@ class _Canvas:
         opacity: float = 1.0,
         fill: float = 0.0,
     ) -> None:
-        """Strokes and fills outlines, given in pixels / ``scale``, with lines of ``line`` pixels.
+        """Stroke and fill outlines, given in pixels / ``scale``, with lines of ``line`` pixels.
 
         ``opacity`` is the lines', ``fill`` the areas'.
         """
@@ -299,12 +299,12 @@ class _Canvas:
         )
 
     def rectangle(self, x: float, y: float, width: float, height: float, color: Colors) -> None:
-        """Fills a rectangle whose top left corner is (x, y)."""
+        """Fill a rectangle whose top left corner is (x, y)."""
         corner = (x, self.height - y - height)
         self.figure.add_artist(Rectangle(corner, width, height, color=color, lw=0, transform=IdentityTransform()))
 
     def text(self, x: float, y: float, text: str, size: float, color: Colors, *, bold: bool = False) -> float:
-        """Writes text on the baseline y and returns its width in pixels."""
+        """Write text on the baseline y and return its width in pixels."""
         self.figure.add_artist(
             Text(
                 x,
@@ -319,20 +319,20 @@ class _Canvas:
         return _text_width(text, size, bold=bold)
 
     def label(self, place: NDArray[np.float64], text: str, size: float, color: Colors) -> None:
-        """Writes a label on a coloured rectangle, given as xyxy."""
+        """Write a label on a colored rectangle, given as xyxy."""
         x0, y0, x1, y1 = place
         self.rectangle(x0, y0, x1 - x0, y1 - y0, color)
         dark_on_light = color @ (0.299, 0.587, 0.114) > 0.45
         self.text(x0 + 0.25 * size, y1 - 0.35 * size, text, size, _DARK if dark_on_light else _WHITE)
 
     def entry(self, x: float, y: float, entry: _Entry, size: float) -> None:
-        """Writes an entry of the legend on the baseline y."""
+        """Write an entry of the legend on the baseline y."""
         for color in entry.colors:
             self.rectangle(x, y - 0.75 * size, 0.8 * size, 0.8 * size, color)
             x += 0.8 * size
         x += 0.5 * size if len(entry.colors) else 0
         x += self.text(x, y, entry.name, size, _DARK, bold=True) + 0.5 * size if entry.name else 0
-        self.text(x, y, entry.note, size, _GREY)
+        self.text(x, y, entry.note, size, _GRAY)
 
     def image(self) -> Image.Image:
         """The finished picture."""
@@ -353,7 +353,7 @@ def _scale(result: Drawable) -> float:
 
 
 def _class_colors(labels: NDArray[np.int64]) -> dict[int, Colors]:
-    """The colour of each class: its own of the palette, or the next free one if another class has that already."""
+    """The color of each class: its own of the palette, or the next free one if another class has that already."""
     free = list(range(len(_PALETTE)))
     colors = {}
     for label in np.unique(labels).tolist():
@@ -364,8 +364,8 @@ def _class_colors(labels: NDArray[np.int64]) -> dict[int, Colors]:
     return colors
 
 
-def _neighbour_colors(boxes: NDArray[np.float32]) -> Colors:
-    """A colour per object that none of the nearest objects has."""
+def _neighbor_colors(boxes: NDArray[np.float32]) -> Colors:
+    """A color per object that none of the nearest objects has."""
     centers = (boxes[:, :2] + boxes[:, 2:]) / 2
     chosen = np.zeros(len(boxes), dtype=np.int64)
     for index in range(len(boxes)):
@@ -389,7 +389,7 @@ def _mask_outline(rle: Rle) -> Outline:
     inside = np.pad(coco_mask.decode(rle)[y : y + height, x : x + width], 1)
     paths = []
     for line in contourpy.contour_generator(z=inside, line_type=contourpy.LineType.Separate).lines(0.5):
-        ring = np.asarray(line)[:-1] + (x - 0.5, y - 0.5)  # from padded pixel centres to image coordinates
+        ring = np.asarray(line)[:-1] + (x - 0.5, y - 0.5)  # from padded pixel centers to image coordinates
         ring = (np.roll(ring, 1, axis=0) + 2 * ring + np.roll(ring, -1, axis=0)) / 4
         paths.append(Outline(np.vstack([ring, ring[:1]]), closed=True))
     return Outline.make_compound_path(*paths)
@@ -404,7 +404,7 @@ def _box_outline(box: NDArray[np.float32]) -> Outline:
 def _skeleton(result: Drawable, index: int, radius: float) -> tuple[Outline, Outline]:
     """The limbs between an object's keypoints, as far as their names tell, and a circle around each keypoint.
 
-    Those are left out that are not labelled, or of which the model is not sure.
+    Those are left out that are not labeled, or of which the model is not sure.
     """
     assert result.keypoints is not None
     sure = result.keypoints[index, :, 2] > 0
@@ -425,7 +425,7 @@ def _together(outlines: list[Outline]) -> Outline:
 def _place_labels(
     texts: Sequence[str], boxes: NDArray[np.float32], picture: tuple[int, int], size: float
 ) -> list[NDArray[np.float64] | None]:
-    """Finds room for labels: on the box, in its corner or under it, or nowhere.
+    """Find room for labels: on the box, in its corner or under it, or nowhere.
 
     Args:
         texts: N texts, the most important first.
@@ -470,15 +470,15 @@ def _overlap(rect: NDArray[np.float64], boxes: NDArray[np.floating]) -> NDArray[
 
 
 def _object_colors(result: Drawable) -> tuple[Colors, bool]:
-    """The colour of each object, and whether all objects are of one class."""
+    """The color of each object, and whether all objects are of one class."""
     by_class = _class_colors(result.labels)
     if len(by_class) <= 1:
-        return _neighbour_colors(result.boxes), True
+        return _neighbor_colors(result.boxes), True
     return np.array([by_class[label] for label in result.labels.tolist()]), False
 
 
 def _legend(result: Drawable, colors: Colors, *, scores: bool = True) -> list[_Entry]:
-    """What the legend says: the picture's name and size, then each class."""
+    """Return the lines of the legend: the picture's name and size, then each class."""
     height, width = result.size
     # Bytes that are no UTF-8 can't be drawn.
     title = os.fsencode(Path(result.path).name).decode("utf-8", "replace") if result.path else ""
@@ -496,7 +496,7 @@ def _legend(result: Drawable, colors: Colors, *, scores: bool = True) -> list[_E
 
 
 def _wrap(entries: list[_Entry], width: int, size: float) -> list[list[tuple[float, _Entry]]]:
-    """Sets entries in rows no wider than ``width``, the first alone, each with its x."""
+    """Set entries in rows no wider than ``width``, the first alone, each with its x."""
     rows: list[list[tuple[float, _Entry]]] = []
     x = math.inf
     for index, entry in enumerate(entries):
@@ -509,7 +509,7 @@ def _wrap(entries: list[_Entry], width: int, size: float) -> list[list[tuple[flo
 
 
 def _shorten(text: str) -> str:
-    """Cuts a name that would not fit."""
+    """Cut a name that would not fit."""
     return text if len(text) <= 32 else f"{text[:31]}…"
 
 
@@ -525,6 +525,6 @@ def _text_width(text: str, size: float, *, bold: bool = False) -> float:
 
 @functools.cache
 def _renderer() -> Any:
-    """Measures text."""
+    """Measure text."""
     canvas: Any = FigureCanvasAgg(Figure(figsize=(1, 1), dpi=_DPI))
     return canvas.get_renderer()

@@ -31,7 +31,7 @@ from a2fpn import device
 from a2fpn.config import ModelConfig
 from a2fpn.detectors import Detector
 from a2fpn.errors import ConfigError, ConfigTypeError
-from a2fpn.heads import DetectionRoIHeads, DetectionRule, Float32RPNHead, ProposalNetwork
+from a2fpn.heads import DetectionRoIHeads, Float32RPNHead, PostprocessConfig, ProposalNetwork
 from a2fpn.preprocess import Preprocess
 from a2fpn.pyramid import Features
 
@@ -43,7 +43,7 @@ _TOLERANCE = 1e-3  # of the largest activation: far above rounding, far below th
 
 
 class OptimizedDetector(nn.Module):
-    """What :func:`optimize_for_inference` returns: a detector that detects, and does nothing else.
+    """Result of :func:`optimize_for_inference`: a detector for inference alone.
 
     Args:
         detector: A detector of its own, already changed.
@@ -62,26 +62,26 @@ class OptimizedDetector(nn.Module):
 
     @property
     def config(self) -> ModelConfig:
-        """The configuration of the model that was optimised."""
+        """The configuration of the model that was optimized."""
         return self.detector.config
 
     @property
     def preprocess(self) -> Preprocess:
-        """The resize, normalisation and padding rule."""
+        """The resize, normalization and padding rule."""
         return self.detector.preprocess
 
     @property
     def has_masks(self) -> bool:
-        """Whether it predicts masks."""
+        """Return whether the model predicts masks."""
         return self.detector.has_masks
 
     @property
     def mask_paste(self) -> Any:
-        """How masks are pasted into the image."""
+        """Method of pasting masks into the image."""
         return self.detector.mask_paste
 
     @property
-    def rule(self) -> DetectionRule:
+    def rule(self) -> PostprocessConfig:
         """The model's own post-processing."""
         return self.detector.rule
 
@@ -92,7 +92,7 @@ class OptimizedDetector(nn.Module):
         *,
         resize: bool = True,
         paste_masks: bool = True,
-        rule: DetectionRule | None = None,
+        rule: PostprocessConfig | None = None,
     ) -> list[Any]:
         """Detects objects; see :meth:`a2fpn.detectors.Detector.forward`."""
         kind = next(self.detector.parameters()).device.type
@@ -108,7 +108,7 @@ class OptimizedDetector(nn.Module):
             ValueError: If training is asked for.
         """
         if mode:
-            raise ConfigError("An optimised detector can't be trained; train the model that it was made from.")
+            raise ConfigError("An optimized detector can't be trained; train the model that it was made from.")
         return super().train(False)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
@@ -118,8 +118,8 @@ class OptimizedDetector(nn.Module):
             ValueError: Always.
         """
         raise ConfigError(
-            "An optimised detector can't be saved: its tensors are not those that a checkpoint holds. Save the model "
-            "that it was made from, and optimise what from_pretrained gives."
+            "An optimized detector can't be saved: its tensors are not those that a checkpoint holds. Save the model "
+            "that it was made from, and optimize what from_pretrained gives."
         )
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
@@ -128,7 +128,7 @@ class OptimizedDetector(nn.Module):
         Raises:
             ValueError: Always.
         """
-        raise ConfigError("An optimised detector takes no weights; load them into the model that it is made from.")
+        raise ConfigError("An optimized detector takes no weights; load them into the model that it is made from.")
 
 
 def optimize_for_inference(model: Detector, *, dtype: torch.dtype = torch.float32) -> OptimizedDetector:
@@ -144,7 +144,7 @@ def optimize_for_inference(model: Detector, *, dtype: torch.dtype = torch.float3
         The detector, for :class:`a2fpn.Predictor` or to be called with images.
 
     Raises:
-        TypeError: If the model is none of this package's detectors, or is optimised already.
+        TypeError: If the model is none of this package's detectors, or is optimized already.
         ValueError: For another dtype.
 
     Example:
@@ -161,11 +161,11 @@ def optimize_for_inference(model: Detector, *, dtype: torch.dtype = torch.float3
         raise ConfigError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}.")
     place = next(model.parameters()).device
     # On the CPU no convolution rounds as TF32 does, which would look like a wrong fold.
-    detector = copy.deepcopy(model).eval().requires_grad_(False).to("cpu", memory_format=torch.channels_last)
+    detector = copy.deepcopy(model).eval().requires_grad_(False).cpu().to(memory_format=torch.channels_last)
     with torch.inference_mode(False), torch.no_grad():
         _fold(detector)
         _replace_heads(detector)
-        detector.to(place, memory_format=torch.channels_last)
+        detector.to(place).to(memory_format=torch.channels_last)
         if dtype != torch.float32:
             _convert_weights(detector, dtype)
     return OptimizedDetector(detector, dtype)
@@ -345,7 +345,7 @@ class _ActivatedConv(nn.Module):
 
 
 def _is_plain(block: nn.Module) -> bool:
-    """Whether a folded residual block is nothing but convolutions, a sum and a ReLU."""
+    """Return whether a folded residual block is nothing but convolutions, a sum and a ReLU."""
     *_, last = (module for module in _body(block) if type(module) is not nn.Identity)
     return (
         block.se is None
@@ -356,7 +356,7 @@ def _is_plain(block: nn.Module) -> bool:
 
 
 def _body(block: Any) -> list[nn.Module]:
-    """What a residual block of timm calls in turn, but for its shortcut and what follows the sum."""
+    """Return the modules on the main path of a timm residual block, up to the sum."""
     names = ["conv1", "bn1", "drop_block", "act1", "aa", "conv2", "bn2"]
     if isinstance(block, Bottleneck):
         names = ["conv1", "bn1", "act1", "conv2", "bn2", "drop_block", "act2", "aa", "conv3", "bn3"]
@@ -369,7 +369,7 @@ def _last_activation(block: Any) -> nn.Module:
 
 
 def _fusible(conv: nn.Module) -> bool:
-    """Whether oneDNN's fused convolution can stand for a module."""
+    """Return whether oneDNN's fused convolution can replace a module."""
     return type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
 
 
@@ -405,11 +405,11 @@ class _ResidualBlock(nn.Module):
 
 
 def _has_fused_convolution(x: Tensor) -> bool:
-    """Whether oneDNN's fused convolution, which torch's compiler uses too, is there for a tensor."""
+    """Return whether oneDNN's fused convolution, which torch's compiler uses too, supports a tensor."""
     return (
         x.device.type == "cpu"
         and x.dtype in DTYPES
-        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
         and (x.dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
     )
@@ -460,7 +460,7 @@ class _Proposals(ProposalNetwork):
     """torchvision's proposals, decoded after the best of each level are chosen instead of before."""
 
     def forward(
-        self, images: ImageList, features: Features, targets: None = None
+        self, images: ImageList, features: Features, targets: list[dict[str, Any]] | None = None
     ) -> tuple[list[Tensor], dict[str, Any]]:
         """Per image boxes ``(P, 4)`` xyxy, best first, and no losses."""
         if device.runs_ahead(images.tensors):

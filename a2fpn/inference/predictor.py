@@ -19,7 +19,7 @@ from torch import Tensor
 
 from a2fpn.data.images import MAX_PIXELS, SUFFIXES, read_image, to_rgb
 from a2fpn.errors import ConfigError, ConfigTypeError
-from a2fpn.heads.postprocess import DetectionRule, SoftNms
+from a2fpn.heads.postprocess import PostprocessConfig, SoftNms
 from a2fpn.inference.eval_view import eval_view
 from a2fpn.inference.result import Result, to_array
 from a2fpn.inference.tiling import TileDetections, merge_tiles, tile_windows
@@ -37,7 +37,7 @@ ImagePath = str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class PredictOptions:
-    """How images are predicted; None leaves a limit to the model's own configuration.
+    """Options of prediction; None leaves a limit to the model's own configuration.
 
     Args:
         score_threshold: Objects that score less are dropped, between 0 and 1. Below the model's own threshold (0.05
@@ -66,7 +66,7 @@ class PredictOptions:
     tta: bool | Augmentation = False
 
     def __post_init__(self) -> None:
-        DetectionRule(**self.changes)
+        PostprocessConfig(**self.changes)
         tile_windows((1, 1), self.tile or 16, self.overlap)
 
     @property
@@ -78,7 +78,7 @@ class PredictOptions:
 
     @property
     def augmentation(self) -> Augmentation | None:
-        """Which views are taken, if more than one."""
+        """Views of test-time augmentation, if there are more than one."""
         return (Augmentation() if self.tta else None) if isinstance(self.tta, bool) else self.tta
 
 
@@ -93,7 +93,7 @@ class _Call(NamedTuple):
 
     model: Detector | OptimizedDetector
     options: PredictOptions
-    rule: DetectionRule
+    rule: PostprocessConfig
 
 
 class Predictor:
@@ -147,7 +147,7 @@ class Predictor:
         self.model = model.to(device)
         if channels_last:
             self.model.to(memory_format=torch.channels_last)
-        self.categories = model.config.labelled_categories
+        self.categories = model.config.labeled_categories
 
     @overload
     def __call__(self, images: ImageInMemory, **options: Any) -> Result: ...
@@ -164,7 +164,7 @@ class Predictor:
         Args:
             images: An image, a folder (its images in order of their names, without sub-folders) or a sequence of
                 images. An image is a path, a PIL image (taken as it is; EXIF orientation is applied to files), a
-                uint8 array (H, W, 3) in RGB order or (H, W) in grey (OpenCV reads BGR: pass
+                uint8 array (H, W, 3) in RGB order or (H, W) in gray (OpenCV reads BGR: pass
                 ``image[..., ::-1]``), or a tensor (3, H, W), uint8 or float in [0, 1].
             **options: Fields of :class:`PredictOptions` for this call, e.g. ``tile=1024``.
 
@@ -308,7 +308,7 @@ def _to_tensor(image: ImageInMemory) -> Tensor:
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)) or not image.size:
             raise ConfigError(
-                f"Expected an image as a uint8 array (H, W, 3) in RGB order or (H, W) in grey, got {image.dtype} of "
+                f"Expected an image as a uint8 array (H, W, 3) in RGB order or (H, W) in gray, got {image.dtype} of "
                 f"shape {image.shape}. Convert it, or pass a PIL image or the path of the file."
             )
         rgb = image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2)

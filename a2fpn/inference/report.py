@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 def draw_report(report: DataReport, images: str | Path) -> Image.Image:
-    """Draws the examples of a check of data, with the codes of what was found in each.
+    """Draw the examples of a check of data, with the codes of what was found in each.
 
-    Where an image can't be read its annotations are drawn on grey.
+    Where an image can't be read its annotations are drawn on gray.
 
     Args:
         report: Of :func:`a2fpn.data.check_data` with ``examples``.

@@ -84,7 +84,7 @@ class Result:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many objects of each class there are, in the order of the labels, without the absent ones."""
+        """Number of objects of each class, in the order of the labels, without absent classes."""
         return dict(Counter(self.categories[label].name for label in sorted(self.labels.tolist())))
 
     @property

@@ -26,7 +26,7 @@ _MARGIN = 1 / 128  # of a tile: a box that ends this close to its border may go 
 
 @dataclass(frozen=True, eq=False)
 class TileDetections:
-    """What was found in one tile, in pixels of the image.
+    """Detections of one tile, in pixels of the image.
 
     Args:
         window: The tile.
@@ -124,7 +124,7 @@ def merge_tiles(tiles: Sequence[TileDetections], size: tuple[int, int]) -> TileD
 
 
 def _is_cut(tile: TileDetections, size: tuple[int, int]) -> NDArray[np.bool_]:
-    """Which boxes reach a border of the tile that is not the image's."""
+    """Return which boxes touch a border of the tile that is not the image's."""
     x0, y0, x1, y1 = tile.window
     margin = max(x1 - x0, y1 - y0) * _MARGIN
     inner = np.array([x0 > 0, y0 > 0, x1 < size[1], y1 < size[0]])

@@ -15,14 +15,14 @@ from torch.nn import functional as F
 from torchvision.ops import box_iou
 
 from a2fpn.errors import ConfigError
-from a2fpn.heads.postprocess import DetectionRule
+from a2fpn.heads.postprocess import PostprocessConfig
 
 Detection = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Which views of an image are taken, and how their detections are fused.
+    """Views of an image, and the fusion of their detections.
 
     Args:
         scales: Sizes, as factors of the size that the model itself would choose.
@@ -57,7 +57,7 @@ def detect_augmented(
     image: Tensor,
     size: tuple[int, int],
     augmentation: Augmentation,
-    rule: DetectionRule,
+    rule: PostprocessConfig,
     *,
     interpolation: str = "bilinear",
 ) -> Detection:
@@ -192,8 +192,8 @@ def move_masks(masks: Tensor, old: Tensor, new: Tensor) -> Tensor:
                 [1., 0.]])
     """
     side = masks.shape[-1]
-    centres = (torch.arange(side, dtype=old.dtype, device=old.device) + 0.5) / side
-    places = new[:, None, :2] + centres[:, None] * (new[:, None, 2:] - new[:, None, :2])
+    centers = (torch.arange(side, dtype=old.dtype, device=old.device) + 0.5) / side
+    places = new[:, None, :2] + centers[:, None] * (new[:, None, 2:] - new[:, None, :2])
     # In units of the old box, (N, M, 2): x and y.
     places = (places - old[:, None, :2]) / (old[:, None, 2:] - old[:, None, :2])
     inside = ((places >= 0) & (places <= 1)).to(masks.dtype)

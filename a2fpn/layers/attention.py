@@ -100,20 +100,20 @@ def _scaled(query: Tensor, key: Tensor, kind: AttentionKind) -> tuple[Tensor, Te
         raise ConfigError(f"Unknown attention {kind!r}; expected one of {', '.join(ATTENTION_KINDS)}.")
     d_k = query.shape[-1]
     if kind == "scaled_cosine":
-        return _l2_normalise(query), _l2_normalise(key), math.sqrt(d_k)
+        return _l2_normalize(query), _l2_normalize(key), math.sqrt(d_k)
     return query, key, 1.0 if kind == "dot" else 1.0 / math.sqrt(d_k)
 
 
-def _l2_normalise(x: Tensor) -> Tensor:
+def _l2_normalize(x: Tensor) -> Tensor:
     with autocast_off(x):
         x = x if x.dtype == torch.float64 else x.float()
         if torch.compiler.is_compiling():
             return F.normalize(x, dim=-1, eps=_EPS)
-        unit: Tensor = _L2Normalise.apply(x)
+        unit: Tensor = _L2Normalize.apply(x)
         return unit
 
 
-class _L2Normalise(torch.autograd.Function):
+class _L2Normalize(torch.autograd.Function):
     """:func:`torch.nn.functional.normalize` over the last dim; its backward pass makes one map instead of five."""
 
     @staticmethod

@@ -8,7 +8,7 @@ from a2fpn.errors import ConfigError
 
 
 def check_choice(argument: str, value: object, allowed: Sequence[str]) -> None:
-    """Checks that an argument is one of the names it may be.
+    """Check that an argument is one of the names it may be.
 
     Args:
         argument: Its name in the message.
@@ -21,7 +21,7 @@ def check_choice(argument: str, value: object, allowed: Sequence[str]) -> None:
     Example:
         >>> check_choice("pool", "max", ("mean", "attention"))
         Traceback (most recent call last):
-        ValueError: Unknown pool='max'; expected one of mean, attention.
+        a2fpn.errors.ConfigError: Unknown pool='max'; expected one of mean, attention.
     """
     if value not in allowed:
         raise ConfigError(f"Unknown {argument}={value!r}; expected one of {', '.join(allowed)}.")

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from a2fpn.errors import ConfigError
 from a2fpn.layers.attention import ATTENTION_KINDS, AttentionKind, attend
+from a2fpn.layers.checkpointing import maybe_checkpoint
 from a2fpn.layers.choices import check_choice
 from a2fpn.layers.levels import LevelModules, LevelParameters
 from a2fpn.layers.precision import autocast_off
 from a2fpn.layers.reasoning import REASONING_KINDS, ReasoningKind, create_reasoning
-from a2fpn.layers.recompute import recomputed
 
 Distribution = Literal["all", "own"]
 DISTRIBUTIONS: tuple[str, ...] = typing.get_args(Distribution)
@@ -42,7 +42,7 @@ _BAND_BYTES = 2**24
 
 
 class MGC(nn.Module):
-    """Collects semantic nodes from every level, reasons over them, and gives every pixel what it asks for.
+    """Collects semantic nodes from every level, reasons over them, and distributes them to the pixels by attention.
 
     By default the last map ``out`` starts at zero, so a fresh MGC returns zeros and leaves the laterals unchanged.
 
@@ -54,7 +54,7 @@ class MGC(nn.Module):
         attention: Kind of attention, for collecting, distributing and, where it is attention, reasoning.
         reasoning: ``"attention"`` for self-attention among nodes, ``"gcn"`` for a graph convolution; both with a
             residual, within each level and then among all nodes.
-        distribute: What a pixel asks after the nodes of all levels have been reasoned over: ``"all"`` ``N`` of them,
+        distribute: Nodes that a pixel attends to after reasoning over the nodes of all levels: ``"all"`` ``N`` of them,
             or its ``"own"`` level's ``N_i``, which costs less.
         context_init: Start of the last map: ``"zero"``; ``"gate"`` for the default initialization behind a gate per
             channel that starts at zero; ``"small"`` for a tenth of the default initialization, which changes the
@@ -118,27 +118,27 @@ class MGC(nn.Module):
         features: Sequence[Tensor],
         valid: Sequence[Tensor | None] | None = None,
         *,
-        onto: Sequence[Tensor] | None = None,
+        residual: Sequence[Tensor] | None = None,
     ) -> list[Tensor]:
-        """Computes the context of every pixel.
+        """Compute the context of every pixel.
 
         Args:
             features: Maps ``(B, C_i, H_i, W_i)``.
             valid: Per level a bool map ``(B, 1, H_i, W_i)``, False on the batch's padding, or None.
-            onto: Maps ``(B, d, H_i, W_i)`` that the context is added to, the laterals; they are written into where no
-                gradient is recorded.
+            residual: Maps ``(B, d, H_i, W_i)`` that the context is added to, the laterals; they are modified in place
+                where no gradient is recorded.
 
         Returns:
-            Maps ``(B, d, H_i, W_i)``: the context, or its sum with ``onto``.
+            Maps ``(B, d, H_i, W_i)``: the context, or its sum with ``residual``.
         """
-        base = [None] * len(features) if onto is None else onto
+        base = [None] * len(features) if residual is None else residual
         return [
             self._distribute(i, x, nodes, y)
             for i, (x, nodes, y) in enumerate(zip(features, self.nodes(features, valid), base, strict=True))
         ]
 
     def nodes(self, features: Sequence[Tensor], valid: Sequence[Tensor | None] | None = None) -> list[Tensor]:
-        """Collects nodes and reasons over them.
+        """Collect nodes and reason over them.
 
         Args:
             features: Maps ``(B, C_i, H_i, W_i)``.
@@ -149,7 +149,8 @@ class MGC(nn.Module):
         """
         masks = [None] * len(features) if valid is None else valid
         collected = [
-            recomputed(self, self._collect, i, x, mask) for i, (x, mask) in enumerate(zip(features, masks, strict=True))
+            maybe_checkpoint(self, self._collect, i, x, mask)
+            for i, (x, mask) in enumerate(zip(features, masks, strict=True))
         ]
         nodes: Tensor = self.global_reasoning(torch.cat(collected, 1))
         if self.distribute == "all":
@@ -165,30 +166,30 @@ class MGC(nn.Module):
         nodes: Tensor = self.level_reasoning[level](self.value[level](collected))
         return nodes
 
-    def _distribute(self, level: int, x: Tensor, nodes: Tensor, onto: Tensor | None) -> Tensor:
+    def _distribute(self, level: int, x: Tensor, nodes: Tensor, residual: Tensor | None) -> Tensor:
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            # The sum is no part of what is recomputed: it needs neither of its terms in the backward pass.
-            context = recomputed(self, self._answer, level, x, nodes)
-            return context if onto is None else onto + context
+            # The sum is outside the checkpoint: it needs neither of its terms in the backward pass.
+            context = maybe_checkpoint(self, self._answer, level, x, nodes)
+            return context if residual is None else residual + context
         values = self._values(level, nodes)
         batch, _, height, width = x.shape
-        if onto is None:
-            onto = _zeros_channels_last(values, height, width)
+        if residual is None:
+            residual = _zeros_channels_last(values, height, width)
         # Band by band: a query or an answer of the finest level is not kept, and hardly leaves the cache.
-        rows = max(1, _BAND_BYTES // (batch * width * onto.shape[1] * onto.element_size()))
+        rows = max(1, _BAND_BYTES // (batch * width * residual.shape[1] * residual.element_size()))
         for start in range(0, height, rows):
             band = slice(start, start + rows)
-            onto[:, :, band] += self._ask(level, x[:, :, band], nodes, values)
-        return onto
+            residual[:, :, band] += self._attend(level, x[:, :, band], nodes, values)
+        return residual
 
     def _answer(self, level: int, x: Tensor, nodes: Tensor) -> Tensor:
-        return self._ask(level, x, nodes, self._values(level, nodes))
+        return self._attend(level, x, nodes, self._values(level, nodes))
 
     def _values(self, level: int, nodes: Tensor) -> Tensor:
         values: Tensor = self.out[level](nodes)
         return values if self.gate is None else values * self.gate[level]
 
-    def _ask(self, level: int, x: Tensor, nodes: Tensor, values: Tensor) -> Tensor:
+    def _attend(self, level: int, x: Tensor, nodes: Tensor, values: Tensor) -> Tensor:
         query = self.query[level](x)
         context = attend(query.flatten(2).transpose(1, 2), nodes, values, kind=self.attention)
         return context.transpose(1, 2).reshape(query.shape)
@@ -221,7 +222,7 @@ def _last_map(channels: int, init: ContextInit) -> nn.Linear:
 
 
 def orthogonality(weight: Tensor, *, unit_norm: bool) -> Tensor:
-    r"""How far the rows of a matrix are from orthogonal.
+    r"""Return a matrix's squared deviation from orthogonal rows.
 
     :math:`\|W W^T - I\|_F^2` with ``unit_norm``, else :math:`\|W W^T \odot (1 - I)\|_F^2` (supplement, Eq. 7).
 

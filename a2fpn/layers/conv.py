@@ -1,4 +1,4 @@
-"""Convolution, optional normalisation, optional activation."""
+"""Convolution, optional normalization, optional activation."""
 
 from __future__ import annotations
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from a2fpn.layers.checkpointing import maybe_checkpoint
 from a2fpn.layers.precision import autocast_off
-from a2fpn.layers.recompute import recomputed
 from a2fpn.layers.resample import fit_doubled
 
 _SCOPE = 0.25
-"""Static scope factor: offsets of a linear map of unit range do not reach a neighbour's (section 3.2)."""
+"""Static scope factor: offsets of a linear map of unit range do not reach a neighbor's (section 3.2)."""
 
 
 class DySample(nn.Module):
@@ -48,8 +48,8 @@ class DySample(nn.Module):
             nn.init.zeros_(self.offset.bias)
 
     def forward(self, coarse: Tensor, fine: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Merges ``(B, C, h, w)`` into ``(B, C, H, W)``; ``valid`` is unused, kept for one signature of fusions."""
-        return recomputed(self, self._merge, coarse, fine)
+        """Merge ``(B, C, h, w)`` into ``(B, C, H, W)``; ``valid`` is unused, kept for one signature of fusions."""
+        return maybe_checkpoint(self, self._merge, coarse, fine)
 
     def _merge(self, coarse: Tensor, fine: Tensor) -> Tensor:
         return fine + self.upsample(coarse, (fine.shape[-2], fine.shape[-1]))

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from a2fpn.layers.checkpointing import maybe_checkpoint
 from a2fpn.layers.choices import check_choice
 from a2fpn.layers.reassemble import reassemble
-from a2fpn.layers.recompute import recomputed
 from a2fpn.layers.resample import fit_doubled
 
 Pooling = Literal["mean", "attention"]
@@ -27,16 +27,16 @@ KERNEL_GRIDS: tuple[str, ...] = typing.get_args(KernelGrid)
 
 
 class KernelPredictor(nn.Module):
-    """Predicts normalized reassembly kernels: a 3x3 convolution, scaled, softmax over the neighbourhood.
+    """Predicts normalized reassembly kernels: a 3x3 convolution, scaled, softmax over the neighborhood.
 
-    ``logits = scale * conv(x)``; the convolution's bias starts at ``centre_bias / scale`` on the centre, so that a
-    fresh predictor is close to nearest-neighbour sampling. The scale keeps the softmax trainable where a large bias
-    alone would leave it dead.
+    ``logits = scale * conv(x)``; the convolution's bias starts at ``center_bias / scale`` on the center, so that a
+    fresh predictor is close to nearest-neighbor sampling. The scale keeps the softmax trainable where a large bias
+    alone would leave it without gradient.
 
     Args:
         in_channels: Channels of the input.
         kernel_size: ``k``, odd.
-        centre_bias: Initial logit of the centre over its neighbours.
+        center_bias: Initial logit of the center over its neighbors.
         scale: Fixed factor on the convolution's output.
         doubled: Whether kernels are predicted for a map of twice the input's size, four per pixel, and
             pixel-shuffled.
@@ -47,7 +47,7 @@ class KernelPredictor(nn.Module):
         in_channels: int,
         *,
         kernel_size: int = 5,
-        centre_bias: float = 4.0,
+        center_bias: float = 4.0,
         scale: float = 4.0,
         doubled: bool = False,
     ) -> None:
@@ -58,20 +58,20 @@ class KernelPredictor(nn.Module):
         self.doubled = doubled
         self.conv = nn.Conv2d(in_channels, kernel_size**2 * (4 if doubled else 1), 3, padding=1)
         nn.init.normal_(self.conv.weight, std=0.001)
-        self.reset_centre(centre_bias)
+        self.reset_center(center_bias)
 
-    def reset_centre(self, centre_bias: float) -> None:
-        """Sets the bias to ``centre_bias / scale`` on the centre and 0 around it."""
+    def reset_center(self, center_bias: float) -> None:
+        """Set the bias to ``center_bias / scale`` on the center and 0 around it."""
         if self.conv.bias is None:
             raise RuntimeError("The predictor's convolution has a bias by construction.")
         with torch.no_grad():
             self.conv.bias.zero_()
-            # The sub-pixels of a place in the neighbourhood are neighbours among the channels.
+            # The sub-pixels of a place in the neighborhood are neighbors among the channels.
             places = self.conv.bias.view(-1, 4 if self.doubled else 1)
-            places[len(places) // 2] = centre_bias / self.scale
+            places[len(places) // 2] = center_bias / self.scale
 
     def forward(self, x: Tensor) -> Tensor:
-        """Predicts kernels that sum to one over dim 1.
+        """Predict kernels that sum to one over dim 1.
 
         Args:
             x: ``(B, in_channels, H, W)``.
@@ -113,7 +113,7 @@ class ChannelGates(nn.Module):
             self.focus = nn.ParameterList(torch.zeros(channels) for _ in range(2))
 
     def forward(self, a: Tensor, b: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Returns ``gate_a * a + gate_b * b`` for maps ``(B, C, H, W)``; ``valid`` is a bool ``(B, 1, H, W)``.
+        """Return ``gate_a * a + gate_b * b`` for maps ``(B, C, H, W)``; ``valid`` is a bool ``(B, 1, H, W)``.
 
         Where no gradient is recorded, the sum is written into ``a``.
         """
@@ -168,12 +168,12 @@ class CARAFE(nn.Module):
         nn.init.xavier_uniform_(self.compress.weight)
         nn.init.constant_(typing.cast(Tensor, self.compress.bias), 0.0)
         self.kernels = KernelPredictor(
-            compressed_channels, kernel_size=kernel_size, centre_bias=0.0, scale=1.0, doubled=True
+            compressed_channels, kernel_size=kernel_size, center_bias=0.0, scale=1.0, doubled=True
         )
 
     def forward(self, coarse: Tensor, fine: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Merges ``(B, C, h, w)`` into ``(B, C, H, W)``; ``valid`` is unused, kept for one signature of fusions."""
-        return recomputed(self, self._merge, coarse, fine)
+        """Merge ``(B, C, h, w)`` into ``(B, C, H, W)``; ``valid`` is unused, kept for one signature of fusions."""
+        return maybe_checkpoint(self, self._merge, coarse, fine)
 
     def _merge(self, coarse: Tensor, fine: Tensor) -> Tensor:
         return fine + self.upsample(coarse, (fine.shape[-2], fine.shape[-1]))
@@ -225,8 +225,8 @@ class GACARAFE(nn.Module):
         self.gates = ChannelGates(channels, pool=pool)
 
     def forward(self, coarse: Tensor, fine: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Merges ``coarse`` ``(B, C, h, w)`` into ``fine`` ``(B, C, H, W)``; ``valid`` is the fine level's mask."""
-        return recomputed(self, self._merge, coarse, fine, valid)
+        """Merge ``coarse`` ``(B, C, h, w)`` into ``fine`` ``(B, C, H, W)``; ``valid`` is the fine level's mask."""
+        return maybe_checkpoint(self, self._merge, coarse, fine, valid)
 
     def _merge(self, coarse: Tensor, fine: Tensor, valid: Tensor | None) -> Tensor:
         size = (fine.shape[-2], fine.shape[-1])
@@ -277,8 +277,8 @@ class GACAP(nn.Module):
         self.gates = ChannelGates(channels, pool=pool)
 
     def forward(self, fine: Tensor, coarse: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Merges ``fine`` ``(B, C, H, W)`` into ``coarse`` ``(B, C, h, w)``; ``valid`` is the coarse level's mask."""
-        return recomputed(self, self._merge, fine, coarse, valid)
+        """Merge ``fine`` ``(B, C, H, W)`` into ``coarse`` ``(B, C, h, w)``; ``valid`` is the coarse level's mask."""
+        return maybe_checkpoint(self, self._merge, fine, coarse, valid)
 
     def _merge(self, fine: Tensor, coarse: Tensor, valid: Tensor | None) -> Tensor:
         size = (coarse.shape[-2], coarse.shape[-1])

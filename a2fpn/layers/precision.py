@@ -1,4 +1,4 @@
-"""Where autocast must not reach."""
+"""Regions without autocast."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 def autocast_off(x: Tensor) -> contextlib.AbstractContextManager[None]:
-    """A context in which products run in the dtype of their inputs, on any device, also one without autocast.
+    """Context manager that disables autocast on the device of ``x``; a no-op where autocast is unavailable.
 
     Args:
-        x: Names the device.
+        x: A tensor on that device.
 
     Example:
         >>> x = torch.ones(2, 2)

@@ -60,13 +60,13 @@ class GraphConvolution(nn.Module):
 
     def forward(self, nodes: Tensor) -> Tensor:
         """Maps nodes ``(B, N, d)`` to ``(B, N, d)``."""
-        neighbours = self.adjacency(nodes.transpose(1, 2)).transpose(1, 2)
-        reasoned: Tensor = nodes + self.state(F.relu(nodes - neighbours))
+        neighbors = self.adjacency(nodes.transpose(1, 2)).transpose(1, 2)
+        reasoned: Tensor = nodes + self.state(F.relu(nodes - neighbors))
         return reasoned
 
 
 def create_reasoning(kind: ReasoningKind, nodes: int, channels: int, *, attention: AttentionKind) -> nn.Module:
-    """Builds a module that maps nodes ``(B, N, d)`` to ``(B, N, d)``.
+    """Build a module that maps nodes ``(B, N, d)`` to ``(B, N, d)``.
 
     Args:
         kind: :class:`SelfAttention` or :class:`GraphConvolution`.

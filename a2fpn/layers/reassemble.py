@@ -25,20 +25,20 @@ Padding = Literal["replicate", "zeros"]
 PADDINGS: tuple[str, ...] = typing.get_args(Padding)
 
 _BAG_DEVICES = ("cpu", "cuda")
-"""Where torch has weighted bags and their gradients."""
+"""Devices whose ``embedding_bag`` supports ``per_sample_weights`` and its gradient."""
 
 
 def reassemble(x: Tensor, kernels: Tensor, size: tuple[int, int], *, padding: Padding = "replicate") -> Tensor:
-    """Each target pixel becomes a weighted sum of the ``k x k`` neighbourhood of its nearest source pixel.
+    """Each target pixel becomes a weighted sum of the ``k x k`` neighborhood of its nearest source pixel.
 
-    The nearest source pixel of target pixel ``i`` is ``floor(i * h / H)``, as in nearest-neighbour interpolation,
+    The nearest source pixel of target pixel ``i`` is ``floor(i * h / H)``, as in nearest-neighbor interpolation,
     for any pair of sizes, up or down. Windows are never gathered: the sum and its gradients are weighted bags of
     pixels, or products of small matrices in Triton on an NVIDIA GPU. Only ``x`` and ``kernels`` are kept for the
     backward pass.
 
     Args:
         x: Source ``(B, C, h, w)``.
-        kernels: Weights ``(B, k * k, H, W)``, usually a softmax over dim 1; row-major over the neighbourhood.
+        kernels: Weights ``(B, k * k, H, W)``, usually a softmax over dim 1; row-major over the neighborhood.
         size: ``(H, W)``.
         padding: Beyond the border the edge pixel is repeated, ``"replicate"``, or there are ``"zeros"``.
 
@@ -50,8 +50,8 @@ def reassemble(x: Tensor, kernels: Tensor, size: tuple[int, int], *, padding: Pa
 
     Example:
         >>> x = torch.arange(4.0).reshape(1, 1, 2, 2)
-        >>> centre = torch.zeros(1, 9, 3, 3).index_fill_(1, torch.tensor([4]), 1.0)
-        >>> reassemble(x, centre, (3, 3))[0, 0]
+        >>> center = torch.zeros(1, 9, 3, 3).index_fill_(1, torch.tensor([4]), 1.0)
+        >>> reassemble(x, center, (3, 3))[0, 0]
         tensor([[0., 0., 1.],
                 [0., 0., 1.],
                 [2., 2., 3.]])
@@ -77,7 +77,7 @@ def reassemble(x: Tensor, kernels: Tensor, size: tuple[int, int], *, padding: Pa
 
 @functools.cache
 def _has_triton(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the Triton kernels run there: on NVIDIA GPUs with TF32 and bfloat16, by a C compiler."""
+    """Return whether the Triton kernels run there: on NVIDIA GPUs with TF32 and bfloat16, by a C compiler."""
     return (
         device.type == "cuda"
         and torch.version.hip is None
@@ -93,7 +93,7 @@ def _source_index(target: int, source: int, device: torch.device) -> Tensor:
 
 
 def _beyond(x: Tensor, kernels: Tensor, k: int) -> Tensor:
-    """Which places of which windows lie beyond the border, ``(k * k, H, W)``."""
+    """Return which places of which windows lie beyond the border, ``(k * k, H, W)``."""
 
     def along(target: int, source: int) -> Tensor:
         place = torch.arange(k, device=x.device)[:, None] - k // 2 + _source_index(target, source, x.device)
@@ -117,7 +117,7 @@ def _reassemble_by_shifts(x: Tensor, kernels: Tensor, k: int) -> Tensor:
 
 
 class _Reassemble(torch.autograd.Function):
-    """The op; its sums run in the dtype of ``x``, in both passes, whatever autocast says around them."""
+    """The op; its sums run in the dtype of ``x`` in both passes, also under autocast."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, kernels: Tensor, k: int) -> Tensor:
@@ -168,7 +168,7 @@ def _pixels_around(x: Tensor, kernels: Tensor, k: int) -> Tensor:
     """For every target pixel the source pixels of its window, ``(B * H * W, k * k)``, as rows of the source."""
     (batch, _, h, w), (height, width) = x.shape, kernels.shape[2:]
     rows, columns = _window(height, h, k, x.device), _window(width, w, k, x.device)
-    return _join(_in_batch(batch, rows * w, h * w), columns, _narrowest(batch * h * w, batch * height * width * k**2))
+    return _join(_in_batch(batch, rows * w, h * w), columns, _index_dtype(batch * h * w, batch * height * width * k**2))
 
 
 def _pixels_to(x: Tensor, kernels: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -179,11 +179,11 @@ def _pixels_to(x: Tensor, kernels: Tensor, k: int) -> tuple[Tensor, Tensor]:
     weights = _as_rows(kernels).flatten()[_join(rows * k**2 + i * k, columns * k**2 + j, torch.int64)]
     own = own_row[:, None, :, None] & own_column[:, None, :]
     weights.view(batch, *own.shape).mul_(own)
-    return _join(rows, columns, _narrowest(batch * height * width, weights.numel())), weights
+    return _join(rows, columns, _index_dtype(batch * height * width, weights.numel())), weights
 
 
 def _in_batch(batch: int, rows: Tensor, pixels: int) -> Tensor:
-    """Starts of rows ``(h, m)`` in each image of a batch, ``(B, h, m)``."""
+    """Start of rows ``(h, m)`` in each image of a batch, ``(B, h, m)``."""
     return torch.arange(batch, device=rows.device)[:, None, None] * pixels + rows
 
 
@@ -193,8 +193,8 @@ def _join(rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
     return pixels.view(-1, rows.shape[2] * columns.shape[1])
 
 
-def _narrowest(*counts: int) -> torch.dtype:
-    """What counts so far in the least memory."""
+def _index_dtype(*counts: int) -> torch.dtype:
+    """Return the smallest integer dtype that can index this many elements."""
     return torch.int32 if max(counts) < 2**31 else torch.int64
 
 

@@ -109,7 +109,7 @@ def _launch(
     kernel: Any, plans: dict[int, Plan], result: Tensor, channels: int, operands: tuple[Tensor, ...], x: Tensor,
     kernels: Tensor,
 ) -> None:  # fmt: skip
-    """Runs a kernel: a program for each tile of ``result`` and block of ``channels``."""
+    """Run a kernel: a program for each tile of ``result`` and block of ``channels``."""
     plan = plans[x.element_size()]
     block = max(16, min(triton.next_power_of_2(x.shape[1]), plan.block))
     tiles = triton.cdiv(result.shape[2], plan.tile[0]) * triton.cdiv(result.shape[3], plan.tile[1])

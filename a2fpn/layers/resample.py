@@ -51,7 +51,7 @@ def resample(
 
 
 def fit_doubled(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Fits a map of twice a coarse level's size to the finer level.
+    """Fit a map of twice a coarse level's size to the finer level.
 
     Strides halve from level to level and sizes round up, so that the finer level has twice the size or one less, and
     the map is cropped; any other pair of sizes takes the nearest pixel.

@@ -209,7 +209,7 @@ def nearest_pixels(new: int, old: int, *, at: float = 0.5, device: torch.device 
     Args:
         new: Pixels.
         old: Pixels.
-        at: The point: 0.5 is the centre, 0 the upper left edge, as in ``interpolate(mode="nearest")``.
+        at: The point: 0.5 is the center, 0 the upper left edge, as in ``interpolate(mode="nearest")``.
         device: Where the result lies.
 
     Example:

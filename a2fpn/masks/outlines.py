@@ -116,7 +116,7 @@ def _join(windows: Sequence[_Window], size: tuple[int, int]) -> InstanceMasks:
 
 
 def _fill(polygons: Sequence[NDArray[np.float64]], height: int, width: int) -> _Window:
-    """Rasterises one object in the rectangle around it; the same pixels as in the whole image.
+    """Rasterize one object in the rectangle around it; the same pixels as in the whole image.
 
     pycocotools rounds coordinates at fifths of a pixel, which moves by whole pixels don't change. It rounds negative
     ones differently; but the rectangle begins at 0 where there are any.

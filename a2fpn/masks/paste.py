@@ -27,7 +27,7 @@ def mask_windows(
 ) -> Iterator[tuple[Tensor, int, int]]:
     """The part of the image that each mask covers, one after the other.
 
-    ``"exact"`` samples the mask bilinearly at the centres of the pixels inside the box. ``"torchvision"`` does what
+    ``"exact"`` samples the mask bilinearly at the centers of the pixels inside the box. ``"torchvision"`` does what
     torchvision does: it rounds the box down to whole pixels and stretches the mask over them, which moves edges by up
     to a pixel. On objects of ten pixels that costs several points of AP.
 
@@ -98,7 +98,7 @@ def _paste_at_once(masks: Tensor, boxes: Tensor, size: tuple[int, int], rule: Pa
     """All masks in a few operations over whole images, where small ones for each mask would keep a GPU waiting."""
     _check(masks, boxes, rule)
     start, stop = boxes[:, :2], boxes[:, 2:]
-    # The pixels whose centres lie in the box.
+    # The pixels whose centers lie in the box.
     first, last = torch.ceil(start - 0.5), torch.ceil(stop - 0.5)
     if rule == "torchvision" and len(masks):
         masks, scale = expand_masks(masks, padding=1)
@@ -111,8 +111,8 @@ def _paste_at_once(masks: Tensor, boxes: Tensor, size: tuple[int, int], rule: Pa
         part = slice(at, at + step)
         x = masks[part, 0]
         for axis in (1, 0):
-            edges = (edge[part, axis, None] for edge in (start, stop, first, last))
-            x = _spread(x, *edges, size[1 - axis]).transpose(1, 2)
+            begin, end, low, high = (edge[part, axis, None] for edge in (start, stop, first, last))
+            x = _spread(x, begin, end, low, high, size[1 - axis]).transpose(1, 2)
         pasted[part, 0] = x
     return pasted
 
@@ -130,13 +130,13 @@ def _spread(x: Tensor, start: Tensor, stop: Tensor, first: Tensor, last: Tensor,
 
 
 def _resample(mask: Tensor, start: float, stop: float, limit: int) -> tuple[Tensor, int]:
-    """Bilinear samples along dim 0 at the centres of the pixels in [start, stop) and [0, limit)."""
+    """Bilinear samples along dim 0 at the centers of the pixels in [start, stop) and [0, limit)."""
     cells = len(mask)
     first, last = max(math.ceil(start - 0.5), 0), min(math.ceil(stop - 0.5), limit)
     if last <= first:
         return mask[:0], first
-    centres = torch.arange(first, last, dtype=mask.dtype, device=mask.device) + 0.5
-    positions = ((centres - start) * (cells / (stop - start)) - 0.5).clamp(0, cells - 1)
+    centers = torch.arange(first, last, dtype=mask.dtype, device=mask.device) + 0.5
+    positions = ((centers - start) * (cells / (stop - start)) - 0.5).clamp(0, cells - 1)
     low = positions.long()
     high = (low + 1).clamp(max=cells - 1)
     return torch.lerp(mask[low], mask[high], (positions - low)[:, None]), first

@@ -53,7 +53,7 @@ class Polygons:
 
 
 def encode_masks(masks: Tensor | NDArray[Any]) -> list[Rle]:
-    """Encodes full-size masks.
+    """Encode full-size masks.
 
     Args:
         masks: (N, H, W), bool or numbers; every value but 0 belongs to the object.
@@ -75,7 +75,7 @@ def encode_masks(masks: Tensor | NDArray[Any]) -> list[Rle]:
 
 
 def decode_rle(rles: Sequence[Rle], *, size: tuple[int, int] | None = None) -> NDArray[np.bool_]:
-    """Decodes masks of one image.
+    """Decode masks of one image.
 
     Args:
         rles: N encodings of one size.
@@ -104,7 +104,7 @@ def decode_rle(rles: Sequence[Rle], *, size: tuple[int, int] | None = None) -> N
 
 
 def decode_window(rle: Rle) -> tuple[NDArray[np.uint8], tuple[int, int, int, int]]:
-    """Decodes a mask in the smallest window around it.
+    """Decode a mask in the smallest window around it.
 
     Returns:
         (h, w) uint8 in {0, 1}, and the window's left, top, right and bottom, the last two behind its pixels.
@@ -135,7 +135,7 @@ def _body(runs: NDArray[np.int64]) -> tuple[int, NDArray[np.bool_]]:
 
 
 def segmentation_to_rle(segmentation: object, height: int, width: int) -> Rle:
-    """Turns a COCO ``segmentation`` into one RLE, after checks that pycocotools leaves out.
+    """Turn a COCO ``segmentation`` into one RLE, after checks that pycocotools leaves out.
 
     pycocotools reads stray memory, or never returns, on run lengths that don't fill the image, and takes
     a list of four numbers for a box. Both are errors here.
@@ -167,7 +167,7 @@ def segmentation_to_rle(segmentation: object, height: int, width: int) -> Rle:
 
 
 def parse_segmentation(segmentation: object, height: int, width: int) -> Polygons | Rle:
-    """Checks a COCO ``segmentation`` as :func:`segmentation_to_rle` does, and leaves polygons what they are.
+    """Check a COCO ``segmentation`` as :func:`segmentation_to_rle` does, and leave polygons as they are.
 
     Raises:
         ValueError: As there.
@@ -179,7 +179,7 @@ def parse_segmentation(segmentation: object, height: int, width: int) -> Polygon
 
 
 def parse_segmentations(segmentations: Iterable[tuple[object, int, int]]) -> list[Polygons | Rle | ValueError]:
-    """Checks many as :func:`parse_segmentation` does one, compressed run lengths in a fraction of the time.
+    """Check many as :func:`parse_segmentation` does one, compressed run lengths in a fraction of the time.
 
     Args:
         segmentations: Each with the height and width of its image, pixels.
@@ -224,7 +224,7 @@ def parse_segmentations(segmentations: Iterable[tuple[object, int, int]]) -> lis
 def encode_box_masks(
     masks: Tensor, boxes: Tensor, size: tuple[int, int], *, threshold: float = 0.5, rule: PasteRule = "exact"
 ) -> list[Rle]:
-    """Encodes masks predicted inside boxes, bit for bit as pasting them into the image and encoding that.
+    """Encode masks predicted inside boxes, bit for bit as pasting them into the image and encoding that.
 
     The same result as ``paste_masks``, ``> threshold`` and pycocotools' ``encode``, in time and memory of the boxes,
     not of N images. A box outside the image gives an empty mask.
@@ -259,8 +259,25 @@ def encode_box_masks(
     return _as_text(mask_utils.frPyObjects(runs, *size)) if runs else []
 
 
+def encode_window(window: NDArray[np.bool_], top: int, left: int, size: tuple[int, int]) -> Rle:
+    """Encode a mask that is empty but for a window, in time and memory of the window.
+
+    Args:
+        window: (h, w) bool.
+        top: Row of its first pixels.
+        left: Column likewise.
+        size: (H, W) of the image, pixels; the window lies inside.
+
+    Example:
+        >>> decode_window(encode_window(np.ones((1, 2), np.bool_), 1, 2, (4, 5)))
+        (array([[1, 1]], dtype=uint8), (2, 1, 4, 2))
+    """
+    runs = {"size": list(size), "counts": _window_runs(window, top, left, *size)}
+    return _as_text(mask_utils.frPyObjects([runs], *size))[0]
+
+
 def _window_runs(window: NDArray[np.bool_], top: int, left: int, height: int, width: int) -> NDArray[np.int64]:
-    """Returns the run lengths of a mask that is empty but for an (h, w) window."""
+    """Return the run lengths of a mask that is empty but for an (h, w) window."""
     # One empty row under the window ends every run within its column, so that each run has a start and an end.
     rows = window.shape[0] + 1
     columns = np.zeros((window.shape[1], rows), dtype=np.int8)
@@ -287,7 +304,7 @@ def _checked_polygon(polygon: object) -> NDArray[np.float64]:
 
 
 def _parse(segmentation: object, height: int, width: int) -> Polygons | Rle | bytes:
-    """Checks all but compressed run lengths, which are returned as they are."""
+    """Check all but compressed run lengths, which are returned as they are."""
     if not isinstance(segmentation, Mapping):
         if not isinstance(segmentation, Sequence) or isinstance(segmentation, str) or not segmentation:
             raise ValueError(f"a segmentation is a list of polygons or an RLE, got {_shorten(segmentation)}")
@@ -310,7 +327,7 @@ def _wrong_total(total: int, height: int, width: int) -> str:
 
 
 def _decoded(rles: Sequence[Rle]) -> Iterator[NDArray[np.int64]]:
-    """Yields the runs of each mask, of 0, 1, 0, 1, ...
+    """Yield the runs of each mask, of 0, 1, 0, 1, ...
 
     Raises:
         ValueError: If the counts of one are no such runs.
@@ -325,7 +342,7 @@ def _decoded(rles: Sequence[Rle]) -> Iterator[NDArray[np.int64]]:
 
 
 def _passes(texts: Sequence[bytes]) -> Iterator[slice]:
-    """Cuts texts into parts of about ``_PASS`` characters, or of one longer text."""
+    """Cut texts into parts of about ``_PASS`` characters, or of one longer text."""
     start = characters = 0
     for end, text in enumerate(texts):
         if characters + len(text) > _PASS and end > start:
@@ -337,7 +354,7 @@ def _passes(texts: Sequence[bytes]) -> Iterator[slice]:
 
 
 def _run_lengths(texts: Sequence[bytes]) -> tuple[NDArray[np.int64], NDArray[np.int64], dict[int, str]]:
-    """Returns the runs in COCO's compressed texts, which nothing in pycocotools tells.
+    """Return the runs in COCO's compressed texts, which nothing in pycocotools tells.
 
     Each number is written in base 32, lowest digit first, one character per digit from ``chr(48)`` on, bit
     5 set on all but the last digit, whose bit 4 is the sign. From the fourth number on it is the

@@ -1,6 +1,6 @@
-"""What mask heads learn from: instance masks inside boxes, from the pixels around each object alone.
+"""Targets of mask heads: instance masks inside boxes, from the pixels around each object alone.
 
-Shape shorthand: ``N`` objects of an image, ``R`` boxes held against them, ``M`` side of a predicted mask.
+Shape shorthand: ``N`` objects of an image, ``R`` boxes matched to them, ``M`` side of a predicted mask.
 """
 
 from __future__ import annotations

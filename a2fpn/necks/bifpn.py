@@ -1,6 +1,6 @@
 """BiFPN: Tan et al., "EfficientDet: Scalable and Efficient Object Detection", CVPR 2020.
 
-As in the paper: levels without a second input lose their node, inputs are fused with fast normalised weights, skip
+As in the paper: levels without a second input lose their node, inputs are fused with fast normalized weights, skip
 edges lead from each input to its output, the whole is repeated, and coarser levels take part in the fusion. As in
 the authors' code: the activation comes between the fusion and the convolution. Where this differs: each backbone
 level is projected once, not once for each edge that leaves it, and the norm is no batch norm (see :class:`BiFPN`).
@@ -22,7 +22,7 @@ from a2fpn.layers.conv import resolve_layer
 from a2fpn.necks.neck import Neck, register_neck
 from a2fpn.pyramid import PyramidSpec
 
-# The paper's epsilon of fast normalised fusion.
+# The paper's epsilon of fast normalized fusion.
 _EPS = 1e-4
 
 
@@ -126,7 +126,7 @@ class BiFPNLayer(nn.Module):
 
 
 class WeightedFusion(nn.Module):
-    """Fast normalised fusion, activation, 3x3 separable convolution.
+    """Fast normalized fusion, activation, 3x3 separable convolution.
 
     ``sum_i w_i x_i / (eps + sum_j w_j)`` with ``w_i = relu(weight_i)``, which start equal.
 
@@ -145,7 +145,7 @@ class WeightedFusion(nn.Module):
         self.pointwise = ConvNormAct(channels, channels, norm_layer=norm_layer)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        """Fuses maps ``(B, d, H, W)`` of one size into one."""
+        """Fuse maps ``(B, d, H, W)`` of one size into one."""
         weight = F.relu(self.weight)
         weight = weight / (weight.sum() + _EPS)
         fused = maps[0] * weight[0]

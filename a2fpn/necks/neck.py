@@ -81,7 +81,7 @@ class Neck(nn.Module, ABC):
         return {}
 
     def forward(self, features: Features, image_sizes: Sequence[tuple[int, int]] | None = None) -> Features:
-        """Computes the pyramid.
+        """Compute the pyramid.
 
         Args:
             features: Backbone maps named as in ``in_spec``.
@@ -128,7 +128,7 @@ register_neck = NECKS.register
 
 
 def create_neck(name: str, in_spec: PyramidSpec, **options: Any) -> Neck:
-    """Builds a neck.
+    """Build a neck.
 
     Args:
         name: A registered neck.
@@ -157,7 +157,7 @@ def keyword_arguments(neck: Callable[..., Neck]) -> set[str]:
 
 
 class NearestFusion(nn.Module):
-    """Nearest-neighbour upsampling and addition (Lin et al., "Feature Pyramid Networks", CVPR 2017).
+    """Nearest-neighbor upsampling and addition (Lin et al., "Feature Pyramid Networks", CVPR 2017).
 
     Args:
         channels: Unused, for one signature of fusions.
@@ -167,7 +167,7 @@ class NearestFusion(nn.Module):
         super().__init__()
 
     def forward(self, coarse: Tensor, fine: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Merges ``(B, C, h, w)`` into ``(B, C, H, W)``."""
+        """Merge ``(B, C, h, w)`` into ``(B, C, H, W)``."""
         # In place, since a new block of the finest level's size costs as much time as the sum.
         return F.interpolate(coarse, size=fine.shape[-2:], mode="nearest").add_(fine)
 
@@ -184,7 +184,7 @@ class StridedFusion(nn.Module):
         self.down = ConvNormAct(channels, channels, 3, stride=2)
 
     def forward(self, fine: Tensor, coarse: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Merges ``(B, C, H, W)`` into ``(B, C, h, w)``."""
+        """Merge ``(B, C, H, W)`` into ``(B, C, h, w)``."""
         down: Tensor = self.down(fine)
         if down.shape[-2:] != coarse.shape[-2:]:
             # Backbones that round sizes down leave a row or column over.
@@ -250,7 +250,7 @@ class PyramidNeck(Neck):
         """See :meth:`Neck.fuse`."""
         pyramid: list[Tensor] = [lateral(x) for lateral, x in zip(self.lateral, features, strict=True)]
         if self.context is not None:
-            pyramid = self.context(features, valid, onto=pyramid)
+            pyramid = self.context(features, valid, residual=pyramid)
         for i in reversed(range(len(pyramid) - 1)):
             pyramid[i] = self.top_down[i](pyramid[i + 1], pyramid[i], valid[i])
         pyramid = [output(x) for output, x in zip(self.output, pyramid, strict=True)]

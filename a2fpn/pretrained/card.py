@@ -28,7 +28,7 @@ Classes: {categories}
 
 {facts}
 
-The code is under {code_licence}. {backbone_licence}
+The code is under {code_license}. {backbone_license}
 """
 _METRICS = {
     "bbox/ap": ("object-detection", "box AP"),
@@ -41,11 +41,11 @@ _METRICS = {
 """What a card tells of the metrics, as the Hub's task and a name."""
 
 
-_LICENCES = (
+_LICENSES = (
     *("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0"),
     *("cc-by-nc-sa-4.0", "gpl-2.0", "gpl-3.0", "lgpl-3.0", "agpl-3.0", "mpl-2.0", "openrail", "unlicense"),
 )
-"""Licences that the Hub has a name for, most of them; in the header of a card any other goes by ``other``."""
+"""Licenses that the Hub has a name for, most of them; in the header of a card any other goes by ``other``."""
 
 
 def model_card(checkpoint: Checkpoint, repo_id: str) -> str:
@@ -74,10 +74,10 @@ def model_card(checkpoint: Checkpoint, repo_id: str) -> str:
         for key, value in metrics.items()
     ]
     task = "image-segmentation" if DETECTORS[model.detector].has_masks else "object-detection"
-    licence = (facts.licence or "").lower().replace(" ", "-")
+    license = (facts.license or "").lower().replace(" ", "-")
     data = ModelCardData(
-        license=licence if licence in _LICENCES else "other" if licence else None,
-        license_name=None if licence in _LICENCES else facts.licence,
+        license=license if license in _LICENSES else "other" if license else None,
+        license_name=None if license in _LICENSES else facts.license,
         library_name="a2fpn",
         pipeline_tag=task,
         tags=list(dict.fromkeys([model.detector, model.neck.name, "object-detection"])),
@@ -97,14 +97,14 @@ def model_card(checkpoint: Checkpoint, repo_id: str) -> str:
         classes="1 class" if model.num_classes == 1 else f"{model.num_classes} classes",
         version=checkpoint.a2fpn_version,
         repo_id=repo_id,
-        categories=", ".join(category.name for category in model.labelled_categories),
+        categories=", ".join(category.name for category in model.labeled_categories),
         sizes="Images keep their size."
         if sizes.resize == "none"
         else f"Images are resized by the rule `{sizes.resize}`, min_size {sizes.min_size}, max_size {sizes.max_size}.",
         results=f"\n| metric | value |\n| --- | --- |\n{table}\n" if table else "",
         facts="\n".join(f"* {key}: {value}" for key, value in told.items()),
-        code_licence=checkpoint.code_licence,
-        backbone_licence="No licence of backbone weights is recorded."
+        code_license=checkpoint.code_license,
+        backbone_license="No license of backbone weights is recorded."
         if model.backbone.license is None
         else f"The weights of the backbone that training began with are under {model.backbone.license}.",
     )

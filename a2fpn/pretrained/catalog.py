@@ -23,7 +23,7 @@ ASSETS = Path(__file__).parent.parent / "assets"
 
 @dataclass(frozen=True)
 class PretrainedModel:
-    """What is known of pretrained weights without fetching them.
+    """Description of pretrained weights, available without downloading them.
 
     Args:
         name: ``model.tag``, for :func:`a2fpn.create_model`.
@@ -34,7 +34,7 @@ class PretrainedModel:
         mask_ap: Mask AP in 0..1; None if it has no masks.
         keypoint_ap: Keypoint AP in 0..1; None if it has no keypoints.
         measured: On what and by whom; for a graft also of what.
-        licence: Of the weights, as far as their source says.
+        license: Of the weights, as far as their source says.
     """
 
     name: str
@@ -45,7 +45,7 @@ class PretrainedModel:
     mask_ap: float | None
     keypoint_ap: float | None
     measured: str
-    licence: str
+    license: str
 
 
 _TORCHVISION_METRICS = {"box": "box_map", "mask": "mask_map", "keypoint": "kp_map"}
@@ -64,7 +64,7 @@ def _from_facts(name: str, source: Literal["embedded", "hub"], origin: str, fact
         trained=True,
         **{f"{kind}_ap": facts.metrics.get(f"{key}/ap") for kind, key in _METRICS.items()},
         measured=facts.data or "not stated",
-        licence=facts.licence or "not stated",
+        license=facts.license or "not stated",
     )
 
 
@@ -74,14 +74,14 @@ class EmbeddedWeights:
 
     Args:
         folder: Checkpoint folder inside the package.
-        description: Data, licence and result in one line.
+        description: Data, license and result in one line.
     """
 
     folder: Path
     description: str
 
     def describe(self, name: str) -> PretrainedModel:
-        """What its ``config.json`` says."""
+        """Describe the weights by their ``config.json``."""
         return _from_facts(name, "embedded", self.folder.name, read_checkpoint(self.folder).facts)
 
 
@@ -102,7 +102,7 @@ class HubWeights:
     facts: Facts
 
     def describe(self, name: str) -> PretrainedModel:
-        """What is listed here."""
+        """Describe the weights by the facts that are listed here."""
         return _from_facts(name, "hub", f"{self.repo}@{self.revision}", self.facts)
 
 
@@ -128,12 +128,12 @@ class TorchvisionWeights:
 
     @property
     def file(self) -> Path:
-        """Where torch.hub keeps the file, or will."""
+        """Path of the file in torch.hub's cache, whether downloaded yet or not."""
         url: str = self.published.url
         return Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
 
     def describe(self, name: str) -> PretrainedModel:
-        """What torchvision's record says."""
+        """Describe the weights by torchvision's record."""
         meta = self.published.meta
         ((data, metrics),) = meta["_metrics"].items()
         return PretrainedModel(
@@ -143,7 +143,7 @@ class TorchvisionWeights:
             trained=True,
             **{f"{kind}_ap": _share(metrics.get(key)) for kind, key in _TORCHVISION_METRICS.items()},
             measured=f"{data}, published by torchvision",
-            licence=meta.get("license") or "not stated by torchvision, whose code is under BSD-3-Clause",
+            license=meta.get("license") or "not stated by torchvision, whose code is under BSD-3-Clause",
         )
 
 
@@ -160,7 +160,7 @@ class GraftedWeights:
     neck: str
 
     def describe(self, name: str) -> PretrainedModel:
-        """What is known of the weights before the graft."""
+        """Describe the weights before the graft."""
         base = PRETRAINED[self.base].describe(self.base)
         return replace(base, name=name, trained=False, measured=f"{base.measured}, of {self.base} before the graft")
 

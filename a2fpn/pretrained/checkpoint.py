@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from a2fpn._atomic import replaced_file, write_text
 from a2fpn._plugins import load_plugins
-from a2fpn._serialize import from_dict, to_dict
+from a2fpn._serialize import from_dict, migrate_keys, to_dict
 from a2fpn._version import __version__
 from a2fpn.backbones import backbone_module
 from a2fpn.config import FORMAT_VERSION, ModelConfig
@@ -38,13 +38,13 @@ CONFIG_LIMIT = 2**22
 
 @dataclass(frozen=True)
 class Facts:
-    """What others read of a checkpoint's metadata: cards, lists, ``python -m hub verify``. All may be missing.
+    """Metadata with a meaning of their own: for cards, lists, ``python -m hub verify``. All may be missing.
 
     Args:
         metrics: Measured numbers, such as ``bbox/ap`` in 0..1; -1 where there was nothing to measure.
         data: What it was trained and measured on.
-        data_licence: Licence of the data.
-        licence: Licence of the weights.
+        data_license: License of the data.
+        license: License of the weights.
         recipe: How it was trained.
         max_detections: Best detections per image and class that counted for the metrics.
         packages: Packages outside a2fpn and timm that define its neck, detector or backbone.
@@ -57,8 +57,8 @@ class Facts:
 
     metrics: Mapping[str, float] = field(default_factory=dict)
     data: str | None = None
-    data_licence: str | None = None
-    licence: str | None = None
+    data_license: str | None = None
+    license: str | None = None
     recipe: str | None = None
     max_detections: int = 100
     packages: tuple[str, ...] = ()
@@ -83,7 +83,7 @@ class Checkpoint:
         format_version: Version of this format.
         a2fpn_version: Version of the package that wrote it.
         metadata: Anything worth knowing, as JSON values; what :class:`Facts` has a field for must be of its type.
-        code_licence: Licence of the package that wrote it. That of the backbone's weights is in ``model.backbone``.
+        code_license: License of the package that wrote it. That of the backbone's weights is in ``model.backbone``.
 
     Raises:
         TypeError: If a fact is of another type.
@@ -94,14 +94,14 @@ class Checkpoint:
     format_version: int = FORMAT_VERSION
     a2fpn_version: str = __version__
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    code_licence: str = "Apache-2.0"
+    code_license: str = "Apache-2.0"
 
     def __post_init__(self) -> None:
         self.facts  # noqa: B018 - wrong ones are an error here, not where they are read
 
     @property
     def facts(self) -> Facts:
-        """What the metadata say of what others read."""
+        """Metadata that :class:`Facts` has a field for."""
         known = {f.name for f in dataclasses.fields(Facts)}
         return from_dict(Facts, {key: x for key, x in self.metadata.items() if key in known}, where="metadata")
 
@@ -114,7 +114,7 @@ def save_checkpoint(
     half: bool = False,
     metadata: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Writes a checkpoint folder.
+    """Write a checkpoint folder.
 
     Args:
         directory: Made if it does not exist.
@@ -150,7 +150,7 @@ def save_checkpoint(
 
 
 def add_metadata(directory: str | Path, **facts: Any) -> Checkpoint:
-    """Writes facts into the metadata of a checkpoint folder, over those of the same names; the weights stay.
+    """Write facts into the metadata of a checkpoint folder, over those of the same names; the weights stay.
 
     Args:
         directory: The folder.
@@ -172,7 +172,7 @@ def add_metadata(directory: str | Path, **facts: Any) -> Checkpoint:
 
 
 def read_checkpoint(directory: str | Path) -> Checkpoint:
-    """Reads and validates ``config.json`` of a folder.
+    """Read and validate ``config.json`` of a folder.
 
     Raises:
         CheckpointError: If there is none, it is no JSON, or any key or value is wrong.
@@ -194,7 +194,7 @@ def read_checkpoint(directory: str | Path) -> Checkpoint:
         )
     _check_packages(data, str(path))
     try:
-        return from_dict(Checkpoint, data, where=str(path))
+        return from_dict(Checkpoint, migrate_keys(data), where=str(path))
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise CheckpointError(str(error)) from error
 
@@ -207,7 +207,7 @@ def _packages(config: ModelConfig) -> list[str]:
 
 
 def _check_packages(data: Mapping[str, Any], where: str) -> None:
-    """Names the packages that have to be imported first; a checkpoint never makes anything be imported.
+    """Name the packages that have to be imported first; a checkpoint never makes anything be imported.
 
     Raises:
         CheckpointError: If one is not.
@@ -227,7 +227,7 @@ def _check_packages(data: Mapping[str, Any], where: str) -> None:
 
 
 def missing_weights(where: str, files: Iterable[str]) -> str:
-    """What to say of a place that has no safetensors, given the names of its files."""
+    """Return the message for a place that has no safetensors, given the names of its files."""
     pickles = [name for name in files if name.endswith((".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"))]
     if not pickles:
         return f"{where} has no {WEIGHTS_FILE}; only safetensors are loaded."
@@ -238,7 +238,7 @@ def missing_weights(where: str, files: Iterable[str]) -> str:
 
 
 def check_weights(directory: str | Path, checkpoint: Checkpoint) -> Path:
-    """Returns the weights file of a folder after checking its sha256.
+    """Return the weights file of a folder after checking its sha256.
 
     Raises:
         CheckpointError: If the file is missing or not the one that ``config.json`` names.
@@ -253,7 +253,7 @@ def check_weights(directory: str | Path, checkpoint: Checkpoint) -> Path:
 
 
 def wrong_weights(where: str, digest: str, expected: str) -> str:
-    """What to say of weights that are not those of their ``config.json``."""
+    """Return the message for weights that are not those of their ``config.json``."""
     return (
         f"{where} is damaged or not the file that belongs here: its sha256 is {digest}, "
         f"{CONFIG_FILE} expects {expected}."
@@ -261,7 +261,7 @@ def wrong_weights(where: str, digest: str, expected: str) -> str:
 
 
 def read_weights(directory: str | Path, checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Reads the tensors of a folder after checking the file's sha256.
+    """Read the tensors of a folder after checking the file's sha256.
 
     Raises:
         CheckpointError: If the file is missing, damaged, or not the one that ``config.json`` names.
@@ -270,7 +270,7 @@ def read_weights(directory: str | Path, checkpoint: Checkpoint) -> dict[str, Ten
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Reads the tensors of a file whose hash is known to be right.
+    """Read the tensors of a file whose hash is known to be right.
 
     Raises:
         CheckpointError: If it is no safetensors file.

@@ -21,7 +21,6 @@ from huggingface_hub import (
     HfApi,
     constants,
     errors,
-    get_token,
     hf_hub_download,
     try_to_load_from_cache,
 )
@@ -80,7 +79,7 @@ class Repo:
 
     @classmethod
     def parse(cls, name: str, *, revision: str | None = None, **options: Any) -> Repo:
-        """Reads ``org/name`` or ``org/name@revision``; options are the other fields.
+        """Read ``org/name`` or ``org/name@revision``; options are the other fields.
 
         Raises:
             ValueError: If it is no such name, or two revisions are given.
@@ -94,7 +93,7 @@ class Repo:
 
 
 def is_repo_id(name: str) -> bool:
-    """Whether a text has the form ``org/name``.
+    """Return whether a text has the form ``org/name``.
 
     Example:
         >>> is_repo_id("acme/cells"), is_repo_id("../cells"), is_repo_id("runs/a/b")
@@ -117,7 +116,7 @@ class Downloaded(NamedTuple):
 
 
 def download_checkpoint(repo: Repo, *, weights: bool = True) -> Downloaded:
-    """Brings a checkpoint into the cache, all of it from one commit, and checks it: each file is read once.
+    """Bring a checkpoint into the cache, all of it from one commit, and check it: each file is read once.
 
     ``config.json`` must have the hash that the Hub recorded, the weights the one that ``config.json`` names. A file
     that has not is downloaded once more. With everything in the cache, a commit needs no request and a branch or tag
@@ -156,7 +155,7 @@ def download_checkpoint(repo: Repo, *, weights: bool = True) -> Downloaded:
 
 
 def _check_files(api: _Api, repo: Repo, commit: str, names: Sequence[str]) -> None:
-    """Asks once, without retries, whether the files are there and can be what they are called."""
+    """Ask once, without retries, whether the files are there and can be what they are called."""
     # Not hf_hub_download's own look: on a server that is down it retries for 23 s.
     info = api.repo_info(repo.id, revision=commit, files_metadata=True)
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
@@ -216,12 +215,12 @@ def push_to_hub(
     metadata: Mapping[str, Any] | None = None,
     commit_message: str = "Upload a detector of a2fpn",
 ) -> str:
-    """Publishes a detector as ``config.json``, ``model.safetensors`` and a card, in one commit.
+    """Publish a detector as ``config.json``, ``model.safetensors`` and a card, in one commit.
 
     Args:
         model: A detector, or a checkpoint folder, whose own ``README.md`` then is the card if it has one.
         repo_id: ``org/name``; made if it does not exist.
-        private: Whether a new repository is private; None takes the organisation's default.
+        private: Whether a new repository is private; None takes the organization's default.
         create_pr: Whether to open a pull request in place of a commit to the main branch.
         token: Access token with write permission; None takes the one saved by ``hf auth login``.
         metadata: As in :func:`a2fpn.save_pretrained`, over what is known of the model; only with a detector, a folder
@@ -292,12 +291,11 @@ class _Api(HfApi):
 
 # Classes of the client's HTTP library, by name: which library that is has changed before.
 _UNREACHABLE = ("ConnectError", "ConnectTimeout", "ProxyError", "OfflineModeIsEnabled")
-_TIMEOUT = ("TimeoutException", "Timeout")
-_TRANSPORT = ("TransportError", "RequestException", *_UNREACHABLE, *_TIMEOUT)
+_TRANSPORT = ("TransportError", "RequestException", *_UNREACHABLE)
 
 
 def _is_a(error: BaseException | None, *names: str) -> bool:
-    """Whether an exception's class, or one that it inherits from, has one of the names."""
+    """Return whether an exception's class, or one that it inherits from, has one of the names."""
     return any(kind.__name__ in names for kind in type(error).__mro__)
 
 
@@ -339,7 +337,7 @@ def _detail(error: BaseException | None) -> str:
 
 @contextlib.contextmanager
 def _explained(repo: Repo, files: Sequence[str] = ()) -> Iterator[None]:
-    """Turns what huggingface_hub, its HTTP client and hf_xet raise into a :class:`HubError`.
+    """Turn what huggingface_hub, its HTTP client and hf_xet raise into a :class:`HubError`.
 
     Args:
         repo: What is talked about.
@@ -366,41 +364,23 @@ def _translated(error: Exception, repo: Repo, files: Sequence[str]) -> HubError:
     if isinstance(cause, errors.GatedRepoError):
         return HubAccessError(f"{where} is gated: ask for access at {constants.ENDPOINT}/{repo.id}, then {log_in}.")
     if isinstance(cause, errors.RepositoryNotFoundError):
-        return HubNotFoundError(
-            f"{where} does not exist, or is private and not for this token. Look at the spelling, or {log_in}."
-        )
+        return HubNotFoundError(f"{where} does not exist, or is private and not for this token: {log_in}.")
     if isinstance(cause, errors.RevisionNotFoundError):
         return HubNotFoundError(f"{repo.id!r} of {constants.ENDPOINT} has no revision {repo.revision!r}.")
-    status = _status(cause)
-    if status in (401, 403) and not (repo.token if repo.token is not None else get_token()):
-        return HubAccessError(f"{where} is not for everyone ({status}), and no token was sent: {log_in}.")
-    if status in (401, 403):
-        right, public = ("read", "; token=False sends none, for what is public") if files else ("write to", "")
-        return HubAccessError(
-            f"The token was refused ({status}): it is wrong, revoked or may not {right} {where}. Give another token= "
-            f"or run `hf auth login`{public}."
-        )
-    if status is not None:
-        advice = "try again later" if status >= 500 else _detail(cause)
-        return HubServerError(f"{where} could not be downloaded: the server answered {status}; {advice}.")
-    number = _error_number(cause)
-    if number is not None and number in _CACHE_ERRORS:
+    if isinstance(cause, errors.HfHubHTTPError):
+        status = cause.response.status_code
+        if status in (401, 403):
+            return HubAccessError(f"{where} is not for this token (the server answered {status}): {log_in}.")
+        return HubServerError(f"{where}: the server answered {status} ({_detail(cause)}).")
+    if isinstance(cause, OSError) and cause.errno in _CACHE_ERRORS:
         return HubCacheError(
-            f"What comes from {where} cannot be kept in the cache {_cache(repo)}: {os.strerror(number)}. Nothing "
-            "half-done was kept. Make room there, or give another cache_dir= (for all, HF_HOME)."
+            f"The cache {_cache(repo)} cannot be written ({cause.strerror}): give another cache_dir=, or set HF_HOME."
         )
     if cause is None or _is_a(cause, *_UNREACHABLE):
         if files:
             return HubOfflineError(_offline(repo, files, cause))
         return HubOfflineError(f"Nothing was published to {where}: it cannot be reached ({_detail(cause)}).")
-    if _is_a(cause, *_TIMEOUT):
-        return HubServerError(
-            f"{where} timed out: the server or the connection is too slow ({_detail(cause)}). Nothing half-done was "
-            "kept. Try again; HF_HUB_ETAG_TIMEOUT and HF_HUB_DOWNLOAD_TIMEOUT set more than 10 seconds of patience."
-        )
-    return HubServerError(
-        f"The connection for {where} broke ({_detail(cause)}). Nothing half-done was kept; try again."
-    )
+    return HubServerError(f"{where}: the connection failed ({_detail(cause)}); nothing half-done was kept.")
 
 
 _CACHE_ERRORS = {
@@ -408,19 +388,3 @@ _CACHE_ERRORS = {
     for name in ("EACCES", "EDQUOT", "EFBIG", "ENOENT", "ENOSPC", "ENOTDIR", "EPERM", "EROFS")
     if hasattr(errno, name)
 }
-
-
-def _status(cause: BaseException | None) -> int | None:
-    """The status that a server answered with; hf_xet tells it in words alone."""
-    if isinstance(cause, errors.HfHubHTTPError):
-        return cause.response.status_code
-    told = re.search(r"HTTP status \w+ error \((\d{3})\b", str(cause)) if isinstance(cause, RuntimeError) else None
-    return int(told[1]) if told else None
-
-
-def _error_number(cause: BaseException | None) -> int | None:
-    """The number of an error of the operating system; hf_xet tells it in words alone."""
-    if isinstance(cause, RuntimeError):
-        told = re.search(r"IO Error: .*\(os error (\d+)\)", str(cause))
-        return int(told[1]) if told else None
-    return cause.errno if isinstance(cause, OSError) else None

@@ -67,7 +67,7 @@ def create_model(
     num_classes: int | None = None,
     **overrides: Any,
 ) -> Detector:
-    """Builds a detector.
+    """Build a detector.
 
     Args:
         name: ``<detector>_<neck>_<backbone>``, see :func:`list_models`; the backbone may be any timm name or be left
@@ -132,7 +132,7 @@ def from_pretrained(
     local_files_only: bool = False,
     **overrides: Any,
 ) -> Detector:
-    """Loads a detector from a folder, the Hub, or by the name of pretrained weights; nothing has to be retyped.
+    """Load a detector from a folder, the Hub, or by the name of pretrained weights; nothing has to be retyped.
 
     Args:
         source: A folder written by :func:`save_pretrained` (also as ``local-dir:PATH``), a name of
@@ -182,7 +182,7 @@ def from_pretrained(
 def save_pretrained(
     model: Detector, directory: str | Path, *, half: bool = False, metadata: Mapping[str, Any] | None = None
 ) -> Path:
-    """Saves a detector as ``config.json`` and ``model.safetensors``.
+    """Save a detector as ``config.json`` and ``model.safetensors``.
 
     What the checkpoint that the model was loaded from says of it (licences, recipe, data) is saved too. Its metrics are
     only as long as weights and settings are the same; otherwise they stand under ``derived_from``.
@@ -191,7 +191,7 @@ def save_pretrained(
         model: The detector.
         directory: Made if it does not exist.
         half: Whether matrices and kernels are stored in float16.
-        metadata: JSON-able facts: metrics, recipe, data, licences; over those that are known.
+        metadata: JSON-able facts: metrics, recipe, data, licenses; over those that are known.
 
     Returns:
         The directory.
@@ -209,7 +209,7 @@ def save_pretrained(
 
 
 class Weights(NamedTuple):
-    """What a model is built of.
+    """Configuration and state dict that a model is built from.
 
     Args:
         config: What it was saved as.
@@ -303,7 +303,7 @@ def _assemble(
     num_classes: int | None,
     overrides: Mapping[str, Any],
 ) -> Detector:
-    """Builds a model as it was saved but for the overrides, with weights if there are any."""
+    """Build a model as it was saved but for the overrides, with weights if there are any."""
     saved, state, version, metadata = weights
     config = override(saved, num_classes, overrides)
     try:

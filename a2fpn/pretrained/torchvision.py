@@ -33,11 +33,11 @@ from a2fpn.pretrained.checkpoint import file_sha256
 _logger = logging.getLogger(__name__)
 
 PATIENCE = 10.0
-"""Seconds that a server may keep silent before a download counts as broken."""
+"""Timeout of the server in seconds."""
 
 
 class Download(NamedTuple):
-    """What is fetched.
+    """A file to be downloaded.
 
     Args:
         what: The weights, for messages.
@@ -64,7 +64,7 @@ def read_torchvision(weights: TorchvisionWeights, *, local_files_only: bool = Fa
         The tensors, by torchvision's names.
 
     Raises:
-        HubError: If it cannot be had; its children say why.
+        HubError: If it could not be downloaded; subclasses give the reason.
         CheckpointError: If the file holds anything but tensors.
     """
     from huggingface_hub.constants import is_offline_mode
@@ -92,7 +92,7 @@ def read_torchvision(weights: TorchvisionWeights, *, local_files_only: bool = Fa
 
 
 def _download(wanted: Download, digest: str) -> None:
-    """Downloads a file whose sha256 begins with ``digest``; torch.hub's function has no time limit.
+    """Download a file whose sha256 begins with ``digest``; torch.hub's function has no time limit.
 
     Raises:
         HubIntegrityError: If what comes has another hash; nothing is kept.
@@ -122,14 +122,14 @@ def _download(wanted: Download, digest: str) -> None:
 def _cannot(wanted: Download, reason: str) -> str:
     lacking = "damaged" if wanted.file.is_file() else "not"
     return (
-        f"The weights of torchvision's {wanted.what} are {lacking} in torch.hub's cache, and cannot be downloaded from "
-        f"{wanted.url}: {reason}. Download this file elsewhere and put it at {wanted.file}"
+        f"The weights of torchvision's {wanted.what} are {lacking} in torch.hub's cache, and could not be downloaded "
+        f"from {wanted.url}: {reason}. Download this file elsewhere and put it at {wanted.file}"
     )
 
 
 @contextlib.contextmanager
 def _explained(wanted: Download) -> Iterator[None]:
-    """Turns what a download raises into a :class:`HubError`."""
+    """Turn what a download raises into a :class:`HubError`."""
     try:
         yield
     except HubError:

@@ -231,11 +231,11 @@ def grouped(scene: Scene, of_truth: Floats, of_found: Floats, bounds: Sequence[f
     """
     groups = []
     for low, high in itertools.pairwise(bounds):
-        left_out = (of_truth < low) | (of_truth >= high)
-        objects = int((scene.positives & ~left_out).sum())
+        ignored = (of_truth < low) | (of_truth >= high)
+        objects = int((scene.positives & ~ignored).sum())
         if objects:
-            matches = match(scene, left_out=left_out, outside=(of_found < low) | (of_found >= high))
-            measured = precision(scene, matches, left_out=left_out)
+            matches = match(scene, ignored=ignored, outside=(of_found < low) | (of_found >= high))
+            measured = precision(scene, matches, ignored=ignored)
             groups.append(Group(_range(low, high, bounds[0], unit), objects, measured.ap, measured.at(0)))
     return groups
 

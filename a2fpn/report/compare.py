@@ -66,7 +66,7 @@ class Column:
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """What a figure shows.
+    """Content of a comparison figure.
 
     Args:
         rows: Names: annotations, if there are any, and models.

@@ -33,7 +33,7 @@ def model_facts(detector: Detector) -> dict[str, str]:
     for name, tensor in sorted(detector.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    classes = config.labelled_categories
+    classes = config.labeled_categories
     return {
         "detector": config.detector,
         "neck": config.neck.name,

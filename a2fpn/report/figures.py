@@ -17,12 +17,12 @@ from a2fpn.report.precision import RECALLS
 from a2fpn.report.tide import DESCRIPTIONS
 
 MODEL_COLORS = ("#0072B2", "#D55E00")
-_GREY = "#777777"
+_GRAY = "#777777"
 _SHOWN_CLASSES = 20  # rows of a confusion matrix; more can't be read
 
 
 def precision_recall(analysis: Analysis) -> str:
-    """Precision over recall: the mean of the classes at three IoU thresholds, and each class at 0.50 in grey."""
+    """Precision over recall: the mean of the classes at three IoU thresholds, and each class at 0.50 in gray."""
     figure, axes = _axes(4.6, 3.6)
     curve = analysis.precision.curve
     measured = ~np.isnan(curve[0, 0])
@@ -46,7 +46,7 @@ def operating_curve(analysis: Analysis, *, score_threshold: float) -> str:
         (curve.f1, "#009E73", "F1"),
     ):
         axes.plot(curve.threshold, values, color=color, lw=1.6, label=label)
-    axes.axvline(score_threshold, color=_GREY, lw=0.8, ls="--")
+    axes.axvline(score_threshold, color=_GRAY, lw=0.8, ls="--")
     if curve.best is not None:
         axes.plot(curve.threshold[curve.best], curve.f1[curve.best], "o", color="#009E73", ms=5)
     axes.set(xlabel="score threshold", ylabel="", xlim=(0, 1), ylim=(0, 1.02))
@@ -109,7 +109,7 @@ def error_bars(analyses: Sequence[Analysis]) -> str:
         axes.barh(at, values, height, color=MODEL_COLORS[number])
         for y, value in zip(at, values, strict=True):
             axes.text(value + 0.01 * most, y, f"{value:.3f}", va="center", fontsize=8, color="#222222")
-    axes.axhline(5.5, color=_GREY, lw=0.6, ls=":")
+    axes.axhline(5.5, color=_GRAY, lw=0.6, ls=":")
     axes.set_yticks(places, list(DESCRIPTIONS))
     axes.invert_yaxis()
     axes.set(xlim=(0, 1.15 * most or 1), xlabel="AP50 that an oracle would gain")
@@ -122,7 +122,7 @@ def reliability(analysis: Analysis) -> str:
     axes, counts = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     centers = (np.arange(BINS) + 0.5) / BINS
     bins = analysis.calibration
-    axes.plot([0, 1], [0, 1], color=_GREY, lw=0.8, ls="--")
+    axes.plot([0, 1], [0, 1], color=_GRAY, lw=0.8, ls="--")
     axes.bar(centers, np.nan_to_num(bins.right), 0.9 / BINS, color="#56B4E9")
     axes.plot(bins.score, bins.right, "o-", color="#0072B2", lw=1.2, ms=4)
     axes.set(ylabel="share that is right", ylim=(0, 1.02))

@@ -158,20 +158,20 @@ class Matches:
 
 
 def match(
-    scene: Scene, *, thresholds: Floats = IOU_THRESHOLDS, left_out: Bools | None = None, outside: Bools | None = None
+    scene: Scene, *, thresholds: Floats = IOU_THRESHOLDS, ignored: Bools | None = None, outside: Bools | None = None
 ) -> Matches:
     """Match detections with annotations as pycocotools does.
 
     Args:
         scene: The objects.
         thresholds: (T,) least IoU of a match.
-        left_out: (M,) annotations that need not be found, and whose finder counts neither way; crowds are such anyway.
+        ignored: (M,) annotations that need not be found, and whose finder counts neither way; crowds are such anyway.
         outside: (N,) detections that count neither way unless they match.
 
     Returns:
-        The partners; a detection of an annotation that is left out has it as its partner and is ignored.
+        The partners; a detection of an ignored annotation has it as its partner and is ignored as well.
     """
-    optional = scene.truth.crowd if left_out is None else scene.truth.crowd | left_out
+    optional = scene.truth.crowd if ignored is None else scene.truth.crowd | ignored
     partner = np.full((len(thresholds), len(scene.found)), -1, dtype=np.int64)
     ignored = np.zeros(partner.shape, dtype=bool)
     limits = np.minimum(thresholds, 1 - 1e-10)[:, None]

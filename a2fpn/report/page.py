@@ -79,7 +79,7 @@ class Interval:
 
     @property
     def certain(self) -> bool:
-        """Whether zero lies outside."""
+        """Return whether the interval excludes zero."""
         return self.low > 0 or self.high < 0
 
 

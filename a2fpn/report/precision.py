@@ -53,7 +53,7 @@ def mean(values: Floats) -> float:
 
 
 def precision(
-    scene: Scene, matches: Matches, *, images: Bools | None = None, left_out: Bools | None = None
+    scene: Scene, matches: Matches, *, images: Bools | None = None, ignored: Bools | None = None
 ) -> Precision:
     """Count what was found and what was invented, from the best score down.
 
@@ -61,9 +61,9 @@ def precision(
         scene: The objects.
         matches: Their partners.
         images: (I,) which images count; None for all.
-        left_out: (M,) annotations that need not be found, as given to :func:`a2fpn.report.matching.match`.
+        ignored: (M,) annotations that need not be found, as given to :func:`a2fpn.report.matching.match`.
     """
-    wanted = scene.positives if left_out is None else scene.positives & ~left_out
+    wanted = scene.positives if ignored is None else scene.positives & ~ignored
     chosen = np.ones(len(scene.found), dtype=bool)
     if images is not None:
         wanted, chosen = wanted & images[scene.truth.image], images[scene.found.image]

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import argparse
-import difflib
+import dataclasses
+import inspect
+import json
 import logging
 import re
 import sys
-from argparse import ArgumentError, RawDescriptionHelpFormatter
+import textwrap
+import types
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from rich.console import Console
 from rich.logging import RichHandler
 
 from a2fpn._plugins import import_package
-from a2fpn.errors import message_for_users
+from a2fpn._serialize import from_dict, plain, to_dict
+from a2fpn.errors import ConfigError, message_for_users
 from a2fpn.training.config import TrainConfig
 from a2fpn.training.recipes import copy_recipe, find_recipe, list_recipes
+from a2fpn.training.settings import assign, dump_yaml, read_arguments, read_file, type_of
 from a2fpn.training.signals import StopRequest
 
 DESCRIPTION = """\
@@ -30,107 +34,113 @@ Trains a detector on a data set in COCO format.
     accelerate launch -m a2fpn.training --config RECIPE data.root=DIR
     ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 -m a2fpn.training --config RECIPE data.root=DIR
 
-A recipe is a YAML file, or the name of one that comes with the package:
---list shows their names, --copy NAME FILE copies one, to be edited.
-
-Settings on the command line override the recipe: section.key=value or --section.key value.
---strict-data is short for data.strict=true: stop at the first bad image or annotation instead of skipping it.
---resume auto is short for run.resume=auto: continue where the run was cut off, or start it.
---import MODULE imports a module that registers necks, detectors or backbones; may be repeated.
---debug, or A2FPN_DEBUG=1, shows the traceback of every error.
+Settings on the command line override the recipe: section.key=value, --section.key=value or --section.key value. Values
+are YAML. A recipe changes settings key by key; so does a later recipe, and a dotted name such as
+model.overrides.neck_args.out_channels=96. model.overrides={} replaces all of them.
 
 SIGTERM, SIGUSR1 and Ctrl-C end the step, write a checkpoint and exit with 128 + the signal's number.
 """
-ASSIGNMENT = re.compile(r"\w+(\.\w+)*=")
-FLAGS = ("--help", "--print_config")  # take no value after a blank
-SHORT = {"--strict-data": "--data.strict=true", "--resume": "--run.resume"}
-UNKNOWN_KEY = re.compile(
-    r"unrecognized arguments: -*(?P<argument>[\w.]+)"
-    r"|Option '(?P<option>[\w.]+)' is not accepted"
-    r"|Group '(?P<group>[\w.]+)' does not accept option '(?P<key>[\w.]+)'"
-)
 
 
-class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """Keeps the line breaks of the description and shows types and defaults."""
-
-
-def build_parser() -> ArgumentParser:
-    """Returns the parser of :class:`TrainConfig`; its errors are raised, not printed."""
-    parser = ArgumentParser(
+def _parser() -> argparse.ArgumentParser:
+    """The options that are no settings; whatever else is given is left alone."""
+    parser = argparse.ArgumentParser(
         prog="train",
         usage="train [--config RECIPE] data.root=DIR [section.key=value ...]",
         description=DESCRIPTION,
-        formatter_class=HelpFormatter,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         exit_on_error=False,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", action="config", help="A YAML file or a name of --list; may be repeated.")
-    parser.add_class_arguments(TrainConfig)
+    add = parser.add_argument
+    add("--config", action="append", default=[], metavar="RECIPE", help="a YAML file or a name of --list; repeatable")
+    add("--list", action="store_true", help="show the recipes that come with the package")
+    add("--copy", nargs=2, metavar=("NAME", "FILE"), help="copy one of them, to be edited")
+    add("--print_config", action="store_true", help="show all settings as YAML instead of training")
+    add("--resume", metavar="auto", help="short for run.resume=auto: continue where the run was cut off, or start it")
+    add("--strict-data", action="store_true", help="short for data.strict=true: stop at the first bad image")
+    imports = "import a module that registers necks, detectors or backbones; repeatable"
+    add("--import", action="append", default=[], dest="modules", metavar="MODULE", help=imports)
+    add("--debug", action="store_true", help="show the traceback of every error, as A2FPN_DEBUG=1 does")
     return parser
 
 
-def parse(arguments: Sequence[str]) -> TrainConfig:
-    """Reads the settings from command-line arguments.
-
-    Raises:
-        argparse.ArgumentError: For an unknown key, and a missing or wrong value.
-        ConfigError: For an unknown recipe.
-    """
-    arguments = list(arguments)
-    for position, (previous, argument) in enumerate(zip(["", *arguments], arguments, strict=False)):
-        option, equals, name = argument.partition("=")
-        if previous == "--config":
-            arguments[position] = str(find_recipe(argument))
-        elif option == "--config" and equals:
-            arguments[position] = f"--config={find_recipe(name)}"
-    parser = build_parser()
-    options = []
-    arguments = [SHORT.get(argument, argument) for argument in arguments]
-    for previous, argument in zip(["", *arguments[:-1]], arguments, strict=True):
-        is_value = previous.startswith("--") and "=" not in previous and not previous.startswith(FLAGS)
-        options.append(f"--{argument}" if ASSIGNMENT.match(argument) and not is_value else argument)
-    settings = parser.instantiate(parser.parse_args(options))
-    return TrainConfig(**{field.name: settings[field.name] for field in fields(TrainConfig)})
+def describe(section: Any = TrainConfig, prefix: str = "") -> Iterator[str]:
+    """Yield the help of every setting: name, type, default, and its sentence in the docstring."""
+    sentences = dict(re.findall(r"^    (\w+): (.+(?:\n {8}.+)*)", inspect.getdoc(section) or "", flags=re.MULTILINE))
+    hints = get_type_hints(section)
+    for field in dataclasses.fields(section):
+        name, hint, sentence = f"{prefix}{field.name}", hints[field.name], " ".join(sentences[field.name].split())
+        if is_dataclass(hint):
+            yield f"\n{name}: {sentence}"
+            yield from describe(hint, f"{name}.")
+            continue
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        shown = "required" if default is dataclasses.MISSING else f"default {json.dumps(plain(default))}"
+        yield f"  --{name} {type_name(hint)}, {shown}"
+        yield textwrap.fill(sentence, 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
 
 
-def setting_names(section: Any = TrainConfig, prefix: str = "") -> Iterator[str]:
-    """Yields the dotted name of every setting.
+def type_name(hint: Any) -> str:
+    """Name of a type for people who write YAML.
 
     Example:
-        >>> "optim.lr" in setting_names()
-        True
+        >>> type_name(tuple[float, float] | None), type_name(Literal["sgd", "adamw"])
+        ('[float, float] | null', 'sgd | adamw')
     """
-    for name, kind in get_type_hints(section).items():
-        if is_dataclass(kind):
-            yield from setting_names(kind, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}"
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " | ".join(map(type_name, args))
+    if origin is Literal:
+        return " | ".join(args)
+    if origin is tuple:
+        return f"[{', '.join('...' if arg is Ellipsis else type_name(arg) for arg in args)}]"
+    if origin is dict:
+        return "{key: value}"
+    return "null" if hint is type(None) else str(hint.__name__)
 
 
-def explain(error: Exception) -> str:
-    """Turns an error about the user's input into one line; for an unknown setting it names the likely one."""
-    message = " ".join(str(error).split())
-    match = UNKNOWN_KEY.search(message)
-    if match is None:
-        return message
-    key = match["argument"] or match["option"] or f"{match['group']}.{match['key']}"
-    known = list(setting_names())
-    by_last_part = {name.rpartition(".")[2]: name for name in known}
-    close = difflib.get_close_matches(key, known, n=1) or [
-        by_last_part[part] for part in difflib.get_close_matches(key.rpartition(".")[2], by_last_part, n=1)
-    ]
-    return f"unknown setting '{key}'. " + (f"Did you mean '{close[0]}'?" if close else "See --help for all settings.")
+def parse(arguments: Sequence[str]) -> TrainConfig:
+    """Read the settings from command-line arguments.
+
+    Raises:
+        ConfigError: For an unknown recipe or setting, and a missing or wrong value.
+    """
+    return _settings(*_options(arguments))
+
+
+def _options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    try:
+        parser = _parser()
+        if {"-h", "--help"} & set(arguments):  # takes a while to write
+            parser.epilog = "settings:\n" + "\n".join(describe())
+        return parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _settings(options: argparse.Namespace, arguments: Sequence[str]) -> TrainConfig:
+    settings: dict[str, Any] = {"data": {}}
+    for name in options.config:
+        for section, value in read_file(find_recipe(name)).items():
+            settings = assign(settings, section, value)
+    short = [f"run.resume={options.resume}"] if options.resume is not None else []
+    short += ["data.strict=true"] if options.strict_data else []
+    for name, value in read_arguments([*short, *arguments]):
+        settings = assign(settings, name, value, merge=is_dataclass(type_of(name)))
+    if isinstance(settings["data"], dict) and "root" not in settings["data"]:
+        raise ConfigError("the setting data.root is missing, the folder of the data set: data.root=DIR.")
+    return from_dict(TrainConfig, settings, where="")
 
 
 def fail(error: Any, code: int = 2) -> int:
-    """Prints one line and returns the exit code."""
+    """Print one line and return the exit code."""
     sys.stderr.write(f"train: error: {error}\n")
     return code
 
 
 def configure_logging() -> None:
-    """Shows what this program says, and only the warnings of the libraries."""
+    """Show what this program says, and only the warnings of the libraries."""
     console = Console(stderr=True)
     if console.is_terminal:  # rich keeps log lines and the progress bar apart
         logging.basicConfig(format="%(message)s", handlers=[RichHandler(console=console, show_path=False)])
@@ -143,26 +153,20 @@ def configure_logging() -> None:
     logging.getLogger("a2fpn").setLevel(logging.INFO)
 
 
-def _door_parser() -> argparse.ArgumentParser:
-    """The options that are no settings; whatever else is given is left alone."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--list", action="store_true")
-    parser.add_argument("--copy", nargs=2, metavar=("NAME", "FILE"))
-    parser.add_argument("--import", action="append", default=[], dest="modules", metavar="MODULE")
-    parser.add_argument("--debug", action="store_true")
-    return parser
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Trains as the command line says.
+    """Train as the command line says.
 
     Returns:
         The exit code: 0 after a finished run, 1 after one that failed on the way, 2 for wrong input, 128 + the number
         of the signal that stopped it.
     """
-    before, remaining = _door_parser().parse_known_args(sys.argv[1:] if arguments is None else arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments:
+        _parser().print_usage(sys.stderr)
+        return fail("no arguments; --help lists all settings, --list the recipes.")
     trainer = None
     try:
+        before, remaining = _options(arguments)
         if before.list:
             width = max(map(len, list_recipes()))
             sys.stdout.writelines(f"{name:{width}}  {line}\n" for name, line in list_recipes().items())
@@ -172,7 +176,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         for name in before.modules:
             import_package(name)
-        config = parse(remaining)
+        config = _settings(before, remaining)
+        if before.print_config:
+            sys.stdout.write(dump_yaml(to_dict(config)))
+            return 0
         configure_logging()
 
         # After the arguments are known to be right: Accelerate takes seconds.
@@ -180,8 +187,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         trainer = Trainer(config)
         trainer.run()
-    except ArgumentError as error:
-        return fail(explain(error))
     except StopRequest as stop:
         return fail(stop, code=128 + stop.signum)
     except KeyboardInterrupt:
@@ -189,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return fail("interrupted" + ("; run.resume=auto continues from the last checkpoint" if saved else ""), code=130)
     except Exception as error:
         message = message_for_users(error)
-        if message is None or before.debug:
+        if message is None or "--debug" in arguments:
             raise
         return fail(message, code=getattr(error, "exit_code", 2))
     if trainer.accelerator.is_main_process:

@@ -1,6 +1,7 @@
 """The settings of a training run: frozen, typed dataclasses, one per section of a recipe.
 
-The docstrings are the text of ``python -m train --help``.
+The docstrings are the text of ``a2fpn train --help``. Each section checks the types and ranges of its settings,
+however it was made.
 """
 
 from __future__ import annotations
@@ -8,12 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from a2fpn._serialize import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, check_fields
+
 JsonValue = None | bool | int | float | list[Any] | dict[str, Any] | str
 
 
 @dataclass(frozen=True)
 class ModelSection:
-    """Which detector is trained; its classes are the categories of the training annotations.
+    """The detector that is trained; its classes are the categories of the training annotations.
 
     Args:
         name: A registered model name, see `a2fpn list`, or local-dir:PATH of a checkpoint.
@@ -30,6 +33,9 @@ class ModelSection:
     backbone_weights: str | None = None
     overrides: dict[str, JsonValue] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        check_fields(self, "model")
+
 
 @dataclass(frozen=True)
 class TransformsSection:
@@ -45,7 +51,7 @@ class TransformsSection:
         horizontal_flip: Probability.
         vertical_flip: Probability.
         rotate90: Probability of a turn by 90, 180 or 270 degrees.
-        colour_jitter: Strength of the change of brightness, contrast, saturation and hue, 0 to 1.
+        color_jitter: Strength of the change of brightness, contrast, saturation and hue, 0 to 1.
         min_box_size: Objects of which fewer pixels are left are dropped.
     """
 
@@ -57,8 +63,18 @@ class TransformsSection:
     horizontal_flip: float = 0.5
     vertical_flip: float = 0.0
     rotate90: float = 0.0
-    colour_jitter: float = 0.0
+    color_jitter: float = 0.0
     min_box_size: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_fields(
+            self,
+            "data.transforms",
+            **dict.fromkeys(("min_sizes", "crop_size"), COUNT),
+            **dict.fromkeys(("scale_range", "large_scale_jitter", "crop_range"), POSITIVE),
+            **dict.fromkeys(("horizontal_flip", "vertical_flip", "rotate90", "color_jitter"), SHARE),
+            min_box_size=NOT_NEGATIVE,
+        )
 
 
 @dataclass(frozen=True)
@@ -84,6 +100,9 @@ class StreamSection:
     num_keypoints: int = 0
     split_by_file: bool = False
     shuffle_buffer: int = 512
+
+    def __post_init__(self) -> None:
+        check_fields(self, "data.stream", num_samples=COUNT, num_keypoints=NOT_NEGATIVE, shuffle_buffer=COUNT)
 
 
 @dataclass(frozen=True)
@@ -133,10 +152,20 @@ class DataSection:
     stream: StreamSection = field(default_factory=StreamSection)
     transforms: TransformsSection = field(default_factory=TransformsSection)
 
+    def __post_init__(self) -> None:
+        check_fields(
+            self,
+            "data",
+            **dict.fromkeys(("batch_size", "eval_batch_size", "passes"), COUNT),
+            **dict.fromkeys(("workers", "check_images"), NOT_NEGATIVE),
+            **dict.fromkeys(("repeat_threshold", "copy_paste"), SHARE),
+            oks_sigmas=POSITIVE,
+        )
+
 
 @dataclass(frozen=True)
 class OptimSection:
-    """Optimiser and learning-rate schedule.
+    """Optimizer and learning-rate schedule.
 
     Args:
         name: sgd or adamw.
@@ -149,7 +178,7 @@ class OptimSection:
         backbone_lr_factor: Learning rate of the backbone relative to lr.
         layer_decay: Factor on the rate from the neck to the backbone's last layer, and from each layer to the one
             before it, by timm's groups; 1 is off.
-        warmup_steps: Optimiser steps over which the rate rises linearly to lr.
+        warmup_steps: Optimizer steps over which the rate rises linearly to lr.
         warmup_factor: Rate of the first step relative to lr.
         schedule: cosine falls to final_factor; step multiplies by gamma at each milestone.
         milestones: Where the step schedule falls, as fractions of the run.
@@ -174,6 +203,16 @@ class OptimSection:
     final_factor: float = 0.01
     clip_norm: float | None = None
 
+    def __post_init__(self) -> None:
+        check_fields(
+            self,
+            "optim",
+            **dict.fromkeys(("lr", "gamma", "layer_decay"), POSITIVE),
+            **dict.fromkeys(("momentum", "warmup_factor", "milestones", "final_factor"), SHARE),
+            **dict.fromkeys(("weight_decay", "backbone_lr_factor", "warmup_steps", "clip_norm"), NOT_NEGATIVE),
+            lr_batch_size=COUNT,
+        )
+
 
 @dataclass(frozen=True)
 class RunSection:
@@ -183,18 +222,18 @@ class RunSection:
         name: Name of the recipe, kept in the checkpoints.
         output: Folder for checkpoints, metrics, pictures, config.yaml and the log.
         epochs: Passes over the training images, each data.passes of them.
-        max_steps: Stop after this many optimiser steps instead of after epochs.
+        max_steps: Stop after this many optimizer steps instead of after epochs.
         seed: Seed of everything random.
         mixed_precision: bf16 and fp16 run the network under autocast; weights stay in fp32.
-        grad_accumulation: Batches per optimiser step.
+        grad_accumulation: Batches per optimizer step.
         sync_losses: Divide losses by the objects of all processes, so that several processes learn what one would.
-        checkpoint_every: Optimiser steps between two checkpoints, besides the one after every epoch; 0 is off.
+        checkpoint_every: Optimizer steps between two checkpoints, besides the one after every epoch; 0 is off.
         evaluate_every: Evaluate after every so many epochs, and always after the last one.
         evaluator: What computes the COCO numbers; all give the same.
         val_loss: Compute the losses of the validation images as well.
         max_detections: Detections per image that the evaluation counts (COCO's default is 100).
         patience: Stop after so many evaluations without a better result; 0 is off.
-        log_every: Optimiser steps between two log entries.
+        log_every: Optimizer steps between two log entries.
         trackers: Where numbers and pictures go besides metrics.jsonl: tensorboard, trackio, ...
         pictures: Validation images drawn after every evaluation.
         channels_last: Use the channels-last memory format.
@@ -215,7 +254,7 @@ class RunSection:
     sync_losses: bool = True
     checkpoint_every: int = 0
     evaluate_every: int = 1
-    evaluator: Literal["auto", "hotcoco", "faster-coco-eval", "pycocotools"] = "auto"
+    evaluator: Literal["auto", "hotcoco", "pycocotools"] = "auto"
     val_loss: bool = False
     max_detections: int = 100
     patience: int = 0
@@ -227,6 +266,16 @@ class RunSection:
     ema: float = 0.0
     resume: bool | str = False
 
+    def __post_init__(self) -> None:
+        check_fields(
+            self,
+            "run",
+            **dict.fromkeys(("epochs", "max_steps", "grad_accumulation", "evaluate_every", "log_every"), COUNT),
+            **dict.fromkeys(("seed", "checkpoint_every", "patience", "pictures"), NOT_NEGATIVE),
+            max_detections=COUNT,
+            ema=SHARE,
+        )
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -235,7 +284,7 @@ class TrainConfig:
     Args:
         data: Data set.
         model: Model.
-        optim: Optimiser and schedule.
+        optim: Optimizer and schedule.
         run: Run.
     """
 
@@ -243,3 +292,6 @@ class TrainConfig:
     model: ModelSection = field(default_factory=ModelSection)
     optim: OptimSection = field(default_factory=OptimSection)
     run: RunSection = field(default_factory=RunSection)
+
+    def __post_init__(self) -> None:
+        check_fields(self, "")

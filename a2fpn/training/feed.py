@@ -1,6 +1,6 @@
-"""What a run is fed with: the batches of every step, in an order that depends on the seed and the step alone.
+"""Batch sources: the batches of every step, in an order that depends on the seed and the step alone.
 
-A *step* of the optimiser takes one global batch. It is divided into equal parts, one for each process, and each part
+A *step* of the optimizer takes one global batch. It is divided into equal parts, one for each process, and each part
 into ``grad_accumulation`` batches. Which images make up a step, and how each is augmented, does not depend on the
 number of processes or loader workers: two processes with two images each see what one process with four sees, and a
 run that resumes at a step sees what it would have seen.
@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from a2fpn.data import CocoDataset, Sample, aspect_ratio_groups, collate, epoch_order, repeat_factors
 from a2fpn.errors import ConfigError
 from a2fpn.training.seeding import seeded
+from a2fpn.training.signals import ignore_stop_signals
 
 T = TypeVar("T")
 Batch = tuple[list[Tensor], list[dict[str, Any]]]
@@ -25,7 +26,7 @@ Slot = tuple[int, int, int]  # epoch, position within it, index of the sample
 
 
 class Feed(Protocol):
-    """Where batches come from."""
+    """Source of batches."""
 
     def steps(self, epoch: int) -> int:
         """Steps of an epoch, the same on every process."""
@@ -53,6 +54,7 @@ def data_loader(dataset: Dataset[T], *, workers: int, pin_memory: bool, **option
         num_workers=workers,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
+        worker_init_fn=ignore_stop_signals,
         generator=torch.Generator(),
         **options,
     )

@@ -30,7 +30,7 @@ class MainProcessLogger(MultiProcessAdapter):  # type: ignore[misc]
 
 
 def get_logger(name: str) -> MainProcessLogger:
-    """Returns the logger of a module."""
+    """Return the logger of a module."""
     return MainProcessLogger(logging.getLogger(name), {})
 
 
@@ -38,8 +38,8 @@ logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
-class Pace:
-    """How a run gets on.
+class Throughput:
+    """Images per second, time spent waiting for data, and memory.
 
     Args:
         images_per_second: Of all processes together.
@@ -83,7 +83,7 @@ _READ_AT_ONCE = 64
 
 
 class LossWindow:
-    """Mean of every loss, and the pace, since the last reading, over all processes.
+    """Mean of every loss, and the throughput, since the last reading, over all processes.
 
     Args:
         accelerator: The accelerator of the run.
@@ -101,7 +101,7 @@ class LossWindow:
         self._start = time.perf_counter()
 
     def add(self, losses: Mapping[str, Tensor], *, images: int, waited: float = 0.0) -> None:
-        """Adds the scalar losses of one batch of so many images, for which the run waited so many seconds."""
+        """Add the scalar losses of one batch of so many images, for which the run waited so many seconds."""
         # Reading a loss waits for the device: many are read at once.
         self._pending.append(dict(losses))
         if len(self._pending) == _READ_AT_ONCE:
@@ -127,18 +127,18 @@ class LossWindow:
         return dict(zip(self._sums, accelerator.reduce(sums, reduction="sum").tolist(), strict=True))
 
     def restore(self, totals: Mapping[str, float]) -> None:
-        """Goes on from what :meth:`totals` gave."""
+        """Go on from what :meth:`totals` gave."""
         self._sums = dict(totals) if self._accelerator.is_main_process else dict.fromkeys(totals, 0.0)
 
-    def read(self) -> tuple[dict[str, float], Pace]:
-        """Returns the means and the pace, and starts anew; every process has to call it."""
+    def read(self) -> tuple[dict[str, float], Throughput]:
+        """Return the means and the throughput, and start anew; every process has to call it."""
         totals = self.totals()
         batches = totals.pop("batches")
         elapsed = time.perf_counter() - self._start
         speed = self._images * self._accelerator.num_processes / elapsed
-        pace = Pace(speed, self._waited / elapsed, _memory(self._accelerator.device))
+        throughput = Throughput(speed, self._waited / elapsed, _memory(self._accelerator.device))
         self._restart()
-        return {name: value / batches for name, value in totals.items()}, pace
+        return {name: value / batches for name, value in totals.items()}, throughput
 
 
 def _memory(device: torch.device) -> int:
@@ -176,13 +176,13 @@ class ProgressLine:
             self._bar.stop()
 
     def advance(self) -> None:
-        """Counts one step."""
+        """Count one step."""
         if self._bar:
             self._bar.advance(self._task)
 
-    def show(self, step: int, loss: float, lr: float, pace: Pace) -> None:
-        """Shows the state of the training."""
-        info = f"loss {loss:.4f}  lr {lr:.2e}  {pace}"
+    def show(self, step: int, loss: float, lr: float, throughput: Throughput) -> None:
+        """Show the state of the training."""
+        info = f"loss {loss:.4f}  lr {lr:.2e}  {throughput}"
         if self._bar:
             self._bar.update(self._task, info=info)
             logger.debug("%s  step %d  %s", self._title, step, info)  # for the log file
@@ -192,7 +192,7 @@ class ProgressLine:
 
 @contextmanager
 def text_log(path: Path, *, enabled: bool) -> Iterator[None]:
-    """Appends what the run says to a plain text file, if enabled."""
+    """Append what the run says to a plain text file, if enabled."""
     if not enabled:
         yield
         return
@@ -208,7 +208,7 @@ def text_log(path: Path, *, enabled: bool) -> Iterator[None]:
 
 
 def grid(pictures: Sequence[Image.Image], *, columns: int = 3, width: int = 420) -> Image.Image:
-    """Puts pictures of any sizes on one page, row by row.
+    """Put pictures of any sizes on one page, row by row.
 
     Args:
         pictures: At least one.
@@ -228,7 +228,7 @@ def grid(pictures: Sequence[Image.Image], *, columns: int = 3, width: int = 420)
 
 
 def track_picture(accelerator: Accelerator, name: str, page: Image.Image, path: Path, step: int) -> None:
-    """Gives a picture to the trackers that take any."""
+    """Give a picture to the trackers that take any."""
     for tracker in accelerator.trackers:
         if tracker.name == "trackio":
             import trackio
@@ -239,7 +239,7 @@ def track_picture(accelerator: Accelerator, name: str, page: Image.Image, path: 
 
 
 def plot_metrics(records: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draws the losses and the average precision of a run over its steps.
+    """Draw the losses and the average precision of a run over its steps.
 
     Args:
         records: The lines of ``metrics.jsonl``.
@@ -252,14 +252,14 @@ def plot_metrics(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     steps = [record["step"] for record in records]
     for prefix, style in (("train/", "-"), ("val/", "--")):
         names = sorted({name for record in records for name in record if name.startswith(f"{prefix}loss")})
-        for colour, name in enumerate(names):
+        for color, name in enumerate(names):
             values = [record.get(name, float("nan")) for record in records]
             width = 2.2 if name == f"{prefix}loss" else 1.0
-            losses.plot(steps, values, style, marker=".", lw=width, color=f"C{colour}", label=name)
-    for colour, name in enumerate(("bbox/ap", "bbox/ap50", "segm/ap", "segm/ap50", "keypoints/ap")):
+            losses.plot(steps, values, style, marker=".", lw=width, color=f"C{color}", label=name)
+    for color, name in enumerate(("bbox/ap", "bbox/ap50", "segm/ap", "segm/ap50", "keypoints/ap")):
         points = [(record["step"], record[name]) for record in records if record.get(name, -1) >= 0]
         if points:
-            precision.plot(*zip(*points, strict=True), marker=".", color=f"C{colour}", label=name)
+            precision.plot(*zip(*points, strict=True), marker=".", color=f"C{color}", label=name)
     losses.set(title="Losses", xlabel="step", ylim=(0, None))
     precision.set(title="Average precision on the validation images", xlabel="step", ylim=(0, 1))
     for axes in (losses, precision):

@@ -1,4 +1,4 @@
-"""Optimiser with per-group weight decay and learning rate, and the learning-rate schedule."""
+"""Optimizer with per-group weight decay and learning rate, and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def scaled_lr(config: OptimSection, batch_size: int) -> float:
 
 
 def parameter_groups(model: nn.Module, config: OptimSection, *, lr: float) -> list[dict[str, Any]]:
-    """Splits the trainable parameters by learning rate (depth in the backbone) and weight decay (matrix or not).
+    """Split the trainable parameters by learning rate (depth in the backbone) and weight decay (matrix or not).
 
     Biases, norm weights and every other parameter of fewer than two dimensions get no weight decay.
 
@@ -59,7 +59,7 @@ def parameter_groups(model: nn.Module, config: OptimSection, *, lr: float) -> li
 
 
 def build_optimizer(model: nn.Module, config: OptimSection, *, lr: float) -> Optimizer:
-    """Returns SGD with momentum or AdamW over :func:`parameter_groups`; on CUDA each step is a few kernels."""
+    """Return SGD with momentum or AdamW over :func:`parameter_groups`; on CUDA each step is a few kernels."""
     groups = parameter_groups(model, config, lr=lr)
     fused = True if groups[0]["params"][0].device.type == "cuda" else None
     if config.name == "sgd":
@@ -68,11 +68,11 @@ def build_optimizer(model: nn.Module, config: OptimSection, *, lr: float) -> Opt
 
 
 def lr_factor(step: int, *, total_steps: int, config: OptimSection) -> float:
-    """Learning rate of an optimiser step relative to the peak.
+    """Learning rate of an optimizer step relative to the peak.
 
     Args:
-        step: Index of the optimiser step, from 0.
-        total_steps: Optimiser steps of the whole run.
+        step: Index of the optimizer step, from 0.
+        total_steps: Optimizer steps of the whole run.
         config: The schedule.
 
     Example:
@@ -89,5 +89,5 @@ def lr_factor(step: int, *, total_steps: int, config: OptimSection) -> float:
 
 
 def build_scheduler(optimizer: Optimizer, total_steps: int, config: OptimSection) -> LambdaLR:
-    """Returns the schedule; call its ``step()`` once after each optimiser step."""
+    """Return the schedule; call its ``step()`` once after each optimizer step."""
     return LambdaLR(optimizer, partial(lr_factor, total_steps=total_steps, config=config))

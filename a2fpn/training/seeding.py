@@ -25,14 +25,14 @@ def derived_seed(*parts: int | str) -> int:
 
 @contextmanager
 def seeded(*parts: int | str) -> Iterator[None]:
-    """Runs a block with torch's CPU generator seeded by the parts; afterwards it is as it was before."""
+    """Run a block with torch's CPU generator seeded by the parts; afterwards it is as it was before."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derived_seed(*parts))
         yield
 
 
 def use_deterministic_algorithms() -> None:
-    """Lets every operation of this process take the form whose result is the same each time, where it has one."""
+    """Let every operation of this process take the form whose result is the same each time, where it has one."""
     # Read when cuBLAS starts, which it has not done yet.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.benchmark = False

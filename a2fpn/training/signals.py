@@ -1,11 +1,9 @@
-"""Signals that reach a run: requests to stop (SIGTERM, SIGUSR1, Ctrl-C), and the death of a loader process."""
+"""Signals that ask a run to stop: SIGTERM, SIGUSR1 and Ctrl-C."""
 
 from __future__ import annotations
 
-import functools
 import signal
 import threading
-from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -30,18 +28,17 @@ class Signals:
 
     Attributes:
         received: The signal that asked to stop, or 0.
-        dead_worker: What torch says of a loader process that died, or None.
     """
 
     names = ("SIGTERM", "SIGINT", "SIGUSR1")
 
     def __init__(self) -> None:
         self.received = 0
-        self.dead_worker: RuntimeError | None = None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
-        for name in self.names if _in_main_thread() else ():
+        # Python allows handlers of signals in no other thread.
+        for name in self.names if threading.current_thread() is threading.main_thread() else ():
             number = getattr(signal, name, None)
             if number is not None:
                 self._before[number] = signal.signal(number, self._note)
@@ -51,30 +48,14 @@ class Signals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def watch_workers(self) -> None:
-        """Keeps the death of a loader process from interrupting a step; to be called when there are loader processes.
-
-        Torch raises it from a handler of SIGCHLD, wherever the program is at that moment.
-        """
-        number = getattr(signal, "SIGCHLD", None)
-        if number is None or number in self._before or not _in_main_thread():
-            return
-        raising = signal.getsignal(number)
-        if callable(raising):
-            self._before[number] = signal.signal(number, functools.partial(self._note_death, raising))
-
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == self.received == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
 
-    def _note_death(self, raising: Callable[..., Any], number: int, frame: FrameType | None) -> None:
-        try:
-            raising(number, frame)
-        except RuntimeError as error:
-            self.dead_worker = error
 
-
-def _in_main_thread() -> bool:
-    """Python allows handlers of signals nowhere else."""
-    return threading.current_thread() is threading.main_thread()
+def ignore_stop_signals(worker: int) -> None:
+    """Ignore the signals of :class:`Signals` in a loader process: sent to a whole group, they are for the run."""
+    for name in Signals.names:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)

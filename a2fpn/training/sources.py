@@ -18,7 +18,8 @@ from a2fpn.data import (
     check_data,
     train_transforms,
 )
-from a2fpn.errors import ConfigError
+from a2fpn.data.importers import detect
+from a2fpn.errors import ConfigError, DataError
 from a2fpn.training.config import DataSection, ModelSection, TrainConfig
 from a2fpn.training.feed import Feed, FolderFeed
 from a2fpn.training.monitor import get_logger
@@ -29,7 +30,7 @@ TrainingSet = CocoDataset | StreamDataset
 
 
 def open_training_set(data: DataSection) -> TrainingSet:
-    """Opens what is trained on.
+    """Open what is trained on.
 
     Raises:
         ValueError: If a folder, a file, or its content is missing or wrong.
@@ -63,7 +64,7 @@ def open_training_set(data: DataSection) -> TrainingSet:
 
 
 def open_validation_set(data: DataSection, training_set: TrainingSet) -> CocoDataset:
-    """Opens what is evaluated on; its labels are the training set's.
+    """Open what is evaluated on; its labels are the training set's.
 
     Raises:
         ValueError: If a folder, a file, or its content is missing or wrong.
@@ -74,14 +75,34 @@ def open_validation_set(data: DataSection, training_set: TrainingSet) -> CocoDat
 def _folder(data: DataSection, images: str, annotations: str, semantic: str | None, **options: Any) -> CocoDataset:
     root = Path(data.root)
     maps = root / semantic if semantic else None
+    if root.is_dir() and not (root / annotations).exists():
+        _say_how_to_import(root, annotations)
     dataset = CocoDataset(root / images, root / annotations, semantic=maps, strict=data.strict, **options)
     if not len(dataset):
         raise ConfigError(f"{dataset.name} lists no image.")
     return dataset
 
 
+def _say_how_to_import(root: Path, annotations: str) -> None:
+    """Stop with the command that imports a folder, if it holds labels of another format or in other places.
+
+    Raises:
+        DataError: If it does.
+    """
+    try:
+        name = detect(root)
+    except DataError:
+        return  # the reader says what is missing
+    imported = f"{root.resolve()}_coco"
+    raise DataError(
+        f"{root} holds {name} labels and no {annotations}. Import them, and train on what that writes: "
+        f"a2fpn data import {root} --output {imported} --val 0.2 (without --val if the data has a split of its own), "
+        f"then data.root={imported}."
+    )
+
+
 def check_folder(dataset: CocoDataset, classes: TrainingSet, *, images: int) -> None:
-    """Looks at the annotations and at some image files, as ``a2fpn check-data`` does, before anything is trained.
+    """Look at the annotations and at some image files, as ``a2fpn check-data`` does, before anything is trained.
 
     Args:
         dataset: What is checked.
@@ -100,23 +121,23 @@ def check_folder(dataset: CocoDataset, classes: TrainingSet, *, images: int) -> 
 
 
 def credits_of(dataset: TrainingSet) -> dict[str, str]:
-    """What a data set says of its origin: ``data`` (its description) and ``data_licence``."""
+    """Return the origin that a data set states: ``data`` (its description) and ``data_license``."""
     if isinstance(dataset, CocoDataset):
         document = json.loads(Path(dataset.name).read_text(encoding="utf-8"))
-        info, licences = document.get("info"), document.get("licenses")
+        info, licenses = document.get("info"), document.get("licenses")
     elif isinstance(dataset, ShardDataset):
-        info, licences = dataset.index.info, dataset.index.licenses
+        info, licenses = dataset.index.info, dataset.index.licenses
     else:
-        info, licences = None, None
-    names = [str(entry.get("name", "unnamed")) for entry in licences or []]
+        info, licenses = None, None
+    names = [str(entry.get("name", "unnamed")) for entry in licenses or []]
     return {
         "data": str((info or {}).get("description", Path(dataset.name).name)),
-        "data_licence": ", ".join(names) or "not stated",
+        "data_license": ", ".join(names) or "not stated",
     }
 
 
 def build_model(model: ModelSection, dataset: TrainingSet) -> Any:
-    """Makes the detector for the classes, and the named keypoints, of a data set.
+    """Make the detector for the classes, and the named keypoints, of a data set.
 
     Args:
         model: The settings.
@@ -139,7 +160,7 @@ def build_model(model: ModelSection, dataset: TrainingSet) -> Any:
 
 
 def build_feed(config: TrainConfig, dataset: TrainingSet, model: Any, accelerator: Accelerator) -> Feed:
-    """Joins the training set, the augmentation and this process's part.
+    """Join the training set, the augmentation and this process's part.
 
     Args:
         config: The settings.

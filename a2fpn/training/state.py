@@ -1,8 +1,8 @@
-"""What a run leaves on disk: checkpoints that appear whole or not at all, metrics, and the resolved config.
+"""Files of a run: checkpoints that appear whole or not at all, metrics, and the resolved config.
 
-At whatever instant a run is killed, or the machine loses power, ``last`` and ``best`` are whole, or
-:func:`recover_folder` makes them so when the run is resumed. Within one save the metrics come first, then ``best``,
-then ``last``: whatever is newer than ``last`` is made again, with the same result, by the steps that are repeated.
+Whenever a run is killed, or the machine loses power, ``last`` and ``best`` are whole, or become so by
+:func:`~a2fpn._atomic.recover_folder` when the run is resumed. Within one save the metrics come first, then ``best``,
+then ``last``: the steps after ``last`` are repeated and write the same again.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from a2fpn._atomic import write_text
+from a2fpn._serialize import migrate_keys, to_dict
 from a2fpn.errors import MissingFileError, RunError
 from a2fpn.training.config import TrainConfig
+from a2fpn.training.settings import dump_yaml, flat, load_yaml
 
 RESUME_FOLDER = "training_state"
 METRICS_FILE = "metrics.jsonl"
@@ -31,12 +31,12 @@ class CheckpointWriteError(RunError):
 
 @dataclasses.dataclass
 class RunState:
-    """How far a run is; saved with the training state.
+    """Progress of a run; saved with the training state.
 
     Args:
         epoch: Finished epochs.
-        step: Finished optimiser steps.
-        step_in_epoch: Finished optimiser steps of the running epoch.
+        step: Finished optimizer steps.
+        step_in_epoch: Finished optimizer steps of the running epoch.
         sums: Losses of the running epoch, summed over its batches and processes.
         best: Highest value of the main metric so far.
         best_epoch: The epoch that reached it.
@@ -54,45 +54,37 @@ class RunState:
     skipped: list[str] = dataclasses.field(default_factory=list)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the fields."""
+        """Return the fields."""
         return dataclasses.asdict(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over the fields."""
+        """Take over the fields."""
         for name, value in state.items():
             setattr(self, name, value)
 
 
 def write_config(config: TrainConfig, output: Path) -> None:
-    """Writes ``config.yaml``, from which ``--config`` starts the same run anew."""
-    write_text(output / "config.yaml", yaml.safe_dump(as_plain(config), sort_keys=False))
+    """Write ``config.yaml``, from which ``--config`` starts the same run anew."""
+    write_text(output / "config.yaml", dump_yaml(as_plain(config)))
 
 
 def as_plain(config: TrainConfig) -> dict[str, Any]:
     """The settings as JSON values, without what says how this start of the run came about."""
     fresh = dataclasses.replace(config, run=dataclasses.replace(config.run, resume=False))
-    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(fresh)))  # tuples become lists
-    return plain
+    return to_dict(fresh)
 
 
 def changed_settings(config: TrainConfig, output: Path) -> list[str]:
-    """What differs from the settings that the run in a folder was started with, as ``name: old -> new``."""
+    """List differences from the settings that the run in a folder was started with, as ``name: old -> new``."""
     path = output / "config.yaml"
     if not path.exists():
         return []
-    old, new = _flat(yaml.safe_load(path.read_text(encoding="utf-8"))), _flat(as_plain(config))
+    old, new = flat(migrate_keys(load_yaml(path.read_text(encoding="utf-8"), str(path)))), flat(as_plain(config))
     return [f"{name}: {old.get(name)} -> {new.get(name)}" for name in {**old, **new} if old.get(name) != new.get(name)]
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return flat
-
-
 def append_metrics(record: Mapping[str, Any], output: Path) -> None:
-    """Adds one line to ``metrics.jsonl``."""
+    """Add one line to ``metrics.jsonl``."""
     with (output / METRICS_FILE).open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
         file.flush()
@@ -100,21 +92,21 @@ def append_metrics(record: Mapping[str, Any], output: Path) -> None:
 
 
 def read_metrics(output: Path) -> list[dict[str, Any]]:
-    """Returns the records of ``metrics.jsonl``; a last line that was cut off is left out."""
+    """Return the records of ``metrics.jsonl``; a last line that was cut off is left out."""
     path = output / METRICS_FILE
     lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
     return [json.loads(line) for line in lines[:-1]]  # a whole line ends in a line break
 
 
 def rewind_metrics(output: Path, step: int) -> None:
-    """Drops the records of steps after ``step``, which a resumed run makes again."""
+    """Drop the records of steps after ``step``, which a resumed run makes again."""
     if (output / METRICS_FILE).exists():
         kept = [json.dumps(record) + "\n" for record in read_metrics(output) if record["step"] <= step]
         write_text(output / METRICS_FILE, "".join(kept))
 
 
 def resume_folder(resume: bool | str, output: Path) -> Path | None:
-    """Finds the training state to continue from.
+    """Find the training state to continue from.
 
     Args:
         resume: False; True for the run's own ``last`` checkpoint; ``"auto"`` for the same where there is one; or a path
@@ -137,7 +129,7 @@ def resume_folder(resume: bool | str, output: Path) -> Path | None:
 
 
 def code_version() -> str | None:
-    """Returns the git commit of the code, with ``-dirty`` for uncommitted changes, or None outside a checkout."""
+    """Return the git commit of the code, with ``-dirty`` for uncommitted changes, or None outside a checkout."""
     root = Path(__file__).resolve().parent.parent.parent
     if not (root / ".git").exists():  # installed, perhaps into somebody else's checkout
         return None

@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RawBatch:
-    """What a loader process makes a batch of.
+    """Batch as a loader process makes it.
 
     Args:
         epoch: The epoch.
@@ -38,7 +38,7 @@ class RawBatch:
 
 
 class LoadedBatch(NamedTuple):
-    """What comes back.
+    """Batch as the training process receives it.
 
     Args:
         images: Images, augmented.
@@ -81,7 +81,7 @@ class RawBatches:
         self._read = partial(source.read, batch=per_step, seed=seed, rank=rank, world_size=world_size)
 
     def __iter__(self) -> Iterator[RawBatch]:
-        """The spare sample of a step is of the next, that of the last step of the one before."""
+        """Each step takes its spare sample from the following step; the last step takes it from the previous one."""
         epoch, start = self.epoch, self.start
         if start >= self.steps:
             return
@@ -135,7 +135,7 @@ class DecodedBatches(Dataset[LoadedBatch]):
 class StreamFeed:
     """Feeds a streamed data set; a :class:`~a2fpn.training.feed.Feed`.
 
-    In the place of an unreadable image stands the next readable one of its batch, or one of a neighbouring step; it is
+    In the place of an unreadable image stands the next readable one of its batch, or one of a neighboring step; it is
     logged and counted in the source's ``skipped``.
 
     Args:
@@ -199,7 +199,7 @@ class StreamFeed:
 
 
 def ahead(items: Iterator[T], *, depth: int) -> Iterator[T]:
-    """Takes ``depth`` items in advance, in a thread; an error comes where its item would.
+    """Take ``depth`` items in advance, in a thread; an error comes where its item would.
 
     Example:
         >>> list(ahead(iter("abc"), depth=2))

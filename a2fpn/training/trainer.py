@@ -124,8 +124,8 @@ class Trainer:
             model = model.to(memory_format=torch.channels_last)
         # Before `prepare`, which replaces `forward`; a copy made later would call the original.
         self.ema = ModelEmaV3(model, decay=run.ema, use_warmup=True) if run.ema else None
-        self._shares = run.sync_losses and self.accelerator.num_processes > 1
-        model.share_losses(enabled=self._shares)
+        self._global_losses = run.sync_losses and self.accelerator.num_processes > 1
+        model.normalize_losses_globally(enabled=self._global_losses)
         self.feed: Feed = build_feed(config, train_set, model, self.accelerator)
         self.total_steps, self.epochs = self._length()
 
@@ -171,14 +171,18 @@ class Trainer:
             LoaderError: If a loader process died.
             CheckpointWriteError: If a checkpoint can't be written.
         """
-        main, run = self.accelerator.is_main_process, self.config.run
-        with text_log(self.output / "train.log", enabled=main), Signals() as signals:
+        run = self.config.run
+        with text_log(self.output / "train.log", enabled=self.accelerator.is_main_process), Signals() as signals:
             self._log_start()
-            while self.state.step < self.total_steps and not (run.patience and self.state.stale >= run.patience):
-                record = self._train_epoch(signals)
-                if self.state.epoch % run.evaluate_every == 0 or self.state.step >= self.total_steps:
-                    record |= self._evaluate()
-                self._save(record)
+            try:
+                self._run_epochs(signals)
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise LoaderError(
+                    f"{str(error).splitlines()[0].rstrip('. ')}. If memory ran out, lower data.workers or "
+                    "data.batch_size; run.resume=auto continues from the last checkpoint."
+                ) from error
             if self.state.step < self.total_steps:
                 logger.info("Stopping early: no better %s in %d evaluations.", self.metric, run.patience)
         self.accelerator.end_training()
@@ -261,6 +265,14 @@ class Trainer:
 
     # Training
 
+    def _run_epochs(self, signals: Signals) -> None:
+        run = self.config.run
+        while self.state.step < self.total_steps and not (run.patience and self.state.stale >= run.patience):
+            record = self._train_epoch(signals)
+            if self.state.epoch % run.evaluate_every == 0 or self.state.step >= self.total_steps:
+                record |= self._evaluate()
+            self._save(record)
+
     def _train_epoch(self, signals: Signals) -> dict[str, Any]:
         """Trains to the end of the epoch, or of the run; returns the epoch's record."""
         state, config = self.state, self.config
@@ -277,24 +289,24 @@ class Trainer:
                 state.step_in_epoch += 1
                 line.advance()
                 if state.step % config.run.log_every == 0 or state.step == self.total_steps:
-                    means, pace = window.read()
+                    means, throughput = window.read()
                     rate = float(max(self.scheduler.get_last_lr()))
-                    line.show(state.step, means["loss"], rate, pace)
+                    line.show(state.step, means["loss"], rate, throughput)
                     values = {f"train/{name}": value for name, value in means.items()}
-                    speed = {"images_per_second": pace.images_per_second, "waiting_for_data": pace.waiting}
+                    speed = {"images_per_second": throughput.images_per_second, "waiting_for_data": throughput.waiting}
                     self.accelerator.log({**values, "lr": rate, **speed}, step=state.step)
                 self.scheduler.step()
                 every = config.run.checkpoint_every
                 if every and state.step % every == 0 and state.step_in_epoch < steps and state.step < self.total_steps:
                     self._save(None)
-        means, pace = self.epoch_losses.read()
+        means, throughput = self.epoch_losses.read()
         state.epoch += 1
         state.step_in_epoch = 0
         return {
             "epoch": state.epoch,
             "step": state.step,
             "train_seconds": round(time.perf_counter() - start, 1),
-            "images_per_second": round(pace.images_per_second, 2),
+            "images_per_second": round(throughput.images_per_second, 2),
             **{f"train/{name}": value for name, value in means.items()},
         }
 
@@ -303,21 +315,11 @@ class Trainer:
 
         Raises:
             StopRequest: On all processes, if a signal came to any.
-            LoaderError: If a loader process died.
         """
         fetched = []
-        try:
-            for _ in range(self.config.run.grad_accumulation):
-                start = time.perf_counter()
-                if signals.dead_worker:
-                    raise signals.dead_worker
-                fetched.append((next(batches), time.perf_counter() - start))
-                signals.watch_workers()
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            if not signals.received:  # else the signal went to the workers as well
-                raise self._loader_error(error) from error
+        for _ in range(self.config.run.grad_accumulation):
+            start = time.perf_counter()
+            fetched.append((next(batches), time.perf_counter() - start))
         signum = int(max(self._gather(signals.received)))
         if signum:
             self._save(None)
@@ -331,17 +333,8 @@ class Trainer:
         values: list[float] = self.accelerator.gather(torch.tensor([value], device=self.accelerator.device)).tolist()
         return values
 
-    def _loader_error(self, error: RuntimeError) -> LoaderError:
-        if self.accelerator.num_processes == 1:  # with several, the others can't join in now
-            self._save(None)
-        return LoaderError(
-            f"{str(error).splitlines()[0].rstrip('. ')}. A loader process that is killed has often run out of memory: "
-            f"lower data.workers or data.batch_size. The last checkpoint is {self.output / 'last'}; run.resume=auto "
-            "continues from it."
-        )
-
     def _step(self, parts: Sequence[tuple[Batch, float]], window: LossWindow) -> None:
-        """One step of the optimiser."""
+        """One step of the optimizer."""
         accelerator, config = self.accelerator, self.config
         for number, ((images, targets), waited) in enumerate(parts):
             # What is drawn in a step depends on nothing before it.
@@ -394,9 +387,9 @@ class Trainer:
             broadcast(list(model.buffers()))
         losses: dict[str, float] = {}
         if self.config.run.val_loss:
-            model.share_losses(enabled=False)  # processes have different numbers of batches
+            model.normalize_losses_globally(enabled=False)  # processes have different numbers of batches
             losses = self.validator.losses(model)
-            model.share_losses(enabled=self._shares)
+            model.normalize_losses_globally(enabled=self._global_losses)
         metrics, pictures = self.validator.evaluate(model)
         if not accelerator.is_main_process:
             return {}
@@ -479,7 +472,7 @@ class Trainer:
         )
 
     def _metadata(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        """What a checkpoint says about its making."""
+        """Return the metadata of a checkpoint."""
         return {
             "recipe": self.config.run.name,
             "epochs": self.state.epoch,

@@ -23,7 +23,7 @@ from a2fpn.training.seeding import seeded
 def sharded_loader(
     dataset: CocoDataset, *, batch_size: int, workers: int, rank: int, world_size: int
 ) -> DataLoader[Sample]:
-    """Loads this process's share of the batches; their make-up does not depend on the number of processes.
+    """Load this process's share of the batches; their make-up does not depend on the number of processes.
 
     Args:
         dataset: All the images.
@@ -89,7 +89,7 @@ class Validator:
         self.loader = sharded_loader(dataset, batch_size=batch_size, workers=workers, rank=rank, world_size=world_size)
 
     def evaluate(self, model: Any) -> tuple[dict[str, float], list[Image.Image]]:
-        """Predicts all images; every process has to call it.
+        """Predict all images; every process has to call it.
 
         Returns:
             On the main process the COCO numbers, with ``images_evaluated``, and pictures of predictions; elsewhere
@@ -149,7 +149,7 @@ class Validator:
 
 @contextmanager
 def _computing_losses(model: nn.Module) -> Iterator[None]:
-    """Makes a detector compute losses without changing what its norms and dropouts do in evaluation."""
+    """Make a detector compute losses without changing what its norms and dropouts do in evaluation."""
     before = [(module, module.training) for module in model.modules()]
     for module, _ in before:
         drops = "Drop" in type(module).__name__ and not any(True for _ in module.children())

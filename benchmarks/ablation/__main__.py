@@ -80,7 +80,7 @@ def main(
     report: Report = None,
     page: Page = None,
 ) -> None:
-    """Trains all arms with all seeds, as far as time allows, and reports."""
+    """Train all arms with all seeds, as far as time allows, and report."""
     torch.set_num_threads(1)
     if report:
         _report(report, page)
@@ -110,7 +110,7 @@ def main(
 
 
 def _train(plan: Plan, arms: list[Arm], seeds: int, here: Circumstances, pool: Pool, *, retry: bool) -> int:
-    """Makes the runs that have no record, and returns how many are left."""
+    """Make the runs that have no record, and return how many are left."""
     records = read_records(plan.records)
     over = {key for key, record in records.items() if record.status == "done" or not retry}
     waiting = [run for run in plan.runs(arms, seeds) if run.key not in over]

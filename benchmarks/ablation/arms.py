@@ -54,7 +54,7 @@ ARMS = {
 
 
 def parse_arm(text: str) -> Arm:
-    """Reads an arm from ``NAME=setting,setting``; a comma in a value is kept.
+    """Read an arm from ``NAME=setting,setting``; a comma in a value is kept.
 
     Raises:
         ValueError: If it reads otherwise.
@@ -70,7 +70,7 @@ def parse_arm(text: str) -> Arm:
 
 
 def choose(names: Sequence[str], further: Sequence[Arm], *, control: str) -> list[Arm]:
-    """Returns the named arms and the further ones, the control first.
+    """Return the named arms and the further ones, the control first.
 
     Raises:
         ValueError: For an unknown name, a name given twice, or a control that is not there.
@@ -88,7 +88,7 @@ def choose(names: Sequence[str], further: Sequence[Arm], *, control: str) -> lis
 
 
 def with_detectors(arms: Sequence[Arm], detectors: Sequence[str], model: str) -> list[Arm]:
-    """Returns every arm with every detector; each is compared with the control of its own detector.
+    """Return every arm with every detector; each is compared with the control of its own detector.
 
     Args:
         arms: The arms.

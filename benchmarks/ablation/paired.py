@@ -24,7 +24,7 @@ class Difference:
 
     @property
     def includes_zero(self) -> bool:
-        """Whether the interval holds zero."""
+        """Return whether the interval holds zero."""
         return abs(self.mean) <= self.half
 
     def __str__(self) -> str:
@@ -36,7 +36,7 @@ class Difference:
 
 
 def difference(values: Mapping[int, float], control: Mapping[int, float]) -> Difference:
-    """Returns the mean difference of what shares a seed, with its 95 % interval by Student's t.
+    """Return the mean difference of what shares a seed, with its 95 % interval by Student's t.
 
     Args:
         values: By seed.

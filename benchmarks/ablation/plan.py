@@ -1,4 +1,4 @@
-"""What is to be run: a recipe, the settings all runs share, arms, seeds; and the one place that knows the command."""
+"""Plan of the runs: a recipe, the settings all runs share, arms, seeds; and the one place that knows the command."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Run:
 
     @property
     def log(self) -> Path:
-        """What it printed."""
+        """Path of the run's output."""
         return self.folder / "log.txt"
 
     def __str__(self) -> str:
@@ -76,15 +76,15 @@ class Plan:
         return self.output / "records.jsonl"
 
     def run(self, arm: Arm, seed: int) -> Run:
-        """Returns a run."""
+        """Return a run."""
         return Run(arm, seed, self.output / "runs" / arm.name / f"seed{seed}")
 
     def runs(self, arms: Sequence[Arm], seeds: int) -> list[Run]:
-        """Returns all runs, seed by seed, so that what is there when time is up can be paired."""
+        """Return all runs, seed by seed, so that what is there when time is up can be paired."""
         return [self.run(arm, seed) for seed in range(seeds) for arm in arms]
 
     def config(self, run: Run, *further: str) -> dict[str, Any]:
-        """Returns the settings of a run; those of the arm come after the shared ones."""
+        """Return the settings of a run; those of the arm come after the shared ones."""
         own: dict[str, Any] = {
             "data": {"root": str(self.data.resolve()), "workers": self.workers},
             "run": {"output": str(run.folder.resolve()), "name": run.arm.name, "seed": run.seed, "resume": "auto"},
@@ -95,14 +95,14 @@ class Plan:
         return merged(merged(read_recipe(self.recipe), own), *map(assignment, settings))
 
     def command(self, run: Run, *further: str) -> list[str]:
-        """Writes the settings of a run into its folder, and returns the command that starts or continues it."""
+        """Write the settings of a run into its folder, and return the command that starts or continues it."""
         run.folder.mkdir(parents=True, exist_ok=True)
         file = run.folder / "settings.yaml"
         file.write_text(yaml.safe_dump(self.config(run, *further), sort_keys=False), encoding="utf-8")
         return [*TRAIN, "--config", str(file.resolve())]
 
     def fingerprint(self) -> str:
-        """Returns a hash of what all runs share: recipe, settings, annotations and backbone weights."""
+        """Return a hash of what all runs share: recipe, settings, annotations and backbone weights."""
         settings = merged(read_recipe(self.recipe), *map(assignment, self.settings))
         data = settings.get("data", {})
         names = [data.get(f"{part}_annotations", f"annotations/instances_{part}.json") for part in ("train", "val")]
@@ -112,7 +112,7 @@ class Plan:
 
 
 def find_recipe(name: str) -> Path:
-    """Returns the file of a recipe that is given as a path or by its name.
+    """Return the file of a recipe that is given as a path or by its name.
 
     Raises:
         ValueError: If there is none.
@@ -125,13 +125,13 @@ def find_recipe(name: str) -> Path:
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """Returns the settings of a recipe."""
+    """Return the settings of a recipe."""
     settings: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
     return settings
 
 
 def assignment(text: str) -> dict[str, Any]:
-    """Reads ``section.key=value`` into nested settings.
+    """Read ``section.key=value`` into nested settings.
 
     Raises:
         ValueError: If it reads otherwise.
@@ -153,7 +153,7 @@ def assignment(text: str) -> dict[str, Any]:
 
 
 def merged(settings: Mapping[str, Any], *further: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns nested settings with further ones put in, the later before the earlier.
+    """Return nested settings with further ones put in, the later before the earlier.
 
     Example:
         >>> merged({"a": {"x": 1, "y": 2}}, {"a": {"y": 3}})
@@ -168,13 +168,13 @@ def merged(settings: Mapping[str, Any], *further: Mapping[str, Any]) -> dict[str
 
 
 def sha256(path: Path) -> str:
-    """Returns the hash of a file's content."""
+    """Return the hash of a file's content."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Circumstances:
-    """What a record says of how its run took place.
+    """Circumstances of a run that its record states.
 
     Args:
         commit: Commit of the code.
@@ -191,5 +191,5 @@ class Circumstances:
     versions: dict[str, str]
 
     def as_json(self) -> dict[str, Any]:
-        """Returns the fields."""
+        """Return the fields."""
         return dataclasses.asdict(self)

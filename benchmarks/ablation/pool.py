@@ -57,12 +57,12 @@ class Job:
             )
 
     def stop(self) -> None:
-        """Asks it to write a checkpoint and end."""
+        """Ask it to write a checkpoint and end."""
         if self.process.poll() is None:
             self.process.terminate()
 
     def kill(self) -> None:
-        """Ends it and its loader processes at once."""
+        """End it and its loader processes at once."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -77,7 +77,7 @@ class Job:
 
 
 def _end_with_parent() -> None:
-    """Has the kernel stop a training whose runner was killed, which could no longer stop it (Linux)."""
+    """Have the kernel stop a training whose runner was killed, which could no longer stop it (Linux)."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
@@ -103,7 +103,7 @@ class Pool:
     def work(
         self, runs: Sequence[Run], command: Callable[[Run], list[str]], ended: Callable[[Run, bool], None]
     ) -> list[Run]:
-        """Trains in the given order; returns the runs that were not finished for lack of time or after a signal.
+        """Train in the given order; return the runs that were not finished for lack of time or after a signal.
 
         Args:
             runs: What to train.
@@ -140,7 +140,7 @@ class Pool:
         self._signal = number
 
     def _stop(self, running: Sequence[Job], ended: Callable[[Run, bool], None]) -> list[Run]:
-        """Stops what runs, and returns what was not finished."""
+        """Stop what runs, and return what was not finished."""
         for job in running:
             job.stop()
         limit = time.monotonic() + 0.9 * self.grace
@@ -182,7 +182,7 @@ def _noting_signals(note: Callable[[int, FrameType | None], None]) -> Iterator[N
 
 
 def environment(threads: int = 1) -> dict[str, str]:
-    """Returns the environment of a training: ours, with so many threads, and the folder of the code to import."""
+    """Return the environment of a training: ours, with so many threads, and the folder of the code to import."""
     root = str(Path(__file__).resolve().parent.parent.parent)
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
@@ -191,7 +191,7 @@ def environment(threads: int = 1) -> dict[str, str]:
 
 @contextlib.contextmanager
 def multi_process_service(environment: Mapping[str, str], *, wanted: bool) -> Iterator[dict[str, str]]:
-    """Starts NVIDIA's multi-process service for this user, and yields the environment of its clients.
+    """Start NVIDIA's multi-process service for this user, and yield the environment of its clients.
 
     Kernels of several processes then run side by side instead of in turns. Where it can't be started, or a program
     can't use the GPU through it, a line says so and the environment is the one given.

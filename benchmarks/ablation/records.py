@@ -76,7 +76,7 @@ class Record:
 
     @property
     def comparable(self) -> tuple[str, str, str, int]:
-        """What runs of one seed must share to be paired."""
+        """Return the part of a record in which runs of one seed must agree to be paired."""
         return self.fingerprint, self.seen, self.weights, self.steps
 
     def value(self, metric: str) -> float | None:
@@ -86,14 +86,14 @@ class Record:
 
 
 def read_records(path: Path) -> dict[tuple[str, int], Record]:
-    """Returns the latest record of every arm and seed; a last line that was cut off is left out."""
+    """Return the latest record of every arm and seed; a last line that was cut off is left out."""
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
     records = [Record(**json.loads(line)) for line in lines]
     return {record.key: record for record in records}
 
 
 def append_record(record: Record, path: Path) -> None:
-    """Adds a line, and returns when the disk has it."""
+    """Add a line, and return when the disk has it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(dataclasses.asdict(record)) + "\n")
@@ -102,13 +102,13 @@ def append_record(record: Record, path: Path) -> None:
 
 
 def failed(run: Run, plan: Plan, circumstances: Circumstances) -> Record:
-    """Returns the record of a run that failed."""
+    """Return the record of a run that failed."""
     lines = run.log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL:]
     return Record(**_common(run, plan, circumstances), status="failed", log=lines)
 
 
 def finished(run: Run, plan: Plan, circumstances: Circumstances) -> Record:
-    """Returns the record of a run that came to its end."""
+    """Return the record of a run that came to its end."""
     epochs = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     config = parse(["--config", str(run.folder / "config.yaml")])
     curve = [
@@ -179,7 +179,7 @@ class _Draws(Dataset[tuple[Tensor, dict[str, Any]]]):
 
 
 def seen(config: TrainConfig, *, epochs: int) -> str:
-    """Returns a hash of what a training is shown: files, order, augmentation settings and their random numbers.
+    """Return a hash of what a training is shown: files, order, augmentation settings and their random numbers.
 
     The order comes from the trainer's own feed for these settings.
 
@@ -208,7 +208,7 @@ def seen(config: TrainConfig, *, epochs: int) -> str:
 
 
 def check_fingerprint(records: Iterable[Record], plan: Plan, path: Path) -> None:
-    """Refuses to add to records of other settings.
+    """Refuse to add to records of other settings.
 
     Raises:
         ValueError: If there are any.

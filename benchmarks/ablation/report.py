@@ -1,4 +1,4 @@
-"""What the records show: tables of paired differences, curves, and the page made of both."""
+"""Report of the records: tables of paired differences, curves, and the page made of both."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import _measure as measure
+from benchmarks.ablation.arms import ARMS
 from benchmarks.ablation.paired import Difference, difference, spread
 from benchmarks.ablation.records import Record
 
@@ -85,7 +86,7 @@ class Comparison:
 
     @property
     def metric(self) -> str:
-        """What is judged: mask AP where there are masks."""
+        """Return the metric that is judged: mask AP where there are masks."""
         return "segm/ap" if any(one.values("segm/ap") for one in self.series) else "bbox/ap"
 
     @property
@@ -165,14 +166,14 @@ def draw(comparison: Comparison, path: Path) -> None:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for number, one in enumerate(comparison.series):
-        colour = f"C{number % 10}"
+        color = f"C{number % 10}"
         style = "-" if number < 10 else "--"
         for run in one.runs.values():
             points = [(p["step"], 100 * p[comparison.metric]) for p in run.curve if p.get(comparison.metric, -1) >= 0]
-            axes.plot(*zip(*points, strict=True), style, color=colour, lw=0.5, alpha=0.5) if points else None
+            axes.plot(*zip(*points, strict=True), style, color=color, lw=0.5, alpha=0.5) if points else None
         mean = one.curve(comparison.metric)
         if mean:
-            axes.plot(*zip(*mean, strict=True), style, color=colour, marker=".", lw=1.8, label=one.name)
+            axes.plot(*zip(*mean, strict=True), style, color=color, marker=".", lw=1.8, label=one.name)
     plan = comparison.example.plan
     axes.set(xlabel="step", ylabel=f"{METRICS[comparison.metric]}, %", title=f"{plan['data']}, recipe {plan['recipe']}")
     axes.grid(alpha=0.3)
@@ -184,7 +185,7 @@ def draw(comparison: Comparison, path: Path) -> None:
 
 
 def write_page(comparisons: Sequence[Comparison], path: Path, *, title: str = "Table 1: necks compared") -> None:
-    """Writes the Markdown page, with its pictures beside it.
+    """Writes the Markdown page, with its pictures beside it; what the page holds from :data:`NOTES` on is kept.
 
     Args:
         comparisons: One per data set and recipe.
@@ -206,13 +207,16 @@ def write_page(comparisons: Sequence[Comparison], path: Path, *, title: str = "T
             "\n".join(f"- {line}" for line in findings(comparison)),
         ]
     parts += ["## What these runs do not show", "\n".join(f"- {line}" for line in limits(comparisons))]
+    _, marker, notes = path.read_text(encoding="utf-8").partition(NOTES) if path.exists() else ("", "", "")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    path.write_text("\n\n".join([*parts, marker + notes if marker else ""]).rstrip() + "\n", encoding="utf-8")
 
 
 UNPAIRED = "Not paired, for it saw other data, another order or other weights than the control: {}."
+NOTES = "<!-- notes: by hand, kept when the page is made again -->"
 INTRODUCTION = """\
-Made by `python -m benchmarks.ablation --report RECORDS --page FILE` from the records of the runs; not edited by hand.
+Made by `python -m benchmarks.ablation --report RECORDS --page FILE` from the records of the runs; only the notes at the
+end, where there are any, are written by hand.
 
 All arms of a comparison train from one recipe. Runs of one seed see the same images in the same order with the same
 random changes, and start from the same backbone weights; a hash of these is in every record, and only runs with equal
@@ -233,12 +237,16 @@ def circumstances(comparison: Comparison) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in example.circumstances["versions"].items())
     shared = " ".join(f"`{setting}`" for setting in example.plan["settings"])
     optim, run, side = config["optim"], config["run"], f"{example.costs['gmacs_size']:.0f}"
+    minutes = sum(one.costs["train_seconds"] + one.costs["eval_seconds"] for one in runs) / 60
+    own = (one for one in comparison.series if one.name not in ARMS)
+    defined = "".join(f" Arm `{a.name}`: `{' '.join(next(iter(a.runs.values())).settings)}`." for a in own)
     return (
         f"Recipe `{example.plan['recipe']}`{f' with {shared}' if shared else ''}: {steps} steps of "
         f"{config['data']['batch_size']} images, {optim['name']}, rate {optim['lr']:g}, schedule {optim['schedule']}, "
         f"precision {run['mixed_precision']}, moving average {run['ema']:g}. Device {every('device')}; {every('jobs')} "
         f"runs at a time; commit {every('commit')}; {versions}. GMACs are those of backbone and neck for one image of "
-        f"{side} × {side} pixels; s/step was measured while other runs shared the device."
+        f"{side} × {side} pixels; s/step was measured while other runs shared the device. The {len(runs)} runs took "
+        f"{minutes:.0f} minutes, added up as if one after another.{defined}"
     )
 
 

@@ -48,7 +48,7 @@ def measure_throughput(
     seconds: float = 30.0,
     patience: float = 240.0,
 ) -> Throughput:
-    """Counts the steps of trainings over a fixed time, after all have made some.
+    """Count the steps of trainings over a fixed time, after all have made some.
 
     Args:
         plan: Recipe and data.
@@ -111,7 +111,7 @@ def _wait(jobs: list[Job], ready: Callable[[], bool], patience: float) -> None:
 
 
 def as_json(one: Throughput, several: Throughput) -> dict[str, Any]:
-    """Returns both and their ratio."""
+    """Return both and their ratio."""
     return {
         "one": vars(one),
         "several": vars(several),

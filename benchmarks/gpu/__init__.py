@@ -1,1 +1,1 @@
-"""On a GPU against torchvision: inference, training, reassembly, loading, host synchronisations."""
+"""On a GPU against torchvision: inference, training, reassembly, loading, host synchronizations."""

@@ -34,7 +34,7 @@ def main(
     quick: Annotated[bool, typer.Option(help="Tiny sizes.")] = False,
     inside: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:
-    """Measures the parts one after the other."""
+    """Measure the parts one after the other."""
     chosen = [name for name in parts.split(",") if name]
     if unknown := [name for name in chosen if name not in SHARES]:
         raise typer.BadParameter(f"Unknown parts {', '.join(unknown)}; there are {', '.join(SHARES)}.")

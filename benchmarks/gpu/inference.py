@@ -36,7 +36,7 @@ QUICK_CASES = [((32, 48), 1, "bf16"), ((32, 48), 2, "fp32")]
 
 
 def run(record: Record) -> None:
-    """Measures case by case, eager and graphs first, the compiler where time is left."""
+    """Measure case by case, eager and graphs first, the compiler where time is left."""
     cases, models = QUICK_CASES if record.quick else CASES, Models()
     with tempfile.TemporaryDirectory() as folder:
         thresholds: dict[base.Size, float] = {}
@@ -100,7 +100,7 @@ def _case(
                 f"{base.A2FPN}, compiled": (base.A2FPN, "compiled"),
             }
         else:
-            sides = {f"{name}{how and ', '}{how}": (name, how) for how in ("", "optimised", "graphs") for name in OURS}
+            sides = {f"{name}{how and ', '}{how}": (name, how) for how in ("", "optimized", "graphs") for name in OURS}
             if batch == 1 and kind == "bf16":
                 sides |= {f"{CASCADE}{how and ', '}{how}": (CASCADE, how) for how in ("", "graphs")}
         for side, (name, how) in sides.items():
@@ -155,20 +155,20 @@ def _ours(
     def plain() -> Any:
         return base.make_ours(name, path, threshold).model.to(device).to(memory_format=torch.channels_last)
 
-    def optimised() -> Any:
+    def optimized() -> Any:
         dtype = torch.bfloat16 if kind == "bf16" else torch.float32
         made = a2fpn.optimize_for_inference(models.get((size, name), plain), dtype=dtype)
-        if how != "optimised":
+        if how != "optimized":
             accelerated(made.detector, how)
         return made
 
     if not how:
         return _plain(models.get((size, name), plain), images, autocast)
-    return functools.partial(models.get((size, name, how, kind), optimised), images)
+    return functools.partial(models.get((size, name, how, kind), optimized), images)
 
 
 def _agreement(theirs: Call, ours: Call, side: str, kind: str) -> str:
-    """How equal the detections of the first image are; only float32 promises it."""
+    """Compare the detections of the first image; only float32 promises equality."""
     if side == base.TORCHVISION:
         return f"{len(theirs()[0]['boxes'])} objects"
     if "cascade" in side:

@@ -24,7 +24,7 @@ MODEL = "maskrcnn_a2fpn_r50"
 
 
 def run(record: Record, data: Path | None) -> None:
-    """Measures at each size; without a folder, a small one of JPEG photographs of noise is made."""
+    """Measure at each size; without a folder, a small one of JPEG photographs of noise is made."""
     with tempfile.TemporaryDirectory() as folder:
         root = data or _make(Path(folder), count=8 if record.quick else 64)
         for side in (64,) if record.quick else SIDES:

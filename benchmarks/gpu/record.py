@@ -1,4 +1,4 @@
-"""What the parts share: a file of rows that is written after every row, and timing on a device that runs behind."""
+"""Common parts of the GPU benchmarks: rows written as they are measured, and timing on an asynchronous device."""
 
 from __future__ import annotations
 
@@ -56,18 +56,18 @@ class Record:
         return self._stop - time.perf_counter()
 
     def add(self, **row: Any) -> None:
-        """Adds a row and writes the file."""
+        """Add a row and write the file."""
         self.rows.append(row)
         self._write()
 
     def note(self, name: str, value: Any) -> None:
-        """Sets a field beside the rows and writes the file."""
+        """Set a field beside the rows and write the file."""
         self._document[name] = value
         self._write()
 
     @contextmanager
     def attempt(self, **row: Any) -> Iterator[None]:
-        """Turns an error into a row: what follows is measured all the same."""
+        """Turn an error into a row: what follows is measured all the same."""
         try:
             yield
         except Exception as error:  # whatever it is, the machine is at hand now
@@ -109,7 +109,7 @@ def commit() -> str | None:
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits for the device."""
+    """Wait for the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -161,9 +161,9 @@ def peak_bytes(call: Call, device: torch.device) -> int | None:
 
 
 def kernel_use(call: Call, device: torch.device, *, repeats: int = 3) -> dict[str, float] | None:
-    """What the device did during a call: seconds of its kernels, their number, and waits of the host.
+    """Profile a call on the device: seconds of its kernels, their number, and waits of the host.
 
-    Kernels that overlap count once. Waits are the runtime's synchronisations and copies to the host.
+    Kernels that overlap count once. Waits are the runtime's synchronizations and copies to the host.
     """
     if device.type != "cuda":
         return None
@@ -176,7 +176,7 @@ def kernel_use(call: Call, device: torch.device, *, repeats: int = 3) -> dict[st
         torch.cuda.synchronize(device)
     kernels, waits, copies = [], 0, 0
     for event in profile.events():
-        if event.is_user_annotation:  # spans of the optimiser, not work of the device
+        if event.is_user_annotation:  # spans of the optimizer, not work of the device
             continue
         if event.device_type == torch.autograd.DeviceType.CUDA:
             copies += "memcpy dtoh" in event.name.lower()
@@ -201,7 +201,7 @@ def _union(intervals: Sequence[tuple[float, float]]) -> float:
 
 @contextmanager
 def precision(name: str, device: torch.device) -> Iterator[Callable[[], Any]]:
-    """Sets the arithmetic of float32; gives the autocast under which a plain model runs."""
+    """Set the arithmetic of float32; give the autocast under which a plain model runs."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name != "fp32"
     try:

@@ -28,10 +28,10 @@ class _Given(nn.Module):
 
 
 def accelerated(detector: Detector, how: str) -> None:
-    """Changes a detector that only detects: backbone, neck and dense head run as one.
+    """Change a detector that only detects: backbone, neck and dense head run as one.
 
     Args:
-        detector: The detector; its :meth:`features` is replaced.
+        detector: The detector; its :meth:`~a2fpn.detectors.Detector.features` is replaced.
         how: ``"graphs"`` records a CUDA graph for every size, ``"compiled"`` calls torch's compiler.
     """
     head, given = detector.dense_head, _Given()

@@ -1,4 +1,4 @@
-"""Where the host waits for the GPU in a training step, line by line, for ours and torchvision's."""
+"""Lines of a training step at which the host waits for the GPU, for ours and torchvision's."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.gpu.training import A2FPN, CASCADE, QUICK_SIZE, SIZE, make_step
 
 
 def run(record: Record) -> None:
-    """Counts the waits of one step of every detector, in the main thread and in the backward pass."""
+    """Count the waits of one step of every detector, in the main thread and in the backward pass."""
     device, size = record.device, QUICK_SIZE if record.quick else SIZE
     for side in (base.TORCHVISION, base.FPN, A2FPN, CASCADE):
         if record.left < 10:

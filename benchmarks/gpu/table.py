@@ -9,7 +9,7 @@ _HIDDEN = ("trace", "outputs", "range")
 
 
 def print_rows(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Prints numbers and short texts; what is said of outputs and errors comes below."""
+    """Print numbers and short texts; what is said of outputs and errors comes below."""
     good = [row for row in rows if "error" not in row]
     columns = list(dict.fromkeys(key for row in good for key in row if key not in _HIDDEN))
     lines = [columns, *([_text(row.get(key)) for key in columns] for row in good)]

@@ -31,7 +31,7 @@ ALL: dict[str, Any] = {
 
 
 def run(record: Record) -> None:
-    """Compares the losses, then measures case by case."""
+    """Compare the losses, then measures case by case."""
     with record.attempt(side="losses"):
         _compare_losses(record)
     for batch, kind in [(2, "bf16")] if record.quick else CASES:
@@ -99,7 +99,7 @@ def make_step(
     autocast: Callable[[], Any],
     **options: Any,
 ) -> Callable[[], dict[str, Tensor]]:
-    """One step of the optimiser, which gives its losses without waiting for them."""
+    """One step of the optimizer, which gives its losses without waiting for them."""
     theirs = side == base.TORCHVISION
     model = base.make(side, size, **options).to(device)
     images, targets = base.make_batch(size, dense=theirs, count=batch)

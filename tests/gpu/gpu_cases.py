@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import a2fpn
 from a2fpn.detectors import DETECTORS, RCNN, Detector
-from tests.helpers import random_target, randomise, tiny_model
+from tests.helpers import random_target, randomize, tiny_model
 
 SIZE = (128, 160)
 BOXES = [[5.0, 6.0, 60.0, 70.0], [70.0, 10.0, 150.0, 50.0], [20.0, 60.0, 50.0, 120.5], [90.0, 70.0, 120.0, 110.0]]
@@ -30,7 +30,7 @@ def lively(name: str, **overrides: Any) -> Detector:
     options = ALL if DETECTORS[name.partition("_")[0]].__mro__.count(RCNN) else {}
     model = tiny_model(name, backbone="test_resnet", norm="frozen", **(options | overrides))
     for part in (model.neck, *((model.rpn, model.roi_heads) if isinstance(model, RCNN) else (model.head,))):
-        randomise(part, std=0.05)
+        randomize(part, std=0.05)
     return model
 
 

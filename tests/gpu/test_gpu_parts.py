@@ -8,7 +8,7 @@ from torch import Tensor
 from a2fpn.data import encode_box_masks
 from a2fpn.heads import StrideRoIAlign, soft_nms, suppress
 from a2fpn.heads.matching import BoxPairs, ChunkedMatcher, match_locations
-from a2fpn.heads.postprocess import DetectionRule
+from a2fpn.heads.postprocess import PostprocessConfig
 from a2fpn.heads.roi_pool import _gather_roi_align, roi_align
 from a2fpn.layers.reassemble import reassemble
 from a2fpn.masks import InstanceMasks
@@ -106,7 +106,7 @@ def test_suppression_is_that_of_the_cpu(kind: str | None, device: torch.device) 
     boxes = random_boxes(400, (100, 120))
     scores = torch.randperm(400, generator=torch.Generator().manual_seed(0)).add(1) / 401
     labels = torch.arange(400) % 3
-    rule = DetectionRule(0.05, 0.5, 60, kind)
+    rule = PostprocessConfig(0.05, 0.5, 60, kind)
     expected = suppress(boxes, scores, labels, rule)
     rows, best = suppress(boxes.to(device), scores.to(device), labels.to(device), rule)
     assert rows.device.type == best.device.type == device.type

@@ -80,7 +80,7 @@ def kill_after_a_checkpoint(process: subprocess.Popen, output: Path) -> None:
 
 
 def test_two_runs_and_one_that_was_killed_end_with_the_same_bits(tmp_path: Path, device: torch.device) -> None:
-    pytest.importorskip("jsonargparse")
+    pytest.importorskip("accelerate")
     from safetensors.torch import load_file
 
     from tests.training import tiny_run
@@ -112,7 +112,7 @@ device = torch.device(sys.argv[1])
 distributed.init_process_group("gloo")
 rank = distributed.get_rank()
 model = lively("maskrcnn_fpn").train()
-model.share_losses(enabled=True)
+model.normalize_losses_globally(enabled=True)
 model = DistributedDataParallel(model.to(device))
 images, targets = batch(4, 2)
 losses = model(on(device, images[rank : rank + 1]), targets[rank : rank + 1])

@@ -1,4 +1,4 @@
-"""What users run on the device: Predictor, tiles, views, optimised detectors, exported necks."""
+"""What users run on the device: Predictor, tiles, views, optimized detectors, exported necks."""
 
 import copy
 
@@ -48,14 +48,14 @@ def test_tiles_and_views(options: dict[str, int], device: torch.device) -> None:
 @pytest.mark.parametrize("name", ["maskrcnn_a2fpn", "cascademaskrcnn_fpn", "fcos_fpn"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tf32", [False, True])
-def test_an_optimised_detector_finds_the_same(name: str, dtype: torch.dtype, tf32: bool, device: torch.device) -> None:
+def test_an_optimized_detector_finds_the_same(name: str, dtype: torch.dtype, tf32: bool, device: torch.device) -> None:
     """Folding runs with TF32 on as well, which is cuDNN's default."""
     torch.backends.cudnn.allow_tf32 = tf32
     model = lively(name).eval()
     with torch.inference_mode():
         expected = model(batch(1)[0], paste_masks=False)[0]
-    optimised = a2fpn.optimize_for_inference(model.to(device), dtype=dtype)
-    found = optimised(on(device, batch(1)[0]), paste_masks=False)[0]
+    optimized = a2fpn.optimize_for_inference(model.to(device), dtype=dtype)
+    found = optimized(on(device, batch(1)[0]), paste_masks=False)[0]
     assert found["boxes"].dtype == torch.float32
     assert found["boxes"].device.type == device.type
     if dtype == torch.float32 and not tf32:

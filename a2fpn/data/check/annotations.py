@@ -163,12 +163,12 @@ def keypoint_problems(file: CocoDocument, table: AnnotationTable) -> Iterator[Pr
     if count:
         bad = np.array([points not in (None, []) and not _are_numbers(points, 3 * count) for points in lists])
         statement = f"Keypoints that are not {count} times x, y, visibility"
-        advice = "Every object needs all keypoints of its category; visibility is 0 for those that are not labelled."
+        advice = "Every object needs all keypoints of its category; visibility is 0 for those that are not labeled."
         yield Problem("warning", "bad-keypoints", bad, statement, advice, True)
 
 
 def _are_numbers(values: object, count: int) -> bool:
-    """Whether a JSON value is a list of so many finite numbers."""
+    """Return whether a JSON value is a list of so many finite numbers."""
     if not isinstance(values, list) or len(values) != count:
         return False
     try:
@@ -178,7 +178,7 @@ def _are_numbers(values: object, count: int) -> bool:
 
 
 def _extend_points(points: array[float], polygons: Sequence[Any]) -> None:
-    """Appends the coordinates of an object's polygons.
+    """Append the coordinates of an object's polygons.
 
     Raises:
         TypeError: If a coordinate is no number.

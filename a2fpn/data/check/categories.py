@@ -16,7 +16,7 @@ from a2fpn.data.check.table import AnnotationTable
 
 
 def compare_with_model(model: Mapping[int, str], file: CocoDocument, table: AnnotationTable) -> Iterator[Finding]:
-    """Whether the data means by its categories what a model means by them."""
+    """Compare the categories of the data with those of a model."""
     yield from _compare("the model", model, file.name, file.categories, table.used(file))
     unseen = model.keys() - file.categories.keys()
     if unseen and len(unseen) < len(model):
@@ -27,7 +27,7 @@ def compare_with_model(model: Mapping[int, str], file: CocoDocument, table: Anno
 def compare_with_other(
     file: CocoDocument, table: AnnotationTable, other: CocoDocument, other_table: AnnotationTable
 ) -> Iterator[Finding]:
-    """Whether two files mean the same by their categories and hold objects of the same classes."""
+    """Compare the categories of two files, and the classes that they have objects of."""
     used, other_used = table.used(file), other_table.used(other)
     yield from _compare(file.name, file.categories, other.name, other.categories, other_used)
     shared = file.categories.keys() & other.categories.keys()
@@ -48,7 +48,7 @@ def compare_with_other(
 def _compare(
     source: str, known: Mapping[int, str], target: str, categories: Mapping[int, str], used: frozenset[int]
 ) -> Iterator[Finding]:
-    """Whether the categories of ``target`` are among those that ``source`` knows, under the same names."""
+    """Check that the categories of ``target`` are among those of ``source``, under the same names."""
     advice = "Give both the same ids and names."
     if source == "the model":
         advice += " To train on other classes anew, check against the architecture without its weights' tag."
@@ -68,7 +68,7 @@ def _compare(
 
 
 def _shift(known: Mapping[int, str], categories: Mapping[int, str]) -> str:
-    """What to think of ids that would agree if they were counted from elsewhere."""
+    """Explain ids that would agree if they were counted from another number."""
     ids = {name.casefold(): key for key, name in known.items()}
     shifts = Counter(key - ids[name.casefold()] for key, name in categories.items() if name.casefold() in ids)
     shift, count = shifts.most_common(1)[0] if shifts else (0, 0)

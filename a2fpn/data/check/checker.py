@@ -38,6 +38,7 @@ from a2fpn.data.check.report import (
 from a2fpn.data.check.sizes import size_findings
 from a2fpn.data.check.table import AnnotationTable, any_column
 from a2fpn.data.coco import CocoImage
+from a2fpn.data.duplicates import duplicate_findings
 from a2fpn.errors import ConfigError, DataError
 from a2fpn.masks.rle import Rle, segmentation_to_rle
 
@@ -57,9 +58,10 @@ def check_data(
     sample: int | None = None,
     decode: bool = False,
     examples: int = 0,
+    duplicates: bool = False,
     track: Track | None = None,
 ) -> DataReport:
-    """Checks a COCO data set; whatever the file holds, the answer is a report.
+    """Check a COCO data set; whatever the file holds, the answer is a report.
 
     Args:
         images: The image folder; None checks the JSON alone.
@@ -74,6 +76,8 @@ def check_data(
         decode: Whether the pixels of opened files are decoded, which finds truncated files. Otherwise only the
             headers are read, many times faster.
         examples: How many images to pick for drawing, see :class:`DataReport`.
+        duplicates: Whether images that are nearly the same as images of ``against``, in the same folder, are looked
+            for: photos of one scene in training and validation. All images are decoded.
         track: Called as ``track(items, description, total)`` around the long loops.
 
     Raises:
@@ -106,6 +110,10 @@ def check_data(
         other, problems = read_document(against, track)
         findings += problems
         findings += [] if other is None else compare_with_other(file, table, other, AnnotationTable.of(other, track))
+        if duplicates and root is not None and other is not None:
+            names = {entry.id: entry.file_name for entry in file.images}
+            others = [entry.file_name for entry in other.images]
+            findings += duplicate_findings(names, others, (root, root), track)
 
     problems_of_rows = [
         problem

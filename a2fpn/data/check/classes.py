@@ -25,7 +25,7 @@ from a2fpn.data.coco import CocoImage
 def use_findings(
     file: CocoDocument, table: AnnotationTable, usable: Rows, left_out: Sequence[Problem]
 ) -> Iterator[Finding]:
-    """What there is to learn from: objects, crowds, classes and images without."""
+    """Report what can be trained on: objects, crowds, classes and images without any."""
     total, crowds = count_of(len(table), "annotation"), int((usable & table.crowd).sum())
     if not len(table):
         yield Finding(
@@ -87,7 +87,7 @@ def class_counts(
     sides: NDArray[np.float64],
     resized: NDArray[np.float64] | None,
 ) -> tuple[ClassCount, ...]:
-    """What there is of each class; ``sides`` and ``resized`` are those of the usable objects."""
+    """Count the objects of each class; ``sides`` and ``resized`` are those of the usable objects."""
     objects = usable & ~table.crowd
     category, image = table.category[objects], table.image[objects]
     crowds = np.bincount(table.category[usable & table.crowd], minlength=len(file.categories)).tolist()

@@ -1,4 +1,4 @@
-"""Whether the image files of a data set are there, can be read, and are what the annotations say."""
+"""Checks of image files: they exist, can be read, and have the annotated size."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def _orientation(image: Image.Image, *, agrees: bool) -> int:
 
 
 def _elsewhere(root: Path, file_name: str) -> str:
-    """Where below the folder the file lies, if it does."""
+    """Say where else below the folder the file lies, if it does."""
     wanted = os.path.basename(file_name)
     for folder, _, names in itertools.islice(os.walk(root), _FOLDERS_SEARCHED):
         if wanted in names:

@@ -51,12 +51,12 @@ def source_name(source: Source) -> str:
 
 
 def is_whole(value: object) -> TypeGuard[int]:
-    """Whether a JSON value can be an id or a side: a whole number of 64 bits, and not true or false."""
+    """Return whether a JSON value can be an id or a side: a whole number of 64 bits, and not true or false."""
     return type(value) is int and -(2**63) <= value < 2**63
 
 
 def read_document(source: Source, track: Track) -> tuple[CocoDocument | None, list[Finding]]:
-    """What of a COCO file can be used, and what is wrong with its images and categories.
+    """Read the usable part of a COCO file, and report faults of its images and categories.
 
     Raises:
         DataError: If there is no such file.

@@ -1,4 +1,4 @@
-"""What a check of a data set found, as data and as text."""
+"""Result of a check of a data set, as data and as text."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Track(Protocol):
     """Shows the progress of a loop."""
 
     def __call__(self, items: Iterable[T], description: str, total: int) -> Iterable[T]:
-        """Gives the items on, one by one."""
+        """Give the items on, one by one."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class ClassCount:
-    """What there is of one class, in annotations that the reader can use.
+    """Number and sizes of the usable objects of one class.
 
     Args:
         category: Id and name.
@@ -116,7 +116,7 @@ class AnnotatedImage:
 
 @dataclass(frozen=True)
 class DataReport:
-    """What :func:`check_data` found.
+    """Result of :func:`check_data`.
 
     Args:
         name: The annotation file.
@@ -152,7 +152,7 @@ class DataReport:
         return tuple(finding for finding in self.findings if finding.fatal)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns JSON-able built-ins, without ``examples``."""
+        """Return JSON-able built-ins, without ``examples``."""
         counts = {"images": self.images, "annotations": self.annotations, "opened": self.opened}
         classes = [
             {"id": count.category.id, "name": count.category.name}
@@ -207,7 +207,7 @@ def count_of(number: int, noun: str) -> str:
 
 
 def shorten(text: str, length: int) -> str:
-    """Cuts a text that is longer than ``length`` characters."""
+    """Cut a text that is longer than ``length`` characters."""
     return text if len(text) <= length else f"{text[: length - 1]}…"
 
 

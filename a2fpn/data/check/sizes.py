@@ -1,4 +1,4 @@
-"""Whether objects are of a size that a network sees, and its anchors fit.
+"""Checks of object sizes against the network's input size and anchors.
 
 Shape shorthand: K objects; sides are (K, 2) float64, width and height in pixels.
 """
@@ -26,7 +26,7 @@ def size_findings(
     anchor_sizes: Sequence[Sequence[float]],
     anchor_ratios: Sequence[float],
 ) -> Iterator[Finding]:
-    """How large the objects are for the network, and whether input size and anchors suit them; sides (K, 2)."""
+    """Report objects too small for the network, and an input size or anchors that do not fit; sides (K, 2)."""
     before, (low, median, high) = median_size(sides), np.quantile(np.sqrt(resized.prod(1)), (0.05, 0.5, 0.95))
     message = f"The median object measures {before:.1f} pixels, and {median:.1f} in the network's input, where 90 % "
     message += f"measure {low:.1f} to {high:.1f} (square root of the box's area)."
@@ -65,7 +65,7 @@ def size_findings(
 
 
 def _covered(sides: Sides, sizes: Sequence[Sequence[float]], ratios: Sequence[float]) -> float:
-    """Share of boxes, (K, 2), that some anchor put on their centre has an IoU of ``_COVERED`` with."""
+    """Share of boxes, (K, 2), that some anchor put on their center has an IoU of ``_COVERED`` with."""
     best = np.zeros(len(sides))
     for size, ratio in itertools.product(itertools.chain.from_iterable(sizes), ratios):
         anchor = np.array([size / ratio**0.5, size * ratio**0.5])

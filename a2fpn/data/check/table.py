@@ -54,7 +54,7 @@ class AnnotationTable:
 
     @classmethod
     def of(cls, file: CocoDocument, track: Track) -> AnnotationTable:
-        """Makes the table of a file."""
+        """Make the table of a file."""
         categories = {category_id: index for index, category_id in enumerate(file.categories)}
         entries = [raw if isinstance(raw, Mapping) else {} for raw in file.entries]
         boxes = array("d")
@@ -140,7 +140,7 @@ class Problem:
 
 
 def any_column(cells: NDArray[np.bool_]) -> Rows:
-    """Which rows of (N, C) hold a true value."""
+    """Return which rows of (N, C) hold a true value."""
     rows: Rows = np.logical_or.reduce(cells, axis=1)
     return rows
 

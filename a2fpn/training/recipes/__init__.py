@@ -40,7 +40,7 @@ def find_recipe(name: str) -> Path:
 
 
 def copy_recipe(name: str, file: Path) -> None:
-    """Copies a recipe, to be edited.
+    """Copie a recipe, to be edited.
 
     Raises:
         ConfigError: If there is no such recipe.

@@ -1,4 +1,4 @@
-"""Memory for time in training."""
+"""Activation checkpointing in training."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
-def recomputed(module: nn.Module, step: Callable[..., Tensor], *inputs: object) -> Tensor:
-    """Runs a step of a module; in training it keeps only its inputs and runs again in the backward pass.
+def maybe_checkpoint(module: nn.Module, step: Callable[..., Tensor], *inputs: object) -> Tensor:
+    """Run a step of a module, in training under activation checkpointing.
 
-    Normalised pixels, queries, kernels and reassembled maps would take several times the memory of the pyramid.
+    Stored normalized pixels, queries, kernels and reassembled maps would take several times the memory of the pyramid.
 
     Args:
-        module: Says whether this is training.
-        step: What to run, a function of tensors without randomness.
+        module: Its ``training`` flag decides.
+        step: Deterministic function of tensors.
         *inputs: Its arguments.
 
     Returns:

@@ -1,0 +1,104 @@
+"""Data sets of any format that is read into any that is written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from a2fpn._registry import natural_key
+from a2fpn.data.check.report import Track
+from a2fpn.data.exporters.base import EXPORTERS, ExportOptions, export_images
+from a2fpn.data.importers import open_source
+from a2fpn.data.importers.base import REPORT_FILE, Folder
+from a2fpn.data.importers.importing import ImportReport
+from a2fpn.data.importers.writer import Placing, SplitCount
+from a2fpn.data.labeled import CategoryInfo, LabeledImage, LossLog
+from a2fpn.errors import DataError
+
+T = TypeVar("T")
+
+
+def convert_data(
+    source: str | Path,
+    output: str | Path,
+    *,
+    to: str,
+    format: str = "auto",
+    images: Placing | None = "link",
+    categories: str | Path | Sequence[str] | None = None,
+    category: str = "",
+    strict: bool = False,
+    overwrite: bool = False,
+    track: Track | None = None,
+) -> ImportReport:
+    """Convert a data set, usually a COCO folder, into another format.
+
+    Args:
+        source: The data set's folder, or a file of it.
+        output: The folder to write; ``categories.json`` in it keeps ids for the way back.
+        to: The format to write: one of ``EXPORTERS``.
+        format: The source's; ``"auto"`` looks at the folder.
+        images: Whether images are linked or copied.
+        categories: The classes in their order, or a file with them; by default those of the source.
+        category: The class of objects in formats that hold masks and no classes; by default the only class there is.
+        strict: Whether the first loss is an error.
+        overwrite: Whether the output may hold something.
+        track: Called as ``track(items, description, total)`` around long loops.
+
+    Returns:
+        What was read, written and lost.
+
+    Raises:
+        DataError: If the source can't be read, or, if ``strict``, for the first loss.
+    """
+    source, output = Path(source), Path(output)
+    track = track or _untracked
+    EXPORTERS[to]  # an unknown name is an error before anything is read
+    if output.resolve().is_relative_to(Folder.of(source).root.resolve()):
+        raise DataError(f"the output {output} lies in the source {source}; choose a folder outside it.")
+    log = LossLog(strict=strict)
+    importer = open_source(source, log, format=format, categories=categories, category=category, unlabeled="keep")
+    found = list(track(importer.read(), f"reading {importer.name}", importer.total))
+    if not found:
+        raise DataError(f"{source}: no image was read. {log.summary()}")
+    known = {info.name for info in importer.categories}
+    used = {labeled.category for image in found for labeled in image.objects}
+    infos = [*importer.categories, *(CategoryInfo(name) for name in sorted(used - known, key=natural_key))]
+    options = ExportOptions(images)
+    tracked = track(found, f"writing {to}", len(found))
+    export_images(tracked, output, format=to, categories=infos, options=options, log=log, overwrite=overwrite)
+    report = ImportReport(
+        f"{importer.name} to {to}",
+        str(source),
+        str(output),
+        _counts(found),
+        {number if info.id is None else info.id: info.name for number, info in enumerate(infos, 1)},
+        tuple(log.losses),
+        dict(log.counts),
+        {file: dict(counts) for file, counts in log.files.items()},
+        dict(log.notes),
+    )
+    (output / REPORT_FILE).write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
+    return report
+
+
+def _counts(images: Sequence[LabeledImage]) -> dict[str, SplitCount]:
+    """Count what was read of each split, before the format's own losses."""
+    counts = {}
+    for split in dict.fromkeys(image.split or "train" for image in images):
+        members = [image for image in images if (image.split or "train") == split]
+        objects = [labeled for image in members for labeled in image.objects]
+        counts[split] = SplitCount(
+            len(members),
+            len(objects),
+            sum(not image.objects for image in members),
+            sum(labeled.segmentation is not None for labeled in objects),
+            sum(labeled.iscrowd for labeled in objects),
+        )
+    return counts
+
+
+def _untracked(items: Iterable[T], description: str, total: int) -> Iterable[T]:
+    return items

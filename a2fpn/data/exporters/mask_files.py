@@ -1,0 +1,42 @@
+"""One mask file an object: the layout of the 2018 Data Science Bowl."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from a2fpn.data.exporters.base import Exporter, register_exporter
+from a2fpn.data.exporters.rings import window_of
+from a2fpn.data.importers.writer import place
+from a2fpn.data.labeled import LabeledImage, folder_name
+
+
+@register_exporter("mask_files")
+class MaskFileExporter(Exporter):
+    """Writes a folder an image with ``images/`` and ``masks/``; a folder each below masks for several classes."""
+
+    def write(self, image: LabeledImage) -> None:
+        """See :meth:`Exporter.write`."""
+        name = Path(image.name)
+        unit = self.output.joinpath(self.split_of(image), name.parent, name.stem)
+        if unit.exists():  # another image of the same stem
+            unit = unit.with_name(name.name)
+        (unit / "images").mkdir(parents=True)
+        (unit / "masks").mkdir()
+        if image.path is not None:
+            place(image.path, unit / "images" / name.name, self.options.images or "link")
+        for number, labeled in enumerate(image.objects, 1):
+            if labeled.keypoints:
+                self.lose("keypoints", image, labeled, "the format has no keypoints")
+            if labeled.segmentation is None or labeled.iscrowd:
+                kind = "crowd" if labeled.iscrowd else "box"
+                self.lose(kind, image, labeled, "the format holds masks of single objects; left out")
+                continue
+            window, (left, top, right, bottom) = window_of(labeled.segmentation, image.height, image.width)
+            pixels = np.zeros((image.height, image.width), dtype=np.uint8)
+            pixels[top:bottom, left:right] = window * 255
+            folder = unit / "masks" / (folder_name(labeled.category) if len(self.categories) > 1 else "")
+            folder.mkdir(exist_ok=True)
+            Image.fromarray(pixels).save(folder / f"{number:05d}.png")

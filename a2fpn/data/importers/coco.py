@@ -1,0 +1,148 @@
+"""COCO itself, in the folders that others make: Roboflow's, FiftyOne's, or one file with all splits' images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from a2fpn.data.importers.base import Folder, Importer, ImportOptions, register_importer
+from a2fpn.data.importers.files import read_json
+from a2fpn.data.labeled import CategoryInfo, LabeledImage, LabeledObject, LossLog, split_name
+from a2fpn.errors import DataError
+
+
+@register_importer("coco")
+class CocoImporter(Importer):
+    """Reads JSON files with ``images``, ``annotations`` and ``categories``; ids are kept."""
+
+    @classmethod
+    def detect(cls, folder: Folder) -> str:
+        """See :meth:`Importer.detect`."""
+        path = next((path for path in folder.of_type(".json") if _is_ours(folder, path)), None)
+        return "" if path is None else f"{path.name} with images and annotations"
+
+    def __init__(self, folder: Folder, log: LossLog, options: ImportOptions) -> None:
+        super().__init__(folder, log, options)
+        self.paths = [folder.file] if folder.file else [p for p in folder.of_type(".json") if _is_ours(folder, p)]
+        if folder.file is not None and folder.root.name == "annotations":
+            self.root = folder.root.parent
+        self.total = len(self.images.files)
+
+    def read(self) -> Iterator[LabeledImage]:
+        """See :meth:`Importer.read`."""
+        used: set[Path] = set()
+        for path in self.paths:
+            data = read_json(path)
+            if not isinstance(data, Mapping) or not all(
+                isinstance(data.get(key), list) for key in ("images", "annotations", "categories")
+            ):
+                raise DataError(f"{path}: no COCO file; expected the lists images, annotations and categories.")
+            yield from self._file(path, data, used)
+        yield from self.unlabeled(used)
+
+    def _file(self, path: Path, data: Mapping[str, Any], used: set[Path]) -> Iterator[LabeledImage]:
+        try:
+            infos = {int(raw["id"]): CategoryInfo.from_coco(raw) for raw in data["categories"]}
+        except (KeyError, TypeError, ValueError):
+            raise DataError(f"{path}: a category needs a whole-number id and a name.") from None
+        known = {info.name: info.id for info in self.categories}
+        taken = {info.id for info in self.categories}
+        for info in infos.values():
+            if info.name not in known:
+                fresh = (
+                    info if info.id not in taken else CategoryInfo(info.name, None, info.supercategory, info.keypoints)
+                )
+                self.categories.append(fresh)
+        objects: dict[Any, list[LabeledObject]] = {}
+        for number, raw in enumerate(data["annotations"]):
+            place = f"annotation {raw.get('id', number) if isinstance(raw, Mapping) else number}"
+            try:
+                labeled = _object(raw, infos, place)
+            except (KeyError, TypeError, ValueError) as error:
+                reason = f"it lacks {error.args[0]}" if isinstance(error, KeyError) else str(error)
+                self.log.add("bad-annotation", path, f"{reason}; left out", place=place)
+                continue
+            objects.setdefault(raw["image_id"], []).append(labeled)
+        split = split_name(path.stem.partition(".")[0]) or split_name(path.parent.name)
+        near = path.parent if path.parent != self.root and path.parent.name != "annotations" else None
+        for raw in data["images"]:
+            image = self._image(path, raw, objects, split, used, near)
+            if image is not None:
+                yield image
+        for image_id, left in objects.items():
+            detail = f"{len(left)} annotations of the image {image_id}, which the file doesn't list"
+            self.log.add("unknown-image", path, detail)
+
+    def _image(
+        self,
+        path: Path,
+        raw: Any,
+        objects: dict[Any, list[LabeledObject]],
+        split: str,
+        used: set[Path],
+        near: Path | None,
+    ) -> LabeledImage | None:
+        try:
+            image_id, named = raw["id"], str(raw["file_name"])
+            size = int(raw["height"]), int(raw["width"])
+        except (KeyError, TypeError, ValueError):
+            detail = f"an image needs id, file_name, height and width, got {str(raw)[:80]}"
+            self.log.add("bad-image", path, detail)
+            return None
+        found = objects.pop(image_id, [])
+        file: Path | None = self.root / "images" / named
+        if file is None or not file.is_file():
+            file = self.images.find(named, near or self.root / (split or "images"))
+        if file is None:
+            self.log.add("missing-image", path, f"{named} is not there; left out with {len(found)} objects")
+            return None
+        if file in used:
+            self.log.add("duplicate-image", path, f"{named} is listed twice; the first is kept")
+            return None
+        used.add(file)
+        name = named.replace("\\", "/").lstrip("/")
+        return LabeledImage(file, name, *size, found, split, str(path), image_id if isinstance(image_id, int) else None)
+
+
+def _object(raw: Any, infos: Mapping[int, CategoryInfo], place: str) -> LabeledObject:
+    category = raw["category_id"]
+    if category not in infos:
+        raise ValueError(f"its category {category} is not in the file")
+    box = raw.get("bbox")
+    segmentation = raw.get("segmentation") or None
+    score = raw.get("score")
+    return LabeledObject(
+        infos[category].name,
+        (float(box[0]), float(box[1]), float(box[2]), float(box[3])) if box else None,
+        segmentation,
+        bool(raw.get("iscrowd", 0)),
+        tuple(map(float, raw.get("keypoints") or ())),
+        None if score is None else float(score),
+        place,
+    )
+
+
+def _is_ours(folder: Folder, path: Path) -> bool:
+    """Return whether a JSON file is COCO's; its lists may come in any order, the first longer than what is read."""
+    head = folder.head(path)
+    if b'"segments_info"' in head or b'"shapes"' in head or b'"items"' in head:
+        return False
+    if b'"file_name"' in head and b'"images"' in head:
+        return not is_panoptic(path)
+    if b'"annotations"' in head and b'"category_id"' in head:
+        return not is_panoptic(path)
+    if b'"categories"' in head and b'"supercategory"' in head:
+        return not is_panoptic(path)
+    return b'"categories"' in head and b'"images"' in head and not is_panoptic(path)
+
+
+def is_panoptic(path: Path) -> bool:
+    """Return whether segments stand anywhere in the file."""
+    tail = b""
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            if b'"segments_info"' in tail + block:
+                return True
+            tail = block[-20:]
+    return False

@@ -1,0 +1,211 @@
+"""CVAT for images 1.1: one XML file with all images, shapes in pixels.
+
+Shapes of one ``group_id`` and label are one object, as in CVAT's own COCO export; skeletons become keypoints. Runs of
+a mask go along the rows of its window and begin with background (CVAT's format description).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from a2fpn.data.importers.base import Folder, Importer, ImportOptions, register_importer
+from a2fpn.data.importers.files import read_bytes
+from a2fpn.data.labeled import LabeledImage, LabeledObject, LossLog, grouped, split_name
+from a2fpn.errors import DataError
+from a2fpn.masks.rle import Rle, encode_window
+
+_ELLIPSE_POINTS = 64
+_SHAPES = frozenset(("box", "polygon", "mask", "ellipse", "skeleton"))
+_LOST = frozenset(("polyline", "points", "cuboid", "tag"))
+
+
+@register_importer("cvat")
+class CvatImporter(Importer):
+    """Reads ``annotations.xml`` of an export for images, with the images in the folder."""
+
+    @classmethod
+    def detect(cls, folder: Folder) -> str:
+        """See :meth:`Importer.detect`."""
+        path = next((p for p in folder.of_type(".xml") if re.search(rb"<annotations[\s>]", folder.head(p))), None)
+        return "" if path is None else f"{path.name} with <annotations>"
+
+    def __init__(self, folder: Folder, log: LossLog, options: ImportOptions) -> None:
+        super().__init__(folder, log, options)
+        self.paths = [path for path in folder.of_type(".xml") if b"<annotations" in folder.head(path)]
+        if folder.file is not None:
+            self.paths = [folder.file]
+        self.total = sum(len(re.findall(rb"<image\s", read_bytes(path))) for path in self.paths)
+
+    def read(self) -> Iterator[LabeledImage]:
+        """See :meth:`Importer.read`."""
+        used: set[Path] = set()
+        for path in self.paths:
+            if b"<!ENTITY" in read_bytes(path):
+                raise DataError(f"{path}: the file defines entities, which label files don't need; it isn't read.")
+            try:
+                yield from self._file(path, used)
+            except ET.ParseError as error:
+                detail = "the file is empty" if not read_bytes(path).strip() else f"no XML ({error})"
+                self.log.add(
+                    "unreadable-labels", path, f"{detail}; the rest is lost", place=f"line {error.position[0]}"
+                )
+        yield from self.unlabeled(used)
+
+    def _file(self, path: Path, used: set[Path]) -> Iterator[LabeledImage]:
+        root: ET.Element | None = None
+        # Node by node: an export of 10,000 images is hundreds of MB as a tree.
+        for event, node in ET.iterparse(path, events=("start", "end")):
+            if event == "start":
+                root = node if root is None else root
+            elif node.tag == "labels":
+                self._declare(node)
+            elif node.tag == "track":
+                detail = "a track of a video is not read; export the task as 'CVAT for images'"
+                self.log.add("unsupported-shape", path, detail, place=f"track {node.get('id', '')}")
+                node.clear()
+            elif node.tag == "image":
+                image = self._image(path, node, used)
+                if image is not None:
+                    yield image
+                node.clear()
+                if root is not None:
+                    root.clear()
+
+    def _declare(self, labels: ET.Element) -> None:
+        nodes = labels.findall("label")
+        self.declare([node.findtext("name", "") for node in nodes if node.find("parent") is None])
+        for node in nodes:
+            parent = node.findtext("parent")
+            if parent:
+                known = self.keypoint_names(parent)
+                name = node.findtext("name", "")
+                if name not in known:
+                    self.declare_keypoints(parent, [*known, name])
+
+    def _image(self, path: Path, node: ET.Element, used: set[Path]) -> LabeledImage | None:
+        named = node.get("name", "")
+        place = f"image {named!r}"
+        file = self.images.find(named)
+        if file is None:
+            self.log.add("missing-image", path, "the image is not there; left out", place=place)
+            return None
+        if file in used:
+            self.log.add("duplicate-image", path, f"{file.name} is listed twice; the first is kept", place=place)
+            return None
+        size = self.images.size(file, self.log)
+        if size is None:
+            return None
+        used.add(file)
+        try:
+            said = int(node.get("height", "0")), int(node.get("width", "0"))
+        except ValueError:
+            said = (0, 0)
+        if all(said) and said != size:
+            if said != size[::-1]:
+                detail = f"it says {said[1]} x {said[0]} pixels, {file.name} has {size[1]} x {size[0]}; left out"
+                self.log.add("size-mismatch", path, detail, place=place)
+                return None
+            size = said
+        shapes: list[tuple[object, LabeledObject]] = []
+        for number, shape in enumerate(node):
+            where = f"{place}, {shape.tag} {number + 1}"
+            if shape.tag in _LOST:
+                self.log.add("unsupported-shape", path, f"a {shape.tag} is no object of a COCO file", place=where)
+                continue
+            if shape.tag not in _SHAPES:
+                continue
+            try:
+                group = shape.get("group_id")
+                shapes.append((None if group in (None, "0", "") else group, self._shape(shape, size, where)))
+            except ValueError as error:
+                self.log.add("bad-shape", path, f"{error}; left out", place=where)
+        name, split = self.images.name_and_split(file)
+        subset = node.get("subset", "")
+        split = split_name(subset) or ("" if subset == "default" else subset) or split
+        return LabeledImage(file, name, *size, list(grouped(shapes)), split, str(path))
+
+    def _shape(self, shape: ET.Element, size: tuple[int, int], place: str) -> LabeledObject:
+        label = shape.get("label", "")
+        if not label:
+            raise ValueError("it has no label")
+        crowd = any(a.get("name") == "iscrowd" and a.text in ("1", "true") for a in shape.findall("attribute"))
+        if shape.tag == "box":
+            x0, y0, x1, y1 = (_number(shape, key) for key in ("xtl", "ytl", "xbr", "ybr"))
+            angle = float(shape.get("rotation", "0"))
+            if angle:
+                corners = np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)])
+                return LabeledObject(label, None, [_turned(corners, angle)], crowd, line=place)
+            box = (x0, y0, round(x1 - x0, 6), round(y1 - y0, 6))
+            return LabeledObject(label, box, None, crowd, line=place)
+        if shape.tag == "polygon":
+            return LabeledObject(label, None, [_points(shape.get("points", ""))], crowd, line=place)
+        if shape.tag == "ellipse":
+            cx, cy, rx, ry = (_number(shape, key) for key in ("cx", "cy", "rx", "ry"))
+            angles = np.linspace(0, 2 * math.pi, _ELLIPSE_POINTS, endpoint=False)
+            ring = np.stack([cx + rx * np.cos(angles), cy + ry * np.sin(angles)], 1)
+            points = _turned(ring, float(shape.get("rotation", "0")), (cx, cy))
+            return LabeledObject(label, None, [points], crowd, line=place)
+        if shape.tag == "mask":
+            return LabeledObject(label, None, _mask(shape, size), crowd, line=place)
+        return LabeledObject(label, None, None, crowd, self._keypoints(shape, label), line=place)
+
+    def _keypoints(self, skeleton: ET.Element, label: str) -> tuple[float, ...]:
+        found = {}
+        for node in skeleton.findall("points"):
+            x, y = _points(node.get("points", ""), least=1)[:2]
+            seen = 0 if node.get("outside") == "1" else 1 if node.get("occluded") == "1" else 2
+            found[node.get("label", "")] = (x, y, float(seen)) if seen else (0.0, 0.0, 0.0)
+        known = self.keypoint_names(label)
+        names = [*known, *(name for name in found if name not in known)]
+        if len(names) > len(known):
+            self.declare_keypoints(label, names)
+        return tuple(value for name in names for value in found.get(name, (0.0, 0.0, 0.0)))
+
+
+def _number(node: ET.Element, key: str) -> float:
+    text = node.get(key)
+    try:
+        return float(text or "")
+    except ValueError:
+        raise ValueError(f"{key} is {text!r}, expected a number") from None
+
+
+def _points(text: str, least: int = 3) -> list[float]:
+    """Numbers of ``x,y;x,y;...``."""
+    try:
+        points = [float(value) for pair in text.split(";") for value in pair.split(",")]
+    except ValueError:
+        raise ValueError(f"its points are no numbers x,y;x,y: {text[:40]!r}") from None
+    if len(points) % 2 or len(points) < 2 * least:
+        raise ValueError(f"it has {len(points)} coordinates, expected {least} or more pairs")
+    return points
+
+
+def _turned(points: np.ndarray, degrees: float, center: tuple[float, float] | None = None) -> list[float]:
+    """Points turned clockwise around their center, as CVAT does."""
+    angle = math.radians(degrees)
+    middle = points.mean(0) if center is None else np.array(center)
+    turn = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
+    result: list[float] = ((points - middle) @ turn + middle).round(3).ravel().tolist()
+    return result
+
+
+def _mask(shape: ET.Element, size: tuple[int, int]) -> Rle:
+    left, top, width, height = (int(_number(shape, key)) for key in ("left", "top", "width", "height"))
+    try:
+        runs = np.array([int(run) for run in shape.get("rle", "").split(",")], dtype=np.int64)
+    except (ValueError, OverflowError):
+        raise ValueError("its rle holds something else than whole numbers") from None
+    if min(left, top, width, height, int(runs.min())) < 0 or left + width > size[1] or top + height > size[0]:
+        raise ValueError(f"its window of {width} x {height} at {left}, {top} does not fit the image")
+    if runs.sum() > width * height:
+        raise ValueError(f"its runs add up to {runs.sum()} pixels, its window has {width * height}")
+    window = np.zeros(width * height, dtype=np.bool_)
+    window[: runs.sum()] = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
+    return encode_window(window.reshape(height, width), top, left, size)

@@ -1,0 +1,154 @@
+"""Datumaro: one JSON file a subset in ``annotations/``, images in ``images/``.
+
+Annotations of one ``group`` and label are one object: box, polygons or mask, and points.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from a2fpn.data.importers.base import Folder, Importer, ImportOptions, register_importer
+from a2fpn.data.importers.files import read_json
+from a2fpn.data.labeled import CategoryInfo, LabeledImage, LabeledObject, LossLog, grouped, split_name
+from a2fpn.errors import DataError
+from a2fpn.masks.rle import parse_segmentation
+
+_SHAPES = frozenset(("bbox", "polygon", "mask", "points"))
+
+
+@register_importer("datumaro")
+class DatumaroImporter(Importer):
+    """Reads JSON files with ``items`` and ``categories``."""
+
+    @classmethod
+    def detect(cls, folder: Folder) -> str:
+        """See :meth:`Importer.detect`."""
+        path = next((path for path in folder.of_type(".json") if _is_ours(folder.head(path))), None)
+        return "" if path is None else f"{path.name} with items"
+
+    def __init__(self, folder: Folder, log: LossLog, options: ImportOptions) -> None:
+        super().__init__(folder, log, options)
+        self.paths = [folder.file] if folder.file else [p for p in folder.of_type(".json") if _is_ours(folder.head(p))]
+        if folder.file is not None and folder.root.name == "annotations":
+            self.root = folder.root.parent
+        self.total = len(self.images.files)
+
+    def read(self) -> Iterator[LabeledImage]:
+        """See :meth:`Importer.read`."""
+        used: set[Path] = set()
+        for path in self.paths:
+            data = read_json(path)
+            if not isinstance(data, Mapping) or not isinstance(data.get("items"), list):
+                raise DataError(f"{path}: no Datumaro file; expected an object with items and categories.")
+            names = self._declare(path, data)
+            subset = split_name(path.stem) or ("" if path.stem == "default" else path.stem)
+            for number, item in enumerate(data["items"]):
+                image = self._image(path, item, number, names, subset, used)
+                if image is not None:
+                    yield image
+        yield from self.unlabeled(used)
+
+    def _declare(self, path: Path, data: Mapping[str, Any]) -> list[str]:
+        try:
+            labels = data["categories"]["label"]["labels"]
+            names = [str(label["name"]) for label in labels]
+        except (KeyError, TypeError):
+            raise DataError(
+                f"{path}: no list of classes; expected categories.label.labels, each with a name."
+            ) from None
+        given = {info.name for info in self.categories}
+        self.categories += [
+            CategoryInfo(name, supercategory=str(label.get("parent") or ""))
+            for name, label in zip(names, labels, strict=True)
+            if name not in given
+        ]
+        for item in (data["categories"].get("points") or {}).get("items", []):
+            index = item.get("label_id", -1)
+            if 0 <= index < len(names) and not self.keypoint_names(names[index]):
+                self.declare_keypoints(names[index], list(map(str, item.get("labels", []))))
+        return names
+
+    def _image(
+        self, path: Path, item: Any, number: int, names: Sequence[str], subset: str, used: set[Path]
+    ) -> LabeledImage | None:
+        place = f"items[{number}]"
+        if not isinstance(item, Mapping):
+            self.log.add("bad-item", path, "it is no object; left out", place=place)
+            return None
+        said = item.get("image") if isinstance(item.get("image"), Mapping) else {}
+        named = str(said.get("path") or item.get("id") or "")  # type: ignore[union-attr]
+        near = self.root / "images" / path.stem
+        file = self.images.find(named, near if near.is_dir() else None)
+        if file is None:
+            self.log.add("missing-image", path, f"its image {named!r} is not there; left out", place=place)
+            return None
+        if file in used:
+            self.log.add("duplicate-image", path, f"{file.name} is listed twice; the first is kept", place=place)
+            return None
+        size = self.images.size(file, self.log)
+        if size is None:
+            return None
+        used.add(file)
+        wanted = said.get("size")  # type: ignore[union-attr]
+        if isinstance(wanted, list) and len(wanted) == 2 and tuple(wanted) != size:
+            if tuple(wanted) != size[::-1]:
+                detail = f"it says {wanted[1]} x {wanted[0]} pixels, {file.name} has {size[1]} x {size[0]}; left out"
+                self.log.add("size-mismatch", path, detail, place=place)
+                return None
+            size = size[::-1]
+        shapes = []
+        annotations = item.get("annotations")
+        for index, raw in enumerate(annotations if isinstance(annotations, list) else []):
+            where = f"{place}.annotations[{index}]"
+            kind = raw.get("type") if isinstance(raw, Mapping) else None
+            if kind not in _SHAPES:
+                self.log.add("unsupported-shape", path, f"a {kind} is no object of a COCO file", place=where)
+                continue
+            try:
+                shapes.append(_shape(raw, names, size, where))
+            except (TypeError, ValueError) as error:
+                self.log.add("bad-shape", path, f"{error}; left out", place=where)
+        name, split = self.images.name_and_split(file)
+        return LabeledImage(file, name, *size, list(grouped(shapes)), subset or split, str(path))
+
+
+def _shape(
+    raw: Mapping[str, Any], names: Sequence[str], size: tuple[int, int], place: str
+) -> tuple[object, LabeledObject]:
+    label = raw.get("label_id")
+    if not isinstance(label, int) or not 0 <= label < len(names):
+        raise ValueError(f"label_id is {label!r}, the file lists 0 to {len(names) - 1}")
+    attributes = raw.get("attributes") or {}
+    crowd = bool(attributes.get("is_crowd"))
+    group = raw.get("group") or None
+    kind, name = raw["type"], names[label]
+    if kind == "bbox":
+        box = raw.get("bbox")
+        if not isinstance(box, list) or len(box) != 4:
+            raise ValueError(f"bbox must be [x, y, width, height], got {box!r}")
+        x, y, w, h = map(float, box)
+        return group, LabeledObject(name, (x, y, w, h), None, crowd, line=place)
+    if kind == "mask":
+        rle = parse_segmentation(raw.get("rle"), *size)
+        if not isinstance(rle, dict):
+            raise ValueError("rle must be an object with counts and size")
+        return group, LabeledObject(name, None, rle, crowd, line=place)
+    points = raw.get("points")
+    if not isinstance(points, list) or len(points) % 2:
+        count = len(points) if isinstance(points, list) else type(points).__name__
+        raise ValueError(f"points must be pairs x, y, got {count} numbers")
+    flat = [float(value) for value in points]
+    if kind == "polygon":
+        if len(flat) < 6:
+            raise ValueError(f"a polygon needs 3 points, got {len(flat) // 2}")
+        return group, LabeledObject(name, None, [flat], crowd, line=place)
+    # Datumaro: 0 absent, 1 hidden, 2 visible, as in COCO.
+    seen = raw.get("visibility") or [2] * (len(flat) // 2)
+    keypoints = tuple(v for x, y, s in zip(flat[::2], flat[1::2], seen, strict=True) for v in (x, y, float(s)))
+    return group, LabeledObject(name, None, None, crowd, keypoints, line=place)
+
+
+def _is_ours(head: bytes) -> bool:
+    return b'"items"' in head or (b'"label"' in head and b'"labels"' in head and b'"categories"' in head)

@@ -1,0 +1,253 @@
+"""Files of data sets in the state in which they come: found by loose names, read in any encoding."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import os
+import struct
+import warnings
+import xml.etree.ElementTree as ET
+from pathlib import Path, PureWindowsPath
+from typing import Any
+from urllib.parse import unquote
+
+import orjson
+from PIL import ExifTags, Image
+
+from a2fpn._registry import natural_key
+from a2fpn.data.labeled import LossLog, split_name
+from a2fpn.errors import DataError
+
+IMAGE_SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"))
+_HEAD = 4096  # bytes of an image in which its size usually stands
+_TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+_IMAGE_FOLDERS = frozenset(("images", "jpegimages", "imgs", "img", "data", "obj_train_data", "obj_valid_data"))
+
+
+class ImageIndex:
+    """The image files below a folder, found by whatever a label file calls them.
+
+    Args:
+        root: The folder.
+        skip: Names of folders, lower case, whose images are masks.
+    """
+
+    def __init__(self, root: Path, skip: frozenset[str] = frozenset()) -> None:
+        self.root = root
+        found = []
+        for folder, folders, names in os.walk(root):
+            folders[:] = [name for name in folders if name.lower() not in skip and not name.startswith(".")]
+            found += [Path(folder, name) for name in names if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES]
+        self.files = sorted(found, key=lambda path: natural_key(str(path)))
+        self._by_name: dict[str, list[Path]] = {}
+        self._by_stem: dict[str, list[Path]] = {}
+        for path in self.files:
+            self._by_name.setdefault(path.name.lower(), []).append(path)
+            self._by_stem.setdefault(path.stem.lower(), []).append(path)
+
+    def find(self, name: str, near: Path | None = None) -> Path | None:
+        """Find the image that a label file names, perhaps by a path of another machine.
+
+        Args:
+            name: A name or path, with slashes of any system, or a stem.
+            near: A folder in which it lies rather than elsewhere.
+
+        Returns:
+            The file; None if there is none, or several that fit alike.
+        """
+        parts = [part.lower() for part in clean_path(name).split("/") if part not in ("", ".", "..")]
+        if not parts:
+            return None
+        found = self._by_name.get(parts[-1]) or self._by_stem.get(parts[-1]) or self._by_stem.get(_stem(parts[-1]), [])
+        return _closest(found, parts, near)
+
+    def by_stem(self, parts: list[str], near: Path | None = None) -> Path | None:
+        """Find an image by its name without suffix, and its folders."""
+        lowered = [part.lower() for part in parts]
+        return _closest(self._by_stem.get(lowered[-1], []), lowered, near)
+
+    def name_and_split(self, path: Path) -> tuple[str, str]:
+        """Return the name of an image in a data set, and the split that its folders name.
+
+        Folders that only say "images" or name the split are no part of the name.
+
+        Example:
+            >>> index = ImageIndex(Path("no such folder"))
+            >>> index.name_and_split(Path("no such folder/images/valid/site 1/a.png"))
+            ('site 1/a.png', 'val')
+        """
+        return name_and_split(os.path.relpath(path, self.root).replace(os.sep, "/"))
+
+    def size(self, path: Path, log: LossLog) -> tuple[int, int] | None:
+        """Return height and width of an image as it is shown; None, with a loss, for a file that is no image."""
+        try:
+            return image_size(path)
+        except Exception as error:  # PIL raises almost anything on a corrupt file
+            log.add("unreadable-image", path, f"no readable image ({str(error) or type(error).__name__}); left out")
+            return None
+
+
+def name_and_split(relative: str) -> tuple[str, str]:
+    """Part the path of an image within a data set into its name and its split.
+
+    Example:
+        >>> name_and_split("train/images/a.png"), name_and_split("cats/a.png")
+        (('a.png', 'train'), ('cats/a.png', ''))
+    """
+    *folders, name = relative.split("/")
+    split = ""
+    while folders:
+        if not split and split_name(folders[0]):
+            split = split_name(folders[0])
+        elif folders[0].lower() not in _IMAGE_FOLDERS:
+            break
+        folders = folders[1:]
+    return "/".join([*folders, name]), split
+
+
+def _closest(found: list[Path], parts: list[str], near: Path | None) -> Path | None:
+    """Return the one path that shares most folders with what was asked for."""
+    if len(found) < 2:
+        return found[0] if found else None
+    if near is not None and len(close := [path for path in found if near in path.parents]) >= 1:
+        found = close
+
+    def shared(path: Path) -> int:
+        count = 0
+        for ours, theirs in zip(reversed(path.parts[:-1]), reversed(parts[:-1]), strict=False):
+            if ours.lower() != theirs:
+                break
+            count += 1
+        return count
+
+    exact = [path for path in found if path.name.lower() == parts[-1]] or found
+    ranked = sorted(exact, key=shared, reverse=True)
+    return ranked[0] if len(ranked) == 1 or shared(ranked[0]) > shared(ranked[1]) else None
+
+
+def _stem(name: str) -> str:
+    return os.path.splitext(name)[0]
+
+
+def clean_path(name: str) -> str:
+    r"""Return a path with forward slashes and without a drive, a scheme or a query.
+
+    Example:
+        >>> clean_path(r"C:\\data\\a.png"), clean_path("/data/local-files/?d=set/a%20b.png")
+        ('data/a.png', 'set/a b.png')
+    """
+    if "?d=" in name:
+        name = name.partition("?d=")[2]
+    if "://" in name:
+        name = name.partition("://")[2].partition("/")[2].partition("?")[0]
+    if "\\" in name or name[1:2] == ":":
+        path = PureWindowsPath(name)
+        name = path.relative_to(path.anchor).as_posix() if path.anchor else path.as_posix()
+    return unquote(name).strip().lstrip("/")
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Return height and width of an image as it is shown, that is, turned as its EXIF tag says.
+
+    Raises:
+        Exception: Whatever PIL raises on a file that is no image.
+    """
+    size = _size_in_header(path)
+    if size is not None:
+        return size
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(path) as image:
+            width, height = image.size
+            if "exif" in image.info and image.getexif().get(ExifTags.Base.Orientation) in _TURNED:
+                return width, height
+    return height, width
+
+
+def _size_in_header(path: Path) -> tuple[int, int] | None:
+    """Height and width in the header of a JPEG or PNG without EXIF, faster than PIL; None for anything else."""
+    with open(path, "rb") as file:
+        head = file.read(_HEAD)
+    if head.startswith(b"\xff\xd8"):
+        position = 2
+        while position + 10 <= len(head) and head[position] == 0xFF:  # ITU T.81, annex B
+            marker = head[position + 1]
+            if marker == 0xE1:  # EXIF or XMP, both of which may name an orientation
+                return None
+            if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # a frame
+                height, width = struct.unpack_from(">HH", head, position + 5)
+                # XMP may come behind; a height of 0 is given at the end of the scan.
+                return (height, width) if height and width and b"\xff\xe1" not in head[position:] else None
+            position += 2 + struct.unpack_from(">H", head, position + 2)[0]
+    elif head.startswith(b"\x89PNG\r\n\x1a\n") and head[12:16] == b"IHDR" and b"eXIf" not in head:
+        width, height = struct.unpack_from(">II", head, 16)
+        return (height, width) if height and width else None
+    return None
+
+
+def read_bytes(path: Path) -> bytes:
+    """Read a file.
+
+    Raises:
+        DataError: If it can't be read.
+    """
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file.") from None
+    except OSError as error:
+        raise DataError(f"{path}: the file can't be read ({error.strerror}).") from None
+
+
+def read_text(path: Path) -> str:
+    """Read text in UTF-8 or UTF-16, with or without a byte order mark.
+
+    Raises:
+        DataError: If it can't be read, or is no text.
+    """
+    content = read_bytes(path)
+    encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise DataError(f"{path}, line {line}: no UTF-8 text (byte {content[error.start]:#x}).") from None
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON.
+
+    Raises:
+        DataError: If it can't be read; the message names the line.
+    """
+    text = read_text(path)
+    if not text.strip():
+        raise DataError(f"{path}: the file is empty.")
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError:
+        pass  # the standard library reads NaN too, and says better what is wrong
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}, line {error.lineno}: no JSON ({error.msg}).") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: no JSON ({error}).") from None
+
+
+def read_xml(path: Path) -> ET.Element:
+    """Read XML; entities of its own, with which small files grow huge, are refused.
+
+    Raises:
+        DataError: If it can't be read; the message names the line.
+    """
+    content = read_bytes(path)
+    if not content.strip():
+        raise DataError(f"{path}: the file is empty.")
+    if b"<!ENTITY" in content:
+        raise DataError(f"{path}: the file defines entities, which label files don't need; it isn't read.")
+    try:
+        return ET.fromstring(content)
+    except ET.ParseError as error:
+        raise DataError(f"{path}, line {error.position[0]}: no XML ({error}).") from None

@@ -1,0 +1,184 @@
+"""Data sets of other formats into COCO folders."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from a2fpn.data.check.report import Track, count_of
+from a2fpn.data.importers.base import IMPORTERS, REPORT_FILE, Folder, Importer, ImportOptions, detect, read_categories
+from a2fpn.data.importers.writer import CocoWriter, Placing, SplitCount, SplitRule
+from a2fpn.data.labeled import CategoryInfo, Loss, LossLog
+from a2fpn.errors import DataError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ImportReport:
+    """Numbers of an import: read, written and lost.
+
+    Args:
+        format: Of the source.
+        source: The data set.
+        output: The folder that was written.
+        splits: What each holds.
+        categories: Name by id.
+        losses: The first 10,000, with their places.
+        counts: How many losses there are of each kind.
+        files: How many of each kind by file.
+        notes: What is worth knowing and no loss, with its count.
+    """
+
+    format: str
+    source: str
+    output: str
+    splits: Mapping[str, SplitCount]
+    categories: Mapping[int, str]
+    losses: tuple[Loss, ...] = ()
+    counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    files: Mapping[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
+    notes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def images(self) -> int:
+        """All images."""
+        return sum(count.images for count in self.splits.values())
+
+    @property
+    def annotations(self) -> int:
+        """All annotations."""
+        return sum(count.annotations for count in self.splits.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-able built-ins."""
+        return dataclasses.asdict(self) | {"categories": {str(key): name for key, name in self.categories.items()}}
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.source} ({self.format}) -> {self.output}: {count_of(self.images, 'image')}, "
+            f"{count_of(self.annotations, 'annotation')}, {count_of(len(self.categories), 'class')}"
+        ]
+        for split, count in self.splits.items():
+            lines.append(
+                f"  {split:<6} {count_of(count.images, 'image')} ({count.empty:,} without objects), "
+                f"{count_of(count.annotations, 'annotation')} ({count.masks:,} with masks, {count.crowds:,} crowds)"
+            )
+        lines += [f"  note   {number:,} {what}" for what, number in self.notes.items()]
+        for kind, number in sorted(self.counts.items(), key=lambda pair: -pair[1]):
+            examples = [str(loss) for loss in self.losses if loss.kind == kind][:3]
+            lines.append(f"  lost   {number:,} {kind}")
+            lines += [f"           {example}" for example in examples]
+            if number > len(examples):
+                lines.append(f"           and {number - len(examples):,} more, see {REPORT_FILE}")
+        return "\n".join(lines)
+
+
+def import_data(
+    source: str | Path,
+    output: str | Path,
+    *,
+    format: str = "auto",
+    images: Placing = "link",
+    val: float = 0.0,
+    test: float = 0.0,
+    group_by: str = "",
+    seed: int = 0,
+    categories: str | Path | Sequence[str] | None = None,
+    category: str = "",
+    unlabeled: Literal["auto", "keep", "skip"] = "auto",
+    box_masks: bool = False,
+    strict: bool = False,
+    overwrite: bool = False,
+    track: Track | None = None,
+) -> ImportReport:
+    """Import a data set of another format into a COCO folder.
+
+    The folder then holds ``images/``, ``annotations/instances_{train,val,test}.json`` and ``import_report.json``.
+    Splits of the source are kept; categories keep the order in which the source lists them, or are sorted by name
+    where it lists none. Image ids are those of the source if it has any, else the file names where
+    these are different numbers, else they count from 1.
+
+    Args:
+        source: The data set's folder, or a file of it such as ``data.yaml``.
+        output: The folder to write.
+        format: One of :func:`list_formats`; ``"auto"`` looks at the folder.
+        images: Whether images are linked or copied.
+        val: Share of images for validation, for a source without splits; by names, not by order.
+        test: Share for testing likewise.
+        group_by: A regular expression that finds the group in an image's name; groups are never divided.
+        seed: For another split.
+        categories: The classes in their order, or a file with them: a COCO file (whose ids are kept) or one name a
+            line. By default those of the source.
+        category: The class of objects in formats that hold masks and no classes; by default the only class there is.
+        unlabeled: Whether images without labels are backgrounds; ``"auto"`` says yes for YOLO, no elsewhere.
+        box_masks: Whether boxes become masks of their shape where other objects have masks; the reader leaves boxes
+            without masks out there.
+        strict: Whether the first loss is an error.
+        overwrite: Whether the output may hold something.
+        track: Called as ``track(items, description, total)`` around long loops.
+
+    Returns:
+        What was read, written and lost.
+
+    Raises:
+        DataError: If the source is no data set of the format, or, if ``strict``, for the first loss.
+    """
+    source, output = Path(source), Path(output)
+    track = track or _untracked
+    if output.resolve().is_relative_to(Folder.of(source).root.resolve()):
+        raise DataError(f"the output {output} lies in the source {source}; choose a folder outside it.")
+    log = LossLog(strict=strict)
+    rule = SplitRule(val, test, group_by, seed)
+    writer = CocoWriter(output, log, placing=images, box_masks=box_masks, splits=rule, overwrite=overwrite)
+    importer = open_source(source, log, format=format, categories=categories, category=category, unlabeled=unlabeled)
+    for image in track(importer.read(), f"reading {importer.name}", importer.total):
+        image_id = importer.image_ids.get(image.name)
+        writer.add(image if image_id is None else dataclasses.replace(image, id=image_id))
+    splits, names = writer.close(importer.categories, track)
+    report = ImportReport(
+        importer.name,
+        str(source),
+        str(output),
+        splits,
+        names,
+        tuple(log.losses),
+        dict(log.counts),
+        {file: dict(counts) for file, counts in log.files.items()},
+        dict(log.notes),
+    )
+    text = json.dumps(report.to_dict(), indent=1, ensure_ascii=False)
+    (output / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
+    return report
+
+
+def open_source(
+    source: str | Path,
+    log: LossLog,
+    *,
+    format: str = "auto",
+    categories: str | Path | Sequence[str] | None = None,
+    category: str = "",
+    unlabeled: Literal["auto", "keep", "skip"] = "auto",
+) -> Importer:
+    """Open a data set; see :func:`import_data`."""
+    infos: Sequence[CategoryInfo] = ()
+    if isinstance(categories, (str, Path)):
+        infos = read_categories(categories)
+    elif categories is not None:
+        infos = [CategoryInfo(name) for name in categories]
+    name = detect(source) if format == "auto" else format
+    return IMPORTERS[name](Folder.of(source), log, ImportOptions(tuple(infos), unlabeled, category))
+
+
+def list_formats() -> list[str]:
+    """Return the names of the formats that can be imported."""
+    return IMPORTERS.names()
+
+
+def _untracked(items: Iterable[T], description: str, total: int) -> Iterable[T]:
+    return items

@@ -1,0 +1,199 @@
+"""Label images: each pixel is the number of its object, as ImageJ, napari, Cellpose and StarDist write them.
+
+PNG of 8 or 16 bits, TIFF of 8, 16 or 32 bits (floating-point too, if the numbers are whole). Labels lie in a folder
+``labels``, ``masks`` or ``label_images`` under the names of their images, or beside them with an ending such as
+``_masks``. Folders below, ``labels/nucleus/``, are classes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from pycocotools import mask as mask_utils
+
+from a2fpn.data.importers.base import Folder, Importer, ImportOptions, register_importer
+from a2fpn.data.importers.files import IMAGE_SUFFIXES, ImageIndex
+from a2fpn.data.importers.mask_files import mask_units
+from a2fpn.data.labeled import LabeledImage, LabeledObject, LossLog, split_name
+from a2fpn.errors import DataError
+from a2fpn.masks.rle import Rle
+
+_FOLDERS = frozenset(("labels", "masks", "label_images", "label", "mask", "gt", "instances"))
+_ENDINGS = re.compile(r"[_-](cp_masks|masks?|labels?|instances?|gt|seg)$", re.IGNORECASE)
+_TRIED = 20
+_LABEL_SUFFIXES = (".png", ".tif", ".tiff")
+
+
+@register_importer("labels")
+class LabelImageImporter(Importer):
+    """Reads a label image an image."""
+
+    @classmethod
+    def detect(cls, folder: Folder) -> str:
+        """See :meth:`Importer.detect`."""
+        if folder.file is not None or any(folder.by_suffix.get(suffix) for suffix in (".xml", ".yaml", ".yml")):
+            return ""
+        pairs = _pairs(folder.root)
+        if not pairs or mask_units(folder.root):
+            return ""
+        tried = pairs[:_TRIED]
+        return f"{len(pairs)} label images" if all(_may_be_labels(path) for path in tried) else ""
+
+    def __init__(self, folder: Folder, log: LossLog, options: ImportOptions) -> None:
+        super().__init__(folder, log, options)
+        self.labels = _pairs(self.root)
+        self.images = ImageIndex(self.root, _FOLDERS)
+        taken = set(self.labels)
+        self.images.files = [path for path in self.images.files if path not in taken]
+        self.keys = self._keys()
+        self.total = len(self.images.files)
+
+    def read(self) -> Iterator[LabeledImage]:
+        """See :meth:`Importer.read`."""
+        if not self.labels:
+            raise DataError(f"{self.root}: no label image; expected them in labels/ or masks/, named like the images.")
+        by_image: dict[Path, list[tuple[str, Path]]] = {}
+        images = self.keys
+        for path in self.labels:
+            category, key, split = self._key(path)
+            found = (
+                images.get((split, key)) or images.get(("", key)) or (images.get((None, key)) if not split else None)
+            )
+            if found is None:
+                self.log.add("missing-image", path, "no image of this name; its labels are lost")
+            elif any(category == other for other, _ in by_image.get(found, ())):
+                self.log.add("duplicate-stem", path, f"{found.name} has another label image too; left out")
+            else:
+                by_image.setdefault(found, []).append((category, path))
+        for image in self.images.files:
+            if image in by_image:
+                labeled = self._image(image, by_image[image])
+                if labeled is not None:
+                    yield labeled
+        yield from self.unlabeled(set(by_image))
+
+    def _keys(self) -> dict[tuple[str | None, str], Path]:
+        """Images by split and name without suffix; under None where that is told without the split."""
+        keys: dict[tuple[str | None, str], Path] = {}
+        for path in self.images.files:
+            name, split = self.images.name_and_split(path)
+            key = str(Path(name).with_suffix("")).lower()
+            if (split, key) in keys:
+                self.log.add("duplicate-stem", path, f"{keys[split, key].name} has the same stem; left out")
+                continue
+            keys[split, key] = path
+            keys.setdefault((None, key), path)
+        return keys
+
+    def _key(self, path: Path) -> tuple[str, str, str]:
+        """Class, name without suffix and ending, and split of a label image."""
+        split = ""
+        parts: list[str] = []
+        for part in path.relative_to(self.root).parts[:-1]:
+            # Only the first may be a split: "train" is a class as well.
+            if not parts and not split and split_name(part):
+                split = split_name(part)
+            elif part.lower() not in _FOLDERS | {"images"}:
+                parts.append(part)
+        stem = _ENDINGS.sub("", path.stem)
+        names = [*parts, stem]
+        key = "/".join(names).lower()
+        if (split, key) in self.keys or (None, key) in self.keys:
+            return self.class_of(""), key, split
+        return self.class_of(parts[0] if parts else ""), "/".join(names[1:] if parts else names).lower(), split
+
+    def _image(self, path: Path, labels: list[tuple[str, Path]]) -> LabeledImage | None:
+        size = self.images.size(path, self.log)
+        if size is None:
+            return None
+        objects = []
+        for category, label_path in labels:
+            try:
+                values = read_label_image(label_path)
+            except (OSError, SyntaxError, ValueError) as error:
+                self.log.add("unreadable-labels", label_path, f"no label image ({error}); left out")
+                continue
+            if values.shape != size:
+                detail = f"{values.shape[1]} x {values.shape[0]} pixels, its image has {size[1]} x {size[0]}; left out"
+                self.log.add("size-mismatch", label_path, detail)
+                continue
+            rles = encode_labels(values)
+            objects += [LabeledObject(category, None, rle, line=f"label {number}") for number, rle in rles.items()]
+        name, split = self.images.name_and_split(path)
+        return LabeledImage(path, name, *size, objects, split, str(labels[0][1]))
+
+
+def read_label_image(path: Path) -> NDArray[np.int64]:
+    """Read the numbers of a label image.
+
+    Raises:
+        OSError: If there is no such picture.
+        ValueError: If its pixels are no numbers of objects.
+    """
+    with Image.open(path) as image:
+        pages = getattr(image, "n_frames", 1)
+        if pages > 1:
+            raise ValueError(f"it has {pages} pages; export one slice a file")
+        if image.mode not in ("1", "L", "P", "F") and not image.mode.startswith("I"):
+            raise ValueError(f"expected one number a pixel, got the mode {image.mode}")
+        values = np.asarray(image)
+    if values.dtype.kind == "f" and not (values == np.round(values)).all():
+        raise ValueError("its floating-point values are no whole numbers")
+    if values.ndim != 2:
+        raise ValueError(f"expected one number a pixel, got the shape {values.shape}")
+    whole = values.astype(np.int64)
+    if whole.size and whole.min() < 0:
+        raise ValueError(f"it has the negative number {whole.min()}")
+    return whole
+
+
+def encode_labels(values: NDArray[np.int64]) -> dict[int, Rle]:
+    """Encode each object of a label image, in the order of the numbers.
+
+    Example:
+        >>> encode_labels(np.array([[0, 7], [7, 9]]))
+        {7: {'size': [2, 2], 'counts': '121'}, 9: {'size': [2, 2], 'counts': '31'}}
+    """
+    height, width = values.shape
+    flat = values.ravel(order="F")
+    starts = np.flatnonzero(np.concatenate([[True], flat[1:] != flat[:-1]]))
+    labels = flat[starts]
+    ends = np.append(starts[1:], flat.size)
+    order = np.argsort(labels, kind="stable")
+    ordered = labels[order]
+    result: dict[int, Rle] = {}
+    for label in np.unique(labels).tolist():
+        if label == 0:
+            continue
+        rows = order[np.searchsorted(ordered, label) : np.searchsorted(ordered, label, side="right")]
+        edges = np.stack([starts[rows], ends[rows]], 1).ravel()
+        runs = np.diff(edges, prepend=0, append=flat.size)
+        runs = runs[:-1] if runs[-1] == 0 else runs
+        rle = mask_utils.frPyObjects({"size": [height, width], "counts": runs.tolist()}, height, width)
+        result[label] = Rle(size=[height, width], counts=rle["counts"].decode("ascii"))
+    return result
+
+
+def _pairs(root: Path) -> list[Path]:
+    """Files that may be label images: in a folder for them, or with an ending for them."""
+    found = []
+    for suffix in _LABEL_SUFFIXES:
+        for path in root.rglob(f"*{suffix}"):
+            folders = {part.lower() for part in path.relative_to(root).parts[:-1]}
+            if folders & _FOLDERS or _ENDINGS.search(path.stem):
+                found.append(path)
+    return sorted(found)
+
+
+def _may_be_labels(path: Path) -> bool:
+    """Return whether a picture has one number a pixel."""
+    try:
+        with Image.open(path) as image:
+            return image.mode in ("1", "L", "P", "F") or image.mode.startswith("I")
+    except Exception:  # whatever PIL raises; reading says what is wrong
+        return path.suffix.lower() in IMAGE_SUFFIXES

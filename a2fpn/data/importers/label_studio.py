@@ -1,0 +1,242 @@
+"""Label Studio's JSON export: a list of tasks, shapes in percent of the image.
+
+Brush masks are the RGBA picture of the brush, packed with the run lengths of thi.ng/rle-pack, of which alpha counts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from a2fpn.data.importers.base import Folder, Importer, ImportOptions, register_importer
+from a2fpn.data.importers.files import clean_path, read_json
+from a2fpn.data.labeled import LabeledImage, LabeledObject, LossLog, grouped, split_name
+from a2fpn.errors import DataError
+from a2fpn.masks.rle import encode_masks
+
+_ELLIPSE_POINTS = 64
+_KINDS = ("rectanglelabels", "polygonlabels", "brushlabels", "ellipselabels")
+
+
+@register_importer("labelstudio")
+class LabelStudioImporter(Importer):
+    """Reads a list of tasks with ``data`` and ``annotations``."""
+
+    @classmethod
+    def detect(cls, folder: Folder) -> str:
+        """See :meth:`Importer.detect`."""
+        path = next((path for path in folder.of_type(".json") if _is_ours(folder.head(path))), None)
+        return "" if path is None else f"{path.name} with tasks"
+
+    def __init__(self, folder: Folder, log: LossLog, options: ImportOptions) -> None:
+        super().__init__(folder, log, options)
+        self.paths = [folder.file] if folder.file else [p for p in folder.of_type(".json") if _is_ours(folder.head(p))]
+        self.total = len(self.images.files)
+
+    def read(self) -> Iterator[LabeledImage]:
+        """See :meth:`Importer.read`."""
+        used: set[Path] = set()
+        for path in self.paths:
+            tasks = read_json(path)
+            if not isinstance(tasks, list):
+                raise DataError(
+                    f"{path}: no Label Studio export; expected a list of tasks. Export as JSON, not JSON-MIN."
+                )
+            for number, task in enumerate(tasks):
+                image = self._image(path, task, number, used)
+                if image is not None:
+                    yield image
+        yield from self.unlabeled(used)
+
+    def _image(self, path: Path, task: Any, number: int, used: set[Path]) -> LabeledImage | None:
+        place = f"task {task.get('id', number) if isinstance(task, Mapping) else number}"
+        data = task.get("data") if isinstance(task, Mapping) else None
+        names = [value for value in data.values() if isinstance(value, str)] if isinstance(data, Mapping) else []
+        if not names:
+            self.log.add("bad-item", path, "it names no image; left out", place=place)
+            return None
+        file = next((found for name in names if (found := self._find(name)) is not None), None)
+        if file is None:
+            self.log.add("missing-image", path, f"its image {names[0]!r} is not there; left out", place=place)
+            return None
+        if file in used:
+            self.log.add("duplicate-image", path, f"{file.name} is listed twice; the first is kept", place=place)
+            return None
+        size = self.images.size(file, self.log)
+        if size is None:
+            return None
+        done = [a for a in task.get("annotations") or [] if isinstance(a, Mapping) and not a.get("was_cancelled")]
+        if not done:
+            self.log.note("tasks without annotation, taken as images without labels")
+            return None
+        used.add(file)
+        if len(done) > 1:
+            detail = f"{len(done)} annotations of one image; the last is taken"
+            self.log.add("several-annotations", path, detail, place=place)
+        result = done[-1].get("result")
+        name, split = self.images.name_and_split(file)
+        split = split_name(str(data.get("split", ""))) or split if isinstance(data, Mapping) else split
+        objects = self._objects(path, result if isinstance(result, list) else [], size, place)
+        return LabeledImage(file, name, *size, objects, split, str(path))
+
+    def _find(self, name: str) -> Path | None:
+        """The image of a URL; uploads carry 8 letters and a dash before their name."""
+        cleaned = clean_path(name)
+        found = self.images.find(cleaned)
+        base = cleaned.rpartition("/")[2]
+        if found is None and len(base) > 9 and base[8] == "-":
+            found = self.images.find(base[9:])
+        return found
+
+    def _objects(self, path: Path, results: Sequence[Any], size: tuple[int, int], place: str) -> list[LabeledObject]:
+        shapes: list[tuple[object, LabeledObject]] = []
+        crowds = {r.get("id") for r in results if isinstance(r, Mapping) and _choices(r) == ["iscrowd"]}
+        for number, raw in enumerate(results):
+            where = f"{place}, result[{number}]"
+            kind = raw.get("type") if isinstance(raw, Mapping) else None
+            if kind in ("choices", "textarea", "rating", "number"):
+                continue
+            if kind not in _KINDS:
+                self.log.add("unsupported-shape", path, f"{kind} is not read", place=where)
+                continue
+            try:
+                group = (raw.get("meta") or {}).get("group")
+                shapes.append((group, _shape(raw, size, where, crowd=raw.get("id") in crowds)))
+            except (TypeError, ValueError, KeyError) as error:
+                reason = f"it lacks {error.args[0]}" if isinstance(error, KeyError) else str(error)
+                self.log.add("bad-shape", path, f"{reason}; left out", place=where)
+        return list(grouped(shapes))
+
+
+def _choices(raw: Mapping[str, Any]) -> object:
+    return (raw.get("value") or {}).get("choices") if raw.get("type") == "choices" else None
+
+
+def _shape(raw: Mapping[str, Any], size: tuple[int, int], place: str, *, crowd: bool) -> LabeledObject:
+    kind, value = raw["type"], raw["value"]
+    labels = value.get(kind)
+    if not isinstance(labels, list) or not labels:
+        raise ValueError(f"it has no label in {kind}")
+    label = str(labels[0])
+    said = (raw.get("original_height"), raw.get("original_width"))
+    if None not in said and said != size:
+        got, wanted = (f"{width} x {height}" for height, width in (said, size))
+        raise ValueError(f"it was drawn on {got} pixels, the image has {wanted}")
+    scale = (size[1] / 100, size[0] / 100)
+    if kind == "brushlabels":
+        return LabeledObject(label, None, encode_masks(_brush(value, size)[None])[0], crowd, line=place)
+    if kind == "polygonlabels":
+        points = np.array(value["points"], dtype=np.float64)
+        if points.ndim != 2 or points.shape[1] != 2 or len(points) < 3:
+            raise ValueError(f"a polygon needs 3 or more points x, y, got the shape {points.shape}")
+        return LabeledObject(label, None, [(points * scale).round(3).ravel().tolist()], crowd, line=place)
+    x, y = float(value["x"]) * scale[0], float(value["y"]) * scale[1]
+    angle = math.radians(float(value.get("rotation") or 0))
+    turn = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
+    if kind == "ellipselabels":
+        rx, ry = float(value["radiusX"]) * scale[0], float(value["radiusY"]) * scale[1]
+        around = np.linspace(0, 2 * math.pi, _ELLIPSE_POINTS, endpoint=False)
+        ring = np.stack([rx * np.cos(around), ry * np.sin(around)], 1) @ turn + (x, y)
+        return LabeledObject(label, None, [ring.round(3).ravel().tolist()], crowd, line=place)
+    width, height = float(value["width"]) * scale[0], float(value["height"]) * scale[1]
+    if angle:  # around the upper left corner
+        corners = np.array([(0, 0), (width, 0), (width, height), (0, height)]) @ turn + (x, y)
+        return LabeledObject(label, None, [corners.round(3).ravel().tolist()], crowd, line=place)
+    box = (round(x, 3), round(y, 3), round(width, 3), round(height, 3))
+    return LabeledObject(label, box, None, crowd, line=place)
+
+
+def _brush(value: Mapping[str, Any], size: tuple[int, int]) -> NDArray[np.bool_]:
+    """The mask of a brush: alpha of its picture."""
+    if value.get("format") != "rle" or not isinstance(value.get("rle"), list):
+        raise ValueError("a brush needs format rle and a list of bytes")
+    try:
+        content = np.array(value["rle"], dtype=np.uint8)
+    except (OverflowError, ValueError):
+        raise ValueError("the rle of a brush holds something else than bytes") from None
+    values = unpack_runs(content, size[0] * size[1] * 4)
+    return values.reshape(*size, 4)[:, :, 3] > 127
+
+
+def unpack_runs(content: NDArray[np.uint8], expected: int) -> NDArray[np.uint8]:
+    """Unpack the run lengths of thi.ng/rle-pack.
+
+    A head of 32 bits gives the number of values, 5 bits their width - 1, 4 x 4 bits the widths - 1 of run lengths.
+    Each block then has a bit (1: one value repeated, 0: values one by one), 2 bits that choose the width of its
+    length - 1, and the value or values.
+
+    Args:
+        content: The bytes.
+        expected: How many values there must be.
+
+    Raises:
+        ValueError: If they are no such runs.
+    """
+    bits = "".join(map("{:08b}".format, content.tolist()))
+    if len(bits) < 53:
+        raise ValueError("the rle of a brush ends too early")
+    total = int(bits[:32], 2)
+    if total != expected:
+        raise ValueError(f"the rle of a brush holds {total} values, the image needs {expected}")
+    word = int(bits[32:37], 2) + 1
+    lengths = [int(bits[start : start + 4], 2) + 1 for start in range(37, 53, 4)]
+    position = 53
+    values = np.zeros(total, dtype=np.uint8)
+    done = 0
+    while done < total:
+        repeated = bits[position : position + 1] == "1"
+        width = lengths[int(bits[position + 1 : position + 3] or "0", 2)]
+        position += 3
+        if position + width > len(bits):
+            raise ValueError("the rle of a brush ends too early")
+        count = int(bits[position : position + width], 2) + 1
+        position += width
+        for _ in range(1 if repeated else count):
+            value = int(bits[position : position + word] or "0", 2)
+            position += word
+            values[done : done + (count if repeated else 1)] = value
+            done += count if repeated else 1
+    if position > len(bits):
+        raise ValueError("the rle of a brush ends too early")
+    return values
+
+
+def pack_runs(values: NDArray[np.uint8], repeats: int = 1) -> list[int]:
+    """Pack values as :func:`unpack_runs` unpacks them.
+
+    Args:
+        values: One after the other.
+        repeats: How often each stands in a row, such as 4 for the channels of a picture that are alike.
+
+    Returns:
+        Bytes.
+
+    Example:
+        >>> values = np.repeat(np.array([0, 255, 0], np.uint8), [40, 8, 16])
+        >>> bool((unpack_runs(np.array(pack_runs(values), np.uint8), 64) == values).all())
+        True
+    """
+    widths = (3, 4, 8, 16)
+    parts = [f"{len(values) * repeats:032b}", f"{7:05b}", *(f"{width - 1:04b}" for width in widths)]
+    edges = np.concatenate([[0], 1 + np.flatnonzero(values[1:] != values[:-1])])
+    lengths = np.diff(edges, append=len(values)) * repeats
+    for start, length in zip(edges.tolist(), lengths.tolist(), strict=True):
+        while length:
+            count = min(length, 1 << 16)
+            choice = next(index for index, width in enumerate(widths) if count <= 1 << width)
+            parts.append(f"1{choice:02b}{count - 1:0{widths[choice]}b}{values[start]:08b}")
+            length -= count
+    text = "".join(parts)
+    text += "0" * (-len(text) % 8)
+    return [int(text[start : start + 8], 2) for start in range(0, len(text), 8)]
+
+
+def _is_ours(head: bytes) -> bool:
+    return (head.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"[") and b'"data"' in head) or (
+        b'"original_width"' in head and b'"result"' in head
+    )

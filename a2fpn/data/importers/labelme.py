@@ -1,0 +1,191 @@
+"""labelme: a JSON file an image, its shapes in pixels.
+
+Polygons, rectangles, circles and masks are objects; shapes of one ``group_id`` and label are one object, which is how
+labelme's own COCO export joins them. Points are keypoints of the group's object.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import dataclasses
+import io
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from a2fpn.data.importers.base import (
+    Folder,
+    Importer,
+    ImportOptions,
+    read_categories,
+    register_importer,
+)
+from a2fpn.data.importers.files import read_json
+from a2fpn.data.labeled import LabeledImage, LabeledObject, LossLog, grouped
+from a2fpn.errors import DataError
+from a2fpn.masks.rle import Rle, encode_window
+
+_CIRCLE_POINTS = 64
+_SKIPPED = ("line", "linestrip")
+
+_Points = dict[object, dict[str, tuple[float, float, float]]]
+
+
+@register_importer("labelme")
+class LabelmeImporter(Importer):
+    """Reads JSON files with ``shapes`` and ``imagePath``, beside their images or elsewhere in the folder."""
+
+    @classmethod
+    def detect(cls, folder: Folder) -> str:
+        """See :meth:`Importer.detect`."""
+        for path in folder.of_type(".json"):
+            head = folder.head(path)
+            if b'"shapes"' in head or b'"imagePath"' in head or (b'"imageData"' in head and b'"version"' in head):
+                return f"{path.name} with shapes"
+        return ""
+
+    def __init__(self, folder: Folder, log: LossLog, options: ImportOptions) -> None:
+        super().__init__(folder, log, options)
+        self.paths = list(folder.of_type(".json"))
+        self.total = len(self.paths)
+        labels = self.root / "labels.txt"
+        if not self.categories and labels.is_file():
+            self.categories = read_categories(labels)
+
+    def read(self) -> Iterator[LabeledImage]:
+        """See :meth:`Importer.read`."""
+        used: set[Path] = set()
+        for path in self.paths:
+            try:
+                data = read_json(path)
+            except DataError as error:
+                self.log.add_error("unreadable-labels", path, error)
+                continue
+            if not isinstance(data, Mapping) or not isinstance(data.get("shapes"), list):
+                self.log.add("unreadable-labels", path, "no labelme file; expected an object with the list shapes")
+                continue
+            image = self._image(path, data, used)
+            if image is not None:
+                yield image
+        yield from self.unlabeled(used)
+
+    def _image(self, path: Path, data: Mapping[str, Any], used: set[Path]) -> LabeledImage | None:
+        named = str(data.get("imagePath") or "")
+        file = (self.images.find(named, path.parent) if named else None) or self.images.by_stem(
+            [path.stem], path.parent
+        )
+        if file is None:
+            embedded = " (the one embedded in the file is not taken)" if data.get("imageData") else ""
+            self.log.add("missing-image", path, f"its image {named or path.stem!r} is not there{embedded}; left out")
+            return None
+        if file in used:
+            self.log.add("duplicate-stem", path, f"its image {file.name} has another label file too; left out")
+            return None
+        size = self.images.size(file, self.log)
+        if size is None:
+            return None
+        used.add(file)
+        said = (data.get("imageHeight"), data.get("imageWidth"))
+        if all(isinstance(side, int) for side in said) and said != size:
+            if said != size[::-1]:
+                detail = f"it says {said[1]} x {said[0]} pixels, {file.name} has {size[1]} x {size[0]}; left out"
+                self.log.add("size-mismatch", path, detail)
+                return None
+            size = size[::-1]  # labeled on the stored pixels, without the EXIF tag
+        shapes: list[tuple[object, LabeledObject]] = []
+        points: _Points = {}
+        for number, shape in enumerate(data["shapes"]):
+            place = f"shapes[{number}]"
+            try:
+                group, found = self._shape(shape, size, place, points)
+            except (TypeError, ValueError, KeyError) as error:
+                self.log.add("bad-shape", path, f"{error}; left out", place=place)
+                continue
+            if found is not None:
+                shapes.append((group, found))
+        objects = list(grouped(self._add_points(shapes, points)))
+        name, split = self.images.name_and_split(file)
+        return LabeledImage(file, name, *size, objects, split, str(path))
+
+    def _shape(
+        self, shape: Any, size: tuple[int, int], place: str, points_of: _Points
+    ) -> tuple[object, LabeledObject | None]:
+        if not isinstance(shape, Mapping):
+            raise ValueError("a shape must be an object")
+        label = shape.get("label")
+        if not isinstance(label, str) or not label.strip():
+            raise ValueError(f"it has no label, got {label!r}")
+        label = label.strip()
+        kind = shape.get("shape_type") or "polygon"
+        flags = shape.get("flags") or {}
+        crowd = bool(isinstance(flags, Mapping) and flags.get("iscrowd"))
+        group = shape.get("group_id")
+        points = shape.get("points")
+        try:
+            xy = np.array(points, dtype=np.float64)
+        except (TypeError, ValueError):
+            xy = np.empty(0)
+        if xy.ndim != 2 or xy.shape[1] != 2:
+            raise ValueError("its points must be pairs of numbers")
+        flat: list[float] = xy.ravel().tolist()
+        if kind == "polygon":
+            if len(xy) < 3:
+                raise ValueError(f"a polygon needs 3 points, got {len(xy)}")
+            return group, LabeledObject(label, None, [flat], crowd, line=place)
+        if kind == "rectangle" and len(xy) in (2, 4):
+            xs, ys = sorted(flat[::2]), sorted(flat[1::2])
+            return group, LabeledObject(label, (xs[0], ys[0], xs[-1] - xs[0], ys[-1] - ys[0]), None, crowd, line=place)
+        if kind == "circle" and len(xy) == 2:
+            radius = math.dist(flat[:2], flat[2:])
+            angles = np.linspace(0, 2 * math.pi, _CIRCLE_POINTS, endpoint=False)
+            ring = np.stack([flat[0] + radius * np.cos(angles), flat[1] + radius * np.sin(angles)], 1)
+            return group, LabeledObject(label, None, [ring.round(3).ravel().tolist()], crowd, line=place)
+        if kind == "mask" and len(xy) == 2:
+            mask = _mask(shape.get("mask"), flat, size)
+            return group, LabeledObject(label, None, mask, crowd, line=place)
+        if kind == "point" and len(xy) == 1:
+            if group is None:
+                raise ValueError("a point without group_id belongs to no object")
+            seen = 1.0 if isinstance(flags, Mapping) and flags.get("hidden") else 2.0
+            points_of.setdefault(group, {})[label] = (flat[0], flat[1], seen)
+            return group, None
+        reason = "a line is no object" if kind in _SKIPPED else f"expected another number of points than {len(xy)}"
+        raise ValueError(f"a {kind} is not read ({reason})")
+
+    def _add_points(
+        self, shapes: list[tuple[object, LabeledObject]], points: _Points
+    ) -> list[tuple[object, LabeledObject]]:
+        """Give the first shape of each group its keypoints, and classes their names."""
+        result = []
+        for group, shape in shapes:
+            found = points.pop(group, None)
+            if found is not None:
+                known = self.keypoint_names(shape.category)
+                names = [*known, *sorted(set(found) - set(known))]
+                if len(names) > len(known):
+                    self.declare_keypoints(shape.category, names)
+                flat = tuple(value for name in names for value in found.get(name, (0.0, 0.0, 0.0)))
+                shape = dataclasses.replace(shape, keypoints=flat)
+            result.append((group, shape))
+        return result
+
+
+def _mask(encoded: Any, corners: list[float], size: tuple[int, int]) -> Rle:
+    """The mask of a PNG between two corners, both of them inside."""
+    if not isinstance(encoded, str):
+        raise ValueError("a mask needs its PNG as base64 text")
+    try:
+        with Image.open(io.BytesIO(base64.b64decode(encoded))) as image:
+            window = np.asarray(image.convert("L")) > 0
+    except (binascii.Error, OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"its mask is no PNG ({error})") from None
+    left, top = (round(value) for value in corners[:2])
+    height, width = window.shape
+    if left < 0 or top < 0 or top + height > size[0] or left + width > size[1]:
+        raise ValueError(f"its mask of {width} x {height} at {left}, {top} reaches over the image")
+    return encode_window(window, top, left, size)

@@ -1,0 +1,94 @@
+"""One mask file an object: the layout of the 2018 Data Science Bowl.
+
+``DIR/<image>/images/<image>.png`` with ``DIR/<image>/masks/*.png``, each white where its object is. Folders below
+``masks/`` are classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from a2fpn.data.importers.base import Folder, Importer, ImportOptions, register_importer
+from a2fpn.data.importers.files import IMAGE_SUFFIXES, ImageIndex
+from a2fpn.data.labeled import LabeledImage, LabeledObject, LossLog, split_name
+from a2fpn.masks.rle import encode_masks
+
+
+@register_importer("mask_files")
+class MaskFilesImporter(Importer):
+    """Reads a folder an image, with ``images/`` and ``masks/`` in it."""
+
+    @classmethod
+    def detect(cls, folder: Folder) -> str:
+        """See :meth:`Importer.detect`."""
+        if folder.file is not None:
+            return ""
+        count = len(mask_units(folder.root))
+        return f"{count} folders with images/ and masks/" if count else ""
+
+    def __init__(self, folder: Folder, log: LossLog, options: ImportOptions) -> None:
+        super().__init__(folder, log, options)
+        self.units = mask_units(self.root)
+        self.total = len(self.units)
+        self.images = ImageIndex(self.root, frozenset(("masks",)))
+
+    def read(self) -> Iterator[LabeledImage]:
+        """See :meth:`Importer.read`."""
+        used: set[Path] = set()
+        for unit in self.units:
+            images = [path for path in sorted((unit / "images").iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES]
+            if len(images) != 1:
+                self.log.add("missing-image", unit / "images", f"expected one image, got {len(images)}; left out")
+                used.update(images)
+                continue
+            image = images[0]
+            size = self.images.size(image, self.log)
+            if size is None:
+                continue
+            used.add(image)
+            objects = []
+            for path in sorted((unit / "masks").rglob("*")):
+                if path.suffix.lower() in IMAGE_SUFFIXES:
+                    labeled = self._object(path, unit, size)
+                    if labeled is not None:
+                        objects.append(labeled)
+            parts = unit.relative_to(self.root).parts
+            split = next((split_name(part.removeprefix("stage1_")) for part in parts[:-1]), "")
+            folders = [part for part in parts[:-1] if not split_name(part.removeprefix("stage1_"))]
+            name = "/".join([*folders, image.name])
+            yield LabeledImage(image, name, *size, objects, split, str(unit / "masks"))
+        yield from self.unlabeled(used)
+
+    def _object(self, path: Path, unit: Path, size: tuple[int, int]) -> LabeledObject | None:
+        try:
+            with Image.open(path) as image:
+                mask = np.asarray(image.convert("L")) > 0
+        except (OSError, SyntaxError, ValueError) as error:
+            self.log.add("unreadable-labels", path, f"no mask ({error}); left out")
+            return None
+        if mask.shape != size:
+            detail = f"{mask.shape[1]} x {mask.shape[0]} pixels, its image has {size[1]} x {size[0]}; left out"
+            self.log.add("size-mismatch", path, detail)
+            return None
+        if not mask.any():
+            self.log.add("unusable-object", path, "the mask is empty; left out")
+            return None
+        folders = path.relative_to(unit / "masks").parts[:-1]
+        return LabeledObject(self.class_of(folders[0] if folders else ""), None, encode_masks(mask[None])[0])
+
+
+def mask_units(root: Path) -> list[Path]:
+    """Return the folders that hold one image in ``images/`` and masks of other names in ``masks/``."""
+    units = []
+    for masks in sorted(root.rglob("masks")):
+        images = masks.parent / "images"
+        if masks.parent == root or not masks.is_dir() or not images.is_dir():
+            continue
+        stems = {path.stem for path in images.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES}
+        if len(stems) <= 1 and not stems & {path.stem for path in masks.iterdir()}:
+            units.append(masks.parent)
+    return units

@@ -1,0 +1,142 @@
+"""COCO panoptic: a JSON file of segments beside a folder of PNGs whose colors are their ids.
+
+The id of a pixel is R + 256 G + 256² B (Kirillov et al., Panoptic Segmentation, CVPR 2019; COCO's data format).
+Segments of stuff classes (``isthing: 0``) are no objects and are counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from a2fpn.data.importers.base import Folder, Importer, ImportOptions, register_importer
+from a2fpn.data.importers.coco import is_panoptic
+from a2fpn.data.importers.files import ImageIndex, read_json
+from a2fpn.data.importers.label_images import encode_labels
+from a2fpn.data.labeled import CategoryInfo, LabeledImage, LabeledObject, LossLog, split_name
+from a2fpn.errors import DataError
+
+
+@register_importer("panoptic")
+class PanopticImporter(Importer):
+    """Reads JSON files with ``segments_info``, and the PNGs in the folder named like each."""
+
+    @classmethod
+    def detect(cls, folder: Folder) -> str:
+        """See :meth:`Importer.detect`."""
+        path = next((path for path in folder.of_type(".json") if is_panoptic(path)), None)
+        return "" if path is None else f"{path.name} with segments_info"
+
+    def __init__(self, folder: Folder, log: LossLog, options: ImportOptions) -> None:
+        super().__init__(folder, log, options)
+        self.paths = [folder.file] if folder.file else [path for path in folder.of_type(".json") if is_panoptic(path)]
+        if folder.file is not None and folder.root.name == "annotations":
+            self.root = folder.root.parent
+        self.maps = {path: _map_folder(self.root, path) for path in self.paths}
+        self.images = ImageIndex(self.root, frozenset(found.name.lower() for found in self.maps.values()))
+        self.total = len(self.images.files)
+
+    def read(self) -> Iterator[LabeledImage]:
+        """See :meth:`Importer.read`."""
+        used: set[Path] = set()
+        for path in self.paths:
+            data = read_json(path)
+            try:
+                infos = {raw["id"]: CategoryInfo.from_coco(raw) for raw in data["categories"]}
+                things = {raw["id"] for raw in data["categories"] if raw.get("isthing", 1)}
+                images = {raw["id"]: raw for raw in data["images"]}
+                entries = list(data["annotations"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise DataError(
+                    f"{path}: no panoptic file; expected images, annotations and categories ({error!r})."
+                ) from None
+            known = {info.name for info in self.categories}
+            self.categories += [info for key, info in infos.items() if key in things and info.name not in known]
+            for number, entry in enumerate(entries):
+                image = self._image(path, entry, f"annotation {number}", images, infos, things, used)
+                if image is not None:
+                    yield image
+        yield from self.unlabeled(used)
+
+    def _image(
+        self,
+        path: Path,
+        entry: Any,
+        place: str,
+        images: Mapping[Any, Any],
+        infos: Mapping[int, CategoryInfo],
+        things: set[int],
+        used: set[Path],
+    ) -> LabeledImage | None:
+        raw = images.get(entry.get("image_id")) if isinstance(entry, Mapping) else None
+        if raw is None:
+            self.log.add("unknown-image", path, "its image is not in the file; left out", place=place)
+            return None
+        named = str(raw.get("file_name", ""))
+        file = self.images.find(named, self.root / "images")
+        if file is None:
+            self.log.add("missing-image", path, f"{named!r} is not there; left out", place=place)
+            return None
+        if file in used:
+            self.log.add("duplicate-image", path, f"{named} is listed twice; the first is kept", place=place)
+            return None
+        size = self.images.size(file, self.log)
+        if size is None:
+            return None
+        used.add(file)
+        map_path = self.maps[path] / str(entry.get("file_name", ""))
+        try:
+            ids = read_ids(map_path)
+        except (OSError, SyntaxError, ValueError) as error:
+            self.log.add("unreadable-image", map_path, f"no map of segments ({error}); {named} is left out")
+            return None
+        if ids.shape != size:
+            detail = f"{ids.shape[1]} x {ids.shape[0]} pixels, {named} has {size[1]} x {size[0]}; left out"
+            self.log.add("size-mismatch", map_path, detail)
+            return None
+        rles = encode_labels(ids)
+        objects = []
+        for segment in entry.get("segments_info", []):
+            category = segment.get("category_id")
+            if category in infos and category not in things:
+                self.log.note("segments of stuff, left out")
+                continue
+            rle = rles.get(segment.get("id"))
+            if category not in infos or rle is None:
+                why = (
+                    f"category {category} is not in the file" if category not in infos else "it has no pixel in the map"
+                )
+                self.log.add("bad-segment", path, f"segment {segment.get('id')}: {why}; left out", place=place)
+                continue
+            crowd = bool(segment.get("iscrowd", 0))
+            objects.append(LabeledObject(infos[category].name, None, rle, crowd, line=f"segment {segment['id']}"))
+        split = split_name(path.stem)
+        image_id = raw["id"] if isinstance(raw["id"], int) else None
+        return LabeledImage(file, named.replace("\\", "/"), *size, objects, split, str(path), image_id)
+
+
+def read_ids(path: Path) -> NDArray[np.int64]:
+    """Read the ids of a map's pixels.
+
+    Raises:
+        OSError: If there is no such picture.
+        ValueError: If it has no colors.
+    """
+    with Image.open(path) as image:
+        if image.mode not in ("RGB", "RGBA"):
+            raise ValueError(f"expected colors R, G, B, got the mode {image.mode}")
+        pixels = np.asarray(image.convert("RGB"), dtype=np.int64)
+    return pixels[..., 0] + 256 * pixels[..., 1] + 256**2 * pixels[..., 2]
+
+
+def _map_folder(root: Path, path: Path) -> Path:
+    """The folder of a file's maps: named like it, beside it or anywhere."""
+    beside = path.with_suffix("")
+    if beside.is_dir():
+        return beside
+    return next((found for found in sorted(root.rglob(path.stem)) if found.is_dir()), beside)

@@ -1,0 +1,186 @@
+"""Pascal VOC: an XML file an image with boxes, and ``SegmentationObject/`` with masks.
+
+Pixels of VOC's boxes count from 1, and the last pixel belongs to the box (the development kit of VOC2012). The value
+of a pixel in ``SegmentationObject`` is the number of its object in the XML file; 255 is the void around objects.
+"""
+
+from __future__ import annotations
+
+import re
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from a2fpn.data.importers.base import Folder, Importer, ImportOptions, register_importer
+from a2fpn.data.importers.files import ImageIndex, read_text, read_xml
+from a2fpn.data.labeled import Box, LabeledImage, LabeledObject, LossLog, split_name
+from a2fpn.errors import DataError
+from a2fpn.masks.rle import encode_masks
+
+_MASKS = frozenset(("segmentationobject", "segmentationclass"))
+_VOID = 255
+
+
+@register_importer("voc")
+class VocImporter(Importer):
+    """Reads ``Annotations/*.xml`` with images in ``JPEGImages/`` or beside them."""
+
+    @classmethod
+    def detect(cls, folder: Folder) -> str:
+        """See :meth:`Importer.detect`."""
+        path = next((p for p in folder.of_type(".xml") if re.search(rb"<annotation[\s>]", folder.head(p))), None)
+        return "" if path is None else f"{path.name} with <annotation>"
+
+    def __init__(self, folder: Folder, log: LossLog, options: ImportOptions) -> None:
+        super().__init__(folder, log, options)
+        self.paths = list(folder.of_type(".xml"))
+        self.total = len(self.paths)
+        self.images = ImageIndex(self.root, _MASKS)
+        masks = next((path for path in self.root.rglob("SegmentationObject") if path.is_dir()), None)
+        self.masks = {_key(path, masks): path for path in sorted(masks.rglob("*.png"))} if masks is not None else {}
+        self.splits = self._split_lists()
+
+    def read(self) -> Iterator[LabeledImage]:
+        """See :meth:`Importer.read`."""
+        used: set[Path] = set()
+        for path in self.paths:
+            try:
+                image = self._image(path, used)
+            except DataError as error:
+                self.log.add_error("unreadable-labels", path, error)
+                continue
+            if image is not None:
+                yield image
+        yield from self.unlabeled(used)
+
+    def _split_lists(self) -> dict[str, str]:
+        """The split of each stem that ``ImageSets/*/{train,val,test}.txt`` lists."""
+        splits: dict[str, str] = {}
+        for path in sorted(self.root.rglob("ImageSets/*/*.txt")):
+            if path.stem in ("train", "val", "test"):
+                for line in read_text(path).splitlines():
+                    if line.split():
+                        splits.setdefault(line.split()[0], path.stem)
+        return splits
+
+    def _image(self, path: Path, used: set[Path]) -> LabeledImage | None:
+        root = read_xml(path)
+        if root.tag != "annotation":
+            return None
+        named = root.findtext("filename") or ""
+        folder = next((parent for parent in path.parents if parent.name == "Annotations"), path.parent)
+        key = _key(path, folder)
+        file = self.images.by_stem(key.split("/"), path.parent)
+        file = file or (self.images.find(named, path.parent) if named.strip() else None)
+        if file is None:
+            self.log.add("missing-image", path, f"its image {named or path.stem!r} is not there; left out")
+            return None
+        if file in used:
+            self.log.add("duplicate-stem", path, f"its image {file.name} has another label file too; left out")
+            return None
+        size = self.images.size(file, self.log)
+        if size is None:
+            return None
+        used.add(file)
+        said = tuple(int(float(root.findtext(f"size/{side}") or 0)) for side in ("height", "width"))
+        if all(said) and said != size:
+            detail = f"it says {said[1]} x {said[0]} pixels, {file.name} has {size[1]} x {size[0]}; left out"
+            self.log.add("size-mismatch", path, detail)
+            return None
+        labels = self._labels(key, size)
+        objects = []
+        for number, node in enumerate(root.findall("object"), 1):
+            try:
+                objects.append(self._object(node, number, labels, size))
+            except ValueError as error:
+                place = f"line {_line_of(path, number)}"
+                self.log.add("bad-object", path, f"object {number}: {error}; left out", place=place)
+        name, split = self.images.name_and_split(file)
+        # The lists of VOC name stems; those of others may name paths.
+        split = self.splits.get(key, "") or self.splits.get(path.stem, "") or split or split_name(path.parent.name)
+        return LabeledImage(file, name, *size, objects, split, str(path))
+
+    def _labels(self, key: str, size: tuple[int, int]) -> NDArray[np.uint8] | None:
+        path = self.masks.get(key)
+        if path is None:
+            return None
+        try:
+            with Image.open(path) as image:
+                labels = np.asarray(image)
+        except (OSError, SyntaxError) as error:
+            self.log.add("unreadable-image", path, f"no readable image ({error}); its masks are lost")
+            return None
+        if labels.shape != size:
+            detail = f"its shape {labels.shape} is not the image's {size}, or it is no palette image"
+            self.log.add("size-mismatch", path, f"{detail}; its masks are lost")
+            return None
+        return labels.astype(np.uint8, copy=False)
+
+    def _object(
+        self, node: ET.Element, number: int, labels: NDArray[np.uint8] | None, size: tuple[int, int]
+    ) -> LabeledObject:
+        name = (node.findtext("name") or "").strip()
+        if not name:
+            raise ValueError("it has no name")
+        crowd = (node.findtext("iscrowd") or "0").strip() == "1"
+        if (node.findtext("difficult") or "0").strip() == "1":
+            self.log.note("objects marked difficult, kept like the others")
+        place = f"object {number}"
+        polygon = node.find("polygon")
+        if labels is not None and number < _VOID and (mask := labels == number).any():
+            return LabeledObject(name, _box(node, required=False), encode_masks(mask[None])[0], crowd, line=place)
+        if labels is not None:
+            self.log.note("objects without pixels in SegmentationObject")
+        if polygon is not None:  # as Roboflow writes them
+            return LabeledObject(name, None, [_polygon(polygon)], crowd, line=place)
+        if node.find("robndbox") is not None and node.find("bndbox") is None:
+            raise ValueError("a rotated box (robndbox) has no place in a COCO file")
+        return LabeledObject(name, _box(node), None, crowd, line=place)
+
+
+def _key(path: Path, folder: Path) -> str:
+    """The name of a file below a folder, without suffix."""
+    return path.relative_to(folder).with_suffix("").as_posix()
+
+
+def _box(node: ET.Element, *, required: bool = True) -> Box | None:
+    """x, y, width, height of a box whose last pixel belongs to it."""
+    box = node.find("bndbox")
+    if box is None:
+        if required:
+            raise ValueError("it has no bndbox")
+        return None
+    values = {}
+    for key in ("xmin", "ymin", "xmax", "ymax"):
+        text = box.findtext(key)
+        try:
+            values[key] = float(text or "")
+        except ValueError:
+            raise ValueError(f"{key} is {text!r}, expected a number") from None
+    width, height = values["xmax"] - values["xmin"] + 1, values["ymax"] - values["ymin"] + 1
+    if min(width, height) <= 0:
+        raise ValueError(
+            f"its box from {values['xmin']:g}, {values['ymin']:g} to {values['xmax']:g}, {values['ymax']:g} has no area"
+        )
+    return tuple(round(v, 4) for v in (values["xmin"] - 1, values["ymin"] - 1, width, height))  # type: ignore[return-value]
+
+
+def _polygon(node: ET.Element) -> list[float]:
+    """Points ``x1, y1, x2, y2, ...`` in pixels."""
+    values = {child.tag: float(child.text or "nan") for child in node}
+    count = len(values) // 2
+    try:
+        return [values[f"{axis}{number}"] for number in range(1, count + 1) for axis in "xy"]
+    except KeyError as error:
+        raise ValueError(f"its polygon of {len(values)} numbers lacks {error.args[0]}") from None
+
+
+def _line_of(path: Path, number: int) -> int:
+    """The line on which the object of a number begins."""
+    text = path.read_bytes()
+    starts = [match.start() for match in re.finditer(rb"<object[\s>]", text)]
+    return text.count(b"\n", 0, starts[number - 1]) + 1 if number <= len(starts) else 1

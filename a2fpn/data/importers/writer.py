@@ -1,0 +1,405 @@
+"""COCO folders out of labeled images: ``images/`` and ``annotations/instances_{train,val,test}.json``."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import Any, Literal
+
+import orjson
+from pycocotools import mask as mask_utils
+
+from a2fpn._registry import natural_key
+from a2fpn.data.check.report import Track
+from a2fpn.data.labeled import (
+    Box,
+    CategoryInfo,
+    LabeledImage,
+    LabeledObject,
+    LossLog,
+    polygon_area,
+    polygon_box,
+)
+from a2fpn.data.splits import assign_splits
+from a2fpn.errors import DataError
+from a2fpn.masks.rle import parse_segmentation
+
+Placing = Literal["link", "copy"]
+
+_LEAST_SIDE = 0.01  # pixels; the reader leaves out boxes with less
+_THREADS = 4  # that place images: a file system takes most of the time
+_COORDINATE_LIMIT = 1e6  # the reader's
+
+
+@dataclass(frozen=True)
+class SplitRule:
+    """Rule by which a source without splits gets them.
+
+    Args:
+        val: Share of images for validation; 0 makes none.
+        test: Share for testing.
+        group_by: See :func:`a2fpn.data.splits.assign_splits`.
+        seed: Likewise.
+    """
+
+    val: float = 0.0
+    test: float = 0.0
+    group_by: str = ""
+    seed: int = 0
+
+
+@dataclass(slots=True)
+class _Entry:
+    """An image with its annotations as JSON text without ids: 20 times smaller than objects."""
+
+    path: Path | None
+    name: str
+    height: int
+    width: int
+    split: str
+    id: int | None
+    annotations: list[tuple[str, str, bool]] = field(default_factory=list)  # category, text, whether it has a mask
+
+
+@dataclass(frozen=True)
+class SplitCount:
+    """Numbers of images and objects in a split of the written data set.
+
+    Args:
+        images: All of them.
+        annotations: All of them.
+        empty: Images without an object.
+        masks: Annotations with a mask.
+        crowds: Annotations of groups.
+    """
+
+    images: int
+    annotations: int
+    empty: int
+    masks: int
+    crowds: int
+
+
+def _encode(value: object) -> str:
+    return orjson.dumps(value).decode()
+
+
+class CocoWriter:
+    """Collects labeled images and writes a COCO folder.
+
+    Args:
+        output: The folder; made if need be.
+        log: Where losses are noted.
+        placing: Whether images are linked or copied.
+        box_masks: Whether a box becomes a mask of its shape where other objects have masks.
+        splits: How splits are made of a source that has none.
+        overwrite: Whether the folder may hold something.
+
+    Raises:
+        DataError: If the folder holds something and may not.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        log: LossLog,
+        *,
+        placing: Placing = "link",
+        box_masks: bool = False,
+        splits: SplitRule | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        check_output(output, overwrite=overwrite)
+        self.output = output
+        self.log = log
+        self.placing = placing
+        self.box_masks = box_masks
+        self.splits = splits or SplitRule()
+        self._entries: dict[str, _Entry] = {}
+        self._used: set[str] = set()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def add(self, image: LabeledImage) -> None:
+        """Take an image; objects that the reader could not use go to the log."""
+        split = image.split or "train"
+        key = image.name.lower()
+        name = image.name
+        if key in self._entries:
+            other = self._entries[key]
+            if other.split == split:
+                self.log.add("duplicate-image", image.source, f"{image.name} is listed twice; the first is kept")
+                return
+            name = f"{split}/{image.name}"  # images of one name in two splits
+            key = name.lower()
+            if key in self._entries:
+                self.log.add("duplicate-image", image.source, f"{name} is listed twice; the first is kept")
+                return
+        entry = _Entry(image.path, name, image.height, image.width, image.split, image.id)
+        for labeled in image.objects:
+            text = self._annotation(labeled, image)
+            if text is not None:
+                self._used.add(labeled.category)
+                entry.annotations.append((labeled.category, text, labeled.segmentation is not None))
+        self._entries[key] = entry
+
+    def close(self, categories: Sequence[CategoryInfo], track: Track) -> tuple[dict[str, SplitCount], dict[int, str]]:
+        """Write everything.
+
+        Args:
+            categories: Those that the source lists; others that objects have are added.
+            track: Shows the progress.
+
+        Returns:
+            What each split holds, and the categories.
+
+        Raises:
+            DataError: If there is no image, or splits are asked for that can't be made.
+        """
+        if not self._entries:
+            raise DataError(f"no image was read{'; ' if self.log.counts else ''}{self.log.summary()}.")
+        infos = _numbered([*categories, *(CategoryInfo(name) for name in _unlisted(categories, self._used))])
+        entries = sorted(self._entries.values(), key=lambda entry: natural_key(entry.name))
+        _number(entries)
+        self._split(entries)
+        has_masks = any(mask for entry in entries for *_, mask in entry.annotations)
+        (self.output / "annotations").mkdir(parents=True, exist_ok=True)
+        self._place(entries, track)
+        ids = {info.name: category_id for category_id, info in infos.items()}
+        counts = {}
+        first = 1
+        for split in dict.fromkeys(sorted((e.split for e in entries), key=_split_order)):
+            members = [entry for entry in entries if entry.split == split]
+            path = self.output / "annotations" / f"instances_{split}.json"
+            counts[split] = self._write(path, members, infos, ids, first, has_masks=has_masks)
+            first += counts[split].annotations
+        return counts, {category_id: info.name for category_id, info in infos.items()}
+
+    def _annotation(self, labeled: LabeledObject, image: LabeledImage) -> str | None:
+        """The JSON text of an annotation without its ids."""
+        try:
+            box, area = _measure(labeled, image.height, image.width)
+        except ValueError as error:
+            self.log.add("unusable-object", image.source, f"{labeled.category}: {error}; left out", place=labeled.line)
+            return None
+        record: dict[str, Any] = {"bbox": box, "area": area, "iscrowd": int(labeled.iscrowd)}
+        if labeled.segmentation is not None:
+            record["segmentation"] = labeled.segmentation
+        if labeled.keypoints:
+            record |= {"keypoints": labeled.keypoints, "num_keypoints": sum(v > 0 for v in labeled.keypoints[2::3])}
+        if labeled.score is not None:
+            record["score"] = labeled.score
+        return _encode(record)[1:]
+
+    def _split(self, entries: Sequence[_Entry]) -> None:
+        named = {entry.split for entry in entries} - {""}
+        rule = self.splits
+        if rule.val or rule.test:
+            if named - {"train"}:
+                raise DataError(
+                    f"the source has the splits {', '.join(sorted(named))}; leave val out to keep them, or import "
+                    "each of its folders alone."
+                )
+            names = [entry.name for entry in entries]
+            new = assign_splits(names, val=rule.val, test=rule.test, group_by=rule.group_by, seed=rule.seed)
+            for entry, split in zip(entries, new, strict=True):
+                entry.split = split
+        for entry in entries:
+            entry.split = entry.split or "train"
+
+    def _place(self, entries: Sequence[_Entry], track: Track) -> None:
+        root = self.output / "images"
+        jobs = [(entry.path, os.path.join(root, entry.name)) for entry in entries if entry.path is not None]
+        for folder in {os.path.dirname(target) for _, target in jobs}:
+            os.makedirs(folder, exist_ok=True)
+        with ThreadPool(_THREADS) as pool:
+            done = pool.imap_unordered(lambda job: place(*job, self.placing), jobs, chunksize=64)
+            for _ in track(done, "placing images", len(jobs)):
+                pass
+
+    def _write(
+        self,
+        path: Path,
+        entries: Sequence[_Entry],
+        infos: Mapping[int, CategoryInfo],
+        ids: Mapping[str, int],
+        first: int,
+        *,
+        has_masks: bool,
+    ) -> SplitCount:
+        """Write one file, annotation by annotation."""
+        annotations = empty = masks = crowds = boxes = 0
+        lengths = {info.name: len(info.keypoints) for info in infos.values()}
+        with path.open("w", encoding="utf-8") as file:
+            images = (_encode({"id": e.id, "file_name": e.name, "height": e.height, "width": e.width}) for e in entries)
+            file.write('{"images":[\n' + ",\n".join(images) + '\n],\n"annotations":[')
+            separator = "\n"
+            for entry in entries:
+                empty += not entry.annotations
+                for category, text, mask in entry.annotations:
+                    if lengths[category] and '"keypoints":' in text:
+                        text = _padded(text, 3 * lengths[category])
+                    if has_masks and not mask:
+                        boxes += 1
+                        if self.box_masks:
+                            text = _with_box_mask(text)
+                            mask = True
+                    number = first + annotations
+                    file.write(f'{separator}{{"id":{number},"image_id":{entry.id},"category_id":{ids[category]},{text}')
+                    separator = ",\n"
+                    annotations += 1
+                    masks += mask
+                    crowds += '"iscrowd":1' in text
+            listed = ",\n".join(_encode(info.to_coco(category_id)) for category_id, info in infos.items())
+            file.write(f'\n],\n"categories":[\n{listed}\n]}}\n')
+        if boxes and self.box_masks:
+            self.log.note("boxes that became masks of their shape", boxes)
+        elif boxes:
+            detail = (
+                f"{boxes} objects have a box and no mask; the reader leaves them out (--box-masks fills their boxes)"
+            )
+            self.log.add("box-among-masks", path, detail)
+        return SplitCount(len(entries), annotations, empty, masks, crowds)
+
+
+def check_output(output: Path, *, overwrite: bool) -> None:
+    """Check that a folder may be written to.
+
+    Raises:
+        DataError: If it holds something and ``overwrite`` is off, or is a file.
+    """
+    if output.is_file():
+        raise DataError(f"{output} is a file; expected a folder to write to.")
+    if not overwrite and output.is_dir() and any(output.iterdir()):
+        raise DataError(f"{output} is not empty; choose another folder, or overwrite it (--overwrite).")
+
+
+def place(source: Path, target: str | Path, placing: Placing) -> None:
+    """Link or copy a file; copies where the file system has no links."""
+    try:
+        _link_or_copy(source, target, placing)
+    except FileExistsError:
+        os.remove(target)
+        _link_or_copy(source, target, placing)
+
+
+def _link_or_copy(source: Path, target: str | Path, placing: Placing) -> None:
+    if placing == "link":
+        try:
+            os.symlink(os.path.abspath(source), target)
+        except FileExistsError:
+            raise
+        except (NotImplementedError, OSError):
+            shutil.copyfile(source, target)
+    else:
+        if os.path.islink(target):
+            os.remove(target)
+        shutil.copyfile(source, target)
+
+
+def _measure(labeled: LabeledObject, height: int, width: int) -> tuple[Box, float]:
+    """The box and the area of an object, as the reader wants them.
+
+    Raises:
+        ValueError: If the reader would leave the object out.
+    """
+    segmentation = labeled.segmentation
+    if isinstance(segmentation, list):
+        for polygon in segmentation:
+            if len(polygon) < 6 or len(polygon) % 2:
+                raise ValueError(f"a polygon needs 3 or more points x, y, got {len(polygon)} numbers")
+        if not segmentation:
+            raise ValueError("it has no polygon")
+        extent, area = polygon_box(segmentation), polygon_area(segmentation)
+        # NaN and infinity reach the area, whatever the smallest and the largest number are.
+        reach = max(-extent[0], -extent[1], extent[0] + extent[2], extent[1] + extent[3])
+        if not (reach < _COORDINATE_LIMIT and math.isfinite(area)):
+            raise ValueError("a polygon has a coordinate that is no pixel position")
+        box = labeled.bbox or extent
+    elif segmentation is not None:
+        rle = parse_segmentation(segmentation, height, width)
+        left, top, w, h = mask_utils.toBbox(rle).tolist()
+        box, area = labeled.bbox or (left, top, w, h), float(mask_utils.area(rle))
+        if not area:
+            raise ValueError("its mask is empty")
+    elif labeled.bbox is not None:
+        box, area = labeled.bbox, labeled.bbox[2] * labeled.bbox[3]
+    elif any(labeled.keypoints[2::3]):
+        seen = [(x, y) for x, y, v in zip(*(labeled.keypoints[i::3] for i in range(3)), strict=True) if v]
+        xs, ys = zip(*seen, strict=True)
+        # The box around points alone has no margin; a pixel each side keeps it from being empty.
+        box = (min(xs) - 1, min(ys) - 1, max(xs) - min(xs) + 2, max(ys) - min(ys) + 2)
+        area = box[2] * box[3]
+    else:
+        raise ValueError("it has neither box nor mask")
+    x, y, w, h = box
+    if not all(map(math.isfinite, box)):
+        raise ValueError(f"its box {list(box)} holds something else than numbers")
+    if min(w, h) < _LEAST_SIDE:
+        raise ValueError(f"its box {_rounded(box)} has no area")
+    if min(min(x + w, width) - max(x, 0), min(y + h, height) - max(y, 0)) < _LEAST_SIDE:
+        raise ValueError(f"its box {_rounded(box)} lies outside the image of {width} x {height} pixels")
+    return (x, y, round(w, 4), round(h, 4)), round(area, 4)
+
+
+def _rounded(box: Box) -> list[float]:
+    return [round(side, 2) for side in box]
+
+
+def _padded(text: str, length: int) -> str:
+    """An annotation with as many keypoints as its class has by now; names came one after the other."""
+    record = orjson.loads("{" + text)
+    missing = length - len(record["keypoints"])
+    return _encode(record | {"keypoints": record["keypoints"] + [0] * missing})[1:] if missing > 0 else text
+
+
+def _with_box_mask(text: str) -> str:
+    record = orjson.loads("{" + text)
+    x, y, w, h = record["bbox"]
+    return _encode(record | {"segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]]})[1:]
+
+
+def _unlisted(categories: Sequence[CategoryInfo], used: set[str]) -> list[str]:
+    return sorted(used - {category.name for category in categories}, key=natural_key)
+
+
+def _numbered(categories: Sequence[CategoryInfo]) -> dict[int, CategoryInfo]:
+    """Ids as given; others count on from the highest."""
+    taken = {category.id for category in categories if category.id is not None}
+    following = max(taken, default=0) + 1
+    infos: dict[int, CategoryInfo] = {}
+    for category in categories:
+        category_id = category.id
+        if category_id is None:
+            category_id, following = following, following + 1
+        infos[category_id] = category
+    return infos
+
+
+def _number(entries: Sequence[_Entry]) -> None:
+    """Image ids: as given, else the file names where they are different numbers, else 1, 2, ..."""
+    given = [entry.id for entry in entries if entry.id is not None]
+    if given and len(set(given)) == len(given):
+        following = itertools.count(max(given) + 1)
+        for entry in entries:
+            entry.id = next(following) if entry.id is None else entry.id
+        return
+    stems = [Path(entry.name).stem for entry in entries]
+    numeric = all(stem.isascii() and stem.isdecimal() and len(stem) < 18 for stem in stems)
+    numbers = [int(stem) for stem in stems] if numeric else []
+    if len(set(numbers)) < len(entries):
+        numbers = list(range(1, len(entries) + 1))
+    for entry, number in zip(entries, numbers, strict=True):
+        entry.id = number
+
+
+def _split_order(split: str) -> tuple[int, str]:
+    order = ("train", "val", "test")
+    return (order.index(split), "") if split in order else (len(order), split)

@@ -1,0 +1,298 @@
+"""Labeled images as every format sees them: what importers give and exporters write.
+
+A COCO file is one format among others; :class:`LabeledImage` is what lies between any two of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from a2fpn.errors import DataError
+from a2fpn.masks.rle import Rle
+
+Segmentation = list[list[float]] | Rle
+Box = tuple[float, float, float, float]
+
+_REMEMBERED = 10_000  # losses that are kept with their place; all are counted
+_SHOWN = 3  # examples of a kind in the summary
+
+
+@dataclass(frozen=True)
+class CategoryInfo:
+    """A class with what formats say of it.
+
+    Args:
+        name: Its name.
+        id: Its id in a COCO file; None to number it.
+        supercategory: As in a COCO file.
+        keypoints: Names of its keypoints, in their order.
+        skeleton: Pairs of keypoints, counted from 1, that a limb joins.
+
+    Example:
+        >>> CategoryInfo("nucleus", 7).to_coco(7)
+        {'id': 7, 'name': 'nucleus'}
+    """
+
+    name: str
+    id: int | None = None
+    supercategory: str = ""
+    keypoints: tuple[str, ...] = ()
+    skeleton: tuple[tuple[int, int], ...] = ()
+
+    @classmethod
+    def from_coco(cls, raw: Mapping[str, Any]) -> CategoryInfo:
+        """Read an entry of ``categories``."""
+        return cls(
+            str(raw["name"]),
+            int(raw["id"]),
+            str(raw.get("supercategory") or ""),
+            tuple(map(str, raw.get("keypoints") or ())),
+            tuple((int(a), int(b)) for a, b in raw.get("skeleton") or ()),
+        )
+
+    def to_coco(self, category_id: int) -> dict[str, Any]:
+        """Return an entry of ``categories``."""
+        entry: dict[str, Any] = {"id": category_id, "name": self.name}
+        if self.supercategory:
+            entry["supercategory"] = self.supercategory
+        if self.keypoints:
+            entry |= {"keypoints": list(self.keypoints), "skeleton": [list(pair) for pair in self.skeleton]}
+        return entry
+
+
+@dataclass(frozen=True, slots=True)
+class LabeledObject:
+    """One object of an image; it has a box, a mask, or both.
+
+    Args:
+        category: The name of its class.
+        bbox: x, y, width, height in pixels; None takes the mask's.
+        segmentation: Polygons ``[[x, y, x, y, ...], ...]`` in pixels, whose union is the object, or an RLE of the
+            image's size; None for an object that has only a box. Holes need an RLE.
+        iscrowd: Whether it marks a group.
+        keypoints: x, y in pixels and visibility (0: not labeled, 1: hidden, 2: visible) of each; empty for none.
+        score: Of a prediction.
+        line: Where it stands in its file, for messages.
+    """
+
+    category: str
+    bbox: Box | None = None
+    segmentation: Segmentation | None = None
+    iscrowd: bool = False
+    keypoints: tuple[float, ...] = ()
+    score: float | None = None
+    line: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class LabeledImage:
+    """An image file with its objects.
+
+    Args:
+        path: The file; None for an image that is only named.
+        name: Its name in a data set: a relative path with forward slashes.
+        height: Pixels.
+        width: Pixels.
+        objects: In the order of the source.
+        split: ``"train"``, ``"val"``, ``"test"`` or another name; empty if the source has no splits.
+        source: The file with its labels, for messages.
+        id: Its id in a COCO file; None to number it.
+    """
+
+    path: Path | None
+    name: str
+    height: int
+    width: int
+    objects: Sequence[LabeledObject] = ()
+    split: str = ""
+    source: str = ""
+    id: int | None = None
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Something of a source that did not survive.
+
+    Args:
+        kind: A stable name, such as ``"unknown-class"``.
+        file: The file.
+        place: Where in it, such as ``"line 3"``; may be empty.
+        detail: What was lost and why.
+    """
+
+    kind: str
+    file: str
+    place: str
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.file}{', ' if self.place else ''}{self.place}: {self.detail}"
+
+
+class LossLog:
+    """Collects losses; all are counted, the first 10,000 remembered.
+
+    Args:
+        strict: Whether the first loss is an error.
+
+    Example:
+        >>> log = LossLog()
+        >>> log.add("unknown-class", "a.txt", "class 7 of 2", place="line 3")
+        >>> print(log.summary())
+        1 unknown-class: a.txt, line 3: class 7 of 2
+    """
+
+    def __init__(self, *, strict: bool = False) -> None:
+        self.strict = strict
+        self.losses: list[Loss] = []
+        self.counts: Counter[str] = Counter()
+        self.notes: Counter[str] = Counter()
+        self.files: dict[str, Counter[str]] = {}
+
+    def add(self, kind: str, file: str | Path, detail: str, *, place: str = "") -> None:
+        """Note a loss.
+
+        Raises:
+            DataError: If ``strict``.
+        """
+        loss = Loss(kind, str(file), place, detail)
+        if self.strict:
+            raise DataError(str(loss))
+        self.counts[kind] += 1
+        self.files.setdefault(str(file), Counter())[kind] += 1
+        if len(self.losses) < _REMEMBERED:
+            self.losses.append(loss)
+
+    def add_error(self, kind: str, file: Path, error: Exception) -> None:
+        """Note the error that reading a file raised, which names the file and perhaps a line."""
+        text = str(error).removeprefix(str(file)).lstrip(",: ")
+        place, colon, detail = text.partition(": ")
+        if colon and place.startswith("line "):
+            self.add(kind, file, detail, place=place)
+        else:
+            self.add(kind, file, text)
+
+    def note(self, what: str, count: int = 1) -> None:
+        """Count something that is worth knowing and no loss."""
+        self.notes[what] += count
+
+    def summary(self) -> str:
+        """Return one line for each kind of loss, with its first examples."""
+        lines = []
+        for kind, count in self.counts.most_common():
+            examples = list(itertools.islice((str(loss) for loss in self.losses if loss.kind == kind), _SHOWN))
+            more = f"; and {count - len(examples):,} more" if count > len(examples) else ""
+            lines.append(f"{count:,} {kind}: {'; '.join(examples)}{more}")
+        return "\n".join(lines)
+
+
+def split_name(name: str) -> str:
+    """Return the common name of a split, or an empty text for what names none.
+
+    Example:
+        >>> split_name("valid"), split_name("train2017"), split_name("cats")
+        ('val', 'train', '')
+    """
+    lowered = name.lower().rstrip("0123456789_-").removeprefix("instances_").removeprefix("panoptic_")
+    return {
+        "train": "train",
+        "training": "train",
+        "val": "val",
+        "valid": "val",
+        "validation": "val",
+        "dev": "val",
+        "test": "test",
+        "testing": "test",
+    }.get(lowered, "")
+
+
+def folder_name(category: str) -> str:
+    """Return a class as the name of a folder.
+
+    Example:
+        >>> folder_name("stop sign"), folder_name("a/b")
+        ('stop sign', 'a_b')
+    """
+    return Path("".join("_" if character in '/\\:*?"<>|' else character for character in category)).name or "_"
+
+
+def polygon_box(polygons: Sequence[Sequence[float]]) -> Box:
+    """Return x, y, width and height of polygons.
+
+    Example:
+        >>> polygon_box([[1, 1, 3, 1, 3, 4]])
+        (1, 1, 2, 3)
+    """
+    xs = [x for polygon in polygons for x in polygon[::2]] if len(polygons) > 1 else polygons[0][::2]
+    ys = [y for polygon in polygons for y in polygon[1::2]] if len(polygons) > 1 else polygons[0][1::2]
+    left, top = min(xs), min(ys)
+    return left, top, max(xs) - left, max(ys) - top
+
+
+def polygon_area(polygons: Sequence[Sequence[float]]) -> float:
+    """Return the area of polygons in pixels, each by the shoelace formula, as COCO's own files have it.
+
+    Example:
+        >>> polygon_area([[1, 1, 3, 1, 3, 4]])
+        3.0
+    """
+    total = 0.0
+    for polygon in polygons:
+        xs, ys = polygon[::2], polygon[1::2]
+        ahead = itertools.chain(itertools.islice(ys, 1, None), ys[:1])
+        behind = itertools.chain(itertools.islice(xs, 1, None), xs[:1])
+        total += abs(sum(map(operator.mul, xs, ahead)) - sum(map(operator.mul, ys, behind))) / 2
+    return total
+
+
+def grouped(objects: Sequence[tuple[object, LabeledObject]]) -> Iterator[LabeledObject]:
+    """Join shapes that the source says belong together: same group, same class.
+
+    Polygons become the parts of one object; a box, a mask and keypoints the properties of one.
+
+    Args:
+        objects: Each with the key of its group; None for a shape that stands alone.
+    """
+    members: dict[tuple[object, str], list[LabeledObject]] = {}
+    order: list[LabeledObject | tuple[object, str]] = []
+    for group, shape in objects:
+        if group is None:
+            order.append(shape)
+            continue
+        key = (group, shape.category)
+        if key not in members:
+            order.append(key)
+        members.setdefault(key, []).append(shape)
+    for entry in order:
+        if isinstance(entry, LabeledObject):
+            yield entry
+        else:
+            yield from _joined(members[entry])
+
+
+def _joined(shapes: Sequence[LabeledObject]) -> Iterator[LabeledObject]:
+    polygons = [s for s in shapes if isinstance(s.segmentation, list)]
+    masks = [s for s in shapes if s.segmentation is not None and not isinstance(s.segmentation, list)]
+    boxes = [s for s in shapes if s.segmentation is None and s.bbox is not None]
+    points = [s for s in shapes if s.segmentation is None and s.bbox is None]
+    # A group of several boxes, masks or sets of points is a group of objects, not one object.
+    if len(boxes) > 1 or len(masks) > 1 or len(points) > 1 or (masks and polygons):
+        yield from shapes
+        return
+    parts = [polygon for s in polygons for polygon in s.segmentation or [] if isinstance(polygon, list)]
+    first = shapes[0]
+    yield LabeledObject(
+        first.category,
+        boxes[0].bbox if boxes else None,
+        parts or (masks[0].segmentation if masks else None),
+        any(s.iscrowd for s in shapes),
+        next((s.keypoints for s in shapes if s.keypoints), ()),
+        next((s.score for s in shapes if s.score is not None), None),
+        first.line,
+    )

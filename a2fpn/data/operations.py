@@ -1,0 +1,352 @@
+"""COCO files split, merged, cut down and renamed: JSON in, JSON out, every other field kept.
+
+All functions take the content of a file, or its path, and return new content; nothing that was given is changed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from a2fpn._registry import did_you_mean
+from a2fpn.data.importers.files import read_json
+from a2fpn.data.splits import assign_splits
+from a2fpn.errors import DataError
+
+Coco = Mapping[str, Any]
+Source = str | Path | Coco
+
+_LISTS = ("images", "annotations", "categories")
+
+
+@dataclass(frozen=True)
+class DataStats:
+    """Statistics of a COCO file.
+
+    Args:
+        images: Number of images.
+        annotations: Number of annotations that are no crowds.
+        crowds: Number of crowds.
+        classes: Annotations by the name of their class, the most frequent first; crowds don't count.
+        sizes: Square root of each box's area, pixels.
+        densities: Annotations of each image.
+    """
+
+    images: int
+    annotations: int
+    crowds: int
+    classes: Mapping[str, int]
+    sizes: tuple[float, ...]
+    densities: tuple[int, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-able built-ins: counts, and quantiles of sizes and densities."""
+        shares = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+        return {
+            "images": self.images,
+            "annotations": self.annotations,
+            "crowds": self.crowds,
+            "classes": dict(self.classes),
+            "sizes": {f"{share:g}": _quantile(self.sizes, share) for share in shares},
+            "densities": {f"{share:g}": _quantile(self.densities, share) for share in shares},
+        }
+
+
+def load_coco(source: Source) -> dict[str, Any]:
+    """Load the content of a COCO file.
+
+    Raises:
+        DataError: If it is none, or an id is missing or repeated where it is needed.
+    """
+    name = "the given mapping" if isinstance(source, Mapping) else str(source)
+    data = source if isinstance(source, Mapping) else read_json(Path(source))
+    if not isinstance(data, Mapping) or not all(isinstance(data.get(key), list) for key in _LISTS):
+        raise DataError(f"{name}: no COCO file; expected an object with the lists images, annotations and categories.")
+    for key, needed in (("images", ("id", "file_name")), ("categories", ("id", "name"))):
+        for raw in data[key]:
+            if not isinstance(raw, Mapping) or any(field not in raw for field in needed):
+                raise DataError(f"{name}: an entry of {key} needs {' and '.join(needed)}, got {str(raw)[:80]}.")
+        repeated = [value for value, count in Counter(raw["id"] for raw in data[key]).items() if count > 1]
+        if repeated:
+            raise DataError(f"{name}: the id {repeated[0]} is listed twice in {key}; ids must be unique.")
+    for raw in data["annotations"]:
+        if not isinstance(raw, Mapping) or "image_id" not in raw or "category_id" not in raw:
+            raise DataError(f"{name}: an annotation needs image_id and category_id, got {str(raw)[:80]}.")
+    return dict(data)
+
+
+def save_coco(data: Coco, path: str | Path, *, overwrite: bool = False) -> None:
+    """Write a COCO file, with the folders it needs.
+
+    Raises:
+        DataError: If there is one and ``overwrite`` is off.
+    """
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise DataError(f"{path} exists; choose another file, or overwrite it (--overwrite).")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data, ensure_ascii=False), encoding="utf-8")
+
+
+def split_coco(
+    source: Source, *, val: float = 0.2, test: float = 0.0, group_by: str = "", seed: int = 0
+) -> dict[str, dict[str, Any]]:
+    """Split a COCO file by images; categories stay in every part.
+
+    Args:
+        source: The file or its content.
+        val: Share of images for validation.
+        test: Share for testing.
+        group_by: A regular expression that finds the group in an image's name, see
+            :func:`a2fpn.data.splits.assign_splits`.
+        seed: For another split.
+
+    Returns:
+        The content of each part by name: ``"train"``, ``"val"`` and, if asked for, ``"test"``.
+
+    Example:
+        >>> images = [{"id": i, "file_name": f"{i}.png", "height": 4, "width": 4} for i in range(10)]
+        >>> parts = split_coco({"images": images, "annotations": [], "categories": []}, val=0.3)
+        >>> {name: len(part["images"]) for name, part in parts.items()}
+        {'train': 7, 'val': 3}
+    """
+    data = load_coco(source)
+    names = [str(raw["file_name"]) for raw in data["images"]]
+    splits = assign_splits(names, val=val, test=test, group_by=group_by, seed=seed)
+    of_image = {raw["id"]: split for raw, split in zip(data["images"], splits, strict=True)}
+    return {
+        split: _only(data, lambda raw, split=split: of_image[raw["id"]] == split)  # type: ignore[misc]
+        for split in ("train", "val", "test")
+        if split in set(splits)
+    }
+
+
+def merge_coco(
+    sources: Sequence[Source], *, rename: Mapping[str, str] | None = None, prefixes: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Merge COCO files: classes of one name become one, images and annotations are numbered anew where ids clash.
+
+    Args:
+        sources: Two or more files.
+        rename: New names of classes by their old ones, applied before classes are compared.
+        prefixes: What is put before the file names of each source, such as its folder; none by default.
+
+    Returns:
+        The merged content; ids of the first file stay.
+
+    Raises:
+        DataError: If two images have one file name, or classes of one name other keypoints.
+
+    Example:
+        >>> def one_image(name, category):
+        ...     images, categories = [{"id": 1, "file_name": name}], [{"id": category, "name": "cat"}]
+        ...     return {"images": images, "annotations": [], "categories": categories}
+        >>> merged = merge_coco([one_image("a.png", 1), one_image("b.png", 5)])
+        >>> [raw["id"] for raw in merged["images"]], [raw["id"] for raw in merged["categories"]]
+        ([1, 2], [1])
+    """
+    if len(sources) < 2:
+        raise DataError(f"merging needs two or more files, got {len(sources)}.")
+    if prefixes and len(prefixes) != len(sources):
+        raise DataError(f"expected one prefix a file, got {len(prefixes)} for {len(sources)} files.")
+    result: dict[str, Any] = {key: [] for key in _LISTS}
+    by_name: dict[str, dict[str, Any]] = {}
+    files: dict[str, int] = {}
+    for number, source in enumerate(sources):
+        data = rename_categories(source, rename or {}, missing_ok=True)
+        if number == 0:
+            result = {**data, **result}
+        categories = {raw["id"]: _merged_category(raw, by_name, result["categories"]) for raw in data["categories"]}
+        taken = {raw["id"] for raw in result["images"]}
+        following = max((value for value in taken if isinstance(value, int)), default=0) + 1
+        ids = {}
+        for raw in data["images"]:
+            file_name = f"{prefixes[number] if prefixes else ''}{raw['file_name']}"
+            if file_name in files:
+                where = f"files {files[file_name] + 1} and {number + 1}"
+                raise DataError(
+                    f"the image {file_name!r} is in {where}; give the files prefixes, or remove one of them."
+                )
+            files[file_name] = number
+            new = raw["id"]
+            if new in taken:
+                new, following = following, following + 1
+            taken.add(new)
+            following = max(following, new + 1) if isinstance(new, int) else following
+            ids[raw["id"]] = new
+            result["images"].append({**raw, "id": new, "file_name": file_name})
+        start = max((raw["id"] for raw in result["annotations"] if isinstance(raw.get("id"), int)), default=0) + 1
+        for offset, raw in enumerate(data["annotations"]):
+            changed = {
+                "image_id": ids.get(raw["image_id"], raw["image_id"]),
+                "category_id": categories.get(raw["category_id"], raw["category_id"]),
+            }
+            own = {} if number == 0 else {"id": start + offset}
+            result["annotations"].append({**raw, **own, **changed})
+    return result
+
+
+def subset_coco(
+    source: Source,
+    *,
+    categories: Iterable[str] | None = None,
+    images: Iterable[str] | None = None,
+    number: int | None = None,
+    seed: int = 0,
+    min_size: float = 0.0,
+    drop_empty: bool = False,
+) -> dict[str, Any]:
+    """Keep a part of a COCO file.
+
+    Args:
+        source: The file or its content.
+        categories: Names of the classes to keep; None keeps all.
+        images: File names, or patterns such as ``"site_1/*"``, of the images to keep; None keeps all.
+        number: So many images, chosen by the hash of their names, so that 50 hold the 25.
+        seed: For other images.
+        min_size: Least square root of a box's area, pixels.
+        drop_empty: Whether images without an object go.
+
+    Raises:
+        DataError: For a class or an image that the file doesn't list, or more images than it has.
+    """
+    data = load_coco(source)
+    if categories is not None:
+        known = {raw["name"]: raw["id"] for raw in data["categories"]}
+        wanted = list(categories)
+        for name in wanted:
+            if name not in known:
+                raise DataError(f"the file has no class {name!r}. {did_you_mean(name, known)}")
+        ids = {known[name] for name in wanted}
+        data["categories"] = [raw for raw in data["categories"] if raw["id"] in ids]
+        data["annotations"] = [raw for raw in data["annotations"] if raw["category_id"] in ids]
+    if min_size > 0:
+        data["annotations"] = [raw for raw in data["annotations"] if _size(raw) >= min_size]
+    if images is not None:
+        patterns = list(images)
+        names = [str(raw["file_name"]) for raw in data["images"]]
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise DataError(f"the file has no image {pattern!r}. {did_you_mean(pattern, names)}")
+        data = _only(data, lambda raw: any(fnmatchcase(str(raw["file_name"]), pattern) for pattern in patterns))
+    if drop_empty:
+        used = {raw["image_id"] for raw in data["annotations"]}
+        data = _only(data, lambda raw: raw["id"] in used)
+    if number is not None:
+        if not 0 < number <= len(data["images"]):
+            raise DataError(f"number must lie in 1 to {len(data['images'])}, the images there are; got {number}.")
+        ranked = sorted(data["images"], key=lambda raw: _hash(f"{seed}\0{raw['file_name']}"))
+        kept = {raw["id"] for raw in ranked[:number]}
+        data = _only(data, lambda raw: raw["id"] in kept)
+    return data
+
+
+def rename_categories(source: Source, names: Mapping[str, str], *, missing_ok: bool = False) -> dict[str, Any]:
+    """Rename classes; classes that get one name become one, under the first one's id.
+
+    Args:
+        source: The file or its content.
+        names: New names by old ones.
+        missing_ok: Whether an old name may be missing.
+
+    Raises:
+        DataError: For an old name that the file doesn't list.
+
+    Example:
+        >>> data = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "car"}, {"id": 2, "name": "van"}]}
+        >>> rename_categories(data, {"van": "car"})["categories"]
+        [{'id': 1, 'name': 'car'}]
+    """
+    data = load_coco(source)
+    known = [raw["name"] for raw in data["categories"]]
+    for name in names:
+        if name not in known and not missing_ok:
+            raise DataError(f"the file has no class {name!r}. {did_you_mean(name, known)}")
+    by_name: dict[str, dict[str, Any]] = {}
+    categories: list[dict[str, Any]] = []
+    ids = {}
+    for raw in data["categories"]:
+        renamed = {**raw, "name": names.get(raw["name"], raw["name"])}
+        ids[raw["id"]] = _merged_category(renamed, by_name, categories)
+    annotations = [
+        {**raw, "category_id": ids.get(raw["category_id"], raw["category_id"])} for raw in data["annotations"]
+    ]
+    return {**data, "categories": categories, "annotations": annotations}
+
+
+def coco_stats(source: Source) -> DataStats:
+    """Count what a COCO file holds.
+
+    Example:
+        >>> coco_stats({
+        ...     "images": [{"id": 1, "file_name": "a.png"}],
+        ...     "categories": [{"id": 7, "name": "cat"}],
+        ...     "annotations": [{"id": 1, "image_id": 1, "category_id": 7, "bbox": [0, 0, 4, 9]}],
+        ... }).sizes
+        (6.0,)
+    """
+    data = load_coco(source)
+    names = {raw["id"]: str(raw["name"]) for raw in data["categories"]}
+    objects = [raw for raw in data["annotations"] if not raw.get("iscrowd")]
+    classes = Counter({name: 0 for name in names.values()})
+    classes.update(names[raw["category_id"]] for raw in objects if raw["category_id"] in names)
+    per_image = Counter(raw["image_id"] for raw in objects)
+    return DataStats(
+        len(data["images"]),
+        len(objects),
+        len(data["annotations"]) - len(objects),
+        dict(classes.most_common()),
+        tuple(_size(raw) for raw in objects),
+        tuple(per_image[raw["id"]] for raw in data["images"]),
+    )
+
+
+def _only(data: Coco, keep: Callable[[Mapping[str, Any]], bool]) -> dict[str, Any]:
+    """The images for which ``keep`` holds, with their annotations."""
+    images = [raw for raw in data["images"] if keep(raw)]
+    ids = {raw["id"] for raw in images}
+    annotations = [raw for raw in data["annotations"] if raw["image_id"] in ids]
+    return {**data, "images": images, "annotations": annotations}
+
+
+def _merged_category(raw: Mapping[str, Any], by_name: dict[str, dict[str, Any]], listed: list[dict[str, Any]]) -> int:
+    """The id of a class among those listed, to which it is added if need be."""
+    known = by_name.get(raw["name"])
+    if known is None:
+        taken = {other["id"] for other in listed}
+        fresh = {**raw, "id": raw["id"] if raw["id"] not in taken else max(taken) + 1}
+        by_name[raw["name"]] = fresh
+        listed.append(fresh)
+        return int(fresh["id"])
+    if raw.get("keypoints") and known.get("keypoints") and raw["keypoints"] != known["keypoints"]:
+        raise DataError(
+            f"the class {raw['name']!r} has other keypoints in two files: {known['keypoints']} and "
+            f"{raw['keypoints']}; rename one of them."
+        )
+    return int(known["id"])
+
+
+def _size(raw: Mapping[str, Any]) -> float:
+    box = raw.get("bbox")
+    if not isinstance(box, Sequence) or len(box) != 4 or not all(isinstance(side, (int, float)) for side in box):
+        return 0.0
+    return math.sqrt(max(box[2], 0) * max(box[3], 0))
+
+
+def _hash(text: str) -> bytes:
+    return sha256(text.encode()).digest()
+
+
+def _quantile(values: Sequence[float], share: float) -> float | None:
+    """The value below which a share of the values lies; None without values."""
+    if not values:
+        return None
+    ordered = sorted(values)
+    return round(float(ordered[round(share * (len(ordered) - 1))]), 2)

@@ -1,0 +1,140 @@
+"""Tables of README.md and docs/ that are made from the measurements in benchmarks/results.
+
+A region between ``<!-- table:NAME -->`` and ``<!-- /table -->`` holds what :data:`TABLES` makes of NAME:
+
+    python -m benchmarks.tables --check    # exit code 1 if a region is not what the measurements say
+    python -m benchmarks.tables --write
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+REGION = re.compile(r"<!-- table:(?P<name>[\w-]+) -->\n(?:(?!<!-- table:).)*?<!-- /table -->", re.DOTALL)
+OPENING = "<!-- table:"
+
+
+def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table; the first column is text, the others are numbers.
+
+    Example:
+        >>> print(markdown(("side", "ms"), [("ours", "12.5")]))
+        | side | ms |
+        | --- | ---: |
+        | ours | 12.5 |
+    """
+    rule = ["---", *["---:"] * (len(headings) - 1)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (headings, rule, *rows))
+
+
+def inference(document: Mapping[str, Any]) -> str:
+    """Return times of detectors in evaluation mode beside torchvision's, with the goals as recorded."""
+    return _beside_torchvision(document, "images to objects")
+
+
+def training(document: Mapping[str, Any]) -> str:
+    """Return times of training steps beside torchvision's, with the goals as recorded."""
+    return _beside_torchvision(document, "training step")
+
+
+def throughput(document: Mapping[str, Any]) -> str:
+    """Return images per second of one training and of several that share the GPU."""
+    runs = [(document["one"], 1.0), (document["several"], document["ratio"])]
+    rows = [(str(run["jobs"]), f"{run['images_per_second']:.1f}", f"{ratio:.2f}") for run, ratio in runs]
+    return markdown(("trainings at a time", "images/s", "ratio"), rows)
+
+
+TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
+    "gpu-inference": ("gpu_inference.json", inference),
+    "gpu-training": ("gpu_training.json", training),
+    "gpu-throughput": ("throughput_h100.json", throughput),
+}
+
+
+def _beside_torchvision(document: Mapping[str, Any], what: str) -> str:
+    measured = [row for row in document["rows"] if "ms" in row]
+    rows = []
+    for row in measured:
+        name, comma, how = row["side"].partition(", ")
+        own = name != "torchvision"
+        neck = row.get("neck_goal") and f"neck {row['neck_goal']}"
+        rows.append(
+            (
+                f"`{name}`{comma}{how}" if own else name,
+                f"{row['ms']:.1f}",
+                f"{row['ratio']:.2f}" + (f" ({row['range'].replace('-', '–')})" if own else ""),
+                "" if row["to_fpn"] is None else f"{row['to_fpn']:.2f}",
+                f"{row['peak_mib']:,}",
+                row["goal"] or neck or "",
+            )
+        )
+    headings = (f"{what}, {_case(measured[0])}", "ms", "of torchvision's", "of `fpn`'s", "peak MiB", "goal")
+    versions = ", ".join(f"{name} {document['versions'][name]}" for name in ("torch", "torchvision"))
+    note = f"{document['device']}; {versions}; commit `{document['commit'][:12]}`."
+    if left_out := [_case(row) for row in document["rows"] if row["side"].startswith("left out")]:
+        note += f" Not measured, for time ran out: {'; '.join(left_out)}."
+    return f"{markdown(headings, rows)}\n\n{note}"
+
+
+def _case(row: Mapping[str, Any]) -> str:
+    size = f"{row['size'].replace('x', '×')}, " if "size" in row else ""
+    return f"{size}batch {row['batch']}, {row['precision']}"
+
+
+def filled(text: str, results: Path = RESULTS) -> str:
+    """Return a page with its regions made anew.
+
+    Args:
+        text: The page.
+        results: Folder of the measurements.
+
+    Raises:
+        ValueError: For the name of no table, or a region without an end.
+
+    Example:
+        >>> filled("No region.")
+        'No region.'
+    """
+
+    def region(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name not in TABLES:
+            raise ValueError(f"There is no table {name!r}; there are {', '.join(TABLES)}.")
+        file, make = TABLES[name]
+        table = make(json.loads((results / file).read_text(encoding="utf-8")))
+        return f"{OPENING}{name} -->\n{table}\n<!-- /table -->"
+
+    made, ended = REGION.subn(region, text)
+    if ended != (begun := text.count(OPENING)):
+        raise ValueError(f"{begun} tables begin with {OPENING}NAME -->, {ended} end with <!-- /table -->.")
+    return made
+
+
+def main(
+    check: Annotated[bool, typer.Option("--check", help="Only say what is not up to date.")] = False,
+    write: Annotated[bool, typer.Option("--write", help="Write it.")] = False,
+    root: Annotated[Path, typer.Option(help="Folder of README.md and docs.")] = ROOT,
+) -> None:
+    """Compare or write the tables of README.md and docs."""
+    if check == write:
+        raise typer.BadParameter("Give --check or --write.")
+    pages = {page: page.read_text(encoding="utf-8") for page in [root / "README.md", *sorted(root.glob("docs/*.md"))]}
+    old = {page: made for page, text in pages.items() if (made := filled(text)) != text}
+    for page, made in old.items():
+        if write:
+            page.write_text(made, encoding="utf-8")
+        said = "written" if write else "out of date; run `python -m benchmarks.tables --write`"
+        typer.echo(f"{page.relative_to(root)}: {said}")
+    raise typer.Exit(bool(old) and check)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,704 @@
+"""Imports: every format comes back as it was written; damaged members are named and counted."""
+
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from a2fpn.cli import main
+from a2fpn.data import check_data, read_coco, read_image
+from a2fpn.data.exporters import EXPORTERS, convert_data
+from a2fpn.data.exporters.rings import bridge, to_one_ring, trace
+from a2fpn.data.importers import IMPORTERS, detect, import_data, list_formats
+from a2fpn.data.importers.files import image_size
+from a2fpn.data.importers.label_studio import pack_runs, unpack_runs
+from a2fpn.data.splits import assign_splits
+from a2fpn.errors import DataError
+from a2fpn.masks.rle import decode_rle, encode_masks, segmentation_to_rle
+from tests.coco_data import write_coco
+
+NO_CROWDS = {"yolo", "labels", "mask_files"}
+ONE_NUMBER_A_PIXEL = {"labels", "panoptic", "voc"}
+FORMATS = EXPORTERS.names()
+
+
+def ring_and_parts() -> tuple[dict[str, Any], np.ndarray, list[list[float]]]:
+    """A ring with a hole as RLE, and an object of two polygons, apart from each other."""
+    mask = np.zeros((40, 60), dtype=bool)
+    mask[5:25, 5:30] = True
+    mask[10:15, 10:20] = False
+    mask[18:20, 12:16] = False
+    rle = {**encode_masks(mask[None])[0]}
+    parts = [[35.5, 5, 45, 5, 45, 12, 35.5, 12], [48, 20, 58, 20, 55.25, 30]]
+    return rle, mask, parts
+
+
+def write_set(root: Path, splits: tuple[str, ...] = ("train", "val")) -> Path:
+    """A COCO folder with holes, parts, a crowd, sub-folders, a background, and ids that leave gaps."""
+    rle, _, parts = ring_and_parts()
+    crowd = encode_masks((np.arange(40)[:, None] >= 33).repeat(60, 1)[None])[0]
+    categories = [{"id": 3, "name": "cell"}, {"id": 17, "name": "stop sign", "supercategory": "things"}]
+    for number, split in enumerate(splits):
+        data: dict[str, Any] = {"images": [], "annotations": [], "categories": categories}
+        for index in range(3):
+            name = f"site_{index}/{split}{index}.png"
+            path = root / "images" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = np.random.default_rng(10 * number + index).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(path)
+            image_id = 100 * number + index + 1
+            data["images"].append({"id": image_id, "file_name": name, "height": 40, "width": 60})
+            if index == 2:
+                continue
+            for category, segmentation, is_crowd in ((17, rle, 0), (3, parts, 0), (3, crowd, 1)):
+                full = decode_rle([segmentation_to_rle(segmentation, 40, 60)])[0]
+                ys, xs = np.nonzero(full)
+                box = [int(v) for v in (xs.min(), ys.min(), np.ptp(xs) + 1, np.ptp(ys) + 1)]
+                data["annotations"].append(
+                    {
+                        "id": len(data["annotations"]) + 1,
+                        "image_id": image_id,
+                        "category_id": category,
+                        "bbox": box,
+                        "area": int(full.sum()),
+                        "iscrowd": is_crowd,
+                        "segmentation": segmentation,
+                    }
+                )
+        (root / "annotations").mkdir(exist_ok=True)
+        (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(data))
+    return root
+
+
+def objects(folder: Path, split: str) -> dict[str, list[tuple[str, bool, np.ndarray]]]:
+    """Class, crowd flag and pixels of every object, by file name."""
+    coco = read_coco(folder / "annotations" / f"instances_{split}.json", strict=True)
+    names = {category.id: category.name for category in coco.categories}
+    return {
+        entry.file_name: [
+            (names[a.category_id], a.iscrowd, decode_rle([a.rle])[0] if a.rle else np.zeros(0))
+            for a in coco.annotations[image_id]
+        ]
+        for image_id, entry in coco.images.items()
+    }
+
+
+@pytest.fixture
+def coco(tmp_path: Path) -> Path:
+    return write_set(tmp_path / "coco")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_a_format_can_hold_comes_back_to_the_pixel(coco: Path, tmp_path: Path, name: str) -> None:
+    written = convert_data(coco, tmp_path / name, to=name)
+    assert detect(tmp_path / name) == name
+    report = import_data(tmp_path / name, tmp_path / "back")
+    assert report.format == name
+    assert not report.counts
+    assert report.categories == {3: "cell", 17: "stop sign"}
+    assert written.counts == ({"crowd": 4} if name in NO_CROWDS else {})
+    for split in ("train", "val"):
+        before, after = objects(coco, split), objects(tmp_path / "back", split)
+        ids = [read_coco(root / "annotations" / f"instances_{split}.json").images for root in (coco, tmp_path / "back")]
+        assert dict(ids[1]) == dict(ids[0])
+        assert list(after) == list(before)
+        for file, old in before.items():
+            kept = [item for item in old if not (item[1] and name in NO_CROWDS)]
+            new = after[file]
+            if name in ("labels", "mask_files"):  # grouped by class
+                kept, new = (sorted(part, key=lambda item: item[0]) for part in (kept, new))
+            assert [item[:2] for item in new] == [item[:2] for item in kept]
+            for (*_, mask), (*_, wanted) in zip(new, kept, strict=True):
+                assert (mask == wanted).all()
+        found = check_data(
+            tmp_path / "back" / "images", tmp_path / "back" / "annotations" / f"instances_{split}.json", decode=True
+        )
+        assert not found.errors
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_conversion_is_the_same_each_time(coco: Path, tmp_path: Path, name: str) -> None:
+    for number in (1, 2):
+        convert_data(coco, tmp_path / f"{name}{number}", to=name)
+        import_data(tmp_path / f"{name}{number}", tmp_path / f"back{number}", val=0)
+    first, second = (
+        (tmp_path / f"back{number}" / "annotations" / "instances_val.json").read_bytes() for number in (1, 2)
+    )
+    assert first == second
+
+
+@pytest.mark.parametrize("name", sorted(ONE_NUMBER_A_PIXEL))
+def test_what_lies_under_others_is_reported(tmp_path: Path, name: str) -> None:
+    root = write_set(tmp_path / "coco", ("train",))
+    path = root / "annotations" / "instances_train.json"
+    data = json.loads(path.read_text())
+    data["categories"] = data["categories"][:1]
+    over = {"segmentation": [[0, 0, 20, 0, 20, 20, 0, 20]], "bbox": [0, 0, 20, 20], "category_id": 3, "image_id": 3}
+    under = {"segmentation": [[0, 0, 30, 0, 30, 30, 0, 30]], "bbox": [0, 0, 30, 30], "category_id": 3, "image_id": 3}
+    data["annotations"] = [{"id": 1, **over}, {"id": 2, **under}]
+    path.write_text(json.dumps(data))
+    report = convert_data(root, tmp_path / name, to=name)
+    assert report.counts == {"overlap": 1}
+    assert "400 of its 900 pixels lie under others" in str(report)
+
+
+@pytest.mark.parametrize("name", ["cvat", "datumaro", "labelme", "yolo"])
+def test_keypoints_come_back(tmp_path: Path, name: str) -> None:
+    root = write_set(tmp_path / "coco", ("train",))
+    path = root / "annotations" / "instances_train.json"
+    data = json.loads(path.read_text())
+    data["categories"] = [{"id": 1, "name": "person", "keypoints": ["nose", "eye", "ear"], "skeleton": [[1, 2]]}]
+    points = [10.5, 20.25, 2, 12, 22, 1, 0, 0, 0]
+    box = {"bbox": [5, 6, 30, 20], "image_id": 1, "category_id": 1, "keypoints": points, "num_keypoints": 2}
+    data["annotations"] = [{"id": 1, "iscrowd": 0, "area": 600, **box}]
+    path.write_text(json.dumps(data))
+    report = convert_data(root, tmp_path / name, to=name)
+    assert not report.counts
+    import_data(tmp_path / name, tmp_path / "back")
+    back = json.loads((tmp_path / "back" / "annotations" / "instances_train.json").read_text())
+    assert back["categories"] == data["categories"]
+    (annotation,) = back["annotations"]
+    assert annotation["keypoints"] == points
+    assert annotation["bbox"] == [5, 6, 30, 20]
+
+
+def test_names_of_formats_are_checked(tmp_path: Path, coco: Path) -> None:
+    assert set(EXPORTERS) | {"coco"} == set(IMPORTERS) == set(list_formats())
+    with pytest.raises(ValueError, match=r"Unknown export format 'yollo'\. Did you mean 'yolo'"):
+        convert_data(coco, tmp_path / "x", to="yollo")
+    (tmp_path / "y").mkdir()
+    (tmp_path / "y" / "a.zip").write_bytes(b"")
+    with pytest.raises(DataError, match=r"no known format; expected one of coco, .* found 1 \.zip"):
+        detect(tmp_path / "y")
+
+
+def test_images_are_linked_or_copied_and_output_is_guarded(coco: Path, tmp_path: Path) -> None:
+    for placing in ("link", "copy"):
+        import_data(coco, tmp_path / placing, images=placing)  # type: ignore[arg-type]
+        path = tmp_path / placing / "images" / "site_0" / "train0.png"
+        assert path.is_symlink() == (placing == "link")
+        assert path.read_bytes() == (coco / "images" / "site_0" / "train0.png").read_bytes()
+    with pytest.raises(DataError, match="link is not empty; choose another folder, or overwrite it"):
+        import_data(coco, tmp_path / "link")
+    # Copies take the place of links, and never write through them into the source.
+    before = (coco / "images" / "site_0" / "train0.png").read_bytes()
+    import_data(coco, tmp_path / "link", images="copy", overwrite=True)
+    assert not path.is_symlink()
+    assert (coco / "images" / "site_0" / "train0.png").read_bytes() == before
+    with pytest.raises(DataError, match="lies in the source"):
+        import_data(coco, coco / "out")
+
+
+# Splits
+
+
+def test_splits_depend_on_names_and_not_on_order() -> None:
+    names = [f"site_{i % 7}/img{i}.png" for i in range(70)]
+    splits = dict(zip(names, assign_splits(names, val=0.2, group_by=r"site_(\d+)"), strict=True))
+    turned = dict(zip(names[::-1], assign_splits(names[::-1], val=0.2, group_by=r"site_(\d+)"), strict=True))
+    assert splits == turned
+    groups = {name.split("/")[0]: split for name, split in splits.items()}
+    assert all(groups[name.split("/")[0]] == split for name, split in splits.items())
+    assert {"train", "val"} == set(splits.values())
+    assert assign_splits(names, val=0.2) != assign_splits(names, val=0.2, seed=1)
+
+
+@given(st.integers(2, 60), st.floats(0.01, 0.6), st.floats(0, 0.35))
+@settings(max_examples=50, deadline=None)
+def test_shares_are_met_by_one_image(count: int, val: float, test: float) -> None:
+    splits = assign_splits([f"{i}.png" for i in range(count)], val=val, test=test)
+    assert splits.count("train") >= 1
+    assert abs(splits.count("val") - val * count) <= 1
+    if count > 2:
+        assert abs(splits.count("test") - test * count) <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"val": 1.0}, r"val must lie in \(0, 1\)"),
+        ({"val": 0.5, "test": 0.5}, "their sum below 1"),
+        ({"val": 0.2, "group_by": "("}, "is no regular expression"),
+        ({"val": 0.2, "group_by": "slide"}, "matches no image name; the first is 'a'"),
+        ({"val": 0.2, "group_by": "^"}, "2 images are 1 group; a split needs two or more"),
+    ],
+)
+def test_splits_that_cannot_be_made(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        assign_splits(["a", "b"], **options)
+
+
+def test_a_source_without_splits_gets_them(tmp_path: Path) -> None:
+    yolo(tmp_path / "x", {f"site_{i % 3}_{i}": "0 .5 .5 .5 .5\n" for i in range(9)})
+    report = import_data(tmp_path / "x", tmp_path / "y", val=0.3, group_by=r"site_(\d)")
+    assert {split: count.images for split, count in report.splits.items()} == {"train": 6, "val": 3}
+    convert_data(write_set(tmp_path / "z"), tmp_path / "w", to="yolo")
+    with pytest.raises(DataError, match="the source has the splits train, val; leave val out"):
+        import_data(tmp_path / "w", tmp_path / "v", val=0.3)
+
+
+# YOLO
+
+
+def yolo(root: Path, labels: dict[str, str | bytes], *, names: str | None = "names: [cat, dog]\n") -> Path:
+    """A YOLO folder with an image for each label file."""
+    for name, text in labels.items():
+        picture(root / "images" / f"{name}.png")
+        path = root / "labels" / f"{name}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    if names is not None:
+        (root / "data.yaml").write_text(names)
+    return root
+
+
+def picture(path: Path, size: tuple[int, int] = (60, 40), mode: str = "RGB") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size).save(path)
+    return path
+
+
+def annotations(folder: Path, split: str = "train") -> list[dict[str, Any]]:
+    result: list[dict[str, Any]] = json.loads((folder / "annotations" / f"instances_{split}.json").read_text())[
+        "annotations"
+    ]
+    return result
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("7 .5 .5 .5 .5", "class 7 is not among the 2 classes 0 to 1"),
+        ("0.5 .5 .5 .5 .5", "class 0.5 is not among"),
+        ("0 .5 .5 .5", "3 coordinates; expected a box of 4"),
+        ("0 .1 .1 .2 .2 .3 .3 .4", "7 coordinates; expected a box of 4, or a polygon of pairs"),
+        ("0 .5 .5 .5 .5 .9", "6 numbers: a box with a score"),
+        ("0 .5 .5 .5 x", "expected numbers, got '0 .5 .5 .5 x'"),
+        ("0 .5 1.3 .5 .5", "the coordinate 1.3 lies outside 0 to 1"),
+        ("0 20 20 10 10", "the coordinate 20 lies outside 0 to 1, shares of the image's sides; are these pixels"),
+        ("0 nan .5 .5 .5", "the coordinate nan lies outside"),
+        ("0 .1 .1 .2 .2 .3 inf", "the coordinate inf lies outside"),
+        ("0 .5 .5 0 .5", "has no area"),
+    ],
+)
+def test_a_bad_line_of_yolo_is_named_and_left_out(tmp_path: Path, line: str, message: str) -> None:
+    root = yolo(tmp_path / "x", {"a": f"1 .5 .5 .5 .5\n\n{line}\n"})
+    report = import_data(root, tmp_path / "y")
+    assert [raw["bbox"] for raw in annotations(tmp_path / "y")] == [[15, 10, 30, 20]]
+    (loss,) = report.losses
+    assert (loss.file, loss.place) == (str(root / "labels" / "a.txt"), "line 3")
+    assert message in loss.detail
+    with pytest.raises(DataError, match=r"a\.txt, line 3: "):
+        import_data(root, tmp_path / "z", strict=True)
+
+
+@pytest.mark.parametrize("content", [b"\xef\xbb\xbf0 .5 .5 .5 .5\r\n", "0 .5 .5 .5 .5\n".encode("utf-16")])
+def test_byte_order_marks_and_line_ends_are_read(tmp_path: Path, content: bytes) -> None:
+    report = import_data(yolo(tmp_path / "x", {"a": content}), tmp_path / "y")
+    assert (report.annotations, report.counts) == (1, {})
+
+
+def test_a_coordinate_over_the_edge_by_rounding_is_cut_off(tmp_path: Path) -> None:
+    import_data(yolo(tmp_path / "x", {"a": "0 0 0 1.005 0 1.005 1 0 1\n"}), tmp_path / "y")
+    assert annotations(tmp_path / "y")[0]["segmentation"] == [[0, 0, 60, 0, 60, 40, 0, 40]]
+
+
+def test_images_and_labels_without_each_other(tmp_path: Path) -> None:
+    root = yolo(tmp_path / "x", {"a": "0 .5 .5 .5 .5\n", "empty": "", "b": "0 .5 .5 .5 .5\n"})
+    (root / "images" / "b.png").unlink()
+    picture(root / "images" / "alone.png")
+    report = import_data(root, tmp_path / "y")
+    assert report.splits["train"].images == 3
+    assert report.splits["train"].empty == 2
+    assert report.counts == {"missing-image": 1}
+    assert report.notes == {"images without a label file, kept as backgrounds": 1}
+    report = import_data(root, tmp_path / "z", unlabeled="skip")
+    assert report.splits["train"].images == 2
+
+
+def test_one_label_file_serves_one_image(tmp_path: Path) -> None:
+    root = yolo(tmp_path / "x", {"a": "0 .5 .5 .5 .5\n"})
+    picture(root / "images" / "a.jpg")
+    report = import_data(root, tmp_path / "y")
+    assert (report.images, report.counts) == (1, {"duplicate-stem": 1})
+
+
+def test_classes_must_be_listed_somewhere(tmp_path: Path) -> None:
+    root = yolo(tmp_path / "x", {"a": "1 .5 .5 .5 .5\n"}, names=None)
+    with pytest.raises(DataError, match=r"no list of classes; expected names in data.yaml .* --categories FILE"):
+        import_data(root, tmp_path / "y")
+    assert import_data(root, tmp_path / "y", categories=["cat", "dog"]).categories == {1: "cat", 2: "dog"}
+    (root / "classes.txt").write_text("\ufeffcat\ndog\n", encoding="utf-8")
+    assert import_data(root, tmp_path / "z").categories == {1: "cat", 2: "dog"}
+
+
+def test_lists_of_other_machines_are_resolved(tmp_path: Path) -> None:
+    root = yolo(tmp_path / "x", {"a": "0 .5 .5 .5 .5\n", "b/c": "", "d": ""})
+    (root / "train.txt").write_text("C:\\data\\set\\images\\a.png\n./images/b/c.png\n/home/me/images/gone.png\n")
+    (root / "data.yaml").write_text("path: /home/me/set\ntrain: train.txt\nval: [images/d.png]\nnames: {0: cat}\n")
+    (root / "val.txt").write_text("images/d.png\n")
+    (root / "data.yaml").write_text("path: /home/me/set\ntrain: train.txt\nval: val.txt\ntest: t\nnames: {0: cat}\n")
+    report = import_data(root / "data.yaml", tmp_path / "y")
+    assert {split: count.images for split, count in report.splits.items()} == {"train": 2, "val": 1}
+    (loss,) = report.losses
+    assert str(loss) == f"{root / 'train.txt'}, line 3: /home/me/images/gone.png is not there"
+    (root / "data.yaml").write_text("train: nowhere\nnames: [cat]\n")
+    with pytest.raises(DataError, match="train: nowhere is no folder of images and no list"):
+        import_data(root, tmp_path / "z")
+    (root / "data.yaml").write_text("names: [cat\ntrain: x")
+    with pytest.raises(DataError, match=r"data.yaml, line 2: no YAML"):
+        import_data(root, tmp_path / "z")
+
+
+def test_images_of_one_name_in_two_splits_are_kept_apart(tmp_path: Path) -> None:
+    for split in ("train", "valid"):
+        picture(tmp_path / "x" / split / "images" / "a.png")
+        (tmp_path / "x" / split / "labels").mkdir()
+        (tmp_path / "x" / split / "labels" / "a.txt").write_text("0 .5 .5 .5 .5\n")
+    # As Roboflow writes it, one folder too high.
+    (tmp_path / "x" / "data.yaml").write_text("train: ../train/images\nval: ../valid/images\nnames: [cat]\n")
+    report = import_data(tmp_path / "x", tmp_path / "y")
+    assert {split: count.images for split, count in report.splits.items()} == {"train": 1, "val": 1}
+    assert (tmp_path / "y" / "images" / "val" / "a.png").is_file()
+
+
+def test_exif_turns_the_image_that_shares_are_taken_of(tmp_path: Path) -> None:
+    root = yolo(tmp_path / "x", {}, names=None)
+    (root / "images").mkdir(parents=True)
+    (root / "labels").mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (60, 40)).save(root / "images" / "a.jpg", exif=exif)
+    (root / "labels" / "a.txt").write_text("0 .5 .5 1 1\n")
+    (root / "data.yaml").write_text("names: [cat]\n")
+    import_data(root, tmp_path / "y")
+    assert annotations(tmp_path / "y")[0]["bbox"] == [0, 0, 40, 60]
+
+
+def test_boxes_among_masks_are_reported_or_filled(tmp_path: Path) -> None:
+    root = yolo(tmp_path / "x", {"a": "0 .5 .5 .5 .5\n1 .1 .1 .4 .1 .4 .4\n"})
+    report = import_data(root, tmp_path / "y")
+    assert report.counts == {"box-among-masks": 1}
+    report = import_data(root, tmp_path / "z", box_masks=True)
+    assert report.counts == {}
+    assert annotations(tmp_path / "z")[0]["segmentation"] == [[15, 10, 45, 10, 45, 30, 15, 30]]
+
+
+# Damaged members of the other formats
+
+
+def labelme(shapes: list[dict[str, Any]], **changes: Any) -> str:
+    record = {"version": "5.5.0", "shapes": shapes, "imagePath": "a.png", "imageHeight": 40, "imageWidth": 60}
+    return json.dumps(record | changes)
+
+
+SQUARE = [[1, 1], [9, 1], [9, 9], [1, 9]]
+VOC = (
+    "<annotation><filename>a.png</filename><object><name>cat</name><bndbox><xmin>1</xmin><ymin>1</ymin>"
+    "<xmax>9</xmax><ymax>{}</ymax></bndbox></object></annotation>"
+)
+CVAT = '<annotations>\n<image name="{}" width="{}" height="40">\n{}\n</image></annotations>'
+STUDIO = {
+    "type": "rectanglelabels",
+    "original_width": 60,
+    "original_height": 40,
+    "value": {"x": 0, "y": 0, "width": 50, "height": 50, "rotation": 0, "rectanglelabels": ["cat"]},
+}
+
+
+def datumaro(**annotation: Any) -> str:
+    labels = {"label": {"labels": [{"name": "cat"}]}}
+    item = {"id": "a", "annotations": [annotation], "image": {"path": "a.png", "size": [40, 60]}}
+    return json.dumps({"categories": labels, "items": [item]})
+
+
+def studio(**changes: Any) -> str:
+    return json.dumps(
+        [{"id": 5, "data": {"image": "/data/upload/1/12345678-a.png"}, "annotations": [{"result": [STUDIO | changes]}]}]
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "content", "loss"),
+    [
+        (
+            "labelme",
+            "a.json",
+            labelme([{"label": "cat", "points": SQUARE[:2]}]),
+            "shapes[0]: a polygon needs 3 points, got 2",
+        ),
+        ("labelme", "a.json", labelme([{"label": "cat", "points": [[1, "x"]]}]), "points must be pairs of numbers"),
+        ("labelme", "a.json", labelme([{"label": "", "points": SQUARE}]), "shapes[0]: it has no label, got ''"),
+        (
+            "labelme",
+            "a.json",
+            labelme([{"label": "c", "points": SQUARE, "shape_type": "linestrip"}]),
+            "a linestrip is not read",
+        ),
+        ("labelme", "a.json", labelme([], imageHeight=41), "it says 60 x 41 pixels, a.png has 60 x 40"),
+        ("labelme", "a.json", labelme([], imagePath="..\\b.png")[:-5], "no JSON"),
+        ("labelme", "b.json", labelme([], imagePath="C:\\x\\b.png"), "its image 'C:\\\\x\\\\b.png' is not there"),
+        ("labelme", "a.json", "", "the file is empty"),
+        ("voc", "a.xml", VOC.format("x"), "line 1: object 1: ymax is 'x', expected a number"),
+        ("voc", "a.xml", VOC.format("-3"), "object 1: its box from 1, 1 to 9, -3 has no area"),
+        ("voc", "a.xml", VOC.format(9).replace("cat", ""), "object 1: it has no name"),
+        ("voc", "a.xml", VOC.format(9)[:-5], "line 1: no XML"),
+        ("voc", "a.xml", VOC.format(9).replace("a.png", "D:\\b.png"), None),
+        ("cvat", "x.xml", CVAT.format("b.png", 60, ""), "image 'b.png': the image is not there"),
+        ("cvat", "x.xml", CVAT.format("a.png", 61, ""), "it says 61 x 40 pixels, a.png has 60 x 40"),
+        ("cvat", "x.xml", CVAT.format("a.png", 60, '<polygon label="c" points="1,2;3,4;5"/>'), "it has 5 coordinates"),
+        (
+            "cvat",
+            "x.xml",
+            CVAT.format("a.png", 60, '<polyline label="c" points="1,2;3,4"/>'),
+            "a polyline is no object",
+        ),
+        (
+            "cvat",
+            "x.xml",
+            CVAT.format("a.png", 60, '<box label="c" xtl="1" ytl="q"/>'),
+            "ytl is 'q', expected a number",
+        ),
+        (
+            "cvat",
+            "x.xml",
+            CVAT.format("a.png", 60, '<mask label="c" rle="0, 9" left="0" top="0" width="2" height="2"/>'),
+            "its runs add up to 9 pixels, its window has 4",
+        ),
+        ("cvat", "x.xml", CVAT.format("a.png", 60, "")[:-9], "line 4: no XML"),
+        (
+            "datumaro",
+            "annotations/train.json",
+            datumaro(type="polygon", label_id=0, points=[1, 2, 3]),
+            "pairs x, y, got 3",
+        ),
+        ("datumaro", "annotations/train.json", datumaro(type="bbox", label_id=4, bbox=[1, 2, 3, 4]), "label_id is 4"),
+        ("datumaro", "annotations/train.json", datumaro(type="polyline", label_id=0), "a polyline is no object"),
+        ("labelstudio", "x.json", studio(value={"rectanglelabels": ["cat"], "x": 0}), "it lacks y"),
+        ("labelstudio", "x.json", studio(original_width=61), "drawn on 61 x 40 pixels, the image has 60 x 40"),
+        ("labelstudio", "x.json", studio(type="keypointlabels"), "keypointlabels is not read"),
+        (
+            "labelstudio",
+            "x.json",
+            studio(type="brushlabels", value={"brushlabels": ["c"], "format": "rle", "rle": [0]}),
+            "ends too early",
+        ),
+    ],
+)
+def test_damaged_members_are_named_and_left_out(
+    tmp_path: Path, name: str, file: str, content: str, loss: str | None
+) -> None:
+    root = tmp_path / "x"
+    for image in ("a.png", "untouched.png"):
+        picture(root / image)
+    (root / file).parent.mkdir(exist_ok=True)
+    (root / file).write_text("\ufeff" + content, encoding="utf-8")
+    if loss is None:
+        assert import_data(root, tmp_path / "y", format=name).counts == {}
+        return
+    report = import_data(root, tmp_path / "y", format=name, unlabeled="keep")
+    (found,) = report.losses
+    assert found.file == str(root / file)
+    assert loss in str(found)
+    assert "\n" not in str(found)
+    record = json.loads((tmp_path / "y" / "import_report.json").read_text())
+    assert record["files"] == {str(root / file): {found.kind: 1}}
+
+
+@pytest.mark.parametrize("name", ["labelme", "voc", "cvat", "labelstudio", "labels", "datumaro"])
+def test_images_without_labels_wait_for_them(tmp_path: Path, name: str) -> None:
+    convert_data(write_set(tmp_path / "coco", ("train",)), tmp_path / "x", to=name)
+    picture(tmp_path / "x" / "later.png")
+    report = import_data(tmp_path / "x", tmp_path / "y")
+    assert (report.images, sum(report.notes.values())) == (3, 1)
+    report = import_data(tmp_path / "x", tmp_path / "z", unlabeled="keep")
+    assert (report.images, report.splits["train"].empty) == (4, 2)
+
+
+def test_xml_with_entities_of_its_own_is_refused(tmp_path: Path) -> None:
+    picture(tmp_path / "x" / "a.png")
+    bomb = '<!DOCTYPE a [<!ENTITY b "c">]>\n<annotations>&b;</annotations>'
+    (tmp_path / "x" / "a.xml").write_text(bomb)
+    with pytest.raises(DataError, match="defines entities"):
+        import_data(tmp_path / "x", tmp_path / "y")
+
+
+# Label images
+
+
+@pytest.mark.parametrize(
+    ("suffix", "dtype"),
+    [(".png", np.uint8), (".png", np.uint16), (".tif", np.uint16), (".tif", np.int32), (".tif", np.float32)],
+)
+def test_label_images_of_all_depths(tmp_path: Path, suffix: str, dtype: type) -> None:
+    picture(tmp_path / "x" / "a.png")
+    values = np.zeros((40, 60), dtype=dtype)
+    values[2:10, 3:20] = 7
+    values[12:30, 3:20] = min(int(np.iinfo(dtype).max), 70_000) if np.issubdtype(dtype, np.integer) else 70_000
+    values[15:20, 5:9] = 0
+    (tmp_path / "x" / "masks").mkdir()
+    Image.fromarray(values).save(tmp_path / "x" / "masks" / f"a_cp_masks{suffix}")
+    report = import_data(tmp_path / "x", tmp_path / "y", category="nucleus")
+    assert (report.format, report.categories) == ("labels", {1: "nucleus"})
+    masks = [item[2] for item in objects(tmp_path / "y", "train")["a.png"]]
+    assert [(mask == (values == value)).all() for mask, value in zip(masks, np.unique(values)[1:], strict=True)] == [
+        True
+    ] * 2
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.zeros((40, 61), np.uint8), "61 x 40 pixels, its image has 60 x 40"),
+        (np.zeros((40, 60, 3), np.uint8), "expected one number a pixel, got the mode RGB"),
+        (np.full((40, 60), 0.5, np.float32), "no whole numbers"),
+        (np.full((40, 60), -1, np.int32), "the negative number -1"),
+    ],
+)
+def test_label_images_that_are_none(tmp_path: Path, values: np.ndarray, message: str) -> None:
+    picture(tmp_path / "x" / "a.png")
+    (tmp_path / "x" / "labels").mkdir()
+    Image.fromarray(values).save(tmp_path / "x" / "labels" / "a.tif")
+    report = import_data(tmp_path / "x", tmp_path / "y", format="labels")
+    assert message in str(report.losses[0])
+
+
+def test_the_layout_of_the_data_science_bowl(tmp_path: Path) -> None:
+    unit = tmp_path / "x" / "stage1_train" / "0a1b"
+    picture(unit / "images" / "0a1b.png")
+    for number, box in enumerate(((2, 2, 9, 9), (20, 5, 30, 15))):
+        mask = np.zeros((40, 60), np.uint8)
+        mask[box[1] : box[3], box[0] : box[2]] = 255
+        (unit / "masks").mkdir(exist_ok=True)
+        Image.fromarray(mask).save(unit / "masks" / f"{number}.png")
+    picture(unit / "masks" / "empty.png", mode="L")
+    report = import_data(tmp_path / "x", tmp_path / "y", category="nucleus")
+    assert (report.format, report.annotations) == ("mask_files", 2)
+    assert report.counts == {"unusable-object": 1}
+    assert [raw["bbox"] for raw in annotations(tmp_path / "y")] == [[2, 2, 7, 7], [20, 5, 10, 10]]
+
+
+# Rings and runs
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 9), st.integers(1, 9))
+@settings(max_examples=150, deadline=None)
+def test_rings_give_back_the_pixels(seed: int, height: int, width: int) -> None:
+    mask = np.random.default_rng(seed).random((height, width)) < 0.5
+    if not mask.any():
+        return
+    rings = trace(mask.astype(np.uint8))
+    assert all(len(ring) >= 4 for ring in rings)
+    ring = to_one_ring({**encode_masks(mask[None])[0]}, height, width)
+    assert ring is not None
+    back = decode_rle([segmentation_to_rle([ring.ravel().tolist()], height, width)])[0]
+    assert (back == mask).all()
+
+
+def test_parts_that_overlap_are_one_object(tmp_path: Path) -> None:
+    parts = [[1.0, 1, 20, 1, 20, 20, 1, 20], [10.0, 10, 30, 10, 30, 30, 10, 30]]
+    ring = to_one_ring(parts, 40, 40)
+    assert ring is not None
+    union = decode_rle([segmentation_to_rle(parts, 40, 40)])[0]
+    assert (decode_rle([segmentation_to_rle([ring.ravel().tolist()], 40, 40)])[0] == union).all()
+    assert len(bridge([])) == 0
+
+
+@given(st.lists(st.tuples(st.integers(0, 255), st.integers(1, 70_000)), min_size=1, max_size=5))
+@settings(max_examples=30, deadline=None)
+def test_runs_of_brushes_come_back(runs: list[tuple[int, int]]) -> None:
+    values = np.repeat(np.array([v for v, _ in runs], np.uint8), [n for _, n in runs])
+    assert (unpack_runs(np.array(pack_runs(values), np.uint8), len(values)) == values).all()
+    with pytest.raises(ValueError, match=r"ends too early|the image needs"):
+        unpack_runs(np.array(pack_runs(values)[:-3], np.uint8), len(values))
+
+
+def test_literal_runs_of_brushes_are_read() -> None:
+    # Two values one by one, as Label Studio packs what doesn't repeat: flag 0, width 3 (index 0), length 2.
+    bits = (
+        f"{2:032b}{7:05b}" + "".join(f"{w - 1:04b}" for w in (3, 4, 8, 16)) + "0" + "00" + "001" + f"{9:08b}{200:08b}"
+    )
+    bits += "0" * (-len(bits) % 8)
+    content = np.array([int(bits[i : i + 8], 2) for i in range(0, len(bits), 8)], np.uint8)
+    assert unpack_runs(content, 2).tolist() == [9, 200]
+
+
+# The command line
+
+
+def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    out, err = capsys.readouterr()
+    return int(stop.value.code or 0), out, err
+
+
+def test_the_command_imports_reports_and_checks(coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(["data", "convert", str(coco), "--to", "labelme", "--output", str(tmp_path / "x")], capsys)
+    assert code == 0
+    (tmp_path / "x" / "train" / "site_0" / "train0.json").write_text("{")
+    code, out, _ = run(["data", "import", str(tmp_path / "x"), "--output", str(tmp_path / "y")], capsys)
+    assert code == 0
+    assert re.search(r"\(labelme\).*5 images, 9 annotations, 2 classes", out)
+    assert "train0.json, line 1: no JSON" in out
+    assert f"check of {tmp_path / 'y' / 'annotations' / 'instances_train.json'}: 0 errors" in out
+    code, _, err = run(["data", "import", str(tmp_path / "gone"), "--output", str(tmp_path / "z")], capsys)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "no such file or folder" in err
+
+
+@pytest.mark.parametrize("change", [lambda path: path.write_bytes(b"no image"), os.remove])
+def test_unreadable_images_are_left_out(coco: Path, tmp_path: Path, change: Callable[[Path], object]) -> None:
+    convert_data(coco, tmp_path / "x", to="yolo", images="copy")
+    change(tmp_path / "x" / "images" / "train" / "site_0" / "train0.png")
+    report = import_data(tmp_path / "x", tmp_path / "y")
+    assert report.images == 5
+    assert report.counts == {"missing-image" if change is os.remove else "unreadable-image": 1}
+
+
+def test_the_synthetic_set_of_the_other_tests_survives(tmp_path: Path) -> None:
+    images, path = write_coco(tmp_path / "coco")
+    convert_data(path, tmp_path / "x", to="cvat", format="coco")
+    assert import_data(tmp_path / "x", tmp_path / "y").counts == {}
+    assert images.is_dir()
+
+
+@pytest.mark.parametrize("orientation", [None, 1, 3, 6])
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.tif", "a.bmp", "gray.jpg", "progressive.jpg"])
+def test_sizes_of_headers_are_those_of_the_pictures(tmp_path: Path, name: str, orientation: int | None) -> None:
+    options: dict[str, Any] = {"progressive": True} if name.startswith("prog") else {}
+    if orientation is not None and not name.endswith("bmp"):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        options["exif"] = exif
+    Image.new("L" if name.startswith("gray") else "RGB", (61, 40)).save(tmp_path / name, **options)
+    assert image_size(tmp_path / name) == tuple(read_image(tmp_path / name).shape[1:])
+
+
+def test_a_training_run_says_how_to_import(tmp_path: Path) -> None:
+    from a2fpn.training.config import DataSection
+    from a2fpn.training.sources import open_training_set
+
+    root = yolo(tmp_path / "x", {"a": "0 .5 .5 .5 .5\n"})
+    with pytest.raises(DataError, match=r"holds yolo labels and no annotations/.*\. Import them.*a2fpn data import"):
+        open_training_set(DataSection(root=str(root)))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no such"):
+        open_training_set(DataSection(root=str(tmp_path / "empty")))
+
+
+def test_new_images_get_new_ids(tmp_path: Path) -> None:
+    convert_data(write_set(tmp_path / "coco", ("train",)), tmp_path / "x", to="labelme")
+    picture(tmp_path / "x" / "train" / "a_new.png")
+    import_data(tmp_path / "x", tmp_path / "y", unlabeled="keep")
+    data = json.loads((tmp_path / "y" / "annotations" / "instances_train.json").read_text())
+    ids = {raw["file_name"]: raw["id"] for raw in data["images"]}
+    assert ids == {"site_0/train0.png": 1, "site_1/train1.png": 2, "site_2/train2.png": 3, "a_new.png": 4}
