@@ -105,7 +105,7 @@ def test_annotations_of_the_picture_as_stored_are_an_error(fast: list[bool]) -> 
         read_image(content, size=(23, 37))
     with pytest.raises(ImageError, match="the image is 37 x 23 pixels wide and high, the annotations say 40 x 23"):
         read_image(content, size=(23, 40))
-    assert fast == [False] * 3
+    assert fast == [False]
 
 
 def test_exif_behind_the_frame_counts(fast: list[bool]) -> None:
