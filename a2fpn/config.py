@@ -6,7 +6,10 @@ model. Unknown keys, wrong types and unsupported format versions are errors, nev
 
 from __future__ import annotations
 
+import functools
 import json
+import math
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -22,8 +25,15 @@ STAGES = 5
 
 _MOST_LAYERS = 100
 _LARGEST_IMAGE = 8192
+_LONGEST_IMAGE = 32_768
 _LARGEST_POOL = 128
 _LARGEST_WEIGHT = 1000
+_LARGEST_STRIDE = 1024
+_LARGEST_DIVISOR = 1024
+_MOST_BOXES = 1_000_000
+_MOST_CHANNELS = 65_536
+_MOST_SAMPLES = 64
+_MOST_TOP_LEVELS = 8
 
 
 @dataclass(frozen=True)
@@ -89,6 +99,10 @@ class BackboneConfig:
         # Written so that NaN is bad as well.
         if self.norm_eps is not None and not self.norm_eps >= 0:
             raise ConfigError(f"norm_eps must be 0 or more, got {self.norm_eps}.")
+        _check_choices(self)
+        _check_range(1, _MOST_CHANNELS, in_chans=self.in_chans)
+        for stride in self.strides:
+            _check_range(1, _LARGEST_STRIDE, strides=stride)
 
 
 @dataclass(frozen=True)
@@ -132,6 +146,9 @@ class PreprocessConfig:
         std: Per-channel standard deviation of the input in the unit range.
         size_divisor: The padded size is a multiple of this; None takes the model's coarsest RoI stride.
         interpolation: How pixels between pixels are found in resizing.
+
+    Raises:
+        ValueError: If a size is out of range, or mean and std are not one positive std per channel.
     """
 
     resize: Literal["shortest_edge", "at_least", "none"] = "shortest_edge"
@@ -141,6 +158,17 @@ class PreprocessConfig:
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     size_divisor: int | None = None
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        if not 1 <= self.min_size <= self.max_size:
+            raise ConfigError(f"Expected 1 <= min_size <= max_size, got {self.min_size} and {self.max_size}.")
+        _check_range(1, _LARGEST_IMAGE, min_size=self.min_size)
+        _check_range(1, _LONGEST_IMAGE, max_size=self.max_size)
+        if self.size_divisor is not None:
+            _check_range(1, _LARGEST_DIVISOR, size_divisor=self.size_divisor)
+        if len(self.mean) != len(self.std) or not all(0 < s < math.inf for s in self.std):
+            raise ConfigError(f"mean {self.mean} and std {self.std} must have one positive std per channel.")
 
 
 @dataclass(frozen=True)
@@ -159,6 +187,11 @@ class HeadsConfig:
     score_threshold: float = 0.05
     nms_threshold: float = 0.5
     detections_per_image: int = 100
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        _check_range(0, 1, score_threshold=self.score_threshold, nms_threshold=self.nms_threshold)
+        _check_range(1, _MOST_BOXES, detections_per_image=self.detections_per_image)
 
 
 @dataclass(frozen=True)
@@ -245,6 +278,16 @@ class RCNNConfig(HeadsConfig):
     unused_outputs: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_anchors(self.anchor_sizes, self.anchor_ratios)
+        shares = ("rpn_nms_threshold", "rpn_fg_iou", "rpn_bg_iou", "rpn_positive_fraction", "rpn_score_threshold")
+        _check_range(0, 1, **{name: getattr(self, name) for name in (*shares, "box_fg_iou", "box_positive_fraction")})
+        tops = [f"rpn_{when}_nms_top_n_{phase}" for when in ("pre", "post") for phase in ("train", "test")]
+        _check_range(1, _MOST_BOXES, **{name: getattr(self, name) for name in tops})
+        _check_range(1, _MOST_BOXES, rpn_batch_size=self.rpn_batch_size, box_batch_size=self.box_batch_size)
+        _check_range(1, _MOST_CHANNELS, box_channels=self.box_channels, mask_channels=self.mask_channels)
+        _check_range(1, _LARGEST_POOL, box_pool_size=self.box_pool_size)
+        _check_range(0, _MOST_SAMPLES, roi_sampling_ratio=self.roi_sampling_ratio)
         _check_layers(rpn_layers=self.rpn_layers, least=1)
         _check_layers(box_layers=self.box_layers, mask_layers=self.mask_layers)
         if not 1 <= self.mask_pool_size <= _LARGEST_POOL:
@@ -254,8 +297,7 @@ class RCNNConfig(HeadsConfig):
             raise ConfigError(
                 f"mask_boundary_weight must be between 1 and {_LARGEST_WEIGHT}, got {self.mask_boundary_weight}."
             )
-        if self.unused_outputs < 0:
-            raise ConfigError(f"unused_outputs must be 0 or more, got {self.unused_outputs}.")
+        _check_range(0, _MOST_CHANNELS, unused_outputs=self.unused_outputs)
 
 
 @dataclass(frozen=True)
@@ -340,6 +382,10 @@ class HTCConfig(CascadeConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_layers(semantic_layers=self.semantic_layers)
+        _check_range(1, _MOST_CHANNELS, semantic_channels=self.semantic_channels)
+        _check_range(1, 255, semantic_classes=self.semantic_classes)
+        _check_range(0, _LARGEST_WEIGHT, semantic_loss_weight=self.semantic_loss_weight)
         if self.stage_masks != "all" or not self.stage_resampling:
             raise ConfigError(
                 "In HTC every stage samples anew and has a mask head: stage_masks='all', stage_resampling=True, got "
@@ -374,6 +420,8 @@ class KeypointRCNNConfig(RCNNConfig):
         super().__post_init__()
         if self.num_keypoints < 1:
             raise ConfigError(f"num_keypoints must be at least 1, got {self.num_keypoints}.")
+        _check_range(1, _MOST_CHANNELS, num_keypoints=self.num_keypoints, keypoint_channels=self.keypoint_channels)
+        _check_range(1, _LARGEST_POOL, keypoint_pool_size=self.keypoint_pool_size)
         if len(self.keypoint_names) not in (0, self.num_keypoints):
             raise ConfigError(
                 f"num_keypoints is {self.num_keypoints} and keypoint_names has {len(self.keypoint_names)} names; give "
@@ -401,7 +449,9 @@ class OneStageConfig(HeadsConfig):
     candidates_per_level: int = 1000
 
     def __post_init__(self) -> None:
-        _check_layers(top_levels=self.top_levels)
+        super().__post_init__()
+        _check_range(0, _MOST_TOP_LEVELS, top_levels=self.top_levels)
+        _check_range(1, _MOST_BOXES, candidates_per_level=self.candidates_per_level)
 
 
 @dataclass(frozen=True)
@@ -429,6 +479,11 @@ class RetinaNetConfig(OneStageConfig):
     head_norm: Literal["none", "gn"] = "none"
     box_loss: Literal["l1", "smooth_l1", "giou", "diou", "ciou"] = "l1"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_anchors(self.anchor_sizes, self.anchor_ratios)
+        _check_range(0, 1, fg_iou=self.fg_iou, bg_iou=self.bg_iou)
+
 
 @dataclass(frozen=True)
 class FCOSConfig(OneStageConfig):
@@ -449,6 +504,7 @@ class FCOSConfig(OneStageConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_layers(head_layers=self.head_layers)
+        _check_range(0, _LARGEST_WEIGHT, center_radius=self.center_radius)
 
 
 def _check_layers(*, least: int = 0, **counts: int) -> None:
@@ -456,6 +512,36 @@ def _check_layers(*, least: int = 0, **counts: int) -> None:
     for name, count in counts.items():
         if not least <= count <= _MOST_LAYERS:
             raise ConfigError(f"{name} must be between {least} and {_MOST_LAYERS}, got {count}.")
+
+
+def _check_range(least: float, most: float, **values: float) -> None:
+    """Numbers that would hurt only at the first image; a config may come from anyone."""
+    for name, value in values.items():
+        # Written so that NaN is bad as well.
+        if not least <= value <= most:
+            raise ConfigError(f"{name} must be between {least} and {most}, got {value}.")
+
+
+def _check_anchors(sizes: tuple[tuple[int, ...], ...] | None, ratios: tuple[float, ...]) -> None:
+    for level in sizes or ():
+        for size in level:
+            _check_range(1, _LARGEST_IMAGE, anchor_sizes=size)
+    for ratio in ratios:
+        _check_range(0.01, 100, anchor_ratios=ratio)
+
+
+def _check_choices(config: Any) -> None:
+    """Fields of named choices, which Python itself does not look at."""
+    for name, choices in _choices(type(config)).items():
+        value = getattr(config, name)
+        if value not in choices:
+            raise ConfigError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+@functools.cache
+def _choices(config: type) -> dict[str, tuple[Any, ...]]:
+    hints = typing.get_type_hints(config).items()
+    return {name: typing.get_args(hint) for name, hint in hints if typing.get_origin(hint) is Literal}
 
 
 HEADS: dict[str, type[HeadsConfig]] = {
@@ -516,6 +602,7 @@ class ModelConfig:
             )
         if self.num_classes < 1:
             raise ConfigError(f"num_classes must be at least 1 (there is no background class), got {self.num_classes}.")
+        _check_range(1, _MOST_CHANNELS, num_classes=self.num_classes)
         if self.categories and len(self.categories) != self.num_classes:
             raise ConfigError(f"{len(self.categories)} categories were given for num_classes={self.num_classes}.")
         channels, statistics = self.backbone.in_chans, self.preprocess

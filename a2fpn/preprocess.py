@@ -14,6 +14,9 @@ from torch.nn import functional as F
 from a2fpn.config import PreprocessConfig
 from a2fpn.errors import ConfigError, ConfigTypeError
 
+_ROUNDING, _OVERSHOOT = 1e-3, 0.5
+"""By how much a float image may pass its range as it comes, and after a bicubic resize."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -37,9 +40,6 @@ class Preprocess(nn.Module):
         config: The rule.
         divisor: Padded sizes are multiples of this unless the config names its own.
 
-    Raises:
-        ValueError: If mean and std differ in length, or a std is not positive.
-
     Example:
         >>> preprocess = Preprocess(PreprocessConfig(min_size=64, max_size=100), divisor=32)
         >>> preprocess.target_size(32, 48)
@@ -54,10 +54,6 @@ class Preprocess(nn.Module):
 
     def __init__(self, config: PreprocessConfig, *, divisor: int) -> None:
         super().__init__()
-        if len(config.mean) != len(config.std) or any(s <= 0 for s in config.std):
-            raise ConfigError(f"mean {config.mean} and std {config.std} must have one positive std per channel.")
-        if not 1 <= config.min_size <= config.max_size:
-            raise ConfigError(f"Expected 1 <= min_size <= max_size, got {config.min_size} and {config.max_size}.")
         self.config = config
         self.divisor = config.size_divisor or divisor
         self.register_buffer("mean", torch.tensor(config.mean)[:, None, None], persistent=False)
@@ -93,7 +89,8 @@ class Preprocess(nn.Module):
             resize: Whether to apply the resize rule; False when the images come resized already.
 
         Raises:
-            ValueError: For a wrong number of dimensions or channels, or an image without pixels.
+            ValueError: For a wrong number of dimensions or channels, an image without pixels, or a float image with
+                values beyond [0, 1].
             TypeError: For a dtype that is neither float nor uint8.
         """
         ready = [self._prepare(image, resize) for image in images]
@@ -111,6 +108,15 @@ class Preprocess(nn.Module):
             raise ConfigError(f"Expected an image ({channels}, H, W) with H, W >= 1, got {tuple(image.shape)}.")
         if image.dtype != torch.uint8 and not image.is_floating_point():
             raise ConfigTypeError(f"Expected a float image in [0, 1] or a uint8 image in [0, 255], got {image.dtype}.")
+        if image.is_floating_point():
+            low, high = (float(x) for x in image.detach().aminmax())
+            slack = _ROUNDING if resize else _OVERSHOOT
+            if low < -slack or high > 1 + slack:
+                raise ConfigError(
+                    f"Expected a float image in [0, 1] or a uint8 image in [0, 255], got {image.dtype} values from "
+                    f"{low:g} to {high:g}. Divide by the largest value of its format (255 for 8 bits), or pass uint8; "
+                    "the model normalises by itself."
+                )
         x = image.to(self.mean.device, non_blocking=True)
         x = x.float().div(255) if x.dtype == torch.uint8 else x.float()
         x = (x - self.mean) / self.std

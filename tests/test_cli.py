@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ SMALL = {
     "score_threshold": 0.0,
     "detections_per_image": 5,
 }
+RUN = ["manifest.json", "predictions.json", "predictions.jsonl"]
 CATEGORIES = tuple(Category(index, f"shape {index}") for index in (7, 23, 90))
 
 
@@ -72,10 +74,12 @@ def test_predict_writes_pictures_and_coco_results(checkpoint, data, tmp_path):
     output = run("predict", folder, "--model", checkpoint, "--output", out, "--score-threshold", 0)
     assert "Found 15 objects in 3 images" in output
     assert "ms per image" in output
-    assert sorted(path.name for path in out.iterdir()) == ["0.png", "1.png", "2.png", "predictions.json"]
+    assert sorted(path.name for path in out.iterdir()) == ["0.png", "1.png", "2.png", *RUN]
     records = json.loads((out / "predictions.json").read_text())
     assert len(records) == 15
-    assert {(record["image_id"], record["file_name"]) for record in records} == {(i, f"{i}.png") for i in range(3)}
+    assert {(record["image_id"], record["file_name"]) for record in records} == {
+        (i, str(folder / f"{i}.png")) for i in range(3)
+    }
     assert {record["category_id"] for record in records} <= {7, 23, 90}
     assert all(record["segmentation"]["size"] in ([64, 80], [80, 64]) for record in records)
     opened = output.rpartition("Open ")[2].strip()
@@ -106,9 +110,10 @@ def test_images_of_one_name_get_pictures_of_their_own(checkpoint, data, tmp_path
         image.save(tmp_path / name)
     run("predict", tmp_path / "a", tmp_path / "b", "--model", checkpoint, "--output", tmp_path / "out")
     assert len(list((tmp_path / "out").glob("*.png"))) == 3
-    run("predict", tmp_path / "a", "--model", checkpoint, "--output", tmp_path / "out", "--score-threshold", 0)
-    records = json.loads((tmp_path / "out" / "predictions.json").read_text())
-    assert {(record["image_id"], record["file_name"]) for record in records} == {(1, "cell.jpg"), (2, "cell.png")}
+    run("predict", tmp_path / "a", "--model", checkpoint, "--output", tmp_path / "a out", "--score-threshold", 0)
+    records = json.loads((tmp_path / "a out" / "predictions.json").read_text())
+    names = [str(tmp_path / "a" / name) for name in ("cell.jpg", "cell.png")]
+    assert {(record["image_id"], record["file_name"]) for record in records} == set(enumerate(names, 1))
 
 
 def test_bad_images_in_a_folder_are_reported_and_the_others_done(checkpoint, data, tmp_path):
@@ -125,12 +130,13 @@ def test_bad_images_in_a_folder_are_reported_and_the_others_done(checkpoint, dat
     assert (tmp_path / "out" / "good.png").is_file()
 
     assert "corrupt.png: no readable image" in fails(
-        "predict", images / "corrupt.png", "--model", checkpoint, "--output", tmp_path / "out"
+        "predict", images / "corrupt.png", "--model", checkpoint, "--output", tmp_path / "none"
     )
     (images / "good.png").unlink()
     assert "None of the 2 images could be read" in fails(
-        "predict", images, "--model", checkpoint, "--output", tmp_path / "out"
+        "predict", images, "--model", checkpoint, "--output", tmp_path / "none"
     )
+    assert list((tmp_path / "none").iterdir()) == []
 
 
 def test_unusual_images_are_converted(checkpoint, tmp_path):
@@ -204,7 +210,7 @@ def test_evaluate_agrees_with_predict(checkpoint, data, tmp_path):
     run("predict", folder, "--model", checkpoint, "--output", tmp_path, "--score-threshold", 0)
     records = json.loads((tmp_path / "predictions.json").read_text())
     ids = {image["file_name"]: image["id"] for image in truth["images"]}
-    expected = evaluate_coco(truth, [record | {"image_id": ids[record["file_name"]]} for record in records])
+    expected = evaluate_coco(truth, [record | {"image_id": ids[Path(record["file_name"]).name]} for record in records])
     out = tmp_path / "numbers.json"
     run("evaluate", "--model", checkpoint, "--images", folder, "--annotations", annotations, "--json", out)
     numbers = json.loads(out.read_text())
@@ -467,8 +473,20 @@ def test_python_dash_m_starts_without_what_it_does_not_need():
 def test_predict_in_tiles_and_views(checkpoint, data, tmp_path):
     arguments = ("predict", data[0] / "0.png", "--model", checkpoint, "--output", tmp_path, "--score-threshold", 0)
     assert "Found 5 objects" in run(*arguments)
-    assert "Found 2 objects" in run(*arguments, "--detections-per-image", 2)
-    run(*arguments, "--tile", 40, "--overlap", 0.3, "--tta", "--soft-nms", "gaussian", "--nms-threshold", 0.3)
+    assert "Found 2 objects" in run(*arguments, "--detections-per-image", 2, "--overwrite")
+    run(
+        *arguments,
+        "--overwrite",
+        "--tile",
+        40,
+        "--overlap",
+        0.3,
+        "--tta",
+        "--soft-nms",
+        "gaussian",
+        "--nms-threshold",
+        0.3,
+    )
     records = json.loads((tmp_path / "predictions.json").read_text())
     assert records
     assert all(record["segmentation"]["size"] in ([64, 80], [80, 64]) for record in records)
@@ -479,7 +497,7 @@ def test_predict_with_an_optimized_model(checkpoint, data, tmp_path, arguments):
     common = ("predict", data[0] / "0.png", "--model", checkpoint, "--output", tmp_path, "--score-threshold", 0)
     run(*common)
     expected = json.loads((tmp_path / "predictions.json").read_text())
-    run(*common, *arguments)
+    run(*common, *arguments, "--overwrite")
     records = json.loads((tmp_path / "predictions.json").read_text())
     tolerance = 1e-4 if "--optimize" in arguments else 0.02
     scores = [record["score"] for record in records]

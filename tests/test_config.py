@@ -10,24 +10,37 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from a2fpn._serialize import from_dict, to_dict
-from a2fpn.config import BackboneConfig, Category, ModelConfig, NeckConfig, PreprocessConfig, RCNNConfig, heads_type
+from a2fpn.config import (
+    BackboneConfig,
+    Category,
+    FCOSConfig,
+    HTCConfig,
+    KeypointRCNNConfig,
+    ModelConfig,
+    NeckConfig,
+    PreprocessConfig,
+    RCNNConfig,
+    RetinaNetConfig,
+    heads_type,
+)
 from a2fpn.detectors import DETECTORS
 
 positive = st.integers(1, 4000)
 unit = st.floats(0, 1, allow_nan=False)
+above_zero = st.floats(1e-3, 1)
 preprocess_configs = st.builds(
     PreprocessConfig,
     resize=st.sampled_from(["shortest_edge", "at_least", "none"]),
     min_size=positive,
-    max_size=positive,
+    max_size=st.integers(4000, 32_768),
     mean=st.tuples(unit, unit, unit),
-    std=st.tuples(unit, unit, unit),
-    size_divisor=st.none() | positive,
+    std=st.tuples(above_zero, above_zero, above_zero),
+    size_divisor=st.none() | st.integers(1, 1024),
 )
 head_configs = st.builds(
     RCNNConfig,
     anchor_sizes=st.none() | st.lists(st.lists(positive, min_size=1).map(tuple), max_size=5).map(tuple),
-    anchor_ratios=st.lists(unit, min_size=1).map(tuple),
+    anchor_ratios=st.lists(st.floats(0.01, 100), min_size=1).map(tuple),
     roi_aligned=st.booleans(),
     nms_threshold=unit,
 )
@@ -209,3 +222,43 @@ def test_categories_have_ids_and_names_even_where_none_are_known() -> None:
     known = (Category(7, "cat"), Category(90, "dog"))
     assert model_config(num_classes=2, categories=known).labeled_categories == known
     assert model_config(num_classes=2).labeled_categories == (Category(1, "class 0"), Category(2, "class 1"))
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "good", "bad"),
+    [
+        (PreprocessConfig, "size_divisor", (1, 1024), (0, -32, 1025, 15_000)),
+        (PreprocessConfig, "max_size", (800, 32_768), (32_769, 10**6)),
+        (RCNNConfig, "roi_sampling_ratio", (0, 64), (-1, 65)),
+        (RCNNConfig, "box_pool_size", (1, 128), (0, 129)),
+        (RCNNConfig, "box_channels", (1, 65_536), (0, 65_537)),
+        (RCNNConfig, "detections_per_image", (1, 1_000_000), (0, 1_000_001)),
+        (RCNNConfig, "rpn_post_nms_top_n_test", (1, 1_000_000), (0, 10**9)),
+        (RCNNConfig, "rpn_batch_size", (1, 1_000_000), (0, -1)),
+        (RCNNConfig, "score_threshold", (0.0, 1.0), (-0.1, 1.1, float("nan"))),
+        (RCNNConfig, "rpn_nms_threshold", (0.0, 1.0), (-0.1, 1.1, float("nan"))),
+        (RCNNConfig, "anchor_sizes", (((1,),), ((8192,),)), (((0,),), ((-8, 4),), ((8193,),))),
+        (RCNNConfig, "anchor_ratios", ((0.01,), (100.0,)), ((0.0,), (-1.0,), (float("nan"),))),
+        (RCNNConfig, "mask_upsample", ("carafe",), ("xx",)),
+        (HTCConfig, "semantic_channels", (1,), (0, 10**6)),
+        (KeypointRCNNConfig, "keypoint_pool_size", (1, 128), (0, 129)),
+        (RetinaNetConfig, "fg_iou", (0.0, 1.0), (1.5,)),
+        (RetinaNetConfig, "box_loss", ("giou",), ("xx",)),
+        (FCOSConfig, "top_levels", (0, 8), (-1, 9)),
+        (FCOSConfig, "candidates_per_level", (1,), (0,)),
+        (FCOSConfig, "nms_threshold", (0.0, 1.0), (2.0,)),
+    ],
+)
+def test_what_would_hurt_at_the_first_image_is_refused_when_it_is_set(
+    section: Any, name: str, good: tuple[Any, ...], bad: tuple[Any, ...]
+) -> None:
+    for value in good:
+        assert getattr(section(**{name: value}), name) == value
+    for value in bad:
+        with pytest.raises(ValueError, match=name):
+            section(**{name: value})
+
+
+def test_a_norm_that_does_not_exist_is_refused_in_python_too() -> None:
+    with pytest.raises(ValueError, match="norm must be one of 'bn', 'frozen', 'sync', 'gn', got 'xx'"):
+        BackboneConfig("resnet50", norm="xx")  # type: ignore[arg-type]

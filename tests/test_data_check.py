@@ -340,7 +340,7 @@ def test_files_are_compared_with_what_the_json_says(folder):
             assert found[code].image_ids == (number,), code
             assert f"in 1 of 7 opened images: {number} ({names[code]!r})" in found[code].message
             assert not found[code].fatal
-    assert codes(report, "error") == ["size-mismatch", "unreadable-file", "missing-file"]
+    assert codes(report, "error") == ["exif-ignored", "size-mismatch", "unreadable-file", "missing-file"]
     assert "40 x 60 instead of 60 x 40" in found["size-mismatch"].message
 
 

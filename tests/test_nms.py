@@ -1,5 +1,6 @@
 """Thresholds, NMS and soft-NMS, and that every detector takes them from one place."""
 
+import dataclasses
 import math
 
 import pytest
@@ -11,7 +12,7 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.ops import batched_nms
 
 from a2fpn.detectors import DETECTORS
-from a2fpn.heads import DetectionRoIHeads, PostprocessConfig, override_postprocess, soft_nms, suppress
+from a2fpn.heads import DetectionRoIHeads, PostprocessConfig, soft_nms, suppress
 from tests.helpers import randomize, tiny_model
 
 
@@ -142,8 +143,8 @@ def test_the_heads_post_process_as_torchvision_does(threshold: float) -> None:
 
 def detect(model: torch.nn.Module, **changes: object) -> dict[str, Tensor]:
     image = torch.rand(3, 64, 96, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode(), override_postprocess(model, **changes):
-        return model([image], paste_masks=False)[0]
+    with torch.inference_mode():
+        return model([image], paste_masks=False, rule=dataclasses.replace(model.rule, **changes))[0]
 
 
 @pytest.mark.parametrize("name", list(DETECTORS))
@@ -171,19 +172,10 @@ def test_every_detector_takes_the_rule(name: str) -> None:
     assert torch.equal(detect(model)["scores"], plain["scores"])
 
 
-def test_the_rule_comes_back_after_an_error() -> None:
+def test_thresholds_set_on_the_heads_count_as_with_torchvision() -> None:
     model = tiny_model("fasterrcnn_fpn").eval()
-    before = model.roi_heads.rule
-    stopped = override_postprocess(model, nms_threshold=0.9)
-    stopped.__enter__()
-    assert model.roi_heads.rule.nms_threshold == 0.9
-    assert not stopped.__exit__(RuntimeError, RuntimeError("stop"), None)
-    assert model.roi_heads.rule == before
-
-
-def test_a_model_without_heads_has_no_rule() -> None:
-    with (
-        pytest.raises(TypeError, match="Identity has no head with a PostprocessConfig"),
-        override_postprocess(torch.nn.Identity()),
-    ):
-        pass
+    model.roi_heads.score_thresh = 0.75
+    assert model.rule.score_threshold == 0.75
+    cascade = tiny_model("cascadercnn_fpn").eval()
+    cascade.roi_heads.stages[-1].nms_thresh = 0.25
+    assert cascade.rule.nms_threshold == 0.25

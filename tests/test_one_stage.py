@@ -128,7 +128,7 @@ def test_top_levels_are_torchvisions() -> None:
 def test_anchors_of_the_wrong_arity_are_an_error() -> None:
     with pytest.raises(ValueError, match=r"one tuple per pyramid level: 5 levels of strides .*, got 2 tuples"):
         tiny_model("retinanet_fpn", anchor_sizes=[[8], [16]])
-    with pytest.raises(ValueError, match=r"top_levels must be between 0 and 100, got -1"):
+    with pytest.raises(ValueError, match=r"top_levels must be between 0 and 8, got -1"):
         tiny_model("fcos_fpn", top_levels=-1)
 
 

@@ -13,7 +13,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import a2fpn
 from a2fpn.detectors import DETECTORS, Detector
-from a2fpn.heads import override_postprocess
+from a2fpn.heads import PostprocessConfig
 from a2fpn.inference.optimize import _ActivatedConv, _fold, _ResidualBlock, optimize_for_inference
 from tests.helpers import tiny_model
 
@@ -313,5 +313,4 @@ def test_the_predictor_and_its_options_take_it() -> None:
     np.testing.assert_array_equal(found.labels, expected.labels)
     assert (found.masks != expected.masks).mean() < 1e-3
     assert len(a2fpn.Predictor(optimized)(pixels, detections_per_image=3)) == 3
-    with override_postprocess(optimized, detections_per_image=2):
-        assert len(detect(optimized, image())[0]["scores"]) == 2
+    assert len(detect(optimized, image(), rule=PostprocessConfig(detections_per_image=2))[0]["scores"]) == 2

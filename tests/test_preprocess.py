@@ -72,7 +72,7 @@ def test_target_sizes(resize: str, size: tuple[int, int], expected: tuple[int, i
 
 def test_the_short_side_is_exact_at_every_size() -> None:
     # 800 / 97 * 97 is 799.99... in floating point.
-    preprocess = rule("shortest_edge", 800, 10**6)
+    preprocess = rule("shortest_edge", 800, 32_768)
     assert {min(preprocess.target_size(n, n + 7)) for n in range(1, 2000)} == {800}
 
 
@@ -177,6 +177,20 @@ def test_images_of_another_shape_are_an_error(image: Tensor, message: str) -> No
 def test_images_of_another_dtype_are_an_error(dtype: torch.dtype) -> None:
     with pytest.raises(TypeError, match=rf"float image in \[0, 1\] or a uint8 image in \[0, 255\], got {dtype}"):
         rule("none")([torch.ones(3, 8, 8).to(dtype)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_float_images_beyond_the_unit_range_are_an_error(dtype: torch.dtype) -> None:
+    ramp = torch.linspace(0, 1, 192).view(3, 8, 8).to(dtype)
+    rule("none")([ramp])
+    message = r"float image in \[0, 1\] or a uint8 image in \[0, 255\], got .* values from"
+    for wrong in (ramp * 255, ramp - 0.5, (ramp - 0.45) / 0.225, ramp + float("inf")):
+        with pytest.raises(ValueError, match=message):
+            rule("none")([wrong])
+    # A bicubic resize goes beyond by itself.
+    rule("none")([ramp * 1.4 - 0.2], resize=False)
+    with pytest.raises(ValueError, match="values from"):
+        rule("none")([ramp * 255], resize=False)
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,10 @@ MostObjects = Annotated[
         "--detections-per-image", min=1, help="Most objects of an image, or of a tile; by default the model's."
     ),
 ]
+MaxPixels = Annotated[
+    int | None,
+    typer.Option("--max-pixels", min=1, help="Files with more pixels are not decoded; raise it for files you trust."),
+]
 Optimize = Annotated[
     bool, typer.Option("--optimize", help="Fold the model for speed first: same results up to rounding.")
 ]

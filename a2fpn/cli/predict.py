@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
-import json
+import os
 import statistics
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from a2fpn.cli.format import count_of, progress_bar
 from a2fpn.cli.options import (
     Device,
+    MaxPixels,
     Model,
     MostObjects,
     Nms,
@@ -29,10 +32,12 @@ from a2fpn.cli.options import (
     build_predictor,
     load_detector,
 )
-from a2fpn.errors import ConfigError, MissingFileError
+from a2fpn.cli.predictions import PredictionFolder
+from a2fpn.data.images import MAX_PIXELS
+from a2fpn.errors import ConfigError, ImageError, MissingFileError
 
 if TYPE_CHECKING:
-    pass
+    from a2fpn.inference import Predictor
 
 
 def predict(
@@ -40,6 +45,10 @@ def predict(
     *,
     model: Model,
     output: Output = Path("predictions"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files of the same names in DIR.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run that DIR holds: what is done is skipped.")
+    ] = False,
     score_threshold: Threshold = 0.5,
     tile: Tile = None,
     overlap: Overlap = 0.2,
@@ -49,6 +58,7 @@ def predict(
     detections_per_image: MostObjects = None,
     optimize: Optimize = False,
     dtype: Precision = "float32",
+    max_pixels: MaxPixels = MAX_PIXELS,
     device: Device = None,
 ) -> None:
     """Find objects in images: a picture for each, and all results as COCO JSON.
@@ -57,82 +67,103 @@ def predict(
 
     A slide of many thousand pixels: `a2fpn predict slide.png --model runs/cells --tile 1024`
 
-    The file `predictions.json` is a list of COCO results, to which `file_name` is added. Where all file names are
-    numbers, as in COCO, these are the image ids; otherwise images count from 1.
+    The file `predictions.json` is a list of COCO results, to which `file_name` is added, the path as given. Where all
+    file names are numbers, as in COCO, these are the image ids; otherwise images count from 1; `manifest.json` holds
+    the table. Results are in `predictions.jsonl` as soon as an image is done, and stay there after Ctrl-C.
     """
-    from a2fpn.data import ImageError
+    if overwrite and resume:
+        raise ConfigError("--overwrite starts anew and --resume continues; give one of them.")
+    options = {
+        "score_threshold": score_threshold,
+        "nms_threshold": nms_threshold,
+        "soft_nms": soft_nms or False,
+        "detections_per_image": detections_per_image,
+        "tile": tile,
+        "overlap": overlap,
+        "tta": tta,
+    }
+    settings = {"model": model, "optimize": optimize, "dtype": dtype, **options}
+    folder: PredictionFolder | None = None
+    try:
+        paths = image_files(images)
+        predictor = build_predictor(
+            load_detector(model), device, optimize=optimize, dtype=dtype, max_pixels=max_pixels, **options
+        )
+        folder = PredictionFolder(output, paths, settings, overwrite=overwrite, resume=resume)
+        _run(folder, predictor)
+    except KeyboardInterrupt:
+        if folder is None or not folder.objects:
+            typer.echo("Stopped before the first image; nothing was written.", err=True)
+        else:
+            typer.echo(
+                f"Stopped after {len(folder.objects)} of {count_of(len(folder.jobs), 'image')}; their results are in "
+                f"{_shown(folder.folder)}. The same command with --resume does the others.",
+                err=True,
+            )
+        raise typer.Exit(130) from None  # 128 and the number of the signal
 
-    paths = image_files(images)
-    if output.resolve() in {path.resolve().parent for path in paths}:
-        raise ConfigError(f"--output {output} is a folder that images are read from; choose another one.")
-    predictor = build_predictor(
-        load_detector(model),
-        device,
-        optimize=optimize,
-        dtype=dtype,
-        score_threshold=score_threshold,
-        nms_threshold=nms_threshold,
-        soft_nms=soft_nms or False,
-        detections_per_image=detections_per_image,
-        tile=tile,
-        overlap=overlap,
-        tta=tta,
-    )
-    output.mkdir(parents=True, exist_ok=True)
-    jobs = list(zip(paths, _image_ids(paths), _picture_files(paths, output), strict=True))
 
-    records: list[dict[str, Any]] = []
-    found: dict[Path, int] = {}
+def _run(folder: PredictionFolder, predictor: Predictor) -> None:
+    """Predicts what has no results yet; what is found is on the disk whatever happens."""
+    before, pending = len(folder.objects), folder.pending
+    if before:
+        typer.echo(f"{count_of(before, 'image')} of {len(folder.jobs)} done before.", err=True)
     seconds: list[float] = []
-    with progress_bar() as progress:
-        for path, image_id, picture in progress.track(jobs, description="predicting"):
-            start = time.perf_counter()
-            try:
-                (result,) = predictor([path])
-            except ImageError as error:
-                if len(jobs) == 1:
-                    raise
-                typer.echo(f"a2fpn: skipped {error}", err=True)
-                continue
-            seconds.append(time.perf_counter() - start)
-            records += [record | {"file_name": path.name} for record in result.to_coco(image_id)]
-            result.plot(score_threshold=0).save(picture)
-            found[picture] = len(result)
-    if not found:
-        raise ConfigError(f"None of the {len(jobs)} images could be read.")
-    results = output / "predictions.json"
-    results.write_text(json.dumps(records), encoding="utf-8")
-    skipped = len(jobs) - len(found)
+    try:
+        with progress_bar() as progress:
+            for job in progress.track(pending, description="predicting"):
+                start = time.perf_counter()
+                try:
+                    (result,) = predictor([job.path])
+                    seconds.append(time.perf_counter() - start)
+                    folder.add(job, result.to_coco(job.image_id), result.plot(score_threshold=0))
+                except (ImageError, OSError) as error:
+                    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+                    if len(folder.jobs) == 1 or full:
+                        raise
+                    typer.echo(f"a2fpn: skipped {_shown(error)}", err=True)
+    finally:
+        results = folder.finish()
+    objects = folder.objects
+    if not objects:
+        raise ConfigError(f"None of the {len(folder.jobs)} images could be read.")
+    skipped = len(folder.pending)
     typer.echo(
-        f"Found {count_of(len(records), 'object')} in {count_of(len(found), 'image')}"
-        f"{f' ({skipped} more could not be read)' if skipped else ''}, "
-        f"{1000 * statistics.median(seconds):.0f} ms per image. All results are in {results}\n"
-        f"Open {max(found, key=lambda picture: found[picture])}"
+        f"Found {count_of(sum(objects.values()), 'object')} in {count_of(len(objects), 'image')}"
+        f"{f' ({skipped} more could not be read)' if skipped else ''}"
+        f"{f', {1000 * statistics.median(seconds):.0f} ms per image' if seconds else ''}. "
+        f"All results are in {_shown(results)}\nOpen {_shown(folder.folder / max(objects, key=objects.__getitem__))}"
     )
+
+
+def _shown(text: object) -> str:
+    """Text for people: bytes of file names that are no UTF-8 become question marks."""
+    return os.fsencode(str(text)).decode("utf-8", "replace")
 
 
 def image_files(sources: Sequence[Path]) -> list[Path]:
-    """The given files, and the images of the given folders."""
+    """The given files, and the images of the given folders; what is left out of folders is told."""
     from a2fpn.inference import list_images
 
     for source in sources:
         if not source.exists():
-            raise MissingFileError(f"{source}: no such file or folder.")
-    groups = [list_images(source) if source.is_dir() else [source] for source in sources]
+            raise MissingFileError(f"{_shown(source)}: no such file or folder.")
+    groups = []
+    for source in sources:
+        groups.append(list_images(source) if source.is_dir() else [source])
+        if source.is_dir():
+            _tell_left_out(source, set(groups[-1]))
     return list(itertools.chain.from_iterable(groups))
 
 
-def _image_ids(paths: Sequence[Path]) -> list[int]:
-    """COCO image ids: the file names where they are different numbers, else 1, 2, ..."""
-    numbers = {int(path.stem) for path in paths if path.stem.isdecimal()}
-    return [int(path.stem) for path in paths] if len(numbers) == len(paths) else list(range(1, len(paths) + 1))
+def _tell_left_out(folder: Path, taken: set[Path]) -> None:
+    """Says what of a folder is not read; hidden files are nobody's images."""
+    others = [path for path in folder.iterdir() if path not in taken and not path.name.startswith(".")]
+    kinds = Counter("sub-folder" if path.is_dir() else "file of another kind" for path in others)
+    if kinds:
+        parts = [f"{number} {kind}" if number == 1 else f"{number} {_PLURALS[kind]}" for kind, number in kinds.items()]
+        verb = "is" if len(others) == 1 else "are"
+        typer.echo(f"{_shown(folder)}: {' and '.join(sorted(parts))} {verb} left out.", err=True)
 
 
-def _picture_files(paths: Sequence[Path], output: Path) -> list[Path]:
-    """Return the paths of the pictures: named as the images, numbered where names repeat."""
-    names: dict[str, str] = {}  # by lower case: some file systems take both for one
-    for path in paths:
-        numbered = (f"{path.stem}_{number}" for number in itertools.count(2))
-        name = next(name for name in itertools.chain([path.stem], numbered) if name.lower() not in names)
-        names[name.lower()] = name
-    return [output / f"{name}.png" for name in names.values()]
+_PLURALS = {"sub-folder": "sub-folders", "file of another kind": "files of other kinds"}

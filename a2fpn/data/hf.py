@@ -12,6 +12,7 @@ from typing import Any, Literal
 from PIL import Image
 
 from a2fpn.config import Category
+from a2fpn.data.images import open_image
 from a2fpn.data.storage import read_bytes
 from a2fpn.data.streams import RawSample, StreamDataset, random_generator, random_order
 from a2fpn.errors import DataError
@@ -208,9 +209,9 @@ class HfDataset(StreamDataset):
         size = {key: row.get(key) for key in ("width", "height")}
         if None in size.values():
             try:
-                with Image.open(io.BytesIO(content)) as image:
+                with open_image(io.BytesIO(content), max_pixels=None) as image:
                     size = dict(zip(("width", "height"), image.size, strict=True))
-            except OSError:
+            except (OSError, ValueError):
                 pass  # told when it is decoded
         objects = row["objects"]
         if isinstance(objects, Mapping):

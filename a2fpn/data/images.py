@@ -2,45 +2,131 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
+import logging
+import math
+import struct
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
 from a2fpn.errors import ImageError
 
+SUFFIXES = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+"""How the names of image files end; AVIF and HEIC are read where their decoders are installed."""
+FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF", "AVIF", "HEIF")
+"""PIL's names of the formats that are read: PIL knows others, of which some start programs."""
+MAX_PIXELS = 2**28
+"""Pixels above which a file is not decoded unless asked for: in RGB these take 805 MB."""
+TURNED = (5, 6, 7, 8)
+"""EXIF orientations that swap width and height."""
 _RGB = 3  # torchvision.io.ImageReadMode.RGB
+_logger = logging.getLogger(__name__)
+
+
+def open_image(file: Path | io.BytesIO, *, max_pixels: int | None = MAX_PIXELS) -> Image.Image:
+    """Opens an image of one of :data:`FORMATS` without decoding it.
+
+    Args:
+        file: The file, or its content.
+        max_pixels: Most pixels it may have; None sets no limit. PIL's own limit, of the whole process, does not count.
+
+    Raises:
+        ValueError: If it is of no such format, or too large.
+        OSError: If it can't be read.
+    """
+    Image.init()
+    if isinstance(file, Path):
+        with file.open("rb") as opened:
+            head = opened.read(16)
+    else:
+        head = file.getvalue()[:16]
+    reason = ""
+    for decoder in filter(None, map(_decoder, FORMATS)):
+        accepted = decoder.accept(head)
+        if isinstance(accepted, str):  # the right format, without its library
+            reason = accepted
+        elif accepted:
+            return _opened_by(decoder, file, max_pixels)
+    raise ValueError(reason or f"it is none of {', '.join(name for name in FORMATS if _decoder(name))}")
+
+
+def _opened_by(decoder: _Decoder, file: Path | io.BytesIO, max_pixels: int | None) -> Image.Image:
+    try:
+        # Not Image.open, which looks at a limit that all threads and libraries share.
+        image: Image.Image = decoder.factory(file if isinstance(file, io.BytesIO) else str(file))
+    except (SyntaxError, IndexError, TypeError, struct.error) as error:
+        raise OSError(f"damaged: {error}") from error
+    if max_pixels is not None and math.prod(image.size) > max_pixels:
+        image.close()
+        raise ValueError(
+            f"{image.width} x {image.height} = {math.prod(image.size)} pixels are more than the limit of {max_pixels}; "
+            "raise max_pixels (--max-pixels) if the file can be trusted"
+        )
+    return image
+
+
+class _Decoder(NamedTuple):
+    factory: Any
+    accept: Any
+
+
+def _decoder(name: str) -> _Decoder | None:
+    """What opens a format, and what knows it by the first 16 bytes; None where no decoder is installed."""
+    if name in Image.OPEN:
+        return _Decoder(*Image.OPEN[name])
+    if name == "HEIF" and importlib.util.find_spec("pillow_heif"):
+        import pillow_heif
+
+        return _Decoder(pillow_heif.HeifImageFile, pillow_heif.is_supported)
+    return None
+
+
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation of an opened image, 1 to 8; 1, as stored, where there is none or a broken one."""
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # whatever PIL raises on a broken tag
+        return 1
+    return value if value in range(1, 9) else 1
 
 
 def read_image(
-    source: str | Path | bytes, *, size: tuple[int, int] | None = None, name: str = "the given bytes"
+    source: str | Path | bytes,
+    *,
+    size: tuple[int, int] | None = None,
+    name: str = "the given bytes",
+    max_pixels: int | None = MAX_PIXELS,
 ) -> tv_tensors.Image:
-    """Reads any image PIL knows as 8-bit RGB.
+    """Reads a PNG, JPEG, WebP, TIFF, BMP or GIF as 8-bit RGB; AVIF and HEIC where their decoders are installed.
 
-    - EXIF orientation: applied. With ``size``, the stored pixels are taken as they are if they have that
-      size, and only otherwise turned: labelling tools differ in whether they obey EXIF.
+    - EXIF orientation: applied, in training and evaluation as in prediction. With ``size``, a picture that has this
+      size only as stored is an error, since the annotations then fit another picture than people are shown.
     - 16-bit gray: the full range 0..65535 becomes 0..255, by division by 257 and rounding, whatever range
       the image uses. So does 32-bit integer gray, if its values lie in that range. Floating-point images
       have no agreed range and are an error.
     - Transparency: composed over white.
     - Gray, palette, CMYK and the other color spaces: PIL's conversion.
-    - Animations and multi-page files: the first frame.
+    - Animations and multi-page files: the first frame, and a warning in the log.
 
     Args:
         source: The image file, or its content.
         size: (H, W) that the image must have, pixels.
         name: What messages call an image given by its content.
+        max_pixels: Most pixels that are decoded; None sets no limit.
 
     Returns:
         uint8 (3, H, W) in [0, 255].
 
     Raises:
-        ImageError: If the file is missing, no image, corrupt, or not of the size.
+        ImageError: If the file is missing, no image of these formats, corrupt, too large, or not of the size.
 
     Example:
         >>> read_image("missing.png")
@@ -51,17 +137,17 @@ def read_image(
     name, file = _opened(source, name)
     content = bytearray(file.read_bytes() if isinstance(file, Path) else file.getbuffer())
     try:
-        with Image.open(io.BytesIO(content)) as opened:  # reads the header alone
-            pixels = _decode_plain_jpeg(opened, content, size)
+        with open_image(io.BytesIO(content), max_pixels=max_pixels) as opened:  # reads the header alone
+            _check_size(opened, size, name)
+            pixels = _decode_plain_jpeg(opened, content)
             if pixels is not None:
                 return tv_tensors.Image(pixels)
-            image: Image.Image = opened
-            if size is None or image.size != size[::-1]:
-                image = ImageOps.exif_transpose(image)
-            if size is not None and image.size != size[::-1]:
-                got, wanted = " x ".join(map(str, opened.size)), " x ".join(map(str, size[::-1]))
-                raise ImageError(f"{name}: the image is {got} pixels wide and high, the annotations say {wanted}.")
-            return tv_tensors.Image(F.to_image(to_rgb(image)))
+            if opened.format != "MPO" and getattr(opened, "is_animated", False):
+                frames = getattr(opened, "n_frames", "several")
+                _logger.warning("%s: %s frames or pages, of which the first is read.", name, frames)
+            if hasattr(opened, "_tile_size"):  # a TIFF, before whose allocation PIL looks at its own limit once more
+                opened.im = Image.core.new(opened.mode, opened._tile_size)
+            return tv_tensors.Image(F.to_image(to_rgb(ImageOps.exif_transpose(opened))))
     except ImageError:
         raise
     except Exception as error:  # PIL's decoders raise almost anything on a corrupt file
@@ -69,14 +155,29 @@ def read_image(
         raise ImageError(f"{name}: no readable image ({reason}).") from error
 
 
-def _decode_plain_jpeg(opened: Image.Image, content: bytearray, size: tuple[int, int] | None) -> Tensor | None:
-    """Decodes a JPEG in 0.7 of PIL's time, where the pixels are the same; None elsewhere.
+def _check_size(image: Image.Image, size: tuple[int, int] | None, name: str) -> None:
+    """Compares an opened image, as its EXIF orientation shows it, with the (H, W) of its annotations."""
+    shown = image.size[::-1] if orientation(image) in TURNED else image.size
+    if size is None or shown == size[::-1]:
+        return
+    got, wanted = " x ".join(map(str, image.size)), " x ".join(map(str, size[::-1]))
+    if image.size == size[::-1]:
+        raise ImageError(
+            f"{name}: the annotations say {wanted}, which fits the picture as stored, but its EXIF orientation turns "
+            "it, as every viewer and prediction show it. Remove the tag (`exiftool -Orientation= FILE`) or annotate "
+            "the turned picture."
+        )
+    raise ImageError(f"{name}: the image is {got} pixels wide and high, the annotations say {wanted}.")
 
-    That is a gray or three-channel image of the wanted size, and, where no size is wanted, one without EXIF or XMP.
+
+def _decode_plain_jpeg(opened: Image.Image, content: bytearray) -> Tensor | None:
+    """Decode a JPEG in 0.7 of PIL's time, where the pixels are the same; None elsewhere.
+
+    That is a gray or three-channel image that no EXIF turns.
     """
     if opened.format != "JPEG" or opened.mode not in ("L", "RGB"):
         return None
-    if opened.size != size[::-1] if size is not None else {"exif", "xmp"} & opened.info.keys():
+    if orientation(opened) != 1:
         return None
     try:
         # torchvision's operator; its function warns from 0.29 on that both will go one day.
@@ -116,11 +217,13 @@ def read_labels(source: str | Path | bytes, size: tuple[int, int], *, name: str)
     """
     name, file = _opened(source, f"the semantic map of {name}", "; every image needs a semantic map of its name")
     try:
-        with Image.open(file) as image:
+        with open_image(file, max_pixels=None) as image:
             if image.mode not in ("L", "P"):
                 raise ImageError(f"{name}: a semantic map must be an 8-bit palette or gray image, got {image.mode!r}.")
             labels = np.array(image, dtype=np.uint8)
-    except (OSError, SyntaxError) as error:
+    except ImageError:
+        raise
+    except (OSError, SyntaxError, ValueError) as error:
         raise ImageError(f"{name}: no readable image ({error}).") from error
     if labels.shape != size:
         raise ImageError(f"{name}: the map is {labels.shape[::-1]} pixels wide and high, its image {size[::-1]}.")

@@ -17,6 +17,7 @@ from a2fpn.backbones import TimmBackbone
 from a2fpn.config import HEADS, HeadsConfig, ModelConfig
 from a2fpn.errors import ConfigError
 from a2fpn.heads.loss_normalizer import normalize_losses_globally
+from a2fpn.heads.postprocess import PostprocessConfig
 from a2fpn.masks import InstanceMasks
 from a2fpn.masks.paste import PasteRule
 from a2fpn.necks import Neck
@@ -45,6 +46,8 @@ class Detector(nn.Module, ABC):
         class_dependent: How the names of the tensors begin that depend on the number of classes.
         strides: Strides of the backbone's maps, unless the model's configuration says otherwise.
         neck_args: Arguments of the neck, likewise.
+        provenance: What the checkpoint that it was loaded from says of it, see :mod:`a2fpn.pretrained.provenance`;
+            None for a model without one.
     """
 
     has_masks = False
@@ -57,6 +60,7 @@ class Detector(nn.Module, ABC):
     def __init__(self, config: ModelConfig, backbone: TimmBackbone, neck: Neck) -> None:
         super().__init__()
         self.config = config
+        self.provenance: object | None = None
         # Levels that only serve proposals, or that the detector adds, need not be covered by padding.
         coarsest = max(neck.out_spec[name].stride for name in neck.roi_levels)
         self.preprocess = Preprocess(config.preprocess, divisor=coarsest)
@@ -83,13 +87,20 @@ class Detector(nn.Module, ABC):
             targets: Per image what :attr:`target_keys` names, in pixels of the batch.
         """
 
+    @property
+    def rule(self) -> PostprocessConfig:
+        """The model's own post-processing, as configured."""
+        heads = self.config.heads
+        return PostprocessConfig(heads.score_threshold, heads.nms_threshold, heads.detections_per_image)
+
     @abstractmethod
-    def detect(self, features: Features, batch: Batch) -> list[Detection]:
+    def detect(self, features: Features, batch: Batch, *, rule: PostprocessConfig) -> list[Detection]:
         """Per image the detections, in pixels of the batch, best first.
 
         Args:
             features: The pyramid.
             batch: The images.
+            rule: Post-processing of this call.
         """
 
     def forward(
@@ -99,6 +110,7 @@ class Detector(nn.Module, ABC):
         *,
         resize: bool = True,
         paste_masks: bool = True,
+        rule: PostprocessConfig | None = None,
     ) -> dict[str, Tensor] | list[Detection]:
         """Detects objects, or computes the losses in training mode.
 
@@ -111,6 +123,7 @@ class Detector(nn.Module, ABC):
             resize: Whether images (and targets) are resized by the model's rule; False when they come resized.
             paste_masks: Whether masks are pasted into the image, ``(N, 1, H, W)``, or returned as they were
                 predicted inside each box, ``(N, 1, M, M)``.
+            rule: Post-processing of this call alone; None takes :attr:`rule`, the model's own.
 
         Returns:
             In training mode a dict of scalar losses, with the same keys on every step. Otherwise per image
@@ -126,7 +139,7 @@ class Detector(nn.Module, ABC):
             if targets is None:
                 raise ConfigError("In training mode targets must be given; call model.eval() to detect.")
             return self._losses(images, targets, resize)
-        return self._detect(images, resize, paste_masks)
+        return self._detect(images, resize, paste_masks, self.rule if rule is None else rule)
 
     def features(self, batch: Batch) -> Features:
         """The pyramid of a batch, named as in :attr:`spec`."""
@@ -223,12 +236,14 @@ class Detector(nn.Module, ABC):
                     f"got {got}. {self._instead('masks')}"
                 )
 
-    def _detect(self, images: Sequence[Tensor], resize: bool, paste_masks: bool) -> list[Detection]:
+    def _detect(
+        self, images: Sequence[Tensor], resize: bool, paste_masks: bool, rule: PostprocessConfig
+    ) -> list[Detection]:
         results: list[Detection] = [{}] * len(images)
         for group in self._groups(images, resize):
             batch = self.preprocess([images[i] for i in group], resize=resize)
             features = self.features(batch)
-            detections = self.detect(features, batch)
+            detections = self.detect(features, batch, rule=rule)
             for i, raw, size, original in zip(group, detections, batch.sizes, batch.original_sizes, strict=True):
                 results[i] = self._result(raw, size, original, paste_masks)
         return results

@@ -57,7 +57,6 @@ class OneStage(Detector):
         self.top = TopLevels(source.channels, channels, self._spec.names[len(neck.out_spec) :])
         self.anchor_generator = self.build_anchors()
         self.head = self.build_head()
-        self.rule = PostprocessConfig(heads.score_threshold, heads.nms_threshold, heads.detections_per_image)
 
     @abstractmethod
     def build_anchors(self) -> StrideAnchors:
@@ -96,7 +95,7 @@ class OneStage(Detector):
         added: Features = self.top(list(source.values())[-1])
         return pyramid | added
 
-    def detect(self, features: Features, batch: Batch) -> list[Detection]:
+    def detect(self, features: Features, batch: Batch, *, rule: PostprocessConfig) -> list[Detection]:
         """See :meth:`Detector.detect`."""
         outputs, anchors, counts = self.outputs(features, batch)
         images = zip(self.scores(outputs), outputs["bbox_regression"], anchors, strict=True)
@@ -106,7 +105,7 @@ class OneStage(Detector):
                 [LevelOutputs(*level) for level in image],
                 self.decode,
                 size,
-                rule=self.rule,
+                rule=rule,
                 candidates_per_level=self.one_stage.candidates_per_level,
             )
             for image, size in zip(levels, batch.sizes, strict=True)

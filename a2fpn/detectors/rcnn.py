@@ -14,6 +14,7 @@ from a2fpn.backbones import TimmBackbone
 from a2fpn.config import ModelConfig, RCNNConfig
 from a2fpn.detectors.detector import Detection, Detector
 from a2fpn.heads import Float32BoxPredictor, Float32RPNHead, ProposalNetwork, StrideAnchors, StrideRoIAlign
+from a2fpn.heads.postprocess import PostprocessConfig
 from a2fpn.heads.roi_heads import DetectionRoIHeads
 from a2fpn.necks import Neck
 from a2fpn.preprocess import Batch
@@ -72,8 +73,14 @@ class RCNN(Detector):
         head: nn.Module = self.rpn.head
         return head
 
+    @property
+    def rule(self) -> PostprocessConfig:
+        """See :attr:`Detector.rule`; thresholds set on the heads, as with torchvision's, count."""
+        rule: PostprocessConfig = getattr(self.roi_heads, "rule", super().rule)
+        return rule
+
     def build_roi_heads(self, pooled: Mapping[str, int]) -> nn.Module:
-        """Build the RoI heads, which turn proposals into detections or losses; called like torchvision's ``RoIHeads``.
+        """Build the RoI heads, called like torchvision's ``RoIHeads`` and with ``rule=``.
 
         Args:
             pooled: Name and stride of the levels that RoIs are pooled from.
@@ -149,11 +156,11 @@ class RCNN(Detector):
         _, roi_losses = self.roi_heads(features, proposals, batch.sizes, targets)
         return {**rpn_losses, **roi_losses}
 
-    def detect(self, features: Features, batch: Batch) -> list[Detection]:
+    def detect(self, features: Features, batch: Batch, *, rule: PostprocessConfig) -> list[Detection]:
         """See :meth:`Detector.detect`."""
         proposals, _ = self.rpn(ImageList(batch.tensor, batch.sizes), features)
         detections: list[Detection]
-        detections, _ = self.roi_heads(features, proposals, batch.sizes)
+        detections, _ = self.roi_heads(features, proposals, batch.sizes, rule=rule)
         if self.rcnn.unused_outputs:
             named = [raw["labels"] <= self.config.num_classes for raw in detections]
             detections = [{k: x[rows] for k, x in raw.items()} for raw, rows in zip(detections, named, strict=True)]

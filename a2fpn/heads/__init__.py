@@ -7,7 +7,7 @@ from a2fpn.heads.htc import HTCRoIHeads, SemanticBranch, SemanticRoIPool
 from a2fpn.heads.keypoints import Float32KeypointPredictor
 from a2fpn.heads.loss_normalizer import GlobalLossNormalizer, normalize_losses_globally
 from a2fpn.heads.matching import BoxPairs, ChunkedMatcher, match_locations
-from a2fpn.heads.postprocess import PostprocessConfig, SoftNms, override_postprocess, soft_nms, suppress
+from a2fpn.heads.postprocess import PostprocessConfig, SoftNms, soft_nms, suppress
 from a2fpn.heads.predictors import CARAFEMaskPredictor, Float32BoxPredictor, Float32MaskPredictor, Float32RPNHead
 from a2fpn.heads.proposals import ProposalNetwork
 from a2fpn.heads.roi_heads import DetectionRoIHeads, Samples
@@ -41,7 +41,6 @@ __all__ = [
     "mask_windows",
     "match_locations",
     "normalize_losses_globally",
-    "override_postprocess",
     "paste_masks",
     "roi_align",
     "soft_nms",

@@ -89,13 +89,14 @@ class StrideAnchors(AnchorGenerator):  # type: ignore[misc]
         if not device.runs_ahead(feature_maps[0]):
             return [self._make(grids, image_list, place)] * len(image_list.image_sizes)
         key = (place, *grids, *(image_list.tensors.shape[-2:] if self.legacy else ()))
-        if key not in self._made:
-            if len(self._made) == _KEPT:
-                del self._made[next(iter(self._made))]
+        made = self._made.get(key)
+        if made is None:
             # What is made here may serve a training step later.
             with torch.inference_mode(False):
-                self._made[key] = self._make(grids, image_list, place)
-        return [self._made[key]] * len(image_list.image_sizes)
+                made = self._make(grids, image_list, place)
+            # Replaced whole, since other threads may read it.
+            self._made = {**dict(list(self._made.items())[1 - _KEPT :]), key: made}
+        return [made] * len(image_list.image_sizes)
 
     def _make(self, grids: Sequence[tuple[int, ...]], image_list: ImageList, place: torch.device) -> Tensor:
         self.set_cell_anchors(torch.float32, place)

@@ -20,6 +20,7 @@ from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_inference
 from torchvision.ops import clip_boxes_to_image, remove_small_boxes
 
 from a2fpn.heads.loss_normalizer import GlobalLossNormalizer
+from a2fpn.heads.postprocess import PostprocessConfig
 from a2fpn.heads.roi_heads import Samples
 from a2fpn.masks.targets import mask_loss
 from a2fpn.pyramid import Features
@@ -81,13 +82,25 @@ class CascadeRoIHeads(nn.Module):
         return bool(self.stages[0].has_mask())
 
     @property
+    def rule(self) -> PostprocessConfig:
+        """Post-processing of calls that come without: the last stage's."""
+        rule: PostprocessConfig = self.stages[-1].rule
+        return rule
+
+    @property
     def box_roi_pool(self) -> nn.Module:
         """RoI pooling of the box heads, the same in every stage."""
         pool: nn.Module = self.stages[0].box_roi_pool
         return pool
 
     def forward(
-        self, features: Features, proposals: list[Tensor], image_sizes: Sizes, targets: Targets | None = None
+        self,
+        features: Features,
+        proposals: list[Tensor],
+        image_sizes: Sizes,
+        targets: Targets | None = None,
+        *,
+        rule: PostprocessConfig | None = None,
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
         """Detects objects, or computes the losses in training mode.
 
@@ -96,13 +109,14 @@ class CascadeRoIHeads(nn.Module):
             proposals: Per image ``(P, 4)`` xyxy in pixels of the batch.
             image_sizes: Per image height and width without padding.
             targets: In training mode per image ``boxes``, ``labels`` from 1 and, with mask heads, ``masks``.
+            rule: Post-processing of this call; None takes the last stage's.
 
         Returns:
             Per image ``boxes``, ``scores``, ``labels`` from 1 and ``masks`` (N, 1, M, M), or nothing in training; and
             the losses, none in evaluation.
         """
         if targets is None:
-            return self.detect(features, proposals, image_sizes), {}
+            return self.detect(features, proposals, image_sizes, rule), {}
         return [], self.losses(features, proposals, image_sizes, targets)
 
     def losses(
@@ -132,7 +146,9 @@ class CascadeRoIHeads(nn.Module):
                 totals[name] = totals.get(name, 0) + weight * loss
         return totals
 
-    def detect(self, features: Features, proposals: list[Tensor], image_sizes: Sizes) -> list[dict[str, Tensor]]:
+    def detect(
+        self, features: Features, proposals: list[Tensor], image_sizes: Sizes, rule: PostprocessConfig | None = None
+    ) -> list[dict[str, Tensor]]:
         """Boxes of the last stage, with scores and masks averaged over the stages."""
         boxes, scores = proposals, []
         probabilities = self.rules.average == "probabilities"
@@ -145,7 +161,8 @@ class CascadeRoIHeads(nn.Module):
         if probabilities:
             # torchvision's post-processing takes logits and one box per class: softmax(log p) = p.
             mean = mean.log()
-        found = self.stages[-1].postprocess_detections(mean, deltas.repeat(1, mean.shape[1]), boxes, image_sizes)
+        deltas = deltas.repeat(1, mean.shape[1])
+        found = self.stages[-1].postprocess_detections(mean, deltas, boxes, image_sizes, rule)
         results = [dict(zip(("boxes", "scores", "labels"), image, strict=True)) for image in zip(*found, strict=True)]
         if self.has_mask():
             masks = self._masks(features, found[0], found[2], image_sizes)

@@ -17,6 +17,7 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.ops import Conv2dNormActivation
 
 from a2fpn.heads.cascade import CascadeRoIHeads, CascadeRules, Sizes, Targets
+from a2fpn.heads.postprocess import PostprocessConfig
 from a2fpn.heads.roi_pool import StrideRoIAlign
 from a2fpn.layers import LevelModules
 from a2fpn.masks import InstanceMasks, nearest_pixels
@@ -127,13 +128,20 @@ class HTCRoIHeads(CascadeRoIHeads):
         self.things = things
 
     def forward(
-        self, features: Features, proposals: list[Tensor], image_sizes: Sizes, targets: Targets | None = None
+        self,
+        features: Features,
+        proposals: list[Tensor],
+        image_sizes: Sizes,
+        targets: Targets | None = None,
+        *,
+        rule: PostprocessConfig | None = None,
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
         """See :meth:`CascadeRoIHeads.forward`; with a semantic branch there is also ``loss_semantic``."""
         if self.semantic is None:
-            return super().forward(features, proposals, image_sizes, targets)
+            return super().forward(features, proposals, image_sizes, targets, rule=rule)
         embedding, logits = self.semantic(features)
-        detections, losses = super().forward({**features, SEMANTIC: embedding}, proposals, image_sizes, targets)
+        levels = {**features, SEMANTIC: embedding}
+        detections, losses = super().forward(levels, proposals, image_sizes, targets, rule=rule)
         if targets is not None:
             losses["loss_semantic"] = self.semantic_loss_weight * self._semantic_loss(logits, targets, image_sizes)
         return detections, losses

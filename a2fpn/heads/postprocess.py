@@ -5,19 +5,16 @@ Shape shorthand: ``N`` candidates of an image.
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import typing
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image, remove_small_boxes
 
 from a2fpn import device
-from a2fpn.errors import ConfigError, ConfigTypeError
+from a2fpn.errors import ConfigError
 
 SoftNms = Literal["linear", "gaussian"]
 SOFT_NMS: tuple[str, ...] = typing.get_args(SoftNms)
@@ -143,40 +140,6 @@ def soft_nms(
         remaining *= torch.where(labels == labels[best], factor, 1.0)
         remaining[best] = -1
     return torch.tensor(kept, dtype=torch.int64, device=device), scores.new_tensor(lowered)
-
-
-@contextlib.contextmanager
-def override_postprocess(model: nn.Module, **changes: Any) -> Iterator[PostprocessConfig]:
-    """Replaces fields of the rule of every head of a model for as long as the context lasts.
-
-    Args:
-        model: A detector; its heads have a :class:`PostprocessConfig` under the name ``rule``.
-        **changes: The fields.
-
-    Yields:
-        The rule of the last head, which decides.
-
-    Raises:
-        TypeError: If the model has no such head.
-    """
-    before = {
-        module: rule
-        for module in model.modules()
-        if isinstance(rule := getattr(module, "rule", None), PostprocessConfig)
-    }
-    if not before:
-        raise ConfigTypeError(f"{type(model).__name__} has no head with a PostprocessConfig.")
-    rules = {module: dataclasses.replace(rule, **changes) for module, rule in before.items()}
-    try:
-        _set_rules(rules)
-        yield list(rules.values())[-1]
-    finally:
-        _set_rules(before)
-
-
-def _set_rules(rules: Mapping[nn.Module, PostprocessConfig]) -> None:
-    for module, rule in rules.items():
-        module.rule = rule  # type: ignore[assignment]
 
 
 def box_detections(

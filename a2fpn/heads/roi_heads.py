@@ -8,7 +8,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.models.detection.roi_heads import RoIHeads, fastrcnn_loss, keypointrcnn_loss, keypoints_to_heatmap
+from torchvision.models.detection.roi_heads import (
+    RoIHeads,
+    fastrcnn_loss,
+    keypointrcnn_inference,
+    keypointrcnn_loss,
+    keypoints_to_heatmap,
+    maskrcnn_inference,
+)
 
 from a2fpn import device
 from a2fpn.heads.box_coder import BoxCoder
@@ -56,9 +63,9 @@ def positive_rows(labels: Sequence[Tensor]) -> list[Tensor]:
 
 
 class DetectionRoIHeads(RoIHeads):  # type: ignore[misc]
-    """torchvision's ``RoIHeads`` with :class:`ChunkedMatcher` and a :class:`PostprocessConfig` that can be exchanged.
+    """torchvision's ``RoIHeads`` with :class:`ChunkedMatcher` and a :class:`PostprocessConfig` per call.
 
-    The thresholds stay where torchvision keeps them.
+    The thresholds of calls without one stay where torchvision keeps them.
 
     Args:
         *args: torchvision's.
@@ -77,19 +84,12 @@ class DetectionRoIHeads(RoIHeads):  # type: ignore[misc]
         matcher = self.proposal_matcher
         self.box_coder = BoxCoder(self.box_coder.weights)
         self.proposal_matcher = ChunkedMatcher(matcher.high_threshold, matcher.low_threshold)
-        self.rule = PostprocessConfig(self.score_thresh, self.nms_thresh, self.detections_per_img)
         self.normalizer = GlobalLossNormalizer()
 
     @property
     def rule(self) -> PostprocessConfig:
-        """Post-processing of detections."""
-        return PostprocessConfig(self.score_thresh, self.nms_thresh, self.detections_per_img, *self._soft_nms)
-
-    @rule.setter
-    def rule(self, rule: PostprocessConfig) -> None:
-        self.score_thresh, self.nms_thresh = rule.score_threshold, rule.nms_threshold
-        self.detections_per_img = rule.detections_per_image
-        self._soft_nms = (rule.soft_nms, rule.soft_nms_sigma)
+        """Post-processing of calls that come without."""
+        return PostprocessConfig(self.score_thresh, self.nms_thresh, self.detections_per_img)
 
     def assign_targets_to_proposals(
         self, proposals: list[Tensor], gt_boxes: list[Tensor], gt_labels: list[Tensor]
@@ -133,6 +133,8 @@ class DetectionRoIHeads(RoIHeads):  # type: ignore[misc]
         proposals: list[Tensor],
         image_shapes: list[tuple[int, int]],
         targets: list[dict[str, Any]] | None = None,
+        *,
+        rule: PostprocessConfig | None = None,
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
         """As torchvision's; ``masks`` of a target are :class:`~a2fpn.masks.InstanceMasks`, the losses are the same.
 
@@ -141,12 +143,10 @@ class DetectionRoIHeads(RoIHeads):  # type: ignore[misc]
             proposals: Per image ``(P, 4)`` xyxy.
             image_shapes: Per image height and width without padding.
             targets: In training mode per image ``boxes``, ``labels`` from 1 and what the mask or keypoint head needs.
+            rule: Post-processing of this call; None takes torchvision's attributes.
         """
         if targets is None:
-            found: tuple[list[dict[str, Tensor]], dict[str, Tensor]] = super().forward(
-                features, proposals, image_shapes
-            )
-            return found
+            return self.detect(features, proposals, image_shapes, rule), {}
         samples = Samples(*self.select_training_samples(proposals, targets))
         pooled = self.box_head(self.box_roi_pool(features, samples.boxes, image_shapes))
         logits, deltas = self.box_predictor(pooled)
@@ -181,12 +181,46 @@ class DetectionRoIHeads(RoIHeads):  # type: ignore[misc]
             losses["loss_keypoint"] = self.normalizer(loss, visible)
         return [], losses
 
+    def detect(
+        self,
+        features: Features,
+        proposals: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+        rule: PostprocessConfig | None = None,
+    ) -> list[dict[str, Tensor]]:
+        """Per image ``boxes``, ``scores``, ``labels`` from 1, and what the mask or keypoint head gives.
+
+        Args:
+            features: The pyramid.
+            proposals: Per image ``(P, 4)`` xyxy.
+            image_shapes: Per image height and width without padding.
+            rule: As in :meth:`forward`.
+        """
+        logits, deltas = self.box_predictor(self.box_head(self.box_roi_pool(features, proposals, image_shapes)))
+        boxes, scores, labels = self.postprocess_detections(logits, deltas, proposals, image_shapes, rule)
+        columns = {"boxes": boxes, "scores": scores, "labels": labels}
+        if self.has_mask():
+            columns["masks"] = self.mask_probabilities(
+                self.mask_head(self.mask_roi_pool(features, boxes, image_shapes)), labels
+            )
+        if self.has_keypoint():
+            pooled = self.keypoint_head(self.keypoint_roi_pool(features, boxes, image_shapes))
+            points, heights = keypointrcnn_inference(self.keypoint_predictor(pooled), boxes)
+            columns |= {"keypoints": points, "keypoints_scores": heights}
+        return [dict(zip(columns, image, strict=True)) for image in zip(*columns.values(), strict=True)]
+
+    def mask_probabilities(self, x: Tensor, labels: list[Tensor]) -> list[Tensor]:
+        """Per image the masks ``(n, 1, M, M)`` of the given classes ``(n,)``, from what the mask head gives."""
+        probabilities: list[Tensor] = list(maskrcnn_inference(self.mask_predictor(x), labels))
+        return probabilities
+
     def postprocess_detections(
         self,
         class_logits: Tensor,
         box_regression: Tensor,
         proposals: list[Tensor],
         image_shapes: list[tuple[int, int]],
+        rule: PostprocessConfig | None = None,
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Per image boxes ``(n, 4)``, scores ``(n,)`` descending and labels ``(n,)`` from 1.
 
@@ -195,11 +229,12 @@ class DetectionRoIHeads(RoIHeads):  # type: ignore[misc]
             box_regression: ``(R, 4 (K + 1))``.
             proposals: Per image ``(P, 4)`` xyxy.
             image_shapes: Per image height and width without padding.
+            rule: As in :meth:`forward`.
         """
         counts = [len(boxes) for boxes in proposals]
         boxes = self.box_coder.decode(box_regression, proposals)
         scores = class_logits.softmax(-1)
-        rule = self.rule
+        rule = rule or self.rule
         results = [
             box_detections(image_boxes, image_scores, size, rule)
             for image_boxes, image_scores, size in zip(

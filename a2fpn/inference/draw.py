@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -479,7 +480,8 @@ def _object_colors(result: Drawable) -> tuple[Colors, bool]:
 def _legend(result: Drawable, colors: Colors, *, scores: bool = True) -> list[_Entry]:
     """Return the lines of the legend: the picture's name and size, then each class."""
     height, width = result.size
-    title = Path(result.path).name if result.path else ""
+    # Bytes that are no UTF-8 can't be drawn.
+    title = os.fsencode(Path(result.path).name).decode("utf-8", "replace") if result.path else ""
     objects = f"{len(result)} object{'' if len(result) == 1 else 's'}"
     entries = [_Entry(np.empty((0, 3)), _shorten(title), f"{width} × {height} px, {objects}")]
     for label in np.unique(result.labels).tolist():

@@ -31,7 +31,7 @@ from a2fpn import device
 from a2fpn.config import ModelConfig
 from a2fpn.detectors import Detector
 from a2fpn.errors import ConfigError, ConfigTypeError
-from a2fpn.heads import DetectionRoIHeads, Float32RPNHead, ProposalNetwork
+from a2fpn.heads import DetectionRoIHeads, Float32RPNHead, PostprocessConfig, ProposalNetwork
 from a2fpn.preprocess import Preprocess
 from a2fpn.pyramid import Features
 
@@ -80,12 +80,26 @@ class OptimizedDetector(nn.Module):
         """Method of pasting masks into the image."""
         return self.detector.mask_paste
 
+    @property
+    def rule(self) -> PostprocessConfig:
+        """The model's own post-processing."""
+        return self.detector.rule
+
     @torch.inference_mode()
-    def forward(self, images: Sequence[Tensor], *, resize: bool = True, paste_masks: bool = True) -> list[Any]:
+    def forward(
+        self,
+        images: Sequence[Tensor],
+        *,
+        resize: bool = True,
+        paste_masks: bool = True,
+        rule: PostprocessConfig | None = None,
+    ) -> list[Any]:
         """Detects objects; see :meth:`a2fpn.detectors.Detector.forward`."""
         kind = next(self.detector.parameters()).device.type
         with torch.autocast(kind, self.dtype, enabled=self.dtype != torch.float32):
-            return self.detector(images, resize=resize, paste_masks=paste_masks)  # type: ignore[no-any-return]
+            return self.detector(  # type: ignore[no-any-return]
+                images, resize=resize, paste_masks=paste_masks, rule=rule
+            )
 
     def train(self, mode: bool = True) -> OptimizedDetector:
         """Stays in evaluation mode.
@@ -528,21 +542,9 @@ class _BoxPredictor(nn.Module):
 class _MaskRoIHeads(DetectionRoIHeads):
     """RoI heads that predict masks of the classes found instead of all classes."""
 
-    def forward(
-        self,
-        features: Features,
-        proposals: list[Tensor],
-        image_shapes: list[tuple[int, int]],
-        targets: list[dict[str, Any]] | None = None,
-    ) -> tuple[list[dict[str, Tensor]], dict[str, Any]]:
-        """Per image ``boxes``, ``scores``, ``labels`` from 1 and ``masks`` (N, 1, M, M), and no losses."""
-        pooled = self.box_roi_pool(features, proposals, image_shapes)
-        logits, deltas = self.box_predictor(self.box_head(pooled))
-        boxes, scores, labels = self.postprocess_detections(logits, deltas, proposals, image_shapes)
-        x = self.mask_head(self.mask_roi_pool(features, boxes, image_shapes))
-        masks = torch.split(_masks(self.mask_predictor, x, torch.cat(labels)), [len(b) for b in boxes])
-        names = ("boxes", "scores", "labels", "masks")
-        return [dict(zip(names, image, strict=True)) for image in zip(boxes, scores, labels, masks, strict=True)], {}
+    def mask_probabilities(self, x: Tensor, labels: list[Tensor]) -> list[Tensor]:
+        """See :meth:`DetectionRoIHeads.mask_probabilities`."""
+        return list(torch.split(_masks(self.mask_predictor, x, torch.cat(labels)), [len(own) for own in labels]))
 
 
 def _masks(predictor: MaskRCNNPredictor, x: Tensor, labels: Tensor) -> Tensor:

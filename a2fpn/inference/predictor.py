@@ -5,12 +5,11 @@ Shape shorthand: N objects of K keypoints, an image of H x W pixels, C = 3 chann
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import numpy as np
 import torch
@@ -18,9 +17,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from a2fpn.data.images import read_image, to_rgb
+from a2fpn.data.images import MAX_PIXELS, SUFFIXES, read_image, to_rgb
 from a2fpn.errors import ConfigError, ConfigTypeError
-from a2fpn.heads.postprocess import PostprocessConfig, SoftNms, override_postprocess
+from a2fpn.heads.postprocess import PostprocessConfig, SoftNms
+from a2fpn.inference.eval_view import eval_view
 from a2fpn.inference.result import Result, to_array
 from a2fpn.inference.tiling import TileDetections, merge_tiles, tile_windows
 from a2fpn.inference.tta import Augmentation, detect_augmented
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from a2fpn.inference.optimize import OptimizedDetector
 
 
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 ImageInMemory = Image.Image | NDArray[np.uint8] | Tensor
 ImagePath = str | os.PathLike[str]
 
@@ -83,16 +82,32 @@ class PredictOptions:
         return (Augmentation() if self.tta else None) if isinstance(self.tta, bool) else self.tta
 
 
+class _Call(NamedTuple):
+    """What one call runs with.
+
+    Args:
+        model: The detector in evaluation mode.
+        options: Those of the call.
+        rule: The model's post-processing with the call's changes.
+    """
+
+    model: Detector | OptimizedDetector
+    options: PredictOptions
+    rule: PostprocessConfig
+
+
 class Predictor:
     """Runs a detector on images as people have them: files, folders, PIL images, arrays, tensors.
 
-    The model is used, not copied: it is moved to ``device``, and every module's training flag is put back after
-    each call, so that a model can be looked at in the midst of its training.
+    A call keeps nothing: its options are its own, and it changes neither the predictor nor the model, whose training
+    flags and buffers stay as they are, also in the midst of training. So threads may share a predictor, and predictors
+    a model; each call gives what it gives alone. Building one moves the model to ``device``, it is not copied.
 
     Args:
         model: A detector of :func:`a2fpn.create_model`, :func:`a2fpn.from_pretrained` or
             :func:`a2fpn.optimize_for_inference`.
         device: Where to run, for example ``"cuda"``; None leaves the model where it is.
+        max_pixels: Most pixels of an image file, see :func:`a2fpn.data.read_image`; None sets no limit.
         channels_last: Whether to lay out the model's weights for convolutions on NHWC memory, which is faster on
             CPUs and on tensor cores, with the same results up to rounding.
         **options: Fields of :class:`PredictOptions`, for every call that doesn't say otherwise: ``score_threshold``,
@@ -117,6 +132,7 @@ class Predictor:
         *,
         device: torch.device | str | None = None,
         channels_last: bool = True,
+        max_pixels: int | None = MAX_PIXELS,
         **options: Any,
     ) -> None:
         if not hasattr(model, "config") or not hasattr(model, "preprocess"):
@@ -124,7 +140,10 @@ class Predictor:
                 f"Predictor expects a detector of a2fpn.create_model(...) or a2fpn.from_pretrained(...), "
                 f"got {type(model).__name__}."
             )
+        if max_pixels is not None and max_pixels < 1:
+            raise ConfigError(f"max_pixels must be at least 1 or None, got {max_pixels}.")
         self.options = PredictOptions(**options)
+        self.max_pixels = max_pixels
         self.model = model.to(device)
         if channels_last:
             self.model.to(memory_format=torch.channels_last)
@@ -184,25 +203,25 @@ class Predictor:
             # The heads keep what scores more than their threshold, a result what scores no less.
             below = float(np.nextafter(np.float32(changes["score_threshold"]), np.float32(-1)))
             changes["score_threshold"] = max(0.0, below)
-        with _evaluating(self.model), override_postprocess(self.model, **changes) as rule, torch.inference_mode():
+        call = _Call(eval_view(self.model), chosen, replace(self.model.rule, **changes))
+        with torch.inference_mode():
             if chosen.tile is not None:
-                return [self._tiled(image, chosen, rule) for image in images]
+                return [self._tiled(image, call) for image in images]
             return [
                 self._result(output, _size(image), chosen)
-                for output, image in zip(self._detect(images, chosen, rule), images, strict=True)
+                for output, image in zip(self._detect(images, call), images, strict=True)
             ]
 
-    def _detect(
-        self, images: Sequence[Tensor], options: PredictOptions, rule: PostprocessConfig
-    ) -> Sequence[Mapping[str, Tensor]]:
-        """Return the detections of each image, by the model or fused from several views."""
-        model, augmentation = self.model, options.augmentation
+    def _detect(self, images: Sequence[Tensor], call: _Call) -> Sequence[Mapping[str, Tensor]]:
+        """What the model, or the fusion of what it sees in several views, finds in each image."""
+        model, options, rule = call
+        augmentation = options.augmentation
         if augmentation is None or not all(image.ndim == 3 for image in images):
-            found: Sequence[Mapping[str, Tensor]] = model(images, paste_masks=False)
+            found: Sequence[Mapping[str, Tensor]] = model(images, paste_masks=False, rule=rule)
             return found
         return [
             detect_augmented(
-                lambda view: model([view], resize=False, paste_masks=False)[0],
+                lambda view: model([view], resize=False, paste_masks=False, rule=rule)[0],
                 image,
                 model.preprocess.target_size(*_size(image)),
                 augmentation,
@@ -212,13 +231,13 @@ class Predictor:
             for image in images
         ]
 
-    def _tiled(self, image: Tensor, options: PredictOptions, rule: PostprocessConfig) -> Result:
-        size = _size(image)
+    def _tiled(self, image: Tensor, call: _Call) -> Result:
+        size, options = _size(image), call.options
         results = []
         windows = tile_windows(size, options.tile or max(size), options.overlap)
         # One by one: a batch of tiles takes several times the memory and saves no time on a CPU.
         for x0, y0, x1, y1 in windows:
-            (output,) = self._detect([image[..., y0:y1, x0:x1]], options, rule)
+            (output,) = self._detect([image[..., y0:y1, x0:x1]], call)
             if "keypoints" in output and len(windows) > 1:
                 raise ConfigError("Keypoints of several tiles can't be merged; predict without tile.")
             moved = {**output, "boxes": output["boxes"] + output["boxes"].new_tensor([x0, y0, x0, y0])}
@@ -234,7 +253,7 @@ class Predictor:
 
     def _predict_one(self, image: ImageInMemory | ImagePath, options: Mapping[str, Any]) -> Result:
         if isinstance(image, (str, os.PathLike)):
-            (result,) = self.predict([read_image(Path(image))], **options)
+            (result,) = self.predict([read_image(Path(image), max_pixels=self.max_pixels)], **options)
             return replace(result, path=os.fspath(image))
         tensor = _to_tensor(image)
         (result,) = self.predict([tensor], **options)
@@ -273,25 +292,13 @@ def list_images(folder: ImagePath) -> list[Path]:
         ValueError: If there are none.
         OSError: If there is no such folder.
     """
-    paths = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    paths = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in SUFFIXES and not path.is_dir())
     if not paths:
         raise ConfigError(
             f"No image lies in the folder {os.fspath(folder)} itself; expected names that end in "
-            f"{', '.join(IMAGE_SUFFIXES)} (sub-folders are not searched)."
+            f"{', '.join(SUFFIXES)} (sub-folders are not searched)."
         )
     return paths
-
-
-@contextlib.contextmanager
-def _evaluating(model: Detector | OptimizedDetector) -> Iterator[None]:
-    """Puts a model into evaluation mode and every module back into its own afterwards: parts may be frozen."""
-    before = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in before.items():
-            module.training = training
 
 
 def _to_tensor(image: ImageInMemory) -> Tensor:

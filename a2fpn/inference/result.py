@@ -176,7 +176,8 @@ class Result:
             return self.image
         if self.path is None:
             raise ConfigError("This result holds neither the image nor its path; give the image to plot(image=...).")
-        return to_array(read_image(self.path))
+        # What made the result has read the file before, under a limit of its own.
+        return to_array(read_image(self.path, max_pixels=None))
 
     def plot(
         self,

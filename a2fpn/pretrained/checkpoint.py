@@ -282,7 +282,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load tensors strictly: same names, same shapes; floating dtypes are converted.
+    """Loads tensors strictly: same names, same shapes, same kinds of numbers; floating dtypes are converted.
 
     Raises:
         CheckpointError: Naming up to five tensors per kind of mismatch.
@@ -296,6 +296,11 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             for name, x in own.items()
             if name in state and state[name].shape != x.shape
         ],
+        "of another kind of number": [
+            f"{name} {_dtype(state[name])} instead of {_dtype(x)}"
+            for name, x in own.items()
+            if name in state and _kind(state[name]) != _kind(x)
+        ],
     }
     found = [f"{len(names)} {kind}: {', '.join(names[:5])}" for kind, names in problems.items() if names]
     if found:
@@ -303,6 +308,17 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, x in own.items():
             x.copy_(state[name])
+
+
+def _kind(x: Tensor) -> str:
+    """Floating, complex, boolean or whole: numbers of one kind can be converted, others mean something else."""
+    if x.dtype == torch.bool:
+        return "boolean"
+    return "floating" if x.is_floating_point() else "complex" if x.is_complex() else "whole"
+
+
+def _dtype(x: Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")
 
 
 def file_sha256(path: Path) -> str:

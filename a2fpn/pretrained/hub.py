@@ -52,6 +52,7 @@ from a2fpn.pretrained.checkpoint import (
     save_checkpoint,
     wrong_weights,
 )
+from a2fpn.pretrained.provenance import merged_metadata
 
 
 @dataclass(frozen=True)
@@ -222,7 +223,8 @@ def push_to_hub(
         private: Whether a new repository is private; None takes the organization's default.
         create_pr: Whether to open a pull request in place of a commit to the main branch.
         token: Access token with write permission; None takes the one saved by ``hf auth login``.
-        metadata: As in :func:`a2fpn.save_pretrained`; only with a detector, a folder has its own.
+        metadata: As in :func:`a2fpn.save_pretrained`, over what is known of the model; only with a detector, a folder
+            has its own.
         commit_message: Title of the commit.
 
     Returns:
@@ -249,7 +251,7 @@ def push_to_hub(
                 if (Path(model) / name).is_file():
                     shutil.copyfile(Path(model) / name, folder / name)
         else:
-            save_checkpoint(folder, model.config, model.state_dict(), metadata=metadata)
+            save_checkpoint(folder, model.config, model.state_dict(), metadata=merged_metadata(model, metadata))
         if not (folder / CARD_FILE).is_file():
             (folder / CARD_FILE).write_text(model_card(read_checkpoint(folder), repo.id), encoding="utf-8")
         api = _api(token)

@@ -6,6 +6,7 @@ import functools
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -36,6 +37,7 @@ from a2fpn.pretrained.checkpoint import (
     save_checkpoint,
 )
 from a2fpn.pretrained.hub import Repo, download_checkpoint, is_repo_id
+from a2fpn.pretrained.provenance import Provenance, fingerprint, merged_metadata
 from a2fpn.pretrained.torchvision import read_torchvision
 
 _logger = logging.getLogger(__name__)
@@ -182,11 +184,14 @@ def save_pretrained(
 ) -> Path:
     """Save a detector as ``config.json`` and ``model.safetensors``.
 
+    What the checkpoint that the model was loaded from says of it (licences, recipe, data) is saved too. Its metrics are
+    only as long as weights and settings are the same; otherwise they stand under ``derived_from``.
+
     Args:
         model: The detector.
         directory: Made if it does not exist.
         half: Whether matrices and kernels are stored in float16.
-        metadata: JSON-able facts: metrics, recipe, data, licenses.
+        metadata: JSON-able facts: metrics, recipe, data, licenses; over those that are known.
 
     Returns:
         The directory.
@@ -199,7 +204,8 @@ def save_pretrained(
         >>> again.config == model.config, again.training
         (True, False)
     """
-    return save_checkpoint(directory, model.config, model.state_dict(), half=half, metadata=metadata)
+    facts = merged_metadata(model, metadata)
+    return save_checkpoint(directory, model.config, model.state_dict(), half=half, metadata=facts)
 
 
 class Weights(NamedTuple):
@@ -209,11 +215,13 @@ class Weights(NamedTuple):
         config: What it was saved as.
         state: Its tensors; None if they are not wanted.
         format_version: Of the checkpoint that they come from.
+        metadata: What that checkpoint says of the model.
     """
 
     config: ModelConfig
     state: dict[str, Tensor] | None
     format_version: int = FORMAT_VERSION
+    metadata: Mapping[str, Any] = MappingProxyType({})
 
 
 def _prefixed(name: str, *, load: bool, **options: Any) -> Weights | None:
@@ -226,7 +234,7 @@ def _prefixed(name: str, *, load: bool, **options: Any) -> Weights | None:
 def _from_folder(folder: Path, *, load: bool) -> Weights:
     checkpoint = read_checkpoint(folder)
     state = read_weights(folder, checkpoint) if load else None
-    return Weights(checkpoint.model, state, checkpoint.format_version)
+    return Weights(checkpoint.model, state, checkpoint.format_version, checkpoint.metadata)
 
 
 def _from_hub(repo: Repo, *, load: bool, sha256: str | None = None) -> Weights:
@@ -237,7 +245,7 @@ def _from_hub(repo: Repo, *, load: bool, sha256: str | None = None) -> Weights:
             f"sha256 {checkpoint.sha256}, expected {sha256}."
         )
     state = read_tensors(folder / WEIGHTS_FILE) if load else None
-    return Weights(checkpoint.model, state, checkpoint.format_version)
+    return Weights(checkpoint.model, state, checkpoint.format_version, checkpoint.metadata)
 
 
 @functools.singledispatch
@@ -274,7 +282,7 @@ def _(weights: TorchvisionWeights, *, load: bool, **options: Any) -> Weights:
 
 @read_pretrained.register
 def _(weights: GraftedWeights, *, load: bool, **options: Any) -> Weights:
-    base, tensors, _ = read_pretrained(PRETRAINED[weights.base], load=load, **options)
+    base, tensors, *_ = read_pretrained(PRETRAINED[weights.base], load=load, **options)
     config = graft_config(base, target=weights.neck)
     if tensors is None:
         return Weights(config, None)
@@ -296,7 +304,7 @@ def _assemble(
     overrides: Mapping[str, Any],
 ) -> Detector:
     """Build a model as it was saved but for the overrides, with weights if there are any."""
-    saved, state, version = weights
+    saved, state, version, metadata = weights
     config = override(saved, num_classes, overrides)
     try:
         model = build_model(config)
@@ -320,6 +328,7 @@ def _assemble(
             ", ".join(renewed),
         )
     load_weights(model, _with_counters_of(model.backbone.state_dict(prefix="backbone."), state))
+    model.provenance = Provenance(metadata, saved, fingerprint(model.state_dict()))
     return model.eval()
 
 

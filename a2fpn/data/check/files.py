@@ -9,15 +9,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-from PIL import ExifTags, Image
+from PIL import Image
 
 from a2fpn.data.check.report import PICTURED, Finding, Severity, Track, count_of, few, shorten
 from a2fpn.data.coco import CocoImage
-from a2fpn.data.images import read_image
+from a2fpn.data.images import TURNED, open_image, orientation, read_image
 from a2fpn.errors import ImageError
 
 _FOLDERS_SEARCHED = 1000
-_TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 
 def file_findings(root: Path, images: Sequence[CocoImage], track: Track, *, decode: bool) -> Iterator[Finding]:
@@ -55,14 +54,14 @@ _FILES: Mapping[str, tuple[Severity, str, str]] = {
         "The reader turns such pictures; other tools may not.",
     ),
     "exif-ignored": (
-        "note",
-        "An EXIF tag that would turn the picture away from the size in the JSON",
-        "The reader ignores the tag, as the tool did that wrote the JSON; other tools may not.",
+        "error",
+        "An EXIF tag that turns the picture away from the size in the JSON",
+        "Remove the tag (`exiftool -Orientation= FILE`) if the boxes fit the pixels as stored.",
     ),
     "exif-ambiguous": (
         "warning",
         "An EXIF tag that turns or mirrors the picture without changing its size",
-        "The reader takes the pixels as stored. If boxes lie wrong (see a plot), apply the tag to the files.",
+        "The reader obeys the tag. If boxes lie wrong (see a plot), remove it from the files.",
     ),
 }
 """Severity, statement and advice for what :func:`_inspect` finds."""
@@ -78,40 +77,36 @@ def _inspect(path: Path, entry: CocoImage, *, decode: bool) -> tuple[str, str]:
     try:
         if not path.is_file():
             return "missing-file", ""
-        with Image.open(path) as image:
+        with open_image(path) as image:
             stored = (image.height, image.width)
-            orientation = _orientation(image, agrees=stored == size)
+            tag = _orientation(image, agrees=stored == size)
     except Exception as error:  # PIL raises almost anything on a corrupt file
         return "unreadable-file", shorten(repr(str(error) or type(error).__name__), 80)
-    turned = stored[::-1] if orientation in _TURNED else stored
+    turned = stored[::-1] if tag in TURNED else stored
     if size not in (stored, turned):
         got, wanted = (f"{width} x {height}" for height, width in (stored, size))
         return "size-mismatch", f"{got} instead of {wanted}"
+    if size != turned:
+        return "exif-ignored", ""
     if decode:
         try:
             read_image(path, size=size)
         except ImageError as error:
             return "unreadable-file", shorten(repr(str(error).removeprefix(f"{path}: ")), 80)
-    if orientation in (None, 1):
+    if tag == 1:
         return "", ""
-    if stored == turned:
-        return "exif-ambiguous", f"orientation {orientation}"
-    return ("exif-ignored" if stored == size else "exif-turned"), ""
+    return ("exif-ambiguous", f"orientation {tag}") if stored == turned else ("exif-turned", "")
 
 
-def _orientation(image: Image.Image, *, agrees: bool) -> int | None:
-    """The EXIF orientation, 2 to 8 where it changes the picture; None where there is none.
+def _orientation(image: Image.Image, *, agrees: bool) -> int:
+    """The EXIF orientation, 1 where there is none.
 
     A PNG without a tag before its pixels is decoded by PIL to look for one behind them: too slow to do if the size
     agrees already.
     """
     if agrees and image.format == "PNG" and "exif" not in image.info:
-        return None
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # whatever PIL raises on a broken tag, which the reader never sees if the size agrees
-        return None
-    return orientation if orientation in range(1, 9) else None
+        return 1
+    return orientation(image)
 
 
 def _elsewhere(root: Path, file_name: str) -> str:

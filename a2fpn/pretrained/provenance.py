@@ -1,0 +1,71 @@
+"""What is known of a model travels with it: from the checkpoint it was loaded from to the next one it is saved to."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from a2fpn.config import ModelConfig
+from a2fpn.detectors import Detector
+
+MEASURED = ("metrics", "max_detections", "count_threshold")
+"""Facts that hold for the very weights and settings that they were measured with."""
+OF_DATA = ("data", "data_license", "recipe")
+"""Facts that belong together: new data without a licence do not have that of the old."""
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a checkpoint said of the model that was loaded from it.
+
+    Args:
+        metadata: The checkpoint's.
+        config: What the checkpoint describes.
+        fingerprint: See :func:`fingerprint`; of the weights as they were loaded.
+    """
+
+    metadata: Mapping[str, Any]
+    config: ModelConfig
+    fingerprint: int
+
+    def facts(self, model: Detector) -> dict[str, Any]:
+        """What still holds for a model.
+
+        With other weights, classes or settings than those of the checkpoint, what was measured moves to
+        ``derived_from``, so that nobody takes it for the model's own.
+        """
+        if model.config == self.config and fingerprint(model.state_dict()) == self.fingerprint:
+            return dict(self.metadata)
+        kept = {key: value for key, value in self.metadata.items() if key not in MEASURED}
+        measured = {key: self.metadata[key] for key in MEASURED if key in self.metadata}
+        origin = {"architecture": self.config.architecture, "num_classes": self.config.num_classes, **measured}
+        return {**kept, "derived_from": origin} if self.metadata else {}
+
+
+def merged_metadata(model: Detector, given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What is saved with a model: what still holds of what it was loaded with, and over it what is given."""
+    given = dict(given or {})
+    known = model.provenance.facts(model) if isinstance(model.provenance, Provenance) else {}
+    if any(key in given for key in OF_DATA):
+        known = {key: value for key, value in known.items() if key not in OF_DATA}
+    return {**known, **given}
+
+
+def fingerprint(state: Mapping[str, Tensor]) -> int:
+    """A checksum of tensors and their names, wherever and in whatever memory format they lie.
+
+    Example:
+        >>> a, b = {"x": torch.zeros(2)}, {"x": torch.ones(2)}
+        >>> fingerprint(a) == fingerprint(dict(a)), fingerprint(a) == fingerprint(b)
+        (True, False)
+    """
+    code = 0
+    for name in sorted(state):
+        x = state[name].detach().cpu().contiguous()
+        code = zlib.crc32(x.flatten().view(torch.uint8).numpy(), zlib.crc32(name.encode(), code))
+    return code

@@ -1,0 +1,204 @@
+"""``a2fpn predict`` never costs a user anything: no file of theirs, no result that was computed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+import a2fpn
+from a2fpn import cli
+from a2fpn.cli.predictions import Job, PredictionFolder
+from a2fpn.inference import Predictor
+
+RUN = {"manifest.json", "predictions.json", "predictions.jsonl"}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    model = a2fpn.create_model(
+        "fasterrcnn_fpn",
+        backbone="test_efficientnet",
+        neck_args={"out_channels": 16},
+        box_channels=16,
+        min_size=64,
+        max_size=128,
+        score_threshold=0.0,
+        detections_per_image=5,
+        num_classes=2,
+    )
+    return a2fpn.save_pretrained(model, tmp_path_factory.mktemp("checkpoint"))
+
+
+def images(folder: Path, *names: str) -> Path:
+    rng = np.random.default_rng(0)
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(folder / name)
+    return folder
+
+
+def predict(checkpoint: Path, *arguments: object, code: int = 0) -> str:
+    command = ["predict", *map(str, arguments), "--model", str(checkpoint), "--score-threshold", "0"]
+    result = CliRunner().invoke(cli.app, command, env={"COLUMNS": "200"})
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def test_a_strangers_files_stay_unless_they_may_be_replaced(checkpoint: Path, tmp_path: Path) -> None:
+    photos, mine = images(tmp_path / "photos", "cat.png"), tmp_path / "mine"
+    mine.mkdir()
+    for name in ("cat.png", "predictions.json", "notes.txt"):
+        (mine / name).write_text("mine")
+    output = predict(checkpoint, photos, "--output", mine, code=2)
+    assert "mine holds predictions.json, cat.png, not made by this run. --overwrite replaces what is there" in output
+    assert {path.name: path.read_text() for path in mine.iterdir()} == dict.fromkeys(
+        ("cat.png", "predictions.json", "notes.txt"), "mine"
+    )
+    predict(checkpoint, photos, "--output", mine, "--overwrite")
+    assert len(read(mine / "predictions.json")) == 5
+    assert (mine / "notes.txt").read_text() == "mine"
+    assert "--resume continues that run" in predict(checkpoint, photos, "--output", mine, code=2)
+
+
+def test_nothing_is_written_through_a_link(checkpoint: Path, tmp_path: Path) -> None:
+    data, photos = images(tmp_path / "data", "x.png"), tmp_path / "photos"
+    photos.mkdir()
+    (photos / "x.png").symlink_to(data / "x.png")
+    original = (data / "x.png").read_bytes()
+    for output in (photos, data):
+        assert "choose another one" in predict(checkpoint, photos, "--output", output, "--overwrite", code=2)
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("x.png", *RUN):
+        (out / name).symlink_to(data / "x.png")
+    predict(checkpoint, photos, "--output", out, code=2)
+    predict(checkpoint, photos, "--output", out, "--overwrite")
+    assert (data / "x.png").read_bytes() == original
+    assert not any((out / name).is_symlink() for name in ("x.png", *RUN))
+
+
+def test_records_keep_the_path_as_given_and_the_manifest_the_table_of_ids(checkpoint: Path, tmp_path: Path) -> None:
+    images(tmp_path, "a/1.jpg", "b/1.jpg")
+    paths = [str(tmp_path / name) for name in ("a/1.jpg", "b/1.jpg")]
+    predict(checkpoint, *paths, "--output", tmp_path / "out")
+    records = read(tmp_path / "out/predictions.json")
+    assert {(record["file_name"], record["image_id"]) for record in records} == {(paths[0], 1), (paths[1], 2)}
+    assert read(tmp_path / "out/manifest.json")["images"] == [
+        {"id": 1, "file_name": paths[0], "picture": "1.png"},
+        {"id": 2, "file_name": paths[1], "picture": "1_2.png"},
+    ]
+
+
+def interrupted(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    """Presses Ctrl-C when so many images are done."""
+    predict_one, done = Predictor.__call__, []
+
+    def press(*args: Any, **options: Any) -> Any:
+        if len(done) == after:
+            raise KeyboardInterrupt
+        done.append(1)
+        return predict_one(*args, **options)
+
+    monkeypatch.setattr(Predictor, "__call__", press)
+
+
+def test_ctrl_c_keeps_what_is_done_and_resume_does_the_rest(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos, out = images(tmp_path / "photos", *(f"p{i}.png" for i in range(6))), tmp_path / "out"
+    predict(checkpoint, photos, "--output", tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        interrupted(patched, after=2)
+        output = predict(checkpoint, photos, "--output", out, code=130)
+    assert "Stopped after 2 of 6 images; their results are in" in output
+    assert "--resume does the others" in output
+    assert len(read(out / "predictions.json")) == 10
+    assert len((out / "predictions.jsonl").read_text().splitlines()) == 2
+    pictures = {name: (out / name).stat().st_mtime_ns for name in ("p0.png", "p1.png")}
+    with (out / "predictions.jsonl").open("a") as stream:
+        stream.write('{"file_name": "cut o')  # as a kill would
+    assert "2 images of 6 done before" in predict(checkpoint, photos, "--output", out, "--resume")
+    assert read(out / "predictions.json") == read(tmp_path / "whole/predictions.json")
+    assert {name: (out / name).stat().st_mtime_ns for name in pictures} == pictures
+    assert "detections_per_image was None in the run" in predict(
+        checkpoint, photos, "--output", out, "--resume", "--detections-per-image", 2, code=2
+    )
+
+
+def test_ctrl_c_before_the_first_image_leaves_nothing(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(monkeypatch, after=0)
+    output = predict(checkpoint, images(tmp_path / "photos", "a.png"), "--output", tmp_path / "out", code=130)
+    assert "Stopped before the first image; nothing was written" in output
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_new_images_of_a_resumed_run_get_ids_of_their_own(checkpoint: Path, tmp_path: Path) -> None:
+    photos, out = images(tmp_path / "photos", "b.png"), tmp_path / "out"
+    predict(checkpoint, photos, "--output", out)
+    images(photos, "a.png", "B.jpg")
+    predict(checkpoint, photos, "--output", out, "--resume")
+    table = {Path(row["file_name"]).name: (row["id"], row["picture"]) for row in read(out / "manifest.json")["images"]}
+    assert table == {"b.png": (1, "b.png"), "B.jpg": (2, "B_2.png"), "a.png": (3, "a.png")}
+    assert sorted({record["image_id"] for record in read(out / "predictions.json")}) == [1, 2, 3]
+
+
+def test_results_are_on_the_disk_as_they_come_and_one_bad_picture_is_skipped(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos, out = images(tmp_path / "photos", "a.png", "b.png", "c.png"), tmp_path / "out"
+    lines: list[int] = []
+    add = PredictionFolder.add
+
+    def watched(self: PredictionFolder, job: Job, *rest: Any) -> None:
+        if job.path.name == "b.png":
+            raise PermissionError(13, "Permission denied", str(job.picture))
+        add(self, job, *rest)
+        lines.append(len((out / "predictions.jsonl").read_text().splitlines()))
+
+    monkeypatch.setattr(PredictionFolder, "add", watched)
+    output = predict(checkpoint, photos, "--output", out)
+    assert lines == [1, 2]
+    assert "skipped" in output
+    assert "in 2 images (1 more could not be read)" in output
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a file system that takes any bytes")
+def test_file_names_that_are_no_utf8(checkpoint: Path, tmp_path: Path) -> None:
+    images(tmp_path / "photos", "a.png", "b.png")
+    os.rename(tmp_path / "photos/a.png", os.fsencode(tmp_path / "photos") + b"/\xff.png")
+    command = [sys.executable, "-m", "a2fpn", "predict", "photos", "--model", str(checkpoint), "--output", "out"]
+    done = subprocess.run([*command, "--score-threshold", "0"], cwd=tmp_path, capture_output=True, check=True)
+    assert b"in 2 images" in done.stdout
+    names = {os.fsencode(record["file_name"]) for record in read(tmp_path / "out/predictions.json")}
+    assert names == {b"photos/b.png", b"photos/\xff.png"}
+
+
+def test_what_is_left_out_of_a_folder_is_told(checkpoint: Path, tmp_path: Path) -> None:
+    photos = images(tmp_path / "photos", "a.png", "sub/b.png")
+    (photos / "slide.svs").write_text("")
+    (photos / "notes.txt").write_text("")
+    (photos / ".DS_Store").write_text("")
+    output = predict(checkpoint, photos, "--output", tmp_path / "out")
+    assert "photos: 1 sub-folder and 2 files of other kinds are left out" in output
+
+
+def test_the_limit_of_pixels_is_an_option(checkpoint: Path, tmp_path: Path) -> None:
+    photo = images(tmp_path, "a.png") / "a.png"
+    for limit, code in ((1999, 2), (2000, 0)):
+        output = predict(checkpoint, photo, "--output", tmp_path / "out", "--max-pixels", limit, code=code)
+        assert ("50 x 40 = 2000 pixels are more than the limit of 1999; raise max_pixels" in output) == (code == 2)
