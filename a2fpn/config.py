@@ -532,7 +532,7 @@ def _check_anchors(sizes: tuple[tuple[int, ...], ...] | None, ratios: tuple[floa
 
 def _check_choices(config: Any) -> None:
     """Fields of named choices, which Python itself does not look at."""
-    for name, choices in _choices(type(config)).items():
+    for name, choices in _choices(config.__class__).items():
         value = getattr(config, name)
         if value not in choices:
             raise ConfigError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")

@@ -146,7 +146,9 @@ def read_image(
                 frames = getattr(opened, "n_frames", "several")
                 _logger.warning("%s: %s frames or pages, of which the first is read.", name, frames)
             if hasattr(opened, "_tile_size"):  # a TIFF, before whose allocation PIL looks at its own limit once more
-                opened.im = Image.core.new(opened.mode, opened._tile_size)
+                opened.im = Image.core.new(  # type: ignore[attr-defined]
+                    opened.mode, opened._tile_size
+                )
             return tv_tensors.Image(F.to_image(to_rgb(ImageOps.exif_transpose(opened))))
     except ImageError:
         raise

@@ -67,5 +67,5 @@ def fingerprint(state: Mapping[str, Tensor]) -> int:
     code = 0
     for name in sorted(state):
         x = state[name].detach().cpu().contiguous()
-        code = zlib.crc32(x.flatten().view(torch.uint8).numpy(), zlib.crc32(name.encode(), code))
+        code = zlib.crc32(x.flatten().view(torch.uint8).numpy().tobytes(), zlib.crc32(name.encode(), code))
     return code
