@@ -111,10 +111,10 @@ def test_nested_settings_are_joined_and_lists_replaced():
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
-def test_recipes_are_settings_that_end_at_rate_zero_and_evaluate_five_times(path):
+def test_recipes_are_settings_that_end_at_rate_zero_and_evaluate_four_times(path):
     config = parse(["--config", str(path), "data.root=x"])
     assert config.optim.final_factor == 0
-    assert config.run.epochs / config.run.evaluate_every == 5
+    assert config.run.epochs / config.run.evaluate_every == 4
     assert config.run.trackers == ()
     assert config.data.eval_batch_size > 1
 

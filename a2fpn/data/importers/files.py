@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import json
 import os
-import struct
 import warnings
 import xml.etree.ElementTree as ET
 from pathlib import Path, PureWindowsPath
@@ -13,9 +12,10 @@ from typing import Any
 from urllib.parse import unquote
 
 import orjson
-from PIL import ExifTags, Image
+from PIL import ExifTags
 
 from a2fpn._registry import natural_key
+from a2fpn.data.images import open_image
 from a2fpn.data.labeled import LossLog, split_name
 from a2fpn.errors import DataError
 
@@ -153,37 +153,13 @@ def image_size(path: Path) -> tuple[int, int]:
     Raises:
         Exception: Whatever PIL raises on a file that is no image.
     """
-    size = _size_in_header(path)
-    if size is not None:
-        return size
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with Image.open(path) as image:
+        with open_image(path) as image:
             width, height = image.size
             if "exif" in image.info and image.getexif().get(ExifTags.Base.Orientation) in _TURNED:
                 return width, height
     return height, width
-
-
-def _size_in_header(path: Path) -> tuple[int, int] | None:
-    """Height and width in the header of a JPEG or PNG without EXIF, faster than PIL; None for anything else."""
-    with open(path, "rb") as file:
-        head = file.read(_HEAD)
-    if head.startswith(b"\xff\xd8"):
-        position = 2
-        while position + 10 <= len(head) and head[position] == 0xFF:  # ITU T.81, annex B
-            marker = head[position + 1]
-            if marker == 0xE1:  # EXIF or XMP, both of which may name an orientation
-                return None
-            if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # a frame
-                height, width = struct.unpack_from(">HH", head, position + 5)
-                # XMP may come behind; a height of 0 is given at the end of the scan.
-                return (height, width) if height and width and b"\xff\xe1" not in head[position:] else None
-            position += 2 + struct.unpack_from(">H", head, position + 2)[0]
-    elif head.startswith(b"\x89PNG\r\n\x1a\n") and head[12:16] == b"IHDR" and b"eXIf" not in head:
-        width, height = struct.unpack_from(">II", head, 16)
-        return (height, width) if height and width else None
-    return None
 
 
 def read_bytes(path: Path) -> bytes:

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from pycocotools import mask as mask_utils
 
+from a2fpn.data.images import open_image
 from a2fpn.data.importers.base import Folder, Importer, ImportOptions, register_importer
 from a2fpn.data.importers.files import IMAGE_SUFFIXES, ImageIndex
 from a2fpn.data.importers.mask_files import mask_units
@@ -135,7 +135,7 @@ def read_label_image(path: Path) -> NDArray[np.int64]:
         OSError: If there is no such picture.
         ValueError: If its pixels are no numbers of objects.
     """
-    with Image.open(path) as image:
+    with open_image(path) as image:
         pages = getattr(image, "n_frames", 1)
         if pages > 1:
             raise ValueError(f"it has {pages} pages; export one slice a file")
@@ -193,7 +193,7 @@ def _pairs(root: Path) -> list[Path]:
 def _may_be_labels(path: Path) -> bool:
     """Return whether a picture has one number a pixel."""
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             return image.mode in ("1", "L", "P", "F") or image.mode.startswith("I")
     except Exception:  # whatever PIL raises; reading says what is wrong
         return path.suffix.lower() in IMAGE_SUFFIXES

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
+from a2fpn.data.images import open_image
 from a2fpn.data.importers.base import (
     Folder,
     Importer,
@@ -180,7 +180,7 @@ def _mask(encoded: Any, corners: list[float], size: tuple[int, int]) -> Rle:
     if not isinstance(encoded, str):
         raise ValueError("a mask needs its PNG as base64 text")
     try:
-        with Image.open(io.BytesIO(base64.b64decode(encoded))) as image:
+        with open_image(io.BytesIO(base64.b64decode(encoded))) as image:
             window = np.asarray(image.convert("L")) > 0
     except (binascii.Error, OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"its mask is no PNG ({error})") from None

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
+from a2fpn.data.images import open_image
 from a2fpn.data.importers.base import Folder, Importer, ImportOptions, register_importer
 from a2fpn.data.importers.files import IMAGE_SUFFIXES, ImageIndex
 from a2fpn.data.labeled import LabeledImage, LabeledObject, LossLog, split_name
@@ -65,7 +65,7 @@ class MaskFilesImporter(Importer):
 
     def _object(self, path: Path, unit: Path, size: tuple[int, int]) -> LabeledObject | None:
         try:
-            with Image.open(path) as image:
+            with open_image(path) as image:
                 mask = np.asarray(image.convert("L")) > 0
         except (OSError, SyntaxError, ValueError) as error:
             self.log.add("unreadable-labels", path, f"no mask ({error}); left out")

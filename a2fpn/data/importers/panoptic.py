@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
+from a2fpn.data.images import open_image
 from a2fpn.data.importers.base import Folder, Importer, ImportOptions, register_importer
 from a2fpn.data.importers.coco import is_panoptic
 from a2fpn.data.importers.files import ImageIndex, read_json
@@ -127,7 +127,7 @@ def read_ids(path: Path) -> NDArray[np.int64]:
         OSError: If there is no such picture.
         ValueError: If it has no colors.
     """
-    with Image.open(path) as image:
+    with open_image(path) as image:
         if image.mode not in ("RGB", "RGBA"):
             raise ValueError(f"expected colors R, G, B, got the mode {image.mode}")
         pixels = np.asarray(image.convert("RGB"), dtype=np.int64)

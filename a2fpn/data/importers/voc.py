@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
+from a2fpn.data.images import open_image
 from a2fpn.data.importers.base import Folder, Importer, ImportOptions, register_importer
 from a2fpn.data.importers.files import ImageIndex, read_text, read_xml
 from a2fpn.data.labeled import Box, LabeledImage, LabeledObject, LossLog, split_name
@@ -109,7 +109,7 @@ class VocImporter(Importer):
         if path is None:
             return None
         try:
-            with Image.open(path) as image:
+            with open_image(path) as image:
                 labels = np.asarray(image)
         except (OSError, SyntaxError) as error:
             self.log.add("unreadable-image", path, f"no readable image ({error}); its masks are lost")
