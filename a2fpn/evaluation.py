@@ -143,7 +143,7 @@ class CocoMetrics:
         return {kind: metrics for kind, metrics in found.items() if metrics is not None}
 
     def to_dict(self, *, per_class: bool = False) -> dict[str, float]:
-        """Returns the numbers by name, e.g. ``"segm/ap"``; with ``per_class`` also ``"segm/ap/<class>"``."""
+        """Return the numbers by name, e.g. ``"segm/ap"``; with ``per_class`` also ``"segm/ap/<class>"``."""
         flat: dict[str, float] = {}
         for kind, metrics in self.measured.items():
             values = dataclasses.asdict(metrics)
@@ -163,7 +163,7 @@ def evaluate_coco(
     oks_sigmas: Sequence[float] = COCO_SIGMAS,
     backend: Backend = "auto",
 ) -> CocoMetrics:
-    """Compares detections with a COCO ground truth.
+    """Compare detections with a COCO ground truth.
 
     All images of the ground truth count, also those without a detection. Annotations that
     :func:`a2fpn.data.read_coco` finds unusable are left out and logged; crowds stay, as regions in which
@@ -229,7 +229,7 @@ def evaluate_coco(
 
 
 def common_iou_types(ground_truth: CocoFile, keys: Collection[str]) -> list[str]:
-    """Returns what can be evaluated: what a detector predicts and a file has annotated.
+    """Return what can be evaluated: what a detector predicts and a file has annotated.
 
     Args:
         ground_truth: The file.
@@ -246,7 +246,7 @@ def common_iou_types(ground_truth: CocoFile, keys: Collection[str]) -> list[str]
 
 
 def annotations_as_detections(ground_truth: str | Path | Mapping[str, Any] | CocoFile) -> list[dict[str, Any]]:
-    """Returns the objects of a ground truth, crowds left out, as perfect detections with score 1.
+    """Return the objects of a ground truth, crowds left out, as perfect detections with score 1.
 
     In a file with keypoints, those of an object without a labeled one lie in the middle of its box, where they count
     neither way.
@@ -279,7 +279,7 @@ def annotations_as_detections(ground_truth: str | Path | Mapping[str, Any] | Coc
 
 @functools.cache
 def _library(backend: Backend) -> tuple[Any, Any]:
-    """Returns the classes ``COCO`` and ``COCOeval`` of a library; both have pycocotools' interface."""
+    """Return the classes ``COCO`` and ``COCOeval`` of a library; both have pycocotools' interface."""
     if backend not in BACKENDS:
         raise ConfigError(f"Unknown backend {backend!r}; expected one of {', '.join(BACKENDS)}.")
     if backend == "pycocotools":
@@ -385,7 +385,7 @@ class _EvalInputs:
     def compare(
         self, library: tuple[Any, Any], limits: list[int], sigmas: Sequence[float] | None = None
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Lets a library count.
+        """Let a library count.
 
         Args:
             library: Its ``COCO`` and ``COCOeval``.
@@ -462,7 +462,7 @@ def _checked(
 
 
 def _check_masks(detections: Sequence[dict[str, Any]], images: Sequence[Mapping[str, Any]], kind: str) -> None:
-    """Checks the masks of detections, many at once, and takes boxes and areas from them.
+    """Check the masks of detections, many at once, and take boxes and areas from them.
 
     Args:
         detections: Those with masks are completed in place.
@@ -559,6 +559,6 @@ def _keypoint_metrics(
 
 
 def _mean(values: NDArray[np.float64]) -> float:
-    """Returns the mean over what was measured; what was not is marked with -1."""
+    """Return the mean over what was measured; what was not is marked with -1."""
     measured = values[values > -1]
     return float(measured.mean()) if measured.size else -1.0

@@ -82,7 +82,7 @@ class Preprocess(nn.Module):
         return max(1, int(height * scale)), max(1, int(width * scale))
 
     def forward(self, images: Sequence[Tensor], *, resize: bool = True) -> Batch:
-        """Makes a batch.
+        """Make a batch.
 
         Args:
             images: ``(C, H, W)`` each, float in [0, 1] or uint8 in [0, 255], any sizes.
@@ -127,7 +127,7 @@ class Preprocess(nn.Module):
 
 
 def resize_boxes(boxes: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Scales boxes ``(N, 4)`` xyxy from an image of one size (height, width) to another.
+    """Scale boxes ``(N, 4)`` xyxy from an image of one size (height, width) to another.
 
     Example:
         >>> resize_boxes(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), (10, 10), (20, 10))

@@ -62,7 +62,7 @@ def main(
     check: Annotated[bool, typer.Option(help="Try the shipped table instead of making one; fails on a fault.")] = False,
     write: Annotated[bool, typer.Option(help="Put the complete output in the place of the shipped table.")] = False,
 ) -> None:
-    """Sweeps over timm's architectures."""
+    """Sweep over timm's architectures."""
     number, count = read_part(part)
     names, trained = match_names(timm.list_models(), pattern)[number - 1 :: count], smallest()
     print(f"Part {number}/{count} of timm {timm.__version__}: {len(names)} architectures.", flush=True)
@@ -145,7 +145,7 @@ def _row(found: BackboneInfo, *, train: bool) -> dict[str, str]:
 
 
 def _survey(found: BackboneInfo, device: str) -> BackboneInfo:
-    """Finds out what is unused in a network."""
+    """Find out what is unused in a network."""
     with torch.device(device):
         whole = dataclasses.replace(found, unused=(), unused_from_8=())
         backbones = [_backbone(whole, device, strides) for strides in (PYRAMID, PYRAMID[1:])]
@@ -169,7 +169,7 @@ def _try(found: BackboneInfo, *, train: bool) -> None:
 
 
 def _on_meta(call: Callable[[BackboneInfo, str], T], found: BackboneInfo) -> T:
-    """Calls on the meta device, or with real numbers for networks that look at values or unroll recurrent layers."""
+    """Call on the meta device, or with real numbers for networks that look at values or unroll recurrent layers."""
     try:
         return call(found, "meta")
     except (RuntimeError, NotImplementedError) as error:
@@ -179,7 +179,7 @@ def _on_meta(call: Callable[[BackboneInfo, str], T], found: BackboneInfo) -> T:
 
 
 def _check(found: BackboneInfo, device: str) -> None:
-    """Builds a detector, runs it up to the proposals' scores at all sizes, and compares with what was declared.
+    """Build a detector, run it up to the proposals' scores at all sizes, and compare with what was declared.
 
     Raises:
         FaultError: With what differs.

@@ -241,7 +241,7 @@ def _save(numbers: Mapping[str, Any], path: Path | None) -> None:
 
 
 def _check_categories(detector: Detector, dataset: CocoDataset) -> None:
-    """Stops where model and data mean different things by the same category."""
+    """Stop where model and data mean different things by the same category."""
     if not detector.config.categories and detector.config.num_classes != len(dataset.categories):
         raise ConfigError(
             f"The model was saved without categories and has {detector.config.num_classes} classes, "
@@ -257,7 +257,7 @@ def _check_categories(detector: Detector, dataset: CocoDataset) -> None:
 
 
 def _check_keypoints(detector: Detector, dataset: CocoDataset) -> None:
-    """Stops where model and data have other keypoints."""
+    """Stop where model and data have other keypoints."""
     heads, coco = detector.config.heads, dataset.coco
     assert isinstance(heads, KeypointRCNNConfig)
     if heads.num_keypoints != coco.num_keypoints:

@@ -104,7 +104,7 @@ def predict(
 
 
 def _run(folder: PredictionFolder, predictor: Predictor) -> None:
-    """Predicts what has no results yet; what is found is on the disk whatever happens."""
+    """Predict what has no results yet; what is found is on the disk whatever happens."""
     before, pending = len(folder.objects), folder.pending
     if before:
         typer.echo(f"{count_of(before, 'image')} of {len(folder.jobs)} done before.", err=True)
@@ -157,7 +157,7 @@ def image_files(sources: Sequence[Path]) -> list[Path]:
 
 
 def _tell_left_out(folder: Path, taken: set[Path]) -> None:
-    """Says what of a folder is not read; hidden files are nobody's images."""
+    """Say what of a folder is not read; hidden files are nobody's images."""
     others = [path for path in folder.iterdir() if path not in taken and not path.name.startswith(".")]
     kinds = Counter("sub-folder" if path.is_dir() else "file of another kind" for path in others)
     if kinds:

@@ -91,7 +91,7 @@ class PredictionFolder:
         return {line["picture"]: len(line["results"]) for line in self._lines.values()}
 
     def add(self, job: Job, results: Iterable[Mapping[str, Any]], picture: Image.Image) -> None:
-        """Writes the picture and the results of an image."""
+        """Write the picture and the results of an image."""
         with replaced_file(self.folder / job.picture) as partial:
             picture.save(partial, format="png")
         name = _name(job.path)
@@ -107,7 +107,7 @@ class PredictionFolder:
         self._lines[name] = line
 
     def finish(self) -> Path:
-        """Writes all results as one COCO JSON and returns its path; where there are none, nothing stays."""
+        """Write all results as one COCO JSON and return its path; where there are none, nothing stays."""
         path = self.folder / RESULTS
         if not self._lines:
             for name in (MANIFEST, STREAM, RESULTS):

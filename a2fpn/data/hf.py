@@ -135,7 +135,7 @@ class HfDataset(StreamDataset):
 
     @classmethod
     def load(cls, path: str, *, options: Mapping[str, Any] | None = None, **arguments: Any) -> HfDataset:
-        """Opens a data set of the Hub, of files or of a folder that ``save_to_disk`` wrote; all but the last streamed.
+        """Open a data set of the Hub, of files or of a folder that ``save_to_disk`` wrote; all but the last streamed.
 
         Args:
             path: What ``datasets.load_dataset`` takes, or the folder.
@@ -203,7 +203,7 @@ class HfDataset(StreamDataset):
             yield samples
 
     def _raw(self, row: Mapping[str, Any], position: int) -> RawSample:
-        """Brings a row into COCO's form."""
+        """Bring a row into COCO's form."""
         content, file = _content(row["image"])
         image_id = row.get("image_id", position)
         size = {key: row.get(key) for key in ("width", "height")}
@@ -253,7 +253,7 @@ def _library() -> Any:
 
 
 def _content(image: Any) -> tuple[bytes, str]:
-    """Returns the content of an image file, and its name if it has one."""
+    """Return the content of an image file, and its name if it has one."""
     if isinstance(image, bytes):
         return image, ""
     if isinstance(image, Image.Image):  # from rows that were made by a function
@@ -265,13 +265,13 @@ def _content(image: Any) -> tuple[bytes, str]:
 
 
 def _innermost(feature: Any) -> Any:
-    """Returns what a list, or a list of lists, holds."""
+    """Return what a list, or a list of lists, holds."""
     while (inner := getattr(feature, "feature", None)) is not None:
         feature = inner
     return feature[0] if isinstance(feature, list) else feature
 
 
 def _fields(feature: Any) -> Mapping[str, Any]:
-    """Returns the features of an object, whether there is a list of objects or an object of lists."""
+    """Return the features of an object, whether there is a list of objects or an object of lists."""
     inner = _innermost(feature)
     return inner if isinstance(inner, Mapping) else {}

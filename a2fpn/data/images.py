@@ -32,7 +32,7 @@ _logger = logging.getLogger(__name__)
 
 
 def open_image(file: Path | io.BytesIO, *, max_pixels: int | None = MAX_PIXELS) -> Image.Image:
-    """Opens an image of one of :data:`FORMATS` without decoding it.
+    """Open an image of one of :data:`FORMATS` without decoding it.
 
     Args:
         file: The file, or its content.
@@ -105,7 +105,7 @@ def read_image(
     name: str = "the given bytes",
     max_pixels: int | None = MAX_PIXELS,
 ) -> tv_tensors.Image:
-    """Reads a PNG, JPEG, WebP, TIFF, BMP or GIF as 8-bit RGB; AVIF and HEIC where their decoders are installed.
+    """Read a PNG, JPEG, WebP, TIFF, BMP or GIF as 8-bit RGB; AVIF and HEIC where their decoders are installed.
 
     - EXIF orientation: applied, in training and evaluation as in prediction. With ``size``, a picture that has this
       size only as stored is an error, since the annotations then fit another picture than people are shown.
@@ -158,7 +158,7 @@ def read_image(
 
 
 def _check_size(image: Image.Image, size: tuple[int, int] | None, name: str) -> None:
-    """Compares an opened image, as its EXIF orientation shows it, with the (H, W) of its annotations."""
+    """Compare an opened image, as its EXIF orientation shows it, with the (H, W) of its annotations."""
     shown = image.size[::-1] if orientation(image) in TURNED else image.size
     if size is None or shown == size[::-1]:
         return
@@ -204,7 +204,7 @@ def _opened(source: str | Path | bytes, name: str, hint: str = "") -> tuple[str,
 
 
 def read_labels(source: str | Path | bytes, size: tuple[int, int], *, name: str) -> Tensor:
-    """Reads a map of classes.
+    """Read a map of classes.
 
     Args:
         source: An 8-bit palette or gray image, the file or its content.
@@ -233,7 +233,7 @@ def read_labels(source: str | Path | bytes, size: tuple[int, int], *, name: str)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Converts an image of any mode to 8-bit RGB, as :func:`read_image` documents.
+    """Convert an image of any mode to 8-bit RGB, as :func:`read_image` documents.
 
     Raises:
         ValueError: If its values have no agreed range.

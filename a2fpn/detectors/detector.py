@@ -112,7 +112,7 @@ class Detector(nn.Module, ABC):
         paste_masks: bool = True,
         rule: PostprocessConfig | None = None,
     ) -> dict[str, Tensor] | list[Detection]:
-        """Detects objects, or computes the losses in training mode.
+        """Detect objects, or compute the losses in training mode.
 
         Args:
             images: ``(C, H, W)`` each, float in [0, 1] or uint8 in [0, 255], any sizes.
@@ -168,7 +168,7 @@ class Detector(nn.Module, ABC):
         normalize_losses_globally(self, enabled=enabled)
 
     def check_data(self, name: str, keys: Collection[str]) -> None:
-        """Checks, before anything is trained, that a data set has what the detector trains on.
+        """Check, before anything is trained, that a data set has what the detector trains on.
 
         Args:
             name: The data set, for messages.
@@ -283,7 +283,7 @@ DetectorT = TypeVar("DetectorT", bound=Detector)
 def register_detector(
     name: str, *, heads: type[HeadsConfig] | None = None
 ) -> Callable[[type[DetectorT]], type[DetectorT]]:
-    """Returns a decorator that registers a detector class under a name.
+    """Return a decorator that registers a detector class under a name.
 
     Args:
         name: First part of the names of its models.

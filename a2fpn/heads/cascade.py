@@ -102,7 +102,7 @@ class CascadeRoIHeads(nn.Module):
         *,
         rule: PostprocessConfig | None = None,
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
-        """Detects objects, or computes the losses in training mode.
+        """Detect objects, or compute the losses in training mode.
 
         Args:
             features: The pyramid.

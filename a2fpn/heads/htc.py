@@ -85,7 +85,7 @@ class SemanticRoIPool(nn.Module):
         self.output_size = pyramid.output_size
 
     def forward(self, features: Features, boxes: Sequence[Tensor], sizes: Sizes | None = None) -> Tensor:
-        """Pools boxes into ``(R, C, S, S)``; see :meth:`a2fpn.heads.StrideRoIAlign.forward`."""
+        """Pool boxes into ``(R, C, S, S)``; see :meth:`a2fpn.heads.StrideRoIAlign.forward`."""
         context = F.adaptive_avg_pool2d(self.semantic(features, boxes), self.output_size)
         pooled: Tensor = self.pyramid(features, boxes) + context
         return pooled
@@ -147,13 +147,13 @@ class HTCRoIHeads(CascadeRoIHeads):
         return detections, losses
 
     def mask_features(self, index: int, x: Tensor, previous: Tensor | None) -> Tensor:
-        """Adds what flows in from the stage before; see :meth:`CascadeRoIHeads.mask_features`."""
+        """Add what flows in from the stage before; see :meth:`CascadeRoIHeads.mask_features`."""
         if previous is not None:
             x = x + self.mask_flow[index - 1](previous)
         return super().mask_features(index, x, None)
 
     def training_mask_features(self, index: int, x: Tensor) -> Tensor:
-        """Runs the mask heads of all stages up to this one over the same RoIs."""
+        """Run the mask heads of all stages up to this one over the same RoIs."""
         y = self.mask_features(0, x, None)
         for i in range(1, index + 1):
             y = self.mask_features(i, x, y)

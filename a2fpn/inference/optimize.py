@@ -94,7 +94,7 @@ class OptimizedDetector(nn.Module):
         paste_masks: bool = True,
         rule: PostprocessConfig | None = None,
     ) -> list[Any]:
-        """Detects objects; see :meth:`a2fpn.detectors.Detector.forward`."""
+        """Detect objects; see :meth:`a2fpn.detectors.Detector.forward`."""
         kind = next(self.detector.parameters()).device.type
         with torch.autocast(kind, self.dtype, enabled=self.dtype != torch.float32):
             return self.detector(  # type: ignore[no-any-return]
@@ -132,7 +132,7 @@ class OptimizedDetector(nn.Module):
 
 
 def optimize_for_inference(model: Detector, *, dtype: torch.dtype = torch.float32) -> OptimizedDetector:
-    """Makes a detector ready to run, in a copy; the model itself stays as it is and is the one to save and to train.
+    """Make a detector ready to run, in a copy; the model itself stays as it is and is the one to save and to train.
 
     Args:
         model: A detector of :func:`a2fpn.create_model` or :func:`a2fpn.from_pretrained`, on the device it is to run on.
@@ -244,7 +244,7 @@ class _Recording(TorchFunctionMode):
 
 
 def _fold(detector: Detector) -> None:
-    """Folds batch norms into the convolutions before them, and lets these apply the activation that follows."""
+    """Fold batch norms into the convolutions before them, and let these apply the activation that follows."""
     hooked = {module for module in detector.modules() if module._forward_hooks or module._forward_pre_hooks}
     sample = _sample(detector)
     before = _pyramid(detector, sample)
@@ -295,7 +295,7 @@ def _pyramid(detector: Detector, sample: list[Tensor]) -> Features:
 
 
 def _fold_norm(conv: nn.Conv2d, norm: Any) -> None:
-    """Changes weight and bias so that the convolution alone gives what the norm would make of it."""
+    """Change weight and bias so that the convolution alone gives what the norm would make of it."""
     mean, variance = norm.running_mean.double(), norm.running_var.double()
     scale = (variance + norm.eps).rsqrt()
     if norm.weight is not None:
@@ -309,7 +309,7 @@ def _fold_norm(conv: nn.Conv2d, norm: Any) -> None:
 
 
 def _replace(detector: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Puts a module in the place of another, wherever that is registered."""
+    """Put a module in the place of another, wherever that is registered."""
     for parent in list(detector.modules()):
         for name, child in parent.named_children():
             if child is old:
@@ -561,7 +561,7 @@ def _masks(predictor: MaskRCNNPredictor, x: Tensor, labels: Tensor) -> Tensor:
 
 
 def _convert_weights(detector: Detector, dtype: torch.dtype) -> None:
-    """Stores the weights in the type that autocast would otherwise convert them to in every call."""
+    """Store the weights in the type that autocast would otherwise convert them to in every call."""
     decide = {part for module in detector.modules() if isinstance(module, _BoxPredictor) for part in module.modules()}
     for module in detector.modules():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, _ActivatedConv)) and module not in decide:

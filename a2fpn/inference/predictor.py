@@ -159,7 +159,7 @@ class Predictor:
     def __call__(
         self, images: ImageInMemory | ImagePath | Sequence[ImageInMemory | ImagePath], **options: Any
     ) -> Result | list[Result]:
-        """Detects objects, one image after the other.
+        """Detect objects, one image after the other.
 
         Args:
             images: An image, a folder (its images in order of their names, without sub-folders) or a sequence of
@@ -183,7 +183,7 @@ class Predictor:
         return self._predict_one(images, options)
 
     def predict(self, images: Sequence[Tensor], **options: Any) -> list[Result]:
-        """Detects objects in a batch of tensors: the call for evaluation and training.
+        """Detect objects in a batch of tensors: the call for evaluation and training.
 
         Args:
             images: (3, H, W) tensors of any sizes, float32 in [0, 1] or uint8 in [0, 255].
@@ -286,7 +286,7 @@ def _size(image: Tensor) -> tuple[int, int]:
 
 
 def list_images(folder: ImagePath) -> list[Path]:
-    """Returns the image files of a folder in order of their names, without those of sub-folders.
+    """Return the image files of a folder in order of their names, without those of sub-folders.
 
     Raises:
         ValueError: If there are none.

@@ -93,7 +93,7 @@ class Result:
         return None if self.rles is None else decode_rle(self.rles, size=self.size)
 
     def above(self, score_threshold: float) -> Result:
-        """Returns the result without the objects that score less.
+        """Return the result without the objects that score less.
 
         Args:
             score_threshold: Between 0, which keeps all, and 1.
@@ -110,7 +110,7 @@ class Result:
         )
 
     def to_coco(self, image_id: int) -> list[dict[str, Any]]:
-        """Returns COCO results records, as pycocotools' ``loadRes`` and COCO's servers read them.
+        """Return COCO results records, as pycocotools' ``loadRes`` and COCO's servers read them.
 
         Args:
             image_id: The id that the annotations give this image.
@@ -134,7 +134,7 @@ class Result:
         return records
 
     def to_supervision(self) -> supervision.Detections:
-        """Returns supervision's ``Detections``, with dense masks and the names as ``data["class_name"]``.
+        """Return supervision's ``Detections``, with dense masks and the names as ``data["class_name"]``.
 
         ``Detections`` have no place for keypoints: they are in ``data["keypoints"]``, and in
         :meth:`to_supervision_keypoints`.
@@ -151,7 +151,7 @@ class Result:
         return detections
 
     def to_supervision_keypoints(self) -> supervision.KeyPoints:
-        """Returns supervision's ``KeyPoints``, which its annotators of keypoints draw.
+        """Return supervision's ``KeyPoints``, which its annotators of keypoints draw.
 
         Raises:
             ValueError: If the model gives no keypoints.
@@ -166,7 +166,7 @@ class Result:
         return keypoints
 
     def load_image(self) -> NDArray[np.uint8]:
-        """Returns the (H, W, 3) uint8 image, read from ``path`` again unless it was given in memory.
+        """Return the (H, W, 3) uint8 image, read from ``path`` again unless it was given in memory.
 
         Raises:
             ValueError: If there is neither an image nor a path.
@@ -188,7 +188,7 @@ class Result:
         labels: bool | None = None,
         legend: bool = True,
     ) -> Image.Image:
-        """Draws the objects on the image, enlarging small images by a whole factor.
+        """Draw the objects on the image, enlarging small images by a whole factor.
 
         Keypoints that the model is sure of are drawn, and joined to a skeleton where they have the names of COCO's.
 

@@ -282,7 +282,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Loads tensors strictly: same names, same shapes, same kinds of numbers; floating dtypes are converted.
+    """Load tensors strictly: same names, same shapes, same kinds of numbers; floating dtypes are converted.
 
     Raises:
         CheckpointError: Naming up to five tensors per kind of mismatch.

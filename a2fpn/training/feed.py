@@ -85,7 +85,7 @@ class SlotBatches:
         self._batches: Sequence[list[Slot]] = ()
 
     def set(self, batches: Sequence[list[Slot]]) -> None:
-        """Sets what the next pass gives."""
+        """Set what the next pass gives."""
         self._batches = batches
 
     def __iter__(self) -> Iterator[list[Slot]]:

@@ -163,7 +163,7 @@ class Trainer:
         self.accelerator.init_trackers(run.name)
 
     def run(self) -> None:
-        """Trains to the end, evaluating and writing checkpoints on the way.
+        """Train to the end, evaluating and writing checkpoints on the way.
 
         Raises:
             StopRequest: After a signal; a checkpoint is written.
@@ -188,7 +188,7 @@ class Trainer:
         self.accelerator.end_training()
 
     def summary(self) -> str:
-        """Says where the best checkpoint of a finished run is, how to load it, and what was skipped."""
+        """Say where the best checkpoint of a finished run is, how to load it, and what was skipped."""
         best, skipped = self.output / "best", self.state.skipped
         annotations = sum(len(data.skipped.annotations) for data in self.datasets)
         lines = [f"Skipped {len(skipped)} unreadable images: {', '.join(skipped)}"] if skipped else []
@@ -274,7 +274,7 @@ class Trainer:
             self._save(record)
 
     def _train_epoch(self, signals: Signals) -> dict[str, Any]:
-        """Trains to the end of the epoch, or of the run; returns the epoch's record."""
+        """Train to the end of the epoch, or of the run; return the epoch's record."""
         state, config = self.state, self.config
         self.model.train()
         steps, window = self.feed.steps(state.epoch), LossWindow(self.accelerator)
@@ -362,7 +362,7 @@ class Trainer:
             self.ema.update(accelerator.unwrap_model(self.model), step=self.state.step + 1)
 
     def _check_finite(self, losses: Mapping[str, Tensor], targets: Sequence[Mapping[str, Any]]) -> None:
-        """Stops all processes if the loss of any is not finite.
+        """Stop all processes if the loss of any is not finite.
 
         Raises:
             NonFiniteLossError: That names the images.
@@ -384,7 +384,7 @@ class Trainer:
     # Evaluating and saving
 
     def _evaluate(self) -> dict[str, Any]:
-        """Evaluates on all processes; returns the numbers on the main one, else nothing."""
+        """Evaluate on all processes; return the numbers on the main one, else nothing."""
         accelerator, start, model = self.accelerator, time.perf_counter(), self.evaluated_model
         if accelerator.num_processes > 1:
             # Batch norm statistics differ between processes; the checkpoint gets those of process 0.
@@ -407,7 +407,7 @@ class Trainer:
         return {"eval_seconds": round(time.perf_counter() - start, 1), **losses, **metrics}
 
     def _save(self, record: dict[str, Any] | None) -> None:
-        """Writes the ``last`` checkpoint and, at the end of an epoch, its record and a better ``best``.
+        """Write the ``last`` checkpoint and, at the end of an epoch, its record and a better ``best``.
 
         Args:
             record: The epoch's record, or None within an epoch.
@@ -492,7 +492,7 @@ class Trainer:
 
 
 def check_processes(accelerator: Accelerator) -> None:
-    """Refuses ways to start several processes that would train something else than is asked for.
+    """Refuse ways to start several processes that would train something else than is asked for.
 
     Raises:
         ValueError: If weights would be sharded, or processes would not know of each other.
@@ -513,7 +513,7 @@ def check_processes(accelerator: Accelerator) -> None:
 
 
 def train(config: TrainConfig) -> Trainer:
-    """Runs a training from start to end.
+    """Run a training from start to end.
 
     Args:
         config: The settings.

@@ -73,7 +73,7 @@ class Comparison:
 
     @classmethod
     def of(cls, records: Iterable[Record]) -> Comparison:
-        """Sorts records by arm, controls first."""
+        """Sort records by arm, controls first."""
         arms: dict[str, Series] = {}
         failures = []
         for record in records:
@@ -124,7 +124,7 @@ class Comparison:
 
 
 def rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Returns headings and one row per arm."""
+    """Return headings and one row per arm."""
     columns = [key for key in METRICS if any(one.values(key) for one in comparison.series)]
     judged = METRICS[comparison.metric]
     headings = ["arm", "seeds", *(METRICS[key] for key in columns), f"Δ {judged} (95 % interval)"]
@@ -140,7 +140,7 @@ def rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
 
 
 def print_report(comparison: Comparison) -> None:
-    """Prints the table, and what could not be used."""
+    """Print the table, and what could not be used."""
     if comparison.series:
         headings, table = rows(comparison)
         plan = comparison.example.plan
@@ -154,7 +154,7 @@ def print_report(comparison: Comparison) -> None:
 
 
 def draw(comparison: Comparison, path: Path) -> None:
-    """Draws the average precision over the steps, a thick line for an arm's mean and thin ones for its runs.
+    """Draw the average precision over the steps, a thick line for an arm's mean and thin ones for its runs.
 
     Args:
         comparison: What to draw.
@@ -185,7 +185,7 @@ def draw(comparison: Comparison, path: Path) -> None:
 
 
 def write_page(comparisons: Sequence[Comparison], path: Path, *, title: str = "Table 1: necks compared") -> None:
-    """Writes the Markdown page, with its pictures beside it; what the page holds from :data:`NOTES` on is kept.
+    """Write the Markdown page, with its pictures beside it; what the page holds from :data:`NOTES` on is kept.
 
     Args:
         comparisons: One per data set and recipe.
@@ -225,7 +225,7 @@ mean difference to the control over the seeds that both finished; its interval i
 
 
 def circumstances(comparison: Comparison) -> str:
-    """Returns how the runs took place, as sentences."""
+    """Return how the runs took place, as sentences."""
     runs = [run for one in comparison.series for run in one.runs.values()]
     example = comparison.example
     config = example.plan["config"]
@@ -251,7 +251,7 @@ def circumstances(comparison: Comparison) -> str:
 
 
 def findings(comparison: Comparison) -> list[str]:
-    """Returns what the numbers say, one sentence each."""
+    """Return what the numbers say, one sentence each."""
     name, lines = METRICS[comparison.metric], []
     for one in comparison.series:
         if one.name != one.control:
@@ -281,7 +281,7 @@ def _finding(one: Series, delta: Difference, name: str) -> str:
 
 
 def limits(comparisons: Sequence[Comparison]) -> list[str]:
-    """Returns what follows from the extent of the runs."""
+    """Return what follows from the extent of the runs."""
     seeds = sorted({len(one.runs) for comparison in comparisons for one in comparison.series})
     compared = sum(one.name != one.control for comparison in comparisons for one in comparison.series)
     data = ", ".join(dict.fromkeys(str(comparison.example.plan["data"]) for comparison in comparisons))

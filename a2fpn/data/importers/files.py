@@ -20,7 +20,6 @@ from a2fpn.data.labeled import LossLog, split_name
 from a2fpn.errors import DataError
 
 IMAGE_SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"))
-_HEAD = 4096  # bytes of an image in which its size usually stands
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 _IMAGE_FOLDERS = frozenset(("images", "jpegimages", "imgs", "img", "data", "obj_train_data", "obj_valid_data"))
 
