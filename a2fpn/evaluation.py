@@ -43,7 +43,7 @@ COCO_SIGMAS = tuple(
     tenth / 10
     for tenth in (0.26, 0.25, 0.25, 0.35, 0.35, 0.79, 0.79, 0.72, 0.72, 0.62, 0.62, 1.07, 1.07, 0.87, 0.87, 0.89, 0.89)
 )
-"""How exactly people place COCO's 17 keypoints, nose first as in its files; see ``oks_sigmas``."""
+"""Standard deviations with which people place COCO's 17 keypoints, nose first as in its files; see ``oks_sigmas``."""
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ class Job:
 
 
 class PredictionFolder:
-    """What a run of ``a2fpn predict`` writes, image by image.
+    """Folder of results of ``a2fpn predict``, written image by image.
 
     ``manifest.json`` holds the settings and the table of images (id, file name as given, picture) from the start,
     ``predictions.jsonl`` a line per image as soon as it is done, ``predictions.json`` all COCO results at the end.

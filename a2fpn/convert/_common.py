@@ -21,7 +21,7 @@ from a2fpn.errors import ConfigError, MissingFileError
 from a2fpn.layers import positional_keys
 
 POOLING = {"roi_aligned": True, "roi_sampling_ratio": 0, "anchor_rounding": False}
-"""How detectron2 and mmdetection pool RoIs and place anchors."""
+"""RoI pooling and anchors as detectron2 and mmdetection have them."""
 WRAPPERS = ("model", "state_dict")
 """Under these keys training frameworks keep the state dict in their files."""
 _TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")

@@ -20,7 +20,7 @@ from torchvision.transforms.v2 import functional as F
 from a2fpn.errors import ImageError
 
 SUFFIXES = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-"""How the names of image files end; AVIF and HEIC are read where their decoders are installed."""
+"""Suffixes of image files; AVIF and HEIC are read where their decoders are installed."""
 FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF", "AVIF", "HEIF")
 """PIL's names of the formats that are read: PIL knows others, of which some start programs."""
 MAX_PIXELS = 2**28
@@ -79,7 +79,7 @@ class _Decoder(NamedTuple):
 
 
 def _decoder(name: str) -> _Decoder | None:
-    """What opens a format, and what knows it by the first 16 bytes; None where no decoder is installed."""
+    """Return the decoder of a format and its test of the first 16 bytes; None where no decoder is installed."""
     if name in Image.OPEN:
         return _Decoder(*Image.OPEN[name])
     if name == "HEIF" and importlib.util.find_spec("pillow_heif"):

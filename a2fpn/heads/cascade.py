@@ -67,7 +67,7 @@ class CascadeRoIHeads(nn.Module):
     """
 
     interleaved = False
-    """Whether a stage's mask head sees the boxes that the stage's box head gives, instead of those it gets."""
+    """True where a stage's mask head sees the boxes that the stage's box head gives, not those that it gets."""
 
     stages: Sequence[RoIHeads]
 

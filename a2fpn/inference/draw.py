@@ -93,7 +93,7 @@ _LIMBS = (
     + ("left_hip left_knee", "left_knee left_ankle", "right_hip right_knee", "right_knee right_ankle")
     + ("nose left_eye", "nose right_eye", "left_eye left_ear", "right_eye right_ear")
 )
-"""What the skeleton joins, by COCO's names of keypoints."""
+"""Limbs of the skeleton, by COCO's names of keypoints."""
 
 
 _CELL = (640, 480)  # pixels that an image of a grid may take

@@ -38,7 +38,7 @@ def eval_view(model: ModuleT) -> ModuleT:
 
 
 def _keeps_maps(module: nn.Module) -> bool:
-    """Whether a backbone collects its maps by hooks, into an object that all calls share."""
+    """Check whether a backbone collects its maps by hooks, into an object that all calls share."""
     taps = isinstance(module, TimmBackbone) and bool(module.config.taps)
     return taps or any(map(_is_timms, module._forward_hooks.values()))
 
@@ -49,7 +49,7 @@ def _is_timms(hook: Any) -> bool:
 
 
 def _kept(model: nn.Module) -> Iterator[Any]:
-    """What a view has in common with its model: all tensors, and hooks that are not part of the network."""
+    """Yield what a view shares with its model: all tensors, and hooks that are not part of the network."""
     for module in model.modules():
         yield from module._parameters.values()
         yield from module._buffers.values()

@@ -83,7 +83,7 @@ class PredictOptions:
 
 
 class _Call(NamedTuple):
-    """What one call runs with.
+    """Model and options of one call.
 
     Args:
         model: The detector in evaluation mode.
@@ -213,7 +213,7 @@ class Predictor:
             ]
 
     def _detect(self, images: Sequence[Tensor], call: _Call) -> Sequence[Mapping[str, Tensor]]:
-        """What the model, or the fusion of what it sees in several views, finds in each image."""
+        """Detect objects in each image, by the model alone or by fusing its views."""
         model, options, rule = call
         augmentation = options.augmentation
         if augmentation is None or not all(image.ndim == 3 for image in images):

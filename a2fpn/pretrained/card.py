@@ -38,7 +38,7 @@ _METRICS = {
     "keypoints/ap": ("keypoint-detection", "keypoint AP"),
     "keypoints/ap50": ("keypoint-detection", "keypoint AP50"),
 }
-"""What a card tells of the metrics, as the Hub's task and a name."""
+"""Metrics that a card tells, as the Hub's task and a name."""
 
 
 _LICENSES = (

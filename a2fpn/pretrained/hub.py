@@ -268,7 +268,7 @@ def push_to_hub(
 
 
 CONNECT_SECONDS = 1.5
-"""How long a connection may take to be made: one lost packet is sent again after a second."""
+"""Seconds that a connection may take to be made: one lost packet is sent again after a second."""
 
 
 class _Api(HfApi):

@@ -1,4 +1,4 @@
-"""What is known of a model travels with it: from the checkpoint it was loaded from to the next one it is saved to."""
+"""Provenance of a model, which travels with it from one checkpoint to the next."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OF_DATA = ("data", "data_license", "recipe")
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a checkpoint said of the model that was loaded from it.
+    """Metadata of the checkpoint that a model was loaded from.
 
     Args:
         metadata: The checkpoint's.
@@ -34,7 +34,7 @@ class Provenance:
     fingerprint: int
 
     def facts(self, model: Detector) -> dict[str, Any]:
-        """What still holds for a model.
+        """Facts that still hold for a model.
 
         With other weights, classes or settings than those of the checkpoint, what was measured moves to
         ``derived_from``, so that nobody takes it for the model's own.
@@ -48,7 +48,7 @@ class Provenance:
 
 
 def merged_metadata(model: Detector, given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What is saved with a model: what still holds of what it was loaded with, and over it what is given."""
+    """Return the metadata to save with a model: what still holds of its own, and over it what is given."""
     given = dict(given or {})
     known = model.provenance.facts(model) if isinstance(model.provenance, Provenance) else {}
     if any(key in given for key in OF_DATA):

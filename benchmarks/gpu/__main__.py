@@ -22,7 +22,7 @@ from benchmarks.gpu.record import Record
 from benchmarks.gpu.table import print_rows
 
 SHARES = {"inference": 0.36, "training": 0.34, "sync": 0.08, "reassembly": 0.08, "loader": 0.14}
-"""What part of the minutes each part gets."""
+"""Share of the minutes that each part gets."""
 
 
 def main(

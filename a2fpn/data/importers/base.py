@@ -21,7 +21,7 @@ CATEGORIES_FILE = "categories.json"
 """Beside any format: the ``categories`` of a COCO file, which keep ids, keypoints and skeletons."""
 
 REPORT_FILE = "import_report.json"
-"""What an import or a conversion leaves in its output."""
+"""Report that an import or a conversion leaves in its output."""
 
 IDS_FILE = "image_ids.json"
 """Beside any format: the ids of images in the COCO file that it was made of, by name."""
