@@ -24,6 +24,9 @@ STAGES = 5
 
 
 _MOST_LAYERS = 100
+MAX_PIXELS = 2**28
+"""Pixels above which a file is not decoded unless asked for: in RGB these take 805 MB."""
+
 _LARGEST_IMAGE = 8192
 _LONGEST_IMAGE = 32_768
 _LARGEST_POOL = 128
@@ -283,7 +286,7 @@ class RCNNConfig(HeadsConfig):
         shares = ("rpn_nms_threshold", "rpn_fg_iou", "rpn_bg_iou", "rpn_positive_fraction", "rpn_score_threshold")
         _check_range(0, 1, **{name: getattr(self, name) for name in (*shares, "box_fg_iou", "box_positive_fraction")})
         tops = [f"rpn_{when}_nms_top_n_{phase}" for when in ("pre", "post") for phase in ("train", "test")]
-        _check_range(1, _MOST_BOXES, **{name: getattr(self, name) for name in tops})
+        _check_range(0, _MOST_BOXES, **{name: getattr(self, name) for name in tops})
         _check_range(1, _MOST_BOXES, rpn_batch_size=self.rpn_batch_size, box_batch_size=self.box_batch_size)
         _check_range(1, _MOST_CHANNELS, box_channels=self.box_channels, mask_channels=self.mask_channels)
         _check_range(1, _LARGEST_POOL, box_pool_size=self.box_pool_size)

@@ -101,11 +101,11 @@ def randomize(module: nn.Module, *, std: float = 0.1) -> None:
 
 def torchvision_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights of a detector with an FPN on a ResNet under the names that torchvision gives them."""
-    renames = {
-        r"^neck\.lateral\.(\d)\.conv\.": r"backbone.fpn.inner_blocks.\1.0.",
-        r"^neck\.output\.(\d)\.conv\.": r"backbone.fpn.layer_blocks.\1.0.",
-        r"^top\.": "backbone.fpn.extra_blocks.",
-    }
+    levels = list(dict.fromkeys(re.findall(r"neck\.lateral\.(p\d)\.", " ".join(state))))
+    renames = {r"^top\.": "backbone.fpn.extra_blocks."}
+    for position, level in enumerate(levels):
+        renames[rf"^neck\.lateral\.{level}\.conv\."] = rf"backbone.fpn.inner_blocks.{position}.0."
+        renames[rf"^neck\.output\.{level}\.conv\."] = rf"backbone.fpn.layer_blocks.{position}.0."
     named = {}
     for key, value in state.items():
         for pattern, replacement in renames.items():

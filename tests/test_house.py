@@ -57,16 +57,28 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "convert": (BUILDING | {"layers", "pretrained"}, {"torch", "torchvision", "safetensors"}),
     "data": (
         {"_atomic", "_registry", "config", "errors", "masks"},
-        {"datasets", "fsspec", "matplotlib", "numpy", "orjson", "PIL", "pycocotools", "torch", "torchvision", "yaml"},
+        {
+            "datasets",
+            "fsspec",
+            "matplotlib",
+            "numpy",
+            "orjson",
+            "PIL",
+            "pillow_heif",
+            "pycocotools",
+            "torch",
+            "torchvision",
+            "yaml",
+        },
     ),
     "evaluation": ({"data", "errors", "masks"}, {"hotcoco", "numpy", "pycocotools"}),
     "instance_metrics": ({"errors", "data", "masks"}, {"numpy"}),
     "counting": ({"errors"}, {"numpy"}),
     "inference": (
-        {"config", "data", "detectors", "device", "errors", "heads", "masks", "preprocess", "pyramid"},
+        {"backbones", "config", "data", "detectors", "device", "errors", "heads", "masks", "preprocess", "pyramid"},
         {
             *("contourpy", "matplotlib", "numpy", "PIL", "pycocotools", "supervision", "timm.layers"),
-            *("timm.models.resnet", "torch", "torchvision"),
+            *("timm.models._features", "timm.models.resnet", "torch", "torchvision"),
         },
     ),
     "training": (
@@ -104,6 +116,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "cli": (
         BUILDING
         | {
+            "_atomic",
             "_plugins",
             "_version",
             "convert",

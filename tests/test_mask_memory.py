@@ -114,6 +114,7 @@ def test_reassembly_takes_a_tenth_of_the_memory_of_unfolding(tmp_path: Path) -> 
         return torch.einsum("bckhw,bkhw->bchw", windows.view(1, 64, 25, *size), weights)
 
     path = tmp_path / "trace.json"
-    ours, naive = (peak_allocated(call, path) for call in (lambda: reassemble(x, weights, size), unfolded))
+    # Also the first calls, whose buffers of the library do not count.
     assert torch.allclose(reassemble(x, weights, size)[..., 4:-4, 4:-4], unfolded()[..., 4:-4, 4:-4], atol=1e-4)
+    ours, naive = (peak_allocated(call, path) for call in (lambda: reassemble(x, weights, size), unfolded))
     assert 10 * ours < naive

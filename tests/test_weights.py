@@ -195,7 +195,7 @@ def test_every_neck_of_the_family_has_weights(detector: str, neck: str) -> None:
 
 @pytest.mark.parametrize("name", PRETRAINED)
 def test_listed_names_are_names_of_models(name: str) -> None:
-    config, state, _ = read_pretrained(PRETRAINED[name], load=False)
+    config, state, *_ = read_pretrained(PRETRAINED[name], load=False)
     assert config.architecture == name.partition(".")[0]
     assert len(config.categories) == config.num_classes
     assert state is None

@@ -33,7 +33,7 @@ from a2fpn.cli.options import (
     load_detector,
 )
 from a2fpn.cli.predictions import PredictionFolder
-from a2fpn.data.images import MAX_PIXELS
+from a2fpn.config import MAX_PIXELS
 from a2fpn.errors import ConfigError, ImageError, MissingFileError
 
 if TYPE_CHECKING:

@@ -17,14 +17,13 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
+from a2fpn.config import MAX_PIXELS
 from a2fpn.errors import ImageError
 
 SUFFIXES = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 """Suffixes of image files; AVIF and HEIC are read where their decoders are installed."""
 FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF", "AVIF", "HEIF")
 """PIL's names of the formats that are read: PIL knows others, of which some start programs."""
-MAX_PIXELS = 2**28
-"""Pixels above which a file is not decoded unless asked for: in RGB these take 805 MB."""
 TURNED = (5, 6, 7, 8)
 """EXIF orientations that swap width and height."""
 _RGB = 3  # torchvision.io.ImageReadMode.RGB

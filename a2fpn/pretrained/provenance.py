@@ -50,7 +50,8 @@ class Provenance:
 def merged_metadata(model: Detector, given: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return the metadata to save with a model: what still holds of its own, and over it what is given."""
     given = dict(given or {})
-    known = model.provenance.facts(model) if isinstance(model.provenance, Provenance) else {}
+    provenance = getattr(model, "provenance", None)  # an optimized model has none, and refuses to be saved
+    known = provenance.facts(model) if isinstance(provenance, Provenance) else {}
     if any(key in given for key in OF_DATA):
         known = {key: value for key, value in known.items() if key not in OF_DATA}
     return {**known, **given}
