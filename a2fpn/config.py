@@ -286,7 +286,9 @@ class RCNNConfig(HeadsConfig):
         shares = ("rpn_nms_threshold", "rpn_fg_iou", "rpn_bg_iou", "rpn_positive_fraction", "rpn_score_threshold")
         _check_range(0, 1, **{name: getattr(self, name) for name in (*shares, "box_fg_iou", "box_positive_fraction")})
         tops = [f"rpn_{when}_nms_top_n_{phase}" for when in ("pre", "post") for phase in ("train", "test")]
-        _check_range(0, _MOST_BOXES, **{name: getattr(self, name) for name in tops})
+        tops.remove("rpn_post_nms_top_n_train")  # with 0 the box heads train on the objects' own boxes
+        _check_range(0, _MOST_BOXES, rpn_post_nms_top_n_train=self.rpn_post_nms_top_n_train)
+        _check_range(1, _MOST_BOXES, **{name: getattr(self, name) for name in tops})
         _check_range(1, _MOST_BOXES, rpn_batch_size=self.rpn_batch_size, box_batch_size=self.box_batch_size)
         _check_range(1, _MOST_CHANNELS, box_channels=self.box_channels, mask_channels=self.mask_channels)
         _check_range(1, _LARGEST_POOL, box_pool_size=self.box_pool_size)

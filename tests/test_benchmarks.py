@@ -26,7 +26,7 @@ def test_necks_measure_every_neck_that_takes_a_backbones_pyramid(capsys):
     assert re.search(r"│ fpn .* ms │ +1\.00 │", out)
     assert re.search(r"simple_fpn is left out: .* one map", out)
     assert re.search(r"│ a2fpn_lite +│ +GMACs │ +\d\.\d\d │ +<= 1\.80", out)
-    assert re.search(r"│ context\.query\.p\d +│", out)
+    assert re.search(r"│ context\.global_reasoning +│", out)
     assert re.search(r"│ aten::\w+ +│ +[\d.]+ ms │ +\d+% │", out)
 
 

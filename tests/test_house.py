@@ -132,7 +132,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
             "app",
             "report",
         },
-        {"numpy", "torch", "rich", "typer"},
+        {"numpy", "PIL", "torch", "rich", "typer"},
     ),
     "__main__": ({"cli"}, set()),
     "finite": (set(), {"torch"}),

@@ -107,11 +107,11 @@ def test_run_lengths_of_predicted_masks_take_a_twentieth_of_the_memory_of_planes
 
 
 def test_reassembly_takes_a_tenth_of_the_memory_of_unfolding(tmp_path: Path) -> None:
-    x, weights, size = torch.randn(1, 64, 32, 48), torch.rand(1, 25, 64, 96), (64, 96)
+    x, weights, size = torch.randn(1, 256, 32, 48), torch.rand(1, 25, 64, 96), (64, 96)
 
     def unfolded() -> torch.Tensor:
         windows = F.unfold(F.interpolate(x, size=size), 5, dilation=2, padding=4)
-        return torch.einsum("bckhw,bkhw->bchw", windows.view(1, 64, 25, *size), weights)
+        return torch.einsum("bckhw,bkhw->bchw", windows.view(1, 256, 25, *size), weights)
 
     path = tmp_path / "trace.json"
     # Also the first calls, whose buffers of the library do not count.
