@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from a2fpn.data.images import MAX_PIXELS, SUFFIXES, read_image, to_rgb
+from a2fpn.config import MAX_PIXELS
+from a2fpn.data.images import SUFFIXES, read_image, to_rgb
 from a2fpn.errors import ConfigError, ConfigTypeError
 from a2fpn.heads.postprocess import PostprocessConfig, SoftNms
 from a2fpn.inference.eval_view import eval_view
