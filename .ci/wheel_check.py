@@ -1,4 +1,4 @@
-"""What an installed wheel must do away from its checkout: the demo, a training step, a conversion and a push.
+"""Check of an installed wheel away from its checkout: the demo, a training step, a conversion and a push.
 
 Run by ``make wheel-check`` with the Python of the environment that the wheel was installed into, in an empty folder.
 The Hub is the one of the tests, on loopback; everything else comes from the wheel.

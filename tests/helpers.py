@@ -178,7 +178,7 @@ def build_neck(name: str, spec: PyramidSpec | None = None, **options: Any) -> Ne
 
 
 def run_hub(*arguments: object) -> str | None:
-    """What ``python -m hub`` ends with: None, or the error that it shows."""
+    """Error that ``python -m hub`` shows, or None."""
     with contextlib.redirect_stderr(io.StringIO()) as shown, pytest.raises(SystemExit) as ended:
         main([str(argument) for argument in arguments])
     return shown.getvalue().splitlines()[-1] if ended.value.code else None

@@ -58,7 +58,7 @@ def open_page(address: str, tmp_path: Path) -> Iterator[Callable[[], Any]]:
 
 
 def until(condition: Callable[[], Any]) -> Any:
-    """What a condition gives once it holds."""
+    """Result of a condition once it holds."""
     end = time.monotonic() + PATIENCE
     while True:
         try:

@@ -1,4 +1,4 @@
-"""What a GPU does for all images or objects at once is what the CPU does one by one."""
+"""Equality of the batched paths of a GPU and the CPU's, which go one by one."""
 
 import copy
 

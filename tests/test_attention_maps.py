@@ -1,4 +1,4 @@
-"""What is measured inside a neck is what happens there."""
+"""Tests of measurements inside necks."""
 
 import itertools
 import json

@@ -158,7 +158,7 @@ def test_fresh_upsampling_is_close_to_nearest_and_addition(kernels: str) -> None
 
 
 def reads_the_target(module: nn.Module, source: tuple[int, int], target: tuple[int, int]) -> bool:
-    """Whether what comes from the source changes with the target map."""
+    """Check whether what comes from the source changes with the target map."""
     a, b, change = (torch.randn(1, 16, *size) for size in (source, target, target))
     randomize(module)
     first, second = module(a, b), module(a, b + change)

@@ -1,4 +1,4 @@
-"""What is known of a model travels with it; what no longer holds is marked."""
+"""Tests of a model's provenance, which travels with it, and of marks on what no longer holds."""
 
 from pathlib import Path
 

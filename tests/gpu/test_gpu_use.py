@@ -1,4 +1,4 @@
-"""What users run on the device: Predictor, tiles, views, optimized detectors, exported necks."""
+"""Tests of use on the device: Predictor, tiles, views, optimized detectors, exported necks."""
 
 import copy
 
