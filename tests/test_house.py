@@ -112,7 +112,11 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         {"_version", "data", "detectors", "errors", "evaluation", "inference", "pretrained"},
         {"contourpy", "jinja2", "markupsafe", "matplotlib", "numpy", "PIL", "pycocotools", "torch"},
     ),
-    "app": ({"data", "inference", "report"}, {"gradio", "numpy", "PIL"}),
+    "writers": (
+        {"_atomic", "_registry", "config", "errors", "inference", "masks", "report"},
+        {"contourpy", "numpy", "pycocotools"},
+    ),
+    "app": ({"data", "inference", "writers"}, {"gradio", "numpy", "PIL"}),
     "cli": (
         BUILDING
         | {
@@ -131,6 +135,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
             "training",
             "app",
             "report",
+            "writers",
         },
         {"numpy", "PIL", "torch", "rich", "typer"},
     ),

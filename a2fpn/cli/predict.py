@@ -49,6 +49,16 @@ def predict(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run that DIR holds: what is done is skipped.")
     ] = False,
+    formats: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--format",
+            metavar="NAME",
+            help="Format of results: overlay (pictures), coco, jsonl, geojson (QuPath), csv, coco-dataset. Several: "
+            "repeat it, or put commas between.",
+            show_default="overlay,coco",
+        ),
+    ] = None,
     score_threshold: Threshold = 0.5,
     tile: Tile = None,
     overlap: Overlap = 0.2,
@@ -61,11 +71,13 @@ def predict(
     max_pixels: MaxPixels = MAX_PIXELS,
     device: Device = None,
 ) -> None:
-    """Find objects in images: a picture for each, and all results as COCO JSON.
+    """Find objects in images: a picture for each, and all results as COCO JSON, or in other formats.
 
     Example: `a2fpn predict photos/ extra.jpg --model runs/cells --output found`
 
     A slide of many thousand pixels: `a2fpn predict slide.png --model runs/cells --tile 1024`
+
+    Objects for QuPath and a table: `... --format geojson,csv`
 
     The file `predictions.json` is a list of COCO results, to which `file_name` is added, the path as given. Where all
     file names are numbers, as in COCO, these are the image ids; otherwise images count from 1; `manifest.json` holds
@@ -83,13 +95,22 @@ def predict(
         "tta": tta,
     }
     settings = {"model": model, "optimize": optimize, "dtype": dtype, **options}
+    chosen = [name for given in formats or ["overlay,coco"] for name in given.split(",")]
     folder: PredictionFolder | None = None
     try:
         paths = image_files(images)
         predictor = build_predictor(
             load_detector(model), device, optimize=optimize, dtype=dtype, max_pixels=max_pixels, **options
         )
-        folder = PredictionFolder(output, paths, settings, overwrite=overwrite, resume=resume)
+        folder = PredictionFolder(
+            output,
+            paths,
+            settings,
+            formats=chosen,
+            categories=predictor.categories,
+            overwrite=overwrite,
+            resume=resume,
+        )
         _run(folder, predictor)
     except KeyboardInterrupt:
         if folder is None or not folder.objects:
@@ -116,14 +137,14 @@ def _run(folder: PredictionFolder, predictor: Predictor) -> None:
                 try:
                     (result,) = predictor([job.path])
                     seconds.append(time.perf_counter() - start)
-                    folder.add(job, result.to_coco(job.image_id), result.plot(score_threshold=0))
+                    folder.add(job, result)
                 except (ImageError, OSError) as error:
                     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
                     if len(folder.jobs) == 1 or full:
                         raise
                     typer.echo(f"a2fpn: skipped {_shown(error)}", err=True)
     finally:
-        results = folder.finish()
+        folder.finish()
     objects = folder.objects
     if not objects:
         raise ConfigError(f"None of the {len(folder.jobs)} images could be read.")
@@ -132,7 +153,7 @@ def _run(folder: PredictionFolder, predictor: Predictor) -> None:
         f"Found {count_of(sum(objects.values()), 'object')} in {count_of(len(objects), 'image')}"
         f"{f' ({skipped} more could not be read)' if skipped else ''}"
         f"{f', {1000 * statistics.median(seconds):.0f} ms per image' if seconds else ''}. "
-        f"All results are in {_shown(results)}\nOpen {_shown(folder.folder / max(objects, key=objects.__getitem__))}"
+        f"All results are in {_shown(folder.folder)}\nOpen {_shown(folder.best())}"
     )
 
 

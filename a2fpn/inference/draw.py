@@ -34,6 +34,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from a2fpn.errors import ConfigError
+from a2fpn.inference.outlines import PALETTE, object_colors
 
 if TYPE_CHECKING:
     from a2fpn.config import Category
@@ -72,11 +73,7 @@ class Drawable(Protocol):
     def load_image(self) -> NDArray[np.uint8]: ...
 
 
-# Okabe and Ito's colors, which people with color-blindness tell apart, then others in between.
-_PALETTE: Colors = to_rgba_array(
-    ["#E69F00", "#56B4E9", "#009E73", "#F0E442", "#D55E00", "#CC79A7", "#0072B2", "#AADD55"]
-    + ["#AA4499", "#44DDCC", "#BB5566", "#7788FF"]
-)[:, :3]
+_PALETTE: Colors = to_rgba_array(PALETTE)[:, :3]
 _BLACK, _DARK, _GRAY, _WHITE, _RED = to_rgba_array(["black", "#222222", "#666666", "white", "#B00020"])[:, :3]
 _MIN_SIDE = 768  # pixels the picture's long side has at least
 _MIN_OBJECT = 16  # pixels the side of a typical object has, unless the picture then passes _MAX_ENLARGED
@@ -364,18 +361,6 @@ def _class_colors(labels: NDArray[np.int64]) -> dict[int, Colors]:
     return colors
 
 
-def _neighbor_colors(boxes: NDArray[np.float32]) -> Colors:
-    """A color per object that none of the nearest objects has."""
-    centers = (boxes[:, :2] + boxes[:, 2:]) / 2
-    chosen = np.zeros(len(boxes), dtype=np.int64)
-    for index in range(len(boxes)):
-        nearest = np.argsort(np.square(centers[:index] - centers[index]).sum(1))[: len(_PALETTE) - 1]
-        uses = np.bincount(chosen[:index], minlength=len(_PALETTE))
-        uses[chosen[nearest]] += len(boxes)
-        chosen[index] = uses.argmin()
-    return _PALETTE[chosen]
-
-
 def _areas(boxes: NDArray[np.float32]) -> NDArray[np.float32]:
     """(N,) areas of boxes."""
     return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
@@ -473,7 +458,8 @@ def _object_colors(result: Drawable) -> tuple[Colors, bool]:
     """The color of each object, and whether all objects are of one class."""
     by_class = _class_colors(result.labels)
     if len(by_class) <= 1:
-        return _neighbor_colors(result.boxes), True
+        centers = (result.boxes[:, :2] + result.boxes[:, 2:]) / 2
+        return to_rgba_array(object_colors(centers))[:, :3], True
     return np.array([by_class[label] for label in result.labels.tolist()]), False
 
 

@@ -6,6 +6,7 @@ Shape shorthand: N objects of K keypoints, an image of H x W pixels.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -132,6 +133,48 @@ class Result:
             for record, points in zip(records, self.keypoints, strict=True):
                 record["keypoints"] = points.ravel().tolist()
         return records
+
+    @classmethod
+    def from_coco(
+        cls,
+        records: Sequence[Mapping[str, Any]],
+        *,
+        size: tuple[int, int],
+        categories: tuple[Category, ...],
+        path: str | None = None,
+    ) -> Result:
+        """Return the result of an image of which :meth:`to_coco` gave the records.
+
+        Args:
+            records: Best first.
+            size: Height and width of the image.
+            categories: The classes, in the order of the labels.
+            path: The image file.
+
+        Raises:
+            ValueError: If a record is of a class that is not among them.
+
+        Example:
+            >>> record = {"category_id": 7, "bbox": [2.0, 2.0, 4.0, 3.0], "score": 0.75}
+            >>> Result.from_coco([record], size=(8, 10), categories=(Category(7, "cat"),))
+            <Result: 1 object in 10 x 8 pixels: 1 cat>
+        """
+        known = {category.id: label for label, category in enumerate(categories)}
+        unknown = {record["category_id"] for record in records} - known.keys()
+        if unknown:
+            raise ConfigError(f"category_id {min(unknown)} is none of the {len(categories)} classes' ids.")
+        boxes = np.array([record["bbox"] for record in records], dtype=np.float64).reshape(-1, 4)
+        points = [np.reshape(record["keypoints"], (-1, 3)) for record in records if "keypoints" in record]
+        return cls(
+            boxes=np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1).astype(np.float32),
+            scores=np.array([record["score"] for record in records], dtype=np.float32),
+            labels=np.array([known[record["category_id"]] for record in records], dtype=np.int64),
+            size=size,
+            categories=categories,
+            rles=tuple(record["segmentation"] for record in records if "segmentation" in record) or None,
+            keypoints=np.array(points, dtype=np.float32) if points else None,
+            path=path,
+        )
 
     def to_supervision(self) -> supervision.Detections:
         """Return supervision's ``Detections``, with dense masks and the names as ``data["class_name"]``.

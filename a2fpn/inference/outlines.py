@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 
 import contourpy
 import numpy as np
@@ -68,15 +69,31 @@ def svg_path(rings: list[Ring]) -> str:
     return "".join(parts)
 
 
-def object_colors(boxes: NDArray[np.floating]) -> list[str]:
-    """A color for each box x, y, width, height that none of the nearest boxes before it has."""
-    centers = boxes[:, :2] + boxes[:, 2:] / 2
-    chosen = np.zeros(len(boxes), dtype=np.int64)
-    for row in range(len(boxes)):
-        nearest = np.argsort(np.square(centers[:row] - centers[row]).sum(1))[: len(PALETTE) - 1]
-        uses = np.bincount(chosen[:row], minlength=len(PALETTE))
-        uses[chosen[nearest]] += len(boxes)
-        chosen[row] = uses.argmin()
+def object_colors(centers: NDArray[np.floating]) -> list[str]:
+    """A color for each object, of the center x, y, that none of the nearest objects before it has.
+
+    Among more than 256 objects the nearest are sought in a grid, so that those of a slide take seconds.
+    """
+    spread = np.ptp(centers, axis=0).max(initial=0) if len(centers) else 0
+    side = max(1.0, float(spread) / max(1.0, math.sqrt(len(centers)) / 16))
+    places = np.floor(centers / side).astype(np.int64).tolist()
+    squares: dict[tuple[int, int], list[int]] = {}
+    chosen = np.zeros(len(centers), dtype=np.int64)
+    uses = np.zeros(len(PALETTE), dtype=np.int64)
+    for row, (column, line) in enumerate(places):
+        around = [
+            other
+            for x in range(column - 1, column + 2)
+            for y in range(line - 1, line + 2)
+            for other in squares.get((x, y), ())
+        ]
+        near = np.array(around, dtype=np.int64)
+        nearest = near[np.argsort(np.square(centers[near] - centers[row]).sum(1), kind="stable")][: len(PALETTE) - 1]
+        penalties = uses.copy()
+        penalties[chosen[nearest]] += len(centers)
+        chosen[row] = penalties.argmin()
+        uses[chosen[row]] += 1
+        squares.setdefault((column, line), []).append(row)
     return [PALETTE[color] for color in chosen.tolist()]
 
 
