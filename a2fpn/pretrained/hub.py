@@ -1,7 +1,4 @@
-"""The Hugging Face Hub, client side: download, verify, publish. Only ``config.json`` and safetensors travel.
-
-What goes wrong is told as a :class:`HubError` in one sentence: what was wanted, from where, and what to do.
-"""
+"""The Hugging Face Hub, client side: download, verify, publish. Only ``config.json`` and safetensors travel."""
 
 from __future__ import annotations
 
