@@ -22,9 +22,9 @@ from a2fpn.data import CocoFile, read_coco
 from a2fpn.errors import ConfigError
 from a2fpn.evaluation import annotations_as_detections
 from a2fpn.inference import Result
-from a2fpn.inference.outlines import object_colors, svg_path
 from a2fpn.report import Run, write_report
 from a2fpn.report.compare import Comparison, compare
+from a2fpn.report.outlines import object_colors, svg_path
 from a2fpn.report.sheet import save_comparison, save_gallery
 from tests.coco_data import write_coco
 from tests.helpers import tiny_model
@@ -194,7 +194,8 @@ def test_the_files_are_a_figure_twice_and_a_page_alone(scene: Any, tmp_path: Pat
 
 
 def test_neighbors_have_different_colors_and_straight_borders_few_points() -> None:
-    colors = object_colors(np.array([[10.0 * i, 0] for i in range(40)]))
+    boxes = np.array([[10.0 * i, 0, 9, 9] for i in range(40)])
+    colors = object_colors(boxes)
     assert all(one != other for one, other in itertools.pairwise(colors))
     square = np.array([(x, 0) for x in range(50)] + [(49, y) for y in range(50)] + [(0, 49), (0, 0)], dtype=float)
     assert len(svg_path([square]).split("L")) < 15

@@ -66,6 +66,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
             "PIL",
             "pillow_heif",
             "pycocotools",
+            "tifffile",
             "torch",
             "torchvision",
             "yaml",
@@ -97,6 +98,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         {
             *(
                 "accelerate",
+                "filelock",
                 "matplotlib",
                 "numpy",
                 "PIL",
@@ -113,7 +115,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         {"contourpy", "jinja2", "markupsafe", "matplotlib", "numpy", "PIL", "pycocotools", "torch"},
     ),
     "writers": (
-        {"_atomic", "_registry", "config", "errors", "inference", "masks", "report"},
+        {"_atomic", "_registry", "config", "errors", "inference", "masks"},
         {"contourpy", "numpy", "pycocotools"},
     ),
     "app": ({"data", "inference", "writers"}, {"gradio", "numpy", "PIL"}),

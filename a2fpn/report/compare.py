@@ -15,9 +15,10 @@ from pycocotools import mask as mask_utils
 
 from a2fpn.data import CocoFile, Rle
 from a2fpn.errors import ConfigError
-from a2fpn.inference.outlines import PALETTE, object_colors
+from a2fpn.inference.shapes import PALETTE
 from a2fpn.report.analysis import image_ap
 from a2fpn.report.matching import Floats, Ints, Kind, Scene, match
+from a2fpn.report.outlines import object_colors
 from a2fpn.report.precision import mean, precision
 
 if TYPE_CHECKING:
@@ -290,9 +291,9 @@ def _column(
             replace(cell, colors=tuple(by_name[name] for name in row)) for cell, row in zip(cells, labels, strict=True)
         ]
     else:
-        cells[0] = replace(cells[0], colors=tuple(object_colors(_centers(cells[0]))))
+        cells[0] = replace(cells[0], colors=tuple(object_colors(cells[0].boxes)))
         for number, cell in enumerate(cells[1:], start=1):
-            own = object_colors(_centers(cell))
+            own = object_colors(cell.boxes)
             shared = [cells[0].colors[p] if p >= 0 else own[row] for row, p in enumerate(_partners(cell, cells[0]))]
             cells[number] = replace(cell, colors=tuple(shared))
         cells = [replace(cell, texts=()) for cell in cells]  # one class need not be named
@@ -304,10 +305,6 @@ def _cell(result: Result) -> Cell:
     boxes = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
     texts = [f"{name} {score:.2f}" for name, score in zip(result.names, result.scores.tolist(), strict=True)]
     return Cell(boxes, result.rles, tuple(texts), ())
-
-
-def _centers(cell: Cell) -> Floats:
-    return cell.boxes[:, :2] + cell.boxes[:, 2:] / 2
 
 
 def _count(number: int) -> str:

@@ -17,11 +17,11 @@ from a2fpn._version import __version__
 from a2fpn.data import CocoFile, read_coco, read_image
 from a2fpn.errors import ConfigError
 from a2fpn.evaluation import CocoMetrics, evaluate_coco
-from a2fpn.inference.outlines import data_uri, rings_of, svg_path
 from a2fpn.report import figures
 from a2fpn.report.analysis import Analysis, analyze
 from a2fpn.report.facts import merged_facts
 from a2fpn.report.matching import Floats, Kind, Scene
+from a2fpn.report.outlines import data_uri, rings_of, svg_path
 from a2fpn.report.precision import interval, mean, resampled_ap, resampling
 from a2fpn.report.tide import DESCRIPTIONS
 

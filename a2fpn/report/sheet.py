@@ -19,8 +19,8 @@ from PIL import Image
 from a2fpn._version import __version__
 from a2fpn.data import read_image
 from a2fpn.errors import ConfigError
-from a2fpn.inference.outlines import data_uri, rings_of, svg_path
 from a2fpn.report.compare import Cell, Column, Comparison
+from a2fpn.report.outlines import data_uri, rings_of, svg_path
 from a2fpn.report.page import environment
 
 _DPI = 150

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from a2fpn._atomic import write_text
-from a2fpn.inference.outlines import PALETTE, box_ring
+from a2fpn.inference.shapes import PALETTE, box_ring
 from a2fpn.inference.result import Result
 from a2fpn.masks.rle import Rle, decode_window
 from a2fpn.writers.base import image_format, sides
