@@ -123,8 +123,8 @@ def test_ctrl_c_keeps_what_is_done_and_resume_does_the_rest(
     with monkeypatch.context() as patched:
         interrupted(patched, after=2)
         output = predict(checkpoint, photos, "--output", out, code=130)
-    assert "Stopped after 2 of 6 images; their results are in" in output
-    assert "--resume does the others" in output
+    assert "Stopped after 2 of 6 images; the results are in" in output
+    assert "--resume does the rest" in output
     assert len(read(out / "predictions.json")) == 10
     assert len((out / "predictions.jsonl").read_text().splitlines()) == 2
     pictures = {name: (out / name).stat().st_mtime_ns for name in ("p0.png", "p1.png")}
@@ -133,8 +133,8 @@ def test_ctrl_c_keeps_what_is_done_and_resume_does_the_rest(
     assert "2 images of 6 done before" in predict(checkpoint, photos, "--output", out, "--resume")
     assert read(out / "predictions.json") == read(tmp_path / "whole/predictions.json")
     assert {name: (out / name).stat().st_mtime_ns for name in pictures} == pictures
-    assert "detections_per_image was None in the run" in predict(
-        checkpoint, photos, "--output", out, "--resume", "--detections-per-image", 2, code=2
+    assert "max_objects was None in the run" in predict(
+        checkpoint, photos, "--output", out, "--resume", "--max-objects", 2, code=2
     )
 
 

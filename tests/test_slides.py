@@ -207,10 +207,10 @@ def write_png(path: Path, values: np.ndarray, bits: int, kind: int, *, chunk: in
         above = rows[y - 1] if y else np.zeros_like(row)
         left, corner = (np.concatenate([np.zeros(step, int), x[:-step]]) for x in (row, above))
         nearest = np.abs(above - corner), np.abs(left - corner), np.abs(left + above - 2 * corner)
-        paeth = np.where((nearest[0] <= nearest[1]) & (nearest[0] <= nearest[2]), left, corner)
-        paeth = np.where((nearest[0] > nearest[1]) & (nearest[1] <= nearest[2]), above, paeth)
-        paeth = np.where((nearest[0] > nearest[2]) & (nearest[1] > nearest[2]), corner, paeth)
-        guess = (0 * row, left, above, (left + above) // 2, paeth)[y % 5]
+        nearest_of = np.where((nearest[0] <= nearest[1]) & (nearest[0] <= nearest[2]), left, corner)
+        nearest_of = np.where((nearest[0] > nearest[1]) & (nearest[1] <= nearest[2]), above, nearest_of)
+        nearest_of = np.where((nearest[0] > nearest[2]) & (nearest[1] > nearest[2]), corner, nearest_of)
+        guess = (0 * row, left, above, (left + above) // 2, nearest_of)[y % 5]
         filtered += bytes([y % 5]) + ((row - guess) % 256).astype(np.uint8).tobytes()
     packed = zlib.compress(bytes(filtered))
 

@@ -9,12 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.path import Path as Outline
+from pycocotools import mask as mask_utils
 
 from a2fpn.config import Category
 from a2fpn.data import decode_rle, encode_masks, read_coco
 from a2fpn.inference import Result
+from a2fpn.instance_metrics import label_image
+from a2fpn.masks.rle import as_text
 from a2fpn.writers import FORMATS, write_results
-from a2fpn.writers.geojson import mask_polygons, to_geojson
+from a2fpn.writers.geojson import features, mask_polygons
+from a2fpn.writers.measures import measures
 
 SIZE = (40, 60)
 CATEGORIES = (Category(3, "cell, round"), Category(8, "ring"))
@@ -49,10 +53,15 @@ def written(results: list[Result], form: str, folder: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def test_geojson_has_closed_rings_with_holes_and_parts() -> None:
-    ring, parts = json.loads(to_geojson(result()))["features"]
+def test_geojson_has_closed_rings_with_holes_and_parts(tmp_path: Path) -> None:
+    ring, parts = json.loads(written([result()], "geojson", tmp_path))["features"]
     assert ring["properties"]["classification"]["name"] == "ring"
-    assert ring["properties"]["measurements"] == {"score": 0.9, "area": 250.0}
+    assert ring["properties"]["measurements"] == {
+        "score": 0.9,
+        "area": 250.0,
+        "equivalent_diameter": pytest.approx(17.841, abs=1e-3),
+        "eccentricity": pytest.approx(0.696, abs=1e-3),
+    }
     assert ring["geometry"]["type"] == "Polygon"
     outer, hole = ring["geometry"]["coordinates"]
     assert outer[0] == outer[-1]
@@ -81,13 +90,12 @@ def test_polygons_filled_again_give_the_mask(seed: int) -> None:
     """Also of masks without any shape: holes in holes, pixels that touch at corners, at the image's border."""
     mask = np.random.default_rng(seed).random((17, 23)) < 0.2 + 0.03 * seed
     (rle,) = encode_masks(mask[None])
-    polygons, pixels = mask_polygons(rle)
-    assert pixels == mask.sum()
+    polygons = mask_polygons(rle)
     np.testing.assert_array_equal(filled(polygons, mask.shape), mask)
 
 
 def test_a_mask_without_a_pixel_has_no_polygon() -> None:
-    assert mask_polygons(encode_masks(np.zeros((1, 4, 5)))[0]) == ([], 0)
+    assert mask_polygons(encode_masks(np.zeros((1, 4, 5)))[0]) == []
 
 
 @pytest.mark.parametrize("masks", [True, False])
@@ -127,20 +135,162 @@ def test_records_of_another_models_classes_are_refused() -> None:
         Result.from_coco(result().to_coco(1), size=SIZE, categories=CATEGORIES[:1])
 
 
+def check_geojson(text: str) -> list[dict[str, Any]]:
+    """The features of a text that RFC 7946 and QuPath's reader of it allow."""
+    collection = json.loads(text)
+    assert set(collection) == {"type", "features"}
+    assert collection["type"] == "FeatureCollection"
+    for feature in collection["features"]:
+        assert set(feature) == {"type", "geometry", "properties"}
+        assert feature["type"] == "Feature"
+        geometry, facts = feature["geometry"], feature["properties"]
+        polygons = {"Polygon": [geometry["coordinates"]], "MultiPolygon": geometry["coordinates"]}[geometry["type"]]
+        for ring in (ring for polygon in polygons for ring in polygon):
+            assert len(ring) >= 4
+            assert ring[0] == ring[-1]
+            assert all(len(point) == 2 and all(isinstance(x, float) for x in point) for point in ring)
+        assert set(facts) == {"objectType", "classification", "measurements"}
+        assert facts["objectType"] == "detection"
+        assert set(facts["classification"]) == {"name", "color"}
+        assert all(isinstance(x, int) and 0 <= x <= 255 for x in facts["classification"]["color"])
+        assert len(facts["classification"]["color"]) == 3
+        assert all(isinstance(x, float) for x in facts["measurements"].values())
+    return list(collection["features"])
+
+
+@pytest.mark.parametrize("masks", [True, False])
+@pytest.mark.parametrize("scale", [None, 0.5])
+def test_geojson_has_the_form_that_qupath_reads(masks: bool, scale: float | None, tmp_path: Path) -> None:
+    text = written([replace(result(masks), microns_per_pixel=scale)], "geojson", tmp_path)
+    first, _ = check_geojson(text)
+    assert ("area_um2" in first["properties"]["measurements"]) == (scale is not None)
+    assert len(list(features(result(masks)))) == 2
+
+
 def test_csv_has_a_row_for_each_object_and_quotes_names(tmp_path: Path) -> None:
     rows = list(csv.DictReader(written([result()], "csv", tmp_path).splitlines()))
     assert [row["class"] for row in rows] == ["ring", "cell, round"]
-    assert rows[0] == {
+    known = {key: value for key, value in rows[0].items() if value}
+    assert known == {
         "image": "a.png",
         "object": "1",
         "class": "ring",
-        "score": "0.9000",
+        "score": "0.9",
         "x": "5.0",
         "y": "5.0",
         "width": "20.0",
         "height": "15.0",
         "area": "250.0",
+        "centroid_x": "15.0",
+        "centroid_y": "12.5",
+        "equivalent_diameter": "17.8412",
+        "eccentricity": "0.6964",
     }
+    microns = [name for name in rows[0] if "um" in name]
+    assert len(microns) == 8
+    (row, _) = csv.DictReader(written([replace(result(), microns_per_pixel=0.5)], "csv", tmp_path).splitlines())
+    assert (row["area_um2"], row["width_um"], row["centroid_y_um"]) == ("62.5", "10.0", "6.25")
+
+
+def measured(mask: np.ndarray) -> dict[str, float | None]:
+    ys, xs = np.nonzero(mask)
+    box = [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1] if len(xs) else [0, 0, 0, 0]
+    only = Result(
+        boxes=np.array([box], dtype=np.float32),
+        scores=np.ones(1, np.float32),
+        labels=np.zeros(1, np.int64),
+        size=mask.shape,
+        categories=CATEGORIES,
+        rles=tuple(encode_masks(mask[None])),
+    )
+    return next(measures(only))
+
+
+def test_shapes_are_measured_by_their_moments() -> None:
+    y, x = np.mgrid[:300, :300] + 0.5
+    for angle in (0.0, 0.4, 1.3):
+        along = (x - 150) * np.cos(angle) + (y - 140) * np.sin(angle)
+        across = -(x - 150) * np.sin(angle) + (y - 140) * np.cos(angle)
+        ellipse = measured((along / 100) ** 2 + (across / 60) ** 2 <= 1)
+        assert ellipse["eccentricity"] == pytest.approx(0.8, abs=2e-3)
+        assert ellipse["equivalent_diameter"] == pytest.approx(2 * np.sqrt(6000), abs=0.3)
+        assert ellipse["centroid_x"] == pytest.approx(150, abs=0.1)
+        assert ellipse["centroid_y"] == pytest.approx(140, abs=0.1)
+    pixel = np.zeros((5, 6), bool)
+    pixel[2, 4] = True
+    one = measured(pixel)
+    assert (one["area"], one["centroid_x"], one["centroid_y"], one["eccentricity"]) == (1, 4.5, 2.5, 0)
+    pixel[2, :] = True
+    assert measured(pixel)["eccentricity"] == pytest.approx(np.sqrt(1 - 1 / 36), abs=1e-4)
+    nothing = measured(np.zeros((5, 6), bool))
+    assert (nothing["area"], nothing["centroid_x"], nothing["eccentricity"]) == (0, None, None)
+
+
+@pytest.mark.parametrize("scale", [None, 0.25])
+def test_label_images_are_the_masks_in_tiles(scale: float | None, tmp_path: Path) -> None:
+    tifffile = pytest.importorskip("tifffile", reason="tifffile is not installed; it comes with the extra 'slides'")
+    rng = np.random.default_rng(0)
+    size, masks = (700, 1100), []
+    for _ in range(60):
+        mask = np.zeros(size, bool)
+        top, left = rng.integers(0, 650), rng.integers(0, 1050)
+        mask[top : top + rng.integers(1, 300), left : left + rng.integers(1, 300)] = True
+        masks.append(mask)
+    found = Result(
+        boxes=np.array(
+            [
+                [np.nonzero(m)[1].min(), np.nonzero(m)[0].min(), np.nonzero(m)[1].max() + 1, np.nonzero(m)[0].max() + 1]
+                for m in masks
+            ],
+            dtype=np.float32,
+        ),
+        scores=np.linspace(1, 0.5, 60, dtype=np.float32),
+        labels=np.zeros(60, np.int64),
+        size=size,
+        categories=CATEGORIES,
+        rles=tuple(encode_masks(np.array(masks))),
+        path="a.png",
+        microns_per_pixel=scale,
+    )
+    (path,) = write_results([found], tmp_path, ["labels"])
+    with tifffile.TiffFile(path) as file:
+        page = file.pages[0]
+        assert (page.dtype, page.shape, page.is_tiled) == (np.uint16, size, True)
+        assert (page.get_resolution(unit=5)[0] if scale else None) == (4e6 / 1e6 if scale else None)
+        labels = page.asarray()
+    np.testing.assert_array_equal(labels, label_image(found.rles or (), size, scores=found.scores.tolist()))
+    # Masks that nothing covers come back whole.
+    np.testing.assert_array_equal(labels == 1, masks[0])
+
+
+def test_many_objects_need_32_bits(tmp_path: Path) -> None:
+    tifffile = pytest.importorskip("tifffile", reason="tifffile is not installed; it comes with the extra 'slides'")
+    count = 65_536
+    places = np.arange(count)
+    boxes = np.stack([places % 512, places // 512, places % 512 + 1, places // 512 + 1], 1).astype(np.float32)
+    size = (128, 512)
+    starts = (boxes[:, 0] * 128 + boxes[:, 1]).astype(int).tolist()
+    counts = [{"size": list(size), "counts": [start, 1, 128 * 512 - start - 1]} for start in starts]
+    for number, dtype in ((count - 1, np.uint16), (count, np.uint32)):
+        found = Result(
+            boxes=boxes[:number],
+            scores=np.ones(number, np.float32),
+            labels=np.zeros(number, np.int64),
+            size=size,
+            categories=CATEGORIES,
+            rles=tuple(as_text(mask_utils.frPyObjects(counts[:number], *size))),
+            path="a.png",
+        )
+        (path,) = write_results([found], tmp_path, ["labels"])
+        labels = tifffile.imread(path)
+        assert labels.dtype == dtype
+        assert labels.max() == number
+        assert len(np.unique(labels)) == count
+
+
+def test_label_images_need_masks(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="A label image needs masks"):
+        write_results([result(masks=False)], tmp_path, ["labels"])
 
 
 def test_nothing_found_gives_empty_files(tmp_path: Path) -> None:
@@ -163,5 +313,5 @@ def test_formats_that_do_not_exist(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least one result"):
         write_results([], tmp_path, ["coco"])
     assert list(tmp_path.iterdir()) == []
-    assert set(FORMATS) >= {"coco", "csv", "geojson", "jsonl", "overlay"}
+    assert set(FORMATS) >= {"coco", "csv", "geojson", "jsonl", "labels", "overlay"}
     assert decode_rle(result().rles or ())[0].sum() == 250

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from a2fpn._atomic import write_text
+from a2fpn._atomic import append_line, write_text
+from a2fpn.cli.tile_journal import TileJournal, done_tiles
 from a2fpn.config import Category
+from a2fpn.data.slides import Window
 from a2fpn.errors import ConfigError, ExistingFileError
 from a2fpn.inference.result import Result
 from a2fpn.writers import FORMATS, ImageFormat, ImageResult, RunFormat
@@ -19,6 +21,7 @@ from a2fpn.writers.base import unique_stems
 from a2fpn.writers.coco import STREAM, to_line
 
 MANIFEST = "manifest.json"
+TILES = ".tiles.jsonl"
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,7 @@ class PredictionFolder:
         known = self._manifest() if resume else {}
         self.jobs = _plan(list(dict.fromkeys(paths)), known)
         self._found: dict[str, int] = {}
+        self._resumed = resume and bool(known)
         if resume and known:
             self._found = {line["file_name"]: len(line["results"]) for line in self._lines()}
         elif not overwrite:
@@ -100,17 +104,36 @@ class PredictionFolder:
         """Objects found in each image that is done, by its file name."""
         return dict(self._found)
 
+    @property
+    def draws(self) -> bool:
+        """Whether pictures are written."""
+        return FORMATS["overlay"] in self._each
+
+    @property
+    def journals(self) -> dict[Path, int]:
+        """Images of which some tiles are done, and how many."""
+        paths = {job.path: self.folder / f"{job.stem}{TILES}" for job in self.jobs}
+        return {path: done_tiles(journal) for path, journal in paths.items() if journal.exists()}
+
+    def journal(self, job: Job, windows: Sequence[Window]) -> TileJournal:
+        """Tiles of an image that are done, in a file that stays until the image is."""
+        path = self.folder / f"{job.stem}{TILES}"
+        if not self._resumed:
+            path.unlink(missing_ok=True)
+        return TileJournal(path, job.path, windows)
+
     def add(self, job: Job, result: Result) -> None:
         """Write an image's own files and its line."""
         self._write_each(job, result)
-        flags = os.O_WRONLY | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
-        with open(self.folder / STREAM, "a", encoding="utf-8", opener=lambda path, _: os.open(path, flags)) as stream:
-            stream.write(to_line(ImageResult(result, _name(job.path), job.stem, job.image_id)))
+        append_line(self.folder / STREAM, to_line(ImageResult(result, _name(job.path), job.stem, job.image_id)))
         self._found[_name(job.path)] = len(result)
+        (self.folder / f"{job.stem}{TILES}").unlink(missing_ok=True)
 
     def finish(self) -> None:
         """Write what is of all images; where nothing was predicted, nothing stays."""
         if not self._found:
+            if self.journals:
+                return
             for name in (MANIFEST, STREAM, *(form.file for form in self._whole)):
                 (self.folder / name).unlink(missing_ok=True)
             return
@@ -136,8 +159,13 @@ class PredictionFolder:
     def _images(self) -> Iterator[ImageResult]:
         """The results, read from the disk one by one."""
         for line in self._lines():
-            size = (line["height"], line["width"])
-            result = Result.from_coco(line["results"], size=size, categories=self.categories, path=line["file_name"])
+            result = Result.from_coco(
+                line["results"],
+                size=(line["height"], line["width"]),
+                categories=self.categories,
+                path=line["file_name"],
+                microns_per_pixel=line["microns_per_pixel"],
+            )
             yield ImageResult(result, line["file_name"], line["stem"], line["image_id"])
 
     def _manifest(self) -> dict[str, Job]:
@@ -175,7 +203,8 @@ class PredictionFolder:
                     return
 
     def _refuse_existing(self, resume: bool) -> None:
-        own = [f"{job.stem}{form.suffix}" for form in self._each for job in self.jobs]
+        suffixes = [*(form.suffix for form in self._each), TILES]
+        own = [f"{job.stem}{suffix}" for suffix in suffixes for job in self.jobs]
         names = [MANIFEST, STREAM, *(form.file for form in self._whole), *own]
         there = [name for name in names if os.path.lexists(self.folder / name)]
         if not there:

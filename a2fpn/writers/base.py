@@ -8,9 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from a2fpn._registry import Registry
 from a2fpn.config import Category
 from a2fpn.errors import ConfigError
@@ -143,9 +140,3 @@ def unique_stems(names: Iterable[str | os.PathLike[str]], taken: Iterable[str] =
         free = next(x for x in itertools.chain([stem], numbered) if x.lower() not in used)
         used.add(free.lower())
         yield free
-
-
-def sides(boxes: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Boxes xyxy as x, y, width, height."""
-    wide = boxes.astype(np.float64)
-    return np.concatenate([wide[:, :2], wide[:, 2:] - wide[:, :2]], axis=1)

@@ -7,11 +7,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pycocotools import mask as mask_utils
-
 from a2fpn._atomic import replaced_file, write_text
 from a2fpn.config import Category
-from a2fpn.writers.base import ImageResult, run_format, sides
+from a2fpn.writers.base import ImageResult, run_format
+from a2fpn.writers.measures import measures
 
 STREAM = "predictions.jsonl"
 
@@ -32,7 +31,7 @@ def write_coco(images: Iterable[ImageResult], categories: Sequence[Category], pa
 def write_lines(images: Iterable[ImageResult], categories: Sequence[Category], path: Path) -> None:
     """Write a line of JSON for each image: its id, name and size, and its COCO results."""
     with replaced_file(path) as partial, partial.open("w", encoding="utf-8") as file:
-        file.writelines(to_line(image) for image in images)
+        file.writelines(to_line(image) + "\n" for image in images)
 
 
 def to_line(image: ImageResult) -> str:
@@ -44,9 +43,10 @@ def to_line(image: ImageResult) -> str:
         "stem": image.stem,
         "height": height,
         "width": width,
+        "microns_per_pixel": image.result.microns_per_pixel,
         "results": image.result.to_coco(image.image_id),
     }
-    return json.dumps(record) + "\n"
+    return json.dumps(record)
 
 
 @run_format("coco-dataset", file="coco.json")
@@ -57,11 +57,8 @@ def write_dataset(images: Iterable[ImageResult], categories: Sequence[Category],
     for image in images:
         height, width = image.result.size
         entries.append({"id": image.image_id, "file_name": image.name, "height": height, "width": width})
-        boxes = sides(image.result.boxes)
-        areas = (boxes[:, 2] * boxes[:, 3]).tolist()
-        for record, area in zip(image.result.to_coco(image.image_id), areas, strict=True):
-            if "segmentation" in record:
-                area = float(mask_utils.area(record["segmentation"]))
+        for record, measured in zip(image.result.to_coco(image.image_id), measures(image.result), strict=True):
+            area = measured["area"]
             annotations.append({"id": len(annotations) + 1, **record, "area": area, "iscrowd": 0})
     classes = [{"id": category.id, "name": category.name} for category in categories]
     write_text(path, json.dumps({"images": entries, "categories": classes, "annotations": annotations}))

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -48,6 +48,18 @@ class SlideOptions:
             raise ConfigError(f"intensity must be a low and a higher value, got {self.intensity}.")
 
 
+class Thumbnail(NamedTuple):
+    """An image made smaller.
+
+    Args:
+        pixels: (h, w, C) uint8.
+        side: Of the squares of the image's pixels that have become pixels.
+    """
+
+    pixels: NDArray[np.uint8]
+    side: int
+
+
 class Slide(ABC):
     """An image of any size whose windows can be read; a context manager that closes the file.
 
@@ -75,14 +87,11 @@ class Slide(ABC):
         """Close the file, if one is open."""
         return None
 
-    def thumbnail(self, longest: int) -> tuple[NDArray[np.uint8], int]:
-        """Return the image with means of squares of pixels in the place of pixels, and the squares' side.
+    def thumbnail(self, longest: int = 4096) -> Thumbnail:
+        """Return the image with means of squares of pixels in the place of pixels.
 
         Args:
             longest: Most pixels of its long side.
-
-        Returns:
-            (h, w, C) uint8, and the side, 1 for an image that is no larger.
         """
         height, width = self.size
         side = -(-max(height, width) // longest)
@@ -94,7 +103,7 @@ class Slide(ABC):
                 for left in range(0, width, step)
             ]
             rows.append(np.concatenate(band, axis=1))
-        return np.concatenate(rows), side
+        return Thumbnail(np.concatenate(rows), side)
 
     def __enter__(self) -> Slide:
         return self
