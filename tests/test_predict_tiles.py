@@ -1,6 +1,7 @@
 """Slides tile by tile: the same objects whatever reads them, stops them and goes on with them."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from a2fpn.cli.tile_journal import TileJournal
 from a2fpn.data.slides import Slide
 from a2fpn.inference import Predictor, Result
 from a2fpn.inference.tiling import TileDetections
+from a2fpn.pretrained.checkpoint import add_metadata
 from tests.helpers import tiny_model
 
 tifffile = pytest.importorskip("tifffile", reason="tifffile is not installed; it comes with the extra 'slides'")
@@ -200,10 +202,24 @@ def test_options_of_reading_on_the_command_line(checkpoint: Path, slide: Path, t
     for wrong, message in (
         (("--channels", "red"), "whole numbers with commas between, such as 2,0,1, got 'red'"),
         (("--intensity", "5"), "two numbers such as 0,4095, or auto, got '5'"),
-        (("--scale", "half"), "a factor such as 0.5, or the µm of a pixel such as 0.5um, got 'half'"),
+        (("--scale", "half"), "a factor such as 0.5, the µm of a pixel such as 0.5um, or auto, got 'half'"),
         (("--scale", "0.5um"), "doesn't say what its pixels measure"),
     ):
         more = ("--channels", "0") if "--channels" not in wrong else ()
         assert message in predict(checkpoint, stack, "--output", tmp_path / "new", *wrong, *more, code=2)
-    predict(checkpoint, slide, "--output", tmp_path / "um", "--format", "csv", "--scale", "0.5um")
-    assert "area_um2" in (tmp_path / "um" / "objects.csv").read_text()
+
+
+def test_the_scale_of_training_is_a_fact_of_the_checkpoint(checkpoint: Path, slide: Path, tmp_path: Path) -> None:
+    scaled, texts = tmp_path / "checkpoint", []
+    shutil.copytree(checkpoint, scaled)
+    for model, scale in ((checkpoint, "0.5"), (checkpoint, "0.5um"), (scaled, "auto")):
+        if scale == "auto":
+            message = "--scale auto: the checkpoint doesn't say at which scale it was trained"
+            assert message in predict(model, slide, "--output", tmp_path / scale, "--scale", scale, code=2)
+            add_metadata(model, microns_per_pixel=0.5)
+        predict(model, slide, "--output", tmp_path / scale, "--format", "csv", "--scale", scale)
+        texts.append((tmp_path / scale / "objects.csv").read_text())
+    assert texts[0] == texts[1] == texts[2]
+    assert len(texts[0].splitlines()) > 10
+    with pytest.raises(ValueError, match="microns_per_pixel must be above 0, got 0"):
+        add_metadata(scaled, microns_per_pixel=0)

@@ -69,9 +69,9 @@ Workers = Annotated[
 Scale = Annotated[
     str | None,
     typer.Option(
-        metavar="FACTOR|MICRONSum",
+        metavar="FACTOR|MICRONSum|auto",
         help="Scale at which the network sees images in place of the model's own rule: a factor, or the µm of a pixel, "
-        "such as 0.5um, of files that say what their pixels measure.",
+        "such as 0.5um, of files that say what their pixels measure; auto takes the µm that the checkpoint names.",
     ),
 ]
 Channels = Annotated[
@@ -104,17 +104,25 @@ Precision = Annotated[
 ]
 
 
-def parse_scale(text: str | None) -> dict[str, float | None]:
-    """Options of prediction that --scale means."""
-    number = (text or "").lower().replace("µ", "u").removesuffix("um").strip()
+def parse_scale(text: str | None, detector: Detector) -> dict[str, float | None]:
+    """Options of prediction that --scale means for a detector."""
+    if text is None:
+        return {}
+    if text == "auto":
+        microns = getattr(detector.provenance, "metadata", {}).get("microns_per_pixel")
+        if microns is None:
+            raise ConfigError(
+                "--scale auto: the checkpoint doesn't say at which scale it was trained. Give it, such as 0.5um, or "
+                "store it: a2fpn.pretrained.checkpoint.add_metadata(folder, microns_per_pixel=0.5)."
+            )
+        return {"microns_per_pixel": microns}
+    number = text.lower().replace("µ", "u").removesuffix("um").strip()
     try:
-        value = float(number) if text is not None else None
+        value = float(number)
     except ValueError:
-        raise ConfigError(
-            f"--scale is a factor such as 0.5, or the µm of a pixel such as 0.5um, got {text!r}."
-        ) from None
-    microns = text is not None and len(number) < len(text.strip())
-    return {"microns_per_pixel": value} if microns else {"scale": value}
+        expected = "a factor such as 0.5, the µm of a pixel such as 0.5um, or auto"
+        raise ConfigError(f"--scale is {expected}, got {text!r}.") from None
+    return {"microns_per_pixel" if len(number) < len(text.strip()) else "scale": value}
 
 
 def parse_channels(text: str | None) -> tuple[int, ...] | None:

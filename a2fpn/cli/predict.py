@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -107,7 +107,7 @@ def predict(
 
     if overwrite and resume:
         raise ConfigError("--overwrite starts anew and --resume continues; give one of them.")
-    options = {
+    options: dict[str, Any] = {
         "score_threshold": score_threshold,
         "nms_threshold": nms_threshold,
         "soft_nms": soft_nms or False,
@@ -117,16 +117,17 @@ def predict(
         "tta": tta,
         "channels": parse_channels(channels),
         "intensity": parse_intensity(intensity),
-        **parse_scale(scale),
     }
-    # As JSON gives them back.
-    settings = json.loads(json.dumps({"model": model, "optimize": optimize, "dtype": dtype, **options}))
     chosen = [name for given in formats or ["overlay,coco"] for name in given.split(",")]
     folder: PredictionFolder | None = None
     try:
         paths = image_files(images)
+        detector = load_detector(model)
+        options |= parse_scale(scale, detector)
+        # As JSON gives them back.
+        settings = json.loads(json.dumps({"model": model, "optimize": optimize, "dtype": dtype, **options}))
         predictor = build_predictor(
-            load_detector(model),
+            detector,
             device,
             optimize=optimize,
             dtype=dtype,
