@@ -24,12 +24,13 @@ from a2fpn.training.cli import main, parse
 from a2fpn.training.config import OptimSection, RunSection, TrainConfig
 from a2fpn.training.monitor import LossWindow
 from a2fpn.training.optim import build_optimizer, build_scheduler, lr_factor, parameter_groups, scaled_lr
+from a2fpn.training.recipes import list_recipes
 from a2fpn.training.settings import setting_names
 from a2fpn.training.trainer import Trainer, check_processes
 from tests.training import metrics, tiny_run
 
 ROOT = Path(__file__).resolve().parent.parent
-RECIPES = sorted((ROOT / "a2fpn" / "training" / "recipes").glob("*.yaml"))
+RECIPES = [ROOT / "a2fpn" / "training" / "recipes" / f"{name}.yaml" for name in list_recipes() if name != "auto"]
 
 
 @pytest.fixture(autouse=True)
