@@ -73,7 +73,6 @@ def throughput(document: Mapping[str, Any]) -> str:
 
 
 TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
-    "cpu-inference": ("inference_cpu.json", cpu_inference),
     "gpu-inference": ("gpu_inference.json", inference),
     "gpu-training": ("gpu_training.json", training),
     "gpu-throughput": ("throughput_h100.json", throughput),
