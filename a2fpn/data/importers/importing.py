@@ -12,8 +12,7 @@ from typing import Any, Literal, TypeVar
 from a2fpn.data.check.report import Track, count_of
 from a2fpn.data.importers.base import IMPORTERS, Importer, ImportOptions, detect, read_categories
 from a2fpn.data.importers.folder import REPORT_FILE, Folder
-from a2fpn.data.importers.placing import Placing
-from a2fpn.data.importers.writer import CocoWriter, SplitCount, SplitRule
+from a2fpn.data.importers.writer import CocoWriter, Placing, SplitCount, SplitRule
 from a2fpn.data.labeled import CategoryInfo, Loss, LossLog
 from a2fpn.errors import DataError
 

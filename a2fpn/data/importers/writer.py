@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any
-
-import orjson
+from typing import Any, Literal
 
 from a2fpn._registry import natural_key
 from a2fpn.data.check.report import Track
-from a2fpn.data.importers.measuring import measure
-from a2fpn.data.importers.placing import Placing, check_output, place
-from a2fpn.data.labeled import (
-    CategoryInfo,
-    LabeledImage,
-    LabeledObject,
-    LossLog,
-)
+from a2fpn.data.importers.annotation import encode, measure, with_box_mask, with_keypoints
+from a2fpn.data.labeled import CategoryInfo, LabeledImage, LabeledObject, LossLog
 from a2fpn.data.splits import assign_splits
 from a2fpn.errors import DataError
 
+Placing = Literal["link", "copy"]
 _THREADS = 4  # that place images: a file system takes most of the time
 
 
@@ -75,10 +69,6 @@ class SplitCount:
     empty: int
     masks: int
     crowds: int
-
-
-def _encode(value: object) -> str:
-    return orjson.dumps(value).decode()
 
 
 class CocoWriter:
@@ -187,7 +177,7 @@ class CocoWriter:
             record |= {"keypoints": labeled.keypoints, "num_keypoints": sum(v > 0 for v in labeled.keypoints[2::3])}
         if labeled.score is not None:
             record["score"] = labeled.score
-        return _encode(record)[1:]
+        return encode(record)[1:]
 
     def _split(self, entries: Sequence[_Entry]) -> None:
         named = {entry.split for entry in entries} - {""}
@@ -229,18 +219,18 @@ class CocoWriter:
         annotations = empty = masks = crowds = boxes = 0
         lengths = {info.name: len(info.keypoints) for info in infos.values()}
         with path.open("w", encoding="utf-8") as file:
-            images = (_encode({"id": e.id, "file_name": e.name, "height": e.height, "width": e.width}) for e in entries)
+            images = (encode({"id": e.id, "file_name": e.name, "height": e.height, "width": e.width}) for e in entries)
             file.write('{"images":[\n' + ",\n".join(images) + '\n],\n"annotations":[')
             separator = "\n"
             for entry in entries:
                 empty += not entry.annotations
                 for category, text, mask in entry.annotations:
                     if lengths[category] and '"keypoints":' in text:
-                        text = _padded(text, 3 * lengths[category])
+                        text = with_keypoints(text, 3 * lengths[category])
                     if has_masks and not mask:
                         boxes += 1
                         if self.box_masks:
-                            text = _with_box_mask(text)
+                            text = with_box_mask(text)
                             mask = True
                     number = first + annotations
                     file.write(f'{separator}{{"id":{number},"image_id":{entry.id},"category_id":{ids[category]},{text}')
@@ -248,7 +238,7 @@ class CocoWriter:
                     annotations += 1
                     masks += mask
                     crowds += '"iscrowd":1' in text
-            listed = ",\n".join(_encode(info.to_coco(category_id)) for category_id, info in infos.items())
+            listed = ",\n".join(encode(info.to_coco(category_id)) for category_id, info in infos.items())
             file.write(f'\n],\n"categories":[\n{listed}\n]}}\n')
         if boxes and self.box_masks:
             self.log.note("boxes that became masks of their shape", boxes)
@@ -260,17 +250,39 @@ class CocoWriter:
         return SplitCount(len(entries), annotations, empty, masks, crowds)
 
 
-def _padded(text: str, length: int) -> str:
-    """An annotation with as many keypoints as its class has by now; names came one after the other."""
-    record = orjson.loads("{" + text)
-    missing = length - len(record["keypoints"])
-    return _encode(record | {"keypoints": record["keypoints"] + [0] * missing})[1:] if missing > 0 else text
+def check_output(output: Path, *, overwrite: bool) -> None:
+    """Check that a folder may be written to.
+
+    Raises:
+        DataError: If it holds something and ``overwrite`` is off, or is a file.
+    """
+    if output.is_file():
+        raise DataError(f"{output} is a file; expected a folder to write to.")
+    if not overwrite and output.is_dir() and any(output.iterdir()):
+        raise DataError(f"{output} is not empty; choose another folder, or overwrite it (--overwrite).")
 
 
-def _with_box_mask(text: str) -> str:
-    record = orjson.loads("{" + text)
-    x, y, w, h = record["bbox"]
-    return _encode(record | {"segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]]})[1:]
+def place(source: Path, target: str | Path, placing: Placing) -> None:
+    """Link or copy a file; copies where the file system has no links."""
+    try:
+        _link_or_copy(source, target, placing)
+    except FileExistsError:
+        os.remove(target)
+        _link_or_copy(source, target, placing)
+
+
+def _link_or_copy(source: Path, target: str | Path, placing: Placing) -> None:
+    if placing == "link":
+        try:
+            os.symlink(os.path.abspath(source), target)
+        except FileExistsError:
+            raise
+        except (NotImplementedError, OSError):
+            shutil.copyfile(source, target)
+    else:
+        if os.path.islink(target):
+            os.remove(target)
+        shutil.copyfile(source, target)
 
 
 def _unlisted(categories: Sequence[CategoryInfo], used: set[str]) -> list[str]:

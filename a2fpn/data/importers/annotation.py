@@ -1,16 +1,22 @@
-"""Boxes and areas of objects, as the reader of COCO files wants them."""
+"""Annotations as JSON text: box, area and mask of an object as the reader wants them."""
 
 from __future__ import annotations
 
 import math
 
+import orjson
 from pycocotools import mask as mask_utils
 
 from a2fpn.data.labeled import Box, LabeledObject, polygon_area, polygon_box
-from a2fpn.masks.rle import parse_segmentation
+from a2fpn.masks.segmentation import parse_segmentation
 
 _LEAST_SIDE = 0.01  # pixels; the reader leaves out boxes with less
 _COORDINATE_LIMIT = 1e6  # the reader's
+
+
+def encode(value: object) -> str:
+    """Return a value as JSON."""
+    return orjson.dumps(value).decode()
 
 
 def measure(labeled: LabeledObject, height: int, width: int) -> tuple[Box, float]:
@@ -60,3 +66,17 @@ def measure(labeled: LabeledObject, height: int, width: int) -> tuple[Box, float
 
 def _rounded(box: Box) -> list[float]:
     return [round(side, 2) for side in box]
+
+
+def with_keypoints(text: str, length: int) -> str:
+    """An annotation with as many keypoints as its class has by now; names came one after the other."""
+    record = orjson.loads("{" + text)
+    missing = length - len(record["keypoints"])
+    return encode(record | {"keypoints": record["keypoints"] + [0] * missing})[1:] if missing > 0 else text
+
+
+def with_box_mask(text: str) -> str:
+    """An annotation with its box as its mask."""
+    record = orjson.loads("{" + text)
+    x, y, w, h = record["bbox"]
+    return encode(record | {"segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]]})[1:]
