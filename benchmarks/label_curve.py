@@ -1,4 +1,4 @@
-"""How much do labels bring? Mask AP over the number of labeled images, beside torchvision's Mask R-CNN v2 heads.
+"""Mask AP over the number of labeled images, beside torchvision's Mask R-CNN with its v2 heads.
 
     python -m benchmarks.label_curve --data DIR --backbone-weights tf_efficientnet_lite0.safetensors --images 10
 

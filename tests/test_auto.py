@@ -83,8 +83,9 @@ def test_images_are_as_large_as_their_objects_need(
 
 
 def test_anchors_fit_the_objects_after_resizing(tmp_path: Path) -> None:
-    squares = overrides(chosen(write(tmp_path / "a", [(400, 400)], [[(24, 24), (48, 48), (96, 96)]])))
-    assert [16] in squares["anchor_sizes"] or [24] in squares["anchor_sizes"]
+    squares = overrides(chosen(write(tmp_path / "a", [(416, 416)], [[(24, 24), (24, 24), (48, 48), (96, 96)]])))
+    assert squares["min_size"] == 416
+    assert squares["anchor_sizes"] == [[24], [48], [96], [192], [384]]
     assert "anchor_ratios" not in squares
     bars = overrides(chosen(write(tmp_path / "b", [(400, 400)], [[(12, 60), (60, 12), (24, 120)]])))
     assert bars["anchor_ratios"] == [0.25, 0.5, 1.0, 2.0, 4.0]

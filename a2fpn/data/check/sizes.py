@@ -64,14 +64,14 @@ def size_findings(
         yield Finding("note", "anchors", message, advice, round((1 - now) * len(sides)))
 
 
-def covered(sides: Sides, sizes: Sequence[Sequence[float]], ratios: Sequence[float]) -> float:
-    """Share of boxes, (K, 2), that some anchor put on their center has an IoU of ``_COVERED`` with."""
+def covered(sides: Sides, sizes: Sequence[Sequence[float]], ratios: Sequence[float], *, iou: float = _COVERED) -> float:
+    """Share of boxes, (K, 2), that some anchor put on their center has an IoU of ``iou`` or more with."""
     best = np.zeros(len(sides))
     for size, ratio in itertools.product(itertools.chain.from_iterable(sizes), ratios):
         anchor = np.array([size / ratio**0.5, size * ratio**0.5])
         shared = np.minimum(sides, anchor).prod(1)
         best = np.maximum(best, shared / (sides.prod(1) + anchor.prod() - shared))
-    return float((best >= _COVERED).mean())
+    return float((best >= iou).mean())
 
 
 def median_size(sides: Sides) -> float | None:
