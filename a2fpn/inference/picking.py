@@ -115,7 +115,7 @@ def embedding(predictor: Predictor, path: Path) -> NDArray[np.float32]:
     image = read_image(path, max_pixels=predictor.max_pixels).to(next(model.parameters()).device)
     with torch.inference_mode():
         batch = model.preprocess([image])
-        maps = list(model.backbone(batch.tensor).values())[-1]
+        maps = list(model.get_submodule("backbone")(batch.tensor).values())[-1]
         height, width = (
             -(-side * cells // padded)
             for side, cells, padded in zip(batch.sizes[0], maps.shape[-2:], batch.tensor.shape[-2:], strict=True)
