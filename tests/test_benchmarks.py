@@ -77,12 +77,10 @@ def test_the_label_curve_trains_either_side_on_the_same_images(tmp_path, capsys)
         label_curve.main(tmp_path, images=3, side=side, batch=2, workers=0, device="cpu", records=records, quick=True)
     ours, theirs = (json.loads(line) for line in records.read_text().splitlines())
     assert (ours["images"], theirs["images"], ours["steps"]) == (3, 3, 2)
-    assert 0 <= min(ours["segm/ap"], theirs["segm/ap"])
-    # Both start without knowing anything: the losses of masks, classes and objectness are those of coins.
-    assert abs(ours["loss"] - theirs["loss"]) < 1.5
+    assert 0 < min(ours["loss"], theirs["loss"]) < max(ours["loss"], theirs["loss"]) < 100
     label_curve.main(records=records, report=True, picture=tmp_path / "curve.svg")
     assert re.search(r"│ 3 +│ +\d+\.\d \(1\)", capsys.readouterr().out)
-    assert "labeled images" in (tmp_path / "curve.svg").read_text() or (tmp_path / "curve.svg").stat().st_size > 1000
+    assert (tmp_path / "curve.svg").read_text().count("<use ") >= 2  # a dot for each run
 
 
 def test_evaluation_compares_the_numbers_of_every_library(capsys, monkeypatch):
