@@ -241,8 +241,8 @@ def predict(model: Any, side: Side, truth: CocoDataset, device: str) -> Iterable
             continue
         with torch.inference_mode():
             (found,) = model([image.as_subclass(Tensor).to(device).float() / 255])
-        boxes = found["boxes"].cpu()
-        boxes[:, 2:] -= boxes[:, :2]
+        corners = found["boxes"].cpu()
+        boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1)
         rles = encode_masks((found["masks"][:, 0] > 0.5).cpu().numpy())
         rows = zip(boxes.tolist(), found["scores"].tolist(), found["labels"].tolist(), rles, strict=True)
         for box, score, label, rle in rows:
