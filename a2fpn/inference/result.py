@@ -158,7 +158,10 @@ class Result:
         """
         if self.keypoints is None:
             raise ConfigError("This result has no keypoints; they come from detectors such as keypointrcnn.")
-        keypoints: supervision.KeyPoints = _supervision().KeyPoints(
+        library = _supervision()
+        if not len(self):
+            return library.KeyPoints.empty()  # versions before 0.28 refuse arrays of no object
+        keypoints: supervision.KeyPoints = library.KeyPoints(
             xy=self.keypoints[..., :2],
             class_id=self.labels,
             data={"class_name": np.array(self.names, dtype=np.str_)},
