@@ -160,7 +160,7 @@ class Result:
             raise ConfigError("This result has no keypoints; they come from detectors such as keypointrcnn.")
         library = _supervision()
         if not len(self):
-            return library.KeyPoints.empty()  # versions before 0.28 refuse arrays of no object
+            return library.KeyPoints.empty()  # versions before 0.29 refuse arrays of no object
         keypoints: supervision.KeyPoints = library.KeyPoints(
             xy=self.keypoints[..., :2],
             class_id=self.labels,
