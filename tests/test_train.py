@@ -425,7 +425,8 @@ def test_a_run_leaves_pictures_a_plot_a_log_and_tracked_images(arguments, tmp_pa
 def test_trackio_takes_the_numbers_and_pictures(arguments, tmp_path, monkeypatch):
     trackio = pytest.importorskip("trackio", reason="pip install trackio")
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
-    code = f"import sys; from a2fpn.training.cli import main; sys.exit(main({[*arguments, 'run.epochs=1', 'run.trackers=[trackio]']!r}))"
+    arguments += ["run.epochs=1", "run.trackers=[trackio]"]
+    code = f"import sys; from a2fpn.training.cli import main; sys.exit(main({arguments!r}))"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
