@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -10,6 +11,7 @@ def runs_ahead(x: Tensor) -> bool:
 
     Every value that the host wants stops both, and every operation takes the host as long as a large one: code for
     such a device has shapes that no value decides and few, large operations. On the CPU small ones cost nothing.
+    While a model is traced for export there are no values at all, whatever the device, and the same code serves.
 
     Args:
         x: Any tensor.
@@ -19,4 +21,22 @@ def runs_ahead(x: Tensor) -> bool:
         >>> runs_ahead(torch.zeros(1))
         False
     """
-    return x.device.type != "cpu"
+    return x.device.type != "cpu" or is_traced()
+
+
+def is_traced() -> bool:
+    """Return whether a tracer records what runs, with sizes that stand for many."""
+    return torch.compiler.is_compiling()
+
+
+def is_known(condition: bool) -> bool:
+    """Return whether a comparison of sizes holds; of a tracer's, whether it does for all that they stand for.
+
+    Args:
+        condition: The comparison, not yet asked for its value.
+    """
+    if isinstance(condition, bool):
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)

@@ -38,7 +38,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "_serialize": ({"errors", "_registry"}, set()),
     "config": ({"errors", "_registry", "_serialize"}, set()),
     "pyramid": (set(), {"torch"}),
-    "layers": ({"errors"}, {"torch", "timm.layers", "triton"}),
+    "layers": ({"device", "errors"}, {"torch", "timm.layers", "triton"}),
     "necks": ({"errors", "_registry", "layers", "pyramid"}, {"torch"}),
     "backbones": ({"_plugins", "errors", "_registry", "config", "layers", "pyramid"}, {"torch", "timm", "safetensors"}),
     "masks": ({"device", "errors"}, {"numpy", "pycocotools", "torch", "torchvision"}),
@@ -75,11 +75,19 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "instance_metrics": ({"errors", "data", "masks"}, {"numpy"}),
     "counting": ({"errors"}, {"numpy"}),
     "inference": (
-        {"backbones", "config", "data", "detectors", "device", "errors", "heads", "masks", "preprocess", "pyramid"},
         {
-            *("contourpy", "matplotlib", "numpy", "PIL", "pycocotools", "supervision", "timm.layers"),
+            *("_serialize", "backbones", "config", "data", "detectors", "device", "errors", "heads", "masks"),
+            *("preprocess", "pyramid"),
+        },
+        {
+            *("contourpy", "matplotlib", "numpy", "onnxruntime", "openvino", "PIL", "pycocotools", "supervision"),
+            *("timm.layers",),
             *("timm.models._features", "timm.models.resnet", "torch", "torchvision"),
         },
+    ),
+    "export": (
+        {"_atomic", "_serialize", "_version", "detectors", "errors", "heads", "inference", "masks"},
+        {"onnx", "onnxscript", "safetensors", "torch"},
     ),
     "training": (
         {
@@ -124,6 +132,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
             "instance_metrics",
             "data",
             "evaluation",
+            "export",
             "heads",
             "inference",
             "preprocess",
@@ -136,7 +145,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     ),
     "__main__": ({"cli"}, set()),
     "finite": (set(), {"torch"}),
-    "__init__": (BUILDING | {"_version", "finite", "inference", "pretrained"}, set()),
+    "__init__": (BUILDING | {"_version", "export", "finite", "inference", "pretrained"}, set()),
 }
 
 

@@ -25,6 +25,7 @@ from a2fpn.cli.options import (
     Output,
     Overlap,
     Precision,
+    RuntimeName,
     SoftNmsKind,
     Threshold,
     Tile,
@@ -59,6 +60,7 @@ def predict(
     optimize: Optimize = False,
     dtype: Precision = "float32",
     max_pixels: MaxPixels = MAX_PIXELS,
+    runtime: RuntimeName = None,
     device: Device = None,
 ) -> None:
     """Find objects in images: a picture for each, and all results as COCO JSON.
@@ -87,7 +89,12 @@ def predict(
     try:
         paths = image_files(images)
         predictor = build_predictor(
-            load_detector(model), device, optimize=optimize, dtype=dtype, max_pixels=max_pixels, **options
+            load_detector(model, runtime=runtime),
+            device,
+            optimize=optimize,
+            dtype=dtype,
+            max_pixels=max_pixels,
+            **options,
         )
         folder = PredictionFolder(output, paths, settings, overwrite=overwrite, resume=resume)
         _run(folder, predictor)

@@ -95,21 +95,22 @@ class OneStage(Detector):
         added: Features = self.top(list(source.values())[-1])
         return pyramid | added
 
-    def detect(self, features: Features, batch: Batch, *, rule: PostprocessConfig) -> list[Detection]:
-        """See :meth:`Detector.detect`."""
+    def objects(self, features: Features, batch: Batch, *, rule: PostprocessConfig) -> Detection:
+        """See :meth:`Detector.objects`."""
         outputs, anchors, counts = self.outputs(features, batch)
-        images = zip(self.scores(outputs), outputs["bbox_regression"], anchors, strict=True)
-        levels = [zip(*(torch.split(x, counts) for x in image), strict=True) for image in images]
-        return [
-            dense_detections(
-                [LevelOutputs(*level) for level in image],
-                self.decode,
-                size,
-                rule=rule,
-                candidates_per_level=self.one_stage.candidates_per_level,
-            )
-            for image, size in zip(levels, batch.sizes, strict=True)
-        ]
+        levels = zip(
+            torch.split(self.scores(outputs), counts, 1),
+            torch.split(outputs["bbox_regression"], counts, 1),
+            torch.split(anchors[0], counts),
+            strict=True,
+        )
+        return dense_detections(
+            [LevelOutputs(*level) for level in levels],
+            self.decode,
+            batch.sizes,
+            rule=rule,
+            candidates_per_level=self.one_stage.candidates_per_level,
+        )
 
     def outputs(self, features: Features, batch: Batch) -> tuple[dict[str, Tensor], list[Tensor], list[int]]:
         """Return the head's outputs, the anchors of each image, ``(N, 4)``, and their number per level."""

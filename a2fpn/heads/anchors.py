@@ -86,7 +86,7 @@ class StrideAnchors(AnchorGenerator):  # type: ignore[misc]
         """Anchors of each image, ``(A, 4)`` xyxy float32 in pixels of the batch, level by level."""
         place = feature_maps[0].device
         grids = [tuple(x.shape[-2:]) for x in feature_maps]
-        if not device.runs_ahead(feature_maps[0]):
+        if not device.runs_ahead(feature_maps[0]) or device.is_traced():
             return [self._make(grids, image_list, place)] * len(image_list.image_sizes)
         key = (place, *grids, *(image_list.tensors.shape[-2:] if self.legacy else ()))
         made = self._made.get(key)
@@ -98,12 +98,27 @@ class StrideAnchors(AnchorGenerator):  # type: ignore[misc]
             self._made = {**dict(list(self._made.items())[1 - _KEPT :]), key: made}
         return [made] * len(image_list.image_sizes)
 
+    def levels(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
+        """The anchors of each level, ``(A_i, 4)``, the same for every image; see :meth:`forward`."""
+        if device.is_traced():
+            # The sum of the levels' sizes would burden every later size with a long formula.
+            grids = [tuple(x.shape[-2:]) for x in feature_maps]
+            return self._levels(grids, image_list, feature_maps[0].device)
+        counts = [
+            x.shape[-2] * x.shape[-1] * n for x, n in zip(feature_maps, self.num_anchors_per_location(), strict=True)
+        ]
+        return list(self(image_list, feature_maps)[0].split(counts))
+
     def _make(self, grids: Sequence[tuple[int, ...]], image_list: ImageList, place: torch.device) -> Tensor:
-        self.set_cell_anchors(torch.float32, place)
-        pairs = [(stride, stride) for stride in self.strides]
-        if self.legacy:
-            height, width = image_list.tensors.shape[-2:]
-            pairs = [(height // rows, width // columns) for rows, columns in grids]
-        strides = [[torch.tensor(side, device=place) for side in pair] for pair in pairs]
-        anchors: Tensor = torch.cat(self.grid_anchors([list(grid) for grid in grids], strides))
-        return anchors
+        return torch.cat(self._levels(grids, image_list, place))
+
+    def _levels(self, grids: Sequence[tuple[int, ...]], image_list: ImageList, place: torch.device) -> list[Tensor]:
+        height, width = image_list.tensors.shape[-2:]
+        levels = []
+        for (rows, columns), stride, cell in zip(grids, self.strides, self.cell_anchors, strict=True):
+            down, across = (height // rows, width // columns) if self.legacy else (stride, stride)
+            y = (torch.arange(rows, device=place) * down)[:, None].expand(rows, columns)
+            x = (torch.arange(columns, device=place) * across).expand(rows, columns)
+            shifts = torch.stack([x, y, x, y], 2)[:, :, None]
+            levels.append((shifts + cell.to(place, torch.float32)).flatten(0, 2))
+        return levels

@@ -1,7 +1,8 @@
 """torchvision's region proposals, with matching in little memory and losses that can be shared among processes.
 
-On a GPU the images of a batch are treated together, in shapes that no value decides: a detector's step is as long as
-the host takes to start its kernels, and every question the host asks the device stops both.
+In evaluation, and on a GPU always, the images of a batch are treated together, and boxes are decoded after the best of
+each level are chosen. A step on a GPU is as long as the host takes to start its kernels, and every question the host
+asks the device stops both.
 
 Shape shorthand: ``B`` images, ``A`` anchors of an image, ``n`` candidates of an image.
 """
@@ -16,10 +17,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork, concat_box_prediction_layers
-from torchvision.ops import nms
 
 from a2fpn import device
 from a2fpn.errors import ConfigError
+from a2fpn.heads.batched import clip, first_of_each, nms_of_each, split_images
 from a2fpn.heads.box_coder import BoxCoder
 from a2fpn.heads.loss_normalizer import GlobalLossNormalizer
 from a2fpn.heads.matching import BACKGROUND, BoxPairs, ChunkedMatcher
@@ -59,10 +60,20 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
         Returns:
             Per image boxes ``(P, 4)`` xyxy, best first; the losses, none in evaluation.
         """
-        if not device.runs_ahead(images.tensors):
+        if self.training and not device.runs_ahead(images.tensors):
             found: tuple[list[Tensor], dict[str, Tensor]] = super().forward(images, features, targets)
             return found
         return self.forward_at_once(images, features, targets)
+
+    def rois(self, images: ImageList, features: Features) -> Tensor:
+        """Proposals of all images, ``(R, 5)``: index of the image and box, image by image, best first.
+
+        Args:
+            images: The batch; its sizes may be one pair for all images.
+            features: The pyramid.
+        """
+        maps = list(features.values())
+        return self._best(*self.head(maps), self.anchor_generator.levels(images, maps), images)
 
     def forward_at_once(
         self, images: ImageList, features: Features, targets: list[dict[str, Any]] | None = None
@@ -70,44 +81,43 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
         """:meth:`forward` for all images together."""
         maps = list(features.values())
         by_level: tuple[list[Tensor], list[Tensor]] = self.head(maps)
-        anchors = self.anchor_generator(images, maps)[0]  # the same for every image
-        counts = [x[0].numel() for x in by_level[0]]
-        flat = concat_box_prediction_layers(*by_level)
-        objectness, deltas = flat[0].view(len(images.image_sizes), -1), flat[1].view(len(images.image_sizes), -1, 4)
-        proposals = self._best(objectness.detach(), deltas.detach(), anchors, images.image_sizes, counts)
+        anchors = self.anchor_generator.levels(images, maps)
+        rois = self._best(*by_level, anchors, images)
+        found = split_images({"boxes": rois[:, 1:], "images": rois[:, 0].long()}, len(images.image_sizes))
+        proposals = [own["boxes"] for own in found]
         if not self.training:
             return proposals, {}
         if targets is None:
             raise ConfigError("In training mode targets must be given.")
-        return proposals, self._losses(objectness, deltas, anchors, [target["boxes"] for target in targets])
+        flat = concat_box_prediction_layers(*by_level)
+        objectness, deltas = flat[0].view(len(proposals), -1), flat[1].view(len(proposals), -1, 4)
+        return proposals, self._losses(objectness, deltas, torch.cat(anchors), [target["boxes"] for target in targets])
 
     def _best(
-        self,
-        objectness: Tensor,
-        deltas: Tensor,
-        anchors: Tensor,
-        sizes: Sequence[tuple[int, int]],
-        counts: Sequence[int],
-    ) -> list[Tensor]:
-        rows, levels, first = [], [], 0
-        for level, count in enumerate(counts):
-            best = objectness[:, first : first + count].topk(min(self.pre_nms_top_n(), count), 1)[1]
-            rows.append(best + first)
-            levels.append(anchors.new_full((best.shape[1],), level))
-            first += count
-        index = torch.cat(rows, 1)
-        scores = objectness.gather(1, index).sigmoid()
-        chosen = deltas.gather(1, index[..., None].expand(-1, -1, 4))
-        boxes = self.box_coder.decode_single(chosen.flatten(0, 1), anchors[index.flatten()]).view(*index.shape, 4)
-        boxes = torch.stack([_clip(image, size) for image, size in zip(boxes, sizes, strict=True)])
-        # Small and unlikely ones stay, as empty boxes that suppress nothing and come last.
-        sides = boxes[..., 2:] - boxes[..., :2]
-        valid = (sides >= self.min_size).all(2) & (scores >= self.score_thresh)
-        boxes, scores = boxes * valid[..., None], torch.where(valid, scores, -1.0)
-        apart = boxes + torch.cat(levels)[:, None] * (max(map(max, sizes)) + 1.0)
-        kept = [nms(b, s, self.nms_thresh)[: self.post_nms_top_n()] for b, s in zip(apart, scores, strict=True)]
-        found = torch.stack([v[k].sum() for v, k in zip(valid, kept, strict=True)]).tolist()
-        return [b[k[:number]] for b, k, number in zip(boxes, kept, found, strict=True)]
+        self, objectness: Sequence[Tensor], deltas: Sequence[Tensor], anchors: Sequence[Tensor], images: ImageList
+    ) -> Tensor:
+        """See :meth:`rois`; no gradient passes."""
+        columns = []
+        batch, place = objectness[0].shape[0], anchors[0].device
+        for level, (logits, offsets, own) in enumerate(zip(objectness, deltas, anchors, strict=True)):
+            flat = logits.detach().permute(0, 2, 3, 1).reshape(batch, -1)
+            best, rows = flat.topk(torch.sym_min(self.pre_nms_top_n(), flat.shape[1]), 1)
+            codes = offsets.detach().permute(0, 2, 3, 1).reshape(batch, -1, 4)
+            codes = codes.gather(1, rows[..., None].expand(-1, -1, 4))
+            owner = torch.arange(batch, device=place)[:, None].expand_as(rows)
+            columns.append([best, codes, own[rows], owner, torch.full_like(rows, level)])
+        scores, codes, own, owner, levels = (
+            torch.cat(column, 1).flatten(0, 1) for column in zip(*columns, strict=True)
+        )
+        scores = scores.sigmoid()
+        boxes = clip(self.box_coder.decode_single(codes, own), owner, images.image_sizes)
+        large = ((boxes[:, 2:] - boxes[:, :2]) >= self.min_size).all(1)
+        rows = torch.where(large & (scores >= self.score_thresh))[0]
+        boxes, owner = boxes[rows], owner[rows]
+        size = (images.tensors.shape[-2], images.tensors.shape[-1])
+        kept = nms_of_each(boxes, scores[rows], levels[rows], owner, self.nms_thresh, classes=len(columns), size=size)
+        kept = kept[first_of_each(owner[kept], batch, self.post_nms_top_n())]
+        return torch.cat([owner[kept, None].to(boxes.dtype), boxes[kept]], 1)
 
     def _losses(
         self, objectness: Tensor, deltas: Tensor, anchors: Tensor, objects: Sequence[Tensor]
@@ -158,9 +168,3 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
             positives = min(int((label >= 1).sum()), int(sampler.batch_size_per_image * sampler.positive_fraction))
             sampled += positives + min(int((label == 0).sum()), sampler.batch_size_per_image - positives)
         return self.normalizer(losses[0], sampled), self.normalizer(losses[1], sampled)
-
-
-def _clip(boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Boxes ``(n, 4)`` inside an image of a height and width."""
-    x, y = boxes[:, 0::2].clamp(0, size[1]), boxes[:, 1::2].clamp(0, size[0])
-    return torch.stack([x, y], 2).flatten(1)

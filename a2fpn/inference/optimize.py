@@ -2,7 +2,7 @@
 
 What is done was measured on CPUs, in the order of what it gains: convolutions and what follows them on NHWC memory,
 batch norms folded into convolutions, activations and shortcuts applied while a convolution's result is still in the
-cache, boxes decoded only for the proposals that are kept, masks predicted only for the class that was found.
+cache, masks predicted only for the class that was found.
 """
 
 from __future__ import annotations
@@ -15,23 +15,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
-from timm.layers import BatchNormAct2d, Conv2dSame, DropPath, FrozenBatchNormAct2d
+from timm.layers import BatchNormAct2d, DropPath, FrozenBatchNormAct2d
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
-from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads
-from torchvision.ops import FrozenBatchNorm2d, batched_nms, clip_boxes_to_image, remove_small_boxes
+from torchvision.ops import FrozenBatchNorm2d
 
-from a2fpn import device
+from a2fpn.backbones.same_padding import SamePaddedConv
 from a2fpn.config import ModelConfig
 from a2fpn.detectors import Detector
 from a2fpn.errors import ConfigError, ConfigTypeError
-from a2fpn.heads import DetectionRoIHeads, Float32RPNHead, PostprocessConfig, ProposalNetwork
+from a2fpn.heads import DetectionRoIHeads, Float32RPNHead, PostprocessConfig
 from a2fpn.preprocess import Preprocess
 from a2fpn.pyramid import Features
 
@@ -256,7 +255,7 @@ def _fold(detector: Detector) -> None:
                 stack.callback(module.register_forward_hook(recording.leave).remove)
         with recording:
             detector(sample, resize=False, paste_masks=False)
-    for conv in [module for module in detector.modules() if type(module) in (nn.Conv2d, Conv2dSame)]:
+    for conv in [module for module in detector.modules() if type(module) in (nn.Conv2d, SamePaddedConv)]:
         _fold_one(detector, typing.cast(nn.Conv2d, conv), recording, hooked)
     for stage in [module for module in detector.modules() if type(module) is nn.Sequential]:
         for place, block in enumerate(stage):
@@ -422,8 +421,6 @@ def _replace_heads(detector: Detector) -> None:
     for module in list(detector.modules()):
         if type(module) is Float32RPNHead:
             _replace(detector, module, _RPNHead(module))
-        elif type(module) is ProposalNetwork:
-            module.__class__ = _Proposals
         elif isinstance(module, RoIHeads):
             if type(module.box_head) is TwoMLPHead:
                 module.box_head = _BoxHead(module.box_head, module.box_roi_pool.output_size[0])
@@ -454,49 +451,6 @@ class _RPNHead(nn.Module):
             y = self.conv(level)
             outputs.append(F.conv2d(y, self.weight.to(y.dtype), self.bias.to(y.dtype)).float())
         return [y[:, : self.anchors] for y in outputs], [y[:, self.anchors :] for y in outputs]
-
-
-class _Proposals(ProposalNetwork):
-    """torchvision's proposals, decoded after the best of each level are chosen instead of before."""
-
-    def forward(
-        self, images: ImageList, features: Features, targets: list[dict[str, Any]] | None = None
-    ) -> tuple[list[Tensor], dict[str, Any]]:
-        """Per image boxes ``(P, 4)`` xyxy, best first, and no losses."""
-        if device.runs_ahead(images.tensors):
-            return self.forward_at_once(images, features)
-        maps = list(features.values())
-        objectness, deltas = self.head(maps)
-        anchors = self.anchor_generator(images, maps)
-        return [
-            self._of_image([o[i] for o in objectness], [d[i] for d in deltas], anchors[i], size)
-            for i, size in enumerate(images.image_sizes)
-        ], {}
-
-    def _of_image(
-        self, objectness: list[Tensor], deltas: list[Tensor], anchors: Tensor, size: tuple[int, int]
-    ) -> Tensor:
-        scores, chosen_deltas, chosen, levels, first = [], [], [], [], 0
-        for level, (logits, offsets) in enumerate(zip(objectness, deltas, strict=True)):
-            flat = logits.permute(1, 2, 0).flatten()
-            best, rows = flat.topk(min(self.pre_nms_top_n(), len(flat)))
-            scores.append(best)
-            chosen_deltas.append(offsets.permute(1, 2, 0).reshape(-1, 4)[rows])
-            chosen.append(anchors[first + rows])
-            levels.append(torch.full_like(rows, level))
-            first += len(flat)
-        boxes = self.box_coder.decode_single(torch.cat(chosen_deltas), torch.cat(chosen))
-        boxes, probabilities, level_of = (
-            clip_boxes_to_image(boxes, size),
-            torch.cat(scores).sigmoid(),
-            torch.cat(levels),
-        )
-        kept = remove_small_boxes(boxes, self.min_size)
-        kept = kept[probabilities[kept] >= self.score_thresh]
-        boxes, probabilities, level_of = boxes[kept], probabilities[kept], level_of[kept]
-        kept = batched_nms(boxes, probabilities, level_of, self.nms_thresh)[: self.post_nms_top_n()]
-        chosen_boxes: Tensor = boxes[kept]
-        return chosen_boxes
 
 
 class _BoxHead(nn.Module):
@@ -542,9 +496,9 @@ class _BoxPredictor(nn.Module):
 class _MaskRoIHeads(DetectionRoIHeads):
     """RoI heads that predict masks of the classes found instead of all classes."""
 
-    def mask_probabilities(self, x: Tensor, labels: list[Tensor]) -> list[Tensor]:
+    def mask_probabilities(self, x: Tensor, labels: Tensor) -> Tensor:
         """See :meth:`DetectionRoIHeads.mask_probabilities`."""
-        return list(torch.split(_masks(self.mask_predictor, x, torch.cat(labels)), [len(own) for own in labels]))
+        return _masks(self.mask_predictor, x, labels)
 
 
 def _masks(predictor: MaskRCNNPredictor, x: Tensor, labels: Tensor) -> Tensor:

@@ -85,8 +85,8 @@ class Neck(nn.Module, ABC):
 
         Args:
             features: Backbone maps named as in ``in_spec``.
-            image_sizes: Height and width of each image of the batch in pixels, without padding; None when the
-                images fill the batch.
+            image_sizes: Height and width of each image of the batch in pixels, without padding, or of one if all are
+                of one size; None when the images fill the batch.
 
         Returns:
             Maps ``(B, d, H_i, W_i)`` named as in ``out_spec``.
@@ -114,11 +114,15 @@ def _valid_map(x: Tensor, stride: int, image_sizes: Sequence[tuple[int, int]] | 
         return None
     height, width = x.shape[-2:]
     sizes = [level_size(size, stride) for size in image_sizes]
-    if all(h >= height and w >= width for h, w in sizes):
+    # A tracer's sizes stand for padded images and others alike.
+    if not torch.compiler.is_compiling() and all(h >= height and w >= width for h, w in sizes):
         return None
-    heights, widths = torch.tensor(sizes, device=x.device).T
-    rows = torch.arange(height, device=x.device) < heights[:, None]
-    columns = torch.arange(width, device=x.device) < widths[:, None]
+    places = [torch.arange(side, device=x.device) for side in (height, width)]
+    if len(sizes) == 1:
+        rows, columns = ((place < side)[None] for place, side in zip(places, sizes[0], strict=True))
+    else:
+        limits = torch.tensor(sizes, device=x.device).T
+        rows, columns = (place < limit[:, None] for place, limit in zip(places, limits, strict=True))
     valid: Tensor = rows[:, None, :, None] & columns[:, None, None, :]
     return valid
 
