@@ -105,6 +105,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         {
             *(
                 "accelerate",
+                "filelock",
                 "matplotlib",
                 "numpy",
                 "PIL",
