@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,22 @@ def runs_ahead(x: Tensor) -> bool:
 def is_traced() -> bool:
     """Return whether a tracer records what runs, with sizes that stand for many."""
     return torch.compiler.is_compiling()
+
+
+def new_size(size: int, most: int | None = None) -> int:
+    """Return a size; a tracer's, which is a formula of others, as a new unknown, so that what follows has short ones.
+
+    Args:
+        size: At least 1.
+        most: What it does not pass.
+    """
+    if isinstance(size, int):
+        return size
+    unknown: Any = torch.scalar_tensor(size, dtype=torch.int64).item()
+    torch._check(unknown >= 1)
+    if most is not None:
+        torch._check(unknown <= most)
+    return unknown  # type: ignore[no-any-return]
 
 
 def is_known(condition: bool) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from a2fpn.config import PreprocessConfig
+from a2fpn.device import new_size
 from a2fpn.errors import ConfigError, ConfigTypeError
 
 _ROUNDING, _OVERSHOOT = 1e-3, 0.5
@@ -120,7 +121,7 @@ class Preprocess(nn.Module):
         if self.config.resize != "none":
             x = F.interpolate(x, size=size, mode=self.config.interpolation, align_corners=False)
         # No division of negative numbers, which ONNX rounds to zero.
-        height, width = ((side + self.divisor - 1) // self.divisor * self.divisor for side in size)
+        height, width = (new_size((side + self.divisor - 1) // self.divisor) * self.divisor for side in size)
         return Batch(F.pad(x, (0, width - size[1], 0, height - size[0])), [size], [original])
 
     def _normalize(self, x: Tensor) -> Tensor:

@@ -40,9 +40,12 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "pyramid": (set(), {"torch"}),
     "layers": ({"device", "errors"}, {"torch", "timm.layers", "triton"}),
     "necks": ({"errors", "_registry", "layers", "pyramid"}, {"torch"}),
-    "backbones": ({"_plugins", "errors", "_registry", "config", "layers", "pyramid"}, {"torch", "timm", "safetensors"}),
+    "backbones": (
+        {"_plugins", "device", "errors", "_registry", "config", "layers", "pyramid"},
+        {"torch", "timm", "safetensors"},
+    ),
     "masks": ({"device", "errors"}, {"numpy", "pycocotools", "torch", "torchvision"}),
-    "preprocess": ({"errors", "config", "masks"}, {"torch"}),
+    "preprocess": ({"device", "errors", "config", "masks"}, {"torch"}),
     "heads": ({"device", "errors", "layers", "masks", "pyramid"}, {"torch", "torchvision"}),
     "detectors": (
         {"errors", "_registry", "backbones", "config", "heads", "masks", "necks", "preprocess", "pyramid"},

@@ -101,7 +101,8 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
         batch, place = objectness[0].shape[0], anchors[0].device
         for level, (logits, offsets, own) in enumerate(zip(objectness, deltas, anchors, strict=True)):
             flat = logits.detach().permute(0, 2, 3, 1).reshape(batch, -1)
-            best, rows = flat.topk(torch.sym_min(self.pre_nms_top_n(), flat.shape[1]), 1)
+            number = device.new_size(torch.sym_min(self.pre_nms_top_n(), flat.shape[1]), most=flat.shape[1])
+            best, rows = flat.topk(number, 1)
             codes = offsets.detach().permute(0, 2, 3, 1).reshape(batch, -1, 4)
             codes = codes.gather(1, rows[..., None].expand(-1, -1, 4))
             owner = torch.arange(batch, device=place)[:, None].expand_as(rows)

@@ -105,7 +105,7 @@ class Neck(nn.Module, ABC):
         valid = [_valid_map(x, s, image_sizes) for x, s in zip(maps, self.in_spec.strides, strict=True)]
         pyramid = self.fuse(maps, valid)
         while len(pyramid) < len(self.out_spec):
-            pyramid.append(F.max_pool2d(pyramid[-1], kernel_size=1, stride=2))
+            pyramid.append(pyramid[-1][..., ::2, ::2])
         return dict(zip(self.out_spec.names, pyramid, strict=True))
 
 
