@@ -7,11 +7,15 @@ nodes of three would be about nothing but that.
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
+
+
+_UNKNOWN = re.compile(r"\bu\d")
+"""Sizes that values decide, by the names that torch gives them."""
 
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
@@ -61,10 +65,10 @@ def fold_shapes(model: Any) -> None:
     """Give reshapes of a model constant shapes where one size at most is not known or copied.
 
     Args:
-        model: An ``onnx_ir.Model``; changed.
+        model: An ``onnxscript.ir.Model``; changed.
     """
-    import onnx_ir
-    from onnx_ir.passes import common
+    from onnxscript import ir
+    from onnxscript.ir.passes import common
 
     for node in list(model.graph.all_nodes()):
         if node.op_type != "Reshape" or node.inputs[1].const_value is not None:
@@ -73,10 +77,12 @@ def fold_shapes(model: Any) -> None:
         if old is None or new is None:
             continue
         sizes = [_size(side, old[i] if i < len(old) else None) for i, side in enumerate(new)]
-        if sizes.count(-1) > 1:
+        # Beside the number of objects, which may be none, nothing can be inferred.
+        may_be_empty = any(size == 0 and _UNKNOWN.search(str(side)) for size, side in zip(sizes, new, strict=True))
+        if sizes.count(-1) > (0 if may_be_empty else 1):
             continue
-        shape = onnx_ir.Value(name=f"{node.outputs[0].name}_shape")
-        shape.const_value = onnx_ir.tensor(np.array(sizes, dtype=np.int64), name=shape.name)
+        shape = ir.Value(name=f"{node.outputs[0].name}_shape")
+        shape.const_value = ir.tensor(sizes, dtype=ir.DataType.INT64, name=shape.name)
         model.graph.register_initializer(shape)
         node.replace_input_with(1, shape)
     for clean in (common.RemoveUnusedNodesPass(), common.CommonSubexpressionEliminationPass()):
