@@ -81,7 +81,7 @@ def test_a_score_on_the_threshold_is_dropped(
         images = torch.zeros(3, dtype=torch.int64)
         detections = box_detections(boxes[:, None].repeat(1, 2, 1), both, images, [(99, 99)], rule, count=1)
     else:
-        level = LevelOutputs(scores[None], torch.zeros(1, 3, 4), boxes)
+        level = LevelOutputs(scores[None], torch.zeros(1, 3, 4), boxes.__getitem__)
         detections = dense_detections([level], lambda _, own: own, [(99, 99)], rule=rule, candidates_per_level=9)
     assert detections["scores"].tolist() == [above]
     assert detections["boxes"].tolist() == [boxes[1].tolist()]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import typing
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
@@ -163,7 +162,7 @@ class RCNN(Detector):
         heads: typing.Any = self.roi_heads
         found: Detection = heads.objects(features, rois, batch.sizes, rule)
         if self.rcnn.unused_outputs:
-            named = torch.where(found["labels"] <= self.config.num_classes)[0]
+            named = (found["labels"] <= self.config.num_classes).nonzero()[:, 0]
             found = {name: x[named] for name, x in found.items()}
         return {**found, "labels": found["labels"] - 1}
 

@@ -1,4 +1,4 @@
-"""What a file says of the detector in it."""
+"""Metadata of an exported file: what is in it."""
 
 from __future__ import annotations
 

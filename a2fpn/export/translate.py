@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-
 _UNKNOWN = re.compile(r"\bu\d")
 """Sizes that values decide, by the names that torch gives them."""
 
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """Functions that write an operator of torch in ONNX, for ``torch.onnx.export(custom_translation_table=)``."""
+    from onnxscript import ir
     from onnxscript import opset18 as op
     from onnxscript.function_libs.torch_lib.ops import core, nn
 
@@ -53,8 +53,33 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
             logits = op.Where(attn_mask, logits, torch.finfo(torch.float32).min)
         return op.MatMul(op.Softmax(logits, axis=-1), value)
 
+    def item(x: Any) -> Any:
+        return op.Identity(x)
+
+    def quotient(a: Any, b: Any) -> Any:
+        # Of indices and sizes, which are not negative.
+        return op.Div(a, b) if a.dtype.is_integer() else core.aten_floor_divide(a, b)
+
+    def roi_align(
+        x: Any, rois: Any, scale: float, height: int, width: int, sampling_ratio: int = -1, aligned: bool = False
+    ) -> Any:
+        image, boxes = op.Split(rois, [1, 4], axis=1, _outputs=2)
+        return op.RoiAlign(
+            x,
+            boxes,
+            op.Cast(op.Reshape(image, [-1]), to=ir.DataType.INT64),
+            coordinate_transformation_mode="half_pixel" if aligned else "output_half_pixel",
+            spatial_scale=scale,
+            output_height=height,
+            output_width=width,
+            sampling_ratio=max(sampling_ratio, 0),
+        )
+
     aten = torch.ops.aten
     return {
+        aten._local_scalar_dense.default: item,
+        aten.floor_divide.default: quotient,
+        torch.ops.torchvision.roi_align.default: roi_align,
         operator.le: at_most,
         aten.index.Tensor: index,
         aten.scaled_dot_product_attention.default: attention,
@@ -85,6 +110,7 @@ def fold_shapes(model: Any) -> None:
         shape.const_value = ir.tensor(sizes, dtype=ir.DataType.INT64, name=shape.name)
         model.graph.register_initializer(shape)
         node.replace_input_with(1, shape)
+        node.attributes.pop("allowzero", None)  # 0 is to mean "as it is"
     for clean in (common.RemoveUnusedNodesPass(), common.CommonSubexpressionEliminationPass()):
         clean(model)
 

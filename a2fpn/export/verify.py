@@ -43,7 +43,7 @@ class Comparison:
 
     @property
     def equal(self) -> bool:
-        """Whether both are the same up to rounding."""
+        """True where both are the same up to rounding."""
         return (
             self.expected == self.found
             and self.box <= BOX_TOLERANCE

@@ -6,7 +6,7 @@ anchor centers drift by up to tens of pixels, and under bf16 autocast its anchor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -98,27 +98,39 @@ class StrideAnchors(AnchorGenerator):  # type: ignore[misc]
             self._made = {**dict(list(self._made.items())[1 - _KEPT :]), key: made}
         return [made] * len(image_list.image_sizes)
 
-    def levels(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
-        """The anchors of each level, ``(A_i, 4)``, the same for every image; see :meth:`forward`."""
-        if device.is_traced():
-            # The sum of the levels' sizes would burden every later size with a long formula.
-            grids = [tuple(x.shape[-2:]) for x in feature_maps]
-            return self._levels(grids, image_list, feature_maps[0].device)
-        counts = [
-            x.shape[-2] * x.shape[-1] * n for x, n in zip(feature_maps, self.num_anchors_per_location(), strict=True)
-        ]
-        return list(self(image_list, feature_maps)[0].split(counts))
+    def picker(self, image_list: ImageList, feature_maps: list[Tensor]) -> Callable[[int, Tensor], Tensor]:
+        """Return a function for the few anchors that are wanted, of whatever image; see :meth:`forward`.
+
+        It takes the index of a level and the indices of anchors of that level, of any shape, and returns these anchors,
+        ``(*shape, 4)``.
+        """
+        if device.runs_ahead(feature_maps[0]) and not device.is_traced():
+            each = self.num_anchors_per_location()
+            counts = [x.shape[-2] * x.shape[-1] * count for x, count in zip(feature_maps, each, strict=True)]
+            levels = self(image_list, feature_maps)[0].split(counts)
+            return lambda level, rows: levels[level][rows]
+
+        def pick(level: int, rows: Tensor) -> Tensor:
+            cell = self.cell_anchors[level].to(rows.device, torch.float32)
+            grid = feature_maps[level].shape[-2:]
+            down, across = self._strides(level, grid, image_list.tensors.shape[-2:])
+            pixel = rows // len(cell)
+            x, y = pixel % grid[1] * across, pixel // grid[1] * down
+            return torch.stack([x, y, x, y], -1) + cell[rows % len(cell)]
+
+        return pick
+
+    def _strides(self, level: int, grid: Sequence[int], image_size: Sequence[int]) -> tuple[int, int]:
+        if self.legacy:
+            return image_size[0] // grid[0], image_size[1] // grid[1]
+        return self.strides[level], self.strides[level]
 
     def _make(self, grids: Sequence[tuple[int, ...]], image_list: ImageList, place: torch.device) -> Tensor:
-        return torch.cat(self._levels(grids, image_list, place))
-
-    def _levels(self, grids: Sequence[tuple[int, ...]], image_list: ImageList, place: torch.device) -> list[Tensor]:
-        height, width = image_list.tensors.shape[-2:]
         levels = []
-        for (rows, columns), stride, cell in zip(grids, self.strides, self.cell_anchors, strict=True):
-            down, across = (height // rows, width // columns) if self.legacy else (stride, stride)
+        for level, ((rows, columns), cell) in enumerate(zip(grids, self.cell_anchors, strict=True)):
+            down, across = self._strides(level, (rows, columns), image_list.tensors.shape[-2:])
             y = (torch.arange(rows, device=place) * down)[:, None].expand(rows, columns)
             x = (torch.arange(columns, device=place) * across).expand(rows, columns)
             shifts = torch.stack([x, y, x, y], 2)[:, :, None]
             levels.append((shifts + cell.to(place, torch.float32)).flatten(0, 2))
-        return levels
+        return torch.cat(levels)

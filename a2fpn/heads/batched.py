@@ -20,6 +20,10 @@ Sizes = Sequence[tuple[int, int]]
 """Height and width of each image, or of one where all images have the same."""
 
 
+_ACROSS = 9
+"""Classes that NMS has side by side; more are in several rows."""
+
+
 def clip(boxes: Tensor, images: Tensor, sizes: Sizes) -> Tensor:
     """Boxes inside their images.
 
@@ -32,13 +36,10 @@ def clip(boxes: Tensor, images: Tensor, sizes: Sizes) -> Tensor:
         >>> clip(torch.tensor([[-1.0, 2.0, 7.0, 9.0]]), torch.tensor([1]), [(3, 3), (5, 6)])
         tensor([[0., 2., 6., 5.]])
     """
-    if all(size == sizes[0] for size in sizes[1:]):
-        x, y = boxes[:, 0::2].clamp(0, sizes[0][1]), boxes[:, 1::2].clamp(0, sizes[0][0])
-    else:
-        # Filled and not copied there, which a device would be waited for.
-        sides = [torch.stack([boxes.new_full((), size[axis]) for size in sizes])[images, None] for axis in (1, 0)]
-        x, y = (boxes[:, i::2].clamp(min=0).minimum(side) for i, side in enumerate(sides))
-    return torch.stack([x, y], 2).flatten(1)
+    # Filled and not copied there, which a device would be waited for.
+    limits = torch.stack([boxes.new_full((), side) for height, width in sizes for side in (width, height)])
+    limits = limits if len(sizes) == 1 else limits.view(-1, 1, 2)[images]
+    return boxes.reshape(-1, 2, 2).clamp(min=0).minimum(limits).reshape(-1, 4)
 
 
 def largest(sizes: Sizes) -> tuple[int, int]:
@@ -77,8 +78,10 @@ def nms_of_each(
         kept: Tensor = batched_nms(boxes, scores, images * classes + labels, iou_threshold)
         return kept
     # A place of its own for each class of each image, on a grid, where coordinates stay small and so exact.
-    across = math.isqrt(classes - 1) + 1
-    column, row = labels % across, images * -(-classes // across) + labels // across
+    column, row = labels, images
+    if classes > _ACROSS:
+        across = math.isqrt(classes - 1) + 1
+        column, row = labels % across, images * -(-classes // across) + labels // across
     offset = torch.stack([column * (size[1] + 1), row * (size[0] + 1)], 1).to(boxes.dtype)
     apart: Tensor = nms(boxes + torch.cat([offset, offset], 1), scores, iou_threshold)
     return apart
@@ -102,7 +105,7 @@ def first_of_each(images: Tensor, count: int, limit: int) -> Tensor:
     numbers = (images[:, None] == torch.arange(count, device=images.device)).sum(0)
     first = numbers.cumsum(0) - numbers
     rank = place - first[images[order]]
-    return order[torch.where(rank < limit)[0]]
+    return order[(rank < limit).nonzero()[:, 0]]
 
 
 def split_images(found: dict[str, Tensor], count: int) -> list[dict[str, Tensor]]:

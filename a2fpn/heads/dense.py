@@ -121,12 +121,12 @@ class LevelOutputs(NamedTuple):
     Args:
         scores: ``(B, n, K)`` in [0, 1].
         deltas: ``(B, n, 4)``.
-        anchors: ``(n, 4)`` xyxy.
+        anchors: Function that gives the anchors ``(N, 4)`` xyxy of indices ``(N,)``.
     """
 
     scores: Tensor
     deltas: Tensor
-    anchors: Tensor
+    anchors: Callable[[Tensor], Tensor]
 
 
 def dense_detections(
@@ -154,14 +154,14 @@ def dense_detections(
     parts = []
     batch, _, classes = levels[0].scores.shape
     for level in levels:
-        image, anchor, label = torch.where(level.scores > rule.score_threshold)
+        image, anchor, label = (level.scores > rule.score_threshold).nonzero().unbind(1)
         scores = level.scores[image, anchor, label]
         order = scores.argsort(descending=True)
         order = order[first_of_each(image[order], batch, candidates_per_level)]
         image, anchor, label = image[order], anchor[order], label[order]
-        boxes = clip(decode(level.deltas[image, anchor], level.anchors[anchor]), image, sizes)
+        boxes = clip(decode(level.deltas[image, anchor], level.anchors(anchor)), image, sizes)
         parts.append({"boxes": boxes, "scores": scores[order], "labels": label, "images": image})
     found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    large = torch.where(is_large(found["boxes"]))[0]
+    large = is_large(found["boxes"]).nonzero()[:, 0]
     candidates = {name: x[large] for name, x in found.items()}
     return suppress_each(candidates, rule, classes=classes, count=batch, sizes=sizes)

@@ -201,9 +201,9 @@ def box_detections(
         found = clipped[rows]
     else:
         # The threshold first of all, since few are left: what comes later is then done for them alone.
-        rows = torch.where(flat > rule.score_threshold)[0]
+        rows = (flat > rule.score_threshold).nonzero()[:, 0]
         found = clip(every[rows], images[rows // classes], sizes)
-        large = torch.where(is_large(found))[0]
+        large = is_large(found).nonzero()[:, 0]
         rows, found = rows[large], found[large]
     candidates = {
         "boxes": found,

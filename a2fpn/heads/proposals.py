@@ -9,7 +9,7 @@ Shape shorthand: ``B`` images, ``A`` anchors of an image, ``n`` candidates of an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -73,7 +73,7 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
             features: The pyramid.
         """
         maps = list(features.values())
-        return self._best(*self.head(maps), self.anchor_generator.levels(images, maps), images)
+        return self._best(*self.head(maps), self.anchor_generator.picker(images, maps), images)
 
     def forward_at_once(
         self, images: ImageList, features: Features, targets: list[dict[str, Any]] | None = None
@@ -81,42 +81,47 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
         """:meth:`forward` for all images together."""
         maps = list(features.values())
         by_level: tuple[list[Tensor], list[Tensor]] = self.head(maps)
-        anchors = self.anchor_generator.levels(images, maps)
-        rois = self._best(*by_level, anchors, images)
+        rois = self._best(*by_level, self.anchor_generator.picker(images, maps), images)
         found = split_images({"boxes": rois[:, 1:], "images": rois[:, 0].long()}, len(images.image_sizes))
         proposals = [own["boxes"] for own in found]
         if not self.training:
             return proposals, {}
         if targets is None:
             raise ConfigError("In training mode targets must be given.")
+        anchors = self.anchor_generator(images, maps)[0]  # the same for every image
         flat = concat_box_prediction_layers(*by_level)
         objectness, deltas = flat[0].view(len(proposals), -1), flat[1].view(len(proposals), -1, 4)
-        return proposals, self._losses(objectness, deltas, torch.cat(anchors), [target["boxes"] for target in targets])
+        return proposals, self._losses(objectness, deltas, anchors, [target["boxes"] for target in targets])
 
     def _best(
-        self, objectness: Sequence[Tensor], deltas: Sequence[Tensor], anchors: Sequence[Tensor], images: ImageList
+        self,
+        objectness: Sequence[Tensor],
+        deltas: Sequence[Tensor],
+        anchors_of: Callable[[int, Tensor], Tensor],
+        images: ImageList,
     ) -> Tensor:
         """See :meth:`rois`; no gradient passes."""
-        columns = []
-        batch, place = objectness[0].shape[0], anchors[0].device
-        for level, (logits, offsets, own) in enumerate(zip(objectness, deltas, anchors, strict=True)):
+        columns, numbers = [], []
+        batch, size = objectness[0].shape[0], images.tensors.shape[-2:]
+        for level, (logits, offsets) in enumerate(zip(objectness, deltas, strict=True)):
             flat = logits.detach().permute(0, 2, 3, 1).reshape(batch, -1)
             number = device.new_size(torch.sym_min(self.pre_nms_top_n(), flat.shape[1]), most=flat.shape[1])
             best, rows = flat.topk(number, 1)
             codes = offsets.detach().permute(0, 2, 3, 1).reshape(batch, -1, 4)
             codes = codes.gather(1, rows[..., None].expand(-1, -1, 4))
-            owner = torch.arange(batch, device=place)[:, None].expand_as(rows)
-            columns.append([best, codes, own[rows], owner, torch.full_like(rows, level)])
-        scores, codes, own, owner, levels = (
-            torch.cat(column, 1).flatten(0, 1) for column in zip(*columns, strict=True)
-        )
-        scores = scores.sigmoid()
-        boxes = clip(self.box_coder.decode_single(codes, own), owner, images.image_sizes)
+            columns.append([best, codes, anchors_of(level, rows)])
+            numbers.append(rows.new_full((number,), level))
+        scores, codes, anchors = (torch.cat(column, 1) for column in zip(*columns, strict=True))
+        levels = torch.cat(numbers)
+        owner = torch.arange(batch, device=levels.device)[:, None].expand(batch, levels.shape[0]).reshape(-1)
+        scores = scores.reshape(-1).sigmoid()
+        boxes = self.box_coder.decode_single(codes.view(-1, 4), anchors.view(-1, 4))
+        boxes = clip(boxes, owner, images.image_sizes)
         large = ((boxes[:, 2:] - boxes[:, :2]) >= self.min_size).all(1)
-        rows = torch.where(large & (scores >= self.score_thresh))[0]
-        boxes, owner = boxes[rows], owner[rows]
-        size = (images.tensors.shape[-2], images.tensors.shape[-1])
-        kept = nms_of_each(boxes, scores[rows], levels[rows], owner, self.nms_thresh, classes=len(columns), size=size)
+        rows = (large & (scores >= self.score_thresh)).nonzero()[:, 0]
+        boxes, owner, scores = boxes[rows], owner[rows], scores[rows]
+        levels = levels.expand(batch, -1).reshape(-1)[rows]
+        kept = nms_of_each(boxes, scores, levels, owner, self.nms_thresh, classes=len(columns), size=(size[0], size[1]))
         kept = kept[first_of_each(owner[kept], batch, self.post_nms_top_n())]
         return torch.cat([owner[kept, None].to(boxes.dtype), boxes[kept]], 1)
 

@@ -189,7 +189,7 @@ class StrideRoIAlign(nn.Module):
         if device.is_traced():
             # How many boxes a level has is no number that a tracer knows; how many there are, it does.
             rows = torch.cat(chosen)
-            places = rows.new_zeros(rois.shape[0]).scatter(0, rows, torch.arange(rows.shape[0], device=rows.device))
+            places = rows.new_zeros(rois.shape[0]).scatter(0, rows, torch.ones_like(rows).cumsum(0) - 1)
             return torch.cat(pooled)[places]
         return _in_order(pooled, chosen)
 
@@ -197,14 +197,14 @@ class StrideRoIAlign(nn.Module):
         """The rows of each level, ascending."""
         count = len(self.strides)
         if not device.runs_ahead(levels) or device.is_traced():
-            return [torch.where(levels == level)[0] for level in range(count)]
+            return [(levels == level).nonzero()[:, 0] for level in range(count)]
         # A device is waited for once instead of once per level.
         sizes = (levels[:, None] == torch.arange(count, device=levels.device)).sum(0)
         return list(levels.argsort(stable=True).split(sizes.tolist()))
 
     def assign_levels(self, boxes: Tensor) -> Tensor:
         """Index into the levels for each box ``(R, 4)``, ``(R,)`` int64."""
-        area = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).float()
+        area = (boxes[:, 2:] - boxes[:, :2]).prod(1).float()
         # The small constant keeps exact powers of two on their level, as in torchvision and detectron2.
         level = torch.floor(self.canonical_level + torch.log2(area.sqrt() / self.canonical_scale) + 1e-6)
         finest = next(iter(self.strides.values())).bit_length() - 1

@@ -92,7 +92,7 @@ class ExportedDetector(nn.Module):
 
     @property
     def target_keys(self) -> tuple[str, ...]:
-        """What a data set has of what it finds, see :attr:`a2fpn.detectors.Detector.target_keys`."""
+        """Keys of a target that hold what it finds, see :attr:`a2fpn.detectors.Detector.target_keys`."""
         outputs = json.loads(self.facts["outputs"])
         kinds = {"boxes": "boxes", "labels": "labels", "masks": "masks", "keypoints": "heatmaps"}
         return tuple(key for key, output in kinds.items() if output in outputs)
