@@ -35,13 +35,14 @@ def new_size(size: int, most: int | None = None) -> int:
     """Return a size; a tracer's, which is a formula of others, as a new unknown, so that what follows has short ones.
 
     Args:
-        size: At least 1; a tracer takes it for more, as it does with all sizes, since one pixel behaves in its own way.
+        size: At least 1. A tracer takes it for 8 or more, so that no level is taken for the single pixel that behaves
+            in its own way.
         most: What it does not pass.
     """
     if isinstance(size, int):
         return size
     unknown: Any = torch.scalar_tensor(size, dtype=torch.int64).item()
-    torch._check(unknown >= 2)
+    torch._check(unknown >= 8)
     if most is not None:
         torch._check(unknown <= most)
     return unknown  # type: ignore[no-any-return]

@@ -13,7 +13,7 @@ from a2fpn._atomic import replaced_file
 from a2fpn.detectors import Detector
 from a2fpn.errors import ConfigError, ConfigTypeError, ExportError, MissingFileError
 from a2fpn.export.metadata import describe
-from a2fpn.export.trace import DTYPES, quiet, trace
+from a2fpn.export.trace import DTYPES, drop_checks, quiet, trace
 from a2fpn.export.translate import fold_shapes, translations
 from a2fpn.inference.eval_view import eval_view
 
@@ -73,6 +73,7 @@ def export_model(
     facts = describe(detector, dtype=dtype, outputs=outputs)
     with replaced_file(path) as partial, quiet():
         if kind == "torch":
+            drop_checks(program)
             with partial.open("wb") as file:
                 torch.export.save(program, file, extra_files=facts)
         else:

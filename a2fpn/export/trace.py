@@ -70,6 +70,16 @@ def trace(
             raise ExportError(f"torch can't trace {name} ({reason}).{advice}") from error
 
 
+def drop_checks(program: torch.export.ExportedProgram) -> None:
+    """Take out of a program what it checks about sizes: these are the tracer's limits, and smaller images run as well."""
+    graph = program.graph
+    for node in list(graph.nodes):
+        if node.target is torch.ops.aten._assert_scalar.default:
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+    program.graph_module.recompile()
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep torch's remarks on its own deprecations, and its exporter's progress, from the user's screen."""

@@ -115,7 +115,8 @@ class StrideAnchors(AnchorGenerator):  # type: ignore[misc]
             grid = feature_maps[level].shape[-2:]
             down, across = self._strides(level, grid, image_list.tensors.shape[-2:])
             pixel = rows // len(cell)
-            x, y = pixel % grid[1] * across, pixel // grid[1] * down
+            row = pixel // grid[1]
+            x, y = (pixel - row * grid[1]) * across, row * down
             return torch.stack([x, y, x, y], -1) + cell[rows % len(cell)]
 
         return pick

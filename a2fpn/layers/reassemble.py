@@ -142,7 +142,9 @@ def _reassemble_by_tiles(x: Tensor, kernels: Tensor, k: int, parts: int, step: i
     bands = F.pad(bands, (0, step)).reshape(-1, _TILE * (length + step))[:, : _TILE * length]
     out = bands.reshape(-1, parts * parts * _TILE, length) @ stretches
     out = out.view(batch, rows, tiles, parts, parts, _TILE, channels).permute(0, 6, 1, 3, 2, 5, 4)
-    return out.reshape(batch, channels, rows * parts, tiles * _TILE * parts)[..., :wide]
+    out = out.reshape(batch, channels, rows * parts, tiles * _TILE * parts)
+    # Cut off by padding, of which a tracer knows what size it leaves.
+    return F.pad(out, (0, wide - tiles * _TILE * parts))
 
 
 def _reassemble_by_shifts(x: Tensor, kernels: Tensor, k: int) -> Tensor:
