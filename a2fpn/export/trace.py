@@ -71,7 +71,7 @@ def trace(
 
 
 def drop_checks(program: torch.export.ExportedProgram) -> None:
-    """Take out of a program what it checks about sizes: these are the tracer's limits, and smaller images run as well."""
+    """Take the checks of sizes out of a program: these are limits of the tracer, and smaller images run as well."""
     graph = program.graph
     for node in list(graph.nodes):
         if node.target is torch.ops.aten._assert_scalar.default:
