@@ -102,23 +102,33 @@ class Neck(nn.Module, ABC):
                     f"Level {coarse_name} {tuple(coarse.shape[-2:])} is larger than the finer {fine_name} "
                     f"{tuple(fine.shape[-2:])}; maps must shrink from level to level."
                 )
-        valid = [_valid_map(x, s, image_sizes) for x, s in zip(maps, self.in_spec.strides, strict=True)]
+        valid = _valid_maps(maps, self.in_spec.strides, image_sizes)
         pyramid = self.fuse(maps, valid)
         while len(pyramid) < len(self.out_spec):
             pyramid.append(F.max_pool2d(pyramid[-1], kernel_size=1, stride=2))
         return dict(zip(self.out_spec.names, pyramid, strict=True))
 
 
-def _valid_map(x: Tensor, stride: int, image_sizes: Sequence[tuple[int, int]] | None) -> Tensor | None:
+def _valid_maps(
+    maps: Sequence[Tensor], strides: Sequence[int], image_sizes: Sequence[tuple[int, int]] | None
+) -> list[Tensor | None]:
     if image_sizes is None:
-        return None
-    height, width = x.shape[-2:]
-    sizes = [level_size(size, stride) for size in image_sizes]
-    if all(h >= height and w >= width for h, w in sizes):
-        return None
-    heights, widths = torch.tensor(sizes, device=x.device).T
-    rows = torch.arange(height, device=x.device) < heights[:, None]
-    columns = torch.arange(width, device=x.device) < widths[:, None]
+        return [None] * len(maps)
+    sizes = [[level_size(size, stride) for size in image_sizes] for stride in strides]
+    # One copy for all levels, which an accelerator's host does not wait for.
+    on_device = torch.tensor(sizes).to(maps[0].device, non_blocking=True)
+    return [
+        None
+        if all(h >= x.shape[-2] and w >= x.shape[-1] for h, w in own)
+        else _valid_map(x.shape[-2], x.shape[-1], bounds)
+        for x, own, bounds in zip(maps, sizes, on_device, strict=True)
+    ]
+
+
+def _valid_map(height: int, width: int, sizes: Tensor) -> Tensor:
+    heights, widths = sizes.T
+    rows = torch.arange(height, device=sizes.device) < heights[:, None]
+    columns = torch.arange(width, device=sizes.device) < widths[:, None]
     valid: Tensor = rows[:, None, :, None] & columns[:, None, None, :]
     return valid
 
