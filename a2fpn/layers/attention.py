@@ -28,6 +28,9 @@ _EPS = 1e-4
 _KEYS_PER_QUERY = 4
 """From so many on, a GPU gets products of matrices instead of a fused kernel."""
 
+_MANY_QUERIES, _MOST_PARTS = 1024, 16
+"""From so many queries on, a GPU gets them in up to so many parts."""
+
 
 def attend(
     query: Tensor,
@@ -69,14 +72,18 @@ def attend(
     if query.device.type != "cpu" and _KEYS_PER_QUERY * query.shape[1] <= key.shape[1]:
         return _attend_by_products(query, key, value, kind, valid)
     query, key, scale = _scaled(query, key, kind)
+    parts = 1
+    if query.device.type != "cpu" and query.shape[1] >= _MANY_QUERIES:
+        # The backward pass shares out the keys alone: parts of the queries are treated as heads.
+        parts = next(part for part in range(_MOST_PARTS, 0, -1) if query.shape[1] % part == 0)
     attended = F.scaled_dot_product_attention(
-        query.to(value.dtype)[:, None],
-        key.to(value.dtype)[:, None],
-        value[:, None],
+        query.to(value.dtype).unflatten(1, (parts, -1)),
+        key.to(value.dtype)[:, None].expand(-1, parts, -1, -1),
+        value[:, None].expand(-1, parts, -1, -1),
         attn_mask=None if valid is None else valid[:, None, None],
         scale=scale,
     )
-    return attended[:, 0]
+    return attended.flatten(1, 2)
 
 
 def _attend_by_products(query: Tensor, key: Tensor, value: Tensor, kind: AttentionKind, valid: Tensor | None) -> Tensor:

@@ -7,10 +7,6 @@ Shape shorthand: ``B`` batch, ``C`` channels, ``(h, w)`` source map, ``(H, W)`` 
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import os
-import shutil
 import typing
 from typing import Any, Literal
 
@@ -18,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from a2fpn.device import has_triton
 from a2fpn.layers.choices import check_choice
 from a2fpn.layers.precision import autocast_off
 
@@ -68,7 +65,7 @@ def reassemble(x: Tensor, kernels: Tensor, size: tuple[int, int], *, padding: Pa
         if x.is_cuda:
             compiled: Tensor = _opaque(x, kernels)
             return compiled
-    elif _has_triton(x.device, x.dtype):
+    elif _has_triton(x):
         from a2fpn.layers.reassemble_triton import reassemble_triton
 
         return reassemble_triton(x, kernels)
@@ -79,17 +76,8 @@ def reassemble(x: Tensor, kernels: Tensor, size: tuple[int, int], *, padding: Pa
     return result
 
 
-@functools.cache
-def _has_triton(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether the Triton kernels run there: on NVIDIA GPUs with TF32 and bfloat16, by a C compiler."""
-    return (
-        device.type == "cuda"
-        and torch.version.hip is None
-        and torch.cuda.get_device_capability(device) >= (8, 0)
-        and dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and importlib.util.find_spec("triton") is not None
-        and any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
-    )
+def _has_triton(x: Tensor) -> bool:
+    return x.dtype in (torch.float32, torch.bfloat16, torch.float16) and has_triton(x)
 
 
 def _source_index(target: int, source: int, device: torch.device) -> Tensor:
@@ -110,7 +98,7 @@ def _beyond(x: Tensor, kernels: Tensor, k: int) -> Tensor:
 @torch.library.custom_op("a2fpn::reassemble", mutates_args=())
 def _opaque(x: Tensor, kernels: Tensor) -> Tensor:
     """The op as torch's compiler calls it on a GPU; products that it would make of the windows are far slower."""
-    if _has_triton(x.device, x.dtype):
+    if _has_triton(x):
         from a2fpn.layers.reassemble_triton import weighted_sums
 
         return weighted_sums(x, kernels)
@@ -126,7 +114,7 @@ def _(x: Tensor, kernels: Tensor) -> Tensor:
 
 @torch.library.custom_op("a2fpn::reassemble_gradients", mutates_args=())
 def _opaque_gradients(grad: Tensor, x: Tensor, kernels: Tensor) -> tuple[Tensor, Tensor]:
-    if _has_triton(x.device, x.dtype):
+    if _has_triton(x):
         from a2fpn.layers.reassemble_triton import kernel_gradient, map_gradient
 
         return map_gradient(grad, x, kernels), kernel_gradient(grad, x, kernels)
