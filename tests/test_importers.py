@@ -22,7 +22,8 @@ from a2fpn.data.importers.files import image_size
 from a2fpn.data.importers.label_studio import pack_runs, unpack_runs
 from a2fpn.data.splits import assign_splits
 from a2fpn.errors import DataError
-from a2fpn.masks.rle import decode_rle, encode_masks, segmentation_to_rle
+from a2fpn.masks.rle import decode_rle, encode_masks
+from a2fpn.masks.segmentation import segmentation_to_rle
 from tests.coco_data import write_coco
 
 NO_CROWDS = {"yolo", "labels", "mask_files"}
@@ -452,7 +453,7 @@ def studio(**changes: Any) -> str:
         ("voc", "a.xml", VOC.format(9).replace("cat", ""), "object 1: it has no name"),
         ("voc", "a.xml", VOC.format(9)[:-5], "line 1: no XML"),
         ("voc", "a.xml", VOC.format(9).replace("a.png", "D:\\b.png"), None),
-        ("cvat", "x.xml", CVAT.format("b.png", 60, ""), "image 'b.png': the image is not there"),
+        ("cvat", "x.xml", CVAT.format("b.png", 60, ""), "image 'b.png': its image 'b.png' is not there"),
         ("cvat", "x.xml", CVAT.format("a.png", 61, ""), "it says 61 x 40 pixels, a.png has 60 x 40"),
         ("cvat", "x.xml", CVAT.format("a.png", 60, '<polygon label="c" points="1,2;3,4;5"/>'), "it has 5 coordinates"),
         (

@@ -15,9 +15,10 @@ from pycocotools import mask as mask_utils
 
 from a2fpn.data import CocoFile, Rle
 from a2fpn.errors import ConfigError
+from a2fpn.inference.shapes import PALETTE
 from a2fpn.report.analysis import image_ap
 from a2fpn.report.matching import Floats, Ints, Kind, Scene, match
-from a2fpn.report.outlines import PALETTE, object_colors
+from a2fpn.report.outlines import object_colors
 from a2fpn.report.precision import mean, precision
 
 if TYPE_CHECKING:
@@ -145,6 +146,22 @@ def compare(
     ]
     rows = (*(["annotations"] if coco is not None else []), *models)
     return Comparison(rows, tuple(columns), note)
+
+
+def show(name: str, results: Sequence[Result], remarks: Sequence[str], note: str) -> Comparison:
+    """Show results of one model on image files, with a remark for each.
+
+    Args:
+        name: The model's.
+        results: Of files; their ``path`` is set.
+        remarks: What is said under each, before the number of objects.
+        note: How the images were picked.
+    """
+    columns = [
+        _column(Path(str(result.path)), [result], None, 0, [remark])
+        for result, remark in zip(results, remarks, strict=True)
+    ]
+    return Comparison((name,), tuple(columns), note)
 
 
 def _check_categories(name: str, predictor: Predictor, coco: CocoFile) -> None:
