@@ -56,11 +56,8 @@ def test_the_moving_average_follows_on_the_device(device: torch.device) -> None:
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    own = {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
-        "OMP_NUM_THREADS": "1",
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-    }
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    own = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     return os.environ | own | ({"ACCELERATE_USE_CPU": "true"} if device.type == "cpu" else {})
 
 
