@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import os
+import shutil
 from typing import Any
 
 import torch
@@ -59,3 +63,27 @@ def is_known(condition: bool) -> bool:
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     return statically_known_true(condition)
+
+
+def has_triton(x: Tensor) -> bool:
+    """Return whether Triton kernels run on a tensor's device: an NVIDIA GPU with TF32 and bfloat16, and a C compiler.
+
+    Args:
+        x: Any tensor.
+
+    Example:
+        >>> import torch
+        >>> has_triton(torch.zeros(1))
+        False
+    """
+    return x.is_cuda and _runs_triton(x.device)
+
+
+@functools.cache
+def _runs_triton(device: torch.device) -> bool:
+    return (
+        torch.version.hip is None
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+        and importlib.util.find_spec("triton") is not None
+        and any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
+    )
