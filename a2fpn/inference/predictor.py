@@ -6,6 +6,7 @@ Shape shorthand: N objects of K keypoints, an image of H x W pixels, C = 3 chann
 from __future__ import annotations
 
 import os
+import typing
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from a2fpn.data.images import SUFFIXES, to_rgb
 from a2fpn.data.slides import Slide, WholeSlide, Window, open_slide
 from a2fpn.errors import ConfigError, ConfigTypeError, ImageError
 from a2fpn.inference.eval_view import EvalViews
+from a2fpn.inference.exported import ExportedDetector, Runtime, is_exported
 from a2fpn.inference.options import PredictOptions
 from a2fpn.inference.result import Result, to_array
 from a2fpn.inference.tiled import MemorySlide, detect_tiles
@@ -48,8 +50,9 @@ class Predictor:
 
     Args:
         model: A detector of :func:`a2fpn.create_model`, :func:`a2fpn.from_pretrained` or
-            :func:`a2fpn.optimize_for_inference`.
-        device: Where to run, for example ``"cuda"``; None leaves the model where it is.
+            :func:`a2fpn.optimize_for_inference`; or a file of :func:`a2fpn.export_model`, whose thresholds are fixed.
+        device: Where to run, for example ``"cuda"``; None leaves the model where it is. Files run on the CPU.
+        runtime: What runs a file: ``"onnxruntime"``, ``"openvino"`` or ``"torch"``; None goes by the file.
         max_pixels: Most pixels of an image file that is decoded whole; None sets no limit. TIFF and large PNG files
             that are predicted in tiles are not.
         channels_last: Whether to lay out the model's weights for convolutions on NHWC memory, which is faster on
@@ -72,18 +75,25 @@ class Predictor:
 
     def __init__(
         self,
-        model: Detector | OptimizedDetector,
+        model: Detector | OptimizedDetector | ExportedDetector | ImagePath,
         *,
         device: torch.device | str | None = None,
+        runtime: Runtime | None = None,
         channels_last: bool = True,
         max_pixels: int | None = MAX_PIXELS,
         **options: Any,
     ) -> None:
-        if not hasattr(model, "config") or not hasattr(model, "preprocess"):
+        if is_exported(model):
+            model = ExportedDetector(typing.cast(ImagePath, model), runtime=runtime)
+        elif runtime is not None:
+            raise ConfigError(f"runtime={runtime!r} is for files of a2fpn.export_model, got {type(model).__name__}.")
+        if not isinstance(model, torch.nn.Module) or not hasattr(model, "config"):
             raise ConfigTypeError(
-                f"Predictor expects a detector of a2fpn.create_model(...) or a2fpn.from_pretrained(...), "
-                f"got {type(model).__name__}."
+                f"Predictor expects a detector of a2fpn.create_model(...) or a2fpn.from_pretrained(...), or an .onnx "
+                f"or .pt2 file of a2fpn.export_model(...), got {type(model).__name__}."
             )
+        if isinstance(model, ExportedDetector) and device is not None and torch.device(device).type != "cpu":
+            raise ConfigError(f"{model.path.name} is run on the CPU, got device={str(device)!r}; load the checkpoint.")
         if max_pixels is not None and max_pixels < 1:
             raise ConfigError(f"max_pixels must be at least 1 or None, got {max_pixels}.")
         self.options = PredictOptions(**options)
@@ -221,7 +231,7 @@ class Predictor:
             below = float(np.nextafter(np.float32(changes["score_threshold"]), np.float32(-1)))
             changes["score_threshold"] = max(0.0, below)
         rule = replace(self.model.rule, **changes)
-        device = next(self.model.parameters()).device
+        device = next((x.device for x in self.model.parameters()), torch.device("cpu"))
         images = [image.to(device) for image in images]
         scale = _scale(options, slide)
         with self._views.lend(self.model) as model, torch.inference_mode():
