@@ -30,6 +30,7 @@ from a2fpn.cli.options import (
     Output,
     Overlap,
     Precision,
+    RuntimeName,
     Scale,
     SoftNmsKind,
     Threshold,
@@ -86,6 +87,7 @@ def predict(
     optimize: Optimize = False,
     dtype: Precision = "float32",
     max_pixels: MaxPixels = MAX_PIXELS,
+    runtime: RuntimeName = None,
     device: Device = None,
 ) -> None:
     """Find objects in images: a picture for each, and all results as COCO JSON, or in other formats.
@@ -122,7 +124,7 @@ def predict(
     folder: PredictionFolder | None = None
     try:
         paths = image_files(images)
-        detector = load_detector(model)
+        detector = load_detector(model, runtime=runtime)
         options |= parse_scale(scale, detector)
         # As JSON gives them back.
         settings = json.loads(json.dumps({"model": model, "optimize": optimize, "dtype": dtype, **options}))

@@ -16,6 +16,7 @@ from a2fpn._registry import Registry
 from a2fpn.backbones import TimmBackbone
 from a2fpn.config import HEADS, HeadsConfig, ModelConfig
 from a2fpn.errors import ConfigError
+from a2fpn.heads.batched import split_images
 from a2fpn.heads.loss_normalizer import normalize_losses_globally
 from a2fpn.heads.postprocess import PostprocessConfig
 from a2fpn.masks import InstanceMasks
@@ -30,7 +31,7 @@ Detection = dict[str, Tensor]
 class Detector(nn.Module, ABC):
     """Base of the detectors: preprocessing, checks of targets, grouping of images.
 
-    Subclasses add heads and implement :meth:`losses` and :meth:`detect`. Everything that depends on a stride comes
+    Subclasses add heads and implement :meth:`losses` and :meth:`objects`. Everything that depends on a stride comes
     from :attr:`spec`. Labels are ``0..num_classes - 1`` in training and in results.
 
     Args:
@@ -94,14 +95,36 @@ class Detector(nn.Module, ABC):
         return PostprocessConfig(heads.score_threshold, heads.nms_threshold, heads.detections_per_image)
 
     @abstractmethod
-    def detect(self, features: Features, batch: Batch, *, rule: PostprocessConfig) -> list[Detection]:
-        """Per image the detections, in pixels of the batch, best first.
+    def objects(self, features: Features, batch: Batch, *, rule: PostprocessConfig) -> Detection:
+        """The detections of the whole batch, in pixels of the batch, image by image, best first.
 
         Args:
             features: The pyramid.
             batch: The images.
             rule: Post-processing of this call.
+
+        Returns:
+            ``images`` (N,), the index of the image of each, ``boxes`` (N, 4), ``scores`` (N,), ``labels`` (N,) from 0,
+            and what else the detector gives.
         """
+
+    def detect(self, features: Features, batch: Batch, *, rule: PostprocessConfig) -> list[Detection]:
+        """Per image the detections, see :meth:`objects`."""
+        return split_images(self.objects(features, batch, rule=rule), batch.tensor.shape[0])
+
+    def detect_stack(self, images: Tensor) -> Detection:
+        """Detect objects in images of one size, by operations that a tracer can record for any number and size.
+
+        Args:
+            images: ``(B, C, H, W)``, float in [0, 1] or uint8 in [0, 255]; values are not checked.
+
+        Returns:
+            The detections of the batch, see :meth:`objects`, with boxes in the images' own pixels, masks and heatmaps
+            as they were predicted inside each box.
+        """
+        batch = self.preprocess.stack(images)
+        found = self.objects(self.features(batch), batch, rule=self.rule)
+        return {**found, "boxes": resize_boxes(found["boxes"], batch.sizes[0], batch.original_sizes[0])}
 
     def forward(
         self,
@@ -154,6 +177,15 @@ class Detector(nn.Module, ABC):
             pyramid: What the neck gives.
         """
         return pyramid
+
+    def compile_maps(self) -> None:
+        """Compile what makes maps - backbone, neck and dense head - by torch's compiler, in place.
+
+        Weights and state dict stay as they are. The first step of each kind of batch, and the first evaluation, take
+        minutes; image sizes that change are compiled once more, with sizes left open.
+        """
+        for part in (self.backbone, self.neck, self.dense_head):
+            part.compile()
 
     @property
     def mask_paste(self) -> PasteRule:

@@ -11,6 +11,8 @@ from a2fpn.heads.postprocess import PostprocessConfig, SoftNms
 from a2fpn.inference.tiling import tile_windows
 from a2fpn.inference.tta import Augmentation
 
+CANDIDATES = 16
+"""Candidates for each object that may be found: proposals of one object are many."""
 _LARGEST_SCALE = 64.0
 
 
@@ -85,6 +87,7 @@ class PredictOptions:
         return {
             **{name: value for name, value in limits.items() if value is not None},
             "soft_nms": self.soft_nms or None,
+            "candidates": None if self.max_objects is None else self.max_objects * CANDIDATES,
         }
 
     @property
