@@ -1,0 +1,62 @@
+"""Bounds of numbers in a configuration, which may come from anyone, and their checks."""
+
+from __future__ import annotations
+
+import functools
+import typing
+from typing import Any, Literal
+
+from a2fpn.errors import ConfigError
+
+MAX_PIXELS = 2**28
+"""Pixels above which a file is not decoded unless asked for: in RGB these take 805 MB."""
+
+MOST_LAYERS = 100
+LARGEST_IMAGE = 8192
+LONGEST_IMAGE = 32_768
+LARGEST_POOL = 128
+LARGEST_WEIGHT = 1000
+LARGEST_STRIDE = 1024
+LARGEST_DIVISOR = 1024
+MOST_BOXES = 1_000_000
+MOST_CHANNELS = 65_536
+MOST_SAMPLES = 64
+MOST_TOP_LEVELS = 8
+
+
+def check_layers(*, least: int = 0, **counts: int) -> None:
+    """Check counts that a constructor loops over."""
+    for name, count in counts.items():
+        if not least <= count <= MOST_LAYERS:
+            raise ConfigError(f"{name} must be between {least} and {MOST_LAYERS}, got {count}.")
+
+
+def check_range(least: float, most: float, **values: float) -> None:
+    """Check numbers that would hurt only at the first image."""
+    for name, value in values.items():
+        # Written so that NaN is bad as well.
+        if not least <= value <= most:
+            raise ConfigError(f"{name} must be between {least} and {most}, got {value}.")
+
+
+def check_anchors(sizes: tuple[tuple[int, ...], ...] | None, ratios: tuple[float, ...]) -> None:
+    """Check sizes and ratios of anchors."""
+    for level in sizes or ():
+        for size in level:
+            check_range(1, LARGEST_IMAGE, anchor_sizes=size)
+    for ratio in ratios:
+        check_range(0.01, 100, anchor_ratios=ratio)
+
+
+def check_choices(config: Any) -> None:
+    """Check fields of named choices, which Python itself does not look at."""
+    for name, choices in _choices(config.__class__).items():
+        value = getattr(config, name)
+        if value not in choices:
+            raise ConfigError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+@functools.cache
+def _choices(config: type) -> dict[str, tuple[Any, ...]]:
+    hints = typing.get_type_hints(config).items()
+    return {name: typing.get_args(hint) for name, hint in hints if typing.get_origin(hint) is Literal}
