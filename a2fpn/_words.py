@@ -5,6 +5,7 @@ A word leads to a name of ours or to a sentence; :func:`a2fpn._registry.did_you_
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -23,7 +24,8 @@ _PRETRAINED = "Weights are loaded by name: pretrained=True, with a tag of list_p
 
 PREDICTION = _words(
     {
-        "score_threshold": "conf conf_thres confidence threshold score_thr score_thresh score_thresh_test box_score_thresh min_score pred_score_thr",
+        "score_threshold": "conf conf_thres confidence threshold score_thr score_thresh "
+        "score_thresh_test box_score_thresh min_score pred_score_thr",
         "nms_threshold": "iou iou_thres iou_threshold nms nms_thr nms_thresh nms_thresh_test box_nms_thresh",
         "detections_per_image": "max_det max_detections max_per_img box_detections_per_img detections_per_img",
         "tta": "augment aug test_time_augmentation",
@@ -144,3 +146,35 @@ RESULT = _words(
     }
 )
 """Attributes of a :class:`a2fpn.Result`."""
+
+
+_DETECTORS = ("cascademaskrcnn", "cascadercnn", "maskrcnn", "fasterrcnn", "keypointrcnn", "retinanet", "fcos", "htc")
+_ABSENT = re.compile(
+    r"(yolo|rt-?detr|detr|dino|sam\d?[_.-]|fast-?sam|ssd|efficientdet|centernet|mask2former|solo)", re.I
+)
+
+
+def advice_on_model(name: str) -> str | None:
+    """What is said about the name of a model of another library; None for a name that is of none.
+
+    Example:
+        >>> advice_on_model("maskrcnn_resnet50_fpn_v2"), advice_on_model("mask-rcnn_r101_fpn_1x_coco")
+        ("Did you mean 'maskrcnn_fpn_r50.tv_coco_v2'?", "Did you mean 'maskrcnn_fpn_r101'?")
+    """
+    text = re.sub(r"\.(pth?|yaml|py)$", "", name.lower())
+    if _ABSENT.match(text):
+        return (
+            f"There is no {text[:40]} here. Small and fast: 'fcos_fpn_lite0', 'retinanet_fpn_lite0', and with masks "
+            "'maskrcnn_fpn_lite0'; a2fpn list shows all."
+        )
+    flat = re.sub(r"[-_]", "", text)
+    detector = next(filter(flat.startswith, _DETECTORS), None)
+    resnet = re.search(r"(?<![a-z])(?:resnet|r)[-_]?(18|34|50|101)(?!\d)", text)
+    mobile = "mobilenet_v3_large" in text
+    if detector is None or not (resnet or mobile):
+        return None
+    neck = next((neck for neck in ("pafpn", "bifpn", "carafe") if neck in text), "fpn").replace("carafe", "carafe_fpn")
+    torchvisions = re.search(r"_(?:resnet50|mobilenet_v3_large)(_320)?_fpn(_v2)?$", text)
+    tag = f".tv_coco{torchvisions[1] or torchvisions[2] or ''}" if torchvisions else ""
+    backbone = f"r{resnet[1]}" if resnet else "mobilenetv3_large_100"
+    return f"Did you mean '{detector}_{neck}_{backbone}{tag}'?"

@@ -49,7 +49,9 @@ def build(predictor: Predictor, name: str, *, examples: Sequence[Path] = ()) -> 
         results, refused = [], []
         for file in files:
             try:
-                (result,) = predictor([file], tile=int(tile) or None)
+                (result,) = predictor(
+                    [file], tile=int(tile) or None, score_threshold=predictor.model.rule.score_threshold
+                )
             except (ImageError, OSError, ValueError) as error:
                 refused.append(f"{Path(file).name} was left out: {_sentence(error, file)}")
             else:

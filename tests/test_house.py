@@ -31,16 +31,20 @@ BUILDING = {
 MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "_plugins": ({"errors"}, set()),
     "_registry": ({"_plugins", "errors"}, set()),
+    "_words": (set(), set()),
     "_atomic": (set(), set()),
     "device": (set(), {"torch"}),
     "_version": (set(), set()),
     "errors": (set(), set()),
     "_serialize": ({"errors", "_registry"}, set()),
     "config": ({"errors", "_registry", "_serialize"}, set()),
-    "pyramid": (set(), {"torch"}),
+    "pyramid": ({"errors"}, {"torch"}),
     "layers": ({"errors"}, {"torch", "timm.layers", "triton"}),
     "necks": ({"errors", "_registry", "layers", "pyramid"}, {"torch"}),
-    "backbones": ({"_plugins", "errors", "_registry", "config", "layers", "pyramid"}, {"torch", "timm", "safetensors"}),
+    "backbones": (
+        {"_plugins", "errors", "_registry", "config", "layers", "pyramid"},
+        {"torch", "timm", "safetensors", "huggingface_hub"},
+    ),
     "masks": ({"device", "errors"}, {"numpy", "pycocotools", "torch", "torchvision"}),
     "preprocess": ({"errors", "config", "masks"}, {"torch"}),
     "heads": ({"device", "errors", "layers", "masks", "pyramid"}, {"torch", "torchvision"}),
@@ -48,7 +52,10 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         {"errors", "_registry", "backbones", "config", "heads", "masks", "necks", "preprocess", "pyramid"},
         {"torch", "torchvision"},
     ),
-    "compose": ({"_plugins", "errors", "_registry", "_serialize", "backbones", "config", "detectors", "necks"}, set()),
+    "compose": (
+        {"_plugins", "_words", "errors", "_registry", "_serialize", "backbones", "config", "detectors", "necks"},
+        set(),
+    ),
     "build": ({"errors", "_serialize", "backbones", "config", "detectors", "necks"}, set()),
     "pretrained": (
         BUILDING | {"_atomic", "_plugins", "_version", "convert", "layers"},
@@ -75,7 +82,8 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "instance_metrics": ({"errors", "data", "masks"}, {"numpy"}),
     "counting": ({"errors"}, {"numpy"}),
     "inference": (
-        {"backbones", "config", "data", "detectors", "device", "errors", "heads", "masks", "preprocess", "pyramid"},
+        {"_registry", "_words"}
+        | {"backbones", "config", "data", "detectors", "device", "errors", "heads", "masks", "preprocess", "pyramid"},
         {
             *("contourpy", "matplotlib", "numpy", "PIL", "pycocotools", "supervision", "timm.layers"),
             *("timm.models._features", "timm.models.resnet", "torch", "torchvision"),
@@ -87,6 +95,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
             "_plugins",
             "_registry",
             "_serialize",
+            "_words",
             "config",
             "data",
             "errors",
@@ -120,6 +129,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
             "_atomic",
             "_plugins",
             "_version",
+            "_words",
             "convert",
             "counting",
             "instance_metrics",

@@ -6,17 +6,14 @@ import dataclasses
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
 from a2fpn.cli.format import progress_bar
-from a2fpn.errors import ConfigError
-
-if TYPE_CHECKING:
-    pass
+from a2fpn.errors import ConfigError, DataError
 
 T = TypeVar("T")
 
@@ -87,6 +84,7 @@ def check_data(
         raise ConfigError(f"--plot {plot}: expected a name that ends in {', '.join(PICTURES)}.")
     if duplicates and (images is None or against is None):
         raise ConfigError("--duplicates compares the images of two splits: give --images and --against too.")
+    _check_format(annotations)
     facts = _model_facts(model, min_size, max_size)
     with progress_bar() as progress:
 
@@ -118,6 +116,37 @@ def check_data(
         typer.echo(f"Open {plot}")
     if report.errors or (strict and report.warnings):
         raise typer.Exit(1)
+
+
+def _check_format(annotations: Path) -> None:
+    """Stop at labels of another format, and say how to import them.
+
+    Raises:
+        ConfigError: With the format and the command.
+    """
+    from a2fpn.data.importers import detect
+
+    if annotations.is_file() and annotations.suffix.lower() == ".json":
+        try:
+            head = json.loads(annotations.read_bytes())
+        except (ValueError, RecursionError):
+            return
+        if not isinstance(head, dict) or {"images", "annotations", "categories"} & set(head):
+            return  # a COCO file, or one that means to be
+    elif not annotations.exists():
+        return
+    try:
+        found = detect(annotations)
+    except DataError:
+        found = ""
+    kind = "is a folder" if annotations.is_dir() else "is no COCO file"
+    if found and found != "coco":
+        kind = f"holds {found} labels" if annotations.is_dir() else f"belongs to {found} labels"
+    source = annotations if annotations.is_dir() else annotations.parent
+    raise ConfigError(
+        f"{annotations} {kind}; this command reads COCO JSON. Import the data set first: "
+        f"a2fpn data import {source} --output {source.resolve().name}_coco"
+    )
 
 
 def _model_facts(name: str | None, min_size: int | None, max_size: int | None) -> dict[str, Any]:

@@ -6,17 +6,14 @@ import dataclasses
 import time
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 from rich.console import Console
 
 from a2fpn.cli.format import ap_text, progress_bar, table
 from a2fpn.cli.options import Device, Output, Threshold, pick_device
-
-if TYPE_CHECKING:
-    pass
-
+from a2fpn.config import SCORE_THRESHOLD
 
 DEMO_MODEL = "maskrcnn_a2fpn_lite0.nuclei"
 DEMO_DATA = Path(str(resources.files("a2fpn"))) / "assets" / "nuclei_demo"
@@ -25,7 +22,7 @@ DEMO_DATA = Path(str(resources.files("a2fpn"))) / "assets" / "nuclei_demo"
 def demo(
     *,
     output: Output = Path("a2fpn_demo"),
-    score_threshold: Threshold = 0.5,
+    score_threshold: Threshold = SCORE_THRESHOLD,
     device: Device = None,
 ) -> None:
     """Segment the nuclei in microscopy images that come with the package.
@@ -51,7 +48,7 @@ def demo(
             if not found:
                 predictor(path)  # the first run of a process also sets up kernels and memory
             start = time.perf_counter()
-            (result,) = predictor([path])
+            (result,) = predictor([path], score_threshold=predictor.model.rule.score_threshold)
             milliseconds = 1000 * (time.perf_counter() - start)
             detections = result.to_coco(entry.id)
             truth = coco.annotations[entry.id]

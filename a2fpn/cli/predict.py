@@ -33,7 +33,7 @@ from a2fpn.cli.options import (
     load_detector,
 )
 from a2fpn.cli.predictions import PredictionFolder
-from a2fpn.config import MAX_PIXELS
+from a2fpn.config import MAX_PIXELS, SCORE_THRESHOLD
 from a2fpn.errors import ConfigError, ImageError, MissingFileError
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def predict(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run that DIR holds: what is done is skipped.")
     ] = False,
-    score_threshold: Threshold = 0.5,
+    score_threshold: Threshold = SCORE_THRESHOLD,
     tile: Tile = None,
     overlap: Overlap = 0.2,
     tta: Tta = False,
@@ -143,14 +143,15 @@ def _shown(text: object) -> str:
 
 def image_files(sources: Sequence[Path]) -> list[Path]:
     """The given files, and the images of the given folders; what is left out of folders is told."""
-    from a2fpn.inference import list_images
+    from a2fpn.inference import check_source, is_pattern, list_images
 
     for source in sources:
-        if not source.exists():
+        check_source(source)
+        if not source.exists() and not is_pattern(source):
             raise MissingFileError(f"{_shown(source)}: no such file or folder.")
     groups = []
     for source in sources:
-        groups.append(list_images(source) if source.is_dir() else [source])
+        groups.append(list_images(source) if source.is_dir() or is_pattern(source) else [source])
         if source.is_dir():
             _tell_left_out(source, set(groups[-1]))
     return list(itertools.chain.from_iterable(groups))

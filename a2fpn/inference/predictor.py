@@ -5,11 +5,14 @@ Shape shorthand: N objects of K keypoints, an image of H x W pixels, C = 3 chann
 
 from __future__ import annotations
 
+import glob
+import inspect
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, overload
 
 import numpy as np
 import torch
@@ -17,9 +20,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from a2fpn.config import MAX_PIXELS
+from a2fpn._registry import did_you_mean
+from a2fpn._words import PREDICTION
+from a2fpn.config import MAX_PIXELS, SCORE_THRESHOLD
 from a2fpn.data.images import SUFFIXES, read_image, to_rgb
-from a2fpn.errors import ConfigError, ConfigTypeError
+from a2fpn.errors import ConfigError, ConfigTypeError, ImageError
 from a2fpn.heads.postprocess import PostprocessConfig, SoftNms
 from a2fpn.inference.eval_view import eval_view
 from a2fpn.inference.result import Result, to_array
@@ -41,8 +46,9 @@ class PredictOptions:
     """Options of prediction; None leaves a limit to the model's own configuration.
 
     Args:
-        score_threshold: Objects that score less are dropped, between 0 and 1. Below the model's own threshold (0.05
-            unless configured) there are more objects than it gives by itself.
+        score_threshold: Objects that score less are dropped, between 0 and 1. None takes 0.5, or the model's own
+            threshold (0.05 unless configured) where that is higher, and for :meth:`Predictor.predict` the model's
+            own. Below it there are more objects than the model gives by itself.
         nms_threshold: IoU above which an object removes a worse one of its class, between 0 and 1.
         detections_per_image: Most objects of an image, or of a tile.
         soft_nms: ``"linear"`` or ``"gaussian"`` lowers the scores of objects that overlap better ones, where NMS
@@ -81,6 +87,47 @@ class PredictOptions:
     def augmentation(self) -> Augmentation | None:
         """Views of test-time augmentation, if there are more than one."""
         return (Augmentation() if self.tta else None) if isinstance(self.tta, bool) else self.tta
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> PredictOptions:
+        """Options by name.
+
+        Raises:
+            TypeError: For an unknown one, with the one that was meant.
+        """
+        _check_names(given)
+        return cls(**given)
+
+    def but(self, changes: Mapping[str, Any]) -> PredictOptions:
+        """Options with some of them changed.
+
+        Raises:
+            TypeError: For an unknown one, with the one that was meant.
+        """
+        _check_names(changes)
+        return replace(self, **changes)
+
+
+def _check_names(given: Mapping[str, Any]) -> None:
+    known = [field.name for field in fields(PredictOptions)]
+    for name in given:
+        if name not in known:
+            raise ConfigTypeError(f"Unknown option {name!r} of a Predictor. {did_you_mean(name, known, PREDICTION)}")
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _with_options(function: _Function) -> _Function:
+    """Show the options in a function's signature in the place of ``**options``: for Tab and ``help()``."""
+    plain = inspect.signature(function)
+    own = [p for p in plain.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    options = [
+        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+        for field in fields(PredictOptions)
+    ]
+    function.__signature__ = plain.replace(parameters=own + options)  # type: ignore[attr-defined]
+    return function
 
 
 class _Call(NamedTuple):
@@ -127,6 +174,7 @@ class Predictor:
         ((64, 96), True)
     """
 
+    @_with_options
     def __init__(
         self,
         model: Detector | OptimizedDetector,
@@ -137,13 +185,14 @@ class Predictor:
         **options: Any,
     ) -> None:
         if not hasattr(model, "config") or not hasattr(model, "preprocess"):
+            named = isinstance(model, (str, os.PathLike))
+            got = f"{model!r}; load it: a2fpn.from_pretrained({model!r})" if named else type(model).__name__
             raise ConfigTypeError(
-                f"Predictor expects a detector of a2fpn.create_model(...) or a2fpn.from_pretrained(...), "
-                f"got {type(model).__name__}."
+                f"Predictor expects a detector of a2fpn.create_model(...) or a2fpn.from_pretrained(...), got {got}."
             )
         if max_pixels is not None and max_pixels < 1:
             raise ConfigError(f"max_pixels must be at least 1 or None, got {max_pixels}.")
-        self.options = PredictOptions(**options)
+        self.options = PredictOptions.of(options)
         self.max_pixels = max_pixels
         self.model = model.to(device)
         if channels_last:
@@ -157,34 +206,43 @@ class Predictor:
     @overload
     def __call__(self, images: Sequence[ImageInMemory | ImagePath], **options: Any) -> list[Result]: ...
 
+    @_with_options
     def __call__(
         self, images: ImageInMemory | ImagePath | Sequence[ImageInMemory | ImagePath], **options: Any
     ) -> Result | list[Result]:
         """Detect objects, one image after the other.
 
+        Objects that score less than 0.5 are left out unless ``score_threshold`` says otherwise, here or when the
+        predictor was made.
+
         Args:
-            images: An image, a folder (its images in order of their names, without sub-folders) or a sequence of
-                images. An image is a path, a PIL image (taken as it is; EXIF orientation is applied to files), a
-                uint8 array (H, W, 3) in RGB order or (H, W) in gray (OpenCV reads BGR: pass
-                ``image[..., ::-1]``), or a tensor (3, H, W), uint8 or float in [0, 1].
+            images: An image, a folder (its images in order of their names, without sub-folders), a pattern such as
+                ``photos/*.jpg``, or a sequence of images. An image is a path, a PIL image (taken as it is; EXIF
+                orientation is applied to files), a uint8 array (H, W, 3) in RGB order or (H, W) in gray (OpenCV reads
+                BGR: pass ``image[..., ::-1]``), or a tensor (3, H, W), uint8 or float in [0, 1].
             **options: Fields of :class:`PredictOptions` for this call, e.g. ``tile=1024``.
 
         Returns:
-            A result for one image, a list of results for a folder or a sequence.
+            A result for one image, a list of results for a folder, a pattern or a sequence.
 
         Raises:
             ValueError: If a file is no readable image, a folder holds none, or an array has another shape or type.
             TypeError: If something else is given.
             OSError: If there is no such file.
         """
-        if isinstance(images, (str, os.PathLike)) and Path(images).is_dir():
-            return [self._predict_one(path, options) for path in list_images(images)]
+        if isinstance(images, (str, os.PathLike)):
+            check_source(images)
+            if Path(images).is_dir() or is_pattern(images):
+                return [self._predict_one(path, options) for path in list_images(images)]
         if isinstance(images, Sequence) and not isinstance(images, str):
             return [self._predict_one(image, options) for image in images]
         return self._predict_one(images, options)
 
+    @_with_options
     def predict(self, images: Sequence[Tensor], **options: Any) -> list[Result]:
         """Detect objects in a batch of tensors: the call for evaluation and training.
+
+        Without a ``score_threshold`` the model's own holds: average precision takes objects of all scores.
 
         Args:
             images: (3, H, W) tensors of any sizes, float32 in [0, 1] or uint8 in [0, 255].
@@ -196,7 +254,7 @@ class Predictor:
         Raises:
             ValueError: For an option out of its range, or one that a detector of keypoints has no answer to.
         """
-        chosen = replace(self.options, **options)
+        chosen = self.options.but(options)
         device = next(self.model.parameters()).device
         images = [image.to(device) for image in images]
         changes = chosen.changes
@@ -252,7 +310,10 @@ class Predictor:
         merged = merge_tiles(tiles, size)
         return replace(results[0], boxes=merged.boxes, scores=merged.scores, labels=merged.labels, rles=merged.rles)
 
-    def _predict_one(self, image: ImageInMemory | ImagePath, options: Mapping[str, Any]) -> Result:
+    def _predict_one(self, image: ImageInMemory | ImagePath, given: Mapping[str, Any]) -> Result:
+        options = dict(given)
+        if options.get("score_threshold", self.options.score_threshold) is None:
+            options["score_threshold"] = max(SCORE_THRESHOLD, self.model.rule.score_threshold)
         if isinstance(image, (str, os.PathLike)):
             (result,) = self.predict([read_image(Path(image), max_pixels=self.max_pixels)], **options)
             return replace(result, path=os.fspath(image))
@@ -286,20 +347,54 @@ def _size(image: Tensor) -> tuple[int, int]:
     return int(image.shape[-2]), int(image.shape[-1])
 
 
-def list_images(folder: ImagePath) -> list[Path]:
-    """Return the image files of a folder in order of their names, without those of sub-folders.
+def list_images(source: ImagePath) -> list[Path]:
+    """Return the image files of a folder or pattern in order of their names, without those of sub-folders.
 
     Raises:
         ValueError: If there are none.
         OSError: If there is no such folder.
     """
-    paths = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in SUFFIXES and not path.is_dir())
+    pattern = is_pattern(source)
+    found = map(Path, glob.glob(os.fspath(source), recursive=True)) if pattern else Path(source).iterdir()
+    paths = sorted(path for path in found if path.suffix.lower() in SUFFIXES and not path.is_dir())
     if not paths:
         raise ConfigError(
-            f"No image lies in the folder {os.fspath(folder)} itself; expected names that end in "
-            f"{', '.join(SUFFIXES)} (sub-folders are not searched)."
+            (
+                f"No image fits {os.fspath(source)}"
+                if pattern
+                else f"No image lies in the folder {os.fspath(source)} itself"
+            )
+            + f"; expected names that end in {', '.join(SUFFIXES)}"
+            + ("." if pattern else " (sub-folders are not searched).")
         )
     return paths
+
+
+def is_pattern(source: ImagePath) -> bool:
+    """Return whether a path is a pattern such as ``photos/*.jpg``; a file of that very name is none."""
+    return any(character in os.fspath(source) for character in "*?[") and not os.path.exists(source)
+
+
+_VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
+
+
+def check_source(source: ImagePath) -> None:
+    """Refuse what people give and no file holds: addresses and videos.
+
+    Raises:
+        ValueError: With what to do instead.
+    """
+    text = os.fspath(source)
+    scheme = re.match(r"(https?|s3|gs|ftp|rtsp|data):", text, flags=re.IGNORECASE)
+    if scheme:
+        raise ImageError(
+            f"{text[:200]}: addresses are not read; download the image first (curl -LO ADDRESS) and give its path."
+        )
+    if Path(text).suffix.lower() in _VIDEOS:
+        raise ImageError(
+            f"{text}: videos are not read; write the frames to a folder (ffmpeg -i VIDEO frames/%06d.png) and give "
+            "that."
+        )
 
 
 def _to_tensor(image: ImageInMemory) -> Tensor:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from a2fpn._registry import Registry, did_you_mean
 from a2fpn.errors import ConfigError
 from a2fpn.layers import MGC, ConvNormAct, LevelModules
-from a2fpn.pyramid import Features, PyramidSpec, check_features, level_size
+from a2fpn.pyramid import Features, PyramidSpec, check_features, check_pyramid, level_size
 
 
 class Neck(nn.Module, ABC):
@@ -92,7 +92,8 @@ class Neck(nn.Module, ABC):
             Maps ``(B, d, H_i, W_i)`` named as in ``out_spec``.
 
         Raises:
-            ValueError: If the maps are not what ``in_spec`` promises.
+            ValueError: If the maps are not what ``in_spec`` promises, or the pyramid not what ``out_spec`` does.
+            TypeError: If the maps have no names.
         """
         check_features(features, self.in_spec)
         maps = list(features.values())
@@ -104,8 +105,11 @@ class Neck(nn.Module, ABC):
                 )
         valid = [_valid_map(x, s, image_sizes) for x, s in zip(maps, self.in_spec.strides, strict=True)]
         pyramid = self.fuse(maps, valid)
+        if len(pyramid) > len(self.out_spec):
+            raise ConfigError(f"The neck declares {len(self.out_spec)} levels and returned {len(pyramid)}.")
         while len(pyramid) < len(self.out_spec):
             pyramid.append(F.max_pool2d(pyramid[-1], kernel_size=1, stride=2))
+        check_pyramid(pyramid, self.out_spec, maps, self.in_spec.strides)
         return dict(zip(self.out_spec.names, pyramid, strict=True))
 
 

@@ -127,7 +127,7 @@ def compare(
     paths = {images[position]: position for position in only}
     for path in track(list(paths)):
         for name, predictor in models.items():
-            (results[name][paths[path]],) = predictor([path])
+            (results[name][paths[path]],) = predictor([path], score_threshold=predictor.model.rule.score_threshold)
     quality = None if coco is None else {name: _quality(found, ids, coco) for name, found in results.items()}
     chosen, note = _pick(results, quality, images, pick, only, count, score_threshold, seed)
     columns = [

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 import a2fpn
+from a2fpn.config import SCORE_THRESHOLD
 from a2fpn.data import CocoDataset, Sample, collate
 from a2fpn.evaluation import COCO_SIGMAS, Backend, CocoMetrics, common_iou_types, evaluate_coco
 from a2fpn.training.monitor import ProgressLine
@@ -105,7 +106,12 @@ class Validator:
                 for image_id, image, result in zip(ids, images, predictor.predict(images), strict=True):
                     found.append((image_id, result.to_coco(image_id)))
                     if image_id in self._drawn:
-                        drawn.append((image_id, result.plot(image=image.permute(1, 2, 0).numpy())))
+                        drawn.append(
+                            (
+                                image_id,
+                                result.plot(image=image.permute(1, 2, 0).numpy(), score_threshold=SCORE_THRESHOLD),
+                            )
+                        )
                 line.advance()
         by_image = dict(gather_object(found))
         pictures = dict(gather_object(drawn))
