@@ -11,7 +11,8 @@ import torch
 
 import a2fpn
 from a2fpn.backbones import BackboneInfo, TimmBackbone, UnsupportedBackboneError, attach, find_backbone_info
-from a2fpn.backbones.attach import PYRAMID, measure, probe, read_table
+from a2fpn.backbones.info import PYRAMID, read_table
+from a2fpn.backbones.probe import measure, probe
 from a2fpn.config import BackboneConfig
 from benchmarks import backbones as sweep
 
