@@ -12,7 +12,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from a2fpn.cli.format import progress_bar
+from a2fpn.cli.format import progress_bar, say, write_json
+from a2fpn.cli.options import Json, Quiet
 from a2fpn.errors import ConfigError, DataError
 
 T = TypeVar("T")
@@ -61,7 +62,8 @@ def check_data(
         Path | None,
         typer.Option(metavar="PNG", help="Draw 12 annotated images, those with findings first, into this file."),
     ] = None,
-    save: Annotated[Path | None, typer.Option("--json", help="File to write the report to.", metavar="OUT")] = None,
+    save: Json = None,
+    quiet: Quiet = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 for warnings too.")] = False,
 ) -> None:
     """Find what is wrong with a data set before training on it.
@@ -86,7 +88,8 @@ def check_data(
         raise ConfigError("--duplicates compares the images of two splits: give --images and --against too.")
     _check_format(annotations)
     facts = _model_facts(model, min_size, max_size)
-    with progress_bar() as progress:
+    quiet = quiet or str(save) == "-"
+    with progress_bar(quiet=quiet) as progress:
 
         def track(items: Iterable[T], description: str, total: int) -> Iterable[T]:
             return progress.track(items, total=total, description=description)
@@ -105,15 +108,16 @@ def check_data(
     text = Text(str(report))
     for word, style in {"error": "bold red", "warning": "bold yellow", "note": "bold cyan"}.items():
         text.highlight_regex(rf"(?m)^{word}\b", style)
-    Console().print(text, soft_wrap=True)
+    if not quiet:
+        Console().print(text, soft_wrap=True)
+    write_json(report.to_dict(), save)
     if save is not None:
-        save.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
-        typer.echo(f"The report is in {save}")
+        say(f"The report is in {save}", quiet=quiet)
     if plot is not None and images is not None and report.examples:
         from a2fpn.inference.report import draw_report
 
         draw_report(report, images).save(plot)
-        typer.echo(f"Open {plot}")
+        say(f"Open {plot}", quiet=quiet)
     if report.errors or (strict and report.warnings):
         raise typer.Exit(1)
 

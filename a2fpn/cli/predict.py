@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from a2fpn.cli.format import count_of, progress_bar
+from a2fpn.cli.format import count_of, progress_bar, say, write_json
 from a2fpn.cli.options import (
     Device,
+    Json,
     MaxPixels,
     Model,
     MostObjects,
@@ -25,6 +26,7 @@ from a2fpn.cli.options import (
     Output,
     Overlap,
     Precision,
+    Quiet,
     SoftNmsKind,
     Threshold,
     Tile,
@@ -60,6 +62,8 @@ def predict(
     dtype: Precision = "float32",
     max_pixels: MaxPixels = MAX_PIXELS,
     device: Device = None,
+    quiet: Quiet = False,
+    save: Json = None,
 ) -> None:
     """Find objects in images: a picture for each, and all results as COCO JSON.
 
@@ -90,7 +94,7 @@ def predict(
             load_detector(model), device, optimize=optimize, dtype=dtype, max_pixels=max_pixels, **options
         )
         folder = PredictionFolder(output, paths, settings, overwrite=overwrite, resume=resume)
-        _run(folder, predictor)
+        _run(folder, predictor, quiet=quiet or str(save) == "-", save=save)
     except KeyboardInterrupt:
         if folder is None or not folder.objects:
             typer.echo("Stopped before the first image; nothing was written.", err=True)
@@ -103,14 +107,14 @@ def predict(
         raise typer.Exit(130) from None  # 128 and the number of the signal
 
 
-def _run(folder: PredictionFolder, predictor: Predictor) -> None:
+def _run(folder: PredictionFolder, predictor: Predictor, *, quiet: bool, save: Path | None) -> None:
     """Predict what has no results yet; what is found is on the disk whatever happens."""
     before, pending = len(folder.objects), folder.pending
-    if before:
+    if before and not quiet:
         typer.echo(f"{count_of(before, 'image')} of {len(folder.jobs)} done before.", err=True)
     seconds: list[float] = []
     try:
-        with progress_bar() as progress:
+        with progress_bar(quiet=quiet) as progress:
             for job in progress.track(pending, description="predicting"):
                 start = time.perf_counter()
                 try:
@@ -128,11 +132,20 @@ def _run(folder: PredictionFolder, predictor: Predictor) -> None:
     if not objects:
         raise ConfigError(f"None of the {len(folder.jobs)} images could be read.")
     skipped = len(folder.pending)
-    typer.echo(
+    numbers = {
+        "images": len(objects),
+        "skipped": skipped,
+        "objects": sum(objects.values()),
+        "ms_per_image": round(1000 * statistics.median(seconds), 1) if seconds else None,
+        "results": _shown(results),
+    }
+    write_json(numbers, save)
+    say(
         f"Found {count_of(sum(objects.values()), 'object')} in {count_of(len(objects), 'image')}"
         f"{f' ({skipped} more could not be read)' if skipped else ''}"
         f"{f', {1000 * statistics.median(seconds):.0f} ms per image' if seconds else ''}. "
-        f"All results are in {_shown(results)}\nOpen {_shown(folder.folder / max(objects, key=objects.__getitem__))}"
+        f"All results are in {_shown(results)}\nOpen {_shown(folder.folder / max(objects, key=objects.__getitem__))}",
+        quiet=quiet,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,7 +37,6 @@ from a2fpn.training.importing import import_folder
 from a2fpn.training.monitor import (
     HostCopy,
     LossWindow,
-    ProgressLine,
     get_logger,
     grid,
     plot_metrics,
@@ -44,6 +44,7 @@ from a2fpn.training.monitor import (
     track_picture,
 )
 from a2fpn.training.optim import build_optimizer, build_scheduler, scaled_lr
+from a2fpn.training.progress import RunBoard
 from a2fpn.training.seeding import derived_seed, use_deterministic_algorithms
 from a2fpn.training.signals import Signals, StopRequest
 from a2fpn.training.sources import (
@@ -85,13 +86,14 @@ class Trainer:
 
     Args:
         config: The settings.
+        quiet: Whether progress is not shown.
 
     Raises:
         ValueError: If the settings do not fit the data, the model or the machine.
         OSError: If a file is missing.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, *, quiet: bool = False) -> None:
         run = config.run
         self.config = config
         self.output = Path(run.output)
@@ -147,6 +149,7 @@ class Trainer:
             channels_last=run.channels_last,
             pictures=run.pictures,
             seed=run.seed,
+            quiet=quiet,
         )
         self.metric = f"{self.validator.iou_types[-1]}/ap"
         self.state = RunState()
@@ -163,6 +166,8 @@ class Trainer:
             rewind_metrics(self.output, self.state.step)
             write_config(config, self.output)
         self.accelerator.init_trackers(run.name)
+        shown = self.accelerator.is_main_process and not quiet
+        self.board = RunBoard(shown, epochs=self.epochs, total_steps=self.total_steps, step=self.state.step)
 
     def run(self) -> None:
         """Train to the end, evaluating and writing checkpoints on the way.
@@ -195,15 +200,37 @@ class Trainer:
         annotations = sum(len(data.skipped.annotations) for data in self.datasets)
         lines = [f"Skipped {len(skipped)} unreadable images: {', '.join(skipped)}"] if skipped else []
         lines += [f"Skipped {annotations} unusable annotations, listed at the start."] if annotations else []
+        pictures = sorted((self.output / "predictions").glob("*.jpg"))
+        coco = self.validator.dataset.name
+        images = shlex.quote(str(self.validator.dataset.root))
+        ground_truth = f"--images {images} --annotations {shlex.quote(coco)}"
         return "\n".join(
             [
                 *lines,
+                *([f"Pictures:        {pictures[-1]}"] if pictures else []),
                 f"Losses and AP:   {self.output / 'metrics.png'}",
                 f"Best checkpoint: {best} ({self.metric} {self.state.best:.4f} after epoch {self.state.best_epoch})",
                 f'Load it:         model = a2fpn.from_pretrained("{best}")',
-                f"Use it:          a2fpn predict IMAGE --model {best}",
+                f"Use it:          a2fpn predict IMAGE --model {shlex.quote(str(best))}",
+                f"Why not better:  a2fpn evaluate --model {shlex.quote(str(best))} {ground_truth} --report report.html",
+                f"Publish it:      a2fpn hub push {shlex.quote(str(best))} --repo ORG/NAME",
             ]
         )
+
+    def numbers(self) -> dict[str, Any]:
+        """Return where the best checkpoint of a finished run is and what was measured, for machines."""
+        state = self.state
+        return {
+            "output": str(self.output),
+            "best": str(self.output / "best"),
+            "metric": self.metric,
+            "value": state.best,
+            "epoch": state.best_epoch,
+            "epochs": state.epoch,
+            "steps": state.step,
+            "skipped": state.skipped,
+            "records": read_metrics(self.output),
+        }
 
     @property
     def evaluated_model(self) -> Any:
@@ -282,9 +309,8 @@ class Trainer:
         steps, window = self.feed.steps(state.epoch), LossWindow(self.accelerator)
         batches = self.feed.batches(state.epoch, start=state.step_in_epoch)
         start = time.perf_counter()
-        title = f"Epoch {state.epoch + 1}/{self.epochs}"
         last = min(steps, state.step_in_epoch + self.total_steps - state.step)
-        with ProgressLine(title, last, self.accelerator, done=state.step_in_epoch) as line:
+        with self.board.training(state.epoch, last, done=state.step_in_epoch) as line:
             while state.step_in_epoch < steps and state.step < self.total_steps:
                 self._step(self._fetch(batches, signals), window)
                 state.step += 1
@@ -293,7 +319,7 @@ class Trainer:
                 if state.step % config.run.log_every == 0 or state.step == self.total_steps:
                     means, throughput = window.read()
                     rate = float(max(self.scheduler.get_last_lr()))
-                    line.show(state.step, means["loss"], rate, throughput)
+                    line.show(state.step, means, rate, throughput)
                     values = {f"train/{name}": value for name, value in means.items()}
                     speed = {"images_per_second": throughput.images_per_second, "waiting_for_data": throughput.waiting}
                     self.accelerator.log({**values, "lr": rate, **speed}, step=state.step)
@@ -467,6 +493,7 @@ class Trainer:
         numbers = ", ".join(
             f"{name} {record[name]:.4f}" for name in ("bbox/ap", "segm/ap", "keypoints/ap") if name in record
         )
+        self.board.add(record, best=improved)
         logger.info(
             "Epoch %d/%d: loss %.4f, %s%.1f images/s%s",
             self.state.epoch,
