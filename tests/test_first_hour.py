@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_model
 from PIL import Image
 from torch import nn
 from typer.testing import CliRunner
@@ -24,6 +23,7 @@ from a2fpn.inference import FoundObject
 from a2fpn.inference.result import Result
 from a2fpn.pretrained.catalog import PRETRAINED, TorchvisionWeights
 from a2fpn.training.settings import setting_names, type_of
+from tests.helpers import tiny_model
 
 LIVELY = {"score_threshold": 0.0, "num_classes": 2, "min_size": 64, "categories": ["cat", "dog"]}
 
