@@ -594,7 +594,7 @@ def test_a_huge_card_is_never_read(hub, published, model):
 def test_a_space_is_published_beside_its_model(hub, model, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", "hf_alice")
     folder = a2fpn.save_pretrained(model, tmp_path / "cells")
-    run_hub(["push", str(folder), "--repo", "alice/cells", "--space"])
+    assert run_hub("push", folder, "--repo", "alice/cells", "--space") is None
     space = hub.repos["alice/cells-app"]
     files = space.commits[space.resolve("main")]
     assert {"app.py", "requirements.txt", "README.md"} <= set(files)
