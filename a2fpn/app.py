@@ -49,9 +49,7 @@ def build(predictor: Predictor, name: str, *, examples: Sequence[Path] = ()) -> 
         results, refused = [], []
         for file in files:
             try:
-                (result,) = predictor(
-                    [file], tile=int(tile) or None, score_threshold=predictor.model.rule.score_threshold
-                )
+                (result,) = predictor([file], tile=int(tile) or None)
             except (ImageError, OSError, ValueError) as error:
                 refused.append(f"{Path(file).name} was left out: {_sentence(error, file)}")
             else:
@@ -208,7 +206,9 @@ def launch(
         device: Where to run.
         **options: More for Gradio's ``launch``.
     """
-    predictor = Predictor(a2fpn.from_pretrained(model), device=device)
+    detector = a2fpn.from_pretrained(model)
+    # Sliders choose among all that the model finds.
+    predictor = Predictor(detector, device=device, score_threshold=detector.rule.score_threshold)
     fits = model == MODEL
     page: gr.Blocks = build(predictor, Path(model).name, examples=sorted(EXAMPLES.glob("*.jpg")) if fits else ())
     fonts = ["system-ui", "sans-serif"]  # none that would be fetched

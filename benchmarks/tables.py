@@ -164,7 +164,9 @@ def main(
     """Compare or write the tables of README.md and docs."""
     if check == write:
         raise typer.BadParameter("Give --check or --write.")
-    pages = {page: page.read_text(encoding="utf-8") for page in [root / "README.md", *sorted(root.glob("docs/**/*.md"))]}
+    pages = {
+        page: page.read_text(encoding="utf-8") for page in [root / "README.md", *sorted(root.glob("docs/**/*.md"))]
+    }
     old = {page: made for page, text in pages.items() if (made := filled(text)) != text}
     for page, made in old.items():
         if write:

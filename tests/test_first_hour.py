@@ -25,7 +25,7 @@ from a2fpn.pretrained.catalog import PRETRAINED, TorchvisionWeights
 from a2fpn.training.settings import setting_names, type_of
 from tests.helpers import tiny_model
 
-LIVELY = {"score_threshold": 0.0, "num_classes": 2, "min_size": 64, "categories": ["cat", "dog"]}
+LIVELY = {"score_threshold": 0.05, "num_classes": 2, "min_size": 64, "categories": ["cat", "dog"]}
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +63,15 @@ def test_a_call_leaves_out_what_scores_less_than_a_half_and_its_picture_shows_al
     assert {bool(score < 0.5) for score in every.scores} == {True, False}, "needs objects on both sides"
     default = predictor(PIXELS)
     assert default.scores.tolist() == [score for score in every.scores.tolist() if score >= 0.5]
+    assert default.score_threshold == 0.5
     assert default.plot().tobytes() == default.plot(score_threshold=0.5).tobytes()
-    assert every.plot().tobytes() == every.plot(score_threshold=0).tobytes() != default.plot().tobytes()
+    some = predictor(PIXELS, score_threshold=0.3)
+    assert some.plot().tobytes() == some.plot(score_threshold=0).tobytes() != default.plot().tobytes()
+
+
+def test_a_model_that_was_told_to_keep_everything_does() -> None:
+    all_of_it = tiny_model("maskrcnn_fpn", **{**LIVELY, "score_threshold": 0.0}).eval()
+    assert len(a2fpn.Predictor(all_of_it)(PIXELS)) == len(a2fpn.Predictor(all_of_it)(PIXELS, score_threshold=0))
 
 
 def test_evaluation_takes_all_scores_of_the_model(predictor: a2fpn.Predictor) -> None:
@@ -173,7 +180,7 @@ def test_an_unknown_option_is_named_with_what_was_meant(predictor: a2fpn.Predict
         lambda: predictor(PIXELS, **{word: 1}),
         lambda: predictor.predict([torch.zeros(3, 64, 64)], **{word: 1}),
     ):
-        with pytest.raises(TypeError, match=f"Unknown option '{word}' of a Predictor. .*{message}"):
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{word}'. .*{message}"):
             call()
 
 

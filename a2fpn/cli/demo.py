@@ -35,7 +35,9 @@ def demo(
     from a2fpn.inference import Predictor
 
     coco = read_coco(DEMO_DATA / "annotations.json")
-    predictor = Predictor(a2fpn.create_model(DEMO_MODEL, pretrained=True), device=pick_device(device))
+    model = a2fpn.create_model(DEMO_MODEL, pretrained=True)
+    # AP takes objects of all scores.
+    predictor = Predictor(model, device=pick_device(device), score_threshold=model.rule.score_threshold)
     limit = predictor.model.config.heads.detections_per_image
     output.mkdir(parents=True, exist_ok=True)
 
@@ -48,7 +50,7 @@ def demo(
             if not found:
                 predictor(path)  # the first run of a process also sets up kernels and memory
             start = time.perf_counter()
-            (result,) = predictor([path], score_threshold=predictor.model.rule.score_threshold)
+            (result,) = predictor([path])
             milliseconds = 1000 * (time.perf_counter() - start)
             detections = result.to_coco(entry.id)
             truth = coco.annotations[entry.id]

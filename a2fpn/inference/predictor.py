@@ -22,7 +22,7 @@ from torch import Tensor
 
 from a2fpn._registry import did_you_mean
 from a2fpn._words import PREDICTION
-from a2fpn.config import MAX_PIXELS, SCORE_THRESHOLD
+from a2fpn.config import MAX_PIXELS, SCORE_THRESHOLD, HeadsConfig
 from a2fpn.data.images import SUFFIXES, read_image, to_rgb
 from a2fpn.errors import ConfigError, ConfigTypeError, ImageError
 from a2fpn.heads.postprocess import PostprocessConfig, SoftNms
@@ -46,9 +46,9 @@ class PredictOptions:
     """Options of prediction; None leaves a limit to the model's own configuration.
 
     Args:
-        score_threshold: Objects that score less are dropped, between 0 and 1. None takes 0.5, or the model's own
-            threshold (0.05 unless configured) where that is higher, and for :meth:`Predictor.predict` the model's
-            own. Below it there are more objects than the model gives by itself.
+        score_threshold: Objects that score less are dropped, between 0 and 1. None takes 0.5, or what the model was
+            configured with where that is 0 or more than 0.05; and for :meth:`Predictor.predict`, which is for
+            evaluation, always the model's own. Below that there are more objects than the model gives by itself.
         nms_threshold: IoU above which an object removes a worse one of its class, between 0 and 1.
         detections_per_image: Most objects of an image, or of a tile.
         soft_nms: ``"linear"`` or ``"gaussian"`` lowers the scores of objects that overlap better ones, where NMS
@@ -112,7 +112,9 @@ def _check_names(given: Mapping[str, Any]) -> None:
     known = [field.name for field in fields(PredictOptions)]
     for name in given:
         if name not in known:
-            raise ConfigTypeError(f"Unknown option {name!r} of a Predictor. {did_you_mean(name, known, PREDICTION)}")
+            raise ConfigTypeError(
+                f"A Predictor got an unexpected keyword argument {name!r}. {did_you_mean(name, known, PREDICTION)}"
+            )
 
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -186,7 +188,8 @@ class Predictor:
     ) -> None:
         if not hasattr(model, "config") or not hasattr(model, "preprocess"):
             named = isinstance(model, (str, os.PathLike))
-            got = f"{model!r}; load it: a2fpn.from_pretrained({model!r})" if named else type(model).__name__
+            kind = type(model).__name__
+            got = f"{kind} {str(model)!r}; load it: a2fpn.from_pretrained({str(model)!r})" if named else kind
             raise ConfigTypeError(
                 f"Predictor expects a detector of a2fpn.create_model(...) or a2fpn.from_pretrained(...), got {got}."
             )
@@ -315,7 +318,7 @@ class Predictor:
     def _predict_one(self, image: ImageInMemory | ImagePath, given: Mapping[str, Any]) -> Result:
         options = dict(given)
         if options.get("score_threshold", self.options.score_threshold) is None:
-            options["score_threshold"] = max(SCORE_THRESHOLD, self.model.rule.score_threshold)
+            options["score_threshold"] = _shown_threshold(self.model.rule.score_threshold)
         if isinstance(image, (str, os.PathLike)):
             (result,) = self.predict([read_image(Path(image), max_pixels=self.max_pixels)], **options)
             return replace(result, path=os.fspath(image))
@@ -342,6 +345,14 @@ class Predictor:
 
     def _encode(self, masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> tuple[Rle, ...]:
         return tuple(encode_box_masks(masks, boxes, size, rule=self.model.mask_paste))
+
+
+def _shown_threshold(configured: float) -> float | None:
+    """Threshold of what people are shown; None for the configured one.
+
+    Models are configured to keep nearly everything for average precision, with 0.05 or less; another value is a choice.
+    """
+    return SCORE_THRESHOLD if 0 < configured <= HeadsConfig.score_threshold else None
 
 
 def _size(image: Tensor) -> tuple[int, int]:

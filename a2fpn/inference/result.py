@@ -19,7 +19,7 @@ from torch import Tensor
 
 from a2fpn._registry import did_you_mean
 from a2fpn._words import RESULT
-from a2fpn.config import Category
+from a2fpn.config import SCORE_THRESHOLD, Category
 from a2fpn.data.images import read_image
 from a2fpn.errors import A2FPNError, ConfigError, ConfigTypeError
 from a2fpn.masks.rle import Rle, decode_rle
@@ -83,6 +83,7 @@ class Result:
         keypoints: (N, K, 3) float32, x and y in pixels of the image and 1 for visible; None if the model gives none.
         keypoint_scores: (N, K) float32, the height of each keypoint's heatmap, a logit: above 0 the model is sure.
         keypoint_names: K names, or empty if the model doesn't know them.
+        score_threshold: Score from which objects were kept; None if none was chosen.
 
     Example:
         >>> result = Result(
@@ -111,6 +112,7 @@ class Result:
     keypoints: NDArray[np.float32] | None = None
     keypoint_scores: NDArray[np.float32] | None = None
     keypoint_names: tuple[str, ...] = ()
+    score_threshold: float | None = None
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -194,7 +196,8 @@ class Result:
         Args:
             score_threshold: Between 0, which keeps all, and 1.
         """
-        return self._kept(np.flatnonzero(self.scores >= score_threshold))
+        kept = self._kept(np.flatnonzero(self.scores >= score_threshold))
+        return replace(kept, score_threshold=score_threshold)
 
     def _kept(self, kept: NDArray[np.intp]) -> Result:
         return replace(
@@ -281,7 +284,7 @@ class Result:
         self,
         image: NDArray[np.uint8] | None = None,
         *,
-        score_threshold: float = 0.0,
+        score_threshold: float | None = None,
         boxes: bool | None = None,
         labels: bool | None = None,
         legend: bool = True,
@@ -292,7 +295,8 @@ class Result:
 
         Args:
             image: (H, W, 3) uint8 RGB; None takes the image of the result, or reads its path.
-            score_threshold: Objects that score less are left out; by default all of the result are drawn.
+            score_threshold: Objects that score less are left out. None draws all objects of a result that was made
+                with a threshold, and else those from 0.5 on.
             boxes: Whether to draw boxes; None leaves them out where there are masks and more than 40 objects.
             labels: Whether to write class and score beside objects that have room for it; None does so for up
                 to 40 objects.
@@ -307,6 +311,8 @@ class Result:
         from a2fpn.inference.draw import draw
 
         image = self.load_image() if image is None else image
+        if score_threshold is None:
+            score_threshold = SCORE_THRESHOLD if self.score_threshold is None else self.score_threshold
         return draw(self.above(score_threshold), image, boxes=boxes, labels=labels, legend=legend)
 
 

@@ -128,7 +128,7 @@ def compare(
     paths = {images[position]: position for position in only}
     for path in track(list(paths)):
         for name, predictor in models.items():
-            (results[name][paths[path]],) = predictor([path], score_threshold=predictor.model.rule.score_threshold)
+            (results[name][paths[path]],) = predictor([path])
     quality = None if coco is None else {name: _quality(found, ids, coco) for name, found in results.items()}
     chosen, note = _pick(results, quality, images, pick, only, count, score_threshold, seed)
     columns = [

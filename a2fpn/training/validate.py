@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 import a2fpn
-from a2fpn.config import SCORE_THRESHOLD
 from a2fpn.data import CocoDataset, Sample, collate
 from a2fpn.evaluation import COCO_SIGMAS, Backend, CocoMetrics, common_iou_types, evaluate_coco
 from a2fpn.training.progress import ProgressLine
@@ -112,7 +111,7 @@ class Validator:
                         drawn.append(
                             (
                                 image_id,
-                                result.plot(image=image.permute(1, 2, 0).numpy(), score_threshold=SCORE_THRESHOLD),
+                                result.plot(image=image.permute(1, 2, 0).numpy()),
                             )
                         )
                 line.advance()
