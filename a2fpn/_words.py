@@ -155,7 +155,7 @@ _ABSENT = re.compile(
 
 
 def advice_on_model(name: str) -> str | None:
-    """What is said about the name of a model of another library; None for a name that is of none.
+    """Answer to the name of a model of another library; None for a name that is of none.
 
     Example:
         >>> advice_on_model("maskrcnn_resnet50_fpn_v2"), advice_on_model("mask-rcnn_r101_fpn_1x_coco")
@@ -171,7 +171,8 @@ def advice_on_model(name: str) -> str | None:
     detector = next(filter(flat.startswith, _DETECTORS), None)
     resnet = re.search(r"(?<![a-z])(?:resnet|r)[-_]?(18|34|50|101)(?!\d)", text)
     mobile = "mobilenet_v3_large" in text
-    if detector is None or not (resnet or mobile):
+    # There the backbone comes first, here the neck.
+    if detector is None or not (resnet or mobile) or "fpn" not in text[resnet.end() if resnet else 0 :]:
         return None
     neck = next((neck for neck in ("pafpn", "bifpn", "carafe") if neck in text), "fpn").replace("carafe", "carafe_fpn")
     torchvisions = re.search(r"_(?:resnet50|mobilenet_v3_large)(_320)?_fpn(_v2)?$", text)

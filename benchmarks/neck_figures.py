@@ -35,7 +35,7 @@ _COLORS = ("#E69F00", "#56B4E9", "#D55E00")
 
 @dataclass
 class Seen:
-    """What the parts of a neck were given and gave, on one image.
+    """Inputs and outputs of the parts of a neck, on one image.
 
     Args:
         features: Of the backbone, as the context got them.
@@ -135,7 +135,7 @@ def draw_attention(mgc: MGC, seen: Seen, shown: Any, level: int) -> Figure:
 
 
 def draw_entities(mgc: MGC, seen: Seen, level: int, count: int = 8) -> Figure:
-    """Where the first nodes of a level gather."""
+    """Gathering weights of the first nodes of a level."""
     figure = Figure(figsize=(9.6, 5), layout="constrained")
     maps = gathering(mgc, seen, level, mgc.attention)
     for number, axes in enumerate(figure.subplots(2, count // 2).flat):

@@ -53,7 +53,7 @@ def create_with_weights(name: str, weights: str | Path | None, options: dict[str
 
 
 def _downloaded(name: str) -> dict[str, Any]:
-    """Where timm finds the weights of a name: in the Hub's cache, or on the Hub if that can be reached.
+    """Source of the weights that timm has for a name: in the Hub's cache, or on the Hub if that can be reached.
 
     timm asks for every file with retries, for half a minute in all where there is no network.
 

@@ -161,7 +161,8 @@ class Detector(Elsewhere, ABC):
                 "a2fpn.Predictor(model)(...)."
             )
         dtype = next(self.parameters()).dtype
-        if dtype in (torch.float16, torch.bfloat16):
+        kind = images[0].device.type if images else "cpu"
+        if dtype in (torch.float16, torch.bfloat16) and not torch.is_autocast_enabled(kind):
             raise ConfigTypeError(
                 f"The model's weights are {dtype}, in which boxes and norms are too coarse. Keep them in float32 "
                 "(model.float()) and compute in less: with torch.autocast('cuda', torch.bfloat16), or "

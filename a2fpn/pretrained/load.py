@@ -218,7 +218,7 @@ _CONVERT = "convert it first: a2fpn hub convert FILE --from torchvision|detectro
 
 
 def _advice(name: str) -> str:
-    """What is said about a name that no pretrained weights have."""
+    """Advice on a name that no pretrained weights have."""
     if name.endswith((".pt", ".pth", ".pkl", ".ckpt", ".bin")):
         return f"There is no such file; if there were, {_CONVERT}."
     return advice_on_model(name) or did_you_mean(name, PRETRAINED)

@@ -1,4 +1,4 @@
-"""What a run shows while it goes: on a terminal a table that lives, elsewhere log lines."""
+"""Progress of a run: on a terminal a live table, elsewhere log lines."""
 
 from __future__ import annotations
 
