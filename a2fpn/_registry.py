@@ -33,7 +33,7 @@ def did_you_mean(name: str, known: Iterable[str], words: Mapping[str, str] = _NO
     known = sorted(known)
     meant = words.get(name.lower().replace("-", "_"))
     if meant is not None:
-        return f"Did you mean {meant!r}?" if meant in known else meant
+        return meant if " " in meant else f"Did you mean {meant!r}?"
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     if close:
         return f"Did you mean {' or '.join(repr(match) for match in close)}?"

@@ -58,7 +58,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     ),
     "build": ({"errors", "_serialize", "backbones", "config", "detectors", "necks"}, set()),
     "pretrained": (
-        BUILDING | {"_atomic", "_plugins", "_version", "convert", "layers"},
+        BUILDING | {"_atomic", "_plugins", "_version", "_words", "convert", "layers"},
         {"huggingface_hub", "safetensors", "torch", "torchvision"},
     ),
     "convert": (BUILDING | {"layers", "pretrained"}, {"torch", "torchvision", "safetensors"}),
