@@ -107,6 +107,10 @@ def attention(mgc: MGC, seen: Seen, level: int, kind: Any, pixel: tuple[int, int
     query = mgc.query[level](x).flatten(2).transpose(1, 2).float()
     at = pixel[0] * seen.sizes[level][1] + pixel[1]
     to_nodes = attention_map(query[:, at : at + 1], nodes, kind=kind)[0, 0]
+    if nodes.shape[1] > len(mgc.entities[level]):  # pixels attend to the nodes of all levels
+        before = sum(len(mgc.entities[i]) for i in range(level))
+        to_nodes = to_nodes[before : before + len(mgc.entities[level])]
+        to_nodes = to_nodes / to_nodes.sum()
     return torch.einsum("n,nhw->hw", to_nodes, gathering(mgc, seen, level, kind))
 
 

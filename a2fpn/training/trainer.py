@@ -209,11 +209,11 @@ class Trainer:
                 *lines,
                 *([f"Pictures:        {pictures[-1]}"] if pictures else []),
                 f"Losses and AP:   {self.output / 'metrics.png'}",
+                f"Why not better:  a2fpn evaluate --model {shlex.quote(str(best))} {ground_truth} --report report.html",
+                f"Publish it:      a2fpn hub push {shlex.quote(str(best))} --repo ORG/NAME",
                 f"Best checkpoint: {best} ({self.metric} {self.state.best:.4f} after epoch {self.state.best_epoch})",
                 f'Load it:         model = a2fpn.from_pretrained("{best}")',
                 f"Use it:          a2fpn predict IMAGE --model {shlex.quote(str(best))}",
-                f"Why not better:  a2fpn evaluate --model {shlex.quote(str(best))} {ground_truth} --report report.html",
-                f"Publish it:      a2fpn hub push {shlex.quote(str(best))} --repo ORG/NAME",
             ]
         )
 
