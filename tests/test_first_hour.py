@@ -20,7 +20,7 @@ from a2fpn._words import MODEL, OPTIONS, PREDICTION, RESULT, SETTINGS, advice_on
 from a2fpn.cli import main
 from a2fpn.cli.app import app
 from a2fpn.config import Category
-from a2fpn.data import encode_masks
+from a2fpn.data import encode_masks, read_image
 from a2fpn.inference import FoundObject
 from a2fpn.inference.result import Result
 from a2fpn.pretrained.catalog import PRETRAINED, TorchvisionWeights
@@ -492,6 +492,26 @@ def test_a_pattern_is_read_and_a_file_of_that_name_too(predictor: a2fpn.Predicto
     found = predictor(str(tmp_path / "[ab]*"))
     assert [Path(str(one.path)).name for one in found] == ["a.png", "b.png"]
     assert isinstance(predictor(str(tmp_path / "c[1].png")), Result)
+
+
+def test_gray_values_of_twelve_bits_are_told_and_can_be_scaled(
+    predictor: a2fpn.Predictor, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    eight = np.repeat(PIXELS[..., :1], 3, axis=2)
+    twelve = (PIXELS[..., 0].astype(np.float64) * 4095 / 255).round().astype(np.uint16)
+    Image.fromarray(twelve).save(tmp_path / "cells.tif")
+    np.testing.assert_array_equal(read_image(tmp_path / "cells.tif", gray_bits=12).permute(1, 2, 0).numpy(), eight)
+    assert not caplog.records
+    assert read_image(tmp_path / "cells.tif").max() <= 16
+    assert "gray values reach" in caplog.text
+    assert "--gray-bits 12" in caplog.text
+    with pytest.raises(ValueError, match=r"gray values of 0 to \d+ don't fit 11 bits"):
+        read_image(tmp_path / "cells.tif", gray_bits=11)
+    scaled = a2fpn.Predictor(predictor.model, gray_bits=12)(tmp_path / "cells.tif")
+    np.testing.assert_array_equal(scaled.load_image(), eight)
+    assert scaled.scores.tolist() == predictor(eight).scores.tolist()
+    with pytest.raises(ValueError, match="gray_bits must be between 9 and 16, got 8"):
+        a2fpn.Predictor(predictor.model, gray_bits=8)
 
 
 def run(*arguments: str) -> str:

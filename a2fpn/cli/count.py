@@ -15,6 +15,7 @@ from a2fpn.cli.evaluate import open_annotated, predict_annotated
 from a2fpn.cli.format import count_of, progress_bar, say, table, write_json
 from a2fpn.cli.options import (
     Device,
+    GrayBits,
     Json,
     Model,
     MostObjects,
@@ -49,6 +50,7 @@ def count(
     detections_per_image: MostObjects = None,
     optimize: Optimize = False,
     dtype: Precision = "float32",
+    gray_bits: GrayBits = 16,
     device: Device = None,
     quiet: Quiet = False,
     save: Json = None,
@@ -70,6 +72,7 @@ def count(
         nms_threshold=nms_threshold,
         detections_per_image=detections_per_image,
         tile=tile,
+        gray_bits=gray_bits,
         overlap=overlap,
     )
     names = [category.name for category in predictor.categories]

@@ -17,6 +17,7 @@ import typer
 from a2fpn.cli.format import count_of, progress_bar, say, write_json
 from a2fpn.cli.options import (
     Device,
+    GrayBits,
     Json,
     MaxPixels,
     Model,
@@ -61,6 +62,7 @@ def predict(
     optimize: Optimize = False,
     dtype: Precision = "float32",
     max_pixels: MaxPixels = MAX_PIXELS,
+    gray_bits: GrayBits = 16,
     device: Device = None,
     quiet: Quiet = False,
     save: Json = None,
@@ -86,12 +88,18 @@ def predict(
         "overlap": overlap,
         "tta": tta,
     }
-    settings = {"model": model, "optimize": optimize, "dtype": dtype, **options}
+    settings = {"model": model, "optimize": optimize, "dtype": dtype, "gray_bits": gray_bits, **options}
     folder: PredictionFolder | None = None
     try:
         paths = image_files(images)
         predictor = build_predictor(
-            load_detector(model), device, optimize=optimize, dtype=dtype, max_pixels=max_pixels, **options
+            load_detector(model),
+            device,
+            optimize=optimize,
+            dtype=dtype,
+            max_pixels=max_pixels,
+            gray_bits=gray_bits,
+            **options,
         )
         folder = PredictionFolder(output, paths, settings, overwrite=overwrite, resume=resume)
         _run(folder, predictor, quiet=quiet or str(save) == "-", save=save)

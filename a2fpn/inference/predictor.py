@@ -158,6 +158,7 @@ class Predictor:
             :func:`a2fpn.optimize_for_inference`.
         device: Where to run, for example ``"cuda"``; None leaves the model where it is.
         max_pixels: Most pixels of an image file, see :func:`a2fpn.data.read_image`; None sets no limit.
+        gray_bits: Bits that gray values of image files use, see :func:`a2fpn.data.read_image`.
         channels_last: Whether to lay out the model's weights for convolutions on NHWC memory, which is faster on
             CPUs and on tensor cores, with the same results up to rounding.
         **options: Fields of :class:`PredictOptions`, for every call that doesn't say otherwise: ``score_threshold``,
@@ -184,6 +185,7 @@ class Predictor:
         device: torch.device | str | None = None,
         channels_last: bool = True,
         max_pixels: int | None = MAX_PIXELS,
+        gray_bits: int = 16,
         **options: Any,
     ) -> None:
         if not hasattr(model, "config") or not hasattr(model, "preprocess"):
@@ -196,7 +198,10 @@ class Predictor:
         if max_pixels is not None and max_pixels < 1:
             raise ConfigError(f"max_pixels must be at least 1 or None, got {max_pixels}.")
         self.options = PredictOptions.of(options)
+        if not 9 <= gray_bits <= 16:
+            raise ConfigError(f"gray_bits must be between 9 and 16, got {gray_bits}.")
         self.max_pixels = max_pixels
+        self.gray_bits = gray_bits
         self._views = EvalViews()
         self.model = model.to(device)
         if channels_last:
@@ -320,8 +325,10 @@ class Predictor:
         if options.get("score_threshold", self.options.score_threshold) is None:
             options["score_threshold"] = _shown_threshold(self.model.rule.score_threshold)
         if isinstance(image, (str, os.PathLike)):
-            (result,) = self.predict([read_image(Path(image), max_pixels=self.max_pixels)], **options)
-            return replace(result, path=os.fspath(image))
+            pixels = read_image(Path(image), max_pixels=self.max_pixels, gray_bits=self.gray_bits)
+            (result,) = self.predict([pixels], **options)
+            # Read again with other bits it would be another picture.
+            return replace(result, path=os.fspath(image), image=to_array(pixels) if self.gray_bits != 16 else None)
         tensor = _to_tensor(image)
         (result,) = self.predict([tensor], **options)
         return replace(result, image=to_array(tensor))
