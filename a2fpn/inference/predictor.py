@@ -5,14 +5,11 @@ Shape shorthand: N objects of K keypoints, an image of H x W pixels, C = 3 chann
 
 from __future__ import annotations
 
-import glob
-import inspect
 import os
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 import torch
@@ -20,16 +17,16 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from a2fpn._registry import did_you_mean
-from a2fpn._words import PREDICTION
 from a2fpn.config import MAX_PIXELS, SCORE_THRESHOLD, HeadsConfig
-from a2fpn.data.images import SUFFIXES, read_image, to_rgb
-from a2fpn.errors import ConfigError, ConfigTypeError, ImageError
-from a2fpn.heads.postprocess import PostprocessConfig, SoftNms
+from a2fpn.data.images import read_image, to_rgb
+from a2fpn.errors import ConfigError, ConfigTypeError
+from a2fpn.heads.postprocess import PostprocessConfig
 from a2fpn.inference.eval_view import EvalViews
+from a2fpn.inference.options import PredictOptions, with_options
 from a2fpn.inference.result import Result, to_array
+from a2fpn.inference.sources import ImagePath, check_source, is_pattern, list_images
 from a2fpn.inference.tiling import TileDetections, merge_tiles, tile_windows
-from a2fpn.inference.tta import Augmentation, detect_augmented
+from a2fpn.inference.tta import detect_augmented
 from a2fpn.masks.rle import Rle, encode_box_masks
 
 if TYPE_CHECKING:
@@ -38,98 +35,6 @@ if TYPE_CHECKING:
 
 
 ImageInMemory = Image.Image | NDArray[np.uint8] | Tensor
-ImagePath = str | os.PathLike[str]
-
-
-@dataclass(frozen=True)
-class PredictOptions:
-    """Options of prediction; None leaves a limit to the model's own configuration.
-
-    Args:
-        score_threshold: Objects that score less are dropped, between 0 and 1. None takes 0.5, or what the model was
-            configured with where that is 0 or more than 0.05; and for :meth:`Predictor.predict`, which is for
-            evaluation, always the model's own. Below that there are more objects than the model gives by itself.
-        nms_threshold: IoU above which an object removes a worse one of its class, between 0 and 1.
-        detections_per_image: Most objects of an image, or of a tile.
-        soft_nms: ``"linear"`` or ``"gaussian"`` lowers the scores of objects that overlap better ones, where NMS
-            removes them; see :func:`a2fpn.heads.soft_nms`. False removes.
-        tile: Side in pixels of the overlapping tiles in which larger images are predicted one by one, and whose
-            objects are merged; None predicts images whole. Each tile is resized by the model's own rule. Keypoints
-            can't be merged, nor fused by ``tta``: with a detector of keypoints both are errors.
-        overlap: Least share of a tile that the next one shows too. Objects up to this size are seen whole.
-        tta: True sees each image, or tile, at three sizes and mirrored, and fuses what is found; an
-            :class:`~a2fpn.inference.tta.Augmentation` says which views to take. Takes several times as long.
-
-    Raises:
-        ValueError: For a value out of its range.
-    """
-
-    score_threshold: float | None = None
-    nms_threshold: float | None = None
-    detections_per_image: int | None = None
-    soft_nms: SoftNms | Literal[False] = False
-    tile: int | None = None
-    overlap: float = 0.2
-    tta: bool | Augmentation = False
-
-    def __post_init__(self) -> None:
-        PostprocessConfig(**self.changes)
-        tile_windows((1, 1), self.tile or 16, self.overlap)
-
-    @property
-    def changes(self) -> dict[str, Any]:
-        """The fields of the model's rule that are replaced."""
-        limits = ("score_threshold", "nms_threshold", "detections_per_image")
-        given = {name: getattr(self, name) for name in limits if getattr(self, name) is not None}
-        return {**given, "soft_nms": self.soft_nms or None}
-
-    @property
-    def augmentation(self) -> Augmentation | None:
-        """Views of test-time augmentation, if there are more than one."""
-        return (Augmentation() if self.tta else None) if isinstance(self.tta, bool) else self.tta
-
-    @classmethod
-    def of(cls, given: Mapping[str, Any]) -> PredictOptions:
-        """Options by name.
-
-        Raises:
-            TypeError: For an unknown one, with the one that was meant.
-        """
-        _check_names(given)
-        return cls(**given)
-
-    def but(self, changes: Mapping[str, Any]) -> PredictOptions:
-        """Options with some of them changed.
-
-        Raises:
-            TypeError: For an unknown one, with the one that was meant.
-        """
-        _check_names(changes)
-        return replace(self, **changes)
-
-
-def _check_names(given: Mapping[str, Any]) -> None:
-    known = [field.name for field in fields(PredictOptions)]
-    for name in given:
-        if name not in known:
-            raise ConfigTypeError(
-                f"A Predictor got an unexpected keyword argument {name!r}. {did_you_mean(name, known, PREDICTION)}"
-            )
-
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-
-
-def _with_options(function: _Function) -> _Function:
-    """Show the options in a function's signature in the place of ``**options``: for Tab and ``help()``."""
-    plain = inspect.signature(function)
-    own = [p for p in plain.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    options = [
-        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
-        for field in fields(PredictOptions)
-    ]
-    function.__signature__ = plain.replace(parameters=own + options)  # type: ignore[attr-defined]
-    return function
 
 
 class _Call(NamedTuple):
@@ -177,7 +82,7 @@ class Predictor:
         ((64, 96), True)
     """
 
-    @_with_options
+    @with_options
     def __init__(
         self,
         model: Detector | OptimizedDetector,
@@ -215,7 +120,7 @@ class Predictor:
     @overload
     def __call__(self, images: Sequence[ImageInMemory | ImagePath], **options: Any) -> list[Result]: ...
 
-    @_with_options
+    @with_options
     def __call__(
         self, images: ImageInMemory | ImagePath | Sequence[ImageInMemory | ImagePath], **options: Any
     ) -> Result | list[Result]:
@@ -247,7 +152,7 @@ class Predictor:
             return [self._predict_one(image, options) for image in images]
         return self._predict_one(images, options)
 
-    @_with_options
+    @with_options
     def predict(self, images: Sequence[Tensor], **options: Any) -> list[Result]:
         """Detect objects in a batch of tensors: the call for evaluation and training.
 
@@ -365,56 +270,6 @@ def _shown_threshold(configured: float) -> float | None:
 def _size(image: Tensor) -> tuple[int, int]:
     """Height and width."""
     return int(image.shape[-2]), int(image.shape[-1])
-
-
-def list_images(source: ImagePath) -> list[Path]:
-    """Return the image files of a folder or pattern in order of their names, without those of sub-folders.
-
-    Raises:
-        ValueError: If there are none.
-        OSError: If there is no such folder.
-    """
-    pattern = is_pattern(source)
-    found = map(Path, glob.glob(os.fspath(source), recursive=True)) if pattern else Path(source).iterdir()
-    paths = sorted(path for path in found if path.suffix.lower() in SUFFIXES and not path.is_dir())
-    if not paths:
-        raise ConfigError(
-            (
-                f"No image fits {os.fspath(source)}"
-                if pattern
-                else f"No image lies in the folder {os.fspath(source)} itself"
-            )
-            + f"; expected names that end in {', '.join(SUFFIXES)}"
-            + ("." if pattern else " (sub-folders are not searched).")
-        )
-    return paths
-
-
-def is_pattern(source: ImagePath) -> bool:
-    """Return whether a path is a pattern such as ``photos/*.jpg``; a file of that very name is none."""
-    return any(character in os.fspath(source) for character in "*?[") and not os.path.exists(source)
-
-
-_VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
-
-
-def check_source(source: ImagePath) -> None:
-    """Refuse what people give and no file holds: addresses and videos.
-
-    Raises:
-        ValueError: With what to do instead.
-    """
-    text = os.fspath(source)
-    scheme = re.match(r"(https?|s3|gs|ftp|rtsp|data):", text, flags=re.IGNORECASE)
-    if scheme:
-        raise ImageError(
-            f"{text[:200]}: addresses are not read; download the image first (curl -LO ADDRESS) and give its path."
-        )
-    if Path(text).suffix.lower() in _VIDEOS:
-        raise ImageError(
-            f"{text}: videos are not read; write the frames to a folder (ffmpeg -i VIDEO frames/%06d.png) and give "
-            "that."
-        )
 
 
 def _to_tensor(image: ImageInMemory) -> Tensor:
