@@ -65,10 +65,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "yolo" / "data.yaml").write_text("train: images\nnames: {0: nucleus}\n")
     for name, path in zip("ab", small, strict=True):
         with Image.open(path) as picture:
-            crop = picture.crop((0, 0, 128, 128))
-            crop.save(tmp_path / "photos" / f"{name}.jpg")
-            crop.save(tmp_path / "yolo" / "images" / f"{name}.jpg")
-        (tmp_path / "yolo" / "labels" / f"{name}.txt").write_text("0 0.5 0.5 0.2 0.3\n")
+            picture.crop((0, 0, 128, 128)).save(tmp_path / "photos" / f"{name}.jpg")
+            for number in range(4):
+                tile = picture.crop((number * 32, 0, number * 32 + 64, 64))
+                tile.save(tmp_path / "yolo" / "images" / f"{name}{number}.jpg")
+                (tmp_path / "yolo" / "labels" / f"{name}{number}.txt").write_text("0 0.5 0.5 0.4 0.6\n")
     shutil.copy(tmp_path / "photos" / "a.jpg", tmp_path / "image.jpg")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -131,6 +132,8 @@ def commands(page: Path) -> list[list[str]]:
 def test_commands_of_a_page_exist_with_their_options(page: Path) -> None:
     for call in commands(page):
         command, names = get_command(app), list(call)
+        if names[0] == "--import":
+            names = names[2:]
         while getattr(command, "commands", None) and names and names[0] in command.commands:
             command = command.commands[names.pop(0)]
         assert not getattr(command, "commands", None), f"{page.name}: no such command in {call}"

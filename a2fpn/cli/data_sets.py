@@ -84,7 +84,7 @@ def import_(
     from a2fpn.data.importers import import_data
 
     quiet = quiet or str(save) == "-"
-    with progress_bar(quiet=quiet) as progress:
+    with progress_bar(quiet=quiet, transient=True) as progress:
         report = import_data(
             source,
             output,
@@ -129,7 +129,7 @@ def convert(
     """
     from a2fpn.data.exporters import convert_data
 
-    with progress_bar() as progress:
+    with progress_bar(transient=True) as progress:
         report = convert_data(
             source,
             output,
@@ -317,7 +317,7 @@ def _check(files: dict[str, Path], images: Path | None) -> None:
     from a2fpn.data import check_data
 
     train = files.get("train")
-    with progress_bar() as progress:
+    with progress_bar(transient=True) as progress:
         for name, path in files.items():
             against = train if train is not None and name != "train" else None
             report = check_data(

@@ -35,14 +35,22 @@ class _Rate(ProgressColumn):
         return Text(f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each")
 
 
-def progress_bar(*, quiet: bool = False) -> Progress:
+def progress_bar(*, quiet: bool = False, transient: bool = False) -> Progress:
     """A progress bar with rate and remaining time on standard error, so that standard output stays clean.
 
     Args:
         quiet: Whether it stays away.
+        transient: Whether it goes when it is done, and stays away where there is no terminal.
     """
+    console = Console(stderr=True)
     columns = (BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn(elapsed_when_finished=True))
-    return Progress("{task.description}", *columns, console=Console(stderr=True), disable=quiet)
+    return Progress(
+        "{task.description}",
+        *columns,
+        console=console,
+        transient=transient,
+        disable=quiet or (transient and not console.is_terminal),
+    )
 
 
 def say(text: object, *, quiet: bool = False) -> None:
