@@ -90,10 +90,10 @@ def zoo(document: Mapping[str, Any]) -> str:
 
 
 TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
-    "zoo": ("gpu_inference.json", zoo),
     "gpu-inference": ("gpu_inference.json", inference),
     "gpu-training": ("gpu_training.json", training),
     "gpu-throughput": ("throughput_h100.json", throughput),
+    "zoo": ("gpu_inference.json", zoo),
 }
 
 
