@@ -150,7 +150,8 @@ def _check_training(names: list[str]) -> None:
     """Settings and recipes of a training command; words in capitals stand for something of the reader's."""
     if {"--help", "--list", "--copy"} & set(names):
         return
-    own = [list_recipe if list_recipe in list_recipes() else "finetune_folder" for list_recipe in recipes(names)]
+    # "auto" looks at the data, and files of the reader's are not there.
+    own = [name if name in list_recipes() and name != "auto" else "finetune_folder" for name in recipes(names)]
     rest = [name for name in names if name not in recipes(names) and name != "--config" and "..." not in name]
     if "--import" in rest:
         at = rest.index("--import")
