@@ -102,15 +102,13 @@ def gathering(mgc: MGC, seen: Seen, level: int, kind: Any) -> Tensor:
 @torch.no_grad()
 def attention(mgc: MGC, seen: Seen, level: int, kind: Any, pixel: tuple[int, int]) -> Tensor:
     """Weights of a level's pixels in the context of one of them, by way of the level's nodes, ``(H, W)``."""
-    x = seen.features[level]
-    nodes = mgc.nodes(seen.features)[level].float()
+    x, nodes = seen.features[level], mgc.nodes(seen.features)[level].float()
+    if nodes.shape[1] > len(mgc.entities[level]):  # those of all levels: only the own ones have pixels here
+        before = sum(len(mgc.entities[i]) for i in range(level))
+        nodes = nodes[:, before : before + len(mgc.entities[level])]
     query = mgc.query[level](x).flatten(2).transpose(1, 2).float()
     at = pixel[0] * seen.sizes[level][1] + pixel[1]
     to_nodes = attention_map(query[:, at : at + 1], nodes, kind=kind)[0, 0]
-    if nodes.shape[1] > len(mgc.entities[level]):  # pixels attend to the nodes of all levels
-        before = sum(len(mgc.entities[i]) for i in range(level))
-        to_nodes = to_nodes[before : before + len(mgc.entities[level])]
-        to_nodes = to_nodes / to_nodes.sum()
     return torch.einsum("n,nhw->hw", to_nodes, gathering(mgc, seen, level, kind))
 
 
@@ -196,7 +194,7 @@ def draw(model: Detector, image: Tensor) -> dict[str, Figure]:
     return {
         "attention": draw_attention(mgc, seen, shown, level),
         "entities": draw_entities(mgc, seen, level),
-        "kernels": draw_kernels(seen, shown, next(name for name in seen.kernels if name.startswith("down"))),
+        "kernels": draw_kernels(seen, shown, "down to p2"),
         "gates": draw_gates(seen),
     }
 
@@ -209,8 +207,8 @@ def main(
     """Draw the figures."""
     output.mkdir(parents=True, exist_ok=True)
     for name, figure in draw(a2fpn.from_pretrained(model), read_image(image)).items():
-        figure.savefig(output / f"{name}.png", dpi=100)
-        typer.echo(f"{output / name}.png")
+        figure.savefig(output / f"{name}.jpg", dpi=100, pil_kwargs={"quality": 85})
+        typer.echo(f"{output / name}.jpg")
 
 
 if __name__ == "__main__":

@@ -237,11 +237,11 @@ def test_the_figures_of_necks_are_made_by_our_code() -> None:
     from benchmarks import neck_figures
 
     text = (DOCS / "necks.md").read_text(encoding="utf-8")
-    images = set(re.findall(r"images/(\w+)\.png", text))
+    images = set(re.findall(r"images/(\w+)\.jpg", text))
     model = a2fpn.create_model("maskrcnn_a2fpn", backbone="test_resnet", num_classes=2, min_size=64).eval()
     drawn = neck_figures.draw(model, torch.randint(0, 255, (3, 96, 128), dtype=torch.uint8))
     assert set(drawn) == images
-    assert all((DOCS / "images" / f"{name}.png").is_file() for name in images)
+    assert all((DOCS / "images" / f"{name}.jpg").is_file() for name in images)
 
 
 def test_attention_by_way_of_nodes_is_a_distribution_over_pixels() -> None:

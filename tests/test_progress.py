@@ -7,9 +7,11 @@ import json
 import logging
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from accelerate import PartialState
 from rich.console import Console
 
 from a2fpn.cli import main
@@ -75,6 +77,7 @@ def test_the_time_that_is_left_counts_what_this_process_did(monkeypatch: pytest.
 def test_a_terminal_gets_the_table_and_a_file_gets_lines(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    PartialState()  # which the loggers of a run ask whether they are the main process
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
     for stream, level in ((Terminal(), logging.DEBUG), (io.StringIO(), logging.INFO)):
@@ -109,7 +112,8 @@ def test_bars_show_a_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys, "stderr", stream)
     with progress_bar() as progress:
-        list(progress.track(range(300), description="working"))
+        for _ in progress.track(range(300), description="working"):
+            time.sleep(0.001)
     assert "300/300" in stream.getvalue()
     assert "/s" in stream.getvalue()
 
