@@ -97,6 +97,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         {
             *(
                 "accelerate",
+                "filelock",
                 "matplotlib",
                 "numpy",
                 "PIL",

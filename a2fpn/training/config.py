@@ -111,6 +111,9 @@ class DataSection:
 
     Args:
         root: Folder of the data set.
+        format: auto imports a folder of labels in another format into the cache, as a2fpn data import does, and trains
+            on that; coco stops there and says the command.
+        cache: Folder of imported data sets; null is a2fpn/imports in XDG_CACHE_HOME or ~/.cache.
         train_images: Folder of the training images.
         train_annotations: COCO JSON of the training images.
         val_images: Folder of the validation images.
@@ -133,6 +136,8 @@ class DataSection:
     """
 
     root: str
+    format: Literal["coco", "auto"] = "coco"
+    cache: str | None = None
     train_images: str = "images"
     train_annotations: str = "annotations/instances_train.json"
     val_images: str = "images"

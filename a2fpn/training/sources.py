@@ -22,6 +22,7 @@ from a2fpn.data.importers import detect
 from a2fpn.errors import ConfigError, DataError
 from a2fpn.training.config import DataSection, ModelSection, TrainConfig
 from a2fpn.training.feed import Feed, FolderFeed
+from a2fpn.training.importing import VAL_SHARE
 from a2fpn.training.monitor import get_logger
 from a2fpn.training.streams import StreamFeed
 
@@ -96,8 +97,8 @@ def _say_how_to_import(root: Path, annotations: str) -> None:
     imported = f"{root.resolve()}_coco"
     raise DataError(
         f"{root} holds {name} labels and no {annotations}. Import them, and train on what that writes: "
-        f"a2fpn data import {root} --output {imported} --val 0.2 (without --val if the data has a split of its own), "
-        f"then data.root={imported}."
+        f"a2fpn data import {root} --output {imported} --val {VAL_SHARE} (without --val if the data has a split of "
+        f"its own), then data.root={imported}. Or let the training do so: data.format=auto."
     )
 
 

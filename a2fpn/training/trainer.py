@@ -32,6 +32,7 @@ from a2fpn.data import CocoDataset
 from a2fpn.errors import ConfigError, RunError
 from a2fpn.training.config import TrainConfig
 from a2fpn.training.feed import Batch, Feed
+from a2fpn.training.importing import import_folder
 from a2fpn.training.monitor import (
     HostCopy,
     LossWindow,
@@ -91,7 +92,7 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig) -> None:
-        run, data = config.run, config.data
+        run = config.run
         self.config = config
         self.output = Path(run.output)
         self.accelerator = Accelerator(
@@ -108,6 +109,7 @@ class Trainer:
         if run.mixed_precision == "fp16" and self.accelerator.device.type == "cpu":
             raise ConfigError("run.mixed_precision=fp16 needs a GPU; on a CPU use none or bf16.")
         resume = self._resume_folder()
+        data = import_folder(config.data)
         train_set = open_training_set(data)
         val_set = open_validation_set(data, train_set)
         self.datasets = train_set, val_set
