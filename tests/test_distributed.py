@@ -84,12 +84,16 @@ class RecordWeights(a2fpn.training.trainer.Trainer):
         super().run()
         torch.save(self.accelerator.unwrap_model(self.model).state_dict(), f"{folder}/rank{rank}.pt")
 
-    def _check_finite(self, losses, targets):
+class RecordKeys(a2fpn.training.stepping.Stepper):
+    def step(self, parts, step):
+        done, problem = super().step(parts, step)
         with open(f"{folder}/keys{rank}.txt", "a") as file:
-            print(*sorted(losses), "objects" if any(len(t["labels"]) for t in targets) else "none", file=file)
-        super()._check_finite(losses, targets)
+            for batch, ((_, targets), _) in zip(done, parts, strict=True):
+                print(*sorted(batch.losses), "objects" if any(len(t["labels"]) for t in targets) else "none", file=file)
+        return done, problem
 
 a2fpn.training.validate.evaluate_coco, a2fpn.training.trainer.Trainer = record_detections, RecordWeights
+a2fpn.training.trainer.Stepper = RecordKeys
 if __name__ == "__main__":
     sys.exit(main(sys.argv[2:]))
 """
@@ -124,8 +128,8 @@ import a2fpn.training.validate, a2fpn.training.trainer
 from a2fpn.training.cli import parse
 torch.set_num_threads(1)
 trainer = a2fpn.training.trainer.Trainer(parse({[*arguments, "run.resume=auto", "data.batch_size=2"]!r}))
-metrics, _ = trainer.validator.evaluate(trainer.evaluated_model)
-losses = trainer.validator.losses(trainer.evaluated_model)
+metrics, _ = trainer.validator.evaluate(trainer.evaluated_model, lambda: None)
+losses = trainer.validator.losses(trainer.evaluated_model, lambda: None)
 import json
 print(json.dumps([metrics, losses]))
 """
@@ -166,7 +170,7 @@ def wait_for_step(output: Path, process: subprocess.Popen, step: int) -> None:
 
 
 def assert_same(output: Path, whole: Path) -> None:
-    for name in ("last/model.safetensors", "best/model.safetensors", "last/training_state/model.safetensors"):
+    for name in ("last/model.safetensors", "best/model.safetensors", "last/training_state/weights.safetensors"):
         ours, theirs = load_file(output / name), load_file(whole / name)
         assert all(torch.equal(ours[key], value) for key, value in theirs.items()), name
 

@@ -39,7 +39,15 @@ REFUSED = {
 
 CONTINUES = (
     "model.overrides.grad_checkpointing",
-    *("data.root", "data.train_images", "data.train_annotations", "data.val_images", "data.val_annotations"),
+    *(
+        "data.format",
+        "data.cache",
+        "data.root",
+        "data.train_images",
+        "data.train_annotations",
+        "data.val_images",
+        "data.val_annotations",
+    ),
     *("data.train_semantic", "data.val_semantic", "data.batch_size", "data.eval_batch_size", "data.workers"),
     *("data.strict", "data.check_images", "data.group_by_aspect", "data.passes", "data.repeat_threshold"),
     *("data.copy_paste", "data.oks_sigmas"),
@@ -136,14 +144,16 @@ def check_model(source: Generation, model: ModelConfig) -> None:
     """
     before = source.record.model
     if before.categories != model.categories:
-        names = [", ".join(f"{c.name} ({c.id})" for c in config.categories) for config in (before, model)]
+        classes = [", ".join(f"{c.name} ({c.id})" for c in config.categories) for config in (before, model)]
         raise ConfigError(
-            f"The classes of the training set were {names[0]} in {source.folder} and are {names[1]} now. Set "
+            f"The classes of the training set were {classes[0]} in {source.folder} and are {classes[1]} now. Set "
             "data.train_annotations back, or start another run from these weights, in which what depends on the "
             f"classes starts anew: {_FROM_WEIGHTS.format(folder=source.folder)}."
         )
     old, new = flat(to_dict(before)), flat(to_dict(model))
-    changed = [f"{name}: {old.get(name)} -> {new.get(name)}" for name in {**old, **new} if old.get(name) != new.get(name)]
+    changed = [
+        f"{name}: {old.get(name)} -> {new.get(name)}" for name in {**old, **new} if old.get(name) != new.get(name)
+    ]
     changed = [line for line in changed if not line.startswith(f"{_FREE}:")]
     if changed:
         raise ConfigError(

@@ -83,6 +83,7 @@ class RunFolder:
         self.notes: list[str] = []
         self._whole: dict[str, Generation] = {}
         self._damaged: dict[str, str] = {}
+        self._steps: dict[str, int] = {}
         self._written: int | None = None  # the step of the generation that this process wrote
         if not any(os.path.lexists(output / name) for name in (LOCK_FILE, *NAMES)):  # no run was ever started here
             self._refuse(CONFIG_FILE, LOG_FILE)
@@ -134,7 +135,9 @@ class RunFolder:
         if whole:
             newest = max(whole.values(), key=lambda generation: generation.state.step)
             if damaged:
-                self.notes.append(f"Going on from {newest.folder.name} (step {newest.state.step}), the newest whole one.")
+                self.notes.append(
+                    f"Going on from {newest.folder.name} (step {newest.state.step}), the newest whole one."
+                )
             return newest
         if damaged:
             raise CheckpointError(f"No checkpoint of {start} is whole: {' '.join(damaged.values())} {START_ANEW}")
@@ -155,6 +158,7 @@ class RunFolder:
         source = self.source
         if source is None:
             return
+        self._steps = {name: generation.state.step for name, generation in self._whole.items()}
         with self._writing():
             for name in ("last", "previous"):
                 newer = name in self._whole and self._whole[name].state.step > source.state.step
@@ -195,16 +199,30 @@ class RunFolder:
             if os.path.lexists(self.output / "best"):
                 self._set_aside("best")
 
-    def set_last_aside(self) -> Path | None:
-        """Put ``last`` aside where there is one before it to go on from; return its new name."""
-        if not (self.output / "previous").exists() or not (self.output / "last").exists():
-            return None
-        return self._set_aside("last")
+    def last_good(self, step: int) -> str:
+        """Say which checkpoint is known to be good when the step after ``step`` fails.
+
+        That is one after which a step succeeded. A ``last`` that holds the very weights that failed is put aside, if
+        there is one before it.
+        """
+        last, previous = self._steps.get("last"), self._steps.get("previous")
+        if last is None:
+            return "There is no checkpoint before it."
+        if last < step:
+            return f"The last good checkpoint is {self.output / 'last'} (step {last})."
+        if previous is None:
+            return f"The only checkpoint, {self.output / 'last'}, holds the weights that failed."
+        aside = self._set_aside("last")
+        return (
+            f"The last good checkpoint is {self.output / 'previous'} (step {previous}), from which run.resume=auto "
+            f"goes on; the one of step {last} holds the weights that failed and is kept as {aside.name}."
+        )
 
     def _set_aside(self, name: str) -> Path:
         aside = self.output / f"{name}{ASIDE}"
         remove(aside)
         (self.output / name).rename(aside)
+        self._steps.pop(name, None)
         self.notes.append(f"{self.output / name} is kept as {aside.name}; it can be deleted.")
         return aside
 
@@ -239,8 +257,9 @@ class RunFolder:
             sync_folder(partial)
             if not same_weights and last.exists():
                 self._put(last, "previous")
+                self._steps["previous"] = self._steps.get("last", 0)
             self._put(partial, "last")
-            self._written = step
+            self._written = self._steps["last"] = step
             write_text(self.output / METRICS_FILE, content.metrics)
             if best:
                 self._share(last)

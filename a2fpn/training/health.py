@@ -24,32 +24,44 @@ class DivergedError(RunError):
 
 
 def total_norm(tensors: Iterable[Tensor]) -> Tensor:
-    """Euclidean norm of all values of floating tensors, on their device; one pass and nothing written."""
+    """Euclidean norm of all values of floating tensors, on their device; one pass, and nothing is written.
+
+    Example:
+        >>> float(total_norm([torch.tensor([3.0]), torch.tensor([[0.0, 4.0]]), torch.tensor([7])]))
+        5.0
+    """
     found = [x.detach() for x in tensors if x.is_floating_point()]
     if not found:
         return torch.zeros(())
-    return torch.linalg.vector_norm(torch.stack([x.float() for x in torch._foreach_norm(found)]))
+    norms: list[Tensor] = torch._foreach_norm(found)
+    return torch.linalg.vector_norm(torch.stack([x.float() for x in norms]), dtype=torch.float32)
 
 
-def check_weights_to_save(tensors: Mapping[str, Tensor], *, before: float, step: int) -> float:
+def check_before_saving(
+    weights: Mapping[str, Tensor], others: Mapping[str, Tensor], *, before: float, step: int
+) -> float:
     """Look at everything that is about to be saved.
 
     Args:
-        tensors: Weights, averages and the state of the optimizer, by name.
-        before: The norm that this returned last; 0 if there is none.
+        weights: The trained weights, by name.
+        others: Averages, and the state of the optimizer.
+        before: The norm of the weights that this returned last; 0 if there is none.
         step: For the message.
 
     Returns:
-        Norm of all of them.
+        Norm of the weights.
 
     Raises:
-        DivergedError: If a value is not finite, or they grew beyond all measure.
+        DivergedError: If a value is not finite, or the weights grew beyond all measure.
     """
-    norm = float(total_norm(tensors.values()))
-    if not norm < float("inf"):
-        names = [name for name, x in tensors.items() if x.is_floating_point() and not bool(torch.isfinite(x).all())]
-        where = f"{len(names)} tensors hold NaN or infinity, {', '.join(names[:3])}" if names else f"their norm is {norm}"
-        raise DivergedError(f"The weights after step {step} are not saved: {where}.")
+    norm = float(total_norm(weights.values()))
+    if not norm + float(total_norm(others.values())) < float("inf"):
+        tensors = {**others, **weights}
+        names = [name for name, x in tensors.items() if not float(total_norm([x])) < float("inf")]
+        raise DivergedError(
+            f"The weights after step {step} are not saved: {len(names)} tensors hold NaN, infinity or what is about as "
+            f"large: {', '.join(names[:3])}."
+        )
     if before and norm > MOST_GROWTH * before:
         raise DivergedError(
             f"The weights after step {step} are not saved: their norm grew from {before:.4g} to {norm:.4g} since the "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 import os
 import socket
 import threading
@@ -16,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from a2fpn.errors import ConfigError, RunError
-from a2fpn.training.monitor import get_logger
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)  # the main process alone has a lock
 
 LOCK_FILE = "run.lock"
 BEAT = 5.0
@@ -108,7 +108,7 @@ class RunLock:
         owner = _parsed(_read(file))
         if owner and not (guarded and owner.get("kernel") == kernel):
             self._watch(file, beat)
-        self._owner = {
+        self._owner: dict[str, Any] = {
             "id": uuid.uuid4().hex,
             "pid": os.getpid(),
             "host": socket.gethostname(),

@@ -133,7 +133,7 @@ class LossWindow:
     def read(self) -> tuple[dict[str, float], Throughput]:
         """Return the means and the throughput, and start anew; every process has to call it."""
         totals = self.totals()
-        batches = totals.pop("batches")
+        batches = totals.pop("batches", 0.0)  # no batch at all if every step was left out
         elapsed = time.perf_counter() - self._start
         speed = self._images * self._accelerator.num_processes / elapsed
         throughput = Throughput(speed, self._waited / elapsed, _memory(self._accelerator.device))

@@ -30,6 +30,7 @@ class RunState:
         step_in_epoch: Finished optimizer steps of the running epoch.
         steps_in_epoch: Steps of the running epoch.
         images: Training images seen.
+        images_per_step: Training images of a step, over all processes.
         share: Share of the run that is done, in [0, 1].
         sums: Losses of the running epoch, summed over its batches and processes.
         pending: Record of an epoch that is trained and not yet evaluated.
@@ -49,6 +50,7 @@ class RunState:
     step_in_epoch: int = 0
     steps_in_epoch: int = 0
     images: int = 0
+    images_per_step: int = 0
     share: float = 0.0
     sums: dict[str, float] = field(default_factory=dict)
     pending: dict[str, Any] | None = None
@@ -111,6 +113,10 @@ class Plan:
         if state.epoch >= self._run.epochs:
             return self.total_steps
         return self._starts[state.epoch] + state.step_in_epoch
+
+    def share(self, state: RunState) -> float:
+        """Share of a run that is behind it, in [0, 1]."""
+        return self.place(state) / max(1, self.total_steps)
 
     def epochs(self, state: RunState) -> int:
         """Epochs of the run, the last of which may be cut short by ``max_steps``."""
