@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 
 from a2fpn.data.coco import Annotation, CocoFile, read_coco
 from a2fpn.errors import ConfigError
-from a2fpn.masks.rle import Rle, decode_window, segmentation_to_rle
+from a2fpn.masks.rle import Rle, decode_window
+from a2fpn.masks.segmentation import segmentation_to_rle
 
 IOU_THRESHOLDS = tuple(percent / 100 for percent in range(50, 100, 5))
 """The ten of COCO, of the Data Science Bowl and of Caicedo et al."""

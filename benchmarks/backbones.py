@@ -28,8 +28,9 @@ from torch import Tensor, nn
 import a2fpn
 from a2fpn._registry import match_names
 from a2fpn.backbones import BackboneInfo, TimmBackbone, find_backbone_info, preprocessing
-from a2fpn.backbones.attach import PYRAMID, feature_info, measure, probe, read_table
 from a2fpn.backbones.freezing import contributors, drop_unused
+from a2fpn.backbones.info import PYRAMID, read_table
+from a2fpn.backbones.probe import feature_info, measure, probe
 from a2fpn.config import BackboneConfig, ModelConfig, NeckConfig, PreprocessConfig, RCNNConfig
 from a2fpn.detectors import DETECTORS, Detector
 from a2fpn.necks import create_neck

@@ -15,7 +15,7 @@ from a2fpn.training.cli import parse
 from benchmarks.ablation import __main__ as ablation
 from benchmarks.ablation.arms import ARMS, Arm, choose, parse_arm, with_detectors
 from benchmarks.ablation.paired import difference, t_quantile
-from benchmarks.ablation.plan import RECIPES, Plan, assignment, find_recipe, merged
+from benchmarks.ablation.plan import RECIPES, Plan, find_recipe
 from benchmarks.ablation.pool import Pool, environment, multi_process_service
 from benchmarks.ablation.records import Record, append_record, check_fingerprint, read_records, seen
 from benchmarks.ablation.report import Comparison, findings, print_report, write_page
@@ -81,6 +81,10 @@ def test_each_detector_has_its_own_control():
     assert arms[3].settings == ("model.overrides.neck=a2fpn", "model.name=htc_fpn_lite0")
 
 
+def plan_with(*settings):
+    return Plan(find_recipe("facades"), RECIPES, RECIPES, settings=settings)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -93,7 +97,7 @@ def test_each_detector_has_its_own_control():
         (lambda: with_detectors([ARMS["fpn"]], ["yolo"], "maskrcnn_fpn_lite0"), "Unknown detector 'yolo'"),
         (lambda: with_detectors([ARMS["fpn"]], ["htc"], "tiny"), "'tiny' does not begin with a detector"),
         (lambda: find_recipe("nosuch"), "No recipe 'nosuch'; give a file or one of facades, nwpu_vhr10"),
-        (lambda: assignment("epochs=3"), "A setting reads section.key=value, got 'epochs=3'"),
+        (lambda: plan_with("epochs=3").fingerprint(), "unknown setting 'epochs'"),
     ],
 )
 def test_wrong_input_is_named(call, message):
@@ -101,13 +105,13 @@ def test_wrong_input_is_named(call, message):
         call()
 
 
-def test_nested_settings_are_joined_and_lists_replaced():
-    base = {"model": {"overrides": {"neck_args": {"out_channels": 128}, "anchor_sizes": [[8], [16]]}}}
-    settings = ["model.overrides.neck_args.attention=dot", "model.overrides.anchor_sizes=[[4]]", "optim.lr=4e-4"]
-    got = merged(base, *map(assignment, settings))
-    assert got["model"]["overrides"] == {"neck_args": {"out_channels": 128, "attention": "dot"}, "anchor_sizes": [[4]]}
+def test_settings_are_joined_with_those_of_the_recipe_and_lists_replaced(tmp_path):
+    settings = ("model.overrides.neck_args.attention=dot", "model.overrides.anchor_sizes=[[4]]", "optim.lr=4e-4")
+    plan = Plan(find_recipe("facades"), tmp_path, tmp_path, settings=settings)
+    got = plan.config(plan.run(ARMS["fpn"], 0))
+    assert got["model"]["overrides"]["neck_args"] == {"out_channels": 128, "attention": "dot"}
+    assert got["model"]["overrides"]["anchor_sizes"] == [[4]]
     assert got["optim"]["lr"] == 4e-4
-    assert base["model"]["overrides"]["anchor_sizes"] == [[8], [16]]
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)

@@ -11,7 +11,8 @@ import torch
 
 import a2fpn
 from a2fpn.backbones import BackboneInfo, TimmBackbone, UnsupportedBackboneError, attach, find_backbone_info
-from a2fpn.backbones.attach import PYRAMID, measure, probe, read_table
+from a2fpn.backbones.info import PYRAMID, TABLE, read_table
+from a2fpn.backbones.probe import measure, probe
 from a2fpn.config import BackboneConfig
 from benchmarks import backbones as sweep
 
@@ -57,7 +58,7 @@ def test_the_table_knows_every_architecture_and_almost_all_attach() -> None:
 
 
 def test_the_table_is_what_attachments_write() -> None:
-    text = (Path(a2fpn.__file__).parent / attach.TABLE).read_text(encoding="utf-8")
+    text = (Path(a2fpn.__file__).parent / TABLE).read_text(encoding="utf-8")
     rows = list(csv.DictReader(text.splitlines()))
     assert [row["architecture"] for row in rows] == sorted(read_table())
     for row in rows:

@@ -23,7 +23,8 @@ from a2fpn.backbones import TimmBackbone
 from a2fpn.build import build_model
 from a2fpn.cli.hub import _compare, main
 from a2fpn.convert import from_torchvision, load_torchvision
-from a2fpn.convert.torchvision import _backbone, published_config, torchvision_config, torchvision_state
+from a2fpn.convert.torchvision_config import backbone_config, published_config, torchvision_config
+from a2fpn.convert.torchvision_state import torchvision_state
 from a2fpn.detectors import Detector
 from a2fpn.heads import dense
 from a2fpn.pretrained.catalog import PRETRAINED, TorchvisionWeights
@@ -529,7 +530,7 @@ def test_pretrained_backbones_are_frozen_as_torchvision_does() -> None:
             backbone = resnet_fpn_backbone(
                 backbone_name="resnet18", weights=None, trainable_layers=trained, returned_layers=stages
             )
-            config = _backbone(backbone.body)
+            config = backbone_config(backbone.body)
             ours = TimmBackbone(config)
         assert config.trainable_layers == (None if trained == 5 else trained)
         theirs = {name for name, p in backbone.body.named_parameters() if p.requires_grad}

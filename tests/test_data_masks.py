@@ -11,14 +11,8 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from a2fpn.masks import rle as masks_module
 from a2fpn.masks.paste import PASTE_RULES, paste_masks
-from a2fpn.masks.rle import (
-    decode_rle,
-    decode_window,
-    encode_box_masks,
-    encode_masks,
-    parse_segmentations,
-    segmentation_to_rle,
-)
+from a2fpn.masks.rle import decode_rle, decode_window, encode_box_masks, encode_masks
+from a2fpn.masks.segmentation import parse_segmentations, segmentation_to_rle
 
 some_masks = hnp.arrays(bool, hnp.array_shapes(min_dims=3, max_dims=3, min_side=1, max_side=12))
 

@@ -11,7 +11,8 @@ from pycocotools import mask as mask_utils
 from torch import Tensor
 
 from a2fpn.data import Outlines, encode_masks
-from a2fpn.masks.rle import Polygons, decode_window, parse_segmentation
+from a2fpn.masks.rle import decode_window
+from a2fpn.masks.segmentation import Polygons, parse_segmentation
 
 quick = settings(deadline=None, max_examples=60)
 SIZE = (37, 52)

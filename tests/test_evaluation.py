@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from a2fpn import evaluation
 from a2fpn.data import DataError, read_coco
 from a2fpn.evaluation import COCO_SIGMAS, annotations_as_detections, common_iou_types, evaluate_coco
+from a2fpn.evaluation.backends import load_library
 from a2fpn.masks.rle import encode_masks
 from tests.coco_data import write_coco
 
@@ -440,7 +440,7 @@ def test_the_order_of_the_images_does_not_matter(ground_truth, backend):
 def test_without_a_fast_library_pycocotools_counts(ground_truth, monkeypatch, caplog):
     expected = evaluate_coco(ground_truth, disturbed(ground_truth), backend="pycocotools")
     monkeypatch.setitem(sys.modules, "hotcoco", None)  # what an import of it then meets is an ImportError
-    evaluation._library.cache_clear()
+    load_library.cache_clear()
     try:
         for _ in range(2):
             assert evaluate_coco(ground_truth, disturbed(ground_truth)) == expected
@@ -449,7 +449,7 @@ def test_without_a_fast_library_pycocotools_counts(ground_truth, monkeypatch, ca
         with pytest.raises(ValueError, match=r"hotcoco can't be imported .*; install it, or take 'pycocotools'"):
             evaluate_coco(ground_truth, [], backend="hotcoco")
     finally:
-        evaluation._library.cache_clear()
+        load_library.cache_clear()
 
 
 # Keypoints

@@ -32,7 +32,8 @@ from a2fpn.errors import (
 from a2fpn.pretrained import hub as client
 from a2fpn.pretrained.card import model_card
 from a2fpn.pretrained.checkpoint import CONFIG_FILE, WEIGHTS_FILE, read_checkpoint
-from a2fpn.pretrained.hub import Repo, download_checkpoint, push_to_hub
+from a2fpn.pretrained.hub import download_checkpoint, push_to_hub
+from a2fpn.pretrained.hub_client import Repo
 from tests.coco_data import write_coco
 from tests.helpers import run_hub, tiny_model
 from tests.hub_server import HubServer, sha256

@@ -22,7 +22,8 @@ from a2fpn.data.importers.files import image_size
 from a2fpn.data.importers.label_studio import pack_runs, unpack_runs
 from a2fpn.data.splits import assign_splits
 from a2fpn.errors import DataError
-from a2fpn.masks.rle import decode_rle, encode_masks, segmentation_to_rle
+from a2fpn.masks.rle import decode_rle, encode_masks
+from a2fpn.masks.segmentation import segmentation_to_rle
 from tests.coco_data import write_coco
 
 NO_CROWDS = {"yolo", "labels", "mask_files"}

@@ -13,7 +13,7 @@ import a2fpn
 from a2fpn.cli.demo import DEMO_DATA
 from a2fpn.compose import override
 from a2fpn.config import Category
-from a2fpn.convert.torchvision import published_config
+from a2fpn.convert.torchvision_config import published_config
 from a2fpn.data import encode_box_masks
 from a2fpn.evaluation import evaluate_coco
 from a2fpn.inference import Predictor, Result, list_images

@@ -14,7 +14,9 @@ from torchvision.ops import FrozenBatchNorm2d
 import a2fpn
 from a2fpn.detectors import DETECTORS, Detector
 from a2fpn.heads import PostprocessConfig
-from a2fpn.inference.optimize import _ActivatedConv, _fold, _ResidualBlock, optimize_for_inference
+from a2fpn.inference.folding import fold_norms
+from a2fpn.inference.fused import ActivatedConv, ResidualBlock
+from a2fpn.inference.optimize import optimize_for_inference
 from tests.helpers import tiny_model
 
 NORMS = (nn.BatchNorm2d, FrozenBatchNorm2d)
@@ -87,7 +89,7 @@ def test_necks_with_norms_are_folded_too(neck: str) -> None:
     assert any(isinstance(module, NORMS) for module in model.neck.modules())
     optimized = optimize_for_inference(model)
     assert not any(isinstance(module, NORMS) for module in optimized.modules())
-    assert any(isinstance(module, _ActivatedConv) for module in optimized.detector.neck.modules())
+    assert any(isinstance(module, ActivatedConv) for module in optimized.detector.neck.modules())
     assert_same(detect(optimized, image()), detect(model, image()))
 
 
@@ -148,9 +150,9 @@ def test_a_convolution_with_two_norms_is_not_folded() -> None:
 
 def test_a_fold_that_changes_the_pyramid_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     model = copy.deepcopy(create("fasterrcnn"))
-    monkeypatch.setattr("a2fpn.inference.optimize._fold_norm", lambda conv, norm: None)
+    monkeypatch.setattr("a2fpn.inference.folding._fold_norm", lambda conv, norm: None)
     with pytest.raises(RuntimeError, match="batch norms of test_efficientnet changed the level p2"), torch.no_grad():
-        _fold(model)
+        fold_norms(model)
 
 
 @pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU6()])
@@ -159,7 +161,7 @@ def test_a_fold_that_changes_the_pyramid_is_an_error(monkeypatch: pytest.MonkeyP
 def test_a_convolution_with_its_activation(number: int, dtype: torch.dtype, activation: nn.Module) -> None:
     conv = nn.Conv2d(4, 8, 3, stride=2, padding=1, groups=2).requires_grad_(False)
     x = 10 * torch.randn(number, 4, 9, 7)
-    fused = _ActivatedConv(copy.deepcopy(conv).to(dtype), activation)(x)
+    fused = ActivatedConv(copy.deepcopy(conv).to(dtype), activation)(x)
     assert fused.dtype == dtype
     expected = activation(conv(x))
     assert fused.shape == expected.shape
@@ -169,7 +171,7 @@ def test_a_convolution_with_its_activation(number: int, dtype: torch.dtype, acti
 def test_without_the_fused_kernel_it_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     optimized = optimize_for_inference(create("maskrcnn", backbone="test_resnet"))
     expected = detect(optimized, image())
-    monkeypatch.setattr("a2fpn.inference.optimize._has_fused_convolution", lambda x: False)
+    monkeypatch.setattr("a2fpn.inference.fused._has_fused_convolution", lambda x: False)
     assert_same(detect(optimized, image()), expected)
 
 
@@ -182,10 +184,10 @@ def test_residual_blocks_give_the_same_and_overwrite_nobodys_maps(
     backbone: str, fused: int, kernel: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not kernel:
-        monkeypatch.setattr("a2fpn.inference.optimize._has_fused_convolution", lambda x: False)
+        monkeypatch.setattr("a2fpn.inference.fused._has_fused_convolution", lambda x: False)
     model = create("fasterrcnn", backbone=backbone)
     optimized = optimize_for_inference(model)
-    assert sum(isinstance(module, _ResidualBlock) for module in optimized.modules()) == fused
+    assert sum(isinstance(module, ResidualBlock) for module in optimized.modules()) == fused
     x = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(2)).contiguous(
         memory_format=torch.channels_last
     )
@@ -204,7 +206,7 @@ def test_a_block_writes_into_its_input_only_where_that_is_its_own(own_input: boo
     block.bn1, block.bn2 = nn.Identity(), nn.Identity()
     x = torch.randn(1, 64, 8, 8)
     given = x.clone()
-    torch.testing.assert_close(_ResidualBlock(block, own_input=own_input)(given), block(x))
+    torch.testing.assert_close(ResidualBlock(block, own_input=own_input)(given), block(x))
     assert torch.equal(given, x) is not own_input
 
 
@@ -214,7 +216,7 @@ def test_a_block_that_somebody_listens_to_stays() -> None:
     block = next(module for module in model.backbone.modules() if type(module).__name__ == "BasicBlock")
     block.register_forward_hook(lambda module, inputs, output: heard.append(output))
     optimized = optimize_for_inference(model)
-    assert sum(isinstance(module, _ResidualBlock) for module in optimized.modules()) == 7
+    assert sum(isinstance(module, ResidualBlock) for module in optimized.modules()) == 7
     before = len(heard)
     detect(optimized, image())
     assert len(heard) == before + 1

@@ -7,7 +7,10 @@ from a2fpn.config import Category
 from a2fpn.data import encode_masks
 from a2fpn.inference import Result
 from a2fpn.inference import draw as drawing
+from a2fpn.inference.canvas import Entry
 from a2fpn.inference.draw import draw
+from a2fpn.inference.labels import _overlap, box_areas, place_labels
+from a2fpn.inference.shapes import PALETTE, neighbor_colors
 
 CATEGORIES = tuple(Category(index, name) for index, name in enumerate(["cell", "_background_", "a $cost$ of \\frac"]))
 
@@ -154,10 +157,12 @@ def test_a_class_keeps_its_color_from_picture_to_picture():
 def test_the_nearest_object_has_another_color(n, seed):
     corners = np.random.default_rng(seed).uniform(0, 100, (n, 2)).astype(np.float32)
     boxes = np.concatenate([corners, corners + 10], axis=1)
-    colors = drawing._neighbor_colors(boxes)
-    assert colors.shape == (n, 3)
+    colors = np.array(neighbor_colors(boxes))
+    assert colors.shape == (n,)
+    assert colors.min() >= 0
+    assert colors.max() < len(PALETTE)
     distances = np.square(corners[:, None] - corners[None]).sum(-1) + np.diag([np.inf] * n)
-    same = (colors[:, None] == colors[None]).all(-1)
+    same = colors[:, None] == colors[None]
     later_sees_earlier = [distances[i, :i].argmin() for i in range(1, n)]
     assert not any(same[i, j] for i, j in enumerate(later_sees_earlier, start=1))
 
@@ -168,15 +173,15 @@ def test_labels_hide_neither_objects_nor_each_other(n, seed):
     rng = np.random.default_rng(seed)
     corners = rng.uniform(0, 500, (n, 2))
     boxes = np.concatenate([corners, corners + rng.uniform(2, 200, (n, 2))], axis=1).astype(np.float32)
-    places = drawing._place_labels([f"thing {score:.2f}" for score in rng.uniform(size=n)], boxes, (600, 550), 12)
+    places = place_labels([f"thing {score:.2f}" for score in rng.uniform(size=n)], boxes, (600, 550), 12)
     assert len(places) == n
     rects = np.array([place for place in places if place is not None]).reshape(-1, 4)
     assert (rects[:, :2] >= 0).all()
     assert (rects[:, 2] <= 600).all()
     assert (rects[:, 3] <= 550).all()
     for index, rect in enumerate(rects):
-        assert not drawing._overlap(rect, np.delete(rects, index, axis=0)).any()
-        assert (drawing._overlap(rect, boxes) <= 0.2 * drawing._areas(boxes) + 1e-3).all()
+        assert not _overlap(rect, np.delete(rects, index, axis=0)).any()
+        assert (_overlap(rect, boxes) <= 0.2 * box_areas(boxes) + 1e-3).all()
 
 
 def pose(names=(), *, scores=None, visible=(1, 1, 1)):
@@ -228,7 +233,7 @@ def test_keypoints_scale_with_the_picture():
 
 
 def test_one_object_with_room_gets_its_label_on_top():
-    (place,) = drawing._place_labels(["cat 0.97"], np.array([[100, 100, 300, 300]], dtype=np.float32), (600, 600), 12)
+    (place,) = place_labels(["cat 0.97"], np.array([[100, 100, 300, 300]], dtype=np.float32), (600, 600), 12)
     assert place[0] == 100
     assert place[3] == 100
 
@@ -251,7 +256,7 @@ def test_the_legend_says_what_is_there():
 
 @pytest.mark.parametrize("width", [480, 700, 3000])
 def test_the_legend_fits_its_width(width):
-    entries = [drawing._Entry(np.zeros((1, 3)), f"class {i}", "3, score 0.51–0.99") for i in range(40)]
+    entries = [Entry(np.zeros((1, 3)), f"class {i}", "3, score 0.51–0.99") for i in range(40)]
     rows = drawing._wrap(entries, width, 14)
     assert sum(map(len, rows)) == 40
     assert len(rows[0]) == 1

@@ -3,8 +3,9 @@
 The only part of the package that calls :func:`timm.create_model`.
 """
 
-from a2fpn.backbones.attach import BackboneInfo, UnsupportedBackboneError, find_backbone_info, list_backbones
+from a2fpn.backbones.attach import find_backbone_info, list_backbones
 from a2fpn.backbones.export import export_backbone
+from a2fpn.backbones.info import BackboneInfo, UnsupportedBackboneError
 from a2fpn.backbones.names import ALIASES, backbone_module, resolve_backbone_name
 from a2fpn.backbones.pretrained import preprocessing, pretrained_statistics, weights_license
 from a2fpn.backbones.timm_backbone import TimmBackbone

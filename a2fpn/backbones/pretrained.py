@@ -18,7 +18,8 @@ from timm.models import load_state_dict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from a2fpn.backbones.attach import PYRAMID, BackboneInfo, find_backbone_info
+from a2fpn.backbones.attach import find_backbone_info
+from a2fpn.backbones.info import PYRAMID, BackboneInfo
 from a2fpn.backbones.names import resolve_backbone_name
 from a2fpn.config import BackboneConfig
 from a2fpn.errors import ConfigError, MissingFileError

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from a2fpn.backbones.attach import PYRAMID, BackboneInfo, feature_info, find_backbone_info
+from a2fpn.backbones.attach import find_backbone_info
 from a2fpn.backbones.freezing import contributors, convert_norms, drop_modules, drop_unused, freeze_parameters
+from a2fpn.backbones.info import PYRAMID, BackboneInfo
 from a2fpn.backbones.names import resolve_backbone_name
 from a2fpn.backbones.pretrained import create_with_weights
+from a2fpn.backbones.probe import feature_info
 from a2fpn.config import STAGES, BackboneConfig
 from a2fpn.errors import ConfigError
 from a2fpn.layers import resample

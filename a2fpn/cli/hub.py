@@ -20,7 +20,8 @@ from a2fpn.convert import from_detectron2, from_mmdet, from_torchvision, load_to
 from a2fpn.errors import ConfigError, ConfigTypeError
 from a2fpn.pretrained.card import model_card
 from a2fpn.pretrained.checkpoint import CONFIG_FILE, file_sha256, read_checkpoint, save_checkpoint
-from a2fpn.pretrained.hub import Repo, download_checkpoint
+from a2fpn.pretrained.hub import download_checkpoint
+from a2fpn.pretrained.hub_client import Repo
 
 TOLERANCE = 0.002
 """Largest difference of an AP measured again that other kernels explain."""

@@ -19,13 +19,15 @@ from a2fpn.data.hf import HfDataset
 from a2fpn.data.images import read_image
 from a2fpn.data.importers import ImportReport, import_data
 from a2fpn.data.samplers import aspect_ratio_groups, epoch_order, repeat_factors
-from a2fpn.data.shards import Shard, ShardDataset, ShardIndex, check_shards, write_shards
+from a2fpn.data.shard_writer import write_shards
+from a2fpn.data.shards import Shard, ShardDataset, ShardIndex, check_shards
 from a2fpn.data.streams import RawSample, SampleDecoder, StreamDataset
 from a2fpn.data.transforms import train_transforms
 from a2fpn.errors import DataError, ImageError
 from a2fpn.masks import InstanceMasks
 from a2fpn.masks.outlines import Outlines
-from a2fpn.masks.rle import Rle, decode_rle, encode_box_masks, encode_masks, segmentation_to_rle
+from a2fpn.masks.rle import Rle, decode_rle, encode_box_masks, encode_masks
+from a2fpn.masks.segmentation import segmentation_to_rle
 
 __all__ = [
     "AnnotatedImage",

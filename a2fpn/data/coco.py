@@ -25,7 +25,8 @@ from a2fpn.config import Category
 from a2fpn.data.images import read_image, read_labels
 from a2fpn.errors import DataError, ImageError
 from a2fpn.masks.outlines import Outlines
-from a2fpn.masks.rle import Polygons, Rle, parse_segmentations
+from a2fpn.masks.rle import Rle
+from a2fpn.masks.segmentation import Polygons, parse_segmentations
 
 logger = logging.getLogger(__name__)
 Sample = tuple[tv_tensors.Image, dict[str, Any]]

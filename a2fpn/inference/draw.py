@@ -1,4 +1,4 @@
-"""Draws detections or annotations on an image: masks, boxes, scores, and a legend that never hides the picture.
+"""Detections or annotations drawn on an image: masks, boxes, scores, and a legend that never hides the picture.
 
 Everything is drawn by matplotlib's anti-aliased Agg canvas, in pixels of the output. Small images are enlarged
 by a whole factor first, and text is only written where it covers neither objects nor other text, so that a
@@ -9,38 +9,28 @@ Shape shorthand: N objects, K colors, an image of H x W pixels. Boxes are (N, 4)
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import contourpy
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.collections import PathCollection
 from matplotlib.colors import to_rgba_array
-from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties
-from matplotlib.patches import Rectangle
 from matplotlib.path import Path as Outline
-from matplotlib.text import Text
-from matplotlib.transforms import Affine2D, Bbox, IdentityTransform
 from numpy.typing import NDArray
 from PIL import Image
-from pycocotools import mask as coco_mask
 
 from a2fpn.errors import ConfigError
+from a2fpn.inference.canvas import BLACK, RED, WHITE, Canvas, Colors, Entry
+from a2fpn.inference.labels import box_areas, place_labels
+from a2fpn.inference.shapes import PALETTE, mask_rings, neighbor_colors, smooth_points
 
 if TYPE_CHECKING:
     from a2fpn.config import Category
     from a2fpn.data import Rle
-
-
-Colors = NDArray[np.float64]
 
 
 class Drawable(Protocol):
@@ -72,19 +62,13 @@ class Drawable(Protocol):
     def load_image(self) -> NDArray[np.uint8]: ...
 
 
-# Okabe and Ito's colors, which people with color-blindness tell apart, then others in between.
-_PALETTE: Colors = to_rgba_array(
-    ["#E69F00", "#56B4E9", "#009E73", "#F0E442", "#D55E00", "#CC79A7", "#0072B2", "#AADD55"]
-    + ["#AA4499", "#44DDCC", "#BB5566", "#7788FF"]
-)[:, :3]
-_BLACK, _DARK, _GRAY, _WHITE, _RED = to_rgba_array(["black", "#222222", "#666666", "white", "#B00020"])[:, :3]
+_COLORS: Colors = to_rgba_array(PALETTE)[:, :3]
 _MIN_SIDE = 768  # pixels the picture's long side has at least
 _MIN_OBJECT = 16  # pixels the side of a typical object has, unless the picture then passes _MAX_ENLARGED
 _MAX_ENLARGED = 2560
 _MAX_SIDE, _MAX_AREA = 2**15, 2**26  # beyond these the picture is shrunk; Agg's own limit is 2**16 a side
 _MIN_WIDTH = 480  # pixels the legend needs to be readable
 _MAX_LABELED = 40  # objects; above that scores are noise, and the legend gives their range
-_MAX_COVERED = 0.2  # share of any object's box that a label may cover
 _INSET = 0.7  # white left of the legend in letter sizes
 _LINE = 1.9  # distance of the legend's lines in letter sizes
 _LIMBS = (
@@ -95,10 +79,8 @@ _LIMBS = (
 )
 """Limbs of the skeleton, by COCO's names of keypoints."""
 
-
 _CELL = (640, 480)  # pixels that an image of a grid may take
 _CAPTION, _GAP = 14, 24  # pixels: letters under an image of a grid, white around it
-_DPI = 64  # a power of two, so that inches x dpi gives back whole pixels
 
 
 def draw(
@@ -150,7 +132,7 @@ def draw(
     width, height = (max(1, round(side * scale)) for side in result.size[::-1])
     unit = min(max(math.sqrt(width * height) / 1024, 1.0), 2.5)  # lines and letters grow with the picture
 
-    rows: list[list[tuple[float, _Entry]]] = []
+    rows: list[list[tuple[float, Entry]]] = []
     left = top = 0.0
     shape = (width, height)
     if legend:
@@ -160,14 +142,14 @@ def draw(
             left, shape = width, (width + _MIN_WIDTH, max(height, strip))
         else:
             top, shape = height, (width, height + strip)
-    canvas = _Canvas(*shape)
+    canvas = Canvas(*shape)
     resampling = Image.Resampling.BICUBIC if scale > 1 else Image.Resampling.BOX
     canvas.paste(Image.fromarray(image).resize((width, height), resampling))
 
-    order = np.argsort(-_areas(result.boxes), kind="stable")  # small objects lie on large ones
+    order = np.argsort(-box_areas(result.boxes), kind="stable")  # small objects lie on large ones
     if result.rles is not None:
         outlines = [_mask_outline(result.rles[index]) for index in order]
-        halo = _WHITE if image.mean() > 128 else _BLACK
+        halo = WHITE if image.mean() > 128 else BLACK
         canvas.outline(outlines, halo, scale=scale, line=3 * unit, opacity=0.6)
         canvas.outline(outlines, colors[order], scale=scale, line=1.5 * unit, fill=0.3)
     if boxes:
@@ -177,15 +159,15 @@ def draw(
         radius = 2.5 * unit / scale
         drawn = [_skeleton(result, index, radius) for index in order]
         limbs, joints = ([outlines[part] for outlines in drawn] for part in range(2))
-        canvas.outline(limbs, _BLACK, scale=scale, line=3.5 * unit, opacity=0.6)
+        canvas.outline(limbs, BLACK, scale=scale, line=3.5 * unit, opacity=0.6)
         canvas.outline(limbs, colors[order], scale=scale, line=2 * unit)
-        canvas.outline(joints, _WHITE, scale=scale, line=2 * unit)
+        canvas.outline(joints, WHITE, scale=scale, line=2 * unit)
         canvas.outline(joints, colors[order], scale=scale, line=0, fill=1)
     if labels:
         texts = [f"{score:.2f}" if scores else "" for score in result.scores.tolist()]
         if not (scores and one_class):
             texts = [f"{_shorten(name)} {text}".rstrip() for name, text in zip(result.names, texts, strict=True)]
-        places = _place_labels(texts, result.boxes * scale, (width, height), 11.5 * unit)
+        places = place_labels(texts, result.boxes * scale, (width, height), 11.5 * unit)
         for text, place, color in zip(texts, places, colors, strict=True):
             if place is not None:
                 canvas.label(place, text, 11.5 * unit, color)
@@ -221,7 +203,7 @@ def draw_grid(results: Sequence[Drawable], notes: Sequence[str], *, columns: int
     pictured = [max(picture.height for picture, *_ in row) for row in rows]
     captioned = [math.ceil(max(1 + len(x) + len(y) for *_, x, y in row) * line) for row in rows]
     width = min(columns, len(cells)) * (_CELL[0] + _GAP) + _GAP
-    canvas = _Canvas(width, sum(pictured) + sum(captioned) + (2 * len(rows) + 1) * _GAP)
+    canvas = Canvas(width, sum(pictured) + sum(captioned) + (2 * len(rows) + 1) * _GAP)
     top = _GAP
     for row, height, caption in zip(rows, pictured, captioned, strict=True):
         for left, (picture, title, remark, classes) in zip(itertools.count(_GAP, _CELL[0] + _GAP), row, strict=False):
@@ -231,7 +213,7 @@ def draw_grid(results: Sequence[Drawable], notes: Sequence[str], *, columns: int
                 canvas.entry(left + x - inset, y, entry, _CAPTION)
             for text in remark:
                 y += line
-                canvas.text(left, y, text, _CAPTION, _RED)
+                canvas.text(left, y, text, _CAPTION, RED)
             for pieces in classes:
                 y += line
                 for x, entry in pieces:
@@ -240,159 +222,33 @@ def draw_grid(results: Sequence[Drawable], notes: Sequence[str], *, columns: int
     return canvas.image()
 
 
-class _Entry(NamedTuple):
-    """A part of the legend: colored squares, a name, a remark in gray."""
-
-    colors: Colors
-    name: str
-    note: str
-
-    def width(self, size: float) -> float:
-        """Pixels from the first square to where the next entry may start, for letters of ``size`` pixels."""
-        squares = (len(self.colors) * 0.8 + 0.5) * size if len(self.colors) else 0
-        return squares + _text_width(self.name, size, bold=True) + _text_width(self.note, size) + 2.5 * size
-
-
-class _Canvas:
-    """A white figure to draw on in its own pixels, y downwards.
-
-    Args:
-        width: Pixels.
-        height: Pixels.
-    """
-
-    def __init__(self, width: int, height: int) -> None:
-        self.height = height
-        self.figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI)
-        self.clip = self.figure.bbox
-
-    def paste(self, picture: Image.Image, left: int = 0, top: int = 0) -> None:
-        """Put a picture's top left corner at (left, top); outlines are cut off at its border."""
-        bottom = self.height - top - picture.height
-        self.figure.figimage(np.asarray(picture), xo=left, yo=bottom, origin="upper")
-        self.clip = Bbox.from_extents(left, bottom, left + picture.width, bottom + picture.height)
-
-    def outline(
-        self,
-        outlines: list[Outline],
-        colors: Colors,
-        *,
-        scale: float,
-        line: float,
-        opacity: float = 1.0,
-        fill: float = 0.0,
-    ) -> None:
-        """Stroke and fill outlines, given in pixels / ``scale``, with lines of ``line`` pixels.
-
-        ``opacity`` is the lines', ``fill`` the areas'.
-        """
-        self.figure.add_artist(
-            PathCollection(
-                outlines,
-                facecolors=to_rgba_array(colors, fill) if fill else "none",
-                edgecolors=to_rgba_array(colors, opacity),
-                linewidths=line * 72 / _DPI,
-                joinstyle="round",
-                transform=Affine2D().scale(scale, -scale).translate(0, self.height),
-                clip_box=self.clip,
-            )
-        )
-
-    def rectangle(self, x: float, y: float, width: float, height: float, color: Colors) -> None:
-        """Fill a rectangle whose top left corner is (x, y)."""
-        corner = (x, self.height - y - height)
-        self.figure.add_artist(Rectangle(corner, width, height, color=color, lw=0, transform=IdentityTransform()))
-
-    def text(self, x: float, y: float, text: str, size: float, color: Colors, *, bold: bool = False) -> float:
-        """Write text on the baseline y and return its width in pixels."""
-        self.figure.add_artist(
-            Text(
-                x,
-                self.height - y,
-                text,
-                color=tuple(color),
-                fontproperties=_font(size, bold),
-                parse_math=False,
-                transform=IdentityTransform(),
-            )
-        )
-        return _text_width(text, size, bold=bold)
-
-    def label(self, place: NDArray[np.float64], text: str, size: float, color: Colors) -> None:
-        """Write a label on a colored rectangle, given as xyxy."""
-        x0, y0, x1, y1 = place
-        self.rectangle(x0, y0, x1 - x0, y1 - y0, color)
-        dark_on_light = color @ (0.299, 0.587, 0.114) > 0.45
-        self.text(x0 + 0.25 * size, y1 - 0.35 * size, text, size, _DARK if dark_on_light else _WHITE)
-
-    def entry(self, x: float, y: float, entry: _Entry, size: float) -> None:
-        """Write an entry of the legend on the baseline y."""
-        for color in entry.colors:
-            self.rectangle(x, y - 0.75 * size, 0.8 * size, 0.8 * size, color)
-            x += 0.8 * size
-        x += 0.5 * size if len(entry.colors) else 0
-        x += self.text(x, y, entry.name, size, _DARK, bold=True) + 0.5 * size if entry.name else 0
-        self.text(x, y, entry.note, size, _GRAY)
-
-    def image(self) -> Image.Image:
-        """The finished picture."""
-        canvas: Any = FigureCanvasAgg(self.figure)
-        canvas.draw()
-        return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-
-
 def _scale(result: Drawable) -> float:
     """Output pixels per image pixel: a whole number for small images or objects, 1, or less for enormous images."""
     height, width = result.size
     side = max(height, width)
     scale = -(-_MIN_SIDE // side)
     if len(result):
-        wanted = math.ceil(_MIN_OBJECT / max(1.0, float(np.median(np.sqrt(_areas(result.boxes))))))
+        wanted = math.ceil(_MIN_OBJECT / max(1.0, float(np.median(np.sqrt(box_areas(result.boxes))))))
         scale = max(scale, min(wanted, _MAX_ENLARGED // side))
     return min(scale, _MAX_SIDE / side, math.sqrt(_MAX_AREA / (height * width)))
 
 
 def _class_colors(labels: NDArray[np.int64]) -> dict[int, Colors]:
     """The color of each class: its own of the palette, or the next free one if another class has that already."""
-    free = list(range(len(_PALETTE)))
+    free = list(range(len(_COLORS)))
     colors = {}
     for label in np.unique(labels).tolist():
-        free = free or list(range(len(_PALETTE)))
-        index = min(free, key=lambda index: (index - label) % len(_PALETTE))
+        free = free or list(range(len(_COLORS)))
+        index = min(free, key=lambda index: (index - label) % len(_COLORS))
         free.remove(index)
-        colors[label] = _PALETTE[index]
+        colors[label] = _COLORS[index]
     return colors
 
 
-def _neighbor_colors(boxes: NDArray[np.float32]) -> Colors:
-    """A color per object that none of the nearest objects has."""
-    centers = (boxes[:, :2] + boxes[:, 2:]) / 2
-    chosen = np.zeros(len(boxes), dtype=np.int64)
-    for index in range(len(boxes)):
-        nearest = np.argsort(np.square(centers[:index] - centers[index]).sum(1))[: len(_PALETTE) - 1]
-        uses = np.bincount(chosen[:index], minlength=len(_PALETTE))
-        uses[chosen[nearest]] += len(boxes)
-        chosen[index] = uses.argmin()
-    return _PALETTE[chosen]
-
-
-def _areas(boxes: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(N,) areas of boxes."""
-    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-
-
 def _mask_outline(rle: Rle) -> Outline:
-    """The border of a mask, holes and separate parts included, in image pixels, its steps smoothed a little."""
-    x, y, width, height = (int(value) for value in coco_mask.toBbox(rle))
-    if not width:
-        return Outline(np.empty((0, 2)))
-    inside = np.pad(coco_mask.decode(rle)[y : y + height, x : x + width], 1)
-    paths = []
-    for line in contourpy.contour_generator(z=inside, line_type=contourpy.LineType.Separate).lines(0.5):
-        ring = np.asarray(line)[:-1] + (x - 0.5, y - 0.5)  # from padded pixel centers to image coordinates
-        ring = (np.roll(ring, 1, axis=0) + 2 * ring + np.roll(ring, -1, axis=0)) / 4
-        paths.append(Outline(np.vstack([ring, ring[:1]]), closed=True))
-    return Outline.make_compound_path(*paths)
+    """The border of a mask, its steps smoothed a little."""
+    rings = [smooth_points(ring) for ring in mask_rings(rle)]
+    return _together([Outline(np.vstack([ring, ring[:1]]), closed=True) for ring in rings])
 
 
 def _box_outline(box: NDArray[np.float32]) -> Outline:
@@ -422,68 +278,21 @@ def _together(outlines: list[Outline]) -> Outline:
     return Outline.make_compound_path(*outlines) if outlines else Outline(np.empty((0, 2)))
 
 
-def _place_labels(
-    texts: Sequence[str], boxes: NDArray[np.float32], picture: tuple[int, int], size: float
-) -> list[NDArray[np.float64] | None]:
-    """Find room for labels: on the box, in its corner or under it, or nowhere.
-
-    Args:
-        texts: N texts, the most important first.
-        boxes: In pixels of the picture.
-        picture: Width and height.
-        size: Height of the letters in pixels.
-
-    Returns:
-        The label's rectangle xyxy or None for each text; no rectangle overlaps another, leaves the picture, or
-        covers more than a fifth of any box.
-    """
-    taken = np.empty((0, 4))
-    places: list[NDArray[np.float64] | None] = []
-    room = _MAX_COVERED * _areas(boxes)
-    for text, (x0, y0, _, y1) in zip(texts, boxes.tolist(), strict=True):
-        width, height = _text_width(text, size) + 0.5 * size, 1.35 * size
-        x0 = min(max(x0, 0), picture[0] - width)
-        candidates = [np.array([x0, top, x0 + width, top + height]) for top in (y0 - height, y0, y1)]
-        place = next(
-            (
-                rect
-                for rect in candidates
-                if rect[0] >= 0
-                and rect[1] >= 0
-                and rect[3] <= picture[1]
-                and not _overlap(rect, taken).any()
-                and (_overlap(rect, boxes) <= room).all()
-            ),
-            None,
-        )
-        places.append(place)
-        if place is not None:
-            taken = np.vstack([taken, place])
-    return places
-
-
-def _overlap(rect: NDArray[np.float64], boxes: NDArray[np.floating]) -> NDArray[np.floating]:
-    """(N,) areas that a rectangle shares with boxes."""
-    sides = np.minimum(rect[2:], boxes[:, 2:]) - np.maximum(rect[:2], boxes[:, :2])
-    areas: NDArray[np.floating] = sides.clip(0).prod(1)
-    return areas
-
-
 def _object_colors(result: Drawable) -> tuple[Colors, bool]:
     """The color of each object, and whether all objects are of one class."""
     by_class = _class_colors(result.labels)
     if len(by_class) <= 1:
-        return _neighbor_colors(result.boxes), True
+        return _COLORS[neighbor_colors(result.boxes)], True
     return np.array([by_class[label] for label in result.labels.tolist()]), False
 
 
-def _legend(result: Drawable, colors: Colors, *, scores: bool = True) -> list[_Entry]:
+def _legend(result: Drawable, colors: Colors, *, scores: bool = True) -> list[Entry]:
     """Return the lines of the legend: the picture's name and size, then each class."""
     height, width = result.size
     # Bytes that are no UTF-8 can't be drawn.
     title = os.fsencode(Path(result.path).name).decode("utf-8", "replace") if result.path else ""
     objects = f"{len(result)} object{'' if len(result) == 1 else 's'}"
-    entries = [_Entry(np.empty((0, 3)), _shorten(title), f"{width} × {height} px, {objects}")]
+    entries = [Entry(np.empty((0, 3)), _shorten(title), f"{width} × {height} px, {objects}")]
     for label in np.unique(result.labels).tolist():
         chosen = result.labels == label
         low, high = (f"{score:.2f}" for score in (result.scores[chosen].min(), result.scores[chosen].max()))
@@ -491,13 +300,13 @@ def _legend(result: Drawable, colors: Colors, *, scores: bool = True) -> list[_E
         note = f"{chosen.sum()}"
         if scores:
             note += f", score {low if low == high else f'{low}–{high}'}"
-        entries.append(_Entry(swatches, _shorten(result.categories[label].name), note))
+        entries.append(Entry(swatches, _shorten(result.categories[label].name), note))
     return entries
 
 
-def _wrap(entries: list[_Entry], width: int, size: float) -> list[list[tuple[float, _Entry]]]:
+def _wrap(entries: list[Entry], width: int, size: float) -> list[list[tuple[float, Entry]]]:
     """Set entries in rows no wider than ``width``, the first alone, each with its x."""
-    rows: list[list[tuple[float, _Entry]]] = []
+    rows: list[list[tuple[float, Entry]]] = []
     x = math.inf
     for index, entry in enumerate(entries):
         if index <= 1 or x + entry.width(size) > width:
@@ -511,20 +320,3 @@ def _wrap(entries: list[_Entry], width: int, size: float) -> list[list[tuple[flo
 def _shorten(text: str) -> str:
     """Cut a name that would not fit."""
     return text if len(text) <= 32 else f"{text[:31]}…"
-
-
-def _font(size: float, bold: bool) -> FontProperties:
-    """The typeface, DejaVu Sans, which comes with matplotlib, at a size in pixels."""
-    return FontProperties(family="DejaVu Sans", size=size * 72 / _DPI, weight="bold" if bold else "normal")
-
-
-def _text_width(text: str, size: float, *, bold: bool = False) -> float:
-    """Width of a text in pixels."""
-    return float(_renderer().get_text_width_height_descent(text, _font(size, bold), ismath=False)[0])
-
-
-@functools.cache
-def _renderer() -> Any:
-    """Measure text."""
-    canvas: Any = FigureCanvasAgg(Figure(figsize=(1, 1), dpi=_DPI))
-    return canvas.get_renderer()

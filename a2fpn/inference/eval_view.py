@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 from collections.abc import Iterator
@@ -35,6 +36,55 @@ def eval_view(model: ModuleT) -> ModuleT:
         return model
     shared = {id(x): x for x in _kept(model)}
     return copy.deepcopy(model, shared).eval()
+
+
+class EvalViews:
+    """Views of a model that are kept for later calls; each is lent to one call at a time.
+
+    A view is built when none is free, or when the model is no longer what the view was made of: another module, tensor
+    or hook, another value of a module's attribute. So threads share nothing, and calls one after the other build one.
+    """
+
+    def __init__(self) -> None:
+        self._free: list[tuple[list[Any], nn.Module]] = []
+
+    @contextlib.contextmanager
+    def lend(self, model: ModuleT) -> Iterator[ModuleT]:
+        """Give :func:`eval_view` of a model for the time of a ``with`` statement."""
+        parts = _parts(model)
+        view = self._taken(parts) or eval_view(model)
+        yield view
+        if parts:  # not after an error, which may leave maps of the call in the view
+            self._free.append((parts, view))
+
+    def _taken(self, parts: list[Any]) -> Any:
+        """Return a free view of a model with these parts, or None; views of other models are dropped."""
+        while self._free:
+            try:
+                known, view = self._free.pop()
+            except IndexError:  # another thread took it
+                break
+            if len(known) == len(parts) and all(a is b for a, b in zip(known, parts, strict=True)):
+                return view
+        return None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_free": []}
+
+
+def _parts(model: nn.Module) -> list[Any]:
+    """Everything that a model's modules hold, but for their training flags; empty if it needs no view."""
+    modules = list(model.modules())
+    if not any(module.training or _keeps_maps(module) for module in modules):
+        return []
+    parts: list[Any] = []
+    for module in modules:
+        for name, value in vars(module).items():
+            if name != "training":
+                parts.append(value)
+                parts += value.values() if isinstance(value, dict) else ()
+                parts += value if isinstance(value, (list, tuple)) else ()
+    return parts
 
 
 def _keeps_maps(module: nn.Module) -> bool:

@@ -21,7 +21,7 @@ from a2fpn.config import MAX_PIXELS
 from a2fpn.data.images import SUFFIXES, read_image, to_rgb
 from a2fpn.errors import ConfigError, ConfigTypeError
 from a2fpn.heads.postprocess import PostprocessConfig, SoftNms
-from a2fpn.inference.eval_view import eval_view
+from a2fpn.inference.eval_view import EvalViews
 from a2fpn.inference.result import Result, to_array
 from a2fpn.inference.tiling import TileDetections, merge_tiles, tile_windows
 from a2fpn.inference.tta import Augmentation, detect_augmented
@@ -145,6 +145,7 @@ class Predictor:
             raise ConfigError(f"max_pixels must be at least 1 or None, got {max_pixels}.")
         self.options = PredictOptions(**options)
         self.max_pixels = max_pixels
+        self._views = EvalViews()
         self.model = model.to(device)
         if channels_last:
             self.model.to(memory_format=torch.channels_last)
@@ -204,8 +205,9 @@ class Predictor:
             # The heads keep what scores more than their threshold, a result what scores no less.
             below = float(np.nextafter(np.float32(changes["score_threshold"]), np.float32(-1)))
             changes["score_threshold"] = max(0.0, below)
-        call = _Call(eval_view(self.model), chosen, replace(self.model.rule, **changes))
-        with torch.inference_mode():
+        rule = replace(self.model.rule, **changes)
+        with self._views.lend(self.model) as model, torch.inference_mode():
+            call = _Call(model, chosen, rule)
             if chosen.tile is not None:
                 return [self._tiled(image, call) for image in images]
             return [

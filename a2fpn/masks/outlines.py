@@ -13,7 +13,8 @@ from pycocotools import mask as mask_utils
 from torch import Tensor
 
 from a2fpn.masks import InstanceMasks
-from a2fpn.masks.rle import Polygons, Rle, decode_window
+from a2fpn.masks.rle import Rle, decode_window
+from a2fpn.masks.segmentation import Polygons
 
 _Window = tuple[NDArray[np.uint8], tuple[int, int, int, int]]
 _IDENTITY = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0))

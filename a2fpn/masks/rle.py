@@ -7,8 +7,7 @@ holds the mask of one object; its runs go down the columns, as in the COCO forma
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypedDict
 
 import numpy as np
@@ -18,7 +17,6 @@ from torch import Tensor
 
 from a2fpn.masks.paste import PasteRule, mask_windows
 
-_COORDINATE_LIMIT = 1e6  # pycocotools counts polygon steps in 32-bit integers and allocates one per pixel walked
 _PASS = 1 << 16  # characters of run lengths decoded at once, in a few MB
 
 
@@ -32,24 +30,6 @@ class Rle(TypedDict):
 
     size: list[int]
     counts: str
-
-
-@dataclass(frozen=True, eq=False)
-class Polygons:
-    """One mask as polygons, which together are the object.
-
-    Args:
-        points: Each ``(K, 2)`` float64, x and y in pixels; at least 3 points.
-        size: (H, W) of the image.
-    """
-
-    points: tuple[NDArray[np.float64], ...]
-    size: tuple[int, int]
-
-    def to_rle(self) -> Rle:
-        """The pixels that pycocotools finds inside."""
-        flat = [points.reshape(-1) for points in self.points]
-        return _as_text([mask_utils.merge(mask_utils.frPyObjects(flat, *self.size))])[0]
 
 
 def encode_masks(masks: Tensor | NDArray[Any]) -> list[Rle]:
@@ -71,7 +51,7 @@ def encode_masks(masks: Tensor | NDArray[Any]) -> list[Rle]:
     if masks.ndim != 3:
         raise ValueError(f"masks must have the shape (N, H, W), got {tuple(masks.shape)}.")
     array = np.asarray(masks.detach().cpu() if isinstance(masks, Tensor) else masks)
-    return _as_text(mask_utils.encode(np.asfortranarray((array != 0).transpose(1, 2, 0), dtype=np.uint8)))
+    return as_text(mask_utils.encode(np.asfortranarray((array != 0).transpose(1, 2, 0), dtype=np.uint8)))
 
 
 def decode_rle(rles: Sequence[Rle], *, size: tuple[int, int] | None = None) -> NDArray[np.bool_]:
@@ -134,93 +114,6 @@ def _body(runs: NDArray[np.int64]) -> tuple[int, NDArray[np.bool_]]:
     return int(runs[0]), np.repeat(np.arange(len(body)) % 2 == 0, body)
 
 
-def segmentation_to_rle(segmentation: object, height: int, width: int) -> Rle:
-    """Turn a COCO ``segmentation`` into one RLE, after checks that pycocotools leaves out.
-
-    pycocotools reads stray memory, or never returns, on run lengths that don't fill the image, and takes
-    a list of four numbers for a box. Both are errors here.
-
-    Args:
-        segmentation: Polygons ``[[x0, y0, x1, y1, x2, y2, ...], ...]`` in pixels (all of them together are
-            one object), or ``{"size": [H, W], "counts": ...}`` with compressed (text) or uncompressed
-            (list of integers) run lengths.
-        height: Image height, pixels.
-        width: Image width, pixels.
-
-    Raises:
-        ValueError: If the value is none of these or doesn't fit the image.
-
-    Example:
-        >>> square = [[1, 1, 3, 1, 3, 3, 1, 3]]
-        >>> decode_rle([segmentation_to_rle(square, 4, 4)])[0].astype(int)
-        array([[0, 0, 0, 0],
-               [0, 1, 1, 0],
-               [0, 1, 1, 0],
-               [0, 0, 0, 0]])
-        >>> segmentation_to_rle({"size": [4, 4], "counts": [5, 2]}, 4, 4)
-        Traceback (most recent call last):
-        ...
-        ValueError: the run lengths of the mask add up to 7 pixels, the image has 4 x 4 = 16
-    """
-    mask = parse_segmentation(segmentation, height, width)
-    return mask.to_rle() if isinstance(mask, Polygons) else mask
-
-
-def parse_segmentation(segmentation: object, height: int, width: int) -> Polygons | Rle:
-    """Check a COCO ``segmentation`` as :func:`segmentation_to_rle` does, and leave polygons as they are.
-
-    Raises:
-        ValueError: As there.
-    """
-    (mask,) = parse_segmentations([(segmentation, height, width)])
-    if isinstance(mask, ValueError):
-        raise mask
-    return mask
-
-
-def parse_segmentations(segmentations: Iterable[tuple[object, int, int]]) -> list[Polygons | Rle | ValueError]:
-    """Check many as :func:`parse_segmentation` does one, compressed run lengths in a fraction of the time.
-
-    Args:
-        segmentations: Each with the height and width of its image, pixels.
-
-    Returns:
-        For each the mask, or the error that it would raise.
-
-    Example:
-        >>> parse_segmentations([({"size": [3, 3], "counts": "013000"}, 3, 3), (None, 3, 3)])
-        [{'size': [3, 3], 'counts': '013000'}, ValueError('a segmentation is a list of polygons or an RLE, got None')]
-    """
-    masks: list[Polygons | Rle | ValueError] = []
-    positions: list[int] = []
-    texts: list[bytes] = []
-    sizes: list[tuple[int, int]] = []
-    for position, (segmentation, height, width) in enumerate(segmentations):
-        try:
-            mask: Polygons | Rle | bytes | ValueError = _parse(segmentation, height, width)
-        except ValueError as error:
-            mask = error
-        if isinstance(mask, bytes):
-            positions.append(position)
-            texts.append(mask)
-            sizes.append((height, width))
-            # Characters behind ASCII are among what the check finds.
-            mask = Rle(size=[height, width], counts=mask.decode("ascii", "replace"))
-        masks.append(mask)
-    for part in _passes(texts):
-        runs, firsts, problems = _run_lengths(texts[part])
-        # As floats, which are exact as long as they may be right: sums of long texts overflow 64-bit integers.
-        totals = np.add.reduceat(runs, firsts, dtype=np.float64).tolist()
-        for number, (position, total, (height, width)) in enumerate(
-            zip(positions[part], totals, sizes[part], strict=True)
-        ):
-            if number in problems:
-                masks[position] = ValueError(problems[number])
-            elif total != height * width:
-                masks[position] = ValueError(_wrong_total(int(total), height, width))
-    return masks
-
-
 def encode_box_masks(
     masks: Tensor, boxes: Tensor, size: tuple[int, int], *, threshold: float = 0.5, rule: PasteRule = "exact"
 ) -> list[Rle]:
@@ -256,7 +149,7 @@ def encode_box_masks(
         {"size": list(size), "counts": _window_runs((window > threshold).numpy(), top, left, *size)}
         for window, top, left in windows
     ]
-    return _as_text(mask_utils.frPyObjects(runs, *size)) if runs else []
+    return as_text(mask_utils.frPyObjects(runs, *size)) if runs else []
 
 
 def encode_window(window: NDArray[np.bool_], top: int, left: int, size: tuple[int, int]) -> Rle:
@@ -273,7 +166,7 @@ def encode_window(window: NDArray[np.bool_], top: int, left: int, size: tuple[in
         (array([[1, 1]], dtype=uint8), (2, 1, 4, 2))
     """
     runs = {"size": list(size), "counts": _window_runs(window, top, left, *size)}
-    return _as_text(mask_utils.frPyObjects([runs], *size))[0]
+    return as_text(mask_utils.frPyObjects([runs], *size))[0]
 
 
 def _window_runs(window: NDArray[np.bool_], top: int, left: int, height: int, width: int) -> NDArray[np.int64]:
@@ -291,41 +184,6 @@ def _window_runs(window: NDArray[np.bool_], top: int, left: int, height: int, wi
     return runs[:-1] if len(edges) and runs[-1] == 0 else runs
 
 
-def _checked_polygon(polygon: object) -> NDArray[np.float64]:
-    try:
-        points: NDArray[np.float64] = np.asarray(polygon, dtype=np.float64)
-    except (TypeError, ValueError, OverflowError):
-        points = np.empty(0)
-    if points.ndim != 1 or len(points) < 6 or len(points) % 2:
-        raise ValueError(f"a polygon is a list of at least 3 points x, y, x, y, ..., got {_shorten(polygon)}")
-    if not (np.abs(points) < _COORDINATE_LIMIT).all():  # also true for NaN
-        raise ValueError(f"a polygon has a coordinate that is no pixel position: {_shorten(polygon)}")
-    return points.reshape(-1, 2)
-
-
-def _parse(segmentation: object, height: int, width: int) -> Polygons | Rle | bytes:
-    """Check all but compressed run lengths, which are returned as they are."""
-    if not isinstance(segmentation, Mapping):
-        if not isinstance(segmentation, Sequence) or isinstance(segmentation, str) or not segmentation:
-            raise ValueError(f"a segmentation is a list of polygons or an RLE, got {_shorten(segmentation)}")
-        return Polygons(tuple(_checked_polygon(polygon) for polygon in segmentation), (height, width))
-    size, counts = segmentation.get("size"), segmentation.get("counts")
-    if not isinstance(size, Sequence) or list(size) != [height, width]:
-        raise ValueError(f"the mask's size is {size!r}, the image's [height, width] is {[height, width]}")
-    if isinstance(counts, (str, bytes)):
-        return counts if isinstance(counts, bytes) else counts.encode()
-    if not isinstance(counts, Sequence) or not all(isinstance(run, int) and run >= 0 for run in counts):
-        raise ValueError(f"the counts of an RLE are text or a list of run lengths, got {_shorten(counts)}")
-    if sum(counts) != height * width:
-        raise ValueError(_wrong_total(sum(counts), height, width))
-    return _as_text([mask_utils.frPyObjects({"size": [height, width], "counts": list(counts)}, height, width)])[0]
-
-
-def _wrong_total(total: int, height: int, width: int) -> str:
-    pixels = f"{height} x {width} = {height * width}"
-    return f"the run lengths of the mask add up to {total} pixels, the image has {pixels}"
-
-
 def _decoded(rles: Sequence[Rle]) -> Iterator[NDArray[np.int64]]:
     """Yield the runs of each mask, of 0, 1, 0, 1, ...
 
@@ -333,15 +191,15 @@ def _decoded(rles: Sequence[Rle]) -> Iterator[NDArray[np.int64]]:
         ValueError: If the counts of one are no such runs.
     """
     texts = [rle["counts"].encode() for rle in rles]
-    for part in _passes(texts):
-        runs, firsts, problems = _run_lengths(texts[part])
+    for part in passes(texts):
+        runs, firsts, problems = run_lengths(texts[part])
         if problems:
             raise ValueError(next(iter(problems.values())))
         for start, end in itertools.pairwise([*firsts.tolist(), len(runs)]):
             yield runs[start:end]
 
 
-def _passes(texts: Sequence[bytes]) -> Iterator[slice]:
+def passes(texts: Sequence[bytes]) -> Iterator[slice]:
     """Cut texts into parts of about ``_PASS`` characters, or of one longer text."""
     start = characters = 0
     for end, text in enumerate(texts):
@@ -353,7 +211,7 @@ def _passes(texts: Sequence[bytes]) -> Iterator[slice]:
         yield slice(start, len(texts))
 
 
-def _run_lengths(texts: Sequence[bytes]) -> tuple[NDArray[np.int64], NDArray[np.int64], dict[int, str]]:
+def run_lengths(texts: Sequence[bytes]) -> tuple[NDArray[np.int64], NDArray[np.int64], dict[int, str]]:
     """Return the runs in COCO's compressed texts, which nothing in pycocotools tells.
 
     Each number is written in base 32, lowest digit first, one character per digit from ``chr(48)`` on, bit
@@ -401,14 +259,16 @@ def _run_lengths(texts: Sequence[bytes]) -> tuple[NDArray[np.int64], NDArray[np.
     problems = {}
     for number in (damaged | negative).nonzero()[0].tolist():
         problem = "are no compressed RLE" if damaged[number] else "hold a negative run length"
-        problems[number] = f"the counts {_shorten(texts[number])} {problem}"
+        problems[number] = f"the counts {shorten(texts[number])} {problem}"
     return values, firsts, problems
 
 
-def _as_text(rles: Sequence[Mapping[str, Any]]) -> list[Rle]:
+def as_text(rles: Sequence[Mapping[str, Any]]) -> list[Rle]:
+    """Return pycocotools' encodings as JSON-able ones."""
     return [Rle(size=[int(side) for side in rle["size"]], counts=rle["counts"].decode("ascii")) for rle in rles]
 
 
-def _shorten(value: object) -> str:
+def shorten(value: object) -> str:
+    """Return a value as a message quotes it."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

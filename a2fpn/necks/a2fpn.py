@@ -124,22 +124,12 @@ class PAFPNMGC(ContextNeck):
 class GatedNeck(ContextNeck):
     """A pyramid with global context whose levels are merged by content and reweighted.
 
+    The arguments of :class:`ContextNeck`, and:
+
     Args:
-        in_spec: What the backbone gives.
-        out_channels: See :class:`ContextNeck`.
-        extra_levels: See :class:`ContextNeck`.
-        attention: See :class:`ContextNeck`.
-        nodes: See :class:`ContextNeck`.
-        node_budget: See :class:`ContextNeck`.
-        orthogonal_weight: See :class:`ContextNeck`.
-        reasoning: See :class:`ContextNeck`.
-        distribute: See :class:`ContextNeck`.
-        context_init: See :class:`ContextNeck`.
         kernels: Where the kernels going down are predicted: at the ``"fine"`` size, or at the ``"coarse"`` one and
             pixel-shuffled, see :class:`~a2fpn.layers.GACARAFE`.
         pool: Pooling of maps for their channel gates: ``"mean"``, or ``"attention"`` that starts as the mean.
-        norm_layer: See :class:`ContextNeck`.
-        act_layer: See :class:`ContextNeck`.
     """
 
     def __init__(

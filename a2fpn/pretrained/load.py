@@ -16,7 +16,8 @@ from a2fpn.build import build_model, trained_backbone_fields
 from a2fpn.compose import compose, model_names, override, parse_name
 from a2fpn.config import FORMAT_VERSION, ModelConfig
 from a2fpn.convert.graft import graft, graft_config
-from a2fpn.convert.torchvision import published_config, torchvision_state
+from a2fpn.convert.torchvision_config import published_config
+from a2fpn.convert.torchvision_state import torchvision_state
 from a2fpn.detectors import Detector
 from a2fpn.errors import CheckpointError, ConfigError, HubError, HubIntegrityError
 from a2fpn.layers import positional_keys
@@ -36,7 +37,8 @@ from a2fpn.pretrained.checkpoint import (
     read_weights,
     save_checkpoint,
 )
-from a2fpn.pretrained.hub import Repo, download_checkpoint, is_repo_id
+from a2fpn.pretrained.hub import download_checkpoint
+from a2fpn.pretrained.hub_client import Repo, is_repo_id
 from a2fpn.pretrained.provenance import Provenance, fingerprint, merged_metadata
 from a2fpn.pretrained.torchvision import read_torchvision
 

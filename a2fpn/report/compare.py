@@ -15,9 +15,10 @@ from pycocotools import mask as mask_utils
 
 from a2fpn.data import CocoFile, Rle
 from a2fpn.errors import ConfigError
+from a2fpn.inference.shapes import PALETTE
 from a2fpn.report.analysis import image_ap
 from a2fpn.report.matching import Floats, Ints, Kind, Scene, match
-from a2fpn.report.outlines import PALETTE, object_colors
+from a2fpn.report.outlines import object_colors
 from a2fpn.report.precision import mean, precision
 
 if TYPE_CHECKING:

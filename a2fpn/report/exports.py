@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from pycocotools import mask as mask_utils
 
 from a2fpn.data import Rle, decode_rle
-from a2fpn.report.outlines import PALETTE, box_ring
+from a2fpn.inference.shapes import PALETTE
+from a2fpn.report.outlines import box_ring
 
 if TYPE_CHECKING:
     from a2fpn import Result

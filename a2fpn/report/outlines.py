@@ -1,4 +1,4 @@
-"""Outlines of objects and their colors, for pictures of every format.
+"""Outlines of objects and images, as pages and figures hold them.
 
 Shape shorthand: N objects. Points are x, y in image pixels.
 """
@@ -8,39 +8,12 @@ from __future__ import annotations
 import base64
 import io
 
-import contourpy
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from pycocotools import mask as mask_utils
 
-from a2fpn.data import Rle, decode_rle
-
-Ring = NDArray[np.float64]
-
-# Okabe and Ito's colors, which people with color blindness tell apart, then others in between.
-PALETTE = (
-    *("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#D55E00", "#CC79A7", "#0072B2"),
-    *("#AADD55", "#AA4499", "#44DDCC", "#BB5566", "#7788FF"),
-)
-
-
-def mask_rings(rle: Rle) -> list[Ring]:
-    """Border lines of a mask, holes and separate parts included, each (P, 2) and closed.
-
-    Example:
-        >>> import torch
-        >>> from a2fpn.data import encode_masks
-        >>> (rle,) = encode_masks(torch.ones(1, 2, 3))
-        >>> [(ring.min(0).tolist(), ring.max(0).tolist()) for ring in mask_rings(rle)]
-        [([0.0, 0.0], [3.0, 2.0])]
-    """
-    x, y, width, height = (int(value) for value in mask_utils.toBbox(rle))
-    if not width:
-        return []
-    inside = np.pad(decode_rle([rle])[0, y : y + height, x : x + width], 1).astype(np.float32)
-    lines = contourpy.contour_generator(z=inside, line_type=contourpy.LineType.Separate).lines(0.5)
-    return [np.asarray(line) + (x - 0.5, y - 0.5) for line in lines]
+from a2fpn.data import Rle
+from a2fpn.inference.shapes import PALETTE, Ring, mask_rings, neighbor_colors, smooth_points
 
 
 def box_ring(box: NDArray[np.floating]) -> Ring:
@@ -58,9 +31,7 @@ def svg_path(rings: list[Ring]) -> str:
     """The ``d`` of an SVG path, its steps smoothed a little and points on a line left out."""
     parts = []
     for ring in rings:
-        points = ring[:-1]
-        if len(points) > 4:
-            points = (np.roll(points, 1, axis=0) + 2 * points + np.roll(points, -1, axis=0)) / 4
+        points = smooth_points(ring)
         before, after = points - np.roll(points, 1, axis=0), np.roll(points, -1, axis=0) - points
         bends = np.abs(before[:, 0] * after[:, 1] - before[:, 1] * after[:, 0]) > 1e-6
         kept = points[bends] if bends.sum() > 2 else points
@@ -70,14 +41,7 @@ def svg_path(rings: list[Ring]) -> str:
 
 def object_colors(boxes: NDArray[np.floating]) -> list[str]:
     """A color for each box x, y, width, height that none of the nearest boxes before it has."""
-    centers = boxes[:, :2] + boxes[:, 2:] / 2
-    chosen = np.zeros(len(boxes), dtype=np.int64)
-    for row in range(len(boxes)):
-        nearest = np.argsort(np.square(centers[:row] - centers[row]).sum(1))[: len(PALETTE) - 1]
-        uses = np.bincount(chosen[:row], minlength=len(PALETTE))
-        uses[chosen[nearest]] += len(boxes)
-        chosen[row] = uses.argmin()
-    return [PALETTE[color] for color in chosen.tolist()]
+    return [PALETTE[number] for number in neighbor_colors(np.hstack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]]))]
 
 
 def data_uri(image: NDArray[np.uint8], *, longest: int = 800) -> str:

@@ -23,10 +23,11 @@ import psutil
 import torch
 import typer
 
+from a2fpn.training.settings import read_file
 from a2fpn.training.state import code_version
 from benchmarks import _measure as measure
 from benchmarks.ablation.arms import Arm, choose, parse_arm, with_detectors
-from benchmarks.ablation.plan import Circumstances, Plan, Run, find_recipe, read_recipe
+from benchmarks.ablation.plan import Circumstances, Plan, Run, find_recipe
 from benchmarks.ablation.pool import Pool, environment, multi_process_service
 from benchmarks.ablation.records import append_record, check_fingerprint, failed, finished, read_records
 from benchmarks.ablation.report import Comparison, draw, print_report, write_page
@@ -90,7 +91,7 @@ def main(
     try:
         plan = Plan(find_recipe(recipe), data, output, backbone_weights, tuple(settings or ()), workers)
         chosen = choose(list(filter(None, arms.split(","))), [parse_arm(text) for text in arm or ()], control=control)
-        model = str(read_recipe(plan.recipe).get("model", {}).get("name", ""))
+        model = str(read_file(plan.recipe).get("model", {}).get("name", ""))
         chosen = with_detectors(chosen, list(filter(None, detectors.split(","))), model)
         check_fingerprint(read_records(plan.records).values(), plan, plan.records)
     except (ValueError, OSError) as error:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import hashlib
 import json
-import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from a2fpn.training.settings import assign, dump_yaml, flat, read_arguments, read_file
 from benchmarks.ablation.arms import Arm
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
@@ -92,18 +89,18 @@ class Plan:
         if self.weights:
             own["model"] = {"backbone_weights": str(self.weights.resolve()), "pretrained_backbone": False}
         settings = (*self.settings, *run.arm.settings, *further)
-        return merged(merged(read_recipe(self.recipe), own), *map(assignment, settings))
+        return _changed(read_file(self.recipe), [*flat(own).items(), *read_arguments(settings)])
 
     def command(self, run: Run, *further: str) -> list[str]:
         """Write the settings of a run into its folder, and return the command that starts or continues it."""
         run.folder.mkdir(parents=True, exist_ok=True)
         file = run.folder / "settings.yaml"
-        file.write_text(yaml.safe_dump(self.config(run, *further), sort_keys=False), encoding="utf-8")
+        file.write_text(dump_yaml(self.config(run, *further)), encoding="utf-8")
         return [*TRAIN, "--config", str(file.resolve())]
 
     def fingerprint(self) -> str:
         """Return a hash of what all runs share: recipe, settings, annotations and backbone weights."""
-        settings = merged(read_recipe(self.recipe), *map(assignment, self.settings))
+        settings = _changed(read_file(self.recipe), read_arguments(self.settings))
         data = settings.get("data", {})
         names = [data.get(f"{part}_annotations", f"annotations/instances_{part}.json") for part in ("train", "val")]
         files = [*(self.data / name for name in names), *([self.weights] if self.weights else [])]
@@ -124,47 +121,10 @@ def find_recipe(name: str) -> Path:
     raise ValueError(f"No recipe {name!r}; give a file or one of {known}.")
 
 
-def read_recipe(path: Path) -> dict[str, Any]:
-    """Return the settings of a recipe."""
-    settings: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+def _changed(settings: dict[str, Any], changes: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    for name, value in changes:
+        settings = assign(settings, name, value)
     return settings
-
-
-def assignment(text: str) -> dict[str, Any]:
-    """Read ``section.key=value`` into nested settings.
-
-    Raises:
-        ValueError: If it reads otherwise.
-
-    Example:
-        >>> assignment("model.overrides.neck_args.out_channels=96"), assignment("optim.lr=1e-3")["optim"]
-        ({'model': {'overrides': {'neck_args': {'out_channels': 96}}}}, {'lr': 0.001})
-    """
-    name, equals, text_value = text.partition("=")
-    if not equals or not re.fullmatch(r"\w+(\.\w+)+", name):
-        raise ValueError(f"A setting reads section.key=value, got {text!r}.")
-    value = yaml.safe_load(text_value)
-    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", value):  # YAML 1.1 wants a point in it
-        value = float(value)
-    for part in reversed(name.split(".")):
-        value = {part: value}
-    nested: dict[str, Any] = value
-    return nested
-
-
-def merged(settings: Mapping[str, Any], *further: Mapping[str, Any]) -> dict[str, Any]:
-    """Return nested settings with further ones put in, the later before the earlier.
-
-    Example:
-        >>> merged({"a": {"x": 1, "y": 2}}, {"a": {"y": 3}})
-        {'a': {'x': 1, 'y': 3}}
-    """
-    result = copy.deepcopy(dict(settings))
-    for other in further:
-        for key, value in other.items():
-            old = result.get(key)
-            result[key] = merged(old, value) if isinstance(old, dict) and isinstance(value, Mapping) else value
-    return result
 
 
 def sha256(path: Path) -> str:

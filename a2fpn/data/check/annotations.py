@@ -17,7 +17,8 @@ from a2fpn.data.check.report import (
     count_of,
 )
 from a2fpn.data.check.table import NO_ID, UNKNOWN, AnnotationTable, Problem, any_column
-from a2fpn.masks.rle import Rle, segmentation_to_rle
+from a2fpn.masks.rle import Rle
+from a2fpn.masks.segmentation import segmentation_to_rle
 
 _LEAST_SIDE = 0.01  # pixels inside the image; the reader leaves out boxes with less
 _LARGEST_MASK = 2**31  # pixels; pycocotools counts them in 32 bits

@@ -40,7 +40,8 @@ from a2fpn.data.check.table import AnnotationTable, any_column
 from a2fpn.data.coco import CocoImage
 from a2fpn.data.duplicates import duplicate_findings
 from a2fpn.errors import ConfigError, DataError
-from a2fpn.masks.rle import Rle, segmentation_to_rle
+from a2fpn.masks.rle import Rle
+from a2fpn.masks.segmentation import segmentation_to_rle
 
 T = TypeVar("T")
 _LARGEST_PICTURE = 2**27  # pixels; larger images are not drawn

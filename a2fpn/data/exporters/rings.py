@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from pycocotools import mask as mask_utils
 
 from a2fpn.data.labeled import Segmentation
-from a2fpn.masks.rle import Polygons, Rle, decode_window, parse_segmentation
+from a2fpn.masks.rle import Rle, decode_window
+from a2fpn.masks.segmentation import Polygons, parse_segmentation
 
 Ring = NDArray[np.float64]
 

@@ -13,7 +13,7 @@ from a2fpn.data.importers.base import Folder, Importer, ImportOptions, register_
 from a2fpn.data.importers.files import read_json
 from a2fpn.data.labeled import CategoryInfo, LabeledImage, LabeledObject, LossLog, grouped, split_name
 from a2fpn.errors import DataError
-from a2fpn.masks.rle import parse_segmentation
+from a2fpn.masks.segmentation import parse_segmentation
 
 _SHAPES = frozenset(("bbox", "polygon", "mask", "points"))
 

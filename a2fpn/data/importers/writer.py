@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -12,29 +11,15 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, Literal
 
-import orjson
-from pycocotools import mask as mask_utils
-
 from a2fpn._registry import natural_key
 from a2fpn.data.check.report import Track
-from a2fpn.data.labeled import (
-    Box,
-    CategoryInfo,
-    LabeledImage,
-    LabeledObject,
-    LossLog,
-    polygon_area,
-    polygon_box,
-)
+from a2fpn.data.importers.annotation import encode, measure, with_box_mask, with_keypoints
+from a2fpn.data.labeled import CategoryInfo, LabeledImage, LabeledObject, LossLog
 from a2fpn.data.splits import assign_splits
 from a2fpn.errors import DataError
-from a2fpn.masks.rle import parse_segmentation
 
 Placing = Literal["link", "copy"]
-
-_LEAST_SIDE = 0.01  # pixels; the reader leaves out boxes with less
 _THREADS = 4  # that place images: a file system takes most of the time
-_COORDINATE_LIMIT = 1e6  # the reader's
 
 
 @dataclass(frozen=True)
@@ -84,10 +69,6 @@ class SplitCount:
     empty: int
     masks: int
     crowds: int
-
-
-def _encode(value: object) -> str:
-    return orjson.dumps(value).decode()
 
 
 class CocoWriter:
@@ -185,7 +166,7 @@ class CocoWriter:
     def _annotation(self, labeled: LabeledObject, image: LabeledImage) -> str | None:
         """The JSON text of an annotation without its ids."""
         try:
-            box, area = _measure(labeled, image.height, image.width)
+            box, area = measure(labeled, image.height, image.width)
         except ValueError as error:
             self.log.add("unusable-object", image.source, f"{labeled.category}: {error}; left out", place=labeled.line)
             return None
@@ -196,7 +177,7 @@ class CocoWriter:
             record |= {"keypoints": labeled.keypoints, "num_keypoints": sum(v > 0 for v in labeled.keypoints[2::3])}
         if labeled.score is not None:
             record["score"] = labeled.score
-        return _encode(record)[1:]
+        return encode(record)[1:]
 
     def _split(self, entries: Sequence[_Entry]) -> None:
         named = {entry.split for entry in entries} - {""}
@@ -238,18 +219,18 @@ class CocoWriter:
         annotations = empty = masks = crowds = boxes = 0
         lengths = {info.name: len(info.keypoints) for info in infos.values()}
         with path.open("w", encoding="utf-8") as file:
-            images = (_encode({"id": e.id, "file_name": e.name, "height": e.height, "width": e.width}) for e in entries)
+            images = (encode({"id": e.id, "file_name": e.name, "height": e.height, "width": e.width}) for e in entries)
             file.write('{"images":[\n' + ",\n".join(images) + '\n],\n"annotations":[')
             separator = "\n"
             for entry in entries:
                 empty += not entry.annotations
                 for category, text, mask in entry.annotations:
                     if lengths[category] and '"keypoints":' in text:
-                        text = _padded(text, 3 * lengths[category])
+                        text = with_keypoints(text, 3 * lengths[category])
                     if has_masks and not mask:
                         boxes += 1
                         if self.box_masks:
-                            text = _with_box_mask(text)
+                            text = with_box_mask(text)
                             mask = True
                     number = first + annotations
                     file.write(f'{separator}{{"id":{number},"image_id":{entry.id},"category_id":{ids[category]},{text}')
@@ -257,7 +238,7 @@ class CocoWriter:
                     annotations += 1
                     masks += mask
                     crowds += '"iscrowd":1' in text
-            listed = ",\n".join(_encode(info.to_coco(category_id)) for category_id, info in infos.items())
+            listed = ",\n".join(encode(info.to_coco(category_id)) for category_id, info in infos.items())
             file.write(f'\n],\n"categories":[\n{listed}\n]}}\n')
         if boxes and self.box_masks:
             self.log.note("boxes that became masks of their shape", boxes)
@@ -302,68 +283,6 @@ def _link_or_copy(source: Path, target: str | Path, placing: Placing) -> None:
         if os.path.islink(target):
             os.remove(target)
         shutil.copyfile(source, target)
-
-
-def _measure(labeled: LabeledObject, height: int, width: int) -> tuple[Box, float]:
-    """The box and the area of an object, as the reader wants them.
-
-    Raises:
-        ValueError: If the reader would leave the object out.
-    """
-    segmentation = labeled.segmentation
-    if isinstance(segmentation, list):
-        for polygon in segmentation:
-            if len(polygon) < 6 or len(polygon) % 2:
-                raise ValueError(f"a polygon needs 3 or more points x, y, got {len(polygon)} numbers")
-        if not segmentation:
-            raise ValueError("it has no polygon")
-        extent, area = polygon_box(segmentation), polygon_area(segmentation)
-        # NaN and infinity reach the area, whatever the smallest and the largest number are.
-        reach = max(-extent[0], -extent[1], extent[0] + extent[2], extent[1] + extent[3])
-        if not (reach < _COORDINATE_LIMIT and math.isfinite(area)):
-            raise ValueError("a polygon has a coordinate that is no pixel position")
-        box = labeled.bbox or extent
-    elif segmentation is not None:
-        rle = parse_segmentation(segmentation, height, width)
-        left, top, w, h = mask_utils.toBbox(rle).tolist()
-        box, area = labeled.bbox or (left, top, w, h), float(mask_utils.area(rle))
-        if not area:
-            raise ValueError("its mask is empty")
-    elif labeled.bbox is not None:
-        box, area = labeled.bbox, labeled.bbox[2] * labeled.bbox[3]
-    elif any(labeled.keypoints[2::3]):
-        seen = [(x, y) for x, y, v in zip(*(labeled.keypoints[i::3] for i in range(3)), strict=True) if v]
-        xs, ys = zip(*seen, strict=True)
-        # The box around points alone has no margin; a pixel each side keeps it from being empty.
-        box = (min(xs) - 1, min(ys) - 1, max(xs) - min(xs) + 2, max(ys) - min(ys) + 2)
-        area = box[2] * box[3]
-    else:
-        raise ValueError("it has neither box nor mask")
-    x, y, w, h = box
-    if not all(map(math.isfinite, box)):
-        raise ValueError(f"its box {list(box)} holds something else than numbers")
-    if min(w, h) < _LEAST_SIDE:
-        raise ValueError(f"its box {_rounded(box)} has no area")
-    if min(min(x + w, width) - max(x, 0), min(y + h, height) - max(y, 0)) < _LEAST_SIDE:
-        raise ValueError(f"its box {_rounded(box)} lies outside the image of {width} x {height} pixels")
-    return (x, y, round(w, 4), round(h, 4)), round(area, 4)
-
-
-def _rounded(box: Box) -> list[float]:
-    return [round(side, 2) for side in box]
-
-
-def _padded(text: str, length: int) -> str:
-    """An annotation with as many keypoints as its class has by now; names came one after the other."""
-    record = orjson.loads("{" + text)
-    missing = length - len(record["keypoints"])
-    return _encode(record | {"keypoints": record["keypoints"] + [0] * missing})[1:] if missing > 0 else text
-
-
-def _with_box_mask(text: str) -> str:
-    record = orjson.loads("{" + text)
-    x, y, w, h = record["bbox"]
-    return _encode(record | {"segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]]})[1:]
 
 
 def _unlisted(categories: Sequence[CategoryInfo], used: set[str]) -> list[str]:

@@ -1,0 +1,82 @@
+"""Annotations as JSON text: box, area and mask of an object as the reader wants them."""
+
+from __future__ import annotations
+
+import math
+
+import orjson
+from pycocotools import mask as mask_utils
+
+from a2fpn.data.labeled import Box, LabeledObject, polygon_area, polygon_box
+from a2fpn.masks.segmentation import parse_segmentation
+
+_LEAST_SIDE = 0.01  # pixels; the reader leaves out boxes with less
+_COORDINATE_LIMIT = 1e6  # the reader's
+
+
+def encode(value: object) -> str:
+    """Return a value as JSON."""
+    return orjson.dumps(value).decode()
+
+
+def measure(labeled: LabeledObject, height: int, width: int) -> tuple[Box, float]:
+    """The box and the area of an object, as the reader wants them.
+
+    Raises:
+        ValueError: If the reader would leave the object out.
+    """
+    segmentation = labeled.segmentation
+    if isinstance(segmentation, list):
+        for polygon in segmentation:
+            if len(polygon) < 6 or len(polygon) % 2:
+                raise ValueError(f"a polygon needs 3 or more points x, y, got {len(polygon)} numbers")
+        if not segmentation:
+            raise ValueError("it has no polygon")
+        extent, area = polygon_box(segmentation), polygon_area(segmentation)
+        # NaN and infinity reach the area, whatever the smallest and the largest number are.
+        reach = max(-extent[0], -extent[1], extent[0] + extent[2], extent[1] + extent[3])
+        if not (reach < _COORDINATE_LIMIT and math.isfinite(area)):
+            raise ValueError("a polygon has a coordinate that is no pixel position")
+        box = labeled.bbox or extent
+    elif segmentation is not None:
+        rle = parse_segmentation(segmentation, height, width)
+        left, top, w, h = mask_utils.toBbox(rle).tolist()
+        box, area = labeled.bbox or (left, top, w, h), float(mask_utils.area(rle))
+        if not area:
+            raise ValueError("its mask is empty")
+    elif labeled.bbox is not None:
+        box, area = labeled.bbox, labeled.bbox[2] * labeled.bbox[3]
+    elif any(labeled.keypoints[2::3]):
+        seen = [(x, y) for x, y, v in zip(*(labeled.keypoints[i::3] for i in range(3)), strict=True) if v]
+        xs, ys = zip(*seen, strict=True)
+        # The box around points alone has no margin; a pixel each side keeps it from being empty.
+        box = (min(xs) - 1, min(ys) - 1, max(xs) - min(xs) + 2, max(ys) - min(ys) + 2)
+        area = box[2] * box[3]
+    else:
+        raise ValueError("it has neither box nor mask")
+    x, y, w, h = box
+    if not all(map(math.isfinite, box)):
+        raise ValueError(f"its box {list(box)} holds something else than numbers")
+    if min(w, h) < _LEAST_SIDE:
+        raise ValueError(f"its box {_rounded(box)} has no area")
+    if min(min(x + w, width) - max(x, 0), min(y + h, height) - max(y, 0)) < _LEAST_SIDE:
+        raise ValueError(f"its box {_rounded(box)} lies outside the image of {width} x {height} pixels")
+    return (x, y, round(w, 4), round(h, 4)), round(area, 4)
+
+
+def _rounded(box: Box) -> list[float]:
+    return [round(side, 2) for side in box]
+
+
+def with_keypoints(text: str, length: int) -> str:
+    """An annotation with as many keypoints as its class has by now; names came one after the other."""
+    record = orjson.loads("{" + text)
+    missing = length - len(record["keypoints"])
+    return encode(record | {"keypoints": record["keypoints"] + [0] * missing})[1:] if missing > 0 else text
+
+
+def with_box_mask(text: str) -> str:
+    """An annotation with its box as its mask."""
+    record = orjson.loads("{" + text)
+    x, y, w, h = record["bbox"]
+    return encode(record | {"segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]]})[1:]

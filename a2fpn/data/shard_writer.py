@@ -1,0 +1,173 @@
+"""Shards written from a COCO-format set."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+from a2fpn._atomic import replaced_file, write_text
+from a2fpn.data.coco import read_coco
+from a2fpn.data.shards import INDEX_FILE, INDEX_FORMAT, Shard, ShardIndex, logger
+from a2fpn.data.streams import random_order
+from a2fpn.errors import ConfigError, DataError, ExistingFileError
+
+_MISSING_IN_A_ROW = 16  # after so many at the beginning, the folder is wrong rather than an image
+_PATTERN = "shard-{:06d}.tar"
+
+
+def write_shards(
+    images: str | Path,
+    annotations: str | Path,
+    output: str | Path,
+    *,
+    semantic: str | Path | None = None,
+    samples_per_shard: int | None = None,
+    shard_size: int = 256_000_000,
+    seed: int | None = None,
+    strict: bool = False,
+    force: bool = False,
+    progress: Callable[[int], None] = lambda total: None,
+) -> ShardIndex:
+    """Write a COCO-format set as shards; the same set and arguments give the same bytes.
+
+    A shard appears under its name when it is whole and on the disk, the index after the last of them.
+
+    Args:
+        images: The image folder.
+        annotations: The JSON file.
+        output: The folder of the shards, made if missing.
+        semantic: A folder of semantic maps, see :class:`CocoDataset`.
+        samples_per_shard: Largest number of images in a shard; None sets no limit.
+        shard_size: Largest size of a shard in bytes, if it has more than one image.
+        seed: Seed of a random order; None keeps the file's.
+        strict: Whether an unusable annotation or a missing image is an error. Otherwise the annotation is written as it
+            is, to be left out by the reader, and the image is left out.
+        force: Whether shards in the folder are replaced.
+        progress: Called for each image with the number of all.
+
+    Returns:
+        The index.
+
+    Raises:
+        DataError: If the set can't be read, or ``strict`` finds something.
+        ValueError: If a limit is not positive.
+        FileExistsError: If there are shards in the folder already, unless ``force``.
+        OSError: If they can't be written.
+    """
+    if shard_size < 1 or (samples_per_shard is not None and samples_per_shard < 1):
+        raise ConfigError(
+            f"a shard needs room for an image, got samples_per_shard {samples_per_shard}, size {shard_size}."
+        )
+    folder, output = Path(images), Path(output)
+    semantic_folder = None if semantic is None else Path(semantic)
+    for needed in (folder, semantic_folder):
+        if needed and not needed.is_dir():
+            raise DataError(f"{needed}: no such folder.")
+    coco = read_coco(annotations, strict=strict)
+    content = json.loads(Path(annotations).read_bytes())
+    objects: dict[int, list[Any]] = {image_id: [] for image_id in coco.images}
+    for raw in content["annotations"]:
+        if isinstance(raw, Mapping) and isinstance(raw.get("image_id"), int) and raw["image_id"] in objects:
+            objects[raw["image_id"]].append(raw)
+    entries = content["images"]
+    if seed is not None:
+        entries = [entries[number] for number in random_order(len(entries), seed)]
+
+    output.mkdir(parents=True, exist_ok=True)
+    old = {*output.glob("shard-*.tar"), *output.glob(INDEX_FILE)}
+    if old and not force:
+        raise ExistingFileError(f"{output}: holds shards already; choose another folder, or replace them (force).")
+
+    shards: list[Shard] = []
+    missing: list[str] = []
+
+    def members() -> Iterator[list[tuple[str, bytes]]]:
+        for raw in entries:
+            progress(len(entries))
+            name, key = raw["file_name"], f"{raw['id']:012d}"
+            try:
+                files = [(f"{key}{Path(name).suffix.lower() or '.image'}", (folder / name).read_bytes())]
+                if semantic_folder:
+                    path = (semantic_folder / name).with_suffix(".png")
+                    files.append((f"{key}.semantic.png", path.read_bytes()))
+            except OSError as error:
+                if strict:
+                    raise DataError(f"{error.filename}: can't be read ({error.strerror}).") from error
+                missing.append(f"{error.filename}: can't be read ({error.strerror})")
+                if len(missing) == len(entries) or (len(missing) == _MISSING_IN_A_ROW and not shards):
+                    raise DataError(
+                        f"{len(missing)} images in a row can't be read, the last is {missing[-1]}."
+                    ) from error
+            else:
+                label = {"image": raw, "annotations": objects[raw["id"]]}
+                yield [*files, (f"{key}.json", json.dumps(label, separators=(",", ":")).encode())]
+
+    waiting = members()
+    sample = next(waiting, None)
+    if sample is None:
+        raise DataError(f"{annotations}: lists no image.")
+    (output / INDEX_FILE).unlink(missing_ok=True)
+    while sample:
+        name = _PATTERN.format(len(shards))
+        with replaced_file(output / name) as partial, partial.open("wb") as file:
+            hashed = _HashedFile(file)
+            with tarfile.open(fileobj=hashed, mode="w|", format=tarfile.USTAR_FORMAT) as tar:  # type: ignore[call-overload]
+                offsets = [0]
+                while sample and (
+                    len(offsets) == 1
+                    or (
+                        _tar_size(offsets[-1], sample) <= shard_size
+                        and (samples_per_shard is None or len(offsets) <= samples_per_shard)
+                    )
+                ):
+                    for member, data in sample:
+                        header = tarfile.TarInfo(member)  # owner, mode and time are the same everywhere
+                        header.size = len(data)
+                        tar.addfile(header, io.BytesIO(data))
+                    offsets.append(tar.offset)
+                    sample = next(waiting, None)
+        shards.append(Shard(name, len(offsets) - 1, hashed.size, hashed.sha256.hexdigest(), offsets))
+
+    if missing:
+        logger.warning("skipped %d images, the first is %s", len(missing), missing[0])
+    index = ShardIndex(
+        info=content.get("info", {}),
+        licenses=content.get("licenses", []),
+        categories=content["categories"],
+        used_categories=sorted({a.category_id for image in coco.annotations.values() for a in image}),
+        has_masks=coco.has_masks,
+        num_keypoints=coco.num_keypoints,
+        has_semantic=semantic is not None,
+        num_samples=sum(shard.samples for shard in shards),
+        shards=shards,
+    )
+    for leftover in old - {output / shard.name for shard in shards}:
+        leftover.unlink(missing_ok=True)
+    write_text(output / INDEX_FILE, json.dumps({**INDEX_FORMAT, **asdict(index)}, separators=(",", ":")))
+    return index
+
+
+class _HashedFile:
+    """A file that keeps the hash and the size of what is written to it."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.sha256 = hashlib.sha256()
+        self.size = 0
+
+    def write(self, data: bytes) -> int:
+        self.sha256.update(data)
+        self.size += len(data)
+        return self._file.write(data)
+
+
+def _tar_size(offset: int, sample: Sequence[tuple[str, bytes]]) -> int:
+    """Bytes of a tar file that ends with these files, which begin at ``offset``."""
+    end = offset + sum(tarfile.BLOCKSIZE * (1 + -(-len(data) // tarfile.BLOCKSIZE)) for _, data in sample)
+    return -(-(end + 2 * tarfile.BLOCKSIZE) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE

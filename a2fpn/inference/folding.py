@@ -1,0 +1,169 @@
+"""Batch norms folded into the convolutions before them, and activations into these."""
+
+from __future__ import annotations
+
+import contextlib
+import typing
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from timm.layers import BatchNormAct2d, Conv2dSame, FrozenBatchNormAct2d
+from timm.models.resnet import BasicBlock, Bottleneck
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+from torchvision.ops import FrozenBatchNorm2d
+
+from a2fpn.detectors import Detector
+from a2fpn.inference.fused import ActivatedConv, ResidualBlock, is_fusible, is_plain
+from a2fpn.pyramid import Features
+
+_BATCH_NORMS = (nn.BatchNorm2d, BatchNormAct2d, FrozenBatchNorm2d, FrozenBatchNormAct2d)
+_ACTIVATIONS = (nn.ReLU, nn.ReLU6)
+_SAMPLE_SIDE = 64  # pixels
+_TOLERANCE = 1e-3  # of the largest activation: far above rounding, far below the effect of a norm left out
+
+
+# Batch norms and activations into convolutions
+class _Step(NamedTuple):
+    """One call of a module during the recording.
+
+    Args:
+        module: The module.
+        source: The tensor it was given.
+        result: The tensor it gave; the same one if it works in place.
+        used_before: How often the source had been used before.
+        used_then: How often it had been used right after.
+    """
+
+    module: nn.Module
+    source: int
+    result: int
+    used_before: int
+    used_then: int
+
+
+class _Recording(TorchFunctionMode):
+    """Records which module made which tensor, and how often every tensor is used.
+
+    Modules alone don't tell: what a convolution gives may also be added to something else, which no module sees.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.uses: Counter[int] = Counter()
+        self.steps: list[_Step] = []
+        self._before: list[int] = []
+        self._alive: list[Tensor] = []  # an id may be given again once its tensor is gone
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
+            tensors = {id(leaf): leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+            self._alive += tensors.values()
+            self.uses.update(tensors.keys())
+        return result
+
+    def enter(self, _: nn.Module, args: tuple[Any, ...]) -> None:
+        """A hook before the call of a module."""
+        self._before.append(self.uses[id(args[0])] if args else 0)
+
+    def leave(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+        """A hook after the call of a module."""
+        before = self._before.pop()
+        if len(args) == 1 and isinstance(args[0], Tensor) and isinstance(result, Tensor):
+            self._alive += [args[0], result]
+            self.steps.append(_Step(module, id(args[0]), id(result), before, self.uses[id(args[0])]))
+
+    def only_reader(self, module: nn.Module) -> nn.Module | None:
+        """The module that alone reads what a module gives, and reads nothing else; None if there is no such."""
+        readers = []
+        for place, made in enumerate(self.steps):
+            if made.module is module:
+                reader = next((step for step in self.steps[place + 1 :] if step.source == made.result), None)
+                if reader is None or reader.used_before:
+                    return None
+                # What is changed in place is read as it was by nobody after.
+                if reader.result != reader.source and self.uses[reader.source] != reader.used_then:
+                    return None
+                readers.append(reader.module)
+        if len(set(readers)) != 1 or [step.module for step in self.steps].count(readers[0]) != len(readers):
+            return None
+        return readers[0]
+
+
+def fold_norms(detector: Detector) -> None:
+    """Fold batch norms into the convolutions before them, and let these apply the activation that follows."""
+    hooked = {module for module in detector.modules() if module._forward_hooks or module._forward_pre_hooks}
+    sample = _sample(detector)
+    before = _pyramid(detector, sample)
+    recording = _Recording()
+    with contextlib.ExitStack() as stack:
+        for module in detector.modules():
+            if isinstance(module, (nn.Conv2d, *_BATCH_NORMS, *_ACTIVATIONS)):
+                stack.callback(module.register_forward_pre_hook(recording.enter).remove)
+                stack.callback(module.register_forward_hook(recording.leave).remove)
+        with recording:
+            detector(sample, resize=False, paste_masks=False)
+    for conv in [module for module in detector.modules() if type(module) in (nn.Conv2d, Conv2dSame)]:
+        _fold_one(detector, typing.cast(nn.Conv2d, conv), recording, hooked)
+    for stage in [module for module in detector.modules() if type(module) is nn.Sequential]:
+        for place, block in enumerate(stage):
+            if type(block) in (BasicBlock, Bottleneck) and is_plain(block) and hooked.isdisjoint(block.modules()):
+                stage[place] = ResidualBlock(block, own_input=place > 0 and type(stage[place - 1]) is ResidualBlock)
+    after = _pyramid(detector, sample)
+    for name, x in before.items():
+        if float((x - after[name]).abs().max()) > _TOLERANCE * float(x.abs().max()):
+            raise RuntimeError(
+                f"Folding the batch norms of {detector.config.backbone.name} changed the level {name}. Run the model "
+                "as it is, and please report it."
+            )
+
+
+def _fold_one(detector: Detector, conv: nn.Conv2d, recording: _Recording, hooked: set[nn.Module]) -> None:
+    follower: Any = None if conv in hooked else recording.only_reader(conv)
+    if isinstance(follower, _BATCH_NORMS) and follower not in hooked and follower.running_mean is not None:
+        activation = getattr(follower, "act", None) or nn.Identity()
+        _fold_norm(conv, follower)
+        replace_module(detector, follower, activation)
+        # An activation inside the norm is no step of its own.
+        follower = activation if hasattr(follower, "act") else recording.only_reader(follower)
+    if is_fusible(conv) and type(follower) in _ACTIVATIONS and follower not in hooked:
+        replace_module(detector, conv, ActivatedConv(conv, follower))
+        replace_module(detector, follower, nn.Identity())
+
+
+def _sample(detector: Detector) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    side = max(_SAMPLE_SIDE, detector.preprocess.divisor)
+    return [torch.rand(len(detector.config.preprocess.mean), side, side, generator=generator)]
+
+
+def _pyramid(detector: Detector, sample: list[Tensor]) -> Features:
+    return detector.features(detector.preprocess(sample, resize=False))
+
+
+def _fold_norm(conv: nn.Conv2d, norm: Any) -> None:
+    """Change weight and bias so that the convolution alone gives what the norm would make of it."""
+    mean, variance = norm.running_mean.double(), norm.running_var.double()
+    scale = (variance + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.double()
+    shift = -mean * scale if norm.bias is None else norm.bias.double() - mean * scale
+    if conv.bias is not None:
+        shift = shift + conv.bias.double() * scale
+    dtype = conv.weight.dtype
+    conv.weight = nn.Parameter((conv.weight.double() * scale[:, None, None, None]).to(dtype), requires_grad=False)
+    conv.bias = nn.Parameter(shift.to(dtype), requires_grad=False)
+
+
+def replace_module(detector: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put a module in the place of another, wherever that is registered."""
+    for parent in list(detector.modules()):
+        for name, child in parent.named_children():
+            if child is old:
+                setattr(parent, name, new)

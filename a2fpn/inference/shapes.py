@@ -1,0 +1,63 @@
+"""Outlines of objects and their colors, for pictures of every format.
+
+Shape shorthand: N objects. Points are x, y in image pixels.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import contourpy
+import numpy as np
+from numpy.typing import NDArray
+
+from a2fpn.masks.rle import decode_window
+
+if TYPE_CHECKING:
+    from a2fpn.masks.rle import Rle
+
+Ring = NDArray[np.float64]
+
+# Okabe and Ito's colors, which people with color blindness tell apart, then others in between.
+PALETTE = (
+    *("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#D55E00", "#CC79A7", "#0072B2"),
+    *("#AADD55", "#AA4499", "#44DDCC", "#BB5566", "#7788FF"),
+)
+
+
+def mask_rings(rle: Rle) -> list[Ring]:
+    """Border lines of a mask, holes and separate parts included, each (P, 2) and closed.
+
+    Example:
+        >>> from a2fpn.masks.rle import encode_masks
+        >>> (rle,) = encode_masks(np.ones((1, 2, 3)))
+        >>> [(ring.min(0).tolist(), ring.max(0).tolist()) for ring in mask_rings(rle)]
+        [([0.0, 0.0], [3.0, 2.0])]
+    """
+    window, (left, top, _, _) = decode_window(rle)
+    inside = np.pad(window, 1).astype(np.float32)
+    lines = contourpy.contour_generator(z=inside, line_type=contourpy.LineType.Separate).lines(0.5)
+    # From the centers of the padded window's pixels to image coordinates.
+    return [np.asarray(line) + (left - 0.5, top - 0.5) for line in lines]
+
+
+def smooth_points(ring: Ring) -> Ring:
+    """Points of a closed ring, the last one left out, with the steps between pixels smoothed a little.
+
+    A single pixel stays as it is: it would lose half its sides.
+    """
+    points = ring[:-1]
+    return points if len(points) <= 4 else (np.roll(points, 1, axis=0) + 2 * points + np.roll(points, -1, axis=0)) / 4
+
+
+def neighbor_colors(boxes: NDArray[np.floating]) -> list[int]:
+    """A number of the palette for each box xyxy, (N, 4), that none of the nearest boxes before it has."""
+    centers = (boxes[:, :2] + boxes[:, 2:]) / 2
+    chosen = np.zeros(len(boxes), dtype=np.int64)
+    for row in range(len(boxes)):
+        nearest = np.argsort(np.square(centers[:row] - centers[row]).sum(1))[: len(PALETTE) - 1]
+        uses = np.bincount(chosen[:row], minlength=len(PALETTE))
+        uses[chosen[nearest]] += len(boxes)
+        chosen[row] = uses.argmin()
+    numbers: list[int] = chosen.tolist()
+    return numbers
