@@ -14,10 +14,12 @@ from torch import Tensor
 
 from a2fpn._atomic import sync, write_text
 from a2fpn.errors import CheckpointError, ConfigError, MissingFileError, RunError
+from a2fpn.training.config import TrainConfig
 from a2fpn.training.generations import (
     NAMES,
     STATE_FOLDER,
     Generation,
+    OldFormatError,
     Record,
     read_generation,
     read_generations,
@@ -28,7 +30,7 @@ from a2fpn.training.generations import (
     write_generation,
 )
 from a2fpn.training.lock import LOCK_FILE, RunLock
-from a2fpn.training.state import CONFIG_FILE, LOG_FILE, METRICS_FILE, RunState
+from a2fpn.training.state import CONFIG_FILE, LOG_FILE, METRICS_FILE, RunState, write_config
 
 START_ANEW = "Start a new run in another run.output."
 ASIDE = ".aside"
@@ -129,15 +131,24 @@ class RunFolder:
             self._refuse(*NAMES, METRICS_FILE)
         self._whole, self._damaged = read_generations(own)
         if (start / STATE_FOLDER).exists():
-            return read_generation(start)
+            try:
+                return read_generation(start)
+            except OldFormatError:
+                raise
+            except CheckpointError as error:
+                raise CheckpointError(f"{error} run.resume=auto goes on from the newest whole checkpoint.") from error
         whole, damaged = (self._whole, self._damaged) if start == own else read_generations(start)
         self.notes += damaged.values()
+        self.notes += [
+            f"{generation.folder} has other metadata in its config.json than when it was written."
+            for generation in whole.values()
+            if generation.edited
+        ]
         if whole:
-            newest = max(whole.values(), key=lambda generation: generation.state.step)
+            newest = next(iter(whole.values()))  # by age, not by step: a run may have gone back behind its best
             if damaged:
-                self.notes.append(
-                    f"Going on from {newest.folder.name} (step {newest.state.step}), the newest whole one."
-                )
+                place = f"{newest.folder.name} (step {newest.state.step})"
+                self.notes.append(f"Going on from {place}, the newest whole checkpoint.")
             return newest
         if damaged:
             raise CheckpointError(f"No checkpoint of {start} is whole: {' '.join(damaged.values())} {START_ANEW}")
@@ -169,17 +180,15 @@ class RunFolder:
 
     def _settle_best(self, source: Generation, state: RunState) -> None:
         folder, best = self.output / "best", self._whole.get("best")
-        if best is not None and best.edited:
-            self.notes.append(f"{folder} got other metadata since it was written.")
         if best is not None and (best.state.step, best.state.value) == (state.best_step, state.best):
             return
-        if state.value is not None and state.best_step == state.step:
-            self._share(source.folder)
+        if state.value is not None and state.best_step == state.step and (not best or best.state.step <= state.step):
+            self._share(source)
             return
         if best is not None and best.state.value is not None:
-            # Of steps that are to be made again: it stays until they, too, are as good.
+            # Of steps that are to be made again, or of a way that the run did not go on: never lost for a worse one.
             state.best, state.best_epoch, state.best_step = best.state.value, best.state.epoch, best.state.step
-            self.notes.append(f"best is of step {state.best_step}, which this start goes back behind; it stays.")
+            self.notes.append(f"{folder} is of step {state.best_step}; it stays until another is as good.")
             return
         if os.path.lexists(folder):
             self._set_aside("best")
@@ -189,8 +198,17 @@ class RunFolder:
         state.forget_best()
         if state.value is not None:
             state.best, state.best_epoch, state.best_step = state.value, state.epoch, state.step
-            self._share(source.folder)
+            self._share(source)
             self.notes.append(f"The one of epoch {state.epoch} takes its place.")
+
+    def write_config(self, config: TrainConfig) -> None:
+        """Write ``config.yaml``.
+
+        Raises:
+            CheckpointWriteError: If the folder can't be written to.
+        """
+        with self._writing():
+            write_config(config, self.output)
 
     def forget_best(self, state: RunState) -> None:
         """Put ``best`` aside: what follows can't be compared with it."""
@@ -205,17 +223,21 @@ class RunFolder:
         That is one after which a step succeeded. A ``last`` that holds the very weights that failed is put aside, if
         there is one before it.
         """
-        last, previous = self._steps.get("last"), self._steps.get("previous")
-        if last is None:
-            return "There is no checkpoint before it."
-        if last < step:
-            return f"The last good checkpoint is {self.output / 'last'} (step {last})."
-        if previous is None:
-            return f"The only checkpoint, {self.output / 'last'}, holds the weights that failed."
+        good = max(
+            (name for name in self._steps if self._steps[name] < step), key=self._steps.__getitem__, default=None
+        )
+        failed = next((name for name in NAMES if self._steps.get(name) == step), None)
+        if good is None:
+            if failed is None:
+                return "There is no checkpoint before it."
+            return f"The only checkpoint, {self.output / failed}, holds the weights that failed."
+        found = f"The last good checkpoint is {self.output / good} (step {self._steps[good]})"
+        if failed != "last":
+            return f"{found}."
         aside = self._set_aside("last")
         return (
-            f"The last good checkpoint is {self.output / 'previous'} (step {previous}), from which run.resume=auto "
-            f"goes on; the one of step {last} holds the weights that failed and is kept as {aside.name}."
+            f"{found}, from which run.resume=auto goes on; the one of step {step} holds the weights that failed and is "
+            f"kept as {aside.name}."
         )
 
     def _set_aside(self, name: str) -> Path:
@@ -262,15 +284,16 @@ class RunFolder:
             self._written = self._steps["last"] = step
             write_text(self.output / METRICS_FILE, content.metrics)
             if best:
-                self._share(last)
+                self._share(Generation(last, content.record))
 
-    def _share(self, source: Path) -> None:
+    def _share(self, source: Generation) -> None:
         """Make a generation the best one."""
         partial = self._hidden("best", "partial")
         remove(partial)
-        share_files(source, partial)
+        share_files(source.folder, partial)
         sync_folder(partial)
         self._put(partial, "best")
+        self._steps["best"] = source.state.step
 
     def _put(self, folder: Path, name: str) -> None:
         """Give a folder the name of another, which is removed."""

@@ -34,7 +34,8 @@ def total_norm(tensors: Iterable[Tensor]) -> Tensor:
     if not found:
         return torch.zeros(())
     norms: list[Tensor] = torch._foreach_norm(found)
-    return torch.linalg.vector_norm(torch.stack([x.float() for x in norms]), dtype=torch.float32)
+    same = {"device": found[0].device, "dtype": torch.float32}
+    return torch.linalg.vector_norm(torch.stack([x.to(**same) for x in norms]))
 
 
 def check_before_saving(

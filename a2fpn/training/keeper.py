@@ -27,7 +27,7 @@ from a2fpn.training.monitor import LossWindow, get_logger, plot_metrics
 from a2fpn.training.processes import gather_number, on_main
 from a2fpn.training.restore import load_generation, optimizer_tensors
 from a2fpn.training.sources import TrainingSet, credits_of
-from a2fpn.training.state import Plan, RunState, as_plain, code_version, read_metrics, write_config
+from a2fpn.training.state import Plan, RunState, as_plain, code_version, read_metrics
 
 logger = get_logger(__name__)
 
@@ -158,7 +158,7 @@ class Keeper:
             self.notes.append("What is evaluated, or how, has changed: the best checkpoint is looked for anew.")
             self._folder.forget_best(state)
         state.judged_by = judges
-        write_config(self._config, self._output)
+        self._folder.write_config(self._config)
         return state
 
     def last_good(self) -> str:

@@ -116,7 +116,10 @@ class RunLock:
             "since": datetime.now().isoformat(timespec="seconds"),
             "beat": 0,
         }
-        _write(file, self._owner)
+        try:
+            _write(file, self._owner)
+        except OSError as error:  # which knows no name
+            raise OSError(error.errno, error.strerror, str(self._folder / LOCK_FILE)) from error
 
     def _watch(self, file: int, beat: float) -> None:
         """Wait for a sign of life of an owner that this machine knows nothing of.

@@ -98,6 +98,7 @@ class Plan:
             for epoch in range(run.epochs):
                 self._starts.append(self._starts[-1] + feed.steps(epoch))
         self.total_steps = run.max_steps or self._starts[-1]
+        self._epochs = run.epochs if not run.max_steps else 0  # to be counted
 
     def enter(self, state: RunState) -> None:
         """Put the place within an epoch of other length where as large a share of it is done."""
@@ -120,13 +121,13 @@ class Plan:
 
     def epochs(self, state: RunState) -> int:
         """Epochs of the run, the last of which may be cut short by ``max_steps``."""
-        if not self._run.max_steps:
-            return self._run.epochs
-        epoch, done = state.epoch, state.step - state.step_in_epoch
-        while done < self.total_steps:
-            done += self._feed.steps(epoch)
-            epoch += 1
-        return max(epoch, 1)
+        if not self._epochs:
+            epoch, done = state.epoch, state.step - state.step_in_epoch
+            while done < self.total_steps or not epoch:
+                done += self._feed.steps(epoch)
+                epoch += 1
+            self._epochs = epoch
+        return self._epochs
 
 
 def write_config(config: TrainConfig, output: Path) -> None:

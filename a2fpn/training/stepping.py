@@ -89,7 +89,7 @@ class Stepper:
             ids = [image_id for (_, targets), _ in parts for image_id in _ids(targets)]
             bad.append((f"The gradient is not finite in step {step + 1} (norm {norm}, finite losses)", ids))
         problem = self._described(bad)
-        if problem is None:
+        if problem is None or accelerator.scaler is not None:  # fp16's scaling steps over such a gradient itself
             self._optimizer.step()
         for x, value in before if problem else ():
             x.copy_(value)

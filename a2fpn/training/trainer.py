@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import time
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from a2fpn.data import CocoDataset
 from a2fpn.errors import ConfigError, RunError
 from a2fpn.training.config import TrainConfig
 from a2fpn.training.feed import Batch, Feed
+from a2fpn.training.folder import CheckpointWriteError
 from a2fpn.training.health import (
     MOST_SKIPPED,
     NonFiniteLossError,
@@ -46,6 +48,7 @@ from a2fpn.training.stepping import Stepper
 from a2fpn.training.validate import Validator
 
 logger = get_logger(__name__)
+_FULL = {getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EFBIG")}
 
 
 class LoaderError(RunError):
@@ -169,6 +172,13 @@ class Trainer:
                     raise LoaderError(
                         f"{str(error).splitlines()[0].rstrip('. ')}. If memory ran out, lower data.workers or "
                         "data.batch_size; run.resume=auto continues from the last checkpoint."
+                    ) from error
+                except OSError as error:
+                    if error.filename is not None or error.errno not in _FULL:
+                        raise
+                    raise CheckpointWriteError(
+                        f"The disk of {self.output} is full ({error.strerror}); run.resume=auto continues from the "
+                        "last checkpoint."
                     ) from error
                 if not self._done():
                     logger.info("Stopping early: no better %s in %d evaluations.", self.metrics[0], run.patience)
