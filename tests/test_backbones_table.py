@@ -334,6 +334,7 @@ def test_a_member_of_each_kind_does_what_it_declares(name: str) -> None:
     assert sweep._fault(find_backbone_info(name), train=False) is None
 
 
+@pytest.mark.slow  # KINDS above has a member of each kind, test_backbones.py trains some
 @same_timm
 @pytest.mark.parametrize("name", smallest_of_families())
 def test_a_small_member_of_each_family_trains(name: str) -> None:

@@ -28,6 +28,7 @@ SETTINGS = ["run.epochs=4", "run.evaluate_every=2", "run.checkpoint_every=1", "r
 GENERATIONS = ("last", "previous", "best")
 KINDS = {".json", ".jsonl", ".safetensors", "", ".yaml", ".log", ".png", ".0", ".lock"}
 SETTINGS += ["data.transforms.color_jitter=0.5", "data.transforms.crop_size=60", "run.pictures=0", "run.val_loss=true"]
+SETTINGS += ["model.name=maskrcnn_a2fpn"]
 
 
 @pytest.fixture(scope="module")
