@@ -127,7 +127,7 @@ def test_a_longer_run_goes_on_and_one_that_is_long_enough_says_that_nothing_is_l
     assert "No evaluation was made; the last checkpoint is" in capsys.readouterr().out
     code, rates, log = again("run.epochs=4")
     assert code == 0
-    assert rates == pytest.approx([1e-4, 1e-4])
+    assert rates == pytest.approx([1e-4, 1e-5])
     assert "run.epochs: 6 -> 4, from step 7 on" in log
 
 
@@ -176,7 +176,7 @@ def test_a_moving_average_begins_and_ends_on_the_way(again, tmp_path):
     assert code == 0
     assert not read_generation(last).averages
     ours = read_generation(last).evaluated()
-    assert all(torch.allclose(ours[name], value) for name, value in trained.items() if "running" not in name)
+    assert all(torch.allclose(ours[name], value) for name, value in trained.items() if value.is_floating_point())
 
 
 def one_category_more(root: Path) -> None:

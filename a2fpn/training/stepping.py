@@ -119,8 +119,8 @@ class Stepper:
 
     @torch.no_grad()
     def _statistics(self) -> list[tuple[Tensor, Tensor]]:
-        """Buffers that a forward pass changes, and what they hold."""
-        return [(x, x.clone()) for x in self._model.buffers() if x.is_floating_point()]
+        """Buffers, which a forward pass may change, and what they hold."""
+        return [(x, x.clone()) for x in self._model.buffers()]
 
 
 def _ids(targets: Sequence[Mapping[str, Any]]) -> list[int]:
