@@ -198,3 +198,22 @@ def test_a_killed_process_brings_the_job_down_which_restarts_and_resumes(folder,
     assert f"exitcode: {-signal.SIGKILL}" in output
     assert "Continuing after step" in output
     assert_same(folder / "killed", whole)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
+    """Half of its epochs are done; no epoch is lost, and the schedule goes on where it was."""
+    arguments = [*tiny_run(tmp_path), *SETTINGS, "run.checkpoint_every=0", "run.epochs=4", "run.evaluate_every=4"]
+    process = launch(1, arguments)
+    wait_for_step(tmp_path / "run", process, 4)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    before = [record["epoch"] for record in metrics(tmp_path / "run")]
+    output = finish(launch(2, arguments))
+    assert "Images per step: 1 -> 2." in output
+    records = metrics(tmp_path / "run")
+    assert [record["epoch"] for record in records] == [1, 2, 3, 4]
+    assert len(before) < 4
+    assert f"{before[-1]} of 4 epochs" in output
+    first = records[before[-1] - 1]["step"]
+    assert [record["step"] for record in records[before[-1] :]] == [first + 2 * n for n in range(1, 5 - before[-1])]

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from a2fpn.inference import Predictor
 from a2fpn.training.feed import SeededSamples
 from a2fpn.training.generations import read_generation
 from a2fpn.training.trainer import Trainer
@@ -176,6 +177,51 @@ def wait_for(process: Process, text: str) -> None:
             return
         assert process.wait(0.1) is None, process.log.read_text()
     raise AssertionError(f"{text!r} is not in {process.log.read_text()}")
+
+
+def slow_evaluation() -> None:
+    """Gives a test the time to strike within an evaluation."""
+    original = Predictor.predict
+    Predictor.predict = lambda *arguments: (time.sleep(0.7), original(*arguments))[1]
+
+
+@pytest.mark.parametrize("group", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["group", "main"])
+def test_a_signal_while_an_epoch_is_evaluated_loses_nothing_of_it(folder, whole, group):
+    """Sent to the whole group, loader processes included, or to the main process alone."""
+    name = f"evaluating{group}"
+    process = Process(arguments(folder, name, "data.workers=1"), folder / f"{name}.log", slow_evaluation)
+    wait_for_pending(process, folder / name)
+    time.sleep(0.5)
+    main = psutil.Process(process.pid)
+    for one in [main, *main.children(recursive=True)] if group else [main]:
+        one.send_signal(signal.SIGTERM)
+    assert process.wait() == 128 + signal.SIGTERM
+    assert (
+        "stopped while evaluating epoch 2, which is saved; run.resume=auto" in process.log.read_text().splitlines()[-1]
+    )
+    assert read_generation(folder / name / "last").state.step == 4
+    finish(folder, name, whole)
+
+
+def wait_for_pending(process: Process, output: Path) -> None:
+    """Returns when an epoch is saved that is not yet evaluated."""
+    path = output / "last" / "training_state" / "state.json"
+    for _ in range(1200):
+        if path.exists() and json.loads(path.read_text())["state"]["pending"]:
+            return
+        assert process.wait(0.05) is None, process.log.read_text()
+    raise AssertionError(process.log.read_text())
+
+
+def test_the_same_command_twice_at_once(folder, whole):
+    """The second is refused, and the first goes on."""
+    first = Process(arguments(folder, "twice"), folder / "twice.log", functools.partial(slow_steps, 0.3))
+    wait_for(first, "step 1 ")
+    second = Process(arguments(folder, "twice"), folder / "second.log")
+    assert second.wait() == 2
+    assert f"being written to by process {first.pid} on " in second.log.read_text().splitlines()[-1]
+    assert first.wait() == 0
+    assert_same_run(folder / "twice", whole)
 
 
 def test_a_second_interrupt_does_not_wait(folder):
