@@ -277,7 +277,7 @@ class RunFolder:
                     trained=content.trained,
                 )
             sync_folder(partial)
-            if not same_weights and last.exists():
+            if last.exists() and self._steps.get("last") != step:  # else the one before would be of the same step
                 self._put(last, "previous")
                 self._steps["previous"] = self._steps.get("last", 0)
             self._put(partial, "last")
