@@ -232,6 +232,7 @@ def main(
     quick: measure.Quick = False,
     threads: measure.Threads = 0,
     profile: Annotated[bool, typer.Option(help="Print where the time goes, part by part.")] = False,
+    memory: Annotated[bool, typer.Option(help="Measure the peak memory of all sides, not of the first alone.")] = True,
     only: Annotated[str | None, typer.Option(help="One of the sizes, such as 480x640.")] = None,
     output: Annotated[Path | None, typer.Option(help="JSON file whose figures of these sizes are replaced.")] = None,
 ) -> None:
@@ -245,14 +246,16 @@ def main(
         if only not in (None, name):
             continue
         with tempfile.TemporaryDirectory() as folder:
-            rows = _report(size, sides, Path(folder, "weights.pt"), rounds, profile)
+            rows = _report(size, sides, Path(folder, "weights.pt"), rounds, profile, memory and not quick)
         here = {"capability": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
         document[name] = {**circumstances(torch.device("cpu")), **here, "rounds": rounds, "rows": rows}
     if output:
         output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
-def _report(size: Size, sides: Sequence[str], weights: Path, rounds: int, profile: bool) -> list[dict[str, Any]]:
+def _report(
+    size: Size, sides: Sequence[str], weights: Path, rounds: int, profile: bool, every_memory: bool
+) -> list[dict[str, Any]]:
     threshold = save_weights(size, weights)
     calls = {side: prepare(side, size, weights, threshold) for side in sides}
     title = f"Mask R-CNN, ResNet-50, {size[0]}x{size[1]}, one image"
@@ -262,7 +265,7 @@ def _report(size: Size, sides: Sequence[str], weights: Path, rounds: int, profil
         text = (resemblance if side == BF16 else compare)(reference, ours)
         measure.console().print(f"{title}, {side.removesuffix(', RLE')}: {text}")
     timings = measure.time_interleaved(calls, rounds=rounds, title=title)
-    memory = measure.peak_memories(prepare, sides, size, weights, threshold, quick=size not in TARGETS)
+    memory = measure.peak_memories(prepare, sides, size, weights, threshold, quick=not every_memory)
     targets = {FPN: 1.0, OPTIMIZED_RLE: TARGETS.get(size), BF16: BF16_TARGET}
     rows, recorded = [], []
     for side in sides:

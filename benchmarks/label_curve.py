@@ -40,7 +40,7 @@ from a2fpn.training.state import code_version
 from benchmarks import _measure as measure
 
 Side = Literal["a2fpn", "torchvision"]
-MIN_SIZE, MAX_SIZE, CROP = 384, 640, 384
+SIZES, QUICK_SIZES = (384, 640), (64, 96)  # short and long side of images, pixels; crops are squares of the short one
 ANCHORS = [[8], [16], [32], [64], [128]]
 PROPOSALS, DETECTIONS, SAMPLES = 1000, 300, 256
 RATE, DECAY, WARMUP, CLIP = 5e-4, 0.05, 20, 5.0
@@ -59,6 +59,7 @@ def main(
     records: Annotated[Path, typer.Option(help="File that gets the result as a line.")] = Path("label_curve.jsonl"),
     report: Annotated[bool, typer.Option("--report", help="Show the records instead of training.")] = False,
     picture: Annotated[Path | None, typer.Option(help="With --report: picture of the curve.")] = None,
+    quick: measure.Quick = False,
 ) -> None:
     """Train and evaluate one model, or report."""
     torch.set_num_threads(1)
@@ -73,10 +74,11 @@ def main(
     training, validation = (data / "annotations" / f"instances_{part}.json" for part in ("train", "val"))
     part = subset_coco(training, number=images, seed=seed) if images else load_coco(training)
     truth = CocoDataset(data / "images", validation)
+    sizes, steps = (QUICK_SIZES, 2) if quick else (SIZES, steps)
     torch.manual_seed(seed)
-    model = build(side, len(truth.categories), backbone_weights).to(device)
-    prepare = build("a2fpn", len(truth.categories), None).preprocess
-    samples = CocoDataset(data / "images", part, transforms=augmentation(prepare.target_size))
+    model = build(side, len(truth.categories), backbone_weights, sizes).to(device)
+    prepare = build("a2fpn", len(truth.categories), None, sizes).preprocess
+    samples = CocoDataset(data / "images", part, transforms=augmentation(prepare.target_size, sizes[0]))
     start = time.perf_counter()
     loss = train(model, side, samples, steps=steps, batch=batch, seed=seed, workers=workers, device=device)
     seconds = time.perf_counter() - start
@@ -104,13 +106,13 @@ def main(
     print(json.dumps(record))
 
 
-def augmentation(target_size: Callable[..., tuple[int, int]]) -> Callable[..., Any]:
+def augmentation(target_size: Callable[..., tuple[int, int]], crop: int) -> Callable[..., Any]:
     """Return the augmentation of both sides: few images, so a strong one."""
     options: dict[str, Any] = {"scale_range": (0.6, 1.5), "horizontal_flip": 0.5, "vertical_flip": 0.5}
-    return train_transforms(target_size, crop_size=CROP, rotate90=0.75, color_jitter=0.3, **options)
+    return train_transforms(target_size, crop_size=crop, rotate90=0.75, color_jitter=0.3, **options)
 
 
-def build(side: Side, classes: int, weights: Path | None) -> Any:
+def build(side: Side, classes: int, weights: Path | None, sizes: tuple[int, int]) -> Any:
     """Make a model with the limits that both share."""
     limits = {f"rpn_{kind}_nms_top_n_{phase}": PROPOSALS for kind in ("pre", "post") for phase in ("train", "test")}
     ours = a2fpn.create_model(
@@ -118,8 +120,8 @@ def build(side: Side, classes: int, weights: Path | None) -> Any:
         num_classes=classes,
         backbone_weights=weights,
         norm="bn",
-        min_size=MIN_SIZE,
-        max_size=MAX_SIZE,
+        min_size=sizes[0],
+        max_size=sizes[1],
         anchor_sizes=ANCHORS,
         detections_per_image=DETECTIONS,
         box_batch_size=SAMPLES,
@@ -134,8 +136,8 @@ def build(side: Side, classes: int, weights: Path | None) -> Any:
     return MaskRCNN(
         features,
         classes + 1,
-        min_size=MIN_SIZE,
-        max_size=MAX_SIZE,
+        min_size=sizes[0],
+        max_size=sizes[1],
         image_mean=list(ours.config.preprocess.mean),
         image_std=list(ours.config.preprocess.std),
         rpn_anchor_generator=AnchorGenerator(tuple(map(tuple, ANCHORS)), (ratios,) * len(ANCHORS)),
@@ -239,8 +241,8 @@ def predict(model: Any, side: Side, truth: CocoDataset, device: str) -> Iterable
             continue
         with torch.inference_mode():
             (found,) = model([image.as_subclass(Tensor).to(device).float() / 255])
-        boxes = found["boxes"].cpu()
-        boxes[:, 2:] -= boxes[:, :2]
+        corners = found["boxes"].cpu()
+        boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1)
         rles = encode_masks((found["masks"][:, 0] > 0.5).cpu().numpy())
         rows = zip(boxes.tolist(), found["scores"].tolist(), found["labels"].tolist(), rles, strict=True)
         for box, score, label, rle in rows:

@@ -201,11 +201,11 @@ def _sizes(look: Look, machine: Machine) -> Iterator[Choice]:
     reason += f"{4 * _CELLS}"
     if factor > wanted:
         reason += "; smaller images would take less time, but show less"
-    elif factor < wanted:
+    elif factor < 0.9 * wanted:
         limit = "three times the image's size" if factor == _ENLARGED else f"what {machine.name} does in time"
         reason += f"; this is {limit}"
     yield Choice("model.overrides.min_size", min_size, reason)
-    yield Choice("model.overrides.max_size", max_size, "the long side of most images at that size, and no more")
+    yield Choice("model.overrides.max_size", max_size, "room for the long sides of images at that size")
     if max_size > machine.crop:
         reason = f"training on parts of {machine.crop} pixels takes the same time however large images are"
         yield Choice("data.transforms.crop_size", machine.crop, reason)
