@@ -176,7 +176,8 @@ def test_a_moving_average_begins_and_ends_on_the_way(again, tmp_path):
     assert code == 0
     assert not read_generation(last).averages
     ours = read_generation(last).evaluated()
-    assert all(torch.allclose(ours[name], value) for name, value in trained.items() if value.is_floating_point())
+    kept = [name for name in trained if not name.endswith(("running_mean", "running_var", "num_batches_tracked"))]
+    assert all(torch.allclose(ours[name], trained[name]) for name in kept)
 
 
 def one_category_more(root: Path) -> None:
@@ -190,11 +191,11 @@ def one_category_more(root: Path) -> None:
     ("change", "message"),
     [
         (
-            "model.overrides.neck=fpn",
-            "model.overrides.neck was None in {last} and can't become 'fpn' in the same run",
+            "model.overrides.neck=pafpn",
+            "model.overrides.neck was None in {last} and can't become 'pafpn' in the same run",
         ),
         ("model.overrides.neck_args.out_channels=32", "neck_args.out_channels was 16 in {last} and can't become 32"),
-        ("model.name=fasterrcnn_a2fpn", "model.name was 'maskrcnn_a2fpn' in {last} and can't become"),
+        ("model.name=fasterrcnn_fpn", "model.name was 'maskrcnn_fpn' in {last} and can't become"),
         ("model.pretrained=true", "model.pretrained was False in {last} and can't become True"),
         ("optim.name=sgd", "another run from these weights: model.name=local-dir:{last} model.pretrained=true"),
         (

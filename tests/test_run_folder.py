@@ -161,7 +161,7 @@ def test_metadata_that_was_added_is_no_damage(run):
     add_metadata(run / "best", count_threshold=0.4)
     folder, _ = opened(run)
     folder.close()
-    assert f"{run / 'best'} got other metadata since it was written." in folder.notes
+    assert f"{run / 'best'} has other metadata in its config.json than when it was written." in folder.notes
     assert json.loads((run / "best" / "config.json").read_text())["metadata"]["count_threshold"] == 0.4
 
 

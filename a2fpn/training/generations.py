@@ -158,7 +158,7 @@ def read_generations(run: Path) -> tuple[dict[str, Generation], dict[str, str]]:
 def _read_sums(folder: Path) -> dict[str, str]:
     path = folder / SUMS_FILE
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except FileNotFoundError:
         files = {file.suffix for file in (folder / STATE_FOLDER).glob("*")}
         if files & {".bin", ".pkl", ".pt"}:
