@@ -436,7 +436,7 @@ def test_a_streamed_run_is_cut_off_and_ends_as_if_nothing_had_happened(kind, arg
     source = (tmp_path / "train" / "images", tmp_path / "train" / "annotations.json")
     if kind == "shards":
         write_shards(*source, tmp_path / "shards", samples_per_shard=2)
-        stream = [f"data.stream.shards={tmp_path / 'shards'}"]
+        stream = [f"data.stream.shards={tmp_path / 'shards'}", "model.name=maskrcnn_a2fpn"]
     else:
         datasets = pytest.importorskip("datasets", reason="pip install datasets")
         from tests.test_streams import features, rows  # a module that is skipped without datasets

@@ -127,8 +127,8 @@ def _valid_maps(
     sizes = [[level_size(size, stride) for size in image_sizes] for stride in strides]
     if all(h >= x.shape[-2] and w >= x.shape[-1] for x, own in zip(maps, sizes, strict=True) for h, w in own):
         return [None] * len(maps)
-    # One copy for all levels, for which an accelerator's host does not wait.
-    on_device = torch.tensor(sizes).to(maps[0].device, non_blocking=True)
+    # One copy for all levels, for which a GPU's host does not wait.
+    on_device = torch.tensor(sizes, pin_memory=maps[0].is_cuda).to(maps[0].device, non_blocking=True)
     return [_valid_map(x.shape[-2], x.shape[-1], own) for x, own in zip(maps, on_device, strict=True)]
 
 
