@@ -33,9 +33,9 @@ def total_norm(tensors: Iterable[Tensor]) -> Tensor:
     found = [x.detach() for x in tensors if x.is_floating_point()]
     if not found:
         return torch.zeros(())
-    norms: list[Tensor] = torch._foreach_norm(found)
-    same = {"device": found[0].device, "dtype": torch.float32}
-    return torch.linalg.vector_norm(torch.stack([x.to(**same) for x in norms]))
+    norms = [x.to(found[0].device, torch.float32) for x in torch._foreach_norm(found)]
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return norm
 
 
 def check_before_saving(
