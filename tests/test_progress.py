@@ -43,7 +43,7 @@ def text(board: RunBoard, current: dict[str, float] | None = None) -> str:
 
 
 def test_the_table_shows_losses_and_ap_and_marks_the_best_epoch() -> None:
-    board = RunBoard(False, epochs=4, total_steps=40)
+    board = RunBoard(False, total_steps=40)
     board.add(record(1, 0.25), best=True)
     board.add(record(2, None), best=False)
     lines = text(board, record(3, None)).splitlines()
@@ -56,7 +56,7 @@ def test_the_table_shows_losses_and_ap_and_marks_the_best_epoch() -> None:
 
 
 def test_a_long_run_shows_its_last_epochs_and_many_losses_their_sum() -> None:
-    board = RunBoard(False, epochs=20, total_steps=40)
+    board = RunBoard(False, total_steps=40)
     for epoch in range(1, 12):
         board.add({**record(epoch, 0.1), **{f"train/loss_{i}": 0.1 for i in range(6)}}, best=epoch == 1)
     lines = text(board).splitlines()
@@ -67,7 +67,7 @@ def test_a_long_run_shows_its_last_epochs_and_many_losses_their_sum() -> None:
 def test_the_time_that_is_left_counts_what_this_process_did(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
-    board = RunBoard(False, epochs=4, total_steps=40, step=20)
+    board = RunBoard(False, total_steps=40, place=20)
     assert board.remaining(20) is None
     now[0] += 50
     assert board.remaining(30) == 50
@@ -83,11 +83,11 @@ def test_a_terminal_gets_the_table_and_a_file_gets_lines(
     for stream, level in ((Terminal(), logging.DEBUG), (io.StringIO(), logging.INFO)):
         monkeypatch.setattr(sys, "stderr", stream)
         caplog.clear()
-        board = RunBoard(True, epochs=2, total_steps=10)
+        board = RunBoard(True, total_steps=10)
         board.add(record(1, 0.25), best=True)
-        with caplog.at_level(logging.DEBUG, "a2fpn"), board.training(1, 5) as line:
+        with caplog.at_level(logging.DEBUG, "a2fpn"), board.training(1, 2, 5) as line:
             line.advance()
-            line.show(6, LOSSES, 1e-3, SPEED)
+            line.show(6, 6, LOSSES, 1e-3, SPEED)
         written = stream.getvalue()
         assert ("mask AP" in written) == isinstance(stream, Terminal)
         assert ("1/5" in written) == isinstance(stream, Terminal)
@@ -100,7 +100,7 @@ def test_a_terminal_gets_the_table_and_a_file_gets_lines(
 def test_nothing_is_drawn_where_it_is_not_to_be_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = Terminal()
     monkeypatch.setattr(sys, "stderr", stream)
-    with RunBoard(False, epochs=1, total_steps=5).training(0, 5) as line:
+    with RunBoard(False, total_steps=5).training(0, 1, 5) as line:
         line.advance()
     with progress_bar(quiet=True) as progress:
         list(progress.track(range(3), description="working"))

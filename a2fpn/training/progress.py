@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -77,26 +78,26 @@ class RunBoard:
 
     Args:
         shown: Whether it is shown; on the main process alone.
-        epochs: Of the run.
         total_steps: Of the run.
-        step: Step that the run begins or continues after.
+        place: Steps of these that are done already.
     """
 
-    def __init__(self, shown: bool, *, epochs: int, total_steps: int, step: int = 0) -> None:
+    def __init__(self, shown: bool, *, total_steps: int, place: int = 0) -> None:
         self.shown = shown
-        self._epochs, self._total_steps = epochs, total_steps
-        self._began, self._first_step = time.perf_counter(), step
+        self._total_steps = total_steps
+        self._began, self._first_place = time.perf_counter(), place
         self._records: list[tuple[Mapping[str, Any], bool]] = []
 
-    def training(self, epoch: int, total: int, *, done: int = 0) -> EpochLine:
+    def training(self, epoch: int, epochs: int, total: int, *, done: int = 0) -> EpochLine:
         """Follow the training of an epoch.
 
         Args:
             epoch: Its number, from 0.
+            epochs: Number of epochs.
             total: Number of its steps.
             done: Steps of it that are behind already.
         """
-        return EpochLine(f"Epoch {epoch + 1}/{self._epochs}", total, self, done=done)
+        return EpochLine(f"Epoch {epoch + 1}/{epochs}", total, self, done=done)
 
     def add(self, record: Mapping[str, Any], *, best: bool) -> None:
         """Add the record of a finished epoch.
@@ -109,12 +110,12 @@ class RunBoard:
             self._records = [(old, False) for old, _ in self._records]
         self._records.append((record, best))
 
-    def remaining(self, step: int) -> float | None:
+    def remaining(self, place: int) -> float | None:
         """Seconds that are left, evaluations included, as they have been since this process began; None at first."""
-        done = step - self._first_step
+        done = place - self._first_place
         if done < 1:
             return None
-        return (time.perf_counter() - self._began) / done * (self._total_steps - step)
+        return (time.perf_counter() - self._began) / done * (self._total_steps - place)
 
     def table(self, current: Mapping[str, Any] | None = None) -> Table:
         """The last epochs, and the current one.
@@ -154,16 +155,17 @@ class EpochLine(ProgressLine):
         self._epoch = int(title.split()[1].partition("/")[0])
         self._draw(None)
 
-    def show(self, step: int, losses: Mapping[str, float], lr: float, throughput: Throughput) -> None:
+    def show(self, step: int, place: int, losses: Mapping[str, float], lr: float, throughput: Throughput) -> None:
         """Show the state of the training.
 
         Args:
-            step: Of the run.
+            step: Of the optimizer.
+            place: Steps of the run that are done.
             losses: Means since the last time.
             lr: Learning rate.
             throughput: Since the last time.
         """
-        left = self._board.remaining(step)
+        left = self._board.remaining(place)
         rest = f"  {duration(left)} left" if left else ""
         info = f"lr {lr:.2e}  {throughput}{rest}"
         logger.log(
@@ -171,7 +173,7 @@ class EpochLine(ProgressLine):
             "%s  step %d  loss %.4f  %s",
             self._title,
             step,
-            losses["loss"],
+            losses.get("loss", math.nan),
             info,
         )
         if self._bar:
