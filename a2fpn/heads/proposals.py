@@ -81,7 +81,8 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
         if device.runs_ahead(images.tensors) and not device.is_traced():
             return join_rois(self.forward_at_once(images, features)[0])
         maps = list(features.values())
-        return self._in_one_table(*self.head(maps), self.anchor_generator.picker(images, maps), images)
+        objectness, deltas = self.head(maps)
+        return self._in_one_table(objectness, deltas, self.anchor_generator.picker(images, maps), images)
 
     def _in_one_table(
         self,
