@@ -46,7 +46,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     ),
     "masks": ({"device", "errors"}, {"numpy", "pycocotools", "torch", "torchvision"}),
     "preprocess": ({"device", "errors", "config", "masks"}, {"torch"}),
-    "heads": ({"device", "errors", "layers", "masks", "pyramid"}, {"torch", "torchvision"}),
+    "heads": ({"device", "errors", "layers", "masks", "pyramid"}, {"torch", "torchvision", "triton"}),
     "detectors": (
         {"errors", "_registry", "backbones", "config", "heads", "masks", "necks", "preprocess", "pyramid"},
         {"torch", "torchvision"},
