@@ -129,8 +129,8 @@ def _valid_maps(
         return _valid_of_one_size(maps, [own[0] for own in sizes])
     if all(h >= x.shape[-2] and w >= x.shape[-1] for x, own in zip(maps, sizes, strict=True) for h, w in own):
         return [None] * len(maps)
-    # One copy for all levels, for which an accelerator's host does not wait.
-    on_device = torch.tensor(sizes).to(maps[0].device, non_blocking=True)
+    # One copy for all levels, for which a GPU's host does not wait.
+    on_device = torch.tensor(sizes, pin_memory=maps[0].is_cuda).to(maps[0].device, non_blocking=True)
     return [_valid_map(x, *(own.T[..., None])) for x, own in zip(maps, on_device, strict=True)]
 
 

@@ -169,13 +169,24 @@ def fail(error: Any, code: int = 2) -> int:
     return code
 
 
+class _Lines(logging.Formatter):
+    """Lines that say what is a warning."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # logging's name
+        """See ``logging.Formatter.formatMessage``."""
+        if record.levelno >= logging.WARNING:
+            record.message = f"warning: {record.message}"
+        return super().formatMessage(record)
+
+
 def configure_logging() -> None:
     """Show what this program says, and only the warnings of the libraries."""
     console = Console(stderr=True)
     if console.is_terminal:  # rich keeps log lines and the progress bar apart
         logging.basicConfig(format="%(message)s", handlers=[RichHandler(console=console, show_path=False)])
     else:
-        logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+        logging.basicConfig()
+        logging.getLogger().handlers[0].setFormatter(_Lines("%(asctime)s %(message)s", "%H:%M:%S"))
     for handler in logging.getLogger().handlers:
         handler.setLevel(logging.INFO)
     # For the log file, which has what the progress bar shows.

@@ -133,7 +133,7 @@ class LossWindow:
     def read(self) -> tuple[dict[str, float], Throughput]:
         """Return the means and the throughput, and start anew; every process has to call it."""
         totals = self.totals()
-        batches = totals.pop("batches")
+        batches = totals.pop("batches", 0.0)  # no batch at all if every step was left out
         elapsed = time.perf_counter() - self._start
         speed = self._images * self._accelerator.num_processes / elapsed
         throughput = Throughput(speed, self._waited / elapsed, _memory(self._accelerator.device))
@@ -190,13 +190,20 @@ class ProgressLine:
             logger.info("%s  step %d  %s", self._title, step, info)
 
 
+class _LogFile(logging.FileHandler):
+    """A file whose disk may be full: what the run says is on the terminal too."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # logging's name
+        """Leave the line out."""
+
+
 @contextmanager
 def text_log(path: Path, *, enabled: bool) -> Iterator[None]:
     """Append what the run says to a plain text file, if enabled."""
     if not enabled:
         yield
         return
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger("a2fpn")
     logger.addHandler(handler)
