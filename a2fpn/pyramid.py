@@ -154,8 +154,9 @@ def check_features(features: Mapping[str, Tensor], spec: PyramidSpec) -> None:
         shape = tuple(features[name].shape)
         if len(shape) != 4 or shape[1] != level.channels:
             raise ConfigError(f"Level {name}: expected a map (B, {level.channels}, H, W), got {shape}.")
-    batches = {name: int(x.shape[0]) for name, x in features.items()}
-    if len(set(batches.values())) > 1:
+    batches = {name: x.shape[0] for name, x in features.items()}
+    # Compared, not counted: a tracer's sizes stand for many and have no hash.
+    if any(batch != features[spec.names[0]].shape[0] for batch in batches.values()):
         raise ConfigError(f"All levels must have the same batch size, got {batches}.")
 
 
@@ -201,4 +202,5 @@ def level_size(size: tuple[int, int], stride: int) -> tuple[int, int]:
         >>> level_size((33, 64), 32)
         (2, 2)
     """
-    return math.ceil(size[0] / stride), math.ceil(size[1] / stride)
+    # No division of negative numbers, which ONNX rounds to zero.
+    return (size[0] + stride - 1) // stride, (size[1] + stride - 1) // stride

@@ -39,15 +39,15 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "_serialize": ({"errors", "_registry"}, set()),
     "config": ({"errors", "_registry", "_serialize"}, set()),
     "pyramid": ({"errors"}, {"torch"}),
-    "layers": ({"errors"}, {"torch", "timm.layers", "triton"}),
+    "layers": ({"device", "errors"}, {"torch", "timm.layers", "triton"}),
     "necks": ({"errors", "_registry", "layers", "pyramid"}, {"torch"}),
     "backbones": (
-        {"_plugins", "errors", "_registry", "config", "layers", "pyramid"},
+        {"_plugins", "device", "errors", "_registry", "config", "layers", "pyramid"},
         {"torch", "timm", "safetensors", "huggingface_hub"},
     ),
     "masks": ({"device", "errors"}, {"numpy", "pycocotools", "torch", "torchvision"}),
-    "preprocess": ({"errors", "config", "masks"}, {"torch"}),
-    "heads": ({"device", "errors", "layers", "masks", "pyramid"}, {"torch", "torchvision"}),
+    "preprocess": ({"device", "errors", "config", "masks"}, {"torch"}),
+    "heads": ({"device", "errors", "layers", "masks", "pyramid"}, {"torch", "torchvision", "triton"}),
     "detectors": (
         {"errors", "_registry", "backbones", "config", "heads", "masks", "necks", "preprocess", "pyramid"},
         {"torch", "torchvision"},
@@ -82,12 +82,19 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "instance_metrics": ({"errors", "data", "masks"}, {"numpy"}),
     "counting": ({"errors"}, {"numpy"}),
     "inference": (
-        {"_registry", "_words"}
-        | {"backbones", "config", "data", "detectors", "device", "errors", "heads", "masks", "preprocess", "pyramid"},
         {
-            *("contourpy", "matplotlib", "numpy", "PIL", "pycocotools", "supervision", "timm.layers"),
+            *("_registry", "_serialize", "_words", "backbones", "config", "data", "detectors", "device", "errors"),
+            *("heads", "masks", "preprocess", "pyramid"),
+        },
+        {
+            *("contourpy", "matplotlib", "numpy", "onnxruntime", "openvino", "PIL", "pycocotools", "supervision"),
+            *("timm.layers",),
             *("timm.models._features", "timm.models.resnet", "torch", "torchvision"),
         },
+    ),
+    "export": (
+        {"_atomic", "_serialize", "_version", "detectors", "errors", "heads", "inference", "masks"},
+        {"onnx", "onnxscript", "safetensors", "torch"},
     ),
     "training": (
         {
@@ -135,6 +142,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
             "instance_metrics",
             "data",
             "evaluation",
+            "export",
             "heads",
             "inference",
             "preprocess",
@@ -147,7 +155,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     ),
     "__main__": ({"cli"}, set()),
     "finite": (set(), {"torch"}),
-    "__init__": (BUILDING | {"_version", "finite", "inference", "pretrained"}, set()),
+    "__init__": (BUILDING | {"_version", "export", "finite", "inference", "pretrained"}, set()),
 }
 
 
@@ -217,7 +225,7 @@ def test_the_outer_folders_are_doors(folder: str) -> None:
 
 
 def test_the_public_names_are_few_and_there() -> None:
-    assert len(a2fpn.__all__) <= 28
+    assert len(a2fpn.__all__) <= 29
     assert a2fpn.__all__ == sorted(a2fpn.__all__)
     for name in a2fpn.__all__:
         assert getattr(a2fpn, name) is not None, name

@@ -26,6 +26,7 @@ from a2fpn.cli.options import (
     Quiet,
     Tile,
     build_predictor,
+    load_checkpoint,
     load_detector,
 )
 from a2fpn.cli.predict import image_files
@@ -121,7 +122,7 @@ def calibrate(
     from a2fpn.pretrained.checkpoint import add_metadata, read_checkpoint
 
     read_checkpoint(model)
-    detector = load_detector(str(model))
+    detector = load_checkpoint(str(model))
     dataset = open_annotated(detector, images, annotations)
     predictor = build_predictor(
         detector,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import typing
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -25,6 +26,7 @@ from a2fpn.cli.options import (
     Tile,
     Tta,
     build_predictor,
+    load_checkpoint,
     load_detector,
 )
 from a2fpn.cli.report import Reported, write_page
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from a2fpn.detectors import Detector
     from a2fpn.evaluation import CocoMetrics
     from a2fpn.inference import Predictor
+    from a2fpn.inference.exported import ExportedDetector
 
 
 METRICS = {
@@ -155,13 +158,13 @@ def evaluate(
     tables: dict[str, CocoMetrics] = {}
     pages: list[Reported] = []
     for name in model:
-        detector = load_detector(name)
+        detector = load_detector(name) if report is None else load_checkpoint(name)
         dataset = open_annotated(detector, images, annotations)
         kinds = common_iou_types(dataset.coco, detector.target_keys)
         if "keypoints" in kinds:
             _check_keypoints(detector, dataset)
         if report is not None:
-            pages.append(Reported.of(name, detector))
+            pages.append(Reported.of(name, typing.cast("Detector", detector)))
         predictor = build_predictor(
             detector,
             device,
@@ -196,7 +199,7 @@ def evaluate(
         write_page(report, pages, list(tables.values()), images, annotations)
 
 
-def open_annotated(detector: Detector, images: Path, annotations: Path) -> CocoDataset:
+def open_annotated(detector: Detector | ExportedDetector, images: Path, annotations: Path) -> CocoDataset:
     """Annotated images of a detector's classes.
 
     Raises:
@@ -254,7 +257,7 @@ def _save(numbers: Mapping[str, Any], path: Path | None, *, quiet: bool) -> None
         say(f"The numbers are in {path}", quiet=quiet)
 
 
-def _check_categories(detector: Detector, dataset: CocoDataset) -> None:
+def _check_categories(detector: Detector | ExportedDetector, dataset: CocoDataset) -> None:
     """Stop where model and data mean different things by the same category."""
     if not detector.config.categories and detector.config.num_classes != len(dataset.categories):
         raise ConfigError(
@@ -270,7 +273,7 @@ def _check_categories(detector: Detector, dataset: CocoDataset) -> None:
             )
 
 
-def _check_keypoints(detector: Detector, dataset: CocoDataset) -> None:
+def _check_keypoints(detector: Detector | ExportedDetector, dataset: CocoDataset) -> None:
     """Stop where model and data have other keypoints."""
     heads, coco = detector.config.heads, dataset.coco
     assert isinstance(heads, KeypointRCNNConfig)

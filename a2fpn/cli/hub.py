@@ -15,7 +15,7 @@ import a2fpn
 from a2fpn.backbones import export_backbone
 from a2fpn.cli.door import SETTINGS, Debug, Door, prepare_streams
 from a2fpn.cli.evaluate import open_annotated, predict_annotated
-from a2fpn.cli.options import build_predictor, load_detector
+from a2fpn.cli.options import build_predictor, load_checkpoint
 from a2fpn.convert import from_detectron2, from_mmdet, from_torchvision, load_torchvision, read_state_dict
 from a2fpn.errors import ConfigError, ConfigTypeError
 from a2fpn.pretrained.card import model_card
@@ -202,7 +202,7 @@ def verify(
 def _measure(folder: Path, images: Path, annotations: Path, *, max_detections: int) -> dict[str, float]:
     from a2fpn.evaluation import common_iou_types, evaluate_coco
 
-    detector = load_detector(str(folder))
+    detector = load_checkpoint(str(folder))
     dataset = open_annotated(detector, images, annotations)
     records = predict_annotated(build_predictor(detector, None, optimize=False, dtype="float32"), dataset, images)
     kinds = common_iou_types(dataset.coco, detector.target_keys)

@@ -28,6 +28,7 @@ from a2fpn.cli.options import (
     Overlap,
     Precision,
     Quiet,
+    RuntimeName,
     SoftNmsKind,
     Threshold,
     Tile,
@@ -63,6 +64,7 @@ def predict(
     dtype: Precision = "float32",
     max_pixels: MaxPixels = MAX_PIXELS,
     gray_bits: GrayBits = 16,
+    runtime: RuntimeName = None,
     device: Device = None,
     quiet: Quiet = False,
     save: Json = None,
@@ -93,7 +95,7 @@ def predict(
     try:
         paths = image_files(images)
         predictor = build_predictor(
-            load_detector(model),
+            load_detector(model, runtime=runtime),
             device,
             optimize=optimize,
             dtype=dtype,

@@ -17,6 +17,7 @@ from a2fpn.backbones import TimmBackbone
 from a2fpn.config import HEADS, HeadsConfig, ModelConfig
 from a2fpn.detectors.elsewhere import Elsewhere
 from a2fpn.errors import ConfigError, ConfigTypeError
+from a2fpn.heads.batched import split_images
 from a2fpn.heads.loss_normalizer import normalize_losses_globally
 from a2fpn.heads.postprocess import PostprocessConfig
 from a2fpn.masks import InstanceMasks
@@ -31,7 +32,7 @@ Detection = dict[str, Tensor]
 class Detector(Elsewhere, ABC):
     """Base of the detectors: preprocessing, checks of targets, grouping of images.
 
-    Subclasses add heads and implement :meth:`losses` and :meth:`detect`. Everything that depends on a stride comes
+    Subclasses add heads and implement :meth:`losses` and :meth:`objects`. Everything that depends on a stride comes
     from :attr:`spec`. Labels are ``0..num_classes - 1`` in training and in results.
 
     Args:
@@ -95,14 +96,36 @@ class Detector(Elsewhere, ABC):
         return PostprocessConfig(heads.score_threshold, heads.nms_threshold, heads.detections_per_image)
 
     @abstractmethod
-    def detect(self, features: Features, batch: Batch, *, rule: PostprocessConfig) -> list[Detection]:
-        """Per image the detections, in pixels of the batch, best first.
+    def objects(self, features: Features, batch: Batch, *, rule: PostprocessConfig) -> Detection:
+        """The detections of the whole batch, in pixels of the batch, image by image, best first.
 
         Args:
             features: The pyramid.
             batch: The images.
             rule: Post-processing of this call.
+
+        Returns:
+            ``images`` (N,), the index of the image of each, ``boxes`` (N, 4), ``scores`` (N,), ``labels`` (N,) from 0,
+            and what else the detector gives.
         """
+
+    def detect(self, features: Features, batch: Batch, *, rule: PostprocessConfig) -> list[Detection]:
+        """Per image the detections, see :meth:`objects`."""
+        return split_images(self.objects(features, batch, rule=rule), batch.tensor.shape[0])
+
+    def detect_stack(self, images: Tensor) -> Detection:
+        """Detect objects in images of one size, by operations that a tracer can record for any number and size.
+
+        Args:
+            images: ``(B, C, H, W)``, float in [0, 1] or uint8 in [0, 255]; values are not checked.
+
+        Returns:
+            The detections of the batch, see :meth:`objects`, with boxes in the images' own pixels, masks and heatmaps
+            as they were predicted inside each box.
+        """
+        batch = self.preprocess.stack(images)
+        found = self.objects(self.features(batch), batch, rule=self.rule)
+        return {**found, "boxes": resize_boxes(found["boxes"], batch.sizes[0], batch.original_sizes[0])}
 
     def forward(
         self,

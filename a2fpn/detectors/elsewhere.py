@@ -30,6 +30,10 @@ class Elsewhere(nn.Module):
         """Say how a model is trained."""
         raise ConfigTypeError(_TRAINING)
 
+    def export(self, *_: Any, **__: Any) -> NoReturn:
+        """Say how a model is exported."""
+        raise ConfigTypeError("A model is exported by a2fpn.export_model(model, 'model.onnx').")
+
     def save(self, *_: Any, **__: Any) -> NoReturn:
         """Say how a model is saved."""
         raise ConfigTypeError("A model is saved by a2fpn.save_pretrained(model, 'my_model').")

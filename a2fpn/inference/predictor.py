@@ -6,6 +6,7 @@ Shape shorthand: N objects of K keypoints, an image of H x W pixels, C = 3 chann
 from __future__ import annotations
 
 import os
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from a2fpn.data.images import read_image, to_rgb
 from a2fpn.errors import ConfigError, ConfigTypeError
 from a2fpn.heads.postprocess import PostprocessConfig
 from a2fpn.inference.eval_view import EvalViews
+from a2fpn.inference.exported import ExportedDetector, Runtime, is_exported
 from a2fpn.inference.options import PredictOptions, with_options
 from a2fpn.inference.result import Result, to_array
 from a2fpn.inference.sources import ImagePath, check_source, is_pattern, list_images
@@ -46,7 +48,7 @@ class _Call(NamedTuple):
         rule: The model's post-processing with the call's changes.
     """
 
-    model: Detector | OptimizedDetector
+    model: Detector | OptimizedDetector | ExportedDetector
     options: PredictOptions
     rule: PostprocessConfig
 
@@ -60,8 +62,9 @@ class Predictor:
 
     Args:
         model: A detector of :func:`a2fpn.create_model`, :func:`a2fpn.from_pretrained` or
-            :func:`a2fpn.optimize_for_inference`.
-        device: Where to run, for example ``"cuda"``; None leaves the model where it is.
+            :func:`a2fpn.optimize_for_inference`; or a file of :func:`a2fpn.export_model`, whose thresholds are fixed.
+        device: Where to run, for example ``"cuda"``; None leaves the model where it is. Files run on the CPU.
+        runtime: What runs a file: ``"onnxruntime"``, ``"openvino"`` or ``"torch"``; None goes by the file.
         max_pixels: Most pixels of an image file, see :func:`a2fpn.data.read_image`; None sets no limit.
         gray_bits: Bits that gray values of image files use, see :func:`a2fpn.data.read_image`.
         channels_last: Whether to lay out the model's weights for convolutions on NHWC memory, which is faster on
@@ -85,21 +88,29 @@ class Predictor:
     @with_options
     def __init__(
         self,
-        model: Detector | OptimizedDetector,
+        model: Detector | OptimizedDetector | ExportedDetector | ImagePath,
         *,
         device: torch.device | str | None = None,
+        runtime: Runtime | None = None,
         channels_last: bool = True,
         max_pixels: int | None = MAX_PIXELS,
         gray_bits: int = 16,
         **options: Any,
     ) -> None:
-        if not hasattr(model, "config") or not hasattr(model, "preprocess"):
+        if is_exported(model):
+            model = ExportedDetector(typing.cast(ImagePath, model), runtime=runtime)
+        elif runtime is not None:
+            raise ConfigError(f"runtime={runtime!r} is for files of a2fpn.export_model, got {type(model).__name__}.")
+        if not isinstance(model, torch.nn.Module) or not hasattr(model, "config"):
             named = isinstance(model, (str, os.PathLike))
             kind = type(model).__name__
             got = f"{kind} {str(model)!r}; load it: a2fpn.from_pretrained({str(model)!r})" if named else kind
             raise ConfigTypeError(
-                f"Predictor expects a detector of a2fpn.create_model(...) or a2fpn.from_pretrained(...), got {got}."
+                f"Predictor expects a detector of a2fpn.create_model(...) or a2fpn.from_pretrained(...), or an .onnx "
+                f"or .pt2 file of a2fpn.export_model(...), got {got}."
             )
+        if isinstance(model, ExportedDetector) and device is not None and torch.device(device).type != "cpu":
+            raise ConfigError(f"{model.path.name} is run on the CPU, got device={str(device)!r}; load the checkpoint.")
         if max_pixels is not None and max_pixels < 1:
             raise ConfigError(f"max_pixels must be at least 1 or None, got {max_pixels}.")
         self.options = PredictOptions.of(options)
@@ -169,7 +180,7 @@ class Predictor:
             ValueError: For an option out of its range, or one that a detector of keypoints has no answer to.
         """
         chosen = self.options.but(options)
-        device = next(self.model.parameters()).device
+        device = next((x.device for x in self.model.parameters()), torch.device("cpu"))
         images = [image.to(device) for image in images]
         changes = chosen.changes
         if "score_threshold" in changes:
@@ -193,6 +204,10 @@ class Predictor:
         if augmentation is None or not all(image.ndim == 3 for image in images):
             found: Sequence[Mapping[str, Tensor]] = model(images, paste_masks=False, rule=rule)
             return found
+        if isinstance(model, ExportedDetector):
+            raise ConfigError(
+                f"{model.path.name} resizes images by itself; test-time augmentation needs the checkpoint."
+            )
         return [
             detect_augmented(
                 lambda view: model([view], resize=False, paste_masks=False, rule=rule)[0],
