@@ -18,9 +18,10 @@ from a2fpn.detectors import DETECTORS, Detector
 from a2fpn.errors import CheckpointError, ConfigError
 from a2fpn.export import verify
 from a2fpn.inference.exported import ExportedDetector
-from tests.helpers import randomize, tiny_model
+from tests.helpers import randomize, tiny_model, torch_from
 from tests.test_cli import fails, run
 
+pytestmark = torch_from(2, 11, "the oldest whose exporter has been tried")
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
