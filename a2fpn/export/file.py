@@ -40,9 +40,8 @@ def export_model(
     The input is ``images`` (N, C, H, W), RGB, uint8 in 0..255 or float32 in [0, 1]; N, H and W are free. The outputs
     are ``image_index`` (M,) int64, ascending, ``boxes`` (M, 4) float32 xyxy in pixels of the images, ``scores`` (M,)
     descending within an image, ``labels`` (M,) int64, indices into the metadata's ``categories``, and ``masks``
-    (M, S, S) float32, probabilities inside the boxes, or ``heatmaps`` (M, K, S, S), logits of keypoints inside the boxes,
-    where the detector has them. The metadata hold categories, thresholds, the configuration and the sha256 of the
-    weights.
+    (M, S, S) float32, probabilities inside the boxes, or ``heatmaps`` (M, K, S, S), logits of keypoints there, where
+    the detector has them. The metadata hold categories, thresholds, the configuration and the sha256 of the weights.
 
     Args:
         model: A detector of :func:`a2fpn.create_model` or :func:`a2fpn.from_pretrained`; it stays as it is.
