@@ -95,6 +95,7 @@ def zoo(document: Mapping[str, Any]) -> str:
 
 TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "gpu-inference": ("gpu_inference.json", inference),
+    "gpu-inference-more": ("gpu_inference_more.json", inference),
     "gpu-training": ("gpu_training.json", training),
     "gpu-throughput": ("throughput_h100.json", throughput),
     "zoo": ("gpu_inference.json", zoo),
@@ -103,27 +104,32 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
 
 def _beside_torchvision(document: Mapping[str, Any], what: str) -> str:
     measured = [row for row in document["rows"] if "ms" in row]
-    rows = []
-    for row in measured:
-        name, comma, how = row["side"].partition(", ")
-        own = name != "torchvision"
-        neck = row.get("neck_goal") and f"neck {row['neck_goal']}"
-        rows.append(
-            (
-                f"`{name}`{comma}{how}" if own else name,
-                f"{row['ms']:.1f}",
-                f"{row['ratio']:.2f}" + (f" ({row['range'].replace('-', '–')})" if own else ""),
-                "" if row["to_fpn"] is None else f"{row['to_fpn']:.2f}",
-                f"{row['peak_mib']:,}",
-                row["goal"] or neck or "",
-            )
-        )
-    headings = (f"{what}, {_case(measured[0])}", "ms", "of torchvision's", "of `fpn`'s", "peak MiB", "goal")
+    tables = []
+    for case in dict.fromkeys(map(_case, measured)):
+        rows = [_cells(row) for row in measured if _case(row) == case]
+        headings = (f"{what}, {case}", "ms", "of torchvision's", "of `fpn`'s", "peak MiB", "goal")
+        tables.append(markdown(headings, rows))
     versions = ", ".join(f"{name} {document['versions'][name]}" for name in ("torch", "torchvision"))
     note = f"{document['device']}; {versions}; commit `{document['commit'][:12]}`."
     if left_out := [_case(row) for row in document["rows"] if row["side"].startswith("left out")]:
         note += f" Not measured, for time ran out: {'; '.join(left_out)}."
-    return f"{markdown(headings, rows)}\n\n{note}"
+    if failed := [f"{row['side']} ({_case(row)})" for row in document["rows"] if "error" in row and "batch" in row]:
+        note += f" Failed in this run: {'; '.join(failed)}."
+    return "\n\n".join([*tables, note])
+
+
+def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    name, comma, how = row["side"].partition(", ")
+    own = name != "torchvision"
+    neck = row.get("neck_goal") and f"neck {row['neck_goal']}"
+    return (
+        f"`{name}`{comma}{how}" if own else name,
+        f"{row['ms']:.1f}",
+        f"{row['ratio']:.2f}" + (f" ({row['range'].replace('-', '–')})" if own else ""),
+        "" if row["to_fpn"] is None else f"{row['to_fpn']:.2f}",
+        f"{row['peak_mib']:,}",
+        row["goal"] or neck or "",
+    )
 
 
 def _case(row: Mapping[str, Any]) -> str:
