@@ -77,3 +77,6 @@ if not TYPE_CHECKING:  # a type checker would take any name for known
 
             return optimize_for_inference
         raise AttributeError(f"module 'a2fpn' has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

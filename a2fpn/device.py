@@ -49,7 +49,8 @@ def new_size(size: int, most: int | None = None) -> int:
     torch._check(unknown >= 8)
     if most is not None:
         torch._check(unknown <= most)
-    return unknown  # type: ignore[no-any-return]
+    size = unknown
+    return size
 
 
 def is_known(condition: bool) -> bool:

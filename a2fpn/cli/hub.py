@@ -20,7 +20,7 @@ from a2fpn.convert import from_detectron2, from_mmdet, from_torchvision, load_to
 from a2fpn.errors import ConfigError, ConfigTypeError
 from a2fpn.pretrained.card import model_card
 from a2fpn.pretrained.checkpoint import CONFIG_FILE, file_sha256, read_checkpoint, save_checkpoint
-from a2fpn.pretrained.hub import download_checkpoint
+from a2fpn.pretrained.hub import download_checkpoint, push_space
 from a2fpn.pretrained.hub_client import Repo
 
 TOLERANCE = 0.002
@@ -60,10 +60,25 @@ def push(
     repo: RepoName,
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
+    space: Annotated[
+        bool, typer.Option("--space", help="Publish a page to try it too: the Space ORG/NAME-app; needs a2fpn[app].")
+    ] = False,
 ) -> None:
     """Publish a checkpoint folder in one commit; its README.md is the card if it has one."""
+    files = _space_files(repo) if space else None
     commit = a2fpn.push_to_hub(folder, repo, private=private or None, create_pr=create_pr)
     typer.echo(f'Load it: a2fpn.from_pretrained("{repo}", revision="{commit}")')
+    if files is not None:
+        typer.echo(f"Try it:  {push_space(files, f'{repo}-app', private=private or None)}")
+
+
+def _space_files(repo: str) -> dict[str, str]:
+    """Files of the Space; made before anything is published, since they need an extra."""
+    try:
+        from a2fpn.app import space_files
+    except ModuleNotFoundError as error:
+        raise ConfigError(f'--space needs {error.name}: pip install "a2fpn[app]".') from error
+    return space_files(repo)
 
 
 @app.command()

@@ -106,6 +106,19 @@ MaxPixels = Annotated[
         "--max-pixels", min=1, help="Files with more pixels are not decoded whole; raise it for files you trust."
     ),
 ]
+GrayBits = Annotated[
+    int,
+    typer.Option(
+        "--gray-bits", min=9, max=16, help="Bits that gray values of 16-bit files use: 12 for many microscopes."
+    ),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no closing words; errors are told.")]
+Json = Annotated[
+    Path | None,
+    typer.Option(
+        "--json", metavar="OUT", help="File to write the numbers to, for machines; - is standard output, and no words."
+    ),
+]
 Optimize = Annotated[
     bool, typer.Option("--optimize", help="Fold the model for speed first: same results up to rounding.")
 ]

@@ -19,9 +19,10 @@ _UNKNOWN = re.compile(r"\bu\d")
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """Functions that write an operator of torch in ONNX, for ``torch.onnx.export(custom_translation_table=)``."""
-    from onnxscript import ir
-    from onnxscript import opset18 as op
+    from onnxscript import ir, opset18
     from onnxscript.function_libs.torch_lib.ops import core, nn
+
+    op: Any = opset18
 
     def at_most(a: Any, b: Any) -> Any:
         # torch's limits for sums of sizes that it doesn't know pass the largest integer there is.
@@ -63,11 +64,10 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     def roi_align(
         x: Any, rois: Any, scale: float, height: int, width: int, sampling_ratio: int = -1, aligned: bool = False
     ) -> Any:
-        image, boxes = op.Split(rois, [1, 4], axis=1, _outputs=2)
         return op.RoiAlign(
             x,
-            boxes,
-            op.Cast(op.Reshape(image, [-1]), to=ir.DataType.INT64),
+            op.Slice(rois, [1], [5], [1]),
+            op.Cast(op.Gather(rois, 0, axis=1), to=ir.DataType.INT64),
             coordinate_transformation_mode="half_pixel" if aligned else "output_half_pixel",
             spatial_scale=scale,
             output_height=height,

@@ -117,7 +117,8 @@ class StrideAnchors(AnchorGenerator):  # type: ignore[misc]
             pixel = rows // len(cell)
             row = pixel // grid[1]
             x, y = (pixel - row * grid[1]) * across, row * down
-            return torch.stack([x, y, x, y], -1) + cell[rows % len(cell)]
+            anchors: Tensor = torch.stack([x, y, x, y], -1) + cell[rows % len(cell)]
+            return anchors
 
         return pick
 

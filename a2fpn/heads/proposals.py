@@ -86,7 +86,8 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
         if candidates is None and device.runs_ahead(images.tensors) and not device.is_traced():
             return join_rois(self.forward_at_once(images, features)[0])
         maps = list(features.values())
-        return self._in_one_table(*self.head(maps), self.anchor_generator.picker(images, maps), images, candidates)
+        objectness, deltas = self.head(maps)
+        return self._in_one_table(objectness, deltas, self.anchor_generator.picker(images, maps), images, candidates)
 
     def _in_one_table(
         self,

@@ -7,7 +7,7 @@ import os
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -210,7 +210,10 @@ def _refuse(path: Path, error: Exception) -> NoReturn:
 
 
 def _open_onnxruntime(path: Path) -> tuple[Run, Mapping[str, str]]:
-    runtime = _import("onnxruntime", "onnx")
+    try:
+        import onnxruntime as runtime
+    except ModuleNotFoundError as error:
+        raise ConfigError('onnxruntime is not installed: pip install "a2fpn[onnx]".') from error
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3  # warnings are about nothing that a user can change
@@ -228,7 +231,10 @@ def _open_onnxruntime(path: Path) -> tuple[Run, Mapping[str, str]]:
 
 
 def _open_openvino(path: Path) -> tuple[Run, Mapping[str, str]]:
-    openvino = _import("openvino", "openvino")
+    try:
+        import openvino
+    except ModuleNotFoundError as error:
+        raise ConfigError('openvino is not installed: pip install "a2fpn[openvino]".') from error
     core = openvino.Core()
     core.set_property("CPU", {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"})
     try:
@@ -261,12 +267,3 @@ def _open_torch(path: Path) -> tuple[Run, Mapping[str, str]]:
         return dict(found)
 
     return run, {key: value.decode() if isinstance(value, bytes) else value for key, value in facts.items()}
-
-
-def _import(name: str, extra: str) -> Any:
-    import importlib
-
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise ConfigError(f'{name} is not installed: pip install "a2fpn[{extra}]".') from error

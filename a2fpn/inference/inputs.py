@@ -1,9 +1,6 @@
-"""Images as people have them: files of a folder, PIL images, arrays, tensors."""
+"""Images in memory as people have them: PIL images, arrays, tensors."""
 
 from __future__ import annotations
-
-import os
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,27 +8,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from a2fpn.data.images import SUFFIXES, to_rgb
+from a2fpn.data.images import to_rgb
 from a2fpn.errors import ConfigError, ConfigTypeError
 
 ImageInMemory = Image.Image | NDArray[np.uint8] | Tensor
-ImagePath = str | os.PathLike[str]
-
-
-def list_images(folder: ImagePath) -> list[Path]:
-    """Return the image files of a folder in order of their names, without those of sub-folders.
-
-    Raises:
-        ValueError: If there are none.
-        OSError: If there is no such folder.
-    """
-    paths = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in SUFFIXES and not path.is_dir())
-    if not paths:
-        raise ConfigError(
-            f"No image lies in the folder {os.fspath(folder)} itself; expected names that end in "
-            f"{', '.join(SUFFIXES)} (sub-folders are not searched)."
-        )
-    return paths
 
 
 def to_tensor(image: ImageInMemory) -> Tensor:

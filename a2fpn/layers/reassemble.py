@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from a2fpn.device import has_triton, is_known
+from a2fpn.device import has_triton, is_known, new_size
 from a2fpn.layers.choices import check_choice
 from a2fpn.layers.precision import autocast_off
 
@@ -163,7 +163,7 @@ def _reassemble_by_tiles(x: Tensor, kernels: Tensor, k: int, parts: int, step: i
         step: Source pixels per pixel of the grid and side: 2 for half the size.
     """
     (batch, channels, height, width), wide = x.shape, kernels.shape[3]
-    rows, tiles = kernels.shape[2] // parts, (wide // parts + _TILE - 1) // _TILE
+    rows, tiles = kernels.shape[2] // parts, new_size((wide // parts + _TILE - 1) // _TILE)
     span = step * (_TILE - 1) + k
     down = torch.arange(rows, device=x.device)[:, None] * step + torch.arange(k, device=x.device) - k // 2
     across = torch.arange(tiles, device=x.device)[:, None] * (_TILE * step) + torch.arange(span, device=x.device)

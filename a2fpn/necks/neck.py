@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from a2fpn._registry import Registry, did_you_mean
 from a2fpn.errors import ConfigError
 from a2fpn.layers import MGC, ConvNormAct, LevelModules
-from a2fpn.pyramid import Features, PyramidSpec, check_features, level_size
+from a2fpn.pyramid import Features, PyramidSpec, check_features, check_pyramid, level_size
 
 
 class Neck(nn.Module, ABC):
@@ -101,7 +101,8 @@ class Neck(nn.Module, ABC):
             Maps ``(B, d, H_i, W_i)`` named as in ``out_spec``.
 
         Raises:
-            ValueError: If the maps are not what ``in_spec`` promises.
+            ValueError: If the maps are not what ``in_spec`` promises, or the pyramid not what ``out_spec`` does.
+            TypeError: If the maps have no names.
         """
         check_features(features, self.in_spec)
         maps = list(features.values())
@@ -113,8 +114,12 @@ class Neck(nn.Module, ABC):
                 )
         valid = _valid_maps(maps, self.in_spec.strides, image_sizes)
         pyramid = self._fuse(self, maps, valid)
+        if len(pyramid) > len(self.out_spec):
+            raise ConfigError(f"The neck declares {len(self.out_spec)} levels and returned {len(pyramid)}.")
         while len(pyramid) < len(self.out_spec):
             pyramid.append(pyramid[-1][..., ::2, ::2])
+        if not torch.compiler.is_compiling():  # of sizes that are symbols it would make conditions
+            check_pyramid(pyramid, self.out_spec, maps, self.in_spec.strides)
         return dict(zip(self.out_spec.names, pyramid, strict=True))
 
 
@@ -129,8 +134,8 @@ def _valid_maps(
         return _valid_of_one_size(maps, [own[0] for own in sizes])
     if all(h >= x.shape[-2] and w >= x.shape[-1] for x, own in zip(maps, sizes, strict=True) for h, w in own):
         return [None] * len(maps)
-    # One copy for all levels, for which an accelerator's host does not wait.
-    on_device = torch.tensor(sizes).to(maps[0].device, non_blocking=True)
+    # One copy for all levels, for which a GPU's host does not wait.
+    on_device = torch.tensor(sizes, pin_memory=maps[0].is_cuda).to(maps[0].device, non_blocking=True)
     return [_valid_map(x, *(own.T[..., None])) for x, own in zip(maps, on_device, strict=True)]
 
 
