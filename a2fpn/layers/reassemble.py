@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from a2fpn.device import has_triton
+from a2fpn.device import has_triton, is_known, new_size
 from a2fpn.layers.choices import check_choice
 from a2fpn.layers.precision import autocast_off
 
@@ -31,7 +31,7 @@ def reassemble(x: Tensor, kernels: Tensor, size: tuple[int, int], *, padding: Pa
     The nearest source pixel of target pixel ``i`` is ``floor(i * h / H)``, as in nearest-neighbor interpolation,
     for any pair of sizes, up or down. Windows are never gathered: the sum and its gradients are weighted bags of
     pixels, or products of small matrices in Triton on an NVIDIA GPU. Only ``x`` and ``kernels`` are kept for the
-    backward pass.
+    backward pass. A tracer, which has no use for bags, gets a product of tiles with matrices of bands.
 
     Args:
         x: Source ``(B, C, h, w)``.
@@ -71,6 +71,12 @@ def reassemble(x: Tensor, kernels: Tensor, size: tuple[int, int], *, padding: Pa
         return reassemble_triton(x, kernels)
     kernels = kernels.to(x.dtype)
     if torch.compiler.is_compiling() or x.device.type not in _BAG_DEVICES:
+        doubled, halved = (
+            all(is_known(new * b == old * a) for new, old in zip(size, x.shape[2:], strict=True))
+            for a, b in ((2, 1), (1, 2))
+        )
+        if doubled or halved:
+            return _reassemble_by_tiles(x, kernels, k, *((2, 1) if doubled else (1, 2)))
         return _reassemble_by_shifts(x, kernels, k)
     result: Tensor = _Reassemble.apply(x, kernels, k)
     return result
@@ -137,6 +143,55 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
 
 
 _opaque.register_autograd(_backward, setup_context=_keep)
+
+
+_TILE = 8
+"""Grid pixels whose windows are gathered together: neighbors' windows overlap, and matrices are not too small."""
+
+
+def _reassemble_by_tiles(x: Tensor, kernels: Tensor, k: int, parts: int, step: int) -> Tensor:
+    """The same sum written as one product of matrices, for a map of twice or half the size.
+
+    Along a row, the windows of a tile's pixels are one stretch of the source; each kernel is a row of a matrix, moved
+    to where its window lies in the stretch.
+
+    Args:
+        x: Source.
+        kernels: Weights.
+        k: Side of a window.
+        parts: Target pixels per pixel of the grid and side: 2 for twice the size.
+        step: Source pixels per pixel of the grid and side: 2 for half the size.
+    """
+    (batch, channels, height, width), (high, wide) = x.shape, kernels.shape[2:]
+    rows, tiles = high // parts, new_size((wide // parts + _TILE - 1) // _TILE)
+    span = step * (_TILE - 1) + k
+    length, area = k * span, parts * _TILE
+    row, tile, y, column = (torch.arange(count, device=x.device) for count in (rows, tiles, high, wide))
+    window, stretch, part, place = (torch.arange(count, device=x.device) for count in (k, span, parts, _TILE))
+    # Source pixels, stretch by stretch.
+    down = (row[:, None] * step + window - k // 2).clamp(0, height - 1)
+    across = (tile[:, None] * (_TILE * step) + stretch - k // 2).clamp(0, width - 1)
+    pixels = down[:, None, :, None] * width + across[:, None]
+    stretches = _pixels(x, pixels).reshape(-1, length, channels)
+    # Target pixels, tile by tile.
+    down = row[:, None] * parts + part
+    across = ((tile[:, None] * _TILE + place)[:, None] * parts + part[:, None]).clamp(max=wide - 1)
+    pixels = down[:, None, :, None] * wide + across.reshape(-1, 1, area)
+    bands = F.pad(_pixels(kernels, pixels).reshape(-1, k, k), (0, span - k)).reshape(-1, _TILE, length)
+    # Rows that are longer by a step, cut at the old length, move each by a step more than the one before.
+    bands = F.pad(bands, (0, step)).reshape(-1, _TILE * (length + step))[:, : _TILE * length]
+    sums = (bands.reshape(-1, parts * area, length) @ stretches).reshape(batch, -1, channels)
+    # Where each target pixel is among them.
+    grid = column // parts
+    down = (y // parts * (tiles * parts) + y % parts) * area
+    across = grid // _TILE * (parts * area) + column % parts * _TILE + grid % _TILE
+    sums = sums.index_select(1, (down[:, None] + across).reshape(-1))
+    return sums.transpose(1, 2).reshape(batch, channels, high, wide)
+
+
+def _pixels(x: Tensor, index: Tensor) -> Tensor:
+    """Pixels of a map ``(B, C, H, W)`` by index, ``(B, n, C)``."""
+    return x.flatten(2).transpose(1, 2).index_select(1, index.reshape(-1))
 
 
 def _reassemble_by_shifts(x: Tensor, kernels: Tensor, k: int) -> Tensor:
