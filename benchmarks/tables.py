@@ -94,11 +94,11 @@ def zoo(document: Mapping[str, Any]) -> str:
 
 
 TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
-    "cpu-inference": ("inference_cpu.json", cpu_inference),
     "gpu-inference": ("gpu_inference.json", inference),
     "gpu-inference-more": ("gpu_inference_more.json", inference),
     "gpu-training": ("gpu_training.json", training),
     "gpu-throughput": ("throughput_h100.json", throughput),
+    "cpu-inference": ("inference_cpu.json", cpu_inference),
     "zoo": ("gpu_inference.json", zoo),
 }
 
