@@ -335,7 +335,7 @@ def main(
 ) -> None:
     """Disturb a training for some minutes; print what it survived, lost, and got wrong."""
     root = keep or Path(tempfile.mkdtemp(prefix="soak"))
-    _CONTEXT.set_forkserver_preload(["benchmarks.soak", "a2fpn.training.trainer", "a2fpn.inference"])
+    _CONTEXT.set_forkserver_preload(["a2fpn.training.trainer", "a2fpn.inference"])
     soak = Soak(root.resolve(), random.Random(seed))
     columns = (BarColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
     console = Console(stderr=True)
