@@ -16,8 +16,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import MultiProcessAdapter
 from PIL import Image
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 
@@ -145,49 +143,6 @@ def _memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return int(psutil.Process().memory_info().rss)
-
-
-class ProgressLine:
-    """A progress bar on a terminal, log lines elsewhere; silent on all but the main process.
-
-    Args:
-        title: What is going on.
-        total: Number of steps.
-        accelerator: The accelerator of the run.
-        done: Steps that are behind already.
-    """
-
-    def __init__(self, title: str, total: int, accelerator: Accelerator, *, done: int = 0) -> None:
-        self._title = title
-        self._bar: Progress | None = None
-        console = Console(stderr=True)
-        if accelerator.is_main_process and console.is_terminal:
-            columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[info]}"))
-            self._bar = Progress("{task.description}", *columns, console=console, transient=True)
-            self._task = self._bar.add_task(title, total=total, completed=done, info="")
-
-    def __enter__(self) -> ProgressLine:
-        if self._bar:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._bar:
-            self._bar.stop()
-
-    def advance(self) -> None:
-        """Count one step."""
-        if self._bar:
-            self._bar.advance(self._task)
-
-    def show(self, step: int, loss: float, lr: float, throughput: Throughput) -> None:
-        """Show the state of the training."""
-        info = f"loss {loss:.4f}  lr {lr:.2e}  {throughput}"
-        if self._bar:
-            self._bar.update(self._task, info=info)
-            logger.debug("%s  step %d  %s", self._title, step, info)  # for the log file
-        else:
-            logger.info("%s  step %d  %s", self._title, step, info)
 
 
 class _LogFile(logging.FileHandler):

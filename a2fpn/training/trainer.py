@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-import math
+import shlex
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -28,12 +28,12 @@ from a2fpn.training.importing import import_folder
 from a2fpn.training.keeper import Keeper, Parts
 from a2fpn.training.monitor import (
     LossWindow,
-    ProgressLine,
     get_logger,
     text_log,
 )
 from a2fpn.training.optim import build_optimizer, lr_factor, scaled_lr, set_rate
 from a2fpn.training.processes import check_processes, check_trackers, gather_number
+from a2fpn.training.progress import RunBoard
 from a2fpn.training.seeding import use_deterministic_algorithms
 from a2fpn.training.signals import Signals, StopRequest
 from a2fpn.training.sources import (
@@ -43,7 +43,7 @@ from a2fpn.training.sources import (
     open_training_set,
     open_validation_set,
 )
-from a2fpn.training.state import LOG_FILE, Plan
+from a2fpn.training.state import LOG_FILE, METRICS_FILE, Plan, read_metrics
 from a2fpn.training.stepping import Stepper
 from a2fpn.training.validate import Validator
 
@@ -60,15 +60,16 @@ class Trainer:
 
     Args:
         config: The settings.
+        quiet: Whether progress is not shown.
 
     Raises:
         ValueError: If the settings do not fit the data, the model, the machine or the run that is gone on with.
         OSError: If a file is missing.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, *, quiet: bool = False) -> None:
         run = config.run
-        self.config = config
+        self.config, self._quiet = config, quiet
         self.output = Path(run.output)
         check_trackers(run.trackers)
         self.accelerator = Accelerator(
@@ -135,6 +136,7 @@ class Trainer:
             pictures=run.pictures,
             seed=run.seed,
             global_losses=global_losses,
+            quiet=self._quiet,
         )
         # The first decides which checkpoint is the best; between equal values those after it do.
         self.metrics = [f"{kind}/ap" for kind in reversed(self.validator.iou_types)]
@@ -151,6 +153,8 @@ class Trainer:
         self.evaluated_model = parts.evaluated
         self.state = self.keeper.resume(parts, images_per_step=self.batch_size)
         self.accelerator.init_trackers(run.name)
+        shown = self.accelerator.is_main_process and not self._quiet
+        self.board = RunBoard(shown, total_steps=self.plan.total_steps, place=self.plan.place(self.state))
 
     def run(self) -> None:
         """Train to the end, evaluating and writing checkpoints on the way.
@@ -201,15 +205,36 @@ class Trainer:
             lines.append(f"Skipped {state.skipped_steps} steps whose loss or gradient was not finite.")
         if state.best is None:
             return "\n".join([*lines, f"No evaluation was made; the last checkpoint is {self.output / 'last'}"])
+        pictures = sorted((self.output / "predictions").glob("*.jpg"))
+        ground_truth = self.validator.dataset
+        measured = f"--images {shlex.quote(str(ground_truth.root))} --annotations {shlex.quote(ground_truth.name)}"
         return "\n".join(
             [
                 *lines,
+                *([f"Pictures:        {pictures[-1]}"] if pictures else []),
                 f"Losses and AP:   {self.output / 'metrics.png'}",
+                f"Why not better:  a2fpn evaluate --model {shlex.quote(str(best))} {measured} --report report.html",
+                f"Publish it:      a2fpn hub push {shlex.quote(str(best))} --repo ORG/NAME",
                 f"Best checkpoint: {best} ({self.metrics[0]} {state.best[0]:.4f} after epoch {state.best_epoch})",
                 f'Load it:         model = a2fpn.from_pretrained("{best}")',
-                f"Use it:          a2fpn predict IMAGE --model {best}",
+                f"Use it:          a2fpn predict IMAGE --model {shlex.quote(str(best))}",
             ]
         )
+
+    def numbers(self) -> dict[str, Any]:
+        """Return where the best checkpoint of a finished run is and what was measured, for machines."""
+        state = self.state
+        return {
+            "output": str(self.output),
+            "best": None if state.best is None else str(self.output / "best"),
+            "metric": self.metrics[0],
+            "value": None if state.best is None else state.best[0],
+            "epoch": state.best_epoch,
+            "epochs": state.epoch,
+            "steps": state.step,
+            "skipped": list(state.skipped),
+            "records": read_metrics((self.output / METRICS_FILE).read_text(encoding="utf-8")),
+        }
 
     def _log_start(self) -> None:
         config, state, (train_set, val_set) = self.config, self.state, self.datasets
@@ -265,6 +290,7 @@ class Trainer:
                 record = {**record, **self._evaluate(signals)}
                 state.pending = None
             self.keeper.save(record)
+            self.board.add(record, best=state.best_epoch == state.epoch)
 
     def _train_epoch(self, signals: Signals) -> dict[str, Any]:
         """Train to the end of the epoch, or of the run; return the epoch's record."""
@@ -275,9 +301,8 @@ class Trainer:
         batches = self.feed.batches(state.epoch, start=state.step_in_epoch)
         start = time.perf_counter()
         steps = state.steps_in_epoch
-        title = f"Epoch {state.epoch + 1}/{plan.epochs(state)}"
         last = min(steps, state.step_in_epoch + plan.total_steps - plan.place(state))
-        with ProgressLine(title, last, self.accelerator, done=state.step_in_epoch) as line:
+        with self.board.training(state.epoch, plan.epochs(state), last, done=state.step_in_epoch) as line:
             while state.step_in_epoch < last:
                 factor = lr_factor(
                     plan.place(state), total_steps=plan.total_steps, config=config.optim, updates=state.step
@@ -292,7 +317,7 @@ class Trainer:
                 line.advance()
                 if state.step % config.run.log_every == 0 or self._done():
                     means, throughput = window.read()
-                    line.show(state.step, means.get("loss", math.nan), rate, throughput)
+                    line.show(state.step, plan.place(state), means, rate, throughput)
                     values = {f"train/{name}": value for name, value in means.items()}
                     speed = {"images_per_second": throughput.images_per_second, "waiting_for_data": throughput.waiting}
                     self.accelerator.log({**values, "lr": rate, **speed}, step=state.step)

@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, Subset
 import a2fpn
 from a2fpn.data import CocoDataset, Sample, collate
 from a2fpn.evaluation import COCO_SIGMAS, Backend, CocoMetrics, common_iou_types, evaluate_coco
-from a2fpn.training.monitor import ProgressLine, get_logger, grid, track_picture
+from a2fpn.training.monitor import get_logger, grid, track_picture
+from a2fpn.training.progress import ProgressLine
 from a2fpn.training.seeding import seeded
 from a2fpn.training.signals import leave_stopping_to_the_run
 
@@ -66,6 +67,7 @@ class Validator:
         seed: Seed of what is random in the losses.
         global_losses: Whether training divides losses by the terms of all processes.
         oks_sigmas: See :func:`a2fpn.evaluation.evaluate_coco`; COCO's if empty.
+        quiet: Whether progress is not shown.
 
     Raises:
         ValueError: If the images can't be evaluated in this way.
@@ -86,9 +88,11 @@ class Validator:
         global_losses: bool,
         target_keys: Collection[str],
         oks_sigmas: Sequence[float] = (),
+        quiet: bool = False,
     ) -> None:
         self.dataset = dataset
         self.accelerator = accelerator
+        self._shown = accelerator.is_main_process and not quiet
         self.max_detections, self.backend = max_detections, backend
         self.iou_types = common_iou_types(dataset.coco, target_keys)
         self.oks_sigmas = tuple(oks_sigmas) or COCO_SIGMAS
@@ -154,7 +158,7 @@ class Validator:
         predictor = a2fpn.Predictor(model, device=accelerator.device, channels_last=self.channels_last)
         found: list[tuple[int, list[dict[str, Any]]]] = []
         drawn: list[tuple[int, Image.Image]] = []
-        with ProgressLine("Evaluation", len(self.loader), accelerator) as line:
+        with ProgressLine("Evaluation", len(self.loader), shown=self._shown) as line:
             for images, targets in self._batches(poll):
                 ids = [int(target["image_id"]) for target in targets]
                 for image_id, image, result in zip(ids, images, predictor.predict(images), strict=True):
@@ -207,7 +211,7 @@ class Validator:
         with (
             torch.no_grad(),
             _computing_losses(model),
-            ProgressLine("Losses", len(self.loader), self.accelerator) as line,
+            ProgressLine("Losses", len(self.loader), shown=self._shown) as line,
         ):
             for images, targets in self._batches(poll):
                 with seeded("validation", self.seed, int(targets[0]["image_id"])):
