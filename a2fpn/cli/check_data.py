@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from a2fpn.cli.fixing import check_output, write_fixed
 from a2fpn.cli.format import progress_bar
 from a2fpn.errors import ConfigError
 
@@ -65,6 +66,15 @@ def check_data(
         typer.Option(metavar="PNG", help="Draw 12 annotated images, those with findings first, into this file."),
     ] = None,
     save: Annotated[Path | None, typer.Option("--json", help="File to write the report to.", metavar="OUT")] = None,
+    fix: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="OUT.json",
+            help="Write a repaired copy and list every change: areas, boxes from masks, boxes cut off at the edge, "
+            "unusable parts of masks, ids used twice, iscrowd, byte order mark, paths. The report is of the copy.",
+        ),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Let --fix replace files.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 for warnings too.")] = False,
 ) -> None:
     """Find what is wrong with a data set before training on it.
@@ -77,6 +87,8 @@ def check_data(
     masks that lie elsewhere or hold nothing, ids used twice, files that are missing, broken, turned or of another
     size, and objects too small for the input or the anchors. Lists what there is of each class.
 
+    What has one right answer can be repaired: `... --fix repaired.json` writes a copy and lists what it changed.
+
     Exit code: 0 without errors, 1 with errors, 2 if the command was wrong.
     """
     from a2fpn import data
@@ -87,7 +99,12 @@ def check_data(
         raise ConfigError(f"--plot {plot}: expected a name that ends in {', '.join(PICTURES)}.")
     if duplicates and (images is None or against is None):
         raise ConfigError("--duplicates compares the images of two splits: give --images and --against too.")
+    if fix is not None:
+        check_output(annotations, fix, overwrite=overwrite)
     facts = _model_facts(model, min_size, max_size)
+    if fix is not None:
+        write_fixed(annotations, images, fix)
+        annotations = fix
     with progress_bar() as progress:
 
         def track(items: Iterable[T], description: str, total: int) -> Iterable[T]:

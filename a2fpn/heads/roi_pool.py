@@ -70,6 +70,9 @@ def _adaptive_roi_align(x: Tensor, rois: Tensor, size: int, scale: float, aligne
         else:
             of_ratio = torchvision.ops.roi_align(x, rois[rows].to(x.dtype), size, scale, 0, aligned)
         pooled.index_copy_(0, rows, of_ratio.permute(0, 2, 3, 1))
+    if x.requires_grad and torch.is_grad_enabled() and not pooled.requires_grad:
+        # Nothing was pooled: zeros that belong to the graph of the features all the same.
+        pooled = pooled + x[:0].sum()
     return pooled.permute(0, 3, 1, 2)
 
 
@@ -170,6 +173,8 @@ class StrideRoIAlign(nn.Module):
             ``(sum R_i, C, S, S)``, images in order.
         """
         maps = [features[name] for name in self.strides]
+        if not isinstance(boxes, Tensor) and not boxes:
+            boxes = [maps[0].new_zeros(0, 4)]
         index = torch.cat([b.new_full((len(b), 1), i) for i, b in enumerate(boxes)])
         rois = torch.cat([index, torch.cat(list(boxes))], 1)
         chosen = self._rows(self.assign_levels(rois[:, 1:]))

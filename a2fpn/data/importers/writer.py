@@ -243,10 +243,7 @@ class CocoWriter:
         if boxes and self.box_masks:
             self.log.note("boxes that became masks of their shape", boxes)
         elif boxes:
-            detail = (
-                f"{boxes} objects have a box and no mask; the reader leaves them out (--box-masks fills their boxes)"
-            )
-            self.log.add("box-among-masks", path, detail)
+            self.log.note("objects among others with masks that have a box alone, and train no masks", boxes)
         return SplitCount(len(entries), annotations, empty, masks, crowds)
 
 
