@@ -144,6 +144,15 @@ def peak_memory(prepare: Callable[..., Call], *args: object) -> float:
     return peak
 
 
+def peak_memories(
+    prepare: Callable[..., Call], sides: Iterable[str], *args: object, quick: bool = False
+) -> dict[str, float]:
+    """Peaks of all sides; if ``quick`` of the first alone, NaN for the others."""
+    return {
+        side: math.nan if quick and place else peak_memory(prepare, side, *args) for place, side in enumerate(sides)
+    }
+
+
 def _send_peak(sender: Connection, prepare: Callable[..., Call], args: tuple[object, ...], threads: int) -> None:
     torch.set_num_threads(threads)
     sender.send(_peak_of(prepare(*args)))

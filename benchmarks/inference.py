@@ -13,6 +13,7 @@ bf16 in at most 0.30, where the processor has units for it (AMX).
 from __future__ import annotations
 
 import functools
+import json
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -30,13 +31,14 @@ from a2fpn.convert import graft_model
 from a2fpn.data import encode_masks
 from a2fpn.detectors import RCNN
 from benchmarks import _measure as measure
+from benchmarks.gpu.record import circumstances
 
 TORCHVISION, FPN, A2FPN = "torchvision", "maskrcnn_fpn_r50", "maskrcnn_a2fpn_r50"
 TORCHVISION_RLE, RUN_LENGTH = f"{TORCHVISION}, RLE", f"{FPN}, RLE"
 OPTIMIZED, OPTIMIZED_RLE, BF16 = f"{FPN}, optimized", f"{FPN}, optimized, RLE", f"{FPN}, bf16, RLE"
 CASCADES = tuple(f"{name}_fpn_r50{how}" for name in ("cascademaskrcnn", "htc") for how in ("", ", optimized"))
 SIDES = (TORCHVISION, TORCHVISION_RLE, FPN, RUN_LENGTH, OPTIMIZED, OPTIMIZED_RLE, BF16, A2FPN, *CASCADES)
-QUICK_SIDES = (TORCHVISION, TORCHVISION_RLE, FPN, OPTIMIZED_RLE, BF16, A2FPN, CASCADES[1])
+QUICK_SIDES = (TORCHVISION, TORCHVISION_RLE, FPN, OPTIMIZED_RLE, BF16, A2FPN)
 TARGETS = {(480, 640): 0.78, (800, 1088): 0.66}
 BF16_TARGET = 0.30
 TOLERANCES = {"boxes": 1e-2, "scores": 1e-4, "masks": 1e-4}
@@ -230,17 +232,30 @@ def main(
     quick: measure.Quick = False,
     threads: measure.Threads = 0,
     profile: Annotated[bool, typer.Option(help="Print where the time goes, part by part.")] = False,
+    memory: Annotated[bool, typer.Option(help="Measure the peak memory of all sides, not of the first alone.")] = True,
+    only: Annotated[str | None, typer.Option(help="One of the sizes, such as 480x640.")] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file whose figures of these sizes are replaced.")] = None,
 ) -> None:
     """Compare outputs, times and peak memory at two image sizes."""
     rounds = 1 if quick else rounds
     sizes, sides = ([(32, 48)], QUICK_SIDES) if quick else (list(TARGETS), SIDES)
     measure.start(threads, rounds)
+    document = json.loads(output.read_text(encoding="utf-8")) if output and output.exists() else {}
     for size in sizes:
+        name = f"{size[0]}x{size[1]}"
+        if only not in (None, name):
+            continue
         with tempfile.TemporaryDirectory() as folder:
-            _report(size, sides, Path(folder, "weights.pt"), rounds, profile)
+            rows = _report(size, sides, Path(folder, "weights.pt"), rounds, profile, memory and not quick)
+        here = {"capability": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
+        document[name] = {**circumstances(torch.device("cpu")), **here, "rounds": rounds, "rows": rows}
+    if output:
+        output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
-def _report(size: Size, sides: Sequence[str], weights: Path, rounds: int, profile: bool) -> None:
+def _report(
+    size: Size, sides: Sequence[str], weights: Path, rounds: int, profile: bool, every_memory: bool
+) -> list[dict[str, Any]]:
     threshold = save_weights(size, weights)
     calls = {side: prepare(side, size, weights, threshold) for side in sides}
     title = f"Mask R-CNN, ResNet-50, {size[0]}x{size[1]}, one image"
@@ -250,24 +265,36 @@ def _report(size: Size, sides: Sequence[str], weights: Path, rounds: int, profil
         text = (resemblance if side == BF16 else compare)(reference, ours)
         measure.console().print(f"{title}, {side.removesuffix(', RLE')}: {text}")
     timings = measure.time_interleaved(calls, rounds=rounds, title=title)
-    memory = {side: measure.peak_memory(prepare, side, size, weights, threshold) for side in sides}
-    rows = []
+    memory = measure.peak_memories(prepare, sides, size, weights, threshold, quick=not every_memory)
     targets = {FPN: 1.0, OPTIMIZED_RLE: TARGETS.get(size), BF16: BF16_TARGET}
+    rows, recorded = [], []
     for side in sides:
         plain = timings.ratio(side, TORCHVISION)
         alike = timings.ratio(side, TORCHVISION_RLE if "RLE" in side else TORCHVISION)
+        goals = [measure.against(ratio.value, targets.get(side)) for ratio in (plain, alike)]
         rows.append(
             [
                 side,
                 measure.milliseconds(timings.median(side)),
                 str(plain),
-                measure.against(plain.value, targets.get(side)),
+                goals[0],
                 str(alike),
-                measure.against(alike.value, targets.get(side)),
+                goals[1],
                 str(timings.ratio(side, FPN)),
                 measure.mebibytes(memory[side]),
                 f"{memory[side] / memory[TORCHVISION]:.2f}",
             ]
+        )
+        recorded.append(
+            {
+                "side": side,
+                "ms": 1e3 * timings.median(side),
+                "ratio": plain.value,
+                "range": [plain.low, plain.high],
+                "goal": goals[0],
+                "same_output": alike.value,
+                "same_output_goal": goals[1],
+            }
         )
     columns = [
         "model",
@@ -283,6 +310,7 @@ def _report(size: Size, sides: Sequence[str], weights: Path, rounds: int, profil
     measure.print_table(title, columns, rows)
     if profile:
         _profile(size, weights, threshold, rounds)
+    return recorded
 
 
 def _profile(size: Size, weights: Path, threshold: float, rounds: int) -> None:

@@ -128,7 +128,7 @@ def main(
     training = measure.time_interleaved(
         {name: prepare(name, channels, size, True) for name in names}, rounds=rounds, title="training"
     )
-    memory = {name: measure.peak_memory(prepare, name, channels, size, True) for name in names}
+    memory = measure.peak_memories(prepare, names, channels, size, True, quick=quick)
     work = {name: gmacs(name, channels, size) for name in names}
     ratios = {
         name: {

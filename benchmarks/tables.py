@@ -45,6 +45,26 @@ def training(document: Mapping[str, Any]) -> str:
     return _beside_torchvision(document, "training step")
 
 
+def cpu_inference(document: Mapping[str, Any]) -> str:
+    """Return times of detectors beside torchvision's at each size, with the goals as recorded."""
+    columns = [(f"{size.replace('x', '×')}, ms", "of torchvision's", "of its same output") for size in document]
+    rows = []
+    for same_side in zip(*(part["rows"] for part in document.values()), strict=True):
+        name, comma, how = same_side[0]["side"].partition(", ")
+        cells = [f"`{name}`{comma}{how}" if name != "torchvision" else f"{name}{comma}{how}"]
+        for row in same_side:
+            low, high = row["range"]
+            plain = f"{row['ratio']:.2f}" + (f" ({low:.2f}–{high:.2f})" if low < high else "")
+            cells += [f"{row['ms']:.0f}", plain, f"{row['same_output']:.2f} {row['same_output_goal']}".rstrip()]
+        rows.append(cells)
+    parts = []
+    for size, part in document.items():
+        versions = ", ".join(f"{name} {part['versions'][name]}" for name in ("torch", "torchvision"))
+        where = f"{part['threads']} threads, {part['capability']}"
+        parts.append(f"{size.replace('x', '×')}: {where}; {versions}; commit `{part['commit'][:12]}`")
+    return f"{markdown(('one image to objects', *sum(columns, ())), rows)}\n\n{'. '.join(parts)}."
+
+
 def throughput(document: Mapping[str, Any]) -> str:
     """Return images per second of one training and of several that share the GPU."""
     runs = [(document["one"], 1.0), (document["several"], document["ratio"])]

@@ -135,7 +135,7 @@ def _report(size: Size, sides: Sequence[str], rounds: int) -> None:
     calls = {side: prepare(side, size) for side in sides}
     title = f"Training step, 2 images of {size[0]}x{size[1]}"
     timings = measure.time_interleaved(calls, rounds=rounds, title=title)
-    memory = {side: measure.peak_memory(prepare, side, size) for side in sides}
+    memory = measure.peak_memories(prepare, sides, size)
     rows = []
     for side in sides:
         time, space = timings.ratio(side, TORCHVISION), memory[side] / memory[TORCHVISION]

@@ -5,6 +5,8 @@ import os
 # Before anything imports huggingface_hub: no test may reach the network, here or in a subprocess.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -15,3 +17,14 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Accelerate starts like in a new process, on the CPU."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()

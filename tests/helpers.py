@@ -6,7 +6,8 @@ import io
 import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -25,6 +26,21 @@ def torch_from(major: int, minor: int, reason: str) -> pytest.MarkDecorator:
     """Skips a test with older versions of torch."""
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     return pytest.mark.skipif(version < (major, minor), reason=f"torch {torch.__version__}: {reason}")
+
+
+@contextlib.contextmanager
+def at_once(usual: Callable[[], object]) -> Iterator[None]:
+    """Fails where something waits for a network, which takes 10 seconds and more, however busy the machine is.
+
+    Args:
+        usual: The same without a wait; how long it takes says how busy the machine is.
+    """
+    start = time.perf_counter()
+    usual()
+    limit = 4 + 10 * (time.perf_counter() - start)
+    start = time.perf_counter()
+    yield
+    assert time.perf_counter() - start < limit
 
 
 TINY: dict[str, Any] = {

@@ -294,7 +294,7 @@ def test_runs_are_stopped_in_time_and_those_that_do_not_stop_are_killed(plan, mo
     ended, left = work(plan, cases, seconds=5.0, grace=2.0, every=1.0)
     assert ended == {}
     assert left == ["polite", "stubborn", "waiting"]
-    assert re.search(r"0 done, 1 waiting, .*polite/0 \d+/100  stubborn/0 \d+/100", capsys.readouterr().out)
+    assert re.search(r"0 done, 1 waiting, .*polite/0 \d+/(100|\?)  stubborn/0 \d+/(100|\?)", capsys.readouterr().out)
 
 
 def test_nothing_is_started_that_could_not_do_anything_in_the_time(plan):

@@ -11,7 +11,7 @@ import torch
 
 import a2fpn
 from a2fpn.backbones import BackboneInfo, TimmBackbone, UnsupportedBackboneError, attach, find_backbone_info
-from a2fpn.backbones.info import PYRAMID, read_table
+from a2fpn.backbones.info import PYRAMID, TABLE, read_table
 from a2fpn.backbones.probe import measure, probe
 from a2fpn.config import BackboneConfig
 from benchmarks import backbones as sweep
@@ -58,7 +58,7 @@ def test_the_table_knows_every_architecture_and_almost_all_attach() -> None:
 
 
 def test_the_table_is_what_attachments_write() -> None:
-    text = (Path(a2fpn.__file__).parent / attach.TABLE).read_text(encoding="utf-8")
+    text = (Path(a2fpn.__file__).parent / TABLE).read_text(encoding="utf-8")
     rows = list(csv.DictReader(text.splitlines()))
     assert [row["architecture"] for row in rows] == sorted(read_table())
     for row in rows:
@@ -334,6 +334,7 @@ def test_a_member_of_each_kind_does_what_it_declares(name: str) -> None:
     assert sweep._fault(find_backbone_info(name), train=False) is None
 
 
+@pytest.mark.slow  # KINDS above has a member of each kind, test_backbones.py trains some
 @same_timm
 @pytest.mark.parametrize("name", smallest_of_families())
 def test_a_small_member_of_each_family_trains(name: str) -> None:

@@ -1,6 +1,7 @@
 """The benchmarks run and print ratios; no figure is judged here."""
 
 import functools
+import json
 import re
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from benchmarks import _measure as measure
-from benchmarks import evaluation, inference, loader, necks
+from benchmarks import evaluation, inference, label_curve, loader, necks
 from tests.coco_data import write_coco
 
 
@@ -64,6 +65,22 @@ def test_loader_prints_how_much_faster_it_is_and_how_masks_differ(tmp_path, caps
     out = capsys.readouterr().out
     assert re.search(r"torchvision, uint8 .* >= 2\.0 (met|missed)", out)
     assert re.search(r"IoU of our masks with torchvision's: mean 0\.9\d+, .* \d objects", out)
+
+
+def test_the_label_curve_trains_either_side_on_the_same_images(tmp_path, capsys):
+    (tmp_path / "annotations").mkdir()
+    for part in ("val", "train"):
+        _, annotations = write_coco(tmp_path, images=4)
+        annotations.rename(tmp_path / "annotations" / f"instances_{part}.json")
+    records = tmp_path / "records.jsonl"
+    for side in ("a2fpn", "torchvision"):
+        label_curve.main(tmp_path, images=3, side=side, batch=2, workers=0, device="cpu", records=records, quick=True)
+    ours, theirs = (json.loads(line) for line in records.read_text().splitlines())
+    assert (ours["images"], theirs["images"], ours["steps"]) == (3, 3, 2)
+    assert 0 < min(ours["loss"], theirs["loss"]) < max(ours["loss"], theirs["loss"]) < 100
+    label_curve.main(records=records, report=True, picture=tmp_path / "curve.svg")
+    assert re.search(r"│ 3 +│ +\d+\.\d \(1\)", capsys.readouterr().out)
+    assert (tmp_path / "curve.svg").read_text().count("<use ") >= 2  # a dot for each run
 
 
 def test_evaluation_compares_the_numbers_of_every_library(capsys, monkeypatch):

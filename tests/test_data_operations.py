@@ -11,16 +11,9 @@ from PIL import Image, ImageEnhance
 from a2fpn.cli import main
 from a2fpn.data import check_data, read_coco
 from a2fpn.data.duplicates import image_hash, near_duplicates
-from a2fpn.data.operations import (
-    coco_stats,
-    load_coco,
-    merge_coco,
-    rename_categories,
-    save_coco,
-    split_coco,
-    subset_coco,
-)
+from a2fpn.data.operations import load_coco, merge_coco, rename_categories, save_coco, split_coco, subset_coco
 from a2fpn.data.plots import draw_stats
+from a2fpn.data.stats import coco_stats
 from a2fpn.errors import DataError
 from tests.coco_data import write_coco
 

@@ -1,12 +1,14 @@
 """The language of docstrings: verbs and nouns first, and references that resolve."""
 
 import ast
+import functools
 import importlib
 import io
 import re
 import tokenize
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -52,13 +54,21 @@ def scopes(path: Path, name: str) -> list[str]:
     return [*classes, f"{module_name(path)}.", f"{module_name(path).rpartition('.')[0]}.".lstrip("."), ""]
 
 
+@functools.cache
+def module(name: str) -> ModuleType | None:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+@functools.cache
 def exists(name: str) -> bool:
     """Return whether a dotted name can be imported; fields that a class annotates count."""
     parts = name.split(".")
     for count in range(len(parts), 0, -1):
-        try:
-            value = importlib.import_module(".".join(parts[:count]))
-        except ImportError:
+        value: object = module(".".join(parts[:count]))
+        if value is None:
             continue
         for part in parts[count:]:
             if part not in getattr(value, "__annotations__", {}) and not hasattr(value, part):

@@ -457,7 +457,7 @@ def studio(**changes: Any) -> str:
         ("voc", "a.xml", VOC.format(9).replace("cat", ""), "object 1: it has no name"),
         ("voc", "a.xml", VOC.format(9)[:-5], "line 1: no XML"),
         ("voc", "a.xml", VOC.format(9).replace("a.png", "D:\\b.png"), None),
-        ("cvat", "x.xml", CVAT.format("b.png", 60, ""), "image 'b.png': the image is not there"),
+        ("cvat", "x.xml", CVAT.format("b.png", 60, ""), "image 'b.png': its image 'b.png' is not there"),
         ("cvat", "x.xml", CVAT.format("a.png", 61, ""), "it says 61 x 40 pixels, a.png has 60 x 40"),
         ("cvat", "x.xml", CVAT.format("a.png", 60, '<polygon label="c" points="1,2;3,4;5"/>'), "it has 5 coordinates"),
         (

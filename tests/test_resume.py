@@ -26,6 +26,7 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs signals")
 # 4 epochs of 2 steps, a checkpoint after every step; augmentation, moving average and loader processes at work.
 SETTINGS = ["run.epochs=4", "run.evaluate_every=2", "run.checkpoint_every=1", "run.ema=0.9", "data.check_images=0"]
 SETTINGS += ["data.transforms.color_jitter=0.5", "data.transforms.crop_size=60", "run.pictures=0", "run.val_loss=true"]
+SETTINGS += ["model.name=maskrcnn_a2fpn"]
 
 
 @pytest.fixture(scope="module")

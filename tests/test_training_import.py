@@ -4,12 +4,10 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState, GradientState
 
 from a2fpn.data.exporters import convert_data
 from a2fpn.errors import DataError
@@ -19,15 +17,6 @@ from a2fpn.training.importing import import_folder
 from a2fpn.training.sources import open_training_set, open_validation_set
 from tests.coco_data import write_coco
 from tests.training import metrics, tiny_run
-
-
-@pytest.fixture
-def in_this_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Accelerate starts like in a new process, on the CPU."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from tests.coco_data import write_coco
 
 TINY_RECIPE = """
 model:
-  name: maskrcnn_a2fpn
+  name: maskrcnn_fpn
   overrides:
     backbone: test_efficientnet
     neck_args: {out_channels: 16}

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 
 from a2fpn.cli import data_sets
 from a2fpn.cli.door import SETTINGS, Debug, Door
+from a2fpn.cli.pick import pick
 from a2fpn.errors import ConfigError
 
 UNITS = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -112,3 +113,4 @@ def _check(location: str, bar: Progress) -> None:
 
 
 data_sets.register(app)
+app.command()(pick)

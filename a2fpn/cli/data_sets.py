@@ -244,7 +244,7 @@ def stats(
 
     Example: `a2fpn data stats coco/annotations/instances_train.json --plot stats.png`
     """
-    from a2fpn.data.operations import coco_stats
+    from a2fpn.data.stats import coco_stats
 
     found = coco_stats(source)
     record = found.to_dict()

@@ -9,7 +9,6 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from hashlib import sha256
 from pathlib import Path
@@ -24,39 +23,6 @@ Coco = Mapping[str, Any]
 Source = str | Path | Coco
 
 _LISTS = ("images", "annotations", "categories")
-
-
-@dataclass(frozen=True)
-class DataStats:
-    """Statistics of a COCO file.
-
-    Args:
-        images: Number of images.
-        annotations: Number of annotations that are no crowds.
-        crowds: Number of crowds.
-        classes: Annotations by the name of their class, the most frequent first; crowds don't count.
-        sizes: Square root of each box's area, pixels.
-        densities: Annotations of each image.
-    """
-
-    images: int
-    annotations: int
-    crowds: int
-    classes: Mapping[str, int]
-    sizes: tuple[float, ...]
-    densities: tuple[int, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return JSON-able built-ins: counts, and quantiles of sizes and densities."""
-        shares = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
-        return {
-            "images": self.images,
-            "annotations": self.annotations,
-            "crowds": self.crowds,
-            "classes": dict(self.classes),
-            "sizes": {f"{share:g}": _quantile(self.sizes, share) for share in shares},
-            "densities": {f"{share:g}": _quantile(self.densities, share) for share in shares},
-        }
 
 
 def load_coco(source: Source) -> dict[str, Any]:
@@ -228,7 +194,7 @@ def subset_coco(
         data["categories"] = [raw for raw in data["categories"] if raw["id"] in ids]
         data["annotations"] = [raw for raw in data["annotations"] if raw["category_id"] in ids]
     if min_size > 0:
-        data["annotations"] = [raw for raw in data["annotations"] if _size(raw) >= min_size]
+        data["annotations"] = [raw for raw in data["annotations"] if box_size(raw) >= min_size]
     if images is not None:
         patterns = list(images)
         names = [str(raw["file_name"]) for raw in data["images"]]
@@ -281,33 +247,6 @@ def rename_categories(source: Source, names: Mapping[str, str], *, missing_ok: b
     return {**data, "categories": categories, "annotations": annotations}
 
 
-def coco_stats(source: Source) -> DataStats:
-    """Count what a COCO file holds.
-
-    Example:
-        >>> coco_stats({
-        ...     "images": [{"id": 1, "file_name": "a.png"}],
-        ...     "categories": [{"id": 7, "name": "cat"}],
-        ...     "annotations": [{"id": 1, "image_id": 1, "category_id": 7, "bbox": [0, 0, 4, 9]}],
-        ... }).sizes
-        (6.0,)
-    """
-    data = load_coco(source)
-    names = {raw["id"]: str(raw["name"]) for raw in data["categories"]}
-    objects = [raw for raw in data["annotations"] if not raw.get("iscrowd")]
-    classes = Counter({name: 0 for name in names.values()})
-    classes.update(names[raw["category_id"]] for raw in objects if raw["category_id"] in names)
-    per_image = Counter(raw["image_id"] for raw in objects)
-    return DataStats(
-        len(data["images"]),
-        len(objects),
-        len(data["annotations"]) - len(objects),
-        dict(classes.most_common()),
-        tuple(_size(raw) for raw in objects),
-        tuple(per_image[raw["id"]] for raw in data["images"]),
-    )
-
-
 def _only(data: Coco, keep: Callable[[Mapping[str, Any]], bool]) -> dict[str, Any]:
     """The images for which ``keep`` holds, with their annotations."""
     images = [raw for raw in data["images"] if keep(raw)]
@@ -333,7 +272,8 @@ def _merged_category(raw: Mapping[str, Any], by_name: dict[str, dict[str, Any]],
     return int(known["id"])
 
 
-def _size(raw: Mapping[str, Any]) -> float:
+def box_size(raw: Mapping[str, Any]) -> float:
+    """Square root of the area of an annotation's box, pixels; 0 without a box."""
     box = raw.get("bbox")
     if not isinstance(box, Sequence) or len(box) != 4 or not all(isinstance(side, (int, float)) for side in box):
         return 0.0
@@ -342,11 +282,3 @@ def _size(raw: Mapping[str, Any]) -> float:
 
 def _hash(text: str) -> bytes:
     return sha256(text.encode()).digest()
-
-
-def _quantile(values: Sequence[float], share: float) -> float | None:
-    """The value below which a share of the values lies; None without values."""
-    if not values:
-        return None
-    ordered = sorted(values)
-    return round(float(ordered[round(share * (len(ordered) - 1))]), 2)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from a2fpn.data.operations import DataStats
+from a2fpn.data.stats import DataStats
 from a2fpn.errors import DataError
 
 _CLASSES = 30

@@ -2,7 +2,7 @@
 
 What is done was measured on CPUs, in the order of what it gains: convolutions and what follows them on NHWC memory,
 batch norms folded into convolutions, activations and shortcuts applied while a convolution's result is still in the
-cache, boxes decoded only for the proposals that are kept, masks predicted only for the class that was found.
+cache, masks predicted only for the class that was found.
 """
 
 from __future__ import annotations

@@ -158,11 +158,16 @@ class Result:
         """
         if self.keypoints is None:
             raise ConfigError("This result has no keypoints; they come from detectors such as keypointrcnn.")
-        keypoints: supervision.KeyPoints = _supervision().KeyPoints(
-            xy=self.keypoints[..., :2],
-            class_id=self.labels,
-            data={"class_name": np.array(self.names, dtype=np.str_)},
-        )
+        library = _supervision()
+        keypoints: supervision.KeyPoints
+        if len(self):
+            keypoints = library.KeyPoints(
+                xy=self.keypoints[..., :2],
+                class_id=self.labels,
+                data={"class_name": np.array(self.names, dtype=np.str_)},
+            )
+        else:
+            keypoints = library.KeyPoints.empty()  # versions before 0.29 refuse arrays of no object
         return keypoints
 
     def load_image(self) -> NDArray[np.uint8]:

@@ -148,6 +148,22 @@ def compare(
     return Comparison(rows, tuple(columns), note)
 
 
+def show(name: str, results: Sequence[Result], remarks: Sequence[str], note: str) -> Comparison:
+    """Show results of one model on image files, with a remark for each.
+
+    Args:
+        name: The model's.
+        results: Of files; their ``path`` is set.
+        remarks: What is said under each, before the number of objects.
+        note: How the images were picked.
+    """
+    columns = [
+        _column(Path(str(result.path)), [result], None, 0, [remark])
+        for result, remark in zip(results, remarks, strict=True)
+    ]
+    return Comparison((name,), tuple(columns), note)
+
+
 def _check_categories(name: str, predictor: Predictor, coco: CocoFile) -> None:
     names = {category.id: category.name for category in predictor.categories}
     shared = [category for category in coco.categories if category.id in names]

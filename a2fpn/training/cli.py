@@ -7,11 +7,12 @@ import dataclasses
 import inspect
 import json
 import logging
+import os
 import re
 import sys
 import textwrap
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -22,9 +23,9 @@ from rich.logging import RichHandler
 from a2fpn._plugins import import_package
 from a2fpn._serialize import from_dict, plain, to_dict
 from a2fpn.errors import ConfigError, message_for_users
-from a2fpn.training.config import TrainConfig
-from a2fpn.training.recipes import copy_recipe, find_recipe, list_recipes
-from a2fpn.training.settings import assign, dump_yaml, read_arguments, read_file, type_of
+from a2fpn.training.config import DataSection, TrainConfig
+from a2fpn.training.recipes import AUTO, copy_recipe, find_recipe, list_recipes
+from a2fpn.training.settings import assign, dump_yaml, flat, read_arguments, read_file, type_of
 from a2fpn.training.signals import StopRequest
 
 DESCRIPTION = """\
@@ -37,6 +38,10 @@ Trains a detector on a data set in COCO format.
 Settings on the command line override the recipe: section.key=value, --section.key=value or --section.key value. Values
 are YAML. A recipe changes settings key by key; so does a later recipe, and a dotted name such as
 model.overrides.neck_args.out_channels=96. model.overrides={} replaces all of them.
+
+--config auto looks at the data and chooses the rest, saying why:
+
+    a2fpn train --config auto data.root=DIR
 
 SIGTERM, SIGUSR1 and Ctrl-C end the step, write a checkpoint and exit with 128 + the signal's number.
 """
@@ -120,17 +125,42 @@ def _options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _settings(options: argparse.Namespace, arguments: Sequence[str]) -> TrainConfig:
-    settings: dict[str, Any] = {"data": {}}
-    for name in options.config:
-        for section, value in read_file(find_recipe(name)).items():
-            settings = assign(settings, section, value)
+    recipes = [find_recipe(name) for name in options.config]
     short = [f"run.resume={options.resume}"] if options.resume is not None else []
     short += ["data.strict=true"] if options.strict_data else []
-    for name, value in read_arguments([*short, *arguments]):
-        settings = assign(settings, name, value, merge=is_dataclass(type_of(name)))
+    given = list(read_arguments([*short, *arguments]))
+    settings = _joined(recipes, given)
     if isinstance(settings["data"], dict) and "root" not in settings["data"]:
         raise ConfigError("the setting data.root is missing, the folder of the data set: data.root=DIR.")
+    if AUTO in recipes:
+        decided = flat(_joined([path for path in recipes if path != AUTO], given))
+        settings = _chosen(settings, decided)
     return from_dict(TrainConfig, settings, where="")
+
+
+def _joined(recipes: Iterable[Path], given: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """The settings of recipes, and those given on the command line in their place."""
+    settings: dict[str, Any] = {"data": {}}
+    for path in recipes:
+        for section, value in read_file(path).items():
+            settings = assign(settings, section, value)
+    for name, value in given:
+        settings = assign(settings, name, value, merge=is_dataclass(type_of(name)))
+    return settings
+
+
+def _chosen(settings: Mapping[str, Any], decided: Collection[str]) -> dict[str, Any]:
+    """Add what is chosen by looking at the data to settings, and say why."""
+    from a2fpn.training.auto import choose
+    from a2fpn.training.importing import import_folder
+
+    configure_logging()  # an import says what it does
+    data = import_folder(from_dict(DataSection, settings["data"], where="data"))
+    for choice in choose(data, given=decided):
+        settings = assign(settings, choice.setting, choice.value)
+        if os.environ.get("RANK", "0") == "0":
+            sys.stderr.write(f"auto: {choice}\n")
+    return dict(settings)
 
 
 def fail(error: Any, code: int = 2) -> int:

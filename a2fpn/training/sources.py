@@ -163,6 +163,32 @@ def build_model(model: ModelSection, dataset: TrainingSet) -> Any:
     )
 
 
+def warn_of_settings(config: TrainConfig, model: Any, steps: int) -> None:
+    """Say which settings can't have the effect that they name.
+
+    Args:
+        config: The settings.
+        model: The detector.
+        steps: Length of the run.
+    """
+    warmup, found = config.optim.warmup_steps, model.config.heads.detections_per_image
+    if warmup >= steps:
+        logger.warning(
+            "optim.warmup_steps=%d: the run has %d steps, so the learning rate never reaches optim.lr. A tenth of the "
+            "run is usual: optim.warmup_steps=%d",
+            warmup,
+            steps,
+            steps // 10,
+        )
+    if config.run.max_detections > found:
+        logger.warning(
+            "run.max_detections=%d: the model finds at most %d objects in an image; raise "
+            "model.overrides.detections_per_image to find more",
+            config.run.max_detections,
+            found,
+        )
+
+
 def build_feed(config: TrainConfig, dataset: TrainingSet, model: Any, accelerator: Accelerator) -> Feed:
     """Join the training set, the augmentation and this process's part.
 

@@ -53,6 +53,7 @@ from a2fpn.training.sources import (
     credits_of,
     open_training_set,
     open_validation_set,
+    warn_of_settings,
 )
 from a2fpn.training.state import (
     METRICS_FILE,
@@ -130,6 +131,7 @@ class Trainer:
         model.normalize_losses_globally(enabled=self._global_losses)
         self.feed: Feed = build_feed(config, train_set, model, self.accelerator)
         self.total_steps, self.epochs = self._length()
+        warn_of_settings(config, model, self.total_steps)
 
         optimizer = build_optimizer(model, config.optim, lr=scaled_lr(config.optim, self.batch_size))
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)

@@ -43,14 +43,14 @@ def size_findings(
     if not anchor_sizes:
         return
     shown = resized[:: -(-len(resized) // _MEASURED)]
-    now = _covered(shown, anchor_sizes, anchor_ratios)
+    now = covered(shown, anchor_sizes, anchor_ratios)
     ratios = sorted({*anchor_ratios, min(anchor_ratios) / 2, max(anchor_ratios) * 2})
     options = [
         ([[round(size * factor) for size in level] for level in anchor_sizes], ratio)
         for ratio in (list(anchor_ratios), ratios)
         for factor in (0.25, 0.5, 1, 2)
     ]
-    shares = [_covered(shown, *option) for option in options]
+    shares = [covered(shown, *option) for option in options]
     # More ratios are more work: they must fit more than the best sizes alone do.
     best = int(np.argmax(shares[:4]))
     best = int(np.argmax(shares)) if max(shares) > shares[best] + _GAIN else best
@@ -64,14 +64,14 @@ def size_findings(
         yield Finding("note", "anchors", message, advice, round((1 - now) * len(sides)))
 
 
-def _covered(sides: Sides, sizes: Sequence[Sequence[float]], ratios: Sequence[float]) -> float:
-    """Share of boxes, (K, 2), that some anchor put on their center has an IoU of ``_COVERED`` with."""
+def covered(sides: Sides, sizes: Sequence[Sequence[float]], ratios: Sequence[float], *, iou: float = _COVERED) -> float:
+    """Share of boxes, (K, 2), that some anchor put on their center has an IoU of ``iou`` or more with."""
     best = np.zeros(len(sides))
     for size, ratio in itertools.product(itertools.chain.from_iterable(sizes), ratios):
         anchor = np.array([size / ratio**0.5, size * ratio**0.5])
         shared = np.minimum(sides, anchor).prod(1)
         best = np.maximum(best, shared / (sides.prod(1) + anchor.prod() - shared))
-    return float((best >= _COVERED).mean())
+    return float((best >= iou).mean())
 
 
 def median_size(sides: Sides) -> float | None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from a2fpn._registry import Registry
 from a2fpn.data.exporters.rings import window_of
-from a2fpn.data.importers.base import CATEGORIES_FILE, IDS_FILE
+from a2fpn.data.importers.folder import CATEGORIES_FILE, IDS_FILE
 from a2fpn.data.importers.writer import Placing, check_output, place
 from a2fpn.data.labeled import CategoryInfo, LabeledImage, LabeledObject, LossLog
 

@@ -11,7 +11,7 @@ from a2fpn._registry import natural_key
 from a2fpn.data.check.report import Track
 from a2fpn.data.exporters.base import EXPORTERS, ExportOptions, export_images
 from a2fpn.data.importers import open_source
-from a2fpn.data.importers.base import REPORT_FILE, Folder
+from a2fpn.data.importers.folder import REPORT_FILE, Folder
 from a2fpn.data.importers.importing import ImportReport
 from a2fpn.data.importers.writer import Placing, SplitCount
 from a2fpn.data.labeled import CategoryInfo, LabeledImage, LossLog

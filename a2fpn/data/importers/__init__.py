@@ -12,15 +12,8 @@ from a2fpn.data.importers import (  # noqa: F401  # each registers its format
     voc,
     yolo,
 )
-from a2fpn.data.importers.base import (
-    IMPORTERS,
-    Folder,
-    Importer,
-    ImportOptions,
-    detect,
-    read_categories,
-    register_importer,
-)
+from a2fpn.data.importers.base import IMPORTERS, Importer, ImportOptions, detect, read_categories, register_importer
+from a2fpn.data.importers.folder import Folder
 from a2fpn.data.importers.importing import ImportReport, import_data, list_formats, open_source
 from a2fpn.data.importers.writer import SplitCount
 

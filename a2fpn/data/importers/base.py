@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from a2fpn._registry import Registry
-from a2fpn.data.importers.files import IMAGE_SUFFIXES, ImageIndex, read_json, read_text
+from a2fpn.data.importers.files import ImageIndex, read_json, read_text
+from a2fpn.data.importers.folder import CATEGORIES_FILE, IDS_FILE, Folder
 from a2fpn.data.labeled import CategoryInfo, LabeledImage, LossLog, folder_name
 from a2fpn.errors import DataError
-
-_HEAD = 4096  # bytes of a file that tell what it is
-
-CATEGORIES_FILE = "categories.json"
-"""Beside any format: the ``categories`` of a COCO file, which keep ids, keypoints and skeletons."""
-
-REPORT_FILE = "import_report.json"
-"""Report that an import or a conversion leaves in its output."""
-
-IDS_FILE = "image_ids.json"
-"""Beside any format: the ids of images in the COCO file that it was made of, by name."""
-
-OWN_FILES = frozenset((CATEGORIES_FILE, IDS_FILE, REPORT_FILE))
 
 
 @dataclass(frozen=True)
@@ -44,73 +31,6 @@ class ImportOptions:
     categories: tuple[CategoryInfo, ...] = ()
     unlabeled: Literal["auto", "keep", "skip"] = "auto"
     category: str = ""
-
-
-@dataclass(frozen=True)
-class Folder:
-    """A folder as the detection of formats sees it.
-
-    Args:
-        root: The folder, or the folder of the file that was named.
-        file: The file that was named, if it was one.
-    """
-
-    root: Path
-    file: Path | None = None
-    _heads: dict[Path, bytes] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, path: str | Path) -> Folder:
-        """Look at a folder, or at a file of a format.
-
-        Raises:
-            DataError: If there is none.
-        """
-        path = Path(path)
-        if path.is_dir():
-            return cls(path)
-        if path.is_file():
-            return cls(path.parent, path)
-        raise DataError(f"{path}: no such file or folder.")
-
-    @cached_property
-    def files(self) -> tuple[Path, ...]:
-        """Files below the folder, sorted by their names."""
-        if self.file is not None:
-            return (self.file,)
-        found = (
-            os.path.join(folder, name)
-            for folder, _, names in os.walk(self.root)
-            for name in names
-            if not name.startswith(".") and name not in OWN_FILES
-        )
-        return tuple(map(Path, sorted(found)))
-
-    @cached_property
-    def by_suffix(self) -> Mapping[str, tuple[Path, ...]]:
-        """Files by lower-case suffix."""
-        groups: dict[str, list[Path]] = {}
-        for path in self.files:
-            groups.setdefault(path.suffix.lower(), []).append(path)
-        return {suffix: tuple(paths) for suffix, paths in groups.items()}
-
-    def of_type(self, suffix: str) -> tuple[Path, ...]:
-        """Return the files with a suffix."""
-        return self.by_suffix.get(suffix, ())
-
-    def head(self, path: Path) -> bytes:
-        """Return the first 4 KB of a file; nothing if it can't be read."""
-        if path not in self._heads:
-            try:
-                with path.open("rb") as file:
-                    self._heads[path] = file.read(_HEAD)
-            except OSError:
-                self._heads[path] = b""
-        return self._heads[path]
-
-    def has_images(self) -> bool:
-        """Return whether any image lies in the folder."""
-        return any(suffix in IMAGE_SUFFIXES for suffix in self.by_suffix)
 
 
 class Importer(ABC):
@@ -190,6 +110,69 @@ class Importer(ABC):
             for c in self.categories
         ]
 
+    def claim(
+        self,
+        file: Path | None,
+        used: set[Path],
+        path: Path,
+        *,
+        named: str,
+        place: str = "",
+        own_file: bool = False,
+        remark: str = "",
+    ) -> tuple[int, int] | None:
+        """Take an image for the labels of a file, once; why it can't be taken goes to the log.
+
+        Args:
+            file: The image; None if it was not found.
+            used: The images that were taken; it is added.
+            path: The file with its labels.
+            named: How that names it.
+            place: Where.
+            own_file: Whether every image has a label file of its own.
+            remark: Added where it was not found.
+
+        Returns:
+            Height and width; None if it can't be taken.
+        """
+        if file is None:
+            self.log.add("missing-image", path, f"its image {named!r} is not there{remark}; left out", place=place)
+            return None
+        if file in used and own_file:
+            self.log.add("duplicate-stem", path, f"its image {file.name} has another label file too; left out")
+            return None
+        if file in used:
+            self.log.add("duplicate-image", path, f"{file.name} is listed twice; the first is kept", place=place)
+            return None
+        size = self.images.size(file, self.log)
+        if size is not None:
+            used.add(file)
+        return size
+
+    def agreed_size(
+        self, said: tuple[Any, Any], size: tuple[int, int], path: Path, *, name: str, place: str = ""
+    ) -> tuple[int, int] | None:
+        """Compare the size that labels state with the image's.
+
+        Args:
+            said: Height and width; anything else than whole numbers above 0 states nothing.
+            size: The image's, as shown.
+            path: The file with the labels.
+            name: The image's.
+            place: Where.
+
+        Returns:
+            The size on which the labels were drawn: the image's, or that of its stored pixels where a tag turns them;
+            None, and a line in the log, if it is neither.
+        """
+        if said == size or not all(isinstance(side, int) and side > 0 for side in said):
+            return size
+        if said == size[::-1]:
+            return size[::-1]
+        detail = f"it says {said[1]} x {said[0]} pixels, {name} has {size[1]} x {size[0]}; left out"
+        self.log.add("size-mismatch", path, detail, place=place)
+        return None
+
     def unlabeled(self, used: set[Path], *, keep: bool = False, under: Path | None = None) -> Iterator[LabeledImage]:
         """Yield the images that no label file belongs to, or count them.
 
@@ -210,6 +193,35 @@ class Importer(ABC):
             if size is not None:
                 name, split = self.images.name_and_split(path)
                 yield LabeledImage(path, name, *size, split=split, source=str(path))
+
+
+class JsonImporter(Importer):
+    """Reads JSON files of which each holds the labels of many images.
+
+    Attributes:
+        sign: What such a file holds, for messages.
+        paths: The files.
+    """
+
+    sign = ""
+
+    def __init__(self, folder: Folder, log: LossLog, options: ImportOptions) -> None:
+        super().__init__(folder, log, options)
+        self.paths = [folder.file] if folder.file else [p for p in folder.of_type(".json") if self.owns(folder, p)]
+        if folder.file is not None and folder.root.name == "annotations":
+            self.root = folder.root.parent
+        self.total = len(self.images.files)
+
+    @classmethod
+    @abstractmethod
+    def owns(cls, folder: Folder, path: Path) -> bool:
+        """Return whether a file of the folder is of this format."""
+
+    @classmethod
+    def detect(cls, folder: Folder) -> str:
+        """See :meth:`Importer.detect`."""
+        path = next((path for path in folder.of_type(".json") if cls.owns(folder, path)), None)
+        return "" if path is None else f"{path.name} with {cls.sign}"
 
 
 IMPORTERS: Registry[type[Importer]] = Registry("data format")

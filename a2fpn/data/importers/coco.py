@@ -6,28 +6,35 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from a2fpn.data.importers.base import Folder, Importer, ImportOptions, register_importer
+from a2fpn.data.importers.base import JsonImporter, register_importer
 from a2fpn.data.importers.files import read_json
-from a2fpn.data.labeled import CategoryInfo, LabeledImage, LabeledObject, LossLog, split_name
+from a2fpn.data.importers.folder import Folder
+from a2fpn.data.labeled import CategoryInfo, LabeledImage, LabeledObject, split_name
 from a2fpn.errors import DataError
+
+_SIGNS = (
+    (b'"file_name"', b'"images"'),
+    (b'"annotations"', b'"category_id"'),
+    (b'"categories"', b'"supercategory"'),
+    (b'"categories"', b'"images"'),
+)
+"""Keys that show a file to be COCO's, if they are both in its head."""
 
 
 @register_importer("coco")
-class CocoImporter(Importer):
+class CocoImporter(JsonImporter):
     """Reads JSON files with ``images``, ``annotations`` and ``categories``; ids are kept."""
 
-    @classmethod
-    def detect(cls, folder: Folder) -> str:
-        """See :meth:`Importer.detect`."""
-        path = next((path for path in folder.of_type(".json") if _is_ours(folder, path)), None)
-        return "" if path is None else f"{path.name} with images and annotations"
+    sign = "images and annotations"
 
-    def __init__(self, folder: Folder, log: LossLog, options: ImportOptions) -> None:
-        super().__init__(folder, log, options)
-        self.paths = [folder.file] if folder.file else [p for p in folder.of_type(".json") if _is_ours(folder, p)]
-        if folder.file is not None and folder.root.name == "annotations":
-            self.root = folder.root.parent
-        self.total = len(self.images.files)
+    @classmethod
+    def owns(cls, folder: Folder, path: Path) -> bool:
+        """See :meth:`JsonImporter.owns`; a file's lists may come in any order, the first longer than what is read."""
+        head = folder.head(path)
+        if b'"segments_info"' in head or b'"shapes"' in head or b'"items"' in head:
+            return False
+        fits = any(all(sign in head for sign in pair) for pair in _SIGNS)
+        return fits and not is_panoptic(path)
 
     def read(self) -> Iterator[LabeledImage]:
         """See :meth:`Importer.read`."""
@@ -121,20 +128,6 @@ def _object(raw: Any, infos: Mapping[int, CategoryInfo], place: str) -> LabeledO
         None if score is None else float(score),
         place,
     )
-
-
-def _is_ours(folder: Folder, path: Path) -> bool:
-    """Return whether a JSON file is COCO's; its lists may come in any order, the first longer than what is read."""
-    head = folder.head(path)
-    if b'"segments_info"' in head or b'"shapes"' in head or b'"items"' in head:
-        return False
-    if b'"file_name"' in head and b'"images"' in head:
-        return not is_panoptic(path)
-    if b'"annotations"' in head and b'"category_id"' in head:
-        return not is_panoptic(path)
-    if b'"categories"' in head and b'"supercategory"' in head:
-        return not is_panoptic(path)
-    return b'"categories"' in head and b'"images"' in head and not is_panoptic(path)
 
 
 def is_panoptic(path: Path) -> bool:

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from a2fpn.data.importers.base import Folder, Importer, ImportOptions, register_importer
+from a2fpn.data.importers.base import Importer, ImportOptions, register_importer
 from a2fpn.data.importers.files import read_bytes
+from a2fpn.data.importers.folder import Folder
 from a2fpn.data.labeled import LabeledImage, LabeledObject, LossLog, grouped, split_name
 from a2fpn.errors import DataError
 from a2fpn.masks.rle import Rle, encode_window
@@ -92,26 +93,14 @@ class CvatImporter(Importer):
         named = node.get("name", "")
         place = f"image {named!r}"
         file = self.images.find(named)
-        if file is None:
-            self.log.add("missing-image", path, "the image is not there; left out", place=place)
-            return None
-        if file in used:
-            self.log.add("duplicate-image", path, f"{file.name} is listed twice; the first is kept", place=place)
-            return None
-        size = self.images.size(file, self.log)
-        if size is None:
-            return None
-        used.add(file)
+        size = self.claim(file, used, path, named=named, place=place)
         try:
             said = int(node.get("height", "0")), int(node.get("width", "0"))
         except ValueError:
             said = (0, 0)
-        if all(said) and said != size:
-            if said != size[::-1]:
-                detail = f"it says {said[1]} x {said[0]} pixels, {file.name} has {size[1]} x {size[0]}; left out"
-                self.log.add("size-mismatch", path, detail, place=place)
-                return None
-            size = said
+        size = size and self.agreed_size(said, size, path, name=named, place=place)
+        if file is None or size is None:
+            return None
         shapes: list[tuple[object, LabeledObject]] = []
         for number, shape in enumerate(node):
             where = f"{place}, {shape.tag} {number + 1}"

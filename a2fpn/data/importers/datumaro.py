@@ -9,9 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from a2fpn.data.importers.base import Folder, Importer, ImportOptions, register_importer
+from a2fpn.data.importers.base import JsonImporter, register_importer
 from a2fpn.data.importers.files import read_json
-from a2fpn.data.labeled import CategoryInfo, LabeledImage, LabeledObject, LossLog, grouped, split_name
+from a2fpn.data.importers.folder import Folder
+from a2fpn.data.labeled import CategoryInfo, LabeledImage, LabeledObject, grouped, split_name
 from a2fpn.errors import DataError
 from a2fpn.masks.segmentation import parse_segmentation
 
@@ -19,21 +20,16 @@ _SHAPES = frozenset(("bbox", "polygon", "mask", "points"))
 
 
 @register_importer("datumaro")
-class DatumaroImporter(Importer):
+class DatumaroImporter(JsonImporter):
     """Reads JSON files with ``items`` and ``categories``."""
 
-    @classmethod
-    def detect(cls, folder: Folder) -> str:
-        """See :meth:`Importer.detect`."""
-        path = next((path for path in folder.of_type(".json") if _is_ours(folder.head(path))), None)
-        return "" if path is None else f"{path.name} with items"
+    sign = "items"
 
-    def __init__(self, folder: Folder, log: LossLog, options: ImportOptions) -> None:
-        super().__init__(folder, log, options)
-        self.paths = [folder.file] if folder.file else [p for p in folder.of_type(".json") if _is_ours(folder.head(p))]
-        if folder.file is not None and folder.root.name == "annotations":
-            self.root = folder.root.parent
-        self.total = len(self.images.files)
+    @classmethod
+    def owns(cls, folder: Folder, path: Path) -> bool:
+        """See :meth:`JsonImporter.owns`."""
+        head = folder.head(path)
+        return b'"items"' in head or (b'"label"' in head and b'"labels"' in head and b'"categories"' in head)
 
     def read(self) -> Iterator[LabeledImage]:
         """See :meth:`Importer.read`."""
@@ -81,23 +77,12 @@ class DatumaroImporter(Importer):
         named = str(said.get("path") or item.get("id") or "")  # type: ignore[union-attr]
         near = self.root / "images" / path.stem
         file = self.images.find(named, near if near.is_dir() else None)
-        if file is None:
-            self.log.add("missing-image", path, f"its image {named!r} is not there; left out", place=place)
-            return None
-        if file in used:
-            self.log.add("duplicate-image", path, f"{file.name} is listed twice; the first is kept", place=place)
-            return None
-        size = self.images.size(file, self.log)
-        if size is None:
-            return None
-        used.add(file)
+        size = self.claim(file, used, path, named=named, place=place)
         wanted = said.get("size")  # type: ignore[union-attr]
-        if isinstance(wanted, list) and len(wanted) == 2 and tuple(wanted) != size:
-            if tuple(wanted) != size[::-1]:
-                detail = f"it says {wanted[1]} x {wanted[0]} pixels, {file.name} has {size[1]} x {size[0]}; left out"
-                self.log.add("size-mismatch", path, detail, place=place)
-                return None
-            size = size[::-1]
+        stated = (wanted[0], wanted[1]) if isinstance(wanted, list) and len(wanted) == 2 else (None, None)
+        size = size and self.agreed_size(stated, size, path, name=named, place=place)
+        if file is None or size is None:
+            return None
         shapes = []
         annotations = item.get("annotations")
         for index, raw in enumerate(annotations if isinstance(annotations, list) else []):
@@ -148,7 +133,3 @@ def _shape(
     seen = raw.get("visibility") or [2] * (len(flat) // 2)
     keypoints = tuple(v for x, y, s in zip(flat[::2], flat[1::2], seen, strict=True) for v in (x, y, float(s)))
     return group, LabeledObject(name, None, None, crowd, keypoints, line=place)
-
-
-def _is_ours(head: bytes) -> bool:
-    return b'"items"' in head or (b'"label"' in head and b'"labels"' in head and b'"categories"' in head)

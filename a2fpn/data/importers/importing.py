@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from a2fpn.data.check.report import Track, count_of
-from a2fpn.data.importers.base import IMPORTERS, REPORT_FILE, Folder, Importer, ImportOptions, detect, read_categories
+from a2fpn.data.importers.base import IMPORTERS, Importer, ImportOptions, detect, read_categories
+from a2fpn.data.importers.folder import REPORT_FILE, Folder
 from a2fpn.data.importers.writer import CocoWriter, Placing, SplitCount, SplitRule
 from a2fpn.data.labeled import CategoryInfo, Loss, LossLog
 from a2fpn.errors import DataError

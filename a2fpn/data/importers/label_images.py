@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from pycocotools import mask as mask_utils
 
 from a2fpn.data.images import open_image
-from a2fpn.data.importers.base import Folder, Importer, ImportOptions, register_importer
+from a2fpn.data.importers.base import Importer, ImportOptions, register_importer
 from a2fpn.data.importers.files import IMAGE_SUFFIXES, ImageIndex
+from a2fpn.data.importers.folder import Folder
 from a2fpn.data.importers.mask_files import mask_units
 from a2fpn.data.labeled import LabeledImage, LabeledObject, LossLog, split_name
 from a2fpn.errors import DataError

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from a2fpn.data.importers.base import Folder, Importer, ImportOptions, register_importer
+from a2fpn.data.importers.base import JsonImporter, register_importer
 from a2fpn.data.importers.files import clean_path, read_json
-from a2fpn.data.labeled import LabeledImage, LabeledObject, LossLog, grouped, split_name
+from a2fpn.data.importers.folder import Folder
+from a2fpn.data.labeled import LabeledImage, LabeledObject, grouped, split_name
 from a2fpn.errors import DataError
 from a2fpn.masks.rle import encode_masks
 
@@ -24,19 +25,17 @@ _KINDS = ("rectanglelabels", "polygonlabels", "brushlabels", "ellipselabels")
 
 
 @register_importer("labelstudio")
-class LabelStudioImporter(Importer):
+class LabelStudioImporter(JsonImporter):
     """Reads a list of tasks with ``data`` and ``annotations``."""
 
-    @classmethod
-    def detect(cls, folder: Folder) -> str:
-        """See :meth:`Importer.detect`."""
-        path = next((path for path in folder.of_type(".json") if _is_ours(folder.head(path))), None)
-        return "" if path is None else f"{path.name} with tasks"
+    sign = "tasks"
 
-    def __init__(self, folder: Folder, log: LossLog, options: ImportOptions) -> None:
-        super().__init__(folder, log, options)
-        self.paths = [folder.file] if folder.file else [p for p in folder.of_type(".json") if _is_ours(folder.head(p))]
-        self.total = len(self.images.files)
+    @classmethod
+    def owns(cls, folder: Folder, path: Path) -> bool:
+        """See :meth:`JsonImporter.owns`."""
+        head = folder.head(path)
+        listed = head.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"[") and b'"data"' in head
+        return listed or (b'"original_width"' in head and b'"result"' in head)
 
     def read(self) -> Iterator[LabeledImage]:
         """See :meth:`Importer.read`."""
@@ -61,20 +60,13 @@ class LabelStudioImporter(Importer):
             self.log.add("bad-item", path, "it names no image; left out", place=place)
             return None
         file = next((found for name in names if (found := self._find(name)) is not None), None)
-        if file is None:
-            self.log.add("missing-image", path, f"its image {names[0]!r} is not there; left out", place=place)
-            return None
-        if file in used:
-            self.log.add("duplicate-image", path, f"{file.name} is listed twice; the first is kept", place=place)
-            return None
-        size = self.images.size(file, self.log)
-        if size is None:
-            return None
         done = [a for a in task.get("annotations") or [] if isinstance(a, Mapping) and not a.get("was_cancelled")]
-        if not done:
+        if file is not None and not done:
             self.log.note("tasks without annotation, taken as images without labels")
             return None
-        used.add(file)
+        size = self.claim(file, used, path, named=names[0], place=place)
+        if file is None or size is None:
+            return None
         if len(done) > 1:
             detail = f"{len(done)} annotations of one image; the last is taken"
             self.log.add("several-annotations", path, detail, place=place)
@@ -234,9 +226,3 @@ def pack_runs(values: NDArray[np.uint8], repeats: int = 1) -> list[int]:
     text = "".join(parts)
     text += "0" * (-len(text) % 8)
     return [int(text[start : start + 8], 2) for start in range(0, len(text), 8)]
-
-
-def _is_ours(head: bytes) -> bool:
-    return (head.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"[") and b'"data"' in head) or (
-        b'"original_width"' in head and b'"result"' in head
-    )

@@ -18,14 +18,9 @@ from typing import Any
 import numpy as np
 
 from a2fpn.data.images import open_image
-from a2fpn.data.importers.base import (
-    Folder,
-    Importer,
-    ImportOptions,
-    read_categories,
-    register_importer,
-)
+from a2fpn.data.importers.base import Importer, ImportOptions, read_categories, register_importer
 from a2fpn.data.importers.files import read_json
+from a2fpn.data.importers.folder import Folder
 from a2fpn.data.labeled import LabeledImage, LabeledObject, LossLog, grouped
 from a2fpn.errors import DataError
 from a2fpn.masks.rle import Rle, encode_window
@@ -79,24 +74,12 @@ class LabelmeImporter(Importer):
         file = (self.images.find(named, path.parent) if named else None) or self.images.by_stem(
             [path.stem], path.parent
         )
-        if file is None:
-            embedded = " (the one embedded in the file is not taken)" if data.get("imageData") else ""
-            self.log.add("missing-image", path, f"its image {named or path.stem!r} is not there{embedded}; left out")
-            return None
-        if file in used:
-            self.log.add("duplicate-stem", path, f"its image {file.name} has another label file too; left out")
-            return None
-        size = self.images.size(file, self.log)
-        if size is None:
-            return None
-        used.add(file)
+        embedded = " (the one embedded in the file is not taken)" if data.get("imageData") else ""
+        size = self.claim(file, used, path, named=named or path.stem, own_file=True, remark=embedded)
         said = (data.get("imageHeight"), data.get("imageWidth"))
-        if all(isinstance(side, int) for side in said) and said != size:
-            if said != size[::-1]:
-                detail = f"it says {said[1]} x {said[0]} pixels, {file.name} has {size[1]} x {size[0]}; left out"
-                self.log.add("size-mismatch", path, detail)
-                return None
-            size = size[::-1]  # labeled on the stored pixels, without the EXIF tag
+        size = size and self.agreed_size(said, size, path, name=named)
+        if file is None or size is None:
+            return None
         shapes: list[tuple[object, LabeledObject]] = []
         points: _Points = {}
         for number, shape in enumerate(data["shapes"]):

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from a2fpn.data.images import open_image
-from a2fpn.data.importers.base import Folder, Importer, ImportOptions, register_importer
+from a2fpn.data.importers.base import Importer, ImportOptions, register_importer
 from a2fpn.data.importers.files import IMAGE_SUFFIXES, ImageIndex
+from a2fpn.data.importers.folder import Folder
 from a2fpn.data.labeled import LabeledImage, LabeledObject, LossLog, split_name
 from a2fpn.masks.rle import encode_masks
 

@@ -14,29 +14,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from a2fpn.data.images import open_image
-from a2fpn.data.importers.base import Folder, Importer, ImportOptions, register_importer
+from a2fpn.data.importers.base import ImportOptions, JsonImporter, register_importer
 from a2fpn.data.importers.coco import is_panoptic
 from a2fpn.data.importers.files import ImageIndex, read_json
+from a2fpn.data.importers.folder import Folder
 from a2fpn.data.importers.label_images import encode_labels
 from a2fpn.data.labeled import CategoryInfo, LabeledImage, LabeledObject, LossLog, split_name
 from a2fpn.errors import DataError
 
 
 @register_importer("panoptic")
-class PanopticImporter(Importer):
+class PanopticImporter(JsonImporter):
     """Reads JSON files with ``segments_info``, and the PNGs in the folder named like each."""
 
+    sign = "segments_info"
+
     @classmethod
-    def detect(cls, folder: Folder) -> str:
-        """See :meth:`Importer.detect`."""
-        path = next((path for path in folder.of_type(".json") if is_panoptic(path)), None)
-        return "" if path is None else f"{path.name} with segments_info"
+    def owns(cls, folder: Folder, path: Path) -> bool:
+        """See :meth:`JsonImporter.owns`."""
+        return is_panoptic(path)
 
     def __init__(self, folder: Folder, log: LossLog, options: ImportOptions) -> None:
         super().__init__(folder, log, options)
-        self.paths = [folder.file] if folder.file else [path for path in folder.of_type(".json") if is_panoptic(path)]
-        if folder.file is not None and folder.root.name == "annotations":
-            self.root = folder.root.parent
         self.maps = {path: _map_folder(self.root, path) for path in self.paths}
         self.images = ImageIndex(self.root, frozenset(found.name.lower() for found in self.maps.values()))
         self.total = len(self.images.files)
@@ -79,16 +78,9 @@ class PanopticImporter(Importer):
             return None
         named = str(raw.get("file_name", ""))
         file = self.images.find(named, self.root / "images")
-        if file is None:
-            self.log.add("missing-image", path, f"{named!r} is not there; left out", place=place)
+        size = self.claim(file, used, path, named=named, place=place)
+        if file is None or size is None:
             return None
-        if file in used:
-            self.log.add("duplicate-image", path, f"{named} is listed twice; the first is kept", place=place)
-            return None
-        size = self.images.size(file, self.log)
-        if size is None:
-            return None
-        used.add(file)
         map_path = self.maps[path] / str(entry.get("file_name", ""))
         try:
             ids = read_ids(map_path)

@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from a2fpn.data.images import open_image
-from a2fpn.data.importers.base import Folder, Importer, ImportOptions, register_importer
+from a2fpn.data.importers.base import Importer, ImportOptions, register_importer
 from a2fpn.data.importers.files import ImageIndex, read_text, read_xml
+from a2fpn.data.importers.folder import Folder
 from a2fpn.data.labeled import Box, LabeledImage, LabeledObject, LossLog, split_name
 from a2fpn.errors import DataError
 from a2fpn.masks.rle import encode_masks
@@ -76,16 +77,9 @@ class VocImporter(Importer):
         key = _key(path, folder)
         file = self.images.by_stem(key.split("/"), path.parent)
         file = file or (self.images.find(named, path.parent) if named.strip() else None)
-        if file is None:
-            self.log.add("missing-image", path, f"its image {named or path.stem!r} is not there; left out")
+        size = self.claim(file, used, path, named=named or path.stem, own_file=True)
+        if file is None or size is None:
             return None
-        if file in used:
-            self.log.add("duplicate-stem", path, f"its image {file.name} has another label file too; left out")
-            return None
-        size = self.images.size(file, self.log)
-        if size is None:
-            return None
-        used.add(file)
         said = tuple(int(float(root.findtext(f"size/{side}") or 0)) for side in ("height", "width"))
         if all(said) and said != size:
             detail = f"it says {said[1]} x {said[0]} pixels, {file.name} has {size[1]} x {size[0]}; left out"

@@ -15,15 +15,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from a2fpn._registry import natural_key
-from a2fpn.data.importers.base import Folder, Importer, ImportOptions, register_importer
+from a2fpn.data.importers.base import Importer, ImportOptions, register_importer
 from a2fpn.data.importers.files import IMAGE_SUFFIXES, clean_path, image_size, name_and_split, read_text
+from a2fpn.data.importers.folder import Folder
+from a2fpn.data.importers.yolo_files import (
+    CLASS_FILES,
+    below,
+    find_yaml,
+    image_stem,
+    images_below,
+    is_image,
+    is_list,
+    is_number,
+    label_file,
+    read_class_list,
+    read_yaml,
+)
 from a2fpn.data.labeled import Box, LabeledImage, LabeledObject, LossLog, split_name
 from a2fpn.errors import DataError
 
-_CLASS_FILES = ("classes.txt", "obj.names", "classes.names", "labels.txt", "predefined_classes.txt")
 _SLACK = 0.01  # how far over the edge a coordinate may lie by rounding
 _DECIMALS = 3  # of coordinates in pixels; removes the noise of the division by the image's size
 _SPLITS = ("train", "val", "valid", "test")
@@ -44,17 +56,17 @@ class YoloImporter(Importer):
             return ""
         for path in folder.of_type(".txt"):
             first = folder.head(path).partition(b"\n")[0].split()
-            if len(first) >= 5 and path.name not in _CLASS_FILES and all(map(_is_number, first)):
+            if len(first) >= 5 and path.name not in CLASS_FILES and all(map(is_number, first)):
                 return f"{path.name} with numbers"
         return ""
 
     def __init__(self, folder: Folder, log: LossLog, options: ImportOptions) -> None:
         super().__init__(folder, log, options)
-        path = folder.file or _find_yaml(folder)
+        path = folder.file or find_yaml(folder)
         self.yaml: Mapping[str, Any] = {}
         self.yaml_path = self.root
         if path is not None and path.suffix.lower() in (".yaml", ".yml"):
-            self.yaml, self.yaml_path = _read_yaml(path), path
+            self.yaml, self.yaml_path = read_yaml(path), path
             base = self.yaml.get("path")
             if isinstance(base, str) and (named := Path(self.root, base.replace("\\", "/"))).is_dir():
                 self.root = named
@@ -73,7 +85,7 @@ class YoloImporter(Importer):
         missing = 0
         for path, split in self.jobs:
             relative = os.path.relpath(path, self.root).replace(os.sep, "/")
-            label = _label_file(path)
+            label = label_file(path)
             folder = os.path.dirname(label)
             if folder not in lists:
                 lists[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
@@ -121,9 +133,9 @@ class YoloImporter(Importer):
             for folder, _, names in os.walk(labels if os.path.isdir(labels) else top):
                 for name in sorted(names):
                     path = os.path.join(folder, name)
-                    if not name.endswith(".txt") or path in used or name in _CLASS_FILES or _is_list(path):
+                    if not name.endswith(".txt") or path in used or name in CLASS_FILES or is_list(path):
                         continue
-                    stem = _image_stem(path)
+                    stem = image_stem(path)
                     if stem in listed:
                         continue
                     if any(os.path.isfile(stem + suffix) for suffix in IMAGE_SUFFIXES):
@@ -146,16 +158,16 @@ class YoloImporter(Importer):
         if isinstance(names, str):
             named = self.root / names
             if named.is_file():
-                return _lines(named)
+                return read_class_list(named)
         for folder in (self.root, self.root / "labels", self.root / "train", self.root / "labels" / "train"):
-            for name in _CLASS_FILES:
+            for name in CLASS_FILES:
                 if (folder / name).is_file():
-                    return _lines(folder / name)
+                    return read_class_list(folder / name)
         if self.categories:
             return [category.name for category in self.categories]
         raise DataError(
             f"{self.yaml_path}: no list of classes; expected names in data.yaml or a file "
-            f"{' or '.join(_CLASS_FILES[:2])}. Give one with --categories FILE."
+            f"{' or '.join(CLASS_FILES[:2])}. Give one with --categories FILE."
         )
 
     def _keypoint_shape(self) -> tuple[int, int]:
@@ -185,7 +197,7 @@ class YoloImporter(Importer):
                     jobs.setdefault(path, split_name(key) or key)
         if keys:
             return list(jobs.items())
-        return [(path, "") for path in _images_below(str(self.root))]
+        return [(path, "") for path in images_below(str(self.root))]
 
     def _resolve(self, value: str, key: str) -> list[str]:
         """The images that an entry of ``data.yaml`` names: a folder, a list, or a pattern."""
@@ -193,12 +205,12 @@ class YoloImporter(Importer):
         for base in (self.root, self.yaml_path.parent):
             path = os.path.join(base, text)
             if glob.has_magic(path):
-                found = [name for name in glob.glob(path, recursive=True) if _is_image(name)]
+                found = [name for name in glob.glob(path, recursive=True) if is_image(name)]
                 if found:
                     return sorted(found, key=natural_key)
-            for candidate in (path, *_below(str(base), text)):
+            for candidate in (path, *below(str(base), text)):
                 if os.path.isdir(candidate):
-                    return _images_below(candidate)
+                    return images_below(candidate)
                 if os.path.isfile(candidate):
                     return self._listed(candidate)
         if key == "test":  # often named and not delivered
@@ -221,8 +233,8 @@ class YoloImporter(Importer):
             candidates = (
                 os.path.join(base, text),
                 os.path.join(self.root, text),
-                *_below(str(self.root), clean_path(name)),
-                *_below(base, clean_path(name)),
+                *below(str(self.root), clean_path(name)),
+                *below(base, clean_path(name)),
             )
             match = next((candidate for candidate in candidates if os.path.isfile(candidate)), None)
             if match is None:
@@ -314,74 +326,3 @@ def _keypoints(points: np.ndarray[Any, np.dtype[np.float64]], height: int, width
     seen = points[:, 2].round() if points.shape[1] == 3 else np.where(points.any(1), 2, 0)
     xy[seen == 0] = 0
     return tuple(np.concatenate([xy, seen[:, None]], axis=1).ravel().tolist())
-
-
-def _find_yaml(folder: Folder) -> Path | None:
-    found = [path for suffix in (".yaml", ".yml") for path in folder.of_type(suffix) if b"names" in folder.head(path)]
-    return min(found, key=lambda path: (len(path.parts), path.name not in ("data.yaml", "dataset.yaml")), default=None)
-
-
-def _read_yaml(path: Path) -> Mapping[str, Any]:
-    try:
-        data = yaml.safe_load(read_text(path))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark is not None else ""
-        raise DataError(f"{path}{line}: no YAML ({getattr(error, 'problem', error)}).") from None
-    if not isinstance(data, Mapping):
-        raise DataError(f"{path}: expected keys such as train, val and names, got {type(data).__name__}.")
-    return data
-
-
-def _lines(path: Path) -> list[str]:
-    names = [line.strip() for line in read_text(path).splitlines()]
-    while names and not names[-1]:
-        names.pop()
-    if not names:
-        raise DataError(f"{path}: no class; expected one name a line.")
-    return names
-
-
-def _label_file(image: str) -> str:
-    """Return the label file of an image: its last folder "images" replaced by "labels", or beside it."""
-    stem = os.path.splitext(image)[0]
-    head, found, tail = stem.rpartition(f"{os.sep}images{os.sep}")
-    return (f"{head}{os.sep}labels{os.sep}{tail}" if found else stem) + ".txt"
-
-
-def _image_stem(label: str) -> str:
-    """Return the path of a label file's image, without its suffix; the inverse of :func:`_label_file`."""
-    stem = os.path.splitext(label)[0]
-    head, found, tail = stem.rpartition(f"{os.sep}labels{os.sep}")
-    return f"{head}{os.sep}images{os.sep}{tail}" if found else stem
-
-
-def _is_list(path: str) -> bool:
-    """Return whether a text file holds something else than labels, such as a list of images."""
-    with open(path, "rb") as file:
-        first = file.readline().split()
-    return bool(first) and not _is_number(first[0].lstrip(b"\xef\xbb\xbf"))
-
-
-def _below(base: str, path: str) -> Iterator[str]:
-    """Interpret a path below a folder, if its first parts are of another machine."""
-    parts = [part for part in path.split("/") if part not in ("", ".", "..")]
-    for start in range(len(parts)):
-        yield os.path.join(base, *parts[start:])
-
-
-def _images_below(folder: str) -> list[str]:
-    found = [os.path.join(where, name) for where, _, names in os.walk(folder) for name in names if _is_image(name)]
-    return sorted(found, key=natural_key)
-
-
-def _is_image(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
-
-
-def _is_number(text: bytes) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

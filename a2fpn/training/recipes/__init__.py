@@ -8,6 +8,8 @@ from a2fpn._registry import did_you_mean
 from a2fpn.errors import ConfigError, ExistingFileError
 
 FOLDER = Path(__file__).parent
+AUTO = FOLDER / "auto.yaml"
+"""What does not depend on the data of a run whose other settings are chosen by looking at it."""
 
 
 def list_recipes() -> dict[str, str]:

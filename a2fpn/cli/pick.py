@@ -1,0 +1,83 @@
+"""``a2fpn data pick``."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from a2fpn.cli.format import count_of, progress_bar
+from a2fpn.cli.options import Device, Model, Output, Tile, build_predictor, load_detector
+from a2fpn.errors import ConfigError
+
+_SHOWN = 0.3  # score from which an object is drawn: the unsure ones are what matters
+
+
+def pick(
+    *,
+    model: Model,
+    images: Annotated[Path, typer.Option(help="Folder of the images to choose from.", metavar="DIR")],
+    number: Annotated[int, typer.Option(min=1, help="How many images to pick.")] = 20,
+    labeled: Annotated[
+        Path | None,
+        typer.Option(
+            help="COCO file of what is labeled already: images of the folder that it names are not picked, and what is "
+            "like them comes last.",
+            metavar="JSON",
+        ),
+    ] = None,
+    output: Output = Path("picked"),
+    tile: Tile = None,
+    device: Device = None,
+) -> None:
+    """Pick the images that are most worth labeling: the model is least sure of them, and they are least alike.
+
+    Example: `a2fpn data pick --model runs/cells/best --images photos --number 20 --output picked`
+
+    DIR gets links to the images in `images/`, a table `picked.csv` in the order of picking, and the picture `grid.png`
+    of what the model finds (scores of 0.3 and more).
+
+    Of the 4 N images of which the model is least sure (sum of squared 1-vs-2 margins, Brust et al. 2019) N are taken
+    one by one, each the least like those before (greedy k-center on backbone features, Sener and Savarese 2018), in
+    two stages as in PPAL (Yang et al. 2024). Correct what `a2fpn predict DIR/images --format labelme` draws.
+    """
+    from a2fpn.data import read_coco
+    from a2fpn.data.importers.writer import check_output, place
+    from a2fpn.inference import list_images
+    from a2fpn.inference.picking import pick_images
+    from a2fpn.report.compare import show
+    from a2fpn.report.sheet import save_gallery
+
+    files = list_images(images)
+    check_output(output, overwrite=False)
+    done = {(images / entry.file_name).resolve() for entry in read_coco(labeled).images.values()} if labeled else set()
+    rest = [path for path in files if path.resolve() not in done]
+    if number > len(rest):
+        raise ConfigError(f"{images} holds {count_of(len(rest), 'image')} without labels, but --number is {number}.")
+    predictor = build_predictor(load_detector(model), device, optimize=False, dtype="float32", tile=tile)
+    known = [path for path in files if path.resolve() in done]
+    with progress_bar() as progress:
+
+        def track(paths: Sequence[Path], description: str) -> Iterable[Path]:
+            return progress.track(paths, description=description)
+
+        picked = pick_images(predictor, rest, number, labeled=known, track=track)
+    (output / "images").mkdir(parents=True, exist_ok=True)
+    for one in picked:
+        place(one.path, output / "images" / one.path.name, "link")
+    with (output / "picked.csv").open("w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["image", "uncertainty", "distance", "objects"])
+        for one in picked:
+            table.writerow([one.path.name, f"{one.uncertainty:.3f}", f"{one.distance:.4f}", len(one.result)])
+    note = f"Picked to be labeled: of {count_of(len(rest), 'image')} those of which the model is least sure and which "
+    note += "are least alike, in the order of picking. Uncertainty is 1 for an object of score 0.5, 0 for a sure one."
+    remarks = [f"uncertainty {one.uncertainty:.1f}" for one in picked]
+    sheet = show(Path(model).name, [one.result.above(_SHOWN) for one in picked], remarks, note)
+    grid, *_ = save_gallery(sheet, output / "grid")
+    typer.echo(
+        f"Picked {len(picked)} of {count_of(len(rest), 'image')}; links are in {output / 'images'}.\nOpen {grid}"
+    )

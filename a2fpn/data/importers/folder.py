@@ -1,0 +1,92 @@
+"""Folders as the detection of formats sees them, and the files that this package leaves in them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from a2fpn.data.importers.files import IMAGE_SUFFIXES
+from a2fpn.errors import DataError
+
+_HEAD = 4096  # bytes of a file that tell what it is
+
+CATEGORIES_FILE = "categories.json"
+"""Beside any format: the ``categories`` of a COCO file, which keep ids, keypoints and skeletons."""
+
+REPORT_FILE = "import_report.json"
+"""Report that an import or a conversion leaves in its output."""
+
+IDS_FILE = "image_ids.json"
+"""Beside any format: the ids of images in the COCO file that it was made of, by name."""
+
+OWN_FILES = frozenset((CATEGORIES_FILE, IDS_FILE, REPORT_FILE))
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder as the detection of formats sees it.
+
+    Args:
+        root: The folder, or the folder of the file that was named.
+        file: The file that was named, if it was one.
+    """
+
+    root: Path
+    file: Path | None = None
+    _heads: dict[Path, bytes] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, path: str | Path) -> Folder:
+        """Look at a folder, or at a file of a format.
+
+        Raises:
+            DataError: If there is none.
+        """
+        path = Path(path)
+        if path.is_dir():
+            return cls(path)
+        if path.is_file():
+            return cls(path.parent, path)
+        raise DataError(f"{path}: no such file or folder.")
+
+    @cached_property
+    def files(self) -> tuple[Path, ...]:
+        """Files below the folder, sorted by their names."""
+        if self.file is not None:
+            return (self.file,)
+        found = (
+            os.path.join(folder, name)
+            for folder, _, names in os.walk(self.root)
+            for name in names
+            if not name.startswith(".") and name not in OWN_FILES
+        )
+        return tuple(map(Path, sorted(found)))
+
+    @cached_property
+    def by_suffix(self) -> Mapping[str, tuple[Path, ...]]:
+        """Files by lower-case suffix."""
+        groups: dict[str, list[Path]] = {}
+        for path in self.files:
+            groups.setdefault(path.suffix.lower(), []).append(path)
+        return {suffix: tuple(paths) for suffix, paths in groups.items()}
+
+    def of_type(self, suffix: str) -> tuple[Path, ...]:
+        """Return the files with a suffix."""
+        return self.by_suffix.get(suffix, ())
+
+    def head(self, path: Path) -> bytes:
+        """Return the first 4 KB of a file; nothing if it can't be read."""
+        if path not in self._heads:
+            try:
+                with path.open("rb") as file:
+                    self._heads[path] = file.read(_HEAD)
+            except OSError:
+                self._heads[path] = b""
+        return self._heads[path]
+
+    def has_images(self) -> bool:
+        """Return whether any image lies in the folder."""
+        return any(suffix in IMAGE_SUFFIXES for suffix in self.by_suffix)

@@ -1,0 +1,269 @@
+"""Settings that are chosen by looking at the data: ``--config auto``.
+
+Shape shorthand: K objects, N images; sizes are square roots of box areas.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from a2fpn.data import CocoFile, read_coco
+from a2fpn.data.check.sizes import covered
+from a2fpn.errors import ConfigError
+from a2fpn.training.config import DataSection
+
+_CELLS = 6  # of the finest map, stride 4, that the lower quartile of objects should be wide
+_ENLARGED = 3.0  # most that images are enlarged
+_LEAST_SIDE = 384  # pixels of the short side below which no image is made smaller
+_ONE_SIZE = 1.25  # ratio of a large image's short side to a small one's below which all are taken for alike
+_RARE = 0.05  # share of the images below which a class is rare
+_BASES = (8, 12, 16, 24, 32)  # sizes of the smallest anchor
+_LEVELS = 5
+_RATIOS = ((0.5, 1.0, 2.0), (0.25, 0.5, 1.0, 2.0, 4.0))
+_GAIN = 0.05  # share of the objects that more ratios must fit in addition
+_FEW = 100  # images below which the backbone's first stages stay as they are
+_EVALUATIONS = 12
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A setting and its reason.
+
+    Args:
+        setting: Its dotted name.
+        value: Its value.
+        reason: A sentence.
+    """
+
+    setting: str
+    value: Any
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.setting}={self.value}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Limits that the device sets.
+
+    Args:
+        name: For people.
+        short_side: Most pixels of an image's short side.
+        crop: Side of training crops, pixels.
+        batch: Images per step.
+        seen: Images that a training goes through, however few there are.
+        proposals: Of an image in training, at least.
+    """
+
+    name: str
+    short_side: int
+    crop: int
+    batch: int
+    seen: int
+    proposals: int
+
+
+GPU = Machine("a GPU", 800, 512, 8, 12_000, 1000)
+CPU = Machine("a CPU", 512, 320, 2, 2_000, 300)
+
+
+@dataclass(frozen=True)
+class Look:
+    """Training annotations in numbers.
+
+    Args:
+        coco: The annotations.
+        sides: (K, 2) width and height of the boxes, pixels.
+        relative: (K,) sizes in short sides of their images.
+        shorts: (N,) short sides of the images, pixels.
+        longs: (N,) long sides.
+        counts: (N,) objects.
+        shares: Share of the images that hold each class, by name.
+    """
+
+    coco: CocoFile
+    sides: NDArray[np.float64]
+    relative: NDArray[np.float64]
+    shorts: NDArray[np.float64]
+    longs: NDArray[np.float64]
+    counts: NDArray[np.int64]
+    shares: Mapping[str, float]
+
+    @classmethod
+    def at(cls, file: Path) -> Look:
+        """Read a COCO file.
+
+        Raises:
+            DataError: If it is none.
+            ConfigError: If it has no object.
+        """
+        coco = read_coco(file)
+        objects = {key: [a for a in members if not a.iscrowd] for key, members in coco.annotations.items()}
+        images = list(coco.images.values())
+        sides = np.array([a.bbox[2:] for image in images for a in objects[image.id]], dtype=np.float64).reshape(-1, 2)
+        if not len(sides):
+            raise ConfigError(f"{file} has no object, so nothing can be chosen by it; see a2fpn check-data.")
+        counts = np.array([len(objects[image.id]) for image in images])
+        shorts = np.array([min(image.height, image.width) for image in images], dtype=np.float64)
+        holders = Counter(category for members in objects.values() for category in {a.category_id for a in members})
+        return cls(
+            coco,
+            sides,
+            np.sqrt(sides.prod(1)) / np.repeat(shorts, counts),
+            shorts,
+            np.array([max(image.height, image.width) for image in images], dtype=np.float64),
+            counts,
+            {category.name: holders[category.id] / len(images) for category in coco.categories},
+        )
+
+
+def choose(data: DataSection, *, given: Collection[str] = (), machine: Machine | None = None) -> list[Choice]:
+    """Choose settings for a data set.
+
+    Args:
+        data: The data set, in COCO format.
+        given: Names of settings that are decided; nothing is chosen for these.
+        machine: What it is trained on; None looks.
+
+    Raises:
+        DataError: If the training annotations can't be read.
+        ConfigError: If they hold no object.
+    """
+    if data.stream.shards or data.stream.dataset:
+        raise ConfigError("--config auto looks at a folder; for a stream take a recipe of --list.")
+    if machine is None:
+        on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "y", "on")
+        machine = GPU if torch.cuda.is_available() and not on_cpu else CPU
+    look = Look.at(Path(data.root) / data.train_annotations)
+    choices = [*_model(look, machine, given), *_sizes(look, machine), *_objects(look, machine), *_length(look, machine)]
+    return [choice for choice in choices if choice.setting not in given]
+
+
+def _model(look: Look, machine: Machine, given: Collection[str]) -> Iterator[Choice]:
+    detector, why = "fasterrcnn", "the objects have boxes alone"
+    if look.coco.num_keypoints:
+        detector, why = "keypointrcnn", "the objects have keypoints"
+    elif look.coco.has_masks:
+        detector, why = "maskrcnn", "the objects have masks"
+    own = "model.name" in given or "model.backbone_weights" in given
+    if machine is GPU and not own:
+        yield Choice("model.name", f"{detector}_a2fpn_r50", f"{why}; a GPU trains a ResNet-50 in minutes")
+        yield Choice("model.pretrained", True, "COCO's weights are nearer to any photo than ImageNet's")
+    else:
+        yield Choice("model.name", f"{detector}_fpn_lite0", f"{why}; the smallest backbone and neck there are")
+        if "model.backbone_weights" not in given:
+            yield Choice("model.pretrained_backbone", True, "a backbone that starts at random needs many more images")
+    few = len(look.counts) < _FEW
+    if few:
+        reason = f"{len(look.counts)} images are too few to teach the backbone's first stages anything"
+        yield Choice("model.overrides.trainable_layers", 2, reason)
+    rare = min(look.shares, key=lambda name: look.shares[name])
+    if look.shares[rare] < _RARE:
+        reason = f"{rare} is on {look.shares[rare]:.1%} of the images: those of rare classes are seen more often"
+        yield Choice("data.repeat_threshold", _RARE, reason)
+    strength = 0.4 if few else 0.2
+    yield Choice("data.transforms.color_jitter", strength, "few images vary less than others will" if few else "usual")
+
+
+def _sizes(look: Look, machine: Machine) -> Iterator[Choice]:
+    """Resize rule, input size, crop and anchors."""
+    sizes = np.sqrt(look.sides.prod(1))
+    absolute, relative = float(np.log(sizes).std()), float(np.log(look.relative).std())
+    short, quartile = float(np.median(look.shorts)), float(np.quantile(sizes, 0.25))
+    wanted = 4 * _CELLS / quartile
+    least = min(1.0, _LEAST_SIDE / short)
+    factor = max(least, min(wanted, _ENLARGED, machine.short_side / short))
+    min_size = 32 * round(short * factor / 32)
+    max_size = 32 * math.ceil(max(1.67, float(np.median(look.longs / look.shorts))) * min_size / 32)
+    low, high = np.quantile(look.shorts, (0.05, 0.95))
+    vary = f"sizes of objects vary by {absolute:.2f} (of their logarithm) in pixels and by {relative:.2f} beside their "
+    vary += "images"
+    if high < _ONE_SIZE * low:
+        kind, reason = "shortest_edge", "the images have about one size"
+    elif absolute <= relative:
+        kind, reason = "at_least", f"{vary}: large images show more at the same scale, and stay as large"
+        max_size = max(max_size, min(2 * machine.short_side, 32 * math.ceil(float(look.longs.max()) / 32)))
+    else:
+        kind, reason = "shortest_edge", f"{vary}: large images show the same at a larger scale"
+    yield Choice("model.overrides.resize", kind, reason)
+    reason = f"a quarter of the objects is below {quartile:.0f} pixels on images of {short:.0f}, and should be "
+    reason += f"{4 * _CELLS}"
+    if factor > wanted:
+        reason += "; smaller images would take less time, but show less"
+    elif factor < 0.9 * wanted:
+        limit = "three times the image's size" if factor == _ENLARGED else f"what {machine.name} does in time"
+        reason += f"; this is {limit}"
+    yield Choice("model.overrides.min_size", min_size, reason)
+    yield Choice("model.overrides.max_size", max_size, "room for the long sides of images at that size")
+    if max_size > machine.crop:
+        reason = f"training on parts of {machine.crop} pixels takes the same time however large images are"
+        yield Choice("data.transforms.crop_size", machine.crop, reason)
+
+    if kind == "shortest_edge":
+        scales = np.repeat(min_size / look.shorts, look.counts)
+    else:
+        scales = np.repeat(np.maximum(1.0, min_size / look.shorts), look.counts)
+    shown = (look.sides * scales[:, None])[:: -(-len(look.sides) // 5000)]
+    usual, more = (max(_fit(shown, base, ratios) for base in _BASES) for ratios in _RATIOS)
+    wide = more[0] > usual[0] + _GAIN
+    share, _, base = more if wide else usual
+    reason = f"they have about the shape of {share:.0%} of the objects (IoU 0.5), others of fewer"
+    yield Choice("model.overrides.anchor_sizes", _anchors(base), reason)
+    if wide:
+        reason = f"the usual three have that of {usual[0]:.0%} at best: objects are long and narrow"
+        yield Choice("model.overrides.anchor_ratios", list(_RATIOS[1]), reason)
+
+
+def _fit(sides: NDArray[np.float64], base: int, ratios: tuple[float, ...]) -> tuple[float, float, int]:
+    """Shares of boxes (K, 2) that anchors fit at IoU 0.5, in steps of 1 %, and at the 0.7 of a positive; their base."""
+    anchors = _anchors(base)
+    return round(covered(sides, anchors, ratios), 2), covered(sides, anchors, ratios, iou=0.7), base
+
+
+def _anchors(base: int) -> list[list[int]]:
+    return [[base << level] for level in range(_LEVELS)]
+
+
+def _objects(look: Look, machine: Machine) -> Iterator[Choice]:
+    """Limits of objects and proposals."""
+    most, median = int(look.counts.max()), float(np.median(look.counts))
+    detections = max(100, 100 * math.ceil(1.5 * most / 100))
+    reason = f"an image holds up to {most} objects, half as many again are let through"
+    yield Choice("model.overrides.detections_per_image", detections, reason)
+    yield Choice("run.max_detections", detections, "the evaluation counts as many")
+    proposals = min(2000, max(machine.proposals, 4 * detections))
+    for phase in ("train", "test"):
+        reason = f"four for each of these, within {machine.proposals} to 2000"
+        yield Choice(f"model.overrides.rpn_pre_nms_top_n_{phase}", max(1000, proposals), "no fewer than are kept")
+        yield Choice(f"model.overrides.rpn_post_nms_top_n_{phase}", proposals, reason)
+    sample = 128 if median < 8 else 256
+    yield Choice("model.overrides.box_batch_size", sample, f"a typical image holds {median:.0f} objects")
+
+
+def _length(look: Look, machine: Machine) -> Iterator[Choice]:
+    """Batch, rate and length."""
+    images = len(look.counts)
+    batch = min(machine.batch, images)
+    yield Choice("data.batch_size", batch, f"fits {machine.name}")
+    passes = max(_EVALUATIONS, round(machine.seen / images))
+    each = max(1, round(passes / _EVALUATIONS))
+    steps = _EVALUATIONS * -(-each * images // batch)
+    reason = (
+        f"{images:,} images are seen {_EVALUATIONS * each} times in {steps:,} steps, evaluated {_EVALUATIONS} times"
+    )
+    yield Choice("run.epochs", _EVALUATIONS, reason)
+    yield Choice("data.passes", each, "an epoch is so many passes")
+    yield Choice("optim.warmup_steps", min(200, max(20, steps // 20)), "a twentieth of the run, within 20 to 200 steps")
+    if machine is GPU:
+        yield Choice("run.mixed_precision", "bf16", "a GPU is twice as fast in it, without loss of accuracy")

@@ -1,0 +1,196 @@
+"""``--config auto``: settings chosen by looking at the data."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from a2fpn.errors import ConfigError, DataError
+from a2fpn.training.auto import CPU, GPU, Machine, choose
+from a2fpn.training.cli import main, parse
+from a2fpn.training.config import DataSection, StreamSection
+from tests.coco_data import write_coco
+
+Box = tuple[float, float]
+
+
+def write(
+    root: Path,
+    images: Sequence[tuple[int, int]],
+    objects: Sequence[Sequence[Box]],
+    *,
+    classes: Sequence[str] = ("a",),
+    masks: bool = True,
+    **fields: Any,
+) -> DataSection:
+    """Annotations of images (H, W) with boxes (w, h) at their corner; objects take the classes in turn."""
+    entries = []
+    for index, boxes in enumerate(objects):
+        for number, (w, h) in enumerate(boxes):
+            entry = {"image_id": index + 1, "category_id": number % len(classes) + 1, "bbox": [0, 0, w, h]} | fields
+            entries.append(entry | ({"segmentation": [[0, 0, w, 0, w, h, 0, h]]} if masks else {}))
+    keypoints = {"keypoints": ["tip"], "skeleton": []} if "keypoints" in fields else {}
+    data = {
+        "images": [{"id": i + 1, "file_name": f"{i}.png", "height": h, "width": w} for i, (h, w) in enumerate(images)],
+        "categories": [{"id": i + 1, "name": name, **keypoints} for i, name in enumerate(classes)],
+        "annotations": [{"id": i, **entry} for i, entry in enumerate(entries, 1)],
+    }
+    (root / "annotations").mkdir(parents=True, exist_ok=True)
+    (root / "annotations" / "instances_train.json").write_text(json.dumps(data))
+    return DataSection(root=str(root))
+
+
+def chosen(data: DataSection, machine: Machine = CPU, given: Sequence[str] = ()) -> dict[str, Any]:
+    return {choice.setting: choice.value for choice in choose(data, given=given, machine=machine)}
+
+
+def overrides(values: dict[str, Any]) -> dict[str, Any]:
+    return {name.removeprefix("model.overrides."): value for name, value in values.items() if "overrides" in name}
+
+
+@pytest.mark.parametrize(
+    ("images", "objects", "rule"),
+    [
+        ([(400, 400), (1200, 1200)], [[(30, 30)], [(30, 30)]], "at_least"),  # a microscope
+        ([(400, 400), (1200, 1200)], [[(30, 30)], [(90, 90)]], "shortest_edge"),  # photos of one kind of scene
+        ([(400, 500), (420, 400)], [[(30, 30)], [(30, 30)]], "shortest_edge"),  # one camera
+    ],
+)
+def test_images_are_resized_as_their_objects_ask_for(tmp_path: Path, images: Any, objects: Any, rule: str) -> None:
+    assert overrides(chosen(write(tmp_path, images, objects)))["resize"] == rule
+
+
+@pytest.mark.parametrize(
+    ("side", "size", "machine", "expected"),
+    [
+        (416, 24, CPU, 416),  # as it is
+        (400, 20, CPU, 480),  # 24 pixels
+        (400, 12, CPU, 512),  # twice would be 800: the limit of a CPU
+        (400, 12, GPU, 800),
+        (100, 4, GPU, 288),  # three times
+        (1000, 240, GPU, 384),  # a tenth would do, but shows less
+        (300, 240, GPU, 288),
+    ],
+)
+def test_images_are_as_large_as_their_objects_need(
+    tmp_path: Path, side: int, size: int, machine: Machine, expected: int
+) -> None:
+    data = write(tmp_path, [(side, side)] * 2, [[(size, size)]] * 2)
+    assert overrides(chosen(data, machine))["min_size"] == expected
+
+
+def test_anchors_fit_the_objects_after_resizing(tmp_path: Path) -> None:
+    squares = overrides(chosen(write(tmp_path / "a", [(416, 416)], [[(24, 24), (24, 24), (48, 48), (96, 96)]])))
+    assert squares["min_size"] == 416
+    assert squares["anchor_sizes"] == [[24], [48], [96], [192], [384]]
+    assert "anchor_ratios" not in squares
+    bars = overrides(chosen(write(tmp_path / "b", [(400, 400)], [[(12, 60), (60, 12), (24, 120)]])))
+    assert bars["anchor_ratios"] == [0.25, 0.5, 1.0, 2.0, 4.0]
+
+
+@pytest.mark.parametrize(("most", "detections"), [(1, 100), (66, 100), (67, 200), (375, 600)])
+def test_detections_are_half_as_many_again_as_objects(tmp_path: Path, most: int, detections: int) -> None:
+    values = chosen(write(tmp_path, [(400, 400)] * 2, [[(30, 30)], [(30, 30)] * most]))
+    assert values["run.max_detections"] == overrides(values)["detections_per_image"] == detections
+    limits = overrides(values)
+    assert min(2000, 4 * detections) <= limits["rpn_post_nms_top_n_test"] <= limits["rpn_pre_nms_top_n_test"]
+
+
+@pytest.mark.parametrize(("images", "few"), [(99, True), (100, False)])
+def test_few_images_leave_the_first_stages_alone(tmp_path: Path, images: int, few: bool) -> None:
+    values = chosen(write(tmp_path, [(400, 400)] * images, [[(30, 30)]] * images))
+    assert ("model.overrides.trainable_layers" in values) == few
+
+
+@pytest.mark.parametrize(("holders", "rare"), [(4, True), (5, False)])
+def test_rare_classes_are_seen_more_often(tmp_path: Path, holders: int, rare: bool) -> None:
+    objects = [[(30, 30), (30, 30)]] * holders + [[(30, 30)]] * (100 - holders)
+    values = chosen(write(tmp_path, [(400, 400)] * 100, objects, classes=("a", "b")))
+    assert ("data.repeat_threshold" in values) == rare
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({}, "maskrcnn"),
+        ({"masks": False}, "fasterrcnn"),
+        ({"masks": False, "keypoints": [5, 5, 2], "num_keypoints": 1}, "keypointrcnn"),
+    ],
+)
+@pytest.mark.parametrize(("machine", "rest"), [(CPU, "fpn_lite0"), (GPU, "a2fpn_r50")])
+def test_the_detector_finds_what_is_annotated(
+    tmp_path: Path, fields: dict[str, Any], name: str, machine: Machine, rest: str
+) -> None:
+    assert chosen(write(tmp_path, [(400, 400)], [[(30, 30)]], **fields), machine)["model.name"] == f"{name}_{rest}"
+
+
+@pytest.mark.parametrize(
+    ("images", "seen"),
+    [(10, 2040), (500, 6000), (100_000, 1_200_000)],  # no fewer than twelve times each
+)
+def test_a_run_is_as_long_as_it_has_images(tmp_path: Path, images: int, seen: int) -> None:
+    objects = [[(30.0, 30.0)], *[[]] * (images - 1)]
+    values = chosen(write(tmp_path, [(400, 400)] * images, objects))
+    assert images * values["data.passes"] * values["run.epochs"] == seen
+
+
+def test_what_is_given_is_not_chosen(tmp_path: Path) -> None:
+    data = write(tmp_path, [(400, 400)], [[(30, 30)]])
+    values = chosen(data, GPU, given=["model.name", "model.overrides.min_size"])
+    assert not {"model.name", "model.overrides.min_size", "model.pretrained"} & values.keys()
+    assert values["model.pretrained_backbone"] is True
+    assert "model.pretrained_backbone" not in chosen(data, GPU, given=["model.backbone_weights"])
+
+
+def test_every_choice_has_its_reason_and_is_a_setting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write(tmp_path, [(400, 400)] * 3, [[(30, 30)] * 9] * 3)
+    arguments = ["--config", "auto", f"data.root={tmp_path}", "optim.lr=0.25"]
+    assert main([*arguments, "--print_config"]) == 0
+    out, err = capsys.readouterr()
+    config = yaml.safe_load(out)
+    choices = choose(data, given=["optim.lr"])
+    assert [line for line in err.splitlines() if line.startswith("auto: ")] == [f"auto: {c}" for c in choices]
+    assert all(len(choice.reason.split()) > 2 for choice in choices)
+    assert config["optim"]["lr"] == 0.25
+    assert config["model"]["overrides"]["norm"] == "bn"  # auto.yaml
+    for choice in choices:
+        value = config
+        for part in choice.setting.split("."):
+            value = value[part]
+        assert value == choice.value
+
+
+def test_other_recipes_and_arguments_stay(tmp_path: Path) -> None:
+    write(tmp_path, [(400, 400)], [[(30, 30)]])
+    (tmp_path / "mine.yaml").write_text("data: {batch_size: 1}\nmodel: {overrides: {min_size: 96}}\n")
+    for order in (["auto", str(tmp_path / "mine.yaml")], [str(tmp_path / "mine.yaml"), "auto"]):
+        names = [f"--config={name}" for name in order]
+        config = parse([*names, f"data.root={tmp_path}", "run.epochs=2"])
+        assert (config.data.batch_size, config.model.overrides["min_size"], config.run.epochs) == (1, 96, 2)
+
+
+def test_what_can_t_be_looked_at_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match=r"instances_train\.json has no object"):
+        chosen(write(tmp_path, [(40, 40)], [[]]))
+    with pytest.raises(ConfigError, match="looks at a folder"):
+        choose(DataSection(root=str(tmp_path), stream=StreamSection(shards="x")))
+    with pytest.raises(DataError, match="no such"):
+        choose(DataSection(root=str(tmp_path / "nowhere")))
+    assert main(["--config", "auto"]) == 2
+    assert "data.root is missing" in capsys.readouterr().err
+
+
+def test_a_run_by_it_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_this_process: None) -> None:
+    for split in ("train", "val"):
+        _, file = write_coco(tmp_path / split, images=2, seed=len(split))
+        (tmp_path / "annotations").mkdir(exist_ok=True)
+        file.rename(tmp_path / "annotations" / f"instances_{split}.json")
+    arguments = ["--config", "auto", f"data.root={tmp_path}", f"run.output={tmp_path / 'run'}", "run.max_steps=1"]
+    arguments += [f"data.{split}_images={split}/images" for split in ("train", "val")]
+    small = ["model.name=maskrcnn_fpn", "model.pretrained_backbone=false", "model.overrides.backbone=test_efficientnet"]
+    small += ["model.overrides.min_size=64", "model.overrides.neck_args.out_channels=16", "data.workers=0"]
+    assert main([*arguments, *small, "model.overrides.box_channels=32", "model.overrides.mask_channels=16"]) == 0
+    assert (tmp_path / "run" / "best" / "config.json").exists()
