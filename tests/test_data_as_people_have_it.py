@@ -20,6 +20,7 @@ from a2fpn.data import (
     ImageError,
     ShardDataset,
     check_data,
+    import_data,
     read_coco,
     train_transforms,
     write_shards,
@@ -416,3 +417,37 @@ def test_images_above_the_limit_are_named_as_such(folder: Path, monkeypatch: pyt
     assert "--max-pixels" in finding.advice
     monkeypatch.setattr("a2fpn.data.check.files.MAX_PIXELS", 100 * 120)
     assert check_data(folder, coco(entry(1))).findings == ()
+
+
+# --- imports -----------------------------------------------------------------------------------------------------
+
+
+def test_an_import_keeps_what_the_reader_keeps(tmp_path: Path) -> None:
+    root = tmp_path / "set"
+    for name in ("set/images/sub/a.png", "secret.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (120, 100)).save(tmp_path / name)
+    objects = [
+        entry(1, segmentation=[SQUARE, [70, 70, 71, 71]], bbox=[10, 10, 50, 50]),
+        entry(2, segmentation=[[1, 1]]),
+        entry(3, bbox=[0, 0, 0, 0]),
+        entry(4, iscrowd="0"),
+        entry(5, iscrowd="True"),
+    ]
+    images = [IMAGE | {"file_name": "sub/a.png"}, IMAGE | {"id": 2, "file_name": "../../secret.png"}]
+    (root / "annotations").mkdir()
+    (root / "annotations" / "instances_train.json").write_text(json.dumps(coco(*objects, images=images)))
+    report = import_data(root, tmp_path / "out")
+    assert report.counts == {"unusable-mask": 2, "missing-image": 1}
+    file = read_coco(tmp_path / "out" / "annotations" / "instances_train.json", strict=True)
+    kept = file.annotations[1]
+    assert [a.bbox for a in kept] == [
+        (10, 10, 50, 50),
+        (20, 10, 16, 20),
+        (40, 10, 16, 20),
+        (60, 10, 16, 20),
+        (80, 10, 16, 20),
+    ]
+    assert [a.mask is not None for a in kept] == [True, False, True, True, True]
+    assert [a.iscrowd for a in kept] == [False, False, False, False, True]
+    assert sorted(p.name for p in (tmp_path / "out").rglob("*.png")) == ["a.png"]

@@ -206,13 +206,14 @@ def open_annotated(detector: Detector, images: Path, annotations: Path) -> CocoD
 
 def predict_annotated(predictor: Predictor, dataset: CocoDataset, images: Path) -> Iterator[dict[str, Any]]:
     """Predict the images of a data set as COCO results; classes that it lacks are dropped."""
-    from a2fpn.data import read_image
+    from a2fpn.data.images import image_path, read_image
 
     predictor.categories = dataset.categories
     known = {category.id for category in dataset.coco.categories}
     with progress_bar() as progress:
         for entry in progress.track(list(dataset.coco.images.values()), description="evaluating"):
-            (result,) = predictor.predict([read_image(images / entry.file_name, size=(entry.height, entry.width))])
+            file = image_path(images, entry.file_name)
+            (result,) = predictor.predict([read_image(file, size=(entry.height, entry.width))])
             yield from (record for record in result.to_coco(entry.id) if record["category_id"] in known)
 
 

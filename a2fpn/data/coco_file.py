@@ -98,6 +98,11 @@ class CocoFile:
     info: Mapping[str, Any] = field(default_factory=dict)
     licenses: Sequence[Mapping[str, Any]] = ()
 
+    def count_masks(self) -> tuple[int, int]:
+        """Return how many objects have a mask, and how many there are; crowds are none."""
+        objects = [a for annotations in self.annotations.values() for a in annotations if not a.iscrowd]
+        return sum(a.mask is not None for a in objects), len(objects)
+
     def with_all_masks(self) -> CocoFile:
         """Return the file for a comparison of masks: objects without one are crowds as large as their boxes.
 
@@ -176,16 +181,7 @@ def read_coco(source: str | Path | Mapping[str, Any] | CocoFile, *, strict: bool
     count = len(document.entries)
     _log(problems, f"{name}: skipped {len(problems)} of {count} annotations:")
     _log(losses, f"{name}: {len(losses)} of {count} annotations are kept in part:")
-    objects = [a for annotations in checked.usable.values() for a in annotations if not a.iscrowd]
-    bare = sum(a.mask is None for a in objects)
-    if checked.has_masks and bare:
-        logger.warning(
-            "%s: %d of %d objects have no mask: they train and measure boxes, and masks where there are masks",
-            name,
-            bare,
-            len(objects),
-        )
-    return CocoFile(
+    file = CocoFile(
         name,
         images,
         tuple(document.categories.values()),
@@ -198,6 +194,15 @@ def read_coco(source: str | Path | Mapping[str, Any] | CocoFile, *, strict: bool
         document.info,
         document.licenses,
     )
+    masked, objects = file.count_masks()
+    if checked.has_masks and masked < objects:
+        logger.warning(
+            "%s: %d of %d objects have no mask: they train and measure boxes, and masks where there are masks",
+            name,
+            objects - masked,
+            objects,
+        )
+    return file
 
 
 def _log(problems: Sequence[str], summary: str) -> None:

@@ -18,7 +18,7 @@ from pycocotools import mask as mask_utils
 
 from a2fpn.masks.rle import Rle, as_text, passes, run_lengths, shorten
 
-_COORDINATE_LIMIT = 1e6  # pycocotools counts polygon steps in 32-bit integers and allocates one per pixel walked
+COORDINATE_LIMIT = 1e6  # pycocotools counts polygon steps in 32-bit integers and allocates one per pixel walked
 _LARGEST_IMAGE = 2**31  # pixels; pycocotools counts them in 32 bits
 _AREAS_AT_ONCE = 255  # pycocotools' area raises OverflowError for more
 
@@ -189,7 +189,7 @@ class _Polygons:
         if not len(owners):
             return points, bounds, owners
         largest = np.maximum.reduceat(np.abs(points).max(1), bounds[:-1])
-        good = largest < _COORDINATE_LIMIT  # false for NaN too
+        good = largest < COORDINATE_LIMIT  # false for NaN too
         if good.all():
             return points, bounds, owners
         for number in np.flatnonzero(~good).tolist():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -163,14 +163,27 @@ def build_model(model: ModelSection, dataset: TrainingSet) -> Any:
     )
 
 
-def warn_of_settings(config: TrainConfig, model: Any, steps: int) -> None:
-    """Say which settings can't have the effect that they name.
+def log_odd_plans(config: TrainConfig, model: Any, datasets: Sequence[TrainingSet], *, steps: int) -> None:
+    """Say what of the data is not learned from, and which settings can't have the effect that they name.
 
     Args:
         config: The settings.
         model: The detector.
+        datasets: What is trained and evaluated on.
         steps: Length of the run.
     """
+    for dataset in datasets:
+        masked, objects = dataset.coco.count_masks() if isinstance(dataset, CocoDataset) else (0, 0)
+        if "masks" in model.target_keys and masked < objects:
+            logger.warning("%s: %d of %d objects have masks; the others count as boxes", dataset.name, masked, objects)
+    names, transforms = datasets[0].keypoint_names, config.data.transforms
+    flips = transforms.horizontal_flip or transforms.vertical_flip
+    if "keypoints" in model.target_keys and flips and mirrored_keypoints(names) is None:
+        logger.warning(
+            "Images are not flipped: the names of the keypoints, %s, don't tell left from right. Name them in pairs, "
+            "such as left_eye and right_eye, in the categories' keypoints",
+            ", ".join(names) or "which are missing",
+        )
     warmup, found = config.optim.warmup_steps, model.config.heads.detections_per_image
     if warmup >= steps:
         logger.warning(
@@ -200,13 +213,6 @@ def build_feed(config: TrainConfig, dataset: TrainingSet, model: Any, accelerato
     """
     data, run = config.data, config.run
     names = dataset.keypoint_names if "keypoints" in model.target_keys else None
-    flips = data.transforms.horizontal_flip or data.transforms.vertical_flip
-    if names is not None and flips and mirrored_keypoints(names) is None:
-        logger.warning(
-            "Images are not flipped: the names of the keypoints, %s, don't tell left from right. Name them in pairs, "
-            "such as left_eye and right_eye, in the categories' keypoints",
-            ", ".join(names) or "which are missing",
-        )
     transforms = train_transforms(model.preprocess.target_size, keypoint_names=names, **vars(data.transforms))
     options: dict[str, Any] = {
         "batch_size": data.batch_size,

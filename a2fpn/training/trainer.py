@@ -51,9 +51,9 @@ from a2fpn.training.sources import (
     build_model,
     check_folder,
     credits_of,
+    log_odd_plans,
     open_training_set,
     open_validation_set,
-    warn_of_settings,
 )
 from a2fpn.training.state import (
     METRICS_FILE,
@@ -131,7 +131,6 @@ class Trainer:
         model.normalize_losses_globally(enabled=self._global_losses)
         self.feed: Feed = build_feed(config, train_set, model, self.accelerator)
         self.total_steps, self.epochs = self._length()
-        warn_of_settings(config, model, self.total_steps)
 
         optimizer = build_optimizer(model, config.optim, lr=scaled_lr(config.optim, self.batch_size))
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
@@ -253,6 +252,7 @@ class Trainer:
             self.total_steps,
             self.epochs,
         )
+        log_odd_plans(config, self.accelerator.unwrap_model(self.model), self.datasets, steps=self.total_steps)
         logger.info(
             "%d images per step (%d per batch, %d process(es) on %s, %d batch(es) per step); "
             "learning rate %.3g, which is %.3g for %d images, scaling: %s.",
