@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import os
+import shutil
+
+import torch
 from torch import Tensor
 
 
@@ -20,3 +26,27 @@ def runs_ahead(x: Tensor) -> bool:
         False
     """
     return x.device.type != "cpu"
+
+
+def has_triton(x: Tensor) -> bool:
+    """Return whether Triton kernels run on a tensor's device: an NVIDIA GPU with TF32 and bfloat16, and a C compiler.
+
+    Args:
+        x: Any tensor.
+
+    Example:
+        >>> import torch
+        >>> has_triton(torch.zeros(1))
+        False
+    """
+    return x.is_cuda and _runs_triton(x.device)
+
+
+@functools.cache
+def _runs_triton(device: torch.device) -> bool:
+    return (
+        torch.version.hip is None
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+        and importlib.util.find_spec("triton") is not None
+        and any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
+    )

@@ -38,10 +38,15 @@ def make_torchvision(size: Size, **options: Any) -> Any:
     """Mask R-CNN as torchvision fine-tunes it, with random weights; options are those of its constructor."""
     torch.manual_seed(0)
     backbone = resnet_fpn_backbone(backbone_name="resnet50", weights=None, trainable_layers=3)
-    for name, buffer in backbone.named_buffers():  # frozen statistics of random weights let activations explode
+    _calm(backbone)
+    return MaskRCNN(backbone, CLASSES + 1, min_size=min(size), max_size=max(size), **options).train()
+
+
+def _calm(backbone: nn.Module) -> None:
+    """Set frozen statistics with which activations of random weights do not explode."""
+    for name, buffer in backbone.named_buffers():
         if name.endswith("running_var"):
             buffer.fill_(2.0)
-    return MaskRCNN(backbone, CLASSES + 1, min_size=min(size), max_size=max(size), **options).train()
 
 
 def make(side: str, size: Size, **options: Any) -> nn.Module:
@@ -55,10 +60,8 @@ def make(side: str, size: Size, **options: Any) -> nn.Module:
             model.get_submodule("backbone.body").set_grad_checkpointing(True)  # type: ignore[operator]
     else:
         torch.manual_seed(0)
-        model = a2fpn.create_model(side, num_classes=CLASSES, norm="bn", resize="none").train()
-        for module in model.backbone.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.eval().requires_grad_(False)
+        model = a2fpn.create_model(side, num_classes=CLASSES, norm="frozen", resize="none")
+        _calm(model)
     for name, parameter in model.get_submodule("backbone").named_parameters():
         if name.removeprefix("body.").startswith(FROZEN):
             parameter.requires_grad_(False)

@@ -155,6 +155,15 @@ class Detector(nn.Module, ABC):
         """
         return pyramid
 
+    def compile_maps(self) -> None:
+        """Compile what makes maps - backbone, neck and dense head - by torch's compiler, in place.
+
+        Weights and state dict stay as they are. The first step of each kind of batch, and the first evaluation, take
+        minutes; image sizes that change are compiled once more, with sizes left open.
+        """
+        for part in (self.backbone, self.neck, self.dense_head):
+            part.compile()
+
     @property
     def mask_paste(self) -> PasteRule:
         """Method of pasting masks into the image, see :class:`~a2fpn.config.RCNNConfig`."""

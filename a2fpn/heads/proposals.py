@@ -89,13 +89,11 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
         sizes: Sequence[tuple[int, int]],
         counts: Sequence[int],
     ) -> list[Tensor]:
-        rows, levels, first = [], [], 0
-        for level, count in enumerate(counts):
-            best = objectness[:, first : first + count].topk(min(self.pre_nms_top_n(), count), 1)[1]
-            rows.append(best + first)
-            levels.append(anchors.new_full((best.shape[1],), level))
+        widths, columns, first = [min(self.pre_nms_top_n(), count) for count in counts], [], 0
+        for width, count in zip(widths, counts, strict=True):
+            columns.append(objectness[:, first : first + count].topk(width, 1)[1] + first)
             first += count
-        index = torch.cat(rows, 1)
+        index = torch.cat(columns, 1)
         scores = objectness.gather(1, index).sigmoid()
         chosen = deltas.gather(1, index[..., None].expand(-1, -1, 4))
         boxes = self.box_coder.decode_single(chosen.flatten(0, 1), anchors[index.flatten()]).view(*index.shape, 4)
@@ -104,10 +102,25 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
         sides = boxes[..., 2:] - boxes[..., :2]
         valid = (sides >= self.min_size).all(2) & (scores >= self.score_thresh)
         boxes, scores = boxes * valid[..., None], torch.where(valid, scores, -1.0)
+        if device.has_triton(boxes):
+            kept = valid & self._suppress(boxes, widths)
+            best_scores, best = torch.where(kept, scores, -1.0).topk(min(self.post_nms_top_n(), scores.shape[1]), 1)
+            boxes, found = boxes.gather(1, best[..., None].expand(-1, -1, 4)), (best_scores >= 0).sum(1).tolist()
+            return [b[:number] for b, number in zip(boxes, found, strict=True)]
+        levels = [boxes.new_full((width,), level) for level, width in enumerate(widths)]
         apart = boxes + torch.cat(levels)[:, None] * (max(map(max, sizes)) + 1.0)
-        kept = [nms(b, s, self.nms_thresh)[: self.post_nms_top_n()] for b, s in zip(apart, scores, strict=True)]
-        found = torch.stack([v[k].sum() for v, k in zip(valid, kept, strict=True)]).tolist()
-        return [b[k[:number]] for b, k, number in zip(boxes, kept, found, strict=True)]
+        rows = [nms(b, s, self.nms_thresh)[: self.post_nms_top_n()] for b, s in zip(apart, scores, strict=True)]
+        found = torch.stack([v[k].sum() for v, k in zip(valid, rows, strict=True)]).tolist()
+        return [b[k[:number]] for b, k, number in zip(boxes, rows, found, strict=True)]
+
+    def _suppress(self, boxes: Tensor, widths: Sequence[int]) -> Tensor:
+        """Non-maximum suppression of boxes ``(B, n, 4)`` within each image and level; ``(B, n)``, True where kept."""
+        from a2fpn.heads.nms_triton import nms_of_groups
+
+        most = max(widths)
+        levels = [F.pad(level, (0, 0, 0, most - level.shape[1])) for level in boxes.split(list(widths), 1)]
+        kept = nms_of_groups(torch.stack(levels, 1).flatten(0, 1), self.nms_thresh).view(len(boxes), len(widths), most)
+        return torch.cat([kept[:, level, :width] for level, width in enumerate(widths)], 1)
 
     def _losses(
         self, objectness: Tensor, deltas: Tensor, anchors: Tensor, objects: Sequence[Tensor]

@@ -54,6 +54,15 @@ class Neck(nn.Module, ABC):
         strides = list(in_spec.strides)
         strides += [strides[-1] << (i + 1) for i in range(extra_levels)]
         self.out_spec = PyramidSpec.from_channels([out_channels] * len(strides), strides=strides, prefix="p")
+        # Takes the neck as an argument, so that a copy of the neck does not compute with the original.
+        self._fuse: Callable[[Neck, list[Tensor], list[Tensor | None]], list[Tensor]] = type(self).fuse
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile :meth:`fuse` by :func:`torch.compile`, which gets the arguments.
+
+        Masks of padding are made outside: they depend on the sizes of images in ways that would be compiled anew.
+        """
+        self._fuse = torch.compile(type(self).fuse, *args, **kwargs)
 
     @abstractmethod
     def fuse(self, features: list[Tensor], valid: list[Tensor | None]) -> list[Tensor]:
@@ -102,23 +111,31 @@ class Neck(nn.Module, ABC):
                     f"Level {coarse_name} {tuple(coarse.shape[-2:])} is larger than the finer {fine_name} "
                     f"{tuple(fine.shape[-2:])}; maps must shrink from level to level."
                 )
-        valid = [_valid_map(x, s, image_sizes) for x, s in zip(maps, self.in_spec.strides, strict=True)]
-        pyramid = self.fuse(maps, valid)
+        valid = _valid_maps(maps, self.in_spec.strides, image_sizes)
+        pyramid = self._fuse(self, maps, valid)
         while len(pyramid) < len(self.out_spec):
             pyramid.append(F.max_pool2d(pyramid[-1], kernel_size=1, stride=2))
         return dict(zip(self.out_spec.names, pyramid, strict=True))
 
 
-def _valid_map(x: Tensor, stride: int, image_sizes: Sequence[tuple[int, int]] | None) -> Tensor | None:
+def _valid_maps(
+    maps: Sequence[Tensor], strides: Sequence[int], image_sizes: Sequence[tuple[int, int]] | None
+) -> list[Tensor | None]:
+    """Masks for all levels, or none."""
     if image_sizes is None:
-        return None
-    height, width = x.shape[-2:]
-    sizes = [level_size(size, stride) for size in image_sizes]
-    if all(h >= height and w >= width for h, w in sizes):
-        return None
-    heights, widths = torch.tensor(sizes, device=x.device).T
-    rows = torch.arange(height, device=x.device) < heights[:, None]
-    columns = torch.arange(width, device=x.device) < widths[:, None]
+        return [None] * len(maps)
+    sizes = [[level_size(size, stride) for size in image_sizes] for stride in strides]
+    if all(h >= x.shape[-2] and w >= x.shape[-1] for x, own in zip(maps, sizes, strict=True) for h, w in own):
+        return [None] * len(maps)
+    # One copy for all levels, for which an accelerator's host does not wait.
+    on_device = torch.tensor(sizes).to(maps[0].device, non_blocking=True)
+    return [_valid_map(x.shape[-2], x.shape[-1], own) for x, own in zip(maps, on_device, strict=True)]
+
+
+def _valid_map(height: int, width: int, sizes: Tensor) -> Tensor:
+    heights, widths = sizes.T
+    rows = torch.arange(height, device=sizes.device) < heights[:, None]
+    columns = torch.arange(width, device=sizes.device) < widths[:, None]
     valid: Tensor = rows[:, None, :, None] & columns[:, None, None, :]
     return valid
 

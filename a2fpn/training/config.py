@@ -242,6 +242,7 @@ class RunSection:
         trackers: Where numbers and pictures go besides metrics.jsonl: tensorboard, trackio, ...
         pictures: Validation images drawn after every evaluation.
         channels_last: Use the channels-last memory format.
+        compile: Compile backbone, neck and dense head by torch's compiler: faster steps after minutes of compiling.
         deterministic: Give the same weights to the last bit in every run on the same GPU, more slowly; a warning names
             operations that have no such form. On a CPU runs are so anyway.
         ema: Decay of an exponential moving average of the weights, which is then evaluated and saved; 0 is off.
@@ -267,6 +268,7 @@ class RunSection:
     trackers: tuple[str, ...] = ("tensorboard",)
     pictures: int = 6
     channels_last: bool = True
+    compile: bool = False
     deterministic: bool = False
     ema: float = 0.0
     resume: bool | str = False

@@ -127,6 +127,8 @@ class Trainer:
             model = model.to(memory_format=torch.channels_last)
         # Before `prepare`, which replaces `forward`; a copy made later would call the original.
         self.ema = ModelEmaV3(model, decay=run.ema, use_warmup=True) if run.ema else None
+        if run.compile:
+            model.compile_maps()
         self._global_losses = run.sync_losses and self.accelerator.num_processes > 1
         model.normalize_losses_globally(enabled=self._global_losses)
         self.feed: Feed = build_feed(config, train_set, model, self.accelerator)
