@@ -83,7 +83,7 @@ def test_masks_are_measured_where_there_are_masks(backend: Any) -> None:
         metrics = evaluate_coco(data, found, iou_types=["segm"], backend=backend)
         assert metrics.segm is not None
         assert metrics.segm.ap == pytest.approx(1)
-    elsewhere = [{**perfect[0], "score": 0.95, "segmentation": [[20, 60, 36, 60, 36, 80, 20, 80]]}, *perfect]
+    elsewhere = [{**perfect[0], "score": 2.0, "segmentation": [[20, 60, 36, 60, 36, 80, 20, 80]]}, *perfect]
     wrong = evaluate_coco(data, elsewhere, iou_types=["segm"], backend=backend)
     assert wrong.segm is not None
     assert wrong.segm.ap == pytest.approx(0.5)
@@ -281,7 +281,9 @@ def test_what_is_no_text_names_the_file(folder: Path) -> None:
 def test_an_area_that_is_none_is_computed(area: Any) -> None:
     data = coco(entry(1, area=area))
     assert read_coco(data).annotations[1][0].area == 320
-    assert evaluate_coco(data, annotations_as_detections(data), iou_types=["bbox"]).to_dict()["bbox/ap"] == pytest.approx(1)
+    assert evaluate_coco(data, annotations_as_detections(data), iou_types=["bbox"]).to_dict()[
+        "bbox/ap"
+    ] == pytest.approx(1)
     assert codes(data) == ([] if area in (None, []) else ["bad-area"])
 
 

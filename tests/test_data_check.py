@@ -134,7 +134,7 @@ def test_what_the_reader_leaves_out_is_named(code, change):
     finding = find(report, code)
     assert set(codes(report)) - {"no-segmentation"} == {code}
     assert (finding.severity, finding.count, finding.fatal) == ("warning", 1, False)
-    assert "in 1 of 6 annotations: 3." in finding.message
+    assert "in 1 of 6 annotations: 3" in finding.message
     assert "The reader leaves them out." in finding.advice
     assert len(read_coco(data).problems) == 1
     assert sum(count.objects for count in report.classes) == 5

@@ -271,6 +271,7 @@ def segmentation_to_rle(segmentation: object, height: int, width: int) -> Rle:
         ValueError: If the value is none of these or doesn't fit the image.
 
     Example:
+        >>> from a2fpn.masks.rle import decode_rle
         >>> square = [[1, 1, 3, 1, 3, 3, 1, 3]]
         >>> decode_rle([segmentation_to_rle(square, 4, 4)])[0].astype(int)
         array([[0, 0, 0, 0],

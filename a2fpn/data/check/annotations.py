@@ -169,7 +169,7 @@ def contradicted_areas(table: AnnotationTable) -> Rows:
     """Areas above 0 that are far from that of the mask or, without one, don't fit the box."""
     area, own = table.area, table.of_masks(table.segmentations.areas)
     boxed = table.box[:, 2:].prod(1)
-    usual = (table.area > 0) & (table.inside >= LEAST_SIDE).all(1)
+    usual = (area > 0) & np.isfinite(area) & (table.inside >= LEAST_SIDE).all(1)
     far = (area > _AREA_FACTOR * own + _AREA_SLACK) | (own > _AREA_FACTOR * area + _AREA_SLACK)
     unfit = (area > _AREA_FACTOR * boxed + _AREA_SLACK) | (area < _LEAST_FILL * boxed - _AREA_SLACK)
     return usual & np.where(table.mask >= 0, far, unfit)
@@ -177,7 +177,8 @@ def contradicted_areas(table: AnnotationTable) -> Rows:
 
 def box_format(table: AnnotationTable) -> Iterator[Finding]:
     """Boxes that make sense only if they are read in another way."""
-    known = ~any_column(np.isnan(table.given_box)) & ~any_column(np.isnan(table.limits))
+    own = (table.given_box == table.box).all(1)  # not NaN, nor taken from a mask
+    known = own & ~any_column(np.isnan(table.limits))
     box, limits = table.given_box[known], table.limits[known]
     if not len(box):
         return
