@@ -16,6 +16,8 @@ from typing import Annotated, Any
 
 import typer
 
+from a2fpn import list_pretrained
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 REGION = re.compile(r"<!-- table:(?P<name>[\w-]+) -->\n(?:(?!<!-- table:).)*?<!-- /table -->", re.DOTALL)
@@ -72,10 +74,26 @@ def throughput(document: Mapping[str, Any]) -> str:
     return markdown(("trainings at a time", "images/s", "ratio"), rows)
 
 
+def zoo(document: Mapping[str, Any]) -> str:
+    """Return all pretrained weights: what is known of them, and the time of their architecture beside torchvision's."""
+    times = {row["side"]: row["ms"] for row in document["rows"] if "ms" in row}
+    rows = []
+    for model in sorted(list_pretrained(), key=lambda one: not one.trained):  # grafts last
+        values = (model.box_ap, model.mask_ap, model.keypoint_ap, times.get(model.name.partition(".")[0]))
+        numbers = ["" if value is None else f"{value:.1f}" if value > 1 else f"{value:.3f}" for value in values]
+        measured = model.measured if model.trained else f"to be fine-tuned; AP {model.measured.partition(', of ')[2]}"
+        rows.append((f"`{model.name}`", *numbers, model.source, measured, model.license))
+    case = _case(next(row for row in document["rows"] if "ms" in row))
+    headings = ("name", "box AP", "mask AP", "keypoint AP", "ms", "from", "measured", "license of the weights")
+    note = f"ms: an image of {case}, on one {document['device'].partition(',')[0]}, where the architecture was timed."
+    return f"{markdown(headings, rows)}\n\n{note}"
+
+
 TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "gpu-inference": ("gpu_inference.json", inference),
     "gpu-training": ("gpu_training.json", training),
     "gpu-throughput": ("throughput_h100.json", throughput),
+    "zoo": ("gpu_inference.json", zoo),
 }
 
 
@@ -146,7 +164,9 @@ def main(
     """Compare or write the tables of README.md and docs."""
     if check == write:
         raise typer.BadParameter("Give --check or --write.")
-    pages = {page: page.read_text(encoding="utf-8") for page in [root / "README.md", *sorted(root.glob("docs/*.md"))]}
+    pages = {
+        page: page.read_text(encoding="utf-8") for page in [root / "README.md", *sorted(root.glob("docs/**/*.md"))]
+    }
     old = {page: made for page, text in pages.items() if (made := filled(text)) != text}
     for page, made in old.items():
         if write:

@@ -25,7 +25,7 @@ from a2fpn.cli.page import show_page
 from a2fpn.cli.predict import predict
 from a2fpn.cli.train import train
 
-app = typer.Typer(name="a2fpn", cls=Door, **SETTINGS)
+app = typer.Typer(name="a2fpn", cls=Door, **{**SETTINGS, "add_completion": True})
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import typer
-
 from a2fpn._atomic import write_text
+from a2fpn.cli.format import say
 from a2fpn.errors import ConfigError, ExistingFileError
 
 if TYPE_CHECKING:
@@ -42,20 +41,21 @@ def check_output(annotations: Path, output: Path, *, overwrite: bool) -> None:
             raise ExistingFileError(f"{path}: exists already; choose another name for --fix, or add --overwrite.")
 
 
-def write_fixed(annotations: Path, images: Path | None, output: Path) -> None:
+def write_fixed(annotations: Path, images: Path | None, output: Path, *, quiet: bool = False) -> None:
     """Write a repaired copy and the list of its changes, and say what they are."""
     from a2fpn.data import fix_data
 
     fixed = fix_data(annotations, images)
     write_text(output, json.dumps(fixed.content))
     if not fixed.changes:
-        typer.echo(f"Nothing to repair; {output} is a copy.")
+        say(f"Nothing to repair; {output} is a copy.", quiet=quiet)
         return
     listing = changes_file(output)
     write_text(listing, "".join(f"{change}\n" for change in fixed.changes))
     for line in summary(fixed.changes):
-        typer.echo(line)
-    typer.echo(f"The repaired copy is {output}; all {len(fixed.changes):,} changes are listed in {listing}")
+        say(line, quiet=quiet)
+    said = f"The repaired copy is {output}; all {len(fixed.changes):,} changes are listed in {listing}"
+    say(said, quiet=quiet)
 
 
 def summary(changes: Sequence[Change]) -> list[str]:

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from a2fpn.cli.format import count_of, progress_bar
+from a2fpn.cli.format import count_of, progress_bar, say, write_json
 from a2fpn.cli.options import (
     Device,
+    GrayBits,
+    Json,
     MaxPixels,
     Model,
     MostObjects,
@@ -25,6 +27,8 @@ from a2fpn.cli.options import (
     Output,
     Overlap,
     Precision,
+    Quiet,
+    RuntimeName,
     SoftNmsKind,
     Threshold,
     Tile,
@@ -33,7 +37,7 @@ from a2fpn.cli.options import (
     load_detector,
 )
 from a2fpn.cli.predictions import PredictionFolder
-from a2fpn.config import MAX_PIXELS
+from a2fpn.config import MAX_PIXELS, SCORE_THRESHOLD
 from a2fpn.errors import ConfigError, ImageError, MissingFileError
 
 if TYPE_CHECKING:
@@ -49,7 +53,7 @@ def predict(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run that DIR holds: what is done is skipped.")
     ] = False,
-    score_threshold: Threshold = 0.5,
+    score_threshold: Threshold = SCORE_THRESHOLD,
     tile: Tile = None,
     overlap: Overlap = 0.2,
     tta: Tta = False,
@@ -59,7 +63,11 @@ def predict(
     optimize: Optimize = False,
     dtype: Precision = "float32",
     max_pixels: MaxPixels = MAX_PIXELS,
+    gray_bits: GrayBits = 16,
+    runtime: RuntimeName = None,
     device: Device = None,
+    quiet: Quiet = False,
+    save: Json = None,
 ) -> None:
     """Find objects in images: a picture for each, and all results as COCO JSON.
 
@@ -82,15 +90,21 @@ def predict(
         "overlap": overlap,
         "tta": tta,
     }
-    settings = {"model": model, "optimize": optimize, "dtype": dtype, **options}
+    settings = {"model": model, "optimize": optimize, "dtype": dtype, "gray_bits": gray_bits, **options}
     folder: PredictionFolder | None = None
     try:
         paths = image_files(images)
         predictor = build_predictor(
-            load_detector(model), device, optimize=optimize, dtype=dtype, max_pixels=max_pixels, **options
+            load_detector(model, runtime=runtime),
+            device,
+            optimize=optimize,
+            dtype=dtype,
+            max_pixels=max_pixels,
+            gray_bits=gray_bits,
+            **options,
         )
         folder = PredictionFolder(output, paths, settings, overwrite=overwrite, resume=resume)
-        _run(folder, predictor)
+        _run(folder, predictor, quiet=quiet or str(save) == "-", save=save)
     except KeyboardInterrupt:
         if folder is None or not folder.objects:
             typer.echo("Stopped before the first image; nothing was written.", err=True)
@@ -103,14 +117,14 @@ def predict(
         raise typer.Exit(130) from None  # 128 and the number of the signal
 
 
-def _run(folder: PredictionFolder, predictor: Predictor) -> None:
+def _run(folder: PredictionFolder, predictor: Predictor, *, quiet: bool, save: Path | None) -> None:
     """Predict what has no results yet; what is found is on the disk whatever happens."""
     before, pending = len(folder.objects), folder.pending
-    if before:
+    if before and not quiet:
         typer.echo(f"{count_of(before, 'image')} of {len(folder.jobs)} done before.", err=True)
     seconds: list[float] = []
     try:
-        with progress_bar() as progress:
+        with progress_bar(quiet=quiet) as progress:
             for job in progress.track(pending, description="predicting"):
                 start = time.perf_counter()
                 try:
@@ -128,11 +142,20 @@ def _run(folder: PredictionFolder, predictor: Predictor) -> None:
     if not objects:
         raise ConfigError(f"None of the {len(folder.jobs)} images could be read.")
     skipped = len(folder.pending)
-    typer.echo(
+    numbers = {
+        "images": len(objects),
+        "skipped": skipped,
+        "objects": sum(objects.values()),
+        "ms_per_image": round(1000 * statistics.median(seconds), 1) if seconds else None,
+        "results": _shown(results),
+    }
+    write_json(numbers, save)
+    say(
         f"Found {count_of(sum(objects.values()), 'object')} in {count_of(len(objects), 'image')}"
         f"{f' ({skipped} more could not be read)' if skipped else ''}"
         f"{f', {1000 * statistics.median(seconds):.0f} ms per image' if seconds else ''}. "
-        f"All results are in {_shown(results)}\nOpen {_shown(folder.folder / max(objects, key=objects.__getitem__))}"
+        f"All results are in {_shown(results)}\nOpen {_shown(folder.folder / max(objects, key=objects.__getitem__))}",
+        quiet=quiet,
     )
 
 
@@ -143,14 +166,15 @@ def _shown(text: object) -> str:
 
 def image_files(sources: Sequence[Path]) -> list[Path]:
     """The given files, and the images of the given folders; what is left out of folders is told."""
-    from a2fpn.inference import list_images
+    from a2fpn.inference import check_source, is_pattern, list_images
 
     for source in sources:
-        if not source.exists():
+        check_source(source)
+        if not source.exists() and not is_pattern(source):
             raise MissingFileError(f"{_shown(source)}: no such file or folder.")
     groups = []
     for source in sources:
-        groups.append(list_images(source) if source.is_dir() else [source])
+        groups.append(list_images(source) if source.is_dir() or is_pattern(source) else [source])
         if source.is_dir():
             _tell_left_out(source, set(groups[-1]))
     return list(itertools.chain.from_iterable(groups))

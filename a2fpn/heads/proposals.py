@@ -1,14 +1,15 @@
 """torchvision's region proposals, with matching in little memory and losses that can be shared among processes.
 
-On a GPU the images of a batch are treated together, in shapes that no value decides: a detector's step is as long as
-the host takes to start its kernels, and every question the host asks the device stops both.
+In evaluation boxes are decoded after the best of each level are chosen. On a GPU the images of a batch are treated
+together, in shapes that no value decides: a detector's step is as long as the host takes to start its kernels, and
+every question the host asks the device stops both.
 
 Shape shorthand: ``B`` images, ``A`` anchors of an image, ``n`` candidates of an image.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,9 +21,11 @@ from torchvision.ops import nms
 
 from a2fpn import device
 from a2fpn.errors import ConfigError
+from a2fpn.heads.batched import clip, first_of_each, nms_of_each, split_images
 from a2fpn.heads.box_coder import BoxCoder
 from a2fpn.heads.loss_normalizer import GlobalLossNormalizer
 from a2fpn.heads.matching import BACKGROUND, BoxPairs, ChunkedMatcher
+from a2fpn.heads.roi_pool import join_rois
 from a2fpn.heads.sampling import draw
 from a2fpn.pyramid import Features
 
@@ -59,10 +62,58 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
         Returns:
             Per image boxes ``(P, 4)`` xyxy, best first; the losses, none in evaluation.
         """
-        if not device.runs_ahead(images.tensors):
+        if device.runs_ahead(images.tensors):
+            return self.forward_at_once(images, features, targets)
+        if self.training:
             found: tuple[list[Tensor], dict[str, Tensor]] = super().forward(images, features, targets)
             return found
-        return self.forward_at_once(images, features, targets)
+        rois = self.rois(images, features)
+        table = {"boxes": rois[:, 1:], "images": rois[:, 0].long()}
+        return [own["boxes"] for own in split_images(table, len(images.image_sizes))], {}
+
+    def rois(self, images: ImageList, features: Features) -> Tensor:
+        """Proposals of all images in evaluation, ``(R, 5)``: index of the image and box, image by image, best first.
+
+        Args:
+            images: The batch; its sizes may be one pair for all images.
+            features: The pyramid.
+        """
+        if device.runs_ahead(images.tensors) and not device.is_traced():
+            return join_rois(self.forward_at_once(images, features)[0])
+        maps = list(features.values())
+        objectness, deltas = self.head(maps)
+        return self._in_one_table(objectness, deltas, self.anchor_generator.picker(images, maps), images)
+
+    def _in_one_table(
+        self,
+        objectness: Sequence[Tensor],
+        deltas: Sequence[Tensor],
+        anchors_of: Callable[[int, Tensor], Tensor],
+        images: ImageList,
+    ) -> Tensor:
+        columns, numbers = [], []
+        batch, size = objectness[0].shape[0], images.tensors.shape[-2:]
+        for level, (logits, offsets) in enumerate(zip(objectness, deltas, strict=True)):
+            flat = logits.permute(0, 2, 3, 1).reshape(batch, -1)
+            number = device.new_size(torch.sym_min(self.pre_nms_top_n(), flat.shape[1]), most=flat.shape[1])
+            best, rows = flat.topk(number, 1)
+            codes = offsets.permute(0, 2, 3, 1).reshape(batch, -1, 4)
+            codes = codes.gather(1, rows[..., None].expand(-1, -1, 4))
+            columns.append([best, codes, anchors_of(level, rows)])
+            numbers.append(rows.new_full((number,), level))
+        scores, codes, anchors = (torch.cat(column, 1) for column in zip(*columns, strict=True))
+        levels = torch.cat(numbers)
+        owner = torch.arange(batch, device=levels.device)[:, None].expand(batch, levels.shape[0]).reshape(-1)
+        scores = scores.reshape(-1).sigmoid()
+        boxes = self.box_coder.decode_single(codes.view(-1, 4), anchors.view(-1, 4))
+        boxes = clip(boxes, owner, images.image_sizes)
+        large = ((boxes[:, 2:] - boxes[:, :2]) >= self.min_size).all(1)
+        rows = (large & (scores >= self.score_thresh)).nonzero()[:, 0]
+        boxes, owner, scores = boxes[rows], owner[rows], scores[rows]
+        levels = levels.expand(batch, -1).reshape(-1)[rows]
+        kept = nms_of_each(boxes, scores, levels, owner, self.nms_thresh, classes=len(columns), size=(size[0], size[1]))
+        kept = kept[first_of_each(owner[kept], batch, self.post_nms_top_n())]
+        return torch.cat([owner[kept, None].to(boxes.dtype), boxes[kept]], 1)
 
     def forward_at_once(
         self, images: ImageList, features: Features, targets: list[dict[str, Any]] | None = None

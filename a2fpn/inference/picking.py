@@ -94,7 +94,7 @@ def pick_images(
     pool.sort(key=lambda entry: entry[:2], reverse=True)
     paths = [images[-position] for _, position, _ in pool]
     features = np.stack([embedding(predictor, path) for path in track(paths, "comparing")])
-    known = [embedding(predictor, path) for path in track(labeled, "comparing with labeled ones")]
+    known = [embedding(predictor, path) for path in (track(labeled, "comparing with labeled ones") if labeled else ())]
     order = farthest_first(features, np.array(known).reshape(-1, features.shape[1]), number)
     return [PickedImage(paths[row], pool[row][0], distance, pool[row][2]) for row, distance in order]
 

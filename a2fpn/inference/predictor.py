@@ -6,10 +6,11 @@ Shape shorthand: N objects of K keypoints, an image of H x W pixels, C = 3 chann
 from __future__ import annotations
 
 import os
+import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 import torch
@@ -17,14 +18,17 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from a2fpn.config import MAX_PIXELS
-from a2fpn.data.images import SUFFIXES, read_image, to_rgb
+from a2fpn.config import MAX_PIXELS, SCORE_THRESHOLD, HeadsConfig
+from a2fpn.data.images import read_image, to_rgb
 from a2fpn.errors import ConfigError, ConfigTypeError
-from a2fpn.heads.postprocess import PostprocessConfig, SoftNms
+from a2fpn.heads.postprocess import PostprocessConfig
 from a2fpn.inference.eval_view import EvalViews
+from a2fpn.inference.exported import ExportedDetector, Runtime, is_exported
+from a2fpn.inference.options import PredictOptions, with_options
 from a2fpn.inference.result import Result, to_array
+from a2fpn.inference.sources import ImagePath, check_source, is_pattern, list_images
 from a2fpn.inference.tiling import TileDetections, merge_tiles, tile_windows
-from a2fpn.inference.tta import Augmentation, detect_augmented
+from a2fpn.inference.tta import detect_augmented
 from a2fpn.masks.rle import Rle, encode_box_masks
 
 if TYPE_CHECKING:
@@ -33,54 +37,6 @@ if TYPE_CHECKING:
 
 
 ImageInMemory = Image.Image | NDArray[np.uint8] | Tensor
-ImagePath = str | os.PathLike[str]
-
-
-@dataclass(frozen=True)
-class PredictOptions:
-    """Options of prediction; None leaves a limit to the model's own configuration.
-
-    Args:
-        score_threshold: Objects that score less are dropped, between 0 and 1. Below the model's own threshold (0.05
-            unless configured) there are more objects than it gives by itself.
-        nms_threshold: IoU above which an object removes a worse one of its class, between 0 and 1.
-        detections_per_image: Most objects of an image, or of a tile.
-        soft_nms: ``"linear"`` or ``"gaussian"`` lowers the scores of objects that overlap better ones, where NMS
-            removes them; see :func:`a2fpn.heads.soft_nms`. False removes.
-        tile: Side in pixels of the overlapping tiles in which larger images are predicted one by one, and whose
-            objects are merged; None predicts images whole. Each tile is resized by the model's own rule. Keypoints
-            can't be merged, nor fused by ``tta``: with a detector of keypoints both are errors.
-        overlap: Least share of a tile that the next one shows too. Objects up to this size are seen whole.
-        tta: True sees each image, or tile, at three sizes and mirrored, and fuses what is found; an
-            :class:`~a2fpn.inference.tta.Augmentation` says which views to take. Takes several times as long.
-
-    Raises:
-        ValueError: For a value out of its range.
-    """
-
-    score_threshold: float | None = None
-    nms_threshold: float | None = None
-    detections_per_image: int | None = None
-    soft_nms: SoftNms | Literal[False] = False
-    tile: int | None = None
-    overlap: float = 0.2
-    tta: bool | Augmentation = False
-
-    def __post_init__(self) -> None:
-        PostprocessConfig(**self.changes)
-        tile_windows((1, 1), self.tile or 16, self.overlap)
-
-    @property
-    def changes(self) -> dict[str, Any]:
-        """The fields of the model's rule that are replaced."""
-        limits = ("score_threshold", "nms_threshold", "detections_per_image")
-        given = {name: getattr(self, name) for name in limits if getattr(self, name) is not None}
-        return {**given, "soft_nms": self.soft_nms or None}
-
-    @property
-    def augmentation(self) -> Augmentation | None:
-        """Views of test-time augmentation, if there are more than one."""
-        return (Augmentation() if self.tta else None) if isinstance(self.tta, bool) else self.tta
 
 
 class _Call(NamedTuple):
@@ -92,7 +48,7 @@ class _Call(NamedTuple):
         rule: The model's post-processing with the call's changes.
     """
 
-    model: Detector | OptimizedDetector
+    model: Detector | OptimizedDetector | ExportedDetector
     options: PredictOptions
     rule: PostprocessConfig
 
@@ -106,9 +62,11 @@ class Predictor:
 
     Args:
         model: A detector of :func:`a2fpn.create_model`, :func:`a2fpn.from_pretrained` or
-            :func:`a2fpn.optimize_for_inference`.
-        device: Where to run, for example ``"cuda"``; None leaves the model where it is.
+            :func:`a2fpn.optimize_for_inference`; or a file of :func:`a2fpn.export_model`, whose thresholds are fixed.
+        device: Where to run, for example ``"cuda"``; None leaves the model where it is. Files run on the CPU.
+        runtime: What runs a file: ``"onnxruntime"``, ``"openvino"`` or ``"torch"``; None goes by the file.
         max_pixels: Most pixels of an image file, see :func:`a2fpn.data.read_image`; None sets no limit.
+        gray_bits: Bits that gray values of image files use, see :func:`a2fpn.data.read_image`.
         channels_last: Whether to lay out the model's weights for convolutions on NHWC memory, which is faster on
             CPUs and on tensor cores, with the same results up to rounding.
         **options: Fields of :class:`PredictOptions`, for every call that doesn't say otherwise: ``score_threshold``,
@@ -127,24 +85,39 @@ class Predictor:
         ((64, 96), True)
     """
 
+    @with_options
     def __init__(
         self,
-        model: Detector | OptimizedDetector,
+        model: Detector | OptimizedDetector | ExportedDetector | ImagePath,
         *,
         device: torch.device | str | None = None,
+        runtime: Runtime | None = None,
         channels_last: bool = True,
         max_pixels: int | None = MAX_PIXELS,
+        gray_bits: int = 16,
         **options: Any,
     ) -> None:
-        if not hasattr(model, "config") or not hasattr(model, "preprocess"):
+        if is_exported(model):
+            model = ExportedDetector(typing.cast(ImagePath, model), runtime=runtime)
+        elif runtime is not None:
+            raise ConfigError(f"runtime={runtime!r} is for files of a2fpn.export_model, got {type(model).__name__}.")
+        if not isinstance(model, torch.nn.Module) or not hasattr(model, "config"):
+            named = isinstance(model, (str, os.PathLike))
+            kind = type(model).__name__
+            got = f"{kind} {str(model)!r}; load it: a2fpn.from_pretrained({str(model)!r})" if named else kind
             raise ConfigTypeError(
-                f"Predictor expects a detector of a2fpn.create_model(...) or a2fpn.from_pretrained(...), "
-                f"got {type(model).__name__}."
+                f"Predictor expects a detector of a2fpn.create_model(...) or a2fpn.from_pretrained(...), or an .onnx "
+                f"or .pt2 file of a2fpn.export_model(...), got {got}."
             )
+        if isinstance(model, ExportedDetector) and device is not None and torch.device(device).type != "cpu":
+            raise ConfigError(f"{model.path.name} is run on the CPU, got device={str(device)!r}; load the checkpoint.")
         if max_pixels is not None and max_pixels < 1:
             raise ConfigError(f"max_pixels must be at least 1 or None, got {max_pixels}.")
-        self.options = PredictOptions(**options)
+        self.options = PredictOptions.of(options)
+        if not 9 <= gray_bits <= 16:
+            raise ConfigError(f"gray_bits must be between 9 and 16, got {gray_bits}.")
         self.max_pixels = max_pixels
+        self.gray_bits = gray_bits
         self._views = EvalViews()
         self.model = model.to(device)
         if channels_last:
@@ -158,34 +131,43 @@ class Predictor:
     @overload
     def __call__(self, images: Sequence[ImageInMemory | ImagePath], **options: Any) -> list[Result]: ...
 
+    @with_options
     def __call__(
         self, images: ImageInMemory | ImagePath | Sequence[ImageInMemory | ImagePath], **options: Any
     ) -> Result | list[Result]:
         """Detect objects, one image after the other.
 
+        Objects that score less than 0.5 are left out unless ``score_threshold`` says otherwise, here or when the
+        predictor was made.
+
         Args:
-            images: An image, a folder (its images in order of their names, without sub-folders) or a sequence of
-                images. An image is a path, a PIL image (taken as it is; EXIF orientation is applied to files), a
-                uint8 array (H, W, 3) in RGB order or (H, W) in gray (OpenCV reads BGR: pass
-                ``image[..., ::-1]``), or a tensor (3, H, W), uint8 or float in [0, 1].
+            images: An image, a folder (its images in order of their names, without sub-folders), a pattern such as
+                ``photos/*.jpg``, or a sequence of images. An image is a path, a PIL image (taken as it is; EXIF
+                orientation is applied to files), a uint8 array (H, W, 3) in RGB order or (H, W) in gray (OpenCV reads
+                BGR: pass ``image[..., ::-1]``), or a tensor (3, H, W), uint8 or float in [0, 1].
             **options: Fields of :class:`PredictOptions` for this call, e.g. ``tile=1024``.
 
         Returns:
-            A result for one image, a list of results for a folder or a sequence.
+            A result for one image, a list of results for a folder, a pattern or a sequence.
 
         Raises:
             ValueError: If a file is no readable image, a folder holds none, or an array has another shape or type.
             TypeError: If something else is given.
             OSError: If there is no such file.
         """
-        if isinstance(images, (str, os.PathLike)) and Path(images).is_dir():
-            return [self._predict_one(path, options) for path in list_images(images)]
+        if isinstance(images, (str, os.PathLike)):
+            check_source(images)
+            if Path(images).is_dir() or is_pattern(images):
+                return [self._predict_one(path, options) for path in list_images(images)]
         if isinstance(images, Sequence) and not isinstance(images, str):
             return [self._predict_one(image, options) for image in images]
         return self._predict_one(images, options)
 
+    @with_options
     def predict(self, images: Sequence[Tensor], **options: Any) -> list[Result]:
         """Detect objects in a batch of tensors: the call for evaluation and training.
+
+        Without a ``score_threshold`` the model's own holds: average precision takes objects of all scores.
 
         Args:
             images: (3, H, W) tensors of any sizes, float32 in [0, 1] or uint8 in [0, 255].
@@ -197,8 +179,8 @@ class Predictor:
         Raises:
             ValueError: For an option out of its range, or one that a detector of keypoints has no answer to.
         """
-        chosen = replace(self.options, **options)
-        device = next(self.model.parameters()).device
+        chosen = self.options.but(options)
+        device = next((x.device for x in self.model.parameters()), torch.device("cpu"))
         images = [image.to(device) for image in images]
         changes = chosen.changes
         if "score_threshold" in changes:
@@ -222,6 +204,10 @@ class Predictor:
         if augmentation is None or not all(image.ndim == 3 for image in images):
             found: Sequence[Mapping[str, Tensor]] = model(images, paste_masks=False, rule=rule)
             return found
+        if isinstance(model, ExportedDetector):
+            raise ConfigError(
+                f"{model.path.name} resizes images by itself; test-time augmentation needs the checkpoint."
+            )
         return [
             detect_augmented(
                 lambda view: model([view], resize=False, paste_masks=False, rule=rule)[0],
@@ -254,10 +240,15 @@ class Predictor:
         merged = merge_tiles(tiles, size)
         return replace(results[0], boxes=merged.boxes, scores=merged.scores, labels=merged.labels, rles=merged.rles)
 
-    def _predict_one(self, image: ImageInMemory | ImagePath, options: Mapping[str, Any]) -> Result:
+    def _predict_one(self, image: ImageInMemory | ImagePath, given: Mapping[str, Any]) -> Result:
+        options = dict(given)
+        if options.get("score_threshold", self.options.score_threshold) is None:
+            options["score_threshold"] = _shown_threshold(self.model.rule.score_threshold)
         if isinstance(image, (str, os.PathLike)):
-            (result,) = self.predict([read_image(Path(image), max_pixels=self.max_pixels)], **options)
-            return replace(result, path=os.fspath(image))
+            pixels = read_image(Path(image), max_pixels=self.max_pixels, gray_bits=self.gray_bits)
+            (result,) = self.predict([pixels], **options)
+            # Read again with other bits it would be another picture.
+            return replace(result, path=os.fspath(image), image=to_array(pixels) if self.gray_bits != 16 else None)
         tensor = _to_tensor(image)
         (result,) = self.predict([tensor], **options)
         return replace(result, image=to_array(tensor))
@@ -283,25 +274,17 @@ class Predictor:
         return tuple(encode_box_masks(masks, boxes, size, rule=self.model.mask_paste))
 
 
+def _shown_threshold(configured: float) -> float | None:
+    """Threshold of what people are shown; None for the configured one.
+
+    Models are configured to keep nearly everything for average precision, with 0.05 or less; another value is a choice.
+    """
+    return SCORE_THRESHOLD if 0 < configured <= HeadsConfig.score_threshold else None
+
+
 def _size(image: Tensor) -> tuple[int, int]:
     """Height and width."""
     return int(image.shape[-2]), int(image.shape[-1])
-
-
-def list_images(folder: ImagePath) -> list[Path]:
-    """Return the image files of a folder in order of their names, without those of sub-folders.
-
-    Raises:
-        ValueError: If there are none.
-        OSError: If there is no such folder.
-    """
-    paths = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in SUFFIXES and not path.is_dir())
-    if not paths:
-        raise ConfigError(
-            f"No image lies in the folder {os.fspath(folder)} itself; expected names that end in "
-            f"{', '.join(SUFFIXES)} (sub-folders are not searched)."
-        )
-    return paths
 
 
 def _to_tensor(image: ImageInMemory) -> Tensor:

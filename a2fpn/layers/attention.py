@@ -141,7 +141,8 @@ def _l2_normalize(x: Tensor) -> Tensor:
     with autocast_off(x):
         x = x if x.dtype == torch.float64 else x.float()
         if torch.compiler.is_compiling():
-            return F.normalize(x, dim=-1, eps=_EPS)
+            traced: Tensor = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=_EPS)
+            return traced
         unit: Tensor = _L2Normalize.apply(x)
         return unit
 

@@ -11,7 +11,6 @@ import torch
 from timm.layers import FrozenBatchNormAct2d
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
-from torch.nn import functional as F
 from torchvision.ops import FrozenBatchNorm2d
 
 
@@ -82,12 +81,16 @@ class _FrozenNorm(torch.autograd.Function):
         eps: float,
     ) -> Tensor:
         ctx.save_for_backward(scale)
-        return F.batch_norm(x, mean, var, weight, bias, eps=eps)
+        return _affine(x, weight, bias, mean, var, eps)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         (scale,) = ctx.saved_tensors  # type: ignore[attr-defined]
         zeros = torch.zeros_like(scale)
-        of_x = F.batch_norm(grad, zeros, zeros + 1, scale, zeros, eps=0.0)
-        return of_x, None, None, None, None, None, None
+        return _affine(grad, scale, zeros, zeros, zeros + 1, 0.0), None, None, None, None, None, None
+
+
+def _affine(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+    # Not by torch.nn.functional, which refuses an eps of 0: torchvision's frozen norms of COCO have it.
+    return torch.batch_norm(x, weight, bias, mean, var, False, 0.0, eps, False)

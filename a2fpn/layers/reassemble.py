@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from a2fpn.device import has_triton
+from a2fpn.device import has_triton, is_known, new_size
 from a2fpn.layers.choices import check_choice
 from a2fpn.layers.precision import autocast_off
 
@@ -31,7 +31,7 @@ def reassemble(x: Tensor, kernels: Tensor, size: tuple[int, int], *, padding: Pa
     The nearest source pixel of target pixel ``i`` is ``floor(i * h / H)``, as in nearest-neighbor interpolation,
     for any pair of sizes, up or down. Windows are never gathered: the sum and its gradients are weighted bags of
     pixels, or products of small matrices in Triton on an NVIDIA GPU. Only ``x`` and ``kernels`` are kept for the
-    backward pass.
+    backward pass. A tracer, which has no use for bags, gets a product of tiles with matrices of bands.
 
     Args:
         x: Source ``(B, C, h, w)``.
@@ -71,6 +71,12 @@ def reassemble(x: Tensor, kernels: Tensor, size: tuple[int, int], *, padding: Pa
         return reassemble_triton(x, kernels)
     kernels = kernels.to(x.dtype)
     if torch.compiler.is_compiling() or x.device.type not in _BAG_DEVICES:
+        doubled, halved = (
+            all(is_known(new * b == old * a) for new, old in zip(size, x.shape[2:], strict=True))
+            for a, b in ((2, 1), (1, 2))
+        )
+        if doubled or halved:
+            return _reassemble_by_tiles(x, kernels, k, *((2, 1) if doubled else (1, 2)))
         return _reassemble_by_shifts(x, kernels, k)
     result: Tensor = _Reassemble.apply(x, kernels, k)
     return result
@@ -137,6 +143,43 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
 
 
 _opaque.register_autograd(_backward, setup_context=_keep)
+
+
+_TILE = 8
+"""Grid pixels whose windows are gathered together: neighbors' windows overlap, and matrices are not too small."""
+
+
+def _reassemble_by_tiles(x: Tensor, kernels: Tensor, k: int, parts: int, step: int) -> Tensor:
+    """The same sum written as one product of matrices, for a map of twice or half the size.
+
+    Along a row, the windows of a tile's pixels are one stretch of the source; each kernel is a row of a matrix, moved
+    to where its window lies in the stretch.
+
+    Args:
+        x: Source.
+        kernels: Weights.
+        k: Side of a window.
+        parts: Target pixels per pixel of the grid and side: 2 for twice the size.
+        step: Source pixels per pixel of the grid and side: 2 for half the size.
+    """
+    (batch, channels, height, width), wide = x.shape, kernels.shape[3]
+    rows, tiles = kernels.shape[2] // parts, new_size((wide // parts + _TILE - 1) // _TILE)
+    span = step * (_TILE - 1) + k
+    down = torch.arange(rows, device=x.device)[:, None] * step + torch.arange(k, device=x.device) - k // 2
+    across = torch.arange(tiles, device=x.device)[:, None] * (_TILE * step) + torch.arange(span, device=x.device)
+    pixels = down.clamp(0, height - 1)[:, None, :, None] * width + (across - k // 2).clamp(0, width - 1)[:, None]
+    length = k * span
+    stretches = x.flatten(2).transpose(1, 2).index_select(1, pixels.reshape(-1)).reshape(-1, length, channels)
+    bands = F.pad(kernels, (0, tiles * _TILE * parts - wide))
+    bands = bands.view(batch, k, k, rows, parts, tiles, _TILE, parts).permute(0, 3, 5, 4, 7, 6, 1, 2)
+    bands = F.pad(bands, (0, span - k)).reshape(-1, _TILE, length)
+    # Rows that are longer by a step, cut at the old length, move each by a step more than the one before.
+    bands = F.pad(bands, (0, step)).reshape(-1, _TILE * (length + step))[:, : _TILE * length]
+    out = bands.reshape(-1, parts * parts * _TILE, length) @ stretches
+    out = out.view(batch, rows, tiles, parts, parts, _TILE, channels).permute(0, 6, 1, 3, 2, 5, 4)
+    out = out.reshape(batch, channels, rows * parts, tiles * _TILE * parts)
+    # Cut off by padding, of which a tracer knows what size it leaves.
+    return F.pad(out, (0, wide - tiles * _TILE * parts))
 
 
 def _reassemble_by_shifts(x: Tensor, kernels: Tensor, k: int) -> Tensor:

@@ -96,7 +96,7 @@ def test_two_runs_and_one_that_was_killed_end_with_the_same_bits(tmp_path: Path,
     again = start(runs["killed"], device, tmp_path / "killed.log")
     for process, name in ((again, "killed"), *zip(whole, ("one", "two"), strict=True)):
         assert process.wait(240) == 0, (tmp_path / f"{name}.log").read_text()
-    for name in ("last/training_state/model.safetensors", "last/model.safetensors"):
+    for name in ("last/training_state/weights.safetensors", "last/model.safetensors"):
         states = [load_file(tmp_path / run / name) for run in runs]
         for key, value in states[0].items():
             assert torch.equal(states[1][key], value), f"two runs differ in {key}"
