@@ -1,4 +1,4 @@
-"""What ``a2fpn check-data --fix`` writes and says."""
+"""Repaired copies that ``a2fpn check-data --fix`` writes, and the words about them."""
 
 from __future__ import annotations
 

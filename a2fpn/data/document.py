@@ -54,7 +54,7 @@ class CocoImage:
 
 @dataclass(frozen=True)
 class EntryFaults:
-    """What is wrong with the entries of one list.
+    """Faults of the entries of one list.
 
     Args:
         kind: ``"image"`` or ``"category"``.
