@@ -18,8 +18,9 @@ import numpy as np
 from pycocotools import mask as mask_utils
 
 from a2fpn.config import Category
+from a2fpn.data.annotation_table import AnnotationTable
 from a2fpn.data.document import CocoDocument, CocoImage
-from a2fpn.data.rules import AnnotationTable, Fault, usable_rows
+from a2fpn.data.rules import Fault, find_faults, usable_rows
 from a2fpn.errors import DataError
 from a2fpn.masks.rle import Rle
 from a2fpn.masks.segmentation import Polygons
@@ -231,7 +232,7 @@ def check_annotations(
     index = {image_id: position for position, image_id in enumerate(images)}
     listed = list(images.values())
     table = AnnotationTable.of(entries, listed, index, categories, num_keypoints=num_keypoints, masks=masks)
-    faults = table.faults()
+    faults = find_faults(table)
     rows = usable_rows(len(table), faults)
     out = [fault for fault in faults if fault.outcome == "left out"]
     partial = [fault for fault in faults if fault.outcome not in ("left out", "kept")]

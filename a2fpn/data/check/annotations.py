@@ -7,10 +7,11 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from a2fpn.data.annotation_table import LEAST_SIDE, AnnotationTable, Rows, any_column, given
+from a2fpn.data.check.problem import Problem
 from a2fpn.data.check.report import Finding, Severity, count_of, few
-from a2fpn.data.check.table import Problem
 from a2fpn.data.document import is_whole
-from a2fpn.data.rules import LEAST_SIDE, AnnotationTable, Fault, Outcome, Rows, any_column, given
+from a2fpn.data.rules import Fault, Outcome
 
 _EDGE = 1.0  # pixels that a box may reach over the edge by rounding
 _MASK_SLACK, _MASK_SLACK_SHARE = 3.0, 0.1  # pixels, and share of the box's longer side

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 
+from a2fpn.data.annotation_table import AnnotationTable
+from a2fpn.data.check.problem import names_of, used_categories
 from a2fpn.data.check.report import (
     Finding,
     count_of,
     few,
     shorten,
 )
-from a2fpn.data.check.table import names_of, used_categories
 from a2fpn.data.document import CocoDocument
-from a2fpn.data.rules import AnnotationTable
 
 
 def compare_with_model(model: Mapping[int, str], file: CocoDocument, table: AnnotationTable) -> Iterator[Finding]:

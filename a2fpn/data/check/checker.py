@@ -17,6 +17,7 @@ from typing import TypeVar
 import numpy as np
 
 from a2fpn.config import Category
+from a2fpn.data.annotation_table import AnnotationTable
 from a2fpn.data.check.annotations import (
     area_problems,
     box_format,
@@ -37,7 +38,7 @@ from a2fpn.data.check.report import (
 from a2fpn.data.check.sizes import size_findings
 from a2fpn.data.document import CocoDocument, CocoImage, Source, source_name
 from a2fpn.data.duplicates import duplicate_findings
-from a2fpn.data.rules import AnnotationTable, usable_rows
+from a2fpn.data.rules import find_faults, usable_rows
 from a2fpn.errors import ConfigError, DataError
 from a2fpn.masks.rle import Rle
 from a2fpn.masks.segmentation import Polygons, segmentation_to_rle
@@ -115,7 +116,7 @@ def check_data(
             others = [entry.file_name for entry in other.images]
             findings += duplicate_findings(names, others, (root, root), track)
 
-    faults = table.faults()
+    faults = find_faults(table)
     every = itertools.chain(
         fault_problems(table, faults), id_problems(table), box_problems(table), area_problems(table)
     )

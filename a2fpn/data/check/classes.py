@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from a2fpn.data.annotation_table import AnnotationTable, Rows
 from a2fpn.data.check.categories import named
+from a2fpn.data.check.problem import names_of
 from a2fpn.data.check.report import (
     PICTURED,
     ClassCount,
@@ -16,9 +18,8 @@ from a2fpn.data.check.report import (
     few,
 )
 from a2fpn.data.check.sizes import median_size
-from a2fpn.data.check.table import names_of
 from a2fpn.data.document import CocoDocument, CocoImage
-from a2fpn.data.rules import AnnotationTable, Fault, Rows
+from a2fpn.data.rules import Fault
 
 
 def use_findings(

@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from a2fpn.data.annotation_table import AnnotationTable, given
 from a2fpn.data.check.annotations import apart, contradicted_areas, over_edge
-from a2fpn.data.check.table import annotation_name
+from a2fpn.data.check.problem import annotation_name
 from a2fpn.data.document import CocoDocument, Source, is_whole
 from a2fpn.data.images import image_path
 from a2fpn.data.importers.files import ImageIndex
-from a2fpn.data.rules import AnnotationTable, given, usable_rows
+from a2fpn.data.rules import find_faults, usable_rows
 from a2fpn.data.text_files import has_byte_order_mark
 from a2fpn.errors import DataError, ImageError
 from a2fpn.masks.segmentation import Polygons
@@ -156,7 +157,7 @@ class _Fixes:
     def __init__(self, table: AnnotationTable, changes: list[Change]) -> None:
         self.table = table
         self.changes = changes
-        self.usable = usable_rows(len(table), table.faults())
+        self.usable = usable_rows(len(table), find_faults(table))
         extents = table.of_masks(table.segmentations.extents)
         self.of_mask = np.concatenate([extents[:, :2], extents[:, 2:] - extents[:, :2]], axis=1)
         self.from_mask = (table.box != table.given_box).any(1) & ~np.isnan(table.box).any(1)

@@ -8,8 +8,8 @@ from dataclasses import replace
 import orjson
 from pycocotools import mask as mask_utils
 
+from a2fpn.data.annotation_table import LEAST_SIDE
 from a2fpn.data.labeled import Box, LabeledObject, polygon_area, polygon_box
-from a2fpn.data.rules import LEAST_SIDE
 from a2fpn.masks.segmentation import COORDINATE_LIMIT, Polygons, Segmentations, parse_segmentation
 
 

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from a2fpn.data.annotation_table import crowd_flag
 from a2fpn.data.images import image_path
 from a2fpn.data.importers.base import JsonImporter, register_importer
 from a2fpn.data.importers.files import read_json
 from a2fpn.data.importers.folder import Folder
 from a2fpn.data.labeled import CategoryInfo, LabeledImage, LabeledObject, split_name
-from a2fpn.data.rules import crowd_flag
 from a2fpn.errors import DataError, ImageError
 
 _SIGNS = (

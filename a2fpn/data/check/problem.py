@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from a2fpn.data.annotation_table import AnnotationTable, Rows
 from a2fpn.data.check.report import PICTURED, SHOWN, Finding, Severity, count_of, few
 from a2fpn.data.document import CocoDocument, is_whole
-from a2fpn.data.rules import AnnotationTable, Rows
 
 
 @dataclass(frozen=True, eq=False)
