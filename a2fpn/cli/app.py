@@ -19,6 +19,7 @@ from a2fpn.cli.count import calibrate, count
 from a2fpn.cli.demo import demo
 from a2fpn.cli.door import SETTINGS, Debug, Door, prepare_streams
 from a2fpn.cli.evaluate import evaluate
+from a2fpn.cli.export import export
 from a2fpn.cli.info import info
 from a2fpn.cli.list_names import list_names
 from a2fpn.cli.page import show_page
@@ -70,6 +71,7 @@ def _options(
 
 app.command()(demo)
 app.command()(predict)
+app.command()(export)
 app.command()(evaluate)
 app.command()(compare)
 app.command()(gallery)

@@ -207,14 +207,17 @@ class Detector(Elsewhere, ABC):
         """
         return pyramid
 
-    def compile_maps(self) -> None:
+    def compile_maps(self, **options: Any) -> None:
         """Compile what makes maps - backbone, neck and dense head - by torch's compiler, in place.
 
         Weights and state dict stay as they are. The first step of each kind of batch, and the first evaluation, take
         minutes; image sizes that change are compiled once more, with sizes left open.
+
+        Args:
+            **options: Of :func:`torch.compile`, e.g. ``mode``.
         """
         for part in (self.backbone, self.neck, self.dense_head):
-            part.compile()
+            part.compile(**options)
 
     @property
     def mask_paste(self) -> PasteRule:

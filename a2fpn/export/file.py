@@ -21,6 +21,8 @@ Format = Literal["onnx", "torch"]
 FORMATS: tuple[str, ...] = typing.get_args(Format)
 OPSET = 18
 """ONNX operators that ONNX Runtime knows since 1.14 and OpenVINO as well."""
+OLDEST_TORCH = (2, 11)
+"""The oldest version whose exporter has been tried."""
 _LARGEST = 2**31 - 2**24
 """Bytes that one ONNX file can hold, with some room for what is no weight."""
 
@@ -38,8 +40,8 @@ def export_model(
     The input is ``images`` (N, C, H, W), RGB, uint8 in 0..255 or float32 in [0, 1]; N, H and W are free. The outputs
     are ``image_index`` (M,) int64, ascending, ``boxes`` (M, 4) float32 xyxy in pixels of the images, ``scores`` (M,)
     descending within an image, ``labels`` (M,) int64, indices into the metadata's ``categories``, and ``masks``
-    (M, S, S) float32, probabilities inside the boxes, where the detector has masks. The metadata hold categories,
-    thresholds, the configuration and the sha256 of the weights.
+    (M, S, S) float32, probabilities inside the boxes, or ``heatmaps`` (M, K, S, S), logits of keypoints there, where
+    the detector has them. The metadata hold categories, thresholds, the configuration and the sha256 of the weights.
 
     Args:
         model: A detector of :func:`a2fpn.create_model` or :func:`a2fpn.from_pretrained`; it stays as it is.
@@ -107,6 +109,10 @@ def check_export(
         raise ConfigError(f"size must be a height and a width of at least 1 pixel, got {size}.")
     if not path.parent.is_dir():
         raise MissingFileError(f"{path.parent}: no such folder to write {path.name} into.")
+    if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
+        raise ConfigError(
+            f"Export needs torch {'.'.join(map(str, OLDEST_TORCH))} or newer, this is {torch.__version__}."
+        )
     if kind == "onnx":
         _check_onnx(model)
     return kind
@@ -130,6 +136,8 @@ def _to_onnx(program: torch.export.ExportedProgram, facts: dict[str, str], outpu
     Raises:
         ExportError: If there is no ONNX operator for something in it.
     """
+    from onnxscript.ir.passes import common
+
     try:
         converted: Any = torch.onnx.export(
             program,
@@ -145,10 +153,7 @@ def _to_onnx(program: torch.export.ExportedProgram, facts: dict[str, str], outpu
         raise ExportError(f"The detector has no form in ONNX ({reason}); take format='torch'.") from error
     fold_shapes(converted.model)
     # Places in the source code, with the paths of this machine.
-    for node in converted.model.graph.all_nodes():
-        node.metadata_props.clear()
-    for value in [*converted.model.graph.inputs, *converted.model.graph.outputs]:
-        value.metadata_props.clear()
+    common.ClearMetadataAndDocStringPass()(converted.model)
     converted.model.metadata_props.update(facts)
     converted.model.producer_name = "a2fpn"
     return converted
