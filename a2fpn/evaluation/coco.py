@@ -37,7 +37,7 @@ def evaluate_coco(
 
     All images of the ground truth count, also those without a detection. Annotations that
     :func:`a2fpn.data.read_coco` finds unusable are left out and logged; crowds stay, as regions in which
-    detections count neither for nor against.
+    detections count neither for nor against. So do objects without a mask, by their boxes, where masks are compared.
 
     Args:
         ground_truth: A COCO file, its content, or what ``read_coco`` returned for it (``dataset.coco``),
