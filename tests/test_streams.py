@@ -239,7 +239,7 @@ def test_transforms_are_applied_when_iterating(shards):
 def test_bad_annotations_are_left_out_and_counted(coco, tmp_path):
     folder, path = coco
     data = json.loads(path.read_text())
-    data["annotations"][5]["bbox"] = [0, 0, 0, 5]
+    data["annotations"][5] |= {"bbox": [0, 0, 0, 5], "segmentation": None}
     write_shards(folder, _json(tmp_path, data), tmp_path / "shards")
     source = ShardDataset(tmp_path / "shards")
     expected = CocoDataset(folder, tmp_path / "coco.json")

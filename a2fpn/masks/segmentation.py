@@ -113,7 +113,7 @@ class Segmentations:
 
     @functools.cached_property
     def _polygons(self) -> list[int]:
-        """Where the polygons of each segmentation begin, (N + 1,)."""
+        """First polygon of each segmentation, and the number of all, (N + 1,)."""
         first: list[int] = np.searchsorted(self.owners, np.arange(len(self) + 1)).tolist()
         return first
 
@@ -209,7 +209,7 @@ class _Runs:
         self._texts: dict[int, bytes] = {}
 
     def add(self, row: int, segmentation: Mapping[str, object], height: int, width: int) -> None:
-        """Take one; compressed ones are not looked at before :meth:`check`.
+        """Take one; compressed ones are not looked at yet.
 
         Raises:
             ValueError: If it can't be used.
