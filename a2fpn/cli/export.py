@@ -67,7 +67,7 @@ def export(
         if verify is not None:
             _keep_if_equal(detector, output, images, fixed)
     except KeyboardInterrupt:
-        typer.echo(f"Stopped; {output} was not {'compared' if output.exists() else 'written'}.", err=True)
+        typer.echo(f"Stopped; {output} {'stays as it is' if output.exists() else 'was not kept'}.", err=True)
         raise typer.Exit(130) from None  # 128 and the number of the signal
 
 
