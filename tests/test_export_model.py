@@ -64,7 +64,7 @@ class Exported(NamedTuple):
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """A checkpoint, exported and compared by the command."""
     folder = tmp_path_factory.mktemp("export")
-    model = detector("maskrcnn_a2fpn", score_threshold=between(detector("maskrcnn_a2fpn")))
+    model = detector("maskrcnn_fpn", score_threshold=between(detector("maskrcnn_fpn")))
     checkpoint = a2fpn.save_pretrained(model, folder / "checkpoint")
     (folder / "photos").mkdir()
     for seed, (height, width) in enumerate([(64, 96), (50, 40)]):
@@ -92,7 +92,7 @@ def test_it_finds_what_the_detector_finds(exported: Exported) -> None:
 
 
 def test_what_differs_is_seen(exported: Exported) -> None:
-    other = detector("maskrcnn_a2fpn", score_threshold=exported.model.rule.score_threshold)
+    other = detector("maskrcnn_fpn", score_threshold=exported.model.rule.score_threshold)
     with torch.no_grad():
         other.roi_heads.box_predictor.bbox_pred.bias.add_(0.1)
     results = list(verify(other, ExportedDetector(exported.path), [("noise", noise((64, 96), 1))]))
