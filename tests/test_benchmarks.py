@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -159,3 +160,12 @@ def test_ratios_are_medians_of_the_rounds_ratios():
     timings = measure.Timings({"ours": [1.0, 20.0, 3.0], "theirs": [2.0, 20.0, 4.0]})
     assert str(timings.ratio("ours", "theirs")) == "0.75 (0.50–1.00)"
     assert str(timings.ratio("ours", "ours")) == "1.00"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
+def test_a_disturbed_run_loses_nothing(tmp_path, capsys):
+    from benchmarks import soak
+
+    soak.main(minutes=1, seed=0, keep=tmp_path / "soak")  # exits with 1 otherwise
+    assert "states lost 0, silent differences 0, wrong ends 0" in capsys.readouterr().out
