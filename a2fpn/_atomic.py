@@ -39,6 +39,13 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
+def append_line(path: Path, line: str) -> None:
+    """Append a line to a text file in UTF-8; never to what a link leads to."""
+    flags = os.O_WRONLY | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
+    with open(path, "a", encoding="utf-8", opener=lambda name, _: os.open(name, flags)) as file:
+        file.write(line + "\n")
+
+
 @contextmanager
 def replaced_folder(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder that takes the place of ``folder`` when the block ends without an error.

@@ -15,8 +15,8 @@ from a2fpn.cli.evaluate import open_annotated, predict_annotated
 from a2fpn.cli.format import count_of, progress_bar, table
 from a2fpn.cli.options import (
     Device,
+    MaxObjects,
     Model,
-    MostObjects,
     Nms,
     Optimize,
     Overlap,
@@ -44,7 +44,7 @@ def count(
     tile: Tile = None,
     overlap: Overlap = 0.2,
     nms_threshold: Nms = None,
-    detections_per_image: MostObjects = None,
+    max_objects: MaxObjects = None,
     optimize: Optimize = False,
     dtype: Precision = "float32",
     device: Device = None,
@@ -64,7 +64,7 @@ def count(
         dtype=dtype,
         score_threshold=threshold,
         nms_threshold=nms_threshold,
-        detections_per_image=detections_per_image,
+        max_objects=max_objects,
         tile=tile,
         overlap=overlap,
     )
@@ -96,7 +96,7 @@ def calibrate(
     tile: Tile = None,
     overlap: Overlap = 0.2,
     nms_threshold: Nms = None,
-    detections_per_image: MostObjects = None,
+    max_objects: MaxObjects = None,
     device: Device = None,
 ) -> None:
     """Choose the score from which `a2fpn count` counts, for the least count error, and store it in config.json.
@@ -117,7 +117,7 @@ def calibrate(
         optimize=False,
         dtype="float32",
         nms_threshold=nms_threshold,
-        detections_per_image=detections_per_image,
+        max_objects=max_objects,
         tile=tile,
         overlap=overlap,
     )
