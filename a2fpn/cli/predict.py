@@ -67,7 +67,8 @@ def predict(
             "--format",
             metavar="NAME",
             help="Format of results: overlay (pictures), coco, coco-dataset, csv, geojson (QuPath), jsonl, labels; "
-            "labelme, cvat, labelstudio, datumaro, voc, yolo (folders to be corrected). Several: repeat it, or put commas between.",
+            "labelme, cvat, labelstudio, datumaro, voc, yolo (folders to correct). Several: repeat it, or put commas "
+            "between.",
             show_default="overlay,coco",
         ),
     ] = None,
