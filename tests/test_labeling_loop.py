@@ -107,7 +107,7 @@ def test_the_loop_from_no_labels(tmp_path: Path, in_this_process: None) -> None:
     assert (len(train.images), len(val.images)) == (3, 2)
     assert {a.area for part in (train, val) for members in part.annotations.values() for a in members} == {400.0}
 
-    small = [f"model.name=local-dir:{tmp_path / 'model'}", "model.pretrained=false", "model.overrides={}"]
+    small = [f"model.name=local-dir:{tmp_path / 'model'}", "model.overrides={}"]
     settings = [*small, "data.workers=0", "data.passes=1", "data.transforms.crop_size=64", "run.max_steps=2"]
     folder = [f"data.root={tmp_path / 'coco'}", f"run.output={tmp_path / 'run'}"]
     run("train", "--config", "few_labels", *folder, *settings, "run.trackers=[]", "run.max_detections=3")
