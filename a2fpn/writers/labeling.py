@@ -10,8 +10,9 @@ from a2fpn.config import Category
 from a2fpn.data.exporters import ExportOptions, export_images
 from a2fpn.data.labeled import CategoryInfo, LabeledImage, LabeledObject, Segmentation
 from a2fpn.masks.rle import Rle
-from a2fpn.writers.base import FORMATS, ImageResult, RunFormat, sides
+from a2fpn.writers.base import FORMATS, ImageResult, RunFormat
 from a2fpn.writers.geojson import mask_polygons
+from a2fpn.writers.measures import sides
 
 PROGRAMS = ("cvat", "datumaro", "labelme", "labelstudio", "voc", "yolo")
 """Formats of :mod:`a2fpn.data.exporters` that results are written in, each into a folder of its name."""
