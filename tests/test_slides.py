@@ -108,6 +108,15 @@ def test_channels_of_a_stack_are_chosen(ome: bool, tile: Any, dtype: Any, tmp_pa
         open_slide(path, SlideOptions(channels=(0, 1, 5)))
 
 
+def test_pages_without_names_are_channels_if_they_are_chosen(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    values = pixels(4).transpose(2, 0, 1)
+    tifffile.imwrite(tmp_path / "a.tif", values, photometric="minisblack", metadata=None)
+    check(tmp_path / "a.tif", values[[1, 3, 0]], TiffSlide, channels=(1, 3, 0))
+    assert not caplog.records
+    check(tmp_path / "a.tif", values[[0, 0, 0]], TiffSlide)
+    assert "of which the first is read" in caplog.text
+
+
 def test_pyramids_are_read_at_their_full_size_and_scale(tmp_path: Path) -> None:
     path, values = tmp_path / "a.ome.tif", pixels()
     with tifffile.TiffWriter(path) as file:

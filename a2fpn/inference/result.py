@@ -296,7 +296,9 @@ class Result:
             boxes=self.boxes / np.float32(side),
             size=size,
             rles=None if self.rles is None else tuple(_shrunk_masks(self.rles, side, size)),
-            keypoints=None if self.keypoints is None else self.keypoints / np.array([side, side, 1], np.float32),
+            keypoints=None
+            if self.keypoints is None
+            else self.keypoints * np.array([1 / side, 1 / side, 1], np.float32),
             image=None,
             microns_per_pixel=None if self.microns_per_pixel is None else self.microns_per_pixel * side,
             thumbnail=None,

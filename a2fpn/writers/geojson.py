@@ -50,7 +50,7 @@ def features(result: Result) -> Iterator[dict[str, Any]]:
     """
     rows = zip(result.names, result.labels.tolist(), measures(result), result.rles or result.boxes, strict=True)
     for name, label, measured, shape in rows:
-        polygons = mask_polygons(shape) if isinstance(shape, dict) else [[box_ring(sides(shape[None])[0])]]
+        polygons = [[box_ring(sides(shape[None])[0])]] if isinstance(shape, np.ndarray) else mask_polygons(shape)
         lists = [[ring.round(2).tolist() for ring in polygon] for polygon in polygons]
         if not lists:
             continue

@@ -36,7 +36,6 @@ def write_labels(result: Result, path: Path) -> None:
         raise ConfigError("A label image needs masks, and this model finds boxes alone.")
     dtype = np.dtype(np.uint16 if len(result) <= _MOST_16 else np.uint32)
     scale = result.microns_per_pixel
-    options = {} if not scale else {"resolution": (1e4 / scale, 1e4 / scale), "resolutionunit": "CENTIMETER"}
     with replaced_file(path) as partial:
         tifffile.imwrite(
             partial,
@@ -48,7 +47,8 @@ def write_labels(result: Result, path: Path) -> None:
             photometric="minisblack",
             metadata=None,
             bigtiff=result.size[0] * result.size[1] * dtype.itemsize >= 2**31,
-            **options,
+            resolution=(1e4 / scale, 1e4 / scale) if scale else None,
+            resolutionunit="CENTIMETER" if scale else None,
         )
 
 

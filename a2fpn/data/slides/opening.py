@@ -31,7 +31,7 @@ class WholeSlide(Slide):
         if options.channels is not None or options.intensity is not None:
             raise ConfigError(f"{path}: channels and intensity are chosen of TIFF files that are read in tiles.")
         self.name = str(path)
-        self._pixels = read_image(path, max_pixels=options.max_pixels)
+        self._pixels: Tensor = read_image(path, max_pixels=options.max_pixels)
         self.size = (int(self._pixels.shape[1]), int(self._pixels.shape[2]))
         with open_image(path, max_pixels=None) as image:
             self.microns_per_pixel = of_dots(image.info.get("dpi"))

@@ -68,6 +68,7 @@ class PngSlide(Slide):
             self._file.close()
             raise UnreadablePngError("interlaced, turned, or of 16 bits in several channels")
         self.microns_per_pixel = of_dots(dots)
+        self._rows: NDArray[np.uint8]
         self._restart()
 
     def close(self) -> None:
@@ -90,11 +91,11 @@ class PngSlide(Slide):
             rows = np.ascontiguousarray(rows)
         width = x1 if rows.shape[1] < self._row_bytes else self.size[1]
         pixels = np.asarray(to_rgb(self._as_image(rows, width)))[:, x0:x1]
-        return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+        return torch.from_numpy(np.array(pixels.transpose(2, 0, 1), order="C"))
 
     def _restart(self) -> None:
         self._first = 0
-        self._rows: NDArray[np.uint8] = np.zeros((0, self._row_bytes), np.uint8)
+        self._rows = np.zeros((0, self._row_bytes), np.uint8)
         self._last = np.zeros((1, self._row_bytes), np.uint8)
         self._next = 0
         self._stream = self._inflated()

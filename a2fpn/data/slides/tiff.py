@@ -93,20 +93,26 @@ class TiffSlide(Slide):
             pixels = (pixels * alpha + 255 * (1 - alpha)).round().astype(np.uint8)
         if pixels.shape[2] == 1:
             pixels = np.repeat(pixels, self._options.in_channels, axis=2)
-        return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+        return torch.from_numpy(np.array(pixels.transpose(2, 0, 1), order="C"))
 
     def _describe(self) -> None:
         """Find the planes of the first image, its size and its scale."""
+        if not self._file.series:
+            raise ImageError(f"{self.name}: no readable TIFF (it holds no image).")
         series = self._file.series[0]
         page = series.keyframe
-        if page.photometric.name.lower() not in _SHADES or page.bitspersample % 8 or page.dtype is None:
-            raise UnreadableTiffError(f"{page.photometric.name.lower()} of {page.bitspersample} bits")
+        shade = getattr(page.photometric, "name", "another color").lower()
+        if shade not in _SHADES or page.bitspersample % 8 or page.dtype is None:
+            raise UnreadableTiffError(f"{shade} of {page.bitspersample} bits")
         turned = page.tags.get("Orientation")
         if turned is not None and turned.value != 1:
             raise UnreadableTiffError("turned by its EXIF orientation")
-        axes = dict(zip(series.axes, series.shape, strict=True))
+        names = series.axes
+        if "C" not in names and self._options.channels is not None:
+            names = names.replace("Q", "C").replace("I", "C")  # pages of which the file says no more
+        axes = dict(zip(names, series.shape, strict=True))
         if axes.get("Y", 0) < 1 or axes.get("X", 0) < 1:
-            raise ImageError(f"{self.name}: its first image has the axes {series.axes}, no height and width.")
+            raise ImageError(f"{self.name}: its first image has the axes {names}, no height and width.")
         self.size = (axes["Y"], axes["X"])
         others = {axis: count for axis, count in axes.items() if axis not in "YXSC" and count > 1}
         if others:
@@ -117,7 +123,7 @@ class TiffSlide(Slide):
         count = sum(plane.samples for plane in planes)
         extra = [getattr(kind, "name", str(kind)) for kind in page.extrasamples]
         self._alpha = bool(extra) and "ALPHA" in extra[-1] and self._options.channels is None
-        self._inverted = page.photometric.name.lower() == "miniswhite"
+        self._inverted = shade == "miniswhite"
         self._chosen_planes = self._choose(planes, count, self._alpha)
         self.microns_per_pixel = microns_per_pixel(self._file)
 
@@ -125,7 +131,7 @@ class TiffSlide(Slide):
         """The planes of the file in the order of its channels."""
         page = series.keyframe
         samples, separate = page.samplesperpixel, page.planarconfig == 2
-        outer = [axis for axis in series.axes if axis not in "YXS"]
+        outer = [axis for axis in axes if axis not in "YXS"]
         steps = {axis: math.prod(axes[later] for later in outer[number + 1 :]) for number, axis in enumerate(outer)}
         numbers = [number * steps["C"] for number in range(axes["C"])] if "C" in steps else [0]
         per_page = samples if separate else 1
@@ -225,7 +231,9 @@ class TiffSlide(Slide):
             handle.seek(page.dataoffsets[index])
             data = handle.read(page.databytecounts[index])
         try:
-            decoded, _, _ = page.keyframe.decode(data, index, jpegtables=page.jpegtables, jpegheader=page.jpegheader)
+            decoded, _, _ = page.keyframe.decode(
+                data, index, jpegtables=page.jpegtables, jpegheader=getattr(page, "jpegheader", None)
+            )
         except Exception as error:  # whatever a codec raises on damaged data
             reason = str(error).partition("\n")[0] or type(error).__name__
             raise ImageError(f"{self.name}: part {index} can't be decoded ({reason}).") from error
