@@ -55,7 +55,7 @@ def test_masks_come_back_from_what_programs_open(tmp_path: Path, program: str) -
     report = import_data(folder, tmp_path / "coco")
     coco = read_coco(tmp_path / "coco" / "annotations" / "instances_train.json")
     assert {c.id: c.name for c in coco.categories} == {3: "cell", 8: "two parts"}
-    found = [(a.category_id, decode_rle(a.rle)) for members in coco.annotations.values() for a in members if a.rle]
+    found = [(a.category_id, decode_rle([a.rle])[0]) for members in coco.annotations.values() for a in members if a.rle]
     assert len(found) == 4 - report.counts.get("overlap", 0)
     for plane, category in zip(masks()[:3], (3, 8, 3), strict=True):
         ious = [(mask & plane).sum() / (mask | plane).sum() for label, mask in found if label == category]
