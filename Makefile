@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PIP_INSTALL = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-lowest lint format wheel-check clean
+.PHONY: demo test test-lowest lint format docs wheel-check clean
 
 demo: .venv/installed-demo
 	.venv/bin/a2fpn demo
@@ -31,6 +31,12 @@ lint: .venv/installed-dev
 format: .venv/installed-dev
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
+
+# The site, strictly: a dead link, an unresolved name of the reference or a page out of date fails. Notebooks run.
+docs: .venv/installed-dev
+	.venv/bin/python -m benchmarks.tables --check
+	.venv/bin/mkdocs build --strict
+	.venv/bin/python -m pytest -m "slow or not slow" tests/test_docs.py tests/test_notebooks.py
 
 # What a user gets from a package index: a built wheel in an empty environment, away from this folder, that predicts,
 # trains, converts and publishes.

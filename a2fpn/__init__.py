@@ -23,6 +23,7 @@ from a2fpn.pretrained.load import create_model, from_pretrained, list_models, sa
 from a2fpn.pyramid import LevelSpec, PyramidSpec
 
 if TYPE_CHECKING:
+    from a2fpn.export import export_model
     from a2fpn.inference import Predictor, Result
     from a2fpn.inference.optimize import optimize_for_inference
 
@@ -44,6 +45,7 @@ __all__ = [
     "create_backbone",
     "create_model",
     "create_neck",
+    "export_model",
     "from_pretrained",
     "list_backbones",
     "list_models",
@@ -66,8 +68,15 @@ if not TYPE_CHECKING:  # a type checker would take any name for known
             from a2fpn import inference
 
             return getattr(inference, name)
+        if name == "export_model":
+            from a2fpn.export import export_model
+
+            return export_model
         if name == "optimize_for_inference":
             from a2fpn.inference.optimize import optimize_for_inference
 
             return optimize_for_inference
         raise AttributeError(f"module 'a2fpn' has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

@@ -1,9 +1,8 @@
-"""Files and folders that are there whole, or as they were before."""
+"""Files that are there whole, or as they were before."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,12 +24,12 @@ def replaced_file(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")  # several processes may write it at once
     try:
         yield partial
-        _sync(partial)
+        sync(partial)
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -46,44 +45,7 @@ def append_line(path: Path, line: str) -> None:
         file.write(line + "\n")
 
 
-@contextmanager
-def replaced_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder that takes the place of ``folder`` when the block ends without an error.
-
-    Files that are already in the temporary folder are kept and move along. Between the two renames there is no
-    ``folder``, but a whole one beside it, which :func:`recover_folder` finds.
-    """
-    partial, previous = partial_path(folder), _previous(folder)
-    partial.mkdir(parents=True, exist_ok=True)
-    yield partial
-    for path in [*partial.rglob("*"), partial]:
-        _sync(path)
-    shutil.rmtree(previous, ignore_errors=True)
-    if folder.exists():
-        folder.rename(previous)
-    partial.rename(folder)
-    _sync(folder.parent)
-    shutil.rmtree(previous, ignore_errors=True)
-
-
-def recover_folder(folder: Path) -> None:
-    """Put right what a kill in the middle of :func:`replaced_folder` left."""
-    if not folder.exists() and _previous(folder).exists():
-        _previous(folder).rename(folder)
-    for leftover in (partial_path(folder), _previous(folder)):
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
-def partial_path(folder: Path) -> Path:
-    """Name under which a folder is written before it is complete."""
-    return folder.with_name(f".{folder.name}.partial")
-
-
-def _previous(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.previous")
-
-
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Make the system write a file's content, or a folder's list of names, to the disk."""
     if os.name == "nt" and path.is_dir():  # Windows can't open a folder
         return

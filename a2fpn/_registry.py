@@ -5,27 +5,35 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Generic, TypeVar
 
 from a2fpn._plugins import load_plugins
 from a2fpn.errors import ConfigError
 
 T = TypeVar("T")
+_NO_WORDS: Mapping[str, str] = MappingProxyType({})
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str], words: Mapping[str, str] = _NO_WORDS) -> str:
     """Return a sentence with the closest known names, or the first twenty of all when nothing is close.
 
     Args:
         name: What the user wrote.
         known: The names that would have been accepted.
+        words: What the word is elsewhere, see :mod:`a2fpn._words`; goes before what is merely spelled alike.
 
     Example:
         >>> did_you_mean("a2fnp", ["fpn", "a2fpn"])
         "Did you mean 'a2fpn'?"
+        >>> did_you_mean("conf", ["config", "score_threshold"], {"conf": "score_threshold"})
+        "Did you mean 'score_threshold'?"
     """
     known = sorted(known)
+    meant = words.get(name.lower().replace("-", "_"))
+    if meant is not None:
+        return meant if " " in meant else f"Did you mean {meant!r}?"
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     if close:
         return f"Did you mean {' or '.join(repr(match) for match in close)}?"

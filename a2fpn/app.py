@@ -197,7 +197,9 @@ def launch(
         device: Where to run.
         **options: More for Gradio's ``launch``.
     """
-    predictor = Predictor(a2fpn.from_pretrained(model), device=device)
+    detector = a2fpn.from_pretrained(model)
+    # Sliders choose among all that the model finds.
+    predictor = Predictor(detector, device=device, score_threshold=detector.rule.score_threshold)
     fits = model == MODEL
     page: gr.Blocks = build(predictor, Path(model).name, examples=sorted(EXAMPLES.glob("*.jpg")) if fits else ())
     fonts = ["system-ui", "sans-serif"]  # none that would be fetched

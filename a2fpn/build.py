@@ -9,10 +9,12 @@ from typing import Any
 from a2fpn._serialize import from_dict
 from a2fpn.backbones import (
     TimmBackbone,
+    find_backbone_info,
     weights_license,
 )
 from a2fpn.config import BackboneConfig, ModelConfig
 from a2fpn.detectors import DETECTORS, Detector
+from a2fpn.errors import ConfigError
 from a2fpn.necks import create_neck
 
 
@@ -63,6 +65,29 @@ def build_model(
         pretrained_backbone: Whether to load timm's weights of the backbone.
         backbone_weights: A local file of backbone weights to load instead.
     """
+    _check_sizes(config)
     backbone = TimmBackbone(config.backbone, pretrained=pretrained_backbone, weights=backbone_weights)
     neck = create_neck(config.neck.name, backbone.out_spec, **config.neck.args)
     return DETECTORS[config.detector](config, backbone, neck)
+
+
+def _check_sizes(config: ModelConfig) -> None:
+    """Refuse a resize rule that gives larger images than a backbone of fixed size takes.
+
+    Raises:
+        ValueError: With what is possible.
+    """
+    name, rule = config.backbone.name, config.preprocess
+    found = find_backbone_info(name.partition(".")[0])
+    side = config.backbone.image_size or found.size
+    if found.size is None or side is None or rule.resize == "none" or rule.max_size <= side:
+        return
+    if found.resizable:
+        raise ConfigError(
+            f"Backbone {name!r} is built for images of {side} x {side}, and max_size={rule.max_size} gives larger "
+            f"ones; build it for them by image_size={rule.max_size}."
+        )
+    raise ConfigError(
+        f"Backbone {name!r} exists for images of {side} x {side} only, and max_size={rule.max_size} gives larger ones. "
+        f"Leave the sizes out and predict in tiles of {side} pixels, or take one of list_backbones(pyramid=True)."
+    )

@@ -12,6 +12,7 @@ from typing import Any
 from a2fpn._plugins import load_plugins
 from a2fpn._registry import Registry, did_you_mean
 from a2fpn._serialize import from_dict
+from a2fpn._words import MODEL, advice_on_model
 from a2fpn.backbones import (
     ALIASES,
     find_backbone_info,
@@ -20,7 +21,7 @@ from a2fpn.backbones import (
 )
 from a2fpn.config import BackboneConfig, Category, ModelConfig, NeckConfig, RCNNConfig, heads_type
 from a2fpn.detectors import DETECTORS
-from a2fpn.errors import ConfigError
+from a2fpn.errors import ConfigError, ConfigTypeError
 from a2fpn.necks import NECKS
 from a2fpn.necks.neck import keyword_arguments
 
@@ -100,11 +101,21 @@ def list_necks(pattern: str = "") -> list[str]:
     return NECKS.names(pattern)
 
 
+_GRID = 32  # pixels, the stride of the coarsest map
+
+
 def attached(config: ModelConfig, overrides: Mapping[str, Any]) -> ModelConfig:
     """A config with what its backbone wants of images and gives to a neck, but for what was asked for."""
-    wanted = {key: value for key, value in preprocessing(config.backbone).items() if key not in overrides}
     backbone = config.backbone
-    own = find_backbone_info(backbone.name.partition(".")[0]).strides
+    found = find_backbone_info(backbone.name.partition(".")[0])
+    sides = [overrides[key] for key in ("min_size", "max_size") if key in overrides]
+    if sides and found.size is not None and found.resizable and backbone.image_size is None:
+        # Built for the largest image that the sizes allow, on the grid of the coarsest level.
+        backbone = dataclasses.replace(backbone, image_size=-(-max(sides) // _GRID) * _GRID)
+        overrides = {"min_size": max(sides), "max_size": max(sides), **overrides}
+        config = dataclasses.replace(config, backbone=backbone)
+    wanted = {key: value for key, value in preprocessing(config.backbone).items() if key not in overrides}
+    own = found.strides
     if config.neck.name not in _composable_necks() and len(own) == 1 and "strides" not in overrides:
         backbone = dataclasses.replace(backbone, strides=own)
     return dataclasses.replace(config, backbone=backbone, preprocess=dataclasses.replace(config.preprocess, **wanted))
@@ -120,6 +131,7 @@ def compose(name: str, *, backbone: str | None = None, num_classes: int | None =
         >>> compose("fasterrcnn_fpn", backbone="test_resnet", num_classes=3, min_size=320).preprocess.min_size
         320
     """
+    _check_kinds(name, backbone, num_classes, overrides)
     return attached(override(parse_name(name, backbone), num_classes, overrides), overrides)
 
 
@@ -133,8 +145,18 @@ def parse_name(name: str, backbone: str | None) -> ModelConfig:
     if found is None and load_plugins():
         found = _parse(name, backbone)
     if found is None:
-        raise ConfigError(f"Unknown model {name!r}. {did_you_mean(name, model_names())}")
+        advice = advice_on_model(name)
+        if advice is None and _is_backbone(name):
+            advice = f"It is a backbone: name a detector and a neck before it, such as 'maskrcnn_fpn_{name}'."
+        raise ConfigError(f"Unknown model {name!r}. {advice or did_you_mean(name, model_names())}")
     return found
+
+
+def _is_backbone(name: str) -> bool:
+    try:
+        return bool(resolve_backbone_name(name))
+    except ConfigError:
+        return False
 
 
 def _parse(name: str, backbone: str | None) -> ModelConfig | None:
@@ -180,7 +202,7 @@ def override(config: ModelConfig, num_classes: int | None, overrides: Mapping[st
             raise ConfigError(f"The {key} of a checkpoint cannot be replaced; its own is {config.backbone.name!r}.")
         elif key not in own:
             known = [*owner, *own, "backbone", "backbone_weights", "num_classes"]
-            raise ConfigError(f"Unknown argument {key!r} of a model. {did_you_mean(key, known)}")
+            raise ConfigError(f"Unknown argument {key!r} of a model. {did_you_mean(key, known, MODEL)}")
     points = getattr(config.heads, "num_keypoints", None)
     if changed["heads"].get("num_keypoints", points) != points:
         changed["heads"].setdefault("keypoint_names", ())  # they named the old ones
@@ -204,5 +226,35 @@ def override(config: ModelConfig, num_classes: int | None, overrides: Mapping[st
     return dataclasses.replace(config, neck=neck, num_classes=num_classes, categories=categories, **parts)
 
 
-def _categories(categories: Sequence[Category | Mapping[str, Any]]) -> tuple[Category, ...]:
-    return tuple(c if isinstance(c, Category) else from_dict(Category, c, where="categories") for c in categories)
+def _categories(given: Sequence[Category | Mapping[str, Any] | str] | Mapping[int, str]) -> tuple[Category, ...]:
+    """Categories as people have them: records of COCO, names (whose ids count from 1), or names by id."""
+    if isinstance(given, Mapping):
+        given = [{"id": key, "name": name} for key, name in given.items()]
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        raise ConfigTypeError(f"categories: expected a list of names or of COCO categories, got {given!r}.")
+    named = [{"id": i, "name": c} if isinstance(c, str) else c for i, c in enumerate(given, start=1)]
+    return tuple(c if isinstance(c, Category) else from_dict(Category, c, where="categories") for c in named)
+
+
+def _check_kinds(name: str, backbone: object, num_classes: object, overrides: Mapping[str, Any]) -> None:
+    """Refuse classes and modules where names are expected, and say how to give them a name.
+
+    Raises:
+        TypeError: With what to do.
+    """
+    if not isinstance(name, str):
+        raise ConfigTypeError(f"A model is named by text such as 'maskrcnn_a2fpn_r50', got a {type(name).__name__}.")
+    if backbone is not None and not isinstance(backbone, str):
+        raise ConfigTypeError(
+            f"backbone is the name of a timm model, got a {type(backbone).__name__}. A network of your own gets a name "
+            "by timm's register_model; see docs/extending.md."
+        )
+    neck = overrides.get("neck", "")
+    if not isinstance(neck, str):
+        shown = neck.__name__ if isinstance(neck, type) else type(neck).__name__
+        raise ConfigTypeError(
+            f"neck is a name, got {shown}. Register the class by @a2fpn.register_neck('my_neck') and pass "
+            "neck='my_neck'."
+        )
+    if num_classes is not None and (isinstance(num_classes, bool) or not isinstance(num_classes, int)):
+        raise ConfigTypeError(f"num_classes is a number; got {num_classes!r}. Names of classes go to categories=[...].")

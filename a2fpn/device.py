@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import os
+import shutil
+from typing import Any
+
+import torch
 from torch import Tensor
 
 
@@ -10,6 +17,7 @@ def runs_ahead(x: Tensor) -> bool:
 
     Every value that the host wants stops both, and every operation takes the host as long as a large one: code for
     such a device has shapes that no value decides and few, large operations. On the CPU small ones cost nothing.
+    While a model is traced for export there are no values at all, whatever the device, and the same code serves.
 
     Args:
         x: Any tensor.
@@ -19,4 +27,64 @@ def runs_ahead(x: Tensor) -> bool:
         >>> runs_ahead(torch.zeros(1))
         False
     """
-    return x.device.type != "cpu"
+    return x.device.type != "cpu" or is_traced()
+
+
+def is_traced() -> bool:
+    """Return whether a tracer records what runs, with sizes that stand for many."""
+    return torch.compiler.is_compiling()
+
+
+def new_size(size: int, most: int | None = None) -> int:
+    """Return a size; a tracer's, which is a formula of others, as a new unknown, so that what follows has short ones.
+
+    Args:
+        size: At least 1. A tracer takes it for 8 or more, so that no level is taken for the single pixel that behaves
+            in its own way.
+        most: What it does not pass.
+    """
+    if isinstance(size, int):
+        return size
+    unknown: Any = torch.scalar_tensor(size, dtype=torch.int64).item()
+    torch._check(unknown >= 8)
+    if most is not None:
+        torch._check(unknown <= most)
+    size = unknown
+    return size
+
+
+def is_known(condition: bool) -> bool:
+    """Return whether a comparison of sizes holds; of a tracer's, whether it does for all that they stand for.
+
+    Args:
+        condition: The comparison, not yet asked for its value.
+    """
+    if isinstance(condition, bool):
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
+
+
+def has_triton(x: Tensor) -> bool:
+    """Return whether Triton kernels run on a tensor's device: an NVIDIA GPU with TF32 and bfloat16, and a C compiler.
+
+    Args:
+        x: Any tensor.
+
+    Example:
+        >>> import torch
+        >>> has_triton(torch.zeros(1))
+        False
+    """
+    return x.is_cuda and _runs_triton(x.device)
+
+
+@functools.cache
+def _runs_triton(device: torch.device) -> bool:
+    return (
+        torch.version.hip is None
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+        and importlib.util.find_spec("triton") is not None
+        and any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
+    )

@@ -51,6 +51,10 @@ class CheckpointError(A2FPNError, ValueError):
     """A checkpoint that is missing, damaged, or not what it says it is."""
 
 
+class ExportError(A2FPNError, ValueError):
+    """A detector that can't be written in a format; the message says why and what can be done."""
+
+
 class RunError(A2FPNError, RuntimeError):
     """A training run that failed on the way for a reason that its owner can mend."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from a2fpn.config import PreprocessConfig
+from a2fpn.device import new_size
 from a2fpn.errors import ConfigError, ConfigTypeError
 
 _ROUNDING, _OVERSHOOT = 1e-3, 0.5
@@ -24,8 +24,8 @@ class Batch:
 
     Args:
         tensor: ``(B, C, H, W)`` float32, normalized, zero beyond each image; H and W are multiples of the divisor.
-        sizes: Height and width of each image inside the tensor, pixels.
-        original_sizes: Height and width of each image as it came, pixels.
+        sizes: Height and width of each image inside the tensor, pixels; a single pair where all images have one size.
+        original_sizes: Height and width of each image as it came, pixels, likewise.
     """
 
     tensor: Tensor
@@ -74,12 +74,19 @@ class Preprocess(nn.Module):
             raise ConfigError(f"Expected an image with H, W >= 1, got {height} x {width}.")
         if self.config.resize == "none":
             return height, width
-        # Fractions, since 97 * (800 / 97) is 799.99... in floating point.
-        scale = Fraction(min_size or self.config.min_size, min(height, width))
-        if self.config.resize == "at_least":
-            scale = max(Fraction(1), scale)
-        scale = min(scale, Fraction(self.config.max_size, max(height, width)))
-        return max(1, int(height * scale)), max(1, int(width * scale))
+        # A tracer's sizes know these alone.
+        least, most = torch.sym_min, torch.sym_max
+        short, long = least(height, width), most(height, width)
+
+        def scaled(side: int) -> int:
+            # In whole numbers, since 97 * (800 / 97) is 799.99... in floating point.
+            size: Any = side * (min_size or self.config.min_size) // short
+            if self.config.resize == "at_least":
+                size = most(size, side)
+            limited: int = most(1, least(size, side * self.config.max_size // long))
+            return limited
+
+        return scaled(height), scaled(width)
 
     def forward(self, images: Sequence[Tensor], *, resize: bool = True) -> Batch:
         """Make a batch.
@@ -102,6 +109,25 @@ class Preprocess(nn.Module):
             row[:, : x.shape[1], : x.shape[2]].copy_(x)
         return Batch(batch, sizes, [(int(image.shape[-2]), int(image.shape[-1])) for image in images])
 
+    def stack(self, images: Tensor) -> Batch:
+        """Make a batch of images of one size, by operations that a tracer can record for any number and size.
+
+        Args:
+            images: ``(B, C, H, W)``, float in [0, 1] or uint8 in [0, 255]; values are not checked.
+        """
+        original = (images.shape[-2], images.shape[-1])
+        size = self.target_size(*original)
+        x = self._normalize(images)
+        if self.config.resize != "none":
+            x = F.interpolate(x, size=size, mode=self.config.interpolation, align_corners=False)
+        # No division of negative numbers, which ONNX rounds to zero.
+        height, width = (new_size((side + self.divisor - 1) // self.divisor) * self.divisor for side in size)
+        return Batch(F.pad(x, (0, width - size[1], 0, height - size[0])), [size], [original])
+
+    def _normalize(self, x: Tensor) -> Tensor:
+        x = x.float().div(255) if x.dtype == torch.uint8 else x.float()
+        return (x - self.mean) / self.std
+
     def _prepare(self, image: Tensor, resize: bool) -> Tensor:
         channels = len(self.mean)
         if image.ndim != 3 or image.shape[0] != channels or image.numel() == 0:
@@ -117,9 +143,7 @@ class Preprocess(nn.Module):
                     f"{low:g} to {high:g}. Divide by the largest value of its format (255 for 8 bits), or pass uint8; "
                     "the model normalises by itself."
                 )
-        x = image.to(self.mean.device, non_blocking=True)
-        x = x.float().div(255) if x.dtype == torch.uint8 else x.float()
-        x = (x - self.mean) / self.std
+        x = self._normalize(image.to(self.mean.device, non_blocking=True))
         size = self.target_size(int(x.shape[1]), int(x.shape[2]))
         if resize and size != tuple(x.shape[1:]):
             x = F.interpolate(x[None], size=size, mode=self.config.interpolation, align_corners=False)[0]
@@ -133,10 +157,8 @@ def resize_boxes(boxes: Tensor, old: tuple[int, int], new: tuple[int, int]) -> T
         >>> resize_boxes(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), (10, 10), (20, 10))
         tensor([[1., 4., 3., 8.]])
     """
-    if old == new:
-        return boxes
-    factor = boxes.new_tensor([new[1] / old[1], new[0] / old[0]]).repeat(2)
-    return boxes * factor
+    x, y = boxes[:, 0::2] * (new[1] / old[1]), boxes[:, 1::2] * (new[0] / old[0])
+    return torch.stack([x, y], 2).flatten(1)
 
 
 def resize_target(target: Mapping[str, Any], old: tuple[int, int], new: tuple[int, int]) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from a2fpn.errors import ConfigError, ConfigTypeError
+
 Features = dict[str, Tensor]
 """Ordered mapping from level name to a map ``(B, C, H, W)``, finest level first."""
 
@@ -51,9 +53,9 @@ class PyramidSpec(Mapping[str, LevelSpec]):
     def __init__(self, levels: Mapping[str, LevelSpec]) -> None:
         strides = [level.stride for level in levels.values()]
         if not strides:
-            raise ValueError("A pyramid needs at least one level, got none.")
+            raise ConfigError("A pyramid needs at least one level, got none.")
         if any(fine > coarse for fine, coarse in itertools.pairwise(strides)):
-            raise ValueError(f"The strides of a pyramid must not decrease from level to level, got {strides}.")
+            raise ConfigError(f"The strides of a pyramid must not decrease from level to level, got {strides}.")
         self._levels = dict(levels)
 
     @classmethod
@@ -66,7 +68,7 @@ class PyramidSpec(Mapping[str, LevelSpec]):
             ValueError: If the counts differ or a stride is no power of two.
         """
         if len(channels) != len(strides):
-            raise ValueError(f"{len(channels)} channel counts were given for {len(strides)} strides {list(strides)}.")
+            raise ConfigError(f"{len(channels)} channel counts were given for {len(strides)} strides {list(strides)}.")
         names = level_names(prefix, strides)
         return cls({name: LevelSpec(c, s) for name, c, s in zip(names, channels, strides, strict=True)})
 
@@ -110,7 +112,7 @@ def level_name(prefix: str, stride: int) -> str:
         'p5'
     """
     if stride < 1 or stride & (stride - 1):
-        raise ValueError(f"Levels are named by the power of two of their stride, got stride {stride}.")
+        raise ConfigError(f"Levels are named by the power of two of their stride, got stride {stride}.")
     return f"{prefix}{stride.bit_length() - 1}"
 
 
@@ -141,15 +143,56 @@ def check_features(features: Mapping[str, Tensor], spec: PyramidSpec) -> None:
     Raises:
         ValueError: With expected and got.
     """
+    if not isinstance(features, Mapping):
+        raise ConfigTypeError(
+            f"Expected feature maps by name, {{{spec.names[0]!r}: map, ...}}, got {_described(features)}. Maps in the "
+            f"order {', '.join(spec.names)} get their names by dict(zip(neck.in_spec.names, maps))."
+        )
     if tuple(features) != spec.names:
-        raise ValueError(f"Expected feature maps named {list(spec.names)} in this order, got {list(features)}.")
+        raise ConfigError(f"Expected feature maps named {list(spec.names)} in this order, got {list(features)}.")
     for name, level in spec.items():
         shape = tuple(features[name].shape)
         if len(shape) != 4 or shape[1] != level.channels:
-            raise ValueError(f"Level {name}: expected a map (B, {level.channels}, H, W), got {shape}.")
-    batches = {name: int(x.shape[0]) for name, x in features.items()}
-    if len(set(batches.values())) > 1:
-        raise ValueError(f"All levels must have the same batch size, got {batches}.")
+            raise ConfigError(f"Level {name}: expected a map (B, {level.channels}, H, W), got {shape}.")
+    batches = {name: x.shape[0] for name, x in features.items()}
+    # Compared, not counted: a tracer's sizes stand for many and have no hash.
+    if any(batch != features[spec.names[0]].shape[0] for batch in batches.values()):
+        raise ConfigError(f"All levels must have the same batch size, got {batches}.")
+
+
+def _described(value: object) -> str:
+    """Type and shapes of what is no mapping, in a few words."""
+    if isinstance(value, Tensor):
+        return f"a tensor {tuple(value.shape)}"
+    if isinstance(value, (list, tuple)):
+        shapes = [str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in value[:6]]
+        return f"a {type(value).__name__} of {len(value)}: {', '.join(shapes)}{', ...' if len(value) > 6 else ''}"
+    return f"a {type(value).__name__}"
+
+
+def check_pyramid(pyramid: Sequence[Tensor], spec: PyramidSpec, maps: Sequence[Tensor], strides: Sequence[int]) -> None:
+    """Check that a neck's levels are what it declares: channels, and sizes that fit their strides.
+
+    Args:
+        pyramid: The levels, finest first.
+        spec: What the neck declares.
+        maps: What it was given.
+        strides: Strides of these.
+
+    Raises:
+        ValueError: With the level, expected and got.
+    """
+    for (name, level), x in zip(spec.items(), pyramid, strict=True):
+        # The nearest map that is no coarser; sizes may have been rounded on the way from one to the other.
+        source = max((i for i, stride in enumerate(strides) if stride <= level.stride), default=0)
+        sides = [side * strides[source] / level.stride for side in maps[source].shape[-2:]]
+        fits = all(abs(got - wanted) < 1 for got, wanted in zip(x.shape[-2:], sides, strict=True))
+        if x.ndim != 4 or x.shape[:2] != (maps[0].shape[0], level.channels) or not fits:
+            wanted = (maps[0].shape[0], level.channels, *(math.ceil(side) for side in sides))
+            raise ConfigError(
+                f"The neck declares level {name} with {level.channels} channels at stride {level.stride}, which is "
+                f"{wanted} here, and returned {tuple(x.shape)}."
+            )
 
 
 def level_size(size: tuple[int, int], stride: int) -> tuple[int, int]:
@@ -159,4 +202,5 @@ def level_size(size: tuple[int, int], stride: int) -> tuple[int, int]:
         >>> level_size((33, 64), 32)
         (2, 2)
     """
-    return math.ceil(size[0] / stride), math.ceil(size[1] / stride)
+    # No division of negative numbers, which ONNX rounds to zero.
+    return (size[0] + stride - 1) // stride, (size[1] + stride - 1) // stride

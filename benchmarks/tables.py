@@ -16,6 +16,8 @@ from typing import Annotated, Any
 
 import typer
 
+from a2fpn import list_pretrained
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 REGION = re.compile(r"<!-- table:(?P<name>[\w-]+) -->\n(?:(?!<!-- table:).)*?<!-- /table -->", re.DOTALL)
@@ -72,36 +74,62 @@ def throughput(document: Mapping[str, Any]) -> str:
     return markdown(("trainings at a time", "images/s", "ratio"), rows)
 
 
+def zoo(document: Mapping[str, Any]) -> str:
+    """Return all pretrained weights: what is known of them, and the time of their architecture."""
+    times = {row["side"]: row["ms"] for row in document["rows"] if "ms" in row}
+    notes: dict[str, int] = {}
+    rows = []
+    for model in sorted(list_pretrained(), key=lambda one: not one.trained):  # grafts last
+        values = (model.box_ap, model.mask_ap, model.keypoint_ap)
+        numbers = ["" if value is None else f"{value:.3f}" for value in values]
+        time = times.get(model.name.partition(".")[0])
+        measured = model.measured if model.trained else "a graft, to be fine-tuned: AP is that of its source"
+        note = notes.setdefault(f"{measured}; license of the weights: {model.license}.", len(notes) + 1)
+        rows.append((f"`{model.name}`", *numbers, "" if time is None else f"{time:.1f}", f"{note}"))
+    case = _case(next(row for row in document["rows"] if "ms" in row))
+    table = markdown(("name", "box AP", "mask AP", "keypoint AP", "ms", "note"), rows)
+    lines = [f"{number}. {text}" for text, number in notes.items()]
+    where = f"ms: an image of {case}, on one {document['device'].partition(',')[0]}, where the architecture was timed."
+    return "\n".join([table, "", *lines, "", where])
+
+
 TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "gpu-inference": ("gpu_inference.json", inference),
+    "gpu-inference-more": ("gpu_inference_more.json", inference),
     "gpu-training": ("gpu_training.json", training),
     "gpu-throughput": ("throughput_h100.json", throughput),
+    "zoo": ("gpu_inference.json", zoo),
 }
 
 
 def _beside_torchvision(document: Mapping[str, Any], what: str) -> str:
     measured = [row for row in document["rows"] if "ms" in row]
-    rows = []
-    for row in measured:
-        name, comma, how = row["side"].partition(", ")
-        own = name != "torchvision"
-        neck = row.get("neck_goal") and f"neck {row['neck_goal']}"
-        rows.append(
-            (
-                f"`{name}`{comma}{how}" if own else name,
-                f"{row['ms']:.1f}",
-                f"{row['ratio']:.2f}" + (f" ({row['range'].replace('-', '–')})" if own else ""),
-                "" if row["to_fpn"] is None else f"{row['to_fpn']:.2f}",
-                f"{row['peak_mib']:,}",
-                row["goal"] or neck or "",
-            )
-        )
-    headings = (f"{what}, {_case(measured[0])}", "ms", "of torchvision's", "of `fpn`'s", "peak MiB", "goal")
+    tables = []
+    for case in dict.fromkeys(map(_case, measured)):
+        rows = [_cells(row) for row in measured if _case(row) == case]
+        headings = (f"{what}, {case}", "ms", "of torchvision's", "of `fpn`'s", "peak MiB", "goal")
+        tables.append(markdown(headings, rows))
     versions = ", ".join(f"{name} {document['versions'][name]}" for name in ("torch", "torchvision"))
     note = f"{document['device']}; {versions}; commit `{document['commit'][:12]}`."
     if left_out := [_case(row) for row in document["rows"] if row["side"].startswith("left out")]:
         note += f" Not measured, for time ran out: {'; '.join(left_out)}."
-    return f"{markdown(headings, rows)}\n\n{note}"
+    if failed := [f"{row['side']} ({_case(row)})" for row in document["rows"] if "error" in row and "batch" in row]:
+        note += f" Failed in this run: {'; '.join(failed)}."
+    return "\n\n".join([*tables, note])
+
+
+def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    name, comma, how = row["side"].partition(", ")
+    own = name != "torchvision"
+    neck = row.get("neck_goal") and f"neck {row['neck_goal']}"
+    return (
+        f"`{name}`{comma}{how}" if own else name,
+        f"{row['ms']:.1f}",
+        f"{row['ratio']:.2f}" + (f" ({row['range'].replace('-', '–')})" if own else ""),
+        "" if row["to_fpn"] is None else f"{row['to_fpn']:.2f}",
+        f"{row['peak_mib']:,}",
+        row["goal"] or neck or "",
+    )
 
 
 def _case(row: Mapping[str, Any]) -> str:
@@ -146,7 +174,9 @@ def main(
     """Compare or write the tables of README.md and docs."""
     if check == write:
         raise typer.BadParameter("Give --check or --write.")
-    pages = {page: page.read_text(encoding="utf-8") for page in [root / "README.md", *sorted(root.glob("docs/*.md"))]}
+    pages = {
+        page: page.read_text(encoding="utf-8") for page in [root / "README.md", *sorted(root.glob("docs/**/*.md"))]
+    }
     old = {page: made for page, text in pages.items() if (made := filled(text)) != text}
     for page, made in old.items():
         if write:

@@ -176,8 +176,9 @@ def main(
     quick: _measure.Quick = False,
 ) -> None:
     """Compare tiles with the untiled image, and with the tiles of supervision and SAHI."""
+    tiles = (256, 96)
     if quick:
-        across, rounds = 2, 1
+        across, rounds, scale, tiles = 1, 1, 1.0, (128,)
     _measure.start(threads, rounds)
     installed = {"supervision": "supervision", "sahi": "sahi"}
     sides = [side for side in SIDES if side == "a2fpn" or importlib.util.find_spec(installed[side.split(",")[0]])]
@@ -188,7 +189,7 @@ def main(
     every, sure = list(whole.rles or ()), list(whole.above(SURE).rles or ())
     extent = float(np.median(np.sqrt(np.prod(whole.boxes[:, 2:] - whole.boxes[:, :2], axis=1))))
     numbers: list[dict[str, Any]] = []
-    for tile in (256, 96):
+    for tile in tiles:
         calls = {side: prepare(side, across, data, tile, scale) for side in sides}
         timings = _measure.time_interleaved(calls, rounds=rounds, title=f"tiles of {tile}")
         memory = {side: _measure.peak_memory(prepare, side, across, data, tile, scale) for side in sides}

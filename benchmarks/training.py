@@ -9,6 +9,7 @@ torchvision's time and of its peak memory, once as it is and once with the backb
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -21,12 +22,14 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 import a2fpn
 from a2fpn.convert import from_torchvision
 from a2fpn.data import InstanceMasks
+from a2fpn.training.health import total_norm
 from benchmarks import _measure as measure
 
 TORCHVISION, FPN = "torchvision", "maskrcnn_fpn_r50"
 RECOMPUTED = f"{FPN}, grad_checkpointing"
 OTHERS = ("maskrcnn_a2fpn_lite_r50", "maskrcnn_a2fpn_r50", "cascademaskrcnn_fpn_r50", "htc_fpn_r50")
 TARGET = 0.80
+CHECKS_TARGET = 0.01
 TOLERANCE = 1e-3  # relative; the layouts round differently, and random weights amplify it
 CLASSES, OBJECTS = 10, 12
 FROZEN = ("conv1", "bn1", "layer1")
@@ -38,10 +41,15 @@ def make_torchvision(size: Size, **options: Any) -> Any:
     """Mask R-CNN as torchvision fine-tunes it, with random weights; options are those of its constructor."""
     torch.manual_seed(0)
     backbone = resnet_fpn_backbone(backbone_name="resnet50", weights=None, trainable_layers=3)
-    for name, buffer in backbone.named_buffers():  # frozen statistics of random weights let activations explode
+    _calm(backbone)
+    return MaskRCNN(backbone, CLASSES + 1, min_size=min(size), max_size=max(size), **options).train()
+
+
+def _calm(backbone: nn.Module) -> None:
+    """Set frozen statistics with which activations of random weights do not explode."""
+    for name, buffer in backbone.named_buffers():
         if name.endswith("running_var"):
             buffer.fill_(2.0)
-    return MaskRCNN(backbone, CLASSES + 1, min_size=min(size), max_size=max(size), **options).train()
 
 
 def make(side: str, size: Size, **options: Any) -> nn.Module:
@@ -55,10 +63,8 @@ def make(side: str, size: Size, **options: Any) -> nn.Module:
             model.get_submodule("backbone.body").set_grad_checkpointing(True)  # type: ignore[operator]
     else:
         torch.manual_seed(0)
-        model = a2fpn.create_model(side, num_classes=CLASSES, norm="bn", resize="none").train()
-        for module in model.backbone.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.eval().requires_grad_(False)
+        model = a2fpn.create_model(side, num_classes=CLASSES, norm="frozen", resize="none")
+        _calm(model)
     for name, parameter in model.get_submodule("backbone").named_parameters():
         if name.removeprefix("body.").startswith(FROZEN):
             parameter.requires_grad_(False)
@@ -153,6 +159,30 @@ def _report(size: Size, sides: Sequence[str], rounds: int) -> None:
         )
     columns = ["model", "time", "/ torchvision", "target", "peak memory", "/ torchvision", "target"]
     measure.print_table(title, columns, rows)
+    _report_checks(size, timings.median(FPN), rounds)
+
+
+def _report_checks(size: Size, step: float, rounds: int) -> None:
+    """What it costs to look at losses and gradient of each step, as a run does.
+
+    Timed by itself: beside a whole step it would drown in the noise.
+    """
+    model = make(FPN, size)
+    images, targets = make_batch(size, dense=False)
+    losses: dict[str, Tensor] = model(images, targets, resize=False)
+    loss = torch.stack(list(losses.values())).sum()
+    loss.backward()
+
+    def look() -> bool:
+        norm = total_norm(x.grad for x in model.parameters() if x.grad is not None)
+        return math.isfinite(float(loss)) and math.isfinite(float(norm))
+
+    seconds = measure.time_interleaved({"checks": look}, rounds=10 * rounds, title="Checks").median("checks")
+    share = seconds / step
+    measure.console().print(
+        f"Looking at the loss and the gradient takes {measure.milliseconds(seconds)}, {share:.2%} of a step of {FPN}; "
+        f"target {CHECKS_TARGET:.0%}: {measure.against(share, CHECKS_TARGET)}"
+    )
 
 
 if __name__ == "__main__":

@@ -348,7 +348,7 @@ class Handler(BaseHTTPRequestHandler):
         fields |= {"createdAt": "2026-01-01T00:00:00.000Z", "repo": {"name": repo_id, "type": "model"}, "diff": ""}
         self.answer(fields | {"events": [], "filesWithConflicts": [], "changes": {"base": "refs/heads/main"}})
 
-    @route("POST", "/api/models/ID/preupload/REV")
+    @route("POST", "/api/(?:models|spaces)/ID/preupload/REV")
     def preupload(self, repo_id: str, revision: str) -> None:
         self.repo(repo_id)
         paths = [file["path"] for file in json.loads(self.body)["files"]]
@@ -370,7 +370,7 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.large[name] = self.body
         self.answer()
 
-    @route("POST", "/api/models/ID/commit/REV")
+    @route("POST", "/api/(?:models|spaces)/ID/commit/REV")
     def commit(self, repo_id: str, revision: str) -> None:
         repo = self.repo(repo_id, write=not (revision.startswith("refs/pr/") or "create_pr" in self.query))
         revision = repo.pull_request() if "create_pr" in self.query else revision

@@ -84,12 +84,16 @@ class RecordWeights(a2fpn.training.trainer.Trainer):
         super().run()
         torch.save(self.accelerator.unwrap_model(self.model).state_dict(), f"{folder}/rank{rank}.pt")
 
-    def _check_finite(self, losses, targets):
+class RecordKeys(a2fpn.training.stepping.Stepper):
+    def step(self, parts, step):
+        done, problem = super().step(parts, step)
         with open(f"{folder}/keys{rank}.txt", "a") as file:
-            print(*sorted(losses), "objects" if any(len(t["labels"]) for t in targets) else "none", file=file)
-        super()._check_finite(losses, targets)
+            for batch, ((_, targets), _) in zip(done, parts, strict=True):
+                print(*sorted(batch.losses), "objects" if any(len(t["labels"]) for t in targets) else "none", file=file)
+        return done, problem
 
 a2fpn.training.validate.evaluate_coco, a2fpn.training.trainer.Trainer = record_detections, RecordWeights
+a2fpn.training.trainer.Stepper = RecordKeys
 if __name__ == "__main__":
     sys.exit(main(sys.argv[2:]))
 """
@@ -124,8 +128,8 @@ import a2fpn.training.validate, a2fpn.training.trainer
 from a2fpn.training.cli import parse
 torch.set_num_threads(1)
 trainer = a2fpn.training.trainer.Trainer(parse({[*arguments, "run.resume=auto", "data.batch_size=2"]!r}))
-metrics, _ = trainer.validator.evaluate(trainer.evaluated_model)
-losses = trainer.validator.losses(trainer.evaluated_model)
+metrics, _ = trainer.validator.evaluate(trainer.evaluated_model, lambda: None)
+losses = trainer.validator.losses(trainer.evaluated_model, lambda: None)
 import json
 print(json.dumps([metrics, losses]))
 """
@@ -166,7 +170,7 @@ def wait_for_step(output: Path, process: subprocess.Popen, step: int) -> None:
 
 
 def assert_same(output: Path, whole: Path) -> None:
-    for name in ("last/model.safetensors", "best/model.safetensors", "last/training_state/model.safetensors"):
+    for name in ("last/model.safetensors", "best/model.safetensors", "last/training_state/weights.safetensors"):
         ours, theirs = load_file(output / name), load_file(whole / name)
         assert all(torch.equal(ours[key], value) for key, value in theirs.items()), name
 
@@ -194,3 +198,22 @@ def test_a_killed_process_brings_the_job_down_which_restarts_and_resumes(folder,
     assert f"exitcode: {-signal.SIGKILL}" in output
     assert "Continuing after step" in output
     assert_same(folder / "killed", whole)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
+    """Half of its epochs are done; no epoch is lost, and the schedule goes on where it was."""
+    arguments = [*tiny_run(tmp_path), *SETTINGS, "run.checkpoint_every=0", "run.epochs=4", "run.evaluate_every=4"]
+    process = launch(1, arguments)
+    wait_for_step(tmp_path / "run", process, 4)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    before = [record["epoch"] for record in metrics(tmp_path / "run")]
+    output = finish(launch(2, arguments))
+    assert "Images per step: 1 -> 2." in output
+    records = metrics(tmp_path / "run")
+    assert [record["epoch"] for record in records] == [1, 2, 3, 4]
+    assert len(before) < 4
+    assert f"{before[-1]} of 4 epochs" in output
+    first = records[before[-1] - 1]["step"]
+    assert [record["step"] for record in records[before[-1] :]] == [first + 2 * n for n in range(1, 5 - before[-1])]

@@ -31,27 +31,34 @@ BUILDING = {
 MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "_plugins": ({"errors"}, set()),
     "_registry": ({"_plugins", "errors"}, set()),
+    "_words": (set(), set()),
     "_atomic": (set(), set()),
     "device": (set(), {"torch"}),
     "_version": (set(), set()),
     "errors": (set(), set()),
     "_serialize": ({"errors", "_registry"}, set()),
     "config": ({"errors", "_registry", "_serialize"}, set()),
-    "pyramid": (set(), {"torch"}),
-    "layers": ({"errors"}, {"torch", "timm.layers", "triton"}),
+    "pyramid": ({"errors"}, {"torch"}),
+    "layers": ({"device", "errors"}, {"torch", "timm.layers", "triton"}),
     "necks": ({"errors", "_registry", "layers", "pyramid"}, {"torch"}),
-    "backbones": ({"_plugins", "errors", "_registry", "config", "layers", "pyramid"}, {"torch", "timm", "safetensors"}),
+    "backbones": (
+        {"_plugins", "device", "errors", "_registry", "config", "layers", "pyramid"},
+        {"torch", "timm", "safetensors", "huggingface_hub"},
+    ),
     "masks": ({"device", "errors"}, {"numpy", "pycocotools", "torch", "torchvision"}),
-    "preprocess": ({"errors", "config", "masks"}, {"torch"}),
-    "heads": ({"device", "errors", "layers", "masks", "pyramid"}, {"torch", "torchvision"}),
+    "preprocess": ({"device", "errors", "config", "masks"}, {"torch"}),
+    "heads": ({"device", "errors", "layers", "masks", "pyramid"}, {"torch", "torchvision", "triton"}),
     "detectors": (
         {"errors", "_registry", "backbones", "config", "heads", "masks", "necks", "preprocess", "pyramid"},
         {"torch", "torchvision"},
     ),
-    "compose": ({"_plugins", "errors", "_registry", "_serialize", "backbones", "config", "detectors", "necks"}, set()),
+    "compose": (
+        {"_plugins", "_words", "errors", "_registry", "_serialize", "backbones", "config", "detectors", "necks"},
+        set(),
+    ),
     "build": ({"errors", "_serialize", "backbones", "config", "detectors", "necks"}, set()),
     "pretrained": (
-        BUILDING | {"_atomic", "_plugins", "_version", "convert", "layers"},
+        BUILDING | {"_atomic", "_plugins", "_version", "_words", "convert", "layers"},
         {"huggingface_hub", "safetensors", "torch", "torchvision"},
     ),
     "convert": (BUILDING | {"layers", "pretrained"}, {"torch", "torchvision", "safetensors"}),
@@ -76,11 +83,19 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "instance_metrics": ({"errors", "data", "masks"}, {"numpy"}),
     "counting": ({"errors"}, {"numpy"}),
     "inference": (
-        {"backbones", "config", "data", "detectors", "device", "errors", "heads", "masks", "preprocess", "pyramid"},
         {
-            *("contourpy", "matplotlib", "numpy", "PIL", "pycocotools", "supervision", "timm.layers"),
+            *("_registry", "_serialize", "_words", "backbones", "config", "data", "detectors", "device", "errors"),
+            *("heads", "masks", "preprocess", "pyramid"),
+        },
+        {
+            *("contourpy", "matplotlib", "numpy", "onnxruntime", "openvino", "PIL", "pycocotools", "supervision"),
+            *("timm.layers",),
             *("timm.models._features", "timm.models.resnet", "torch", "torchvision"),
         },
+    ),
+    "export": (
+        {"_atomic", "_serialize", "_version", "detectors", "errors", "heads", "inference", "masks"},
+        {"onnx", "onnxscript", "safetensors", "torch"},
     ),
     "training": (
         {
@@ -88,6 +103,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
             "_plugins",
             "_registry",
             "_serialize",
+            "_words",
             "config",
             "data",
             "errors",
@@ -125,11 +141,13 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
             "_atomic",
             "_plugins",
             "_version",
+            "_words",
             "convert",
             "counting",
             "instance_metrics",
             "data",
             "evaluation",
+            "export",
             "heads",
             "inference",
             "preprocess",
@@ -143,7 +161,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     ),
     "__main__": ({"cli"}, set()),
     "finite": (set(), {"torch"}),
-    "__init__": (BUILDING | {"_version", "finite", "inference", "pretrained"}, set()),
+    "__init__": (BUILDING | {"_version", "export", "finite", "inference", "pretrained"}, set()),
 }
 
 
@@ -213,7 +231,7 @@ def test_the_outer_folders_are_doors(folder: str) -> None:
 
 
 def test_the_public_names_are_few_and_there() -> None:
-    assert len(a2fpn.__all__) <= 28
+    assert len(a2fpn.__all__) <= 29
     assert a2fpn.__all__ == sorted(a2fpn.__all__)
     for name in a2fpn.__all__:
         assert getattr(a2fpn, name) is not None, name

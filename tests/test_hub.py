@@ -589,3 +589,14 @@ def test_a_huge_card_is_never_read(hub, published, model):
     hub.repos[REPO].commit(files | {"README.md": bomb, "../../evil": b"x", "a2fpn.py": b"raise SystemExit"})
     assert same(a2fpn.from_pretrained(REPO), model)
     assert {line.rpartition("/")[2] for line in hub.requests if "resolve" in line} == {CONFIG_FILE, WEIGHTS_FILE}
+
+
+def test_a_space_is_published_beside_its_model(hub, model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", "hf_alice")
+    folder = a2fpn.save_pretrained(model, tmp_path / "cells")
+    assert run_hub("push", folder, "--repo", "alice/cells", "--space") is None
+    space = hub.repos["alice/cells-app"]
+    files = space.commits[space.resolve("main")]
+    assert {"app.py", "requirements.txt", "README.md"} <= set(files)
+    assert b'MODEL = "alice/cells"' in files["app.py"]
+    assert f"Try it:  {hub.url}/spaces/alice/cells-app" in capsys.readouterr().out

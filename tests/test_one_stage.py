@@ -214,13 +214,13 @@ def test_the_head_is_float32_under_autocast() -> None:
 def test_detections_by_hand() -> None:
     anchors = torch.tensor([[0.0, 0.0, 10.0, 10.0], [1.0, 0.0, 11.0, 10.0], [20.0, 0.0, 30.0, 10.0], [50, 0, 60, 10]])
     scores = torch.tensor([[0.9, 0.1], [0.8, 0.7], [0.05, 0.6], [0.99, 0.0]])
-    level = LevelOutputs(scores, torch.zeros(4, 4), anchors)
+    level = LevelOutputs(scores[None], torch.zeros(1, 4, 4), anchors.__getitem__)
 
     def found(candidates_per_level: int = 10, **rule: Any) -> list[tuple[float, int, float]]:
         result = dense_detections(
             [level],
             lambda deltas, boxes: boxes + deltas,
-            (10, 40),
+            [(10, 40)],
             rule=PostprocessConfig(**rule),
             candidates_per_level=candidates_per_level,
         )

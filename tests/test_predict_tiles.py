@@ -89,7 +89,7 @@ def test_the_scale_of_the_network_is_a_factor_or_micrometers(predictor: Predicto
     assert_same(half, microns)
     (whole,) = predictor([slide], scale=0.5, tile=None)
     reduced = torch.nn.functional.interpolate(
-        torch.from_numpy(pixels()).permute(2, 0, 1)[None].float() / 255, size=(105, 165), mode="bilinear"
+        torch.from_numpy(pixels()).permute(2, 0, 1).contiguous()[None].float() / 255, size=(105, 165), mode="bilinear"
     )[0]
     seen = predictor(reduced, tile=None)
     np.testing.assert_allclose(whole.scores, seen.scores, atol=1e-4)

@@ -78,13 +78,13 @@ def test_a_score_on_the_threshold_is_dropped(
     scores = torch.tensor([[0.25], [above], [0.125]])
     if head == "two-stage":
         both = torch.cat([1 - scores, scores], 1)
-        found, kept, _ = box_detections(boxes[:, None].repeat(1, 2, 1), both, (99, 99), rule)
+        images = torch.zeros(3, dtype=torch.int64)
+        detections = box_detections(boxes[:, None].repeat(1, 2, 1), both, images, [(99, 99)], rule, count=1)
     else:
-        level = LevelOutputs(scores, torch.zeros(3, 4), boxes)
-        detections = dense_detections([level], lambda _, own: own, (99, 99), rule=rule, candidates_per_level=9)
-        found, kept = detections["boxes"], detections["scores"]
-    assert kept.tolist() == [above]
-    assert found.tolist() == [boxes[1].tolist()]
+        level = LevelOutputs(scores[None], torch.zeros(1, 3, 4), boxes.__getitem__)
+        detections = dense_detections([level], lambda _, own: own, [(99, 99)], rule=rule, candidates_per_level=9)
+    assert detections["scores"].tolist() == [above]
+    assert detections["boxes"].tolist() == [boxes[1].tolist()]
 
 
 def overlapping() -> tuple[Tensor, Tensor, Tensor]:

@@ -18,15 +18,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 import a2fpn
-from a2fpn._atomic import replaced_folder
 from a2fpn.data import write_shards
 from a2fpn.training.cli import main, parse
 from a2fpn.training.config import OptimSection, RunSection, TrainConfig
 from a2fpn.training.monitor import LossWindow
-from a2fpn.training.optim import build_optimizer, build_scheduler, lr_factor, parameter_groups, scaled_lr
+from a2fpn.training.optim import build_optimizer, lr_factor, parameter_groups, scaled_lr, set_rate
+from a2fpn.training.processes import check_processes
 from a2fpn.training.recipes import list_recipes
 from a2fpn.training.settings import setting_names
-from a2fpn.training.trainer import Trainer, check_processes
+from a2fpn.training.trainer import Trainer
 from tests.training import metrics, tiny_run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -215,12 +215,8 @@ def test_a_model_without_trainable_parameters_is_an_error():
 def test_each_optimizer_follows_the_schedule(name):
     config = OptimSection(name=name, lr=0.1, schedule="cosine", warmup_steps=2, warmup_factor=0.5, final_factor=0.0)
     optimizer = build_optimizer(nn.Linear(2, 2), config, lr=config.lr)
-    scheduler = build_scheduler(optimizer, 4, config)
-    rates = []
-    for _ in range(4):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
+    rates = [set_rate(optimizer, lr_factor(step, total_steps=4, config=config)) for step in range(4)]
+    assert [group["lr"] for group in optimizer.param_groups] == [rates[-1]]
     assert rates == pytest.approx([0.05, 0.075, 0.1, 0.05])
 
 
@@ -274,7 +270,7 @@ def test_gradient_accumulation_counts_steps_and_max_steps_ends_the_run(arguments
     trainer = Trainer(parse([*arguments, "data.batch_size=1", "run.grad_accumulation=2", "run.max_steps=3"]))
     trainer.run()
     assert [(record["epoch"], record["step"]) for record in metrics(tmp_path / "run")] == [(1, 2), (2, 3)]
-    assert trainer.scheduler.last_epoch == 3
+    assert (trainer.state.step, trainer.state.images) == (3, 6)
 
 
 def test_the_moving_average_is_what_is_evaluated_and_saved(arguments, tmp_path):
@@ -440,7 +436,7 @@ def test_a_streamed_run_is_cut_off_and_ends_as_if_nothing_had_happened(kind, arg
     source = (tmp_path / "train" / "images", tmp_path / "train" / "annotations.json")
     if kind == "shards":
         write_shards(*source, tmp_path / "shards", samples_per_shard=2)
-        stream = [f"data.stream.shards={tmp_path / 'shards'}"]
+        stream = [f"data.stream.shards={tmp_path / 'shards'}", "model.name=maskrcnn_a2fpn"]
     else:
         datasets = pytest.importorskip("datasets", reason="pip install datasets")
         from tests.test_streams import features, rows  # a module that is skipped without datasets
@@ -510,19 +506,6 @@ def test_a_loss_window_is_the_mean_since_the_last_reading():
     assert window.read()[0] == {"loss": 2.0}
     window.add({"loss": torch.tensor(5.0)}, images=2)
     assert window.read()[0] == {"loss": 5.0}
-
-
-def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
-    folder = tmp_path / "last"
-    with replaced_folder(folder) as partial:
-        (partial / "a").write_text("first")
-    with pytest.raises(IsADirectoryError), replaced_folder(folder) as partial:
-        partial.write_text("a folder is no file")
-    assert (folder / "a").read_text() == "first"
-    with replaced_folder(folder) as partial:
-        (partial / "a").write_text("second")
-    assert (folder / "a").read_text() == "second"
-    assert [path.name for path in tmp_path.iterdir()] == ["last"]
 
 
 def test_settings_are_immutable():

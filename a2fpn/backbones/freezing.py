@@ -11,6 +11,8 @@ from timm.layers import BatchNormAct2d, GroupNormAct, convert_sync_batchnorm, fr
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from a2fpn.layers.frozen_norm import fuse_frozen_norms
+
 Norm = Literal["bn", "frozen", "sync", "gn"]
 
 
@@ -33,7 +35,7 @@ def convert_norms(body: nn.Module, norm: Norm) -> nn.Module:
     # timm takes some maps by hooks on norms, which a converted one would not have.
     hooked = {name: module for name, module in body.named_modules() if isinstance(module, _BatchNorm)}
     if norm == "frozen":
-        body = freeze_batch_norm_2d(body)  # type: ignore[no-untyped-call]
+        body = fuse_frozen_norms(freeze_batch_norm_2d(body))  # type: ignore[no-untyped-call]
     elif norm == "sync":
         body = convert_sync_batchnorm(body)  # type: ignore[no-untyped-call]
     else:

@@ -12,6 +12,7 @@ from typing import Any
 
 import timm
 import torch
+from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from safetensors import SafetensorError
 from timm.layers import resample_patch_embed
 from timm.models import load_state_dict
@@ -22,7 +23,7 @@ from a2fpn.backbones.attach import find_backbone_info
 from a2fpn.backbones.info import PYRAMID, BackboneInfo
 from a2fpn.backbones.names import resolve_backbone_name
 from a2fpn.config import BackboneConfig
-from a2fpn.errors import ConfigError, MissingFileError
+from a2fpn.errors import ConfigError, HubOfflineError, MissingFileError
 
 _logger = logging.getLogger(__name__)
 
@@ -48,7 +49,44 @@ def create_with_weights(name: str, weights: str | Path | None, options: dict[str
     """
     if weights is not None:
         return _create_from_file(name, Path(weights), options)
-    return _create(name, {}, options)
+    return _create(name, _downloaded(name), options)
+
+
+def _downloaded(name: str) -> dict[str, Any]:
+    """Source of the weights that timm has for a name: in the Hub's cache, or on the Hub if that can be reached.
+
+    timm asks for every file with retries, for half a minute in all where there is no network.
+
+    Raises:
+        HubOfflineError: If they are not in the cache and the Hub can't be reached.
+    """
+    config = timm.get_pretrained_cfg(name)
+    if config is None or not config.hf_hub_id:
+        return {}  # from an address, which timm reports in one line
+    repo = config.hf_hub_id
+    names = [config.hf_hub_filename] if config.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
+    for file in names:
+        path = try_to_load_from_cache(repo, file)
+        if isinstance(path, str):
+            return {"file": path}
+    try:
+        HfApi(library_name="a2fpn").model_info(repo, timeout=_CONNECT_SECONDS)
+    except Exception as error:
+        # Classes of the client's HTTP library, by name: which library that is has changed before.
+        kinds = {kind.__name__ for kind in type(error).__mro__}
+        if not kinds & {"TransportError", "ConnectionError", "Timeout", "OfflineModeIsEnabled"}:
+            return {}  # the Hub answers, and timm says what is wrong
+        offline = constants.is_offline_mode()
+        reason = "offline mode is on (HF_HUB_OFFLINE)" if offline else f"it cannot be reached ({error})"
+        raise HubOfflineError(
+            f"The weights of backbone {name!r} are not in the cache {constants.HF_HUB_CACHE}, and {reason}. Where "
+            f"there is a network, run: hf download {repo} {names[0]}. Or start from a file, backbone_weights=FILE, or "
+            "without weights, pretrained_backbone=False."
+        ) from error
+    return {}
+
+
+_CONNECT_SECONDS = 1.5
 
 
 def _create(name: str, source: dict[str, Any], options: dict[str, Any]) -> nn.Module:

@@ -24,7 +24,9 @@ from a2fpn.backbones.info import PYRAMID, BackboneInfo
 from a2fpn.backbones.names import resolve_backbone_name
 from a2fpn.backbones.pretrained import create_with_weights
 from a2fpn.backbones.probe import feature_info
+from a2fpn.backbones.same_padding import pad_in_whole_numbers
 from a2fpn.config import STAGES, BackboneConfig
+from a2fpn.device import is_known
 from a2fpn.errors import ConfigError
 from a2fpn.layers import resample
 from a2fpn.pyramid import Features, PyramidSpec, level_size
@@ -124,6 +126,7 @@ class TimmBackbone(nn.Module):
             drop_modules(self.body, unused)
         self.unused = unused
         self.body = convert_norms(self.body, config.norm)
+        pad_in_whole_numbers(self.body)
         self._frozen: list[nn.Module] = []
         if config.norm == "frozen":
             # timm leaves those of vectors as they were.
@@ -295,7 +298,8 @@ class TimmBackbone(nn.Module):
             key = f"{level.stride}"
             y = self.made[key](maps[source]) if key in self.made else maps[source]
             rows, columns = level_size((height, width), level.stride)
-            features[name] = y[..., :rows, :columns]
+            fits = is_known(y.shape[-2] == rows) and is_known(y.shape[-1] == columns)
+            features[name] = y if fits else y[..., :rows, :columns]
         return features
 
     def padded_size(self, height: int, width: int) -> tuple[int, int]:

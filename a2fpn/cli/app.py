@@ -19,13 +19,14 @@ from a2fpn.cli.count import calibrate, count
 from a2fpn.cli.demo import demo
 from a2fpn.cli.door import SETTINGS, Debug, Door, prepare_streams
 from a2fpn.cli.evaluate import evaluate
+from a2fpn.cli.export import export
 from a2fpn.cli.info import info
 from a2fpn.cli.list_names import list_names
 from a2fpn.cli.page import show_page
 from a2fpn.cli.predict import predict
 from a2fpn.cli.train import train
 
-app = typer.Typer(name="a2fpn", cls=Door, **SETTINGS)
+app = typer.Typer(name="a2fpn", cls=Door, **{**SETTINGS, "add_completion": True})
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -70,6 +71,7 @@ def _options(
 
 app.command()(demo)
 app.command()(predict)
+app.command()(export)
 app.command()(evaluate)
 app.command()(compare)
 app.command()(gallery)

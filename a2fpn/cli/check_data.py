@@ -6,17 +6,15 @@ import dataclasses
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
-from a2fpn.cli.format import progress_bar
-from a2fpn.errors import ConfigError
-
-if TYPE_CHECKING:
-    pass
+from a2fpn.cli.format import progress_bar, say, write_json
+from a2fpn.cli.options import Json, Quiet
+from a2fpn.errors import ConfigError, DataError
 
 T = TypeVar("T")
 
@@ -64,7 +62,8 @@ def check_data(
         Path | None,
         typer.Option(metavar="PNG", help="Draw 12 annotated images, those with findings first, into this file."),
     ] = None,
-    save: Annotated[Path | None, typer.Option("--json", help="File to write the report to.", metavar="OUT")] = None,
+    save: Json = None,
+    quiet: Quiet = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 for warnings too.")] = False,
 ) -> None:
     """Find what is wrong with a data set before training on it.
@@ -87,8 +86,10 @@ def check_data(
         raise ConfigError(f"--plot {plot}: expected a name that ends in {', '.join(PICTURES)}.")
     if duplicates and (images is None or against is None):
         raise ConfigError("--duplicates compares the images of two splits: give --images and --against too.")
+    _check_format(annotations)
     facts = _model_facts(model, min_size, max_size)
-    with progress_bar() as progress:
+    quiet = quiet or str(save) == "-"
+    with progress_bar(quiet=quiet) as progress:
 
         def track(items: Iterable[T], description: str, total: int) -> Iterable[T]:
             return progress.track(items, total=total, description=description)
@@ -107,17 +108,49 @@ def check_data(
     text = Text(str(report))
     for word, style in {"error": "bold red", "warning": "bold yellow", "note": "bold cyan"}.items():
         text.highlight_regex(rf"(?m)^{word}\b", style)
-    Console().print(text, soft_wrap=True)
+    if not quiet:
+        Console().print(text, soft_wrap=True)
+    write_json(report.to_dict(), save)
     if save is not None:
-        save.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
-        typer.echo(f"The report is in {save}")
+        say(f"The report is in {save}", quiet=quiet)
     if plot is not None and images is not None and report.examples:
         from a2fpn.inference.report import draw_report
 
         draw_report(report, images).save(plot)
-        typer.echo(f"Open {plot}")
+        say(f"Open {plot}", quiet=quiet)
     if report.errors or (strict and report.warnings):
         raise typer.Exit(1)
+
+
+def _check_format(annotations: Path) -> None:
+    """Stop at labels of another format, and say how to import them.
+
+    Raises:
+        ConfigError: With the format and the command.
+    """
+    from a2fpn.data.importers import detect
+
+    if annotations.is_file() and annotations.suffix.lower() == ".json":
+        try:
+            head = json.loads(annotations.read_bytes())
+        except (ValueError, RecursionError):
+            return
+        if not isinstance(head, dict) or {"images", "annotations", "categories"} & set(head):
+            return  # a COCO file, or one that means to be
+    elif not annotations.exists():
+        return
+    try:
+        found = detect(annotations)
+    except DataError:
+        found = ""
+    kind = "is a folder" if annotations.is_dir() else "is no COCO file"
+    if found and found != "coco":
+        kind = f"holds {found} labels" if annotations.is_dir() else f"belongs to {found} labels"
+    source = annotations if annotations.is_dir() else annotations.parent
+    raise ConfigError(
+        f"{annotations} {kind}; this command reads COCO JSON. Import the data set first: "
+        f"a2fpn data import {source} --output {source.resolve().name}_coco"
+    )
 
 
 def _model_facts(name: str | None, min_size: int | None, max_size: int | None) -> dict[str, Any]:

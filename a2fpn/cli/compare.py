@@ -16,6 +16,7 @@ from a2fpn.errors import ConfigError
 
 if TYPE_CHECKING:
     from a2fpn.data import CocoFile
+    from a2fpn.inference import Predictor
     from a2fpn.report.compare import Comparison
 
 Images = Annotated[
@@ -78,10 +79,7 @@ def compare(
         raise ConfigError("Expected two models or more; a2fpn gallery shows one.")
     folder, files, coco = _images(images, annotations)
     some = _drawn(files, among, seed)
-    predictors = {
-        name: build_predictor(load_detector(model), device, optimize=False, dtype="float32", tile=tile)
-        for name, model in zip(_names(models), models, strict=True)
-    }
+    predictors = {name: _predictor(model, device, tile) for name, model in zip(_names(models), models, strict=True)}
     comparison = compare_models(
         predictors,
         some,
@@ -130,7 +128,7 @@ def gallery(
     folder, files, coco = _images(images, annotations)
     some = _drawn(files, among, seed)
     comparison = compare_models(
-        {_names([model])[0]: build_predictor(load_detector(model), device, optimize=False, dtype="float32", tile=tile)},
+        {_names([model])[0]: _predictor(model, device, tile)},
         some,
         coco=coco if pick == "worst" else None,
         folder=folder,
@@ -187,6 +185,13 @@ def _names(models: Sequence[str]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     raise ConfigError(f"The same model was given twice: {', '.join(models)}.")
+
+
+def _predictor(model: str, device: str | None, tile: int | None) -> Predictor:
+    """A predictor of all that the model finds, since average precision takes objects of all scores."""
+    detector = load_detector(model)
+    own = detector.rule.score_threshold
+    return build_predictor(detector, device, optimize=False, dtype="float32", tile=tile, score_threshold=own)
 
 
 def _track(paths: Sequence[Path]) -> Iterator[Path]:

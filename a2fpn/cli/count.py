@@ -12,17 +12,21 @@ from rich.console import Console
 from rich.markup import escape
 
 from a2fpn.cli.evaluate import open_annotated, predict_annotated
-from a2fpn.cli.format import count_of, progress_bar, table
+from a2fpn.cli.format import count_of, progress_bar, say, table, write_json
 from a2fpn.cli.options import (
     Device,
+    GrayBits,
+    Json,
     MaxObjects,
     Model,
     Nms,
     Optimize,
     Overlap,
     Precision,
+    Quiet,
     Tile,
     build_predictor,
+    load_checkpoint,
     load_detector,
 )
 from a2fpn.cli.predict import image_files
@@ -47,7 +51,10 @@ def count(
     max_objects: MaxObjects = None,
     optimize: Optimize = False,
     dtype: Precision = "float32",
+    gray_bits: GrayBits = 16,
     device: Device = None,
+    quiet: Quiet = False,
+    save: Json = None,
 ) -> None:
     """Count the objects of each class in images: a table, and a CSV file with a row per image and class.
 
@@ -66,26 +73,32 @@ def count(
         nms_threshold=nms_threshold,
         max_objects=max_objects,
         tile=tile,
+        gray_bits=gray_bits,
         overlap=overlap,
     )
     names = [category.name for category in predictor.categories]
     rows: list[tuple[str, str, int]] = []
-    with progress_bar() as progress:
+    quiet = quiet or str(save) == "-"
+    with progress_bar(quiet=quiet) as progress:
         for path in progress.track(paths, description="counting"):
             (result,) = predictor([path])
             rows += [(str(path), name, result.counts.get(name, 0)) for name in names]
+    records = [dict(zip(("image", "class", "count"), row, strict=True)) for row in rows]
+    write_json({"score_threshold": threshold, "counts": records}, save)
     grid = table("image", "class", "count")
     for file_name, name, number in rows:
         grid.add_row(escape(file_name), escape(name), str(number))
-    Console().print(grid)
-    typer.echo(
+    if not quiet:
+        Console().print(grid)
+    say(
         f"{count_of(sum(number for *_, number in rows), 'object')} in {count_of(len(paths), 'image')}, "
-        f"from a score of {threshold:.3f} on ({source})"
+        f"from a score of {threshold:.3f} on ({source})",
+        quiet=quiet,
     )
     if output is not None:
         with output.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([("image", "class", "count"), *rows])
-        typer.echo(f"The counts are in {output}")
+        say(f"The counts are in {output}", quiet=quiet)
 
 
 def calibrate(
@@ -109,7 +122,7 @@ def calibrate(
     from a2fpn.pretrained.checkpoint import add_metadata, read_checkpoint
 
     read_checkpoint(model)
-    detector = load_detector(str(model))
+    detector = load_checkpoint(str(model))
     dataset = open_annotated(detector, images, annotations)
     predictor = build_predictor(
         detector,

@@ -12,6 +12,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from a2fpn.cli.format import progress_bar, say, write_json
+from a2fpn.cli.options import Json as SaveJson
+from a2fpn.cli.options import Quiet
 from a2fpn.errors import DataError
 
 T = TypeVar("T")
@@ -67,6 +70,8 @@ def import_(
     strict: Strict = False,
     overwrite: Overwrite = False,
     check: Annotated[bool, typer.Option(help="Check the result, and look for near-duplicates across splits.")] = True,
+    quiet: Quiet = False,
+    save: SaveJson = None,
 ) -> None:
     r"""Import labels of another format as a COCO folder.
 
@@ -78,7 +83,8 @@ def import_(
     """
     from a2fpn.data.importers import import_data
 
-    with _bars() as progress:
+    quiet = quiet or str(save) == "-"
+    with progress_bar(quiet=quiet, transient=True) as progress:
         report = import_data(
             source,
             output,
@@ -96,8 +102,9 @@ def import_(
             overwrite=overwrite,
             track=_Track(progress),
         )
-    typer.echo(report)
-    if check:
+    write_json(report.to_dict(), save)
+    say(report, quiet=quiet)
+    if check and not quiet:
         files = {split: output / "annotations" / f"instances_{split}.json" for split in report.splits}
         _check(files, output / "images")
 
@@ -122,7 +129,7 @@ def convert(
     """
     from a2fpn.data.exporters import convert_data
 
-    with _bars() as progress:
+    with progress_bar(transient=True) as progress:
         report = convert_data(
             source,
             output,
@@ -276,12 +283,6 @@ def register(app: typer.Typer) -> None:
         app.command()(command)
 
 
-def _bars() -> Progress:
-    """Progress bars on standard error that go when they are done."""
-    console = Console(stderr=True)
-    return Progress(console=console, transient=True, disable=not console.is_terminal)
-
-
 class _Track:
     """Shows loops on a progress bar."""
 
@@ -316,7 +317,7 @@ def _check(files: dict[str, Path], images: Path | None) -> None:
     from a2fpn.data import check_data
 
     train = files.get("train")
-    with _bars() as progress:
+    with progress_bar(transient=True) as progress:
         for name, path in files.items():
             against = train if train is not None and name != "train" else None
             report = check_data(

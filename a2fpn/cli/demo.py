@@ -6,17 +6,14 @@ import dataclasses
 import time
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 from rich.console import Console
 
 from a2fpn.cli.format import ap_text, progress_bar, table
 from a2fpn.cli.options import Device, Output, Threshold, pick_device
-
-if TYPE_CHECKING:
-    pass
-
+from a2fpn.config import SCORE_THRESHOLD
 
 DEMO_MODEL = "maskrcnn_a2fpn_lite0.nuclei"
 DEMO_DATA = Path(str(resources.files("a2fpn"))) / "assets" / "nuclei_demo"
@@ -25,7 +22,7 @@ DEMO_DATA = Path(str(resources.files("a2fpn"))) / "assets" / "nuclei_demo"
 def demo(
     *,
     output: Output = Path("a2fpn_demo"),
-    score_threshold: Threshold = 0.5,
+    score_threshold: Threshold = SCORE_THRESHOLD,
     device: Device = None,
 ) -> None:
     """Segment the nuclei in microscopy images that come with the package.
@@ -38,7 +35,9 @@ def demo(
     from a2fpn.inference import Predictor
 
     coco = read_coco(DEMO_DATA / "annotations.json")
-    predictor = Predictor(a2fpn.create_model(DEMO_MODEL, pretrained=True), device=pick_device(device))
+    model = a2fpn.create_model(DEMO_MODEL, pretrained=True)
+    # AP takes objects of all scores.
+    predictor = Predictor(model, device=pick_device(device), score_threshold=model.rule.score_threshold)
     limit = predictor.model.config.heads.detections_per_image
     output.mkdir(parents=True, exist_ok=True)
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from a2fpn._words import COMMANDS, OPTIONS
 from a2fpn.errors import message_for_users
 
 SETTINGS: dict[str, Any] = {
@@ -35,6 +36,13 @@ class Door(TyperGroup):
     With ``--debug``, here or in an outer group, all do.
     """
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find the command, or say which one a word of another library stands for."""
+        meant = COMMANDS.get(args[0].lower().replace("-", "_")) if args else None
+        if meant is not None and ctx.parent is None and self.get_command(ctx, args[0]) is None:
+            ctx.fail(f"No such command {args[0]!r}. Did you mean '{ctx.info_name} {meant}'?")
+        return super().resolve_command(ctx, args)
+
     def invoke(self, ctx: Any) -> Any:
         """Run the command; the outermost group turns errors into lines."""
         if ctx.params.get("debug"):
@@ -42,6 +50,10 @@ class Door(TyperGroup):
         try:
             return super().invoke(ctx)
         except Exception as error:
+            option = getattr(error, "option_name", None)
+            if option is not None and hasattr(error, "possibilities"):
+                meant = OPTIONS.get(str(option).lstrip("-").replace("-", "_").lower())
+                error.possibilities = [meant] if meant else error.possibilities
             message = message_for_users(error)
             if message is None or ctx.parent is not None or ctx.meta.get("a2fpn.debug"):
                 raise

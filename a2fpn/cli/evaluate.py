@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
+import typing
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,22 +12,25 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from a2fpn.cli.format import ap_text, as_text, count_of, progress_bar, table
+from a2fpn.cli.format import ap_text, as_text, count_of, progress_bar, say, table, write_json
 from a2fpn.cli.options import (
     Device,
+    Json,
     MaxObjects,
     Nms,
     Optimize,
     Overlap,
     Precision,
+    Quiet,
     SoftNmsKind,
     Tile,
     Tta,
     build_predictor,
+    load_checkpoint,
     load_detector,
 )
 from a2fpn.cli.report import Reported, write_page
-from a2fpn.config import KeypointRCNNConfig
+from a2fpn.config import SCORE_THRESHOLD, KeypointRCNNConfig
 from a2fpn.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     from a2fpn.detectors import Detector
     from a2fpn.evaluation import CocoMetrics
     from a2fpn.inference import Predictor
+    from a2fpn.inference.exported import ExportedDetector
 
 
 METRICS = {
@@ -108,7 +112,8 @@ def evaluate(
             min=0, max=1, help="With --metrics instances: objects that score less do not count.", show_default="0.5"
         ),
     ] = None,
-    save: Annotated[Path | None, typer.Option("--json", help="File to write the numbers to.", metavar="OUT")] = None,
+    save: Json = None,
+    quiet: Quiet = False,
     report: Annotated[
         Path | None,
         typer.Option(help="Page to write on where the model fails: errors by type, worst images.", metavar="HTML"),
@@ -154,17 +159,18 @@ def evaluate(
         raise ConfigError(f"Expected one --model, or two with --report, got {len(model)}.")
     if report is not None and metrics == "instances":
         raise ConfigError("--report is about COCO's metrics; leave out --metrics instances.")
+    quiet = quiet or str(save) == "-"
     limit = max(100, max_objects or 0) if max_detections is None else max_detections
     tables: dict[str, CocoMetrics] = {}
     pages: list[Reported] = []
     for name in model:
-        detector = load_detector(name)
+        detector = load_detector(name) if report is None else load_checkpoint(name)
         dataset = open_annotated(detector, images, annotations)
         kinds = common_iou_types(dataset.coco, detector.target_keys)
         if "keypoints" in kinds:
             _check_keypoints(detector, dataset)
         if report is not None:
-            pages.append(Reported.of(name, detector))
+            pages.append(Reported.of(name, typing.cast("Detector", detector)))
         predictor = build_predictor(
             detector,
             device,
@@ -178,9 +184,10 @@ def evaluate(
             tta=tta,
         )
         title = f"{name} on {count_of(len(dataset), 'image')}"
-        records = predict_annotated(predictor, dataset, images)
+        records = predict_annotated(predictor, dataset, images, quiet=quiet)
         if metrics == "instances":
-            _evaluate_instances(dataset, records, 0.5 if score_threshold is None else score_threshold, title, save)
+            threshold = SCORE_THRESHOLD if score_threshold is None else score_threshold
+            _evaluate_instances(dataset, records, threshold, title, save, quiet=quiet)
             return
         tables[name] = evaluate_coco(
             dataset.coco,
@@ -190,14 +197,15 @@ def evaluate(
             oks_sigmas=COCO_SIGMAS if oks_sigmas is None else _numbers(oks_sigmas),
             backend=backend,
         )
-        _print_metrics(tables[name], title=title)
+        if not quiet:
+            _print_metrics(tables[name], title=title)
     numbers = {name: {"max_detections": limit, **t.to_dict(per_class=True)} for name, t in tables.items()}
-    _save(numbers[model[0]] if len(model) == 1 else numbers, save)
+    _save(numbers[model[0]] if len(model) == 1 else numbers, save, quiet=quiet)
     if report is not None:
         write_page(report, pages, list(tables.values()), images, annotations)
 
 
-def open_annotated(detector: Detector, images: Path, annotations: Path) -> CocoDataset:
+def open_annotated(detector: Detector | ExportedDetector, images: Path, annotations: Path) -> CocoDataset:
     """Annotated images of a detector's classes.
 
     Raises:
@@ -210,20 +218,28 @@ def open_annotated(detector: Detector, images: Path, annotations: Path) -> CocoD
     return dataset
 
 
-def predict_annotated(predictor: Predictor, dataset: CocoDataset, images: Path) -> Iterator[dict[str, Any]]:
+def predict_annotated(
+    predictor: Predictor, dataset: CocoDataset, images: Path, *, quiet: bool = False
+) -> Iterator[dict[str, Any]]:
     """Predict the images of a data set as COCO results; classes that it lacks are dropped."""
     from a2fpn.data import read_image
 
     predictor.categories = dataset.categories
     known = {category.id for category in dataset.coco.categories}
-    with progress_bar() as progress:
+    with progress_bar(quiet=quiet) as progress:
         for entry in progress.track(list(dataset.coco.images.values()), description="evaluating"):
             (result,) = predictor.predict([read_image(images / entry.file_name, size=(entry.height, entry.width))])
             yield from (record for record in result.to_coco(entry.id) if record["category_id"] in known)
 
 
 def _evaluate_instances(
-    dataset: CocoDataset, records: Iterable[Mapping[str, Any]], threshold: float, title: str, save: Path | None
+    dataset: CocoDataset,
+    records: Iterable[Mapping[str, Any]],
+    threshold: float,
+    title: str,
+    save: Path | None,
+    *,
+    quiet: bool,
 ) -> None:
     from a2fpn.instance_metrics import evaluate_instances
 
@@ -232,21 +248,22 @@ def _evaluate_instances(
     for key, label in INSTANCE_METRICS.items():
         values = [result.to_dict()[key] for result in results.values()]
         grid.add_row(label, *("-" if math.isnan(value) else f"{value:.3f}" for value in values))
-    typer.echo(f"{title}, objects with a score of {threshold} or more")
-    Console().print(grid)
+    if not quiet:
+        typer.echo(f"{title}, objects with a score of {threshold} or more")
+        Console().print(grid)
     numbers = {f"{name}/{key}": value for name, result in results.items() for key, value in result.to_dict().items()}
     # JSON has no NaN.
     known = {key: None if math.isnan(value) else value for key, value in numbers.items()}
-    _save({"score_threshold": threshold, **known}, save)
+    _save({"score_threshold": threshold, **known}, save, quiet=quiet)
 
 
-def _save(numbers: Mapping[str, Any], path: Path | None) -> None:
+def _save(numbers: Mapping[str, Any], path: Path | None, *, quiet: bool) -> None:
+    write_json(numbers, path)
     if path is not None:
-        path.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
-        typer.echo(f"The numbers are in {path}")
+        say(f"The numbers are in {path}", quiet=quiet)
 
 
-def _check_categories(detector: Detector, dataset: CocoDataset) -> None:
+def _check_categories(detector: Detector | ExportedDetector, dataset: CocoDataset) -> None:
     """Stop where model and data mean different things by the same category."""
     if not detector.config.categories and detector.config.num_classes != len(dataset.categories):
         raise ConfigError(
@@ -262,7 +279,7 @@ def _check_categories(detector: Detector, dataset: CocoDataset) -> None:
             )
 
 
-def _check_keypoints(detector: Detector, dataset: CocoDataset) -> None:
+def _check_keypoints(detector: Detector | ExportedDetector, dataset: CocoDataset) -> None:
     """Stop where model and data have other keypoints."""
     heads, coco = detector.config.heads, dataset.coco
     assert isinstance(heads, KeypointRCNNConfig)

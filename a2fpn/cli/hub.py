@@ -15,12 +15,12 @@ import a2fpn
 from a2fpn.backbones import export_backbone
 from a2fpn.cli.door import SETTINGS, Debug, Door, prepare_streams
 from a2fpn.cli.evaluate import open_annotated, predict_annotated
-from a2fpn.cli.options import build_predictor, load_detector
+from a2fpn.cli.options import build_predictor, load_checkpoint
 from a2fpn.convert import from_detectron2, from_mmdet, from_torchvision, load_torchvision, read_state_dict
 from a2fpn.errors import ConfigError, ConfigTypeError
 from a2fpn.pretrained.card import model_card
 from a2fpn.pretrained.checkpoint import CONFIG_FILE, file_sha256, read_checkpoint, save_checkpoint
-from a2fpn.pretrained.hub import download_checkpoint
+from a2fpn.pretrained.hub import download_checkpoint, push_space
 from a2fpn.pretrained.hub_client import Repo
 
 TOLERANCE = 0.002
@@ -60,10 +60,25 @@ def push(
     repo: RepoName,
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
+    space: Annotated[
+        bool, typer.Option("--space", help="Publish a page to try it too: the Space ORG/NAME-app; needs a2fpn[app].")
+    ] = False,
 ) -> None:
     """Publish a checkpoint folder in one commit; its README.md is the card if it has one."""
+    files = _space_files(repo) if space else None
     commit = a2fpn.push_to_hub(folder, repo, private=private or None, create_pr=create_pr)
     typer.echo(f'Load it: a2fpn.from_pretrained("{repo}", revision="{commit}")')
+    if files is not None:
+        typer.echo(f"Try it:  {push_space(files, f'{repo}-app', private=private or None)}")
+
+
+def _space_files(repo: str) -> dict[str, str]:
+    """Files of the Space; made before anything is published, since they need an extra."""
+    try:
+        from a2fpn.app import space_files
+    except ModuleNotFoundError as error:
+        raise ConfigError(f'--space needs {error.name}: pip install "a2fpn[app]".') from error
+    return space_files(repo)
 
 
 @app.command()
@@ -187,7 +202,7 @@ def verify(
 def _measure(folder: Path, images: Path, annotations: Path, *, max_detections: int) -> dict[str, float]:
     from a2fpn.evaluation import common_iou_types, evaluate_coco
 
-    detector = load_detector(str(folder))
+    detector = load_checkpoint(str(folder))
     dataset = open_annotated(detector, images, annotations)
     records = predict_annotated(build_predictor(detector, None, optimize=False, dtype="float32"), dataset, images)
     kinds = common_iou_types(dataset.coco, detector.target_keys)

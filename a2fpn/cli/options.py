@@ -13,10 +13,21 @@ from a2fpn.errors import ConfigError
 if TYPE_CHECKING:
     from a2fpn.detectors import Detector
     from a2fpn.inference import Predictor
+    from a2fpn.inference.exported import ExportedDetector, Runtime
 
 
 Model = Annotated[
-    str, typer.Option(help="A checkpoint folder, or a name of `a2fpn list --pretrained`.", metavar="NAME_OR_PATH")
+    str,
+    typer.Option(
+        help="A checkpoint folder, a name of `a2fpn list --pretrained`, or a file of `a2fpn export`.",
+        metavar="NAME_OR_PATH",
+    ),
+]
+RuntimeName = Annotated[
+    Literal["onnxruntime", "openvino", "torch"] | None,
+    typer.Option(
+        "--runtime", help="What runs a file of `a2fpn export`; by default what fits it, of .onnx onnxruntime."
+    ),
 ]
 Output = Annotated[Path, typer.Option(help="Folder for what is written; made if need be.", metavar="DIR")]
 Threshold = Annotated[float, typer.Option(min=0, max=1, help="Objects that score less are left out.")]
@@ -95,6 +106,19 @@ MaxPixels = Annotated[
         "--max-pixels", min=1, help="Files with more pixels are not decoded whole; raise it for files you trust."
     ),
 ]
+GrayBits = Annotated[
+    int,
+    typer.Option(
+        "--gray-bits", min=9, max=16, help="Bits that gray values of 16-bit files use: 12 for many microscopes."
+    ),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no closing words; errors are told.")]
+Json = Annotated[
+    Path | None,
+    typer.Option(
+        "--json", metavar="OUT", help="File to write the numbers to, for machines; - is standard output, and no words."
+    ),
+]
 Optimize = Annotated[
     bool, typer.Option("--optimize", help="Fold the model for speed first: same results up to rounding.")
 ]
@@ -104,12 +128,12 @@ Precision = Annotated[
 ]
 
 
-def parse_scale(text: str | None, detector: Detector) -> dict[str, float | None]:
+def parse_scale(text: str | None, detector: Detector | ExportedDetector) -> dict[str, float | None]:
     """Options of prediction that --scale means for a detector."""
     if text is None:
         return {}
     if text == "auto":
-        microns = getattr(detector.provenance, "metadata", {}).get("microns_per_pixel")
+        microns = getattr(getattr(detector, "provenance", None), "metadata", {}).get("microns_per_pixel")
         if microns is None:
             raise ConfigError(
                 "--scale auto: the checkpoint doesn't say at which scale it was trained. Give it, such as 0.5um, or "
@@ -144,17 +168,39 @@ def parse_intensity(text: str | None) -> tuple[float, float] | Literal["auto"] |
     return low, high
 
 
-def load_detector(source: str) -> Detector:
-    """A detector with its weights."""
+def load_detector(source: str, *, runtime: Runtime | None = None) -> Detector | ExportedDetector:
+    """A detector with its weights, or the one in an exported file."""
     import a2fpn
+    from a2fpn.inference.exported import ExportedDetector, is_exported
 
+    if is_exported(source):
+        return ExportedDetector(source, runtime=runtime)
+    if runtime is not None:
+        raise ConfigError(f"--runtime is for files of a2fpn export, got --model {source}.")
     return a2fpn.from_pretrained(source)
 
 
-def build_predictor(detector: Detector, device: str | None, *, optimize: bool, dtype: str, **options: Any) -> Predictor:
+def load_checkpoint(source: str) -> Detector:
+    """A detector with its weights, for what an exported file can't do."""
+    import a2fpn
+    from a2fpn.inference.exported import is_exported
+
+    if is_exported(source):
+        raise ConfigError(f"{source} is an exported file; give the checkpoint that it was made from.")
+    return a2fpn.from_pretrained(source)
+
+
+def build_predictor(
+    detector: Detector | ExportedDetector, device: str | None, *, optimize: bool, dtype: str, **options: Any
+) -> Predictor:
     """The detector, optimized if that is wanted, with the options of a command."""
     import a2fpn
+    from a2fpn.inference.exported import ExportedDetector
 
+    if isinstance(detector, ExportedDetector):
+        if optimize or dtype != "float32":
+            raise ConfigError(f"--optimize and --dtype are for checkpoints, got --model {detector.path}.")
+        return a2fpn.Predictor(detector, device=device, **options)
     where = pick_device(device)
     if optimize or dtype == "bf16":
         ready = a2fpn.optimize_for_inference(

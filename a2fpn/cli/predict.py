@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from a2fpn.cli.format import count_of, progress_bar
+from a2fpn.cli.format import count_of, progress_bar, say, write_json
 from a2fpn.cli.options import (
     Batch,
     Channels,
     Device,
+    GrayBits,
     Intensity,
+    Json,
     MaxObjects,
     MaxPixels,
     Model,
@@ -30,6 +32,8 @@ from a2fpn.cli.options import (
     Output,
     Overlap,
     Precision,
+    Quiet,
+    RuntimeName,
     Scale,
     SoftNmsKind,
     Threshold,
@@ -42,7 +46,7 @@ from a2fpn.cli.options import (
     parse_intensity,
     parse_scale,
 )
-from a2fpn.config import MAX_PIXELS
+from a2fpn.config import MAX_PIXELS, SCORE_THRESHOLD
 from a2fpn.errors import ConfigError, ImageError, MissingFileError
 
 if TYPE_CHECKING:
@@ -72,7 +76,7 @@ def predict(
             show_default="overlay,coco",
         ),
     ] = None,
-    score_threshold: Threshold = 0.5,
+    score_threshold: Threshold = SCORE_THRESHOLD,
     tile: Tile = None,
     overlap: Overlap = 0.2,
     batch: Batch = 1,
@@ -87,7 +91,11 @@ def predict(
     optimize: Optimize = False,
     dtype: Precision = "float32",
     max_pixels: MaxPixels = MAX_PIXELS,
+    gray_bits: GrayBits = 16,
+    runtime: RuntimeName = None,
     device: Device = None,
+    quiet: Quiet = False,
+    save: Json = None,
 ) -> None:
     """Find objects in images: a picture for each, and all results as COCO JSON, or in other formats.
 
@@ -123,16 +131,18 @@ def predict(
     folder: PredictionFolder | None = None
     try:
         paths = image_files(images)
-        detector = load_detector(model)
+        detector = load_detector(model, runtime=runtime)
         options |= parse_scale(scale, detector)
         # As JSON gives them back.
-        settings = json.loads(json.dumps({"model": model, "optimize": optimize, "dtype": dtype, **options}))
+        about = {"model": model, "optimize": optimize, "dtype": dtype, "gray_bits": gray_bits}
+        settings = json.loads(json.dumps({**about, **options}))
         predictor = build_predictor(
             detector,
             device,
             optimize=optimize,
             dtype=dtype,
             max_pixels=max_pixels,
+            gray_bits=gray_bits,
             batch=batch,
             workers=workers,
             **options,
@@ -146,7 +156,7 @@ def predict(
             overwrite=overwrite,
             resume=resume,
         )
-        _run(folder, predictor)
+        _run(folder, predictor, quiet=quiet or str(save) == "-", save=save)
     except KeyboardInterrupt:
         typer.echo(_stopped(folder), err=True)
         raise typer.Exit(130) from None  # 128 and the number of the signal
@@ -162,14 +172,14 @@ def _stopped(folder: PredictionFolder | None) -> str:
     return f"Stopped {done}; the results are in {_shown(folder.folder)}. The same command with --resume does the rest."
 
 
-def _run(folder: PredictionFolder, predictor: Predictor) -> None:
+def _run(folder: PredictionFolder, predictor: Predictor, *, quiet: bool, save: Path | None) -> None:
     """Predict what has no results yet; what is found is on the disk whatever happens."""
     before, pending = len(folder.objects), folder.pending
-    if before:
+    if before and not quiet:
         typer.echo(f"{count_of(before, 'image')} of {len(folder.jobs)} done before.", err=True)
     seconds: list[float] = []
     try:
-        with progress_bar() as progress:
+        with progress_bar(quiet=quiet) as progress:
             for job in progress.track(pending, description="predicting"):
                 start = time.perf_counter()
                 try:
@@ -188,11 +198,20 @@ def _run(folder: PredictionFolder, predictor: Predictor) -> None:
     if not objects:
         raise ConfigError(f"None of the {len(folder.jobs)} images could be read.")
     skipped = len(folder.pending)
-    typer.echo(
+    numbers = {
+        "images": len(objects),
+        "skipped": skipped,
+        "objects": sum(objects.values()),
+        "ms_per_image": round(1000 * statistics.median(seconds), 1) if seconds else None,
+        "results": _shown(folder.results),
+    }
+    write_json(numbers, save)
+    say(
         f"Found {count_of(sum(objects.values()), 'object')} in {count_of(len(objects), 'image')}"
         f"{f' ({skipped} more could not be read)' if skipped else ''}"
         f"{f', {1000 * statistics.median(seconds):.0f} ms per image' if seconds else ''}. "
-        f"All results are in {_shown(folder.folder)}\nOpen {_shown(folder.best())}"
+        f"All results are in {_shown(folder.folder)}\nOpen {_shown(folder.best())}",
+        quiet=quiet,
     )
 
 
@@ -222,14 +241,15 @@ def _shown(text: object) -> str:
 
 def image_files(sources: Sequence[Path]) -> list[Path]:
     """The given files, and the images of the given folders; what is left out of folders is told."""
-    from a2fpn.inference import list_images
+    from a2fpn.inference import check_source, is_pattern, list_images
 
     for source in sources:
-        if not source.exists():
+        check_source(source)
+        if not source.exists() and not is_pattern(source):
             raise MissingFileError(f"{_shown(source)}: no such file or folder.")
     groups = []
     for source in sources:
-        groups.append(list_images(source) if source.is_dir() else [source])
+        groups.append(list_images(source) if source.is_dir() or is_pattern(source) else [source])
         if source.is_dir():
             _tell_left_out(source, set(groups[-1]))
     return list(itertools.chain.from_iterable(groups))

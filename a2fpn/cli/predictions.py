@@ -143,10 +143,15 @@ class PredictionFolder:
         for form in self._whole:
             form.write(self._images(), self.categories, self.folder / form.file)
 
+    @property
+    def results(self) -> Path:
+        """The file that holds the results of all images."""
+        return self.folder / (self._whole[0].file if self._whole else STREAM)
+
     def best(self) -> Path:
         """The file to look at: that of the image with most objects, where there are such files."""
         if not self._each:
-            return self.folder / (self._whole[0].file if self._whole else STREAM)
+            return self.results
         stems = {_name(job.path): job.stem for job in self.jobs}
         return self.folder / f"{stems[max(self._found, key=self._found.__getitem__)]}{self._each[0].suffix}"
 

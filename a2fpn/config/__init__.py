@@ -4,7 +4,7 @@ A :class:`ModelConfig` travels with every checkpoint in ``config.json`` and is e
 model. Unknown keys, wrong types and unsupported format versions are errors, never warnings.
 """
 
-from a2fpn.config.bounds import MAX_PIXELS
+from a2fpn.config.bounds import MAX_PIXELS, SCORE_THRESHOLD
 from a2fpn.config.heads import HeadsConfig
 from a2fpn.config.model import FORMAT_VERSION, HEADS, ModelConfig, heads_type
 from a2fpn.config.one_stage import FCOSConfig, OneStageConfig, RetinaNetConfig
@@ -15,6 +15,7 @@ __all__ = [
     "FORMAT_VERSION",
     "HEADS",
     "MAX_PIXELS",
+    "SCORE_THRESHOLD",
     "STAGES",
     "BackboneConfig",
     "CascadeConfig",

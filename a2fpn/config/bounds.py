@@ -11,6 +11,9 @@ from a2fpn.errors import ConfigError
 MAX_PIXELS = 2**28
 """Pixels above which a file is not decoded unless asked for: in RGB these take 805 MB."""
 
+SCORE_THRESHOLD = 0.5
+"""Objects that score less are left out unless told otherwise: by a Predictor, and by the commands."""
+
 MOST_LAYERS = 100
 LARGEST_IMAGE = 8192
 LONGEST_IMAGE = 32_768

@@ -26,6 +26,7 @@ FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF", "AVIF", "HEIF")
 """PIL's names of the formats that are read: PIL knows others, of which some start programs."""
 TURNED = (5, 6, 7, 8)
 """EXIF orientations that swap width and height."""
+_DARK = 2**12  # values that 12 bits hold
 _RGB = 3  # torchvision.io.ImageReadMode.RGB
 _logger = logging.getLogger(__name__)
 
@@ -103,14 +104,15 @@ def read_image(
     size: tuple[int, int] | None = None,
     name: str = "the given bytes",
     max_pixels: int | None = MAX_PIXELS,
+    gray_bits: int = 16,
 ) -> tv_tensors.Image:
     """Read a PNG, JPEG, WebP, TIFF, BMP or GIF as 8-bit RGB; AVIF and HEIC where their decoders are installed.
 
     - EXIF orientation: applied, in training and evaluation as in prediction. With ``size``, a picture that has this
       size only as stored is an error, since the annotations then fit another picture than people are shown.
     - 16-bit gray: the full range 0..65535 becomes 0..255, by division by 257 and rounding, whatever range
-      the image uses. So does 32-bit integer gray, if its values lie in that range. Floating-point images
-      have no agreed range and are an error.
+      the image uses; one that stays below 4096 is nearly black then, and a warning names ``gray_bits``. So does 32-bit
+      integer gray, if its values lie in that range. Floating-point images have no agreed range and are an error.
     - Transparency: composed over white.
     - Gray, palette, CMYK and the other color spaces: PIL's conversion.
     - Animations and multi-page files: the first frame, and a warning in the log.
@@ -120,6 +122,8 @@ def read_image(
         size: (H, W) that the image must have, pixels.
         name: What messages call an image given by its content.
         max_pixels: Most pixels that are decoded; None sets no limit.
+        gray_bits: Bits that gray values of more than 8 bits use, 9 to 16: the full range of so many becomes 0..255.
+            12 for a camera whose 12-bit values stand in a 16-bit file.
 
     Returns:
         uint8 (3, H, W) in [0, 255].
@@ -148,7 +152,7 @@ def read_image(
                 opened.im = Image.core.new(  # type: ignore[attr-defined]
                     opened.mode, opened._tile_size
                 )
-            return tv_tensors.Image(F.to_image(to_rgb(ImageOps.exif_transpose(opened))))
+            return tv_tensors.Image(F.to_image(to_rgb(ImageOps.exif_transpose(opened), gray_bits=gray_bits, name=name)))
     except ImageError:
         raise
     except Exception as error:  # PIL's decoders raise almost anything on a corrupt file
@@ -231,17 +235,31 @@ def read_labels(source: str | Path | bytes, size: tuple[int, int], *, name: str)
     return torch.from_numpy(labels)
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image, *, gray_bits: int = 16, name: str = "the image") -> Image.Image:
     """Convert an image of any mode to 8-bit RGB, as :func:`read_image` documents.
 
+    Args:
+        image: The image.
+        gray_bits: Bits that gray values of more than 8 bits use.
+        name: Of the image, in messages.
+
     Raises:
-        ValueError: If its values have no agreed range.
+        ValueError: If its values have no agreed range, or don't fit ``gray_bits``.
     """
     if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError(f"gray values of {values.min()} to {values.max()} don't fit 16 bits; convert it to 8 bits")
-        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+        values, most = np.asarray(image).astype(np.int64), 2**gray_bits - 1
+        if values.min() < 0 or values.max() > most:
+            raise ValueError(
+                f"gray values of {values.min()} to {values.max()} don't fit {gray_bits} bits; convert it to 8 bits"
+            )
+        if gray_bits == 16 and 0 < values.max() < _DARK:
+            _logger.warning(
+                "%s: gray values reach %d of 65535, so it is nearly black; gray_bits=12 (--gray-bits 12) is for 12-bit "
+                "values.",
+                name,
+                values.max(),
+            )
+        image = Image.fromarray(((2 * 255 * values + most) // (2 * most)).astype(np.uint8))
     elif image.mode == "F":
         raise ValueError("floating-point gray values have no agreed range; convert it to 8 bits")
     elif "A" in image.getbands() or "transparency" in image.info:

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from a2fpn._registry import Registry
 from a2fpn.backbones import TimmBackbone
 from a2fpn.config import HEADS, HeadsConfig, ModelConfig
-from a2fpn.errors import ConfigError
+from a2fpn.detectors.elsewhere import Elsewhere
+from a2fpn.errors import ConfigError, ConfigTypeError
+from a2fpn.heads.batched import split_images
 from a2fpn.heads.loss_normalizer import normalize_losses_globally
 from a2fpn.heads.postprocess import PostprocessConfig
 from a2fpn.masks import InstanceMasks
@@ -27,10 +29,10 @@ from a2fpn.pyramid import Features, PyramidSpec
 Detection = dict[str, Tensor]
 
 
-class Detector(nn.Module, ABC):
+class Detector(Elsewhere, ABC):
     """Base of the detectors: preprocessing, checks of targets, grouping of images.
 
-    Subclasses add heads and implement :meth:`losses` and :meth:`detect`. Everything that depends on a stride comes
+    Subclasses add heads and implement :meth:`losses` and :meth:`objects`. Everything that depends on a stride comes
     from :attr:`spec`. Labels are ``0..num_classes - 1`` in training and in results.
 
     Args:
@@ -94,18 +96,40 @@ class Detector(nn.Module, ABC):
         return PostprocessConfig(heads.score_threshold, heads.nms_threshold, heads.detections_per_image)
 
     @abstractmethod
-    def detect(self, features: Features, batch: Batch, *, rule: PostprocessConfig) -> list[Detection]:
-        """Per image the detections, in pixels of the batch, best first.
+    def objects(self, features: Features, batch: Batch, *, rule: PostprocessConfig) -> Detection:
+        """The detections of the whole batch, in pixels of the batch, image by image, best first.
 
         Args:
             features: The pyramid.
             batch: The images.
             rule: Post-processing of this call.
+
+        Returns:
+            ``images`` (N,), the index of the image of each, ``boxes`` (N, 4), ``scores`` (N,), ``labels`` (N,) from 0,
+            and what else the detector gives.
         """
+
+    def detect(self, features: Features, batch: Batch, *, rule: PostprocessConfig) -> list[Detection]:
+        """Per image the detections, see :meth:`objects`."""
+        return split_images(self.objects(features, batch, rule=rule), batch.tensor.shape[0])
+
+    def detect_stack(self, images: Tensor) -> Detection:
+        """Detect objects in images of one size, by operations that a tracer can record for any number and size.
+
+        Args:
+            images: ``(B, C, H, W)``, float in [0, 1] or uint8 in [0, 255]; values are not checked.
+
+        Returns:
+            The detections of the batch, see :meth:`objects`, with boxes in the images' own pixels, masks and heatmaps
+            as they were predicted inside each box.
+        """
+        batch = self.preprocess.stack(images)
+        found = self.objects(self.features(batch), batch, rule=self.rule)
+        return {**found, "boxes": resize_boxes(found["boxes"], batch.sizes[0], batch.original_sizes[0])}
 
     def forward(
         self,
-        images: Sequence[Tensor],
+        images: Sequence[Tensor] | Tensor,
         targets: Sequence[Mapping[str, Any]] | None = None,
         *,
         resize: bool = True,
@@ -115,7 +139,7 @@ class Detector(nn.Module, ABC):
         """Detect objects, or compute the losses in training mode.
 
         Args:
-            images: ``(C, H, W)`` each, float in [0, 1] or uint8 in [0, 255], any sizes.
+            images: ``(C, H, W)`` each, float in [0, 1] or uint8 in [0, 255], any sizes; or a batch ``(B, C, H, W)``.
             targets: In training mode, per image ``boxes`` (N, 4) float xyxy pixels, ``labels`` (N,) int64 in
                 ``0..num_classes - 1``, whatever else :attr:`target_keys` names (``masks``
                 :class:`~a2fpn.masks.InstanceMasks`, or dense (N, H, W) in {0, 1}, ``keypoints`` (N, K, 3)), optionally
@@ -132,7 +156,9 @@ class Detector(nn.Module, ABC):
 
         Raises:
             ValueError: For images, boxes, labels, masks or keypoints that break the contract.
+            TypeError: For what is no tensor.
         """
+        images = self._as_list(images)
         if not images:
             raise ConfigError("Expected at least one image, got none.")
         if self.training:
@@ -140,6 +166,32 @@ class Detector(nn.Module, ABC):
                 raise ConfigError("In training mode targets must be given; call model.eval() to detect.")
             return self._losses(images, targets, resize)
         return self._detect(images, resize, paste_masks, self.rule if rule is None else rule)
+
+    def _as_list(self, images: Any) -> Sequence[Tensor]:
+        """Images one by one, whose kind is checked, and whether the model can compute with them."""
+        if isinstance(images, Tensor):
+            if images.ndim != 4:
+                raise ConfigError(
+                    f"Expected a list of images (C, H, W) or a batch (B, C, H, W), got a tensor {tuple(images.shape)}. "
+                    "For one image: model([image])."
+                )
+            images = list(images)
+        if not isinstance(images, (list, tuple)) or not all(isinstance(image, Tensor) for image in images):
+            kinds = {type(item).__name__ for item in images} if isinstance(images, (list, tuple)) else ()
+            got = f"a {type(images).__name__}" + (f" of {' and '.join(sorted(kinds))}" if kinds else "")
+            raise ConfigTypeError(
+                f"A detector takes a list of tensors (C, H, W), got {got}. Files, arrays and PIL images go to "
+                "a2fpn.Predictor(model)(...)."
+            )
+        dtype = next(self.parameters()).dtype
+        kind = images[0].device.type if images else "cpu"
+        if dtype in (torch.float16, torch.bfloat16) and not torch.is_autocast_enabled(kind):
+            raise ConfigTypeError(
+                f"The model's weights are {dtype}, in which boxes and norms are too coarse. Keep them in float32 "
+                "(model.float()) and compute in less: with torch.autocast('cuda', torch.bfloat16), or "
+                "a2fpn.optimize_for_inference(model, dtype=torch.bfloat16)."
+            )
+        return images
 
     def features(self, batch: Batch) -> Features:
         """The pyramid of a batch, named as in :attr:`spec`."""
@@ -154,6 +206,18 @@ class Detector(nn.Module, ABC):
             pyramid: What the neck gives.
         """
         return pyramid
+
+    def compile_maps(self, **options: Any) -> None:
+        """Compile what makes maps - backbone, neck and dense head - by torch's compiler, in place.
+
+        Weights and state dict stay as they are. The first step of each kind of batch, and the first evaluation, take
+        minutes; image sizes that change are compiled once more, with sizes left open.
+
+        Args:
+            **options: Of :func:`torch.compile`, e.g. ``mode``.
+        """
+        for part in (self.backbone, self.neck, self.dense_head):
+            part.compile(**options)
 
     @property
     def mask_paste(self) -> PasteRule:

@@ -6,6 +6,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads
 
@@ -13,7 +14,7 @@ from a2fpn.config import KeypointRCNNConfig
 from a2fpn.detectors.detector import Detection, place, register_detector
 from a2fpn.detectors.rcnn import RCNN
 from a2fpn.errors import ConfigError
-from a2fpn.heads.keypoints import Float32KeypointPredictor
+from a2fpn.heads.keypoints import Float32KeypointPredictor, find_keypoints
 
 
 @register_detector("keypointrcnn")
@@ -60,8 +61,8 @@ class KeypointRCNN(RCNN):
 
     def _result(self, raw: Detection, size: tuple[int, int], original: tuple[int, int], paste: bool) -> Detection:
         result = super()._result(raw, size, original, paste)
-        result["keypoints"] = resize_keypoints(result["keypoints"], size, original)
-        result["keypoint_scores"] = result.pop("keypoints_scores")
+        keypoints, result["keypoint_scores"] = find_keypoints(result.pop("heatmaps"), raw["boxes"])
+        result["keypoints"] = resize_keypoints(keypoints, size, original)
         return result
 
 
@@ -69,8 +70,8 @@ def resize_keypoints(keypoints: Tensor, old: tuple[int, int], new: tuple[int, in
     """Scale keypoints ``(N, K, 3)`` x, y, visibility from an image of one size (height, width) to another.
 
     Example:
-        >>> import torch
         >>> resize_keypoints(torch.tensor([[[1.0, 2.0, 2.0]]]), (10, 10), (20, 10))
         tensor([[[1., 4., 2.]]])
     """
-    return keypoints * keypoints.new_tensor([new[1] / old[1], new[0] / old[0], 1.0])
+    x, y, visibility = keypoints.unbind(2)
+    return torch.stack([x * (new[1] / old[1]), y * (new[0] / old[0]), visibility], 2)

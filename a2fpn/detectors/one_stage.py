@@ -5,8 +5,10 @@ Shape shorthand: ``B`` images, ``N`` anchors of all levels, ``K`` classes.
 
 from __future__ import annotations
 
+import functools
 import typing
 from abc import abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -95,25 +97,29 @@ class OneStage(Detector):
         added: Features = self.top(list(source.values())[-1])
         return pyramid | added
 
-    def detect(self, features: Features, batch: Batch, *, rule: PostprocessConfig) -> list[Detection]:
-        """See :meth:`Detector.detect`."""
-        outputs, anchors, counts = self.outputs(features, batch)
-        images = zip(self.scores(outputs), outputs["bbox_regression"], anchors, strict=True)
-        levels = [zip(*(torch.split(x, counts) for x in image), strict=True) for image in images]
-        return [
-            dense_detections(
-                [LevelOutputs(*level) for level in image],
-                self.decode,
-                size,
-                rule=rule,
-                candidates_per_level=self.one_stage.candidates_per_level,
-            )
-            for image, size in zip(levels, batch.sizes, strict=True)
-        ]
+    def objects(self, features: Features, batch: Batch, *, rule: PostprocessConfig) -> Detection:
+        """See :meth:`Detector.objects`."""
+        maps = list(features.values())
+        outputs, counts = self.head(maps), self._counts(maps)
+        scores, deltas = self.scores(outputs), outputs["bbox_regression"]
+        parts = zip(torch.split(scores, counts, 1), torch.split(deltas, counts, 1), strict=True)
+        anchors_of = self.anchor_generator.picker(ImageList(batch.tensor, batch.sizes), maps)
+        levels = [LevelOutputs(*part, functools.partial(anchors_of, level)) for level, part in enumerate(parts)]
+        return dense_detections(
+            levels,
+            self.decode,
+            batch.sizes,
+            rule=rule,
+            candidates_per_level=max(self.one_stage.candidates_per_level, rule.candidates or 0),
+        )
 
     def outputs(self, features: Features, batch: Batch) -> tuple[dict[str, Tensor], list[Tensor], list[int]]:
         """Return the head's outputs, the anchors of each image, ``(N, 4)``, and their number per level."""
         maps = list(features.values())
         anchors: list[Tensor] = self.anchor_generator(ImageList(batch.tensor, batch.sizes), maps)
+        return self.head(maps), anchors, self._counts(maps)
+
+    def _counts(self, maps: Sequence[Tensor]) -> list[int]:
+        """Number of anchors per level."""
         (per_location,) = set(self.anchor_generator.num_anchors_per_location())
-        return self.head(maps), anchors, [x.shape[-2] * x.shape[-1] * per_location for x in maps]
+        return [x.shape[-2] * x.shape[-1] * per_location for x in maps]

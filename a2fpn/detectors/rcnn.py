@@ -80,7 +80,7 @@ class RCNN(Detector):
         return rule
 
     def build_roi_heads(self, pooled: Mapping[str, int]) -> nn.Module:
-        """Build the RoI heads, called like torchvision's ``RoIHeads`` and with ``rule=``.
+        """Build the RoI heads, called like torchvision's ``RoIHeads``; with ``objects`` for whole batches of RoIs.
 
         Args:
             pooled: Name and stride of the levels that RoIs are pooled from.
@@ -156,15 +156,15 @@ class RCNN(Detector):
         _, roi_losses = self.roi_heads(features, proposals, batch.sizes, targets)
         return {**rpn_losses, **roi_losses}
 
-    def detect(self, features: Features, batch: Batch, *, rule: PostprocessConfig) -> list[Detection]:
-        """See :meth:`Detector.detect`."""
-        proposals, _ = self.rpn(ImageList(batch.tensor, batch.sizes), features)
-        detections: list[Detection]
-        detections, _ = self.roi_heads(features, proposals, batch.sizes, rule=rule)
+    def objects(self, features: Features, batch: Batch, *, rule: PostprocessConfig) -> Detection:
+        """See :meth:`Detector.objects`."""
+        rois = self.rpn.rois(ImageList(batch.tensor, batch.sizes), features, candidates=rule.candidates)
+        heads: typing.Any = self.roi_heads
+        found: Detection = heads.objects(features, rois, batch.sizes, rule)
         if self.rcnn.unused_outputs:
-            named = [raw["labels"] <= self.config.num_classes for raw in detections]
-            detections = [{k: x[rows] for k, x in raw.items()} for raw, rows in zip(detections, named, strict=True)]
-        return [{**raw, "labels": raw["labels"] - 1} for raw in detections]
+            named = (found["labels"] <= self.config.num_classes).nonzero()[:, 0]
+            found = {name: x[named] for name, x in found.items()}
+        return {**found, "labels": found["labels"] - 1}
 
     def _inner_target(self, target: dict[str, Tensor], old: tuple[int, int], new: tuple[int, int]) -> dict[str, Tensor]:
         return super()._inner_target({**target, "labels": target["labels"] + 1}, old, new)

@@ -6,7 +6,7 @@ anchor centers drift by up to tens of pixels, and under bf16 autocast its anchor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -86,7 +86,7 @@ class StrideAnchors(AnchorGenerator):  # type: ignore[misc]
         """Anchors of each image, ``(A, 4)`` xyxy float32 in pixels of the batch, level by level."""
         place = feature_maps[0].device
         grids = [tuple(x.shape[-2:]) for x in feature_maps]
-        if not device.runs_ahead(feature_maps[0]):
+        if not device.runs_ahead(feature_maps[0]) or device.is_traced():
             return [self._make(grids, image_list, place)] * len(image_list.image_sizes)
         key = (place, *grids, *(image_list.tensors.shape[-2:] if self.legacy else ()))
         made = self._made.get(key)
@@ -98,12 +98,41 @@ class StrideAnchors(AnchorGenerator):  # type: ignore[misc]
             self._made = {**dict(list(self._made.items())[1 - _KEPT :]), key: made}
         return [made] * len(image_list.image_sizes)
 
-    def _make(self, grids: Sequence[tuple[int, ...]], image_list: ImageList, place: torch.device) -> Tensor:
-        self.set_cell_anchors(torch.float32, place)
-        pairs = [(stride, stride) for stride in self.strides]
+    def picker(self, image_list: ImageList, feature_maps: list[Tensor]) -> Callable[[int, Tensor], Tensor]:
+        """Return a function for the few anchors that are wanted, of whatever image; see :meth:`forward`.
+
+        It takes the index of a level and the indices of anchors of that level, of any shape, and returns these anchors,
+        ``(*shape, 4)``.
+        """
+        if device.runs_ahead(feature_maps[0]) and not device.is_traced():
+            each = self.num_anchors_per_location()
+            counts = [x.shape[-2] * x.shape[-1] * count for x, count in zip(feature_maps, each, strict=True)]
+            levels = self(image_list, feature_maps)[0].split(counts)
+            return lambda level, rows: levels[level][rows]
+
+        def pick(level: int, rows: Tensor) -> Tensor:
+            cell = self.cell_anchors[level].to(rows.device, torch.float32)
+            grid = feature_maps[level].shape[-2:]
+            down, across = self._strides(level, grid, image_list.tensors.shape[-2:])
+            pixel = rows // len(cell)
+            row = pixel // grid[1]
+            x, y = (pixel - row * grid[1]) * across, row * down
+            anchors: Tensor = torch.stack([x, y, x, y], -1) + cell[rows % len(cell)]
+            return anchors
+
+        return pick
+
+    def _strides(self, level: int, grid: Sequence[int], image_size: Sequence[int]) -> tuple[int, int]:
         if self.legacy:
-            height, width = image_list.tensors.shape[-2:]
-            pairs = [(height // rows, width // columns) for rows, columns in grids]
-        strides = [[torch.tensor(side, device=place) for side in pair] for pair in pairs]
-        anchors: Tensor = torch.cat(self.grid_anchors([list(grid) for grid in grids], strides))
-        return anchors
+            return image_size[0] // grid[0], image_size[1] // grid[1]
+        return self.strides[level], self.strides[level]
+
+    def _make(self, grids: Sequence[tuple[int, ...]], image_list: ImageList, place: torch.device) -> Tensor:
+        levels = []
+        for level, ((rows, columns), cell) in enumerate(zip(grids, self.cell_anchors, strict=True)):
+            down, across = self._strides(level, (rows, columns), image_list.tensors.shape[-2:])
+            y = (torch.arange(rows, device=place) * down)[:, None].expand(rows, columns)
+            x = (torch.arange(columns, device=place) * across).expand(rows, columns)
+            shifts = torch.stack([x, y, x, y], 2)[:, :, None]
+            levels.append((shifts + cell.to(place, torch.float32)).flatten(0, 2))
+        return torch.cat(levels)

@@ -37,15 +37,19 @@ class BoxCoder(_utils.BoxCoder):  # type: ignore[misc]
 
     def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
         """Boxes ``(n, 4 K)`` xyxy of K offsets each, ``(n, 4 K)``, from boxes ``(n, 4)``."""
-        boxes = boxes.to(rel_codes.dtype)
-        sides = boxes[:, 2:] - boxes[:, :2]
-        centers = boxes[:, :2] + 0.5 * sides
+        boxes = boxes.to(rel_codes.dtype)[:, None]
+        sides = boxes[..., 2:] - boxes[..., :2]
+        centers = boxes[..., :2] + 0.5 * sides
         codes = rel_codes.unflatten(1, (-1, 4))
         wx, wy, ww, wh = self.weights
-        columns = []
-        for axis, (move, grow) in enumerate(((wx, ww), (wy, wh))):
-            center = codes[..., axis] / move * sides[:, axis, None] + centers[:, axis, None]
-            side = torch.exp((codes[..., 2 + axis] / grow).clamp(max=self.bbox_xform_clip)) * sides[:, axis, None]
-            columns.append((center - 0.5 * side, center + 0.5 * side))
-        (x0, x1), (y0, y1) = columns
-        return torch.stack([x0, y0, x1, y1], 2).flatten(1)
+        moved, grown = _divide(codes[..., :2], wx, wy), _divide(codes[..., 2:], ww, wh)
+        centers = moved * sides + centers
+        half = 0.5 * (torch.exp(grown.clamp(max=self.bbox_xform_clip)) * sides)
+        return torch.cat([centers - half, centers + half], 2).flatten(1)
+
+
+def _divide(x: Tensor, a: float, b: float) -> Tensor:
+    """Quotients of the columns of ``(..., 2)`` by two numbers."""
+    if a == b:
+        return x / a if a != 1 else x
+    return torch.stack([x[..., 0] / a, x[..., 1] / b], -1)

@@ -9,6 +9,7 @@ Shape shorthand: ``R`` RoIs of the batch, ``K`` classes without background, ``M`
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,16 +17,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_inference
+from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.ops import clip_boxes_to_image, remove_small_boxes
 
+from a2fpn.heads.batched import Sizes, clip, split_images
 from a2fpn.heads.loss_normalizer import GlobalLossNormalizer
-from a2fpn.heads.postprocess import PostprocessConfig
-from a2fpn.heads.roi_heads import Samples
+from a2fpn.heads.postprocess import PostprocessConfig, box_detections
+from a2fpn.heads.roi_heads import MASKS_AT_ONCE, Samples, in_parts, masks_of_classes, rois_of
+from a2fpn.heads.roi_pool import join_rois
 from a2fpn.masks.targets import mask_loss
 from a2fpn.pyramid import Features
 
-Sizes = list[tuple[int, int]]
 Targets = list[dict[str, Any]]
 
 
@@ -149,26 +151,36 @@ class CascadeRoIHeads(nn.Module):
     def detect(
         self, features: Features, proposals: list[Tensor], image_sizes: Sizes, rule: PostprocessConfig | None = None
     ) -> list[dict[str, Tensor]]:
-        """Boxes of the last stage, with scores and masks averaged over the stages."""
-        boxes, scores = proposals, []
+        """Per image the boxes of the last stage, with scores and masks averaged over the stages."""
+        return split_images(self.objects(features, join_rois(proposals), image_sizes, rule), len(proposals))
+
+    def objects(
+        self, features: Features, rois: Tensor, sizes: Sizes, rule: PostprocessConfig | None = None
+    ) -> dict[str, Tensor]:
+        """See :meth:`~a2fpn.heads.DetectionRoIHeads.objects`."""
+        outputs = []
+        images = rois[:, 0].long()
         probabilities = self.rules.average == "probabilities"
         for index, stage in enumerate(self.stages):
-            logits, deltas = _box_outputs(stage, features, boxes, image_sizes)
-            scores.append(logits.softmax(-1) if probabilities else logits)
+            logits, deltas = in_parts(functools.partial(_detected, stage, features, sizes), rois)
+            outputs.append(logits.softmax(-1) if probabilities else logits)
+            boxes = stage.box_coder.decode_single(deltas, rois[:, 1:])
             if index + 1 < len(self.stages):
-                boxes = _refine(stage, deltas, boxes, image_sizes)
-        mean = torch.stack(scores).mean(0)
-        if probabilities:
-            # torchvision's post-processing takes logits and one box per class: softmax(log p) = p.
-            mean = mean.log()
-        deltas = deltas.repeat(1, mean.shape[1])
-        found = self.stages[-1].postprocess_detections(mean, deltas, boxes, image_sizes, rule)
-        results = [dict(zip(("boxes", "scores", "labels"), image, strict=True)) for image in zip(*found, strict=True)]
+                rois = torch.cat([rois[:, :1], clip(boxes, images, sizes)], 1)
+        mean = torch.stack(outputs).mean(0)
+        scores = mean if probabilities else mean.softmax(-1)
+        found = box_detections(
+            boxes[:, None].expand(-1, scores.shape[1], -1),
+            scores,
+            images,
+            sizes,
+            rule or self.rule,
+            count=next(iter(features.values())).shape[0],
+        )
         if self.has_mask():
-            masks = self._masks(features, found[0], found[2], image_sizes)
-            for result, mask in zip(results, masks, strict=True):
-                result["masks"] = mask
-        return results
+            masks = functools.partial(self._masks, features)
+            (found["masks"],) = in_parts(masks, rois_of(found), found["labels"], most=MASKS_AT_ONCE)
+        return found
 
     def mask_features(self, index: int, x: Tensor, previous: Tensor | None) -> Tensor:
         """Return the input of a stage's mask predictor, ``(R, C, S, S)``.
@@ -204,17 +216,21 @@ class CascadeRoIHeads(nn.Module):
         normalized: Tensor = self.normalizer(loss, sum(map(len, positives.labels)))
         return normalized
 
-    def _masks(self, features: Features, boxes: list[Tensor], labels: list[Tensor], image_sizes: Sizes) -> list[Tensor]:
-        x = self.stages[0].mask_roi_pool(features, boxes, image_sizes)
+    def _masks(self, features: Features, rois: Tensor, labels: Tensor) -> tuple[Tensor]:
+        x = self.stages[0].mask_roi_pool(features, rois)
         previous, probabilities = None, []
         for index, stage in enumerate(stage for stage in self.stages if stage.has_mask()):
             previous = self.mask_features(index, x, previous)
-            probabilities.append(maskrcnn_inference(stage.mask_predictor(previous), labels))
-        return [torch.stack(stages).mean(0) for stages in zip(*probabilities, strict=True)]
+            probabilities.append(masks_of_classes(stage.mask_predictor(previous), labels))
+        return (torch.stack(probabilities).mean(0),)
+
+
+def _detected(stage: RoIHeads, features: Features, sizes: Sizes, rois: Tensor) -> tuple[Tensor, Tensor]:
+    return _box_outputs(stage, features, rois, sizes)
 
 
 def _box_outputs(
-    stage: RoIHeads, features: Features, boxes: list[Tensor], sizes: Sizes, *, gradient_scale: float = 1.0
+    stage: RoIHeads, features: Features, boxes: list[Tensor] | Tensor, sizes: Sizes, *, gradient_scale: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Class logits ``(R, K + 1)`` and deltas ``(R, 4)``."""
     pooled: Tensor = stage.box_roi_pool(features, boxes, sizes)

@@ -16,12 +16,11 @@ from torch.nn import functional as F
 from torchvision.models.detection._utils import BoxLinearCoder
 from torchvision.models.detection.fcos import FCOSClassificationHead, FCOSHead, FCOSRegressionHead
 from torchvision.models.detection.retinanet import RetinaNetHead
-from torchvision.ops import clip_boxes_to_image, remove_small_boxes
 
+from a2fpn.heads.batched import Sizes, clip, first_of_each
 from a2fpn.heads.loss_normalizer import GlobalLossNormalizer
-from a2fpn.heads.postprocess import PostprocessConfig, suppress
+from a2fpn.heads.postprocess import PostprocessConfig, is_large, suppress_each
 
-_SMALLEST = 1e-2  # pixels, as in the R-CNN heads
 _GROUPS = 32
 """Groups of the heads' group norm, where the channels allow it."""
 
@@ -117,54 +116,52 @@ def _float32(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class LevelOutputs(NamedTuple):
-    """Outputs of the head for one image on one level of ``n`` anchors.
+    """Outputs of the head on one level of ``n`` anchors.
 
     Args:
-        scores: ``(n, K)`` in [0, 1].
-        deltas: ``(n, 4)``.
-        anchors: ``(n, 4)`` xyxy.
+        scores: ``(B, n, K)`` in [0, 1].
+        deltas: ``(B, n, 4)``.
+        anchors: Function that gives the anchors ``(N, 4)`` xyxy of indices ``(N,)``.
     """
 
     scores: Tensor
     deltas: Tensor
-    anchors: Tensor
+    anchors: Callable[[Tensor], Tensor]
 
 
 def dense_detections(
     levels: Sequence[LevelOutputs],
     decode: Callable[[Tensor, Tensor], Tensor],
-    size: tuple[int, int],
+    sizes: Sizes,
     *,
     rule: PostprocessConfig,
     candidates_per_level: int,
 ) -> dict[str, Tensor]:
-    """Detections of an image from a one-stage head.
+    """Detections of a batch from a one-stage head, image by image, best first.
 
     torchvision's rule, but that what lies beyond the image (on padding) is dropped, not clipped to a line.
 
     Args:
         levels: The head's outputs.
-        decode: ``(deltas, anchors) -> boxes``, all ``(n, 4)``.
-        size: Height and width of the image without padding, pixels; boxes are clipped to it.
+        decode: ``(deltas, anchors) -> boxes``, all ``(N, 4)``.
+        sizes: Height and width of the images without padding, pixels; boxes are clipped to it.
         rule: What makes a detection of a candidate.
-        candidates_per_level: Most candidates of a level.
+        candidates_per_level: Most candidates of a level and image.
 
     Returns:
-        ``boxes`` (n, 4) xyxy, ``scores`` (n,) descending and ``labels`` (n,) from 0.
+        ``boxes`` (N, 4) xyxy, ``scores`` (N,), ``labels`` (N,) from 0 and ``images`` (N,).
     """
-    boxes, scores, labels = [], [], []
+    parts = []
+    batch, _, classes = levels[0].scores.shape
     for level in levels:
-        classes = level.scores.shape[1]
-        flat = level.scores.flatten()
-        kept = torch.where(flat > rule.score_threshold)[0]
-        best, order = flat[kept].topk(min(candidates_per_level, len(kept)))
-        kept = kept[order]
-        anchors = kept // classes
-        boxes.append(clip_boxes_to_image(decode(level.deltas[anchors], level.anchors[anchors]), size))
-        scores.append(best)
-        labels.append(kept % classes)
-    all_boxes, all_scores, all_labels = torch.cat(boxes), torch.cat(scores), torch.cat(labels)
-    kept = remove_small_boxes(all_boxes, min_size=_SMALLEST)
-    all_boxes, all_scores, all_labels = all_boxes[kept], all_scores[kept], all_labels[kept]
-    kept, best = suppress(all_boxes, all_scores, all_labels, rule)
-    return {"boxes": all_boxes[kept], "scores": best, "labels": all_labels[kept]}
+        image, anchor, label = (level.scores > rule.score_threshold).nonzero().unbind(1)
+        scores = level.scores[image, anchor, label]
+        order = scores.argsort(descending=True)
+        order = order[first_of_each(image[order], batch, candidates_per_level)]
+        image, anchor, label = image[order], anchor[order], label[order]
+        boxes = clip(decode(level.deltas[image, anchor], level.anchors(anchor)), image, sizes)
+        parts.append({"boxes": boxes, "scores": scores[order], "labels": label, "images": image})
+    found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    large = is_large(found["boxes"]).nonzero()[:, 0]
+    candidates = {name: x[large] for name, x in found.items()}
+    return suppress_each(candidates, rule, classes=classes, count=batch, sizes=sizes)

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.ops import Conv2dNormActivation
 
-from a2fpn.heads.cascade import CascadeRoIHeads, CascadeRules, Sizes, Targets
+from a2fpn.heads.batched import Sizes
+from a2fpn.heads.cascade import CascadeRoIHeads, CascadeRules, Targets
 from a2fpn.heads.postprocess import PostprocessConfig
 from a2fpn.heads.roi_pool import StrideRoIAlign
 from a2fpn.layers import LevelModules
@@ -84,7 +85,7 @@ class SemanticRoIPool(nn.Module):
         # torchvision's heads read the output size.
         self.output_size = pyramid.output_size
 
-    def forward(self, features: Features, boxes: Sequence[Tensor], sizes: Sizes | None = None) -> Tensor:
+    def forward(self, features: Features, boxes: Sequence[Tensor] | Tensor, sizes: Sizes | None = None) -> Tensor:
         """Pool boxes into ``(R, C, S, S)``; see :meth:`a2fpn.heads.StrideRoIAlign.forward`."""
         context = F.adaptive_avg_pool2d(self.semantic(features, boxes), self.output_size)
         pooled: Tensor = self.pyramid(features, boxes) + context
@@ -137,14 +138,21 @@ class HTCRoIHeads(CascadeRoIHeads):
         rule: PostprocessConfig | None = None,
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
         """See :meth:`CascadeRoIHeads.forward`; with a semantic branch there is also ``loss_semantic``."""
-        if self.semantic is None:
+        if self.semantic is None or targets is None:
             return super().forward(features, proposals, image_sizes, targets, rule=rule)
         embedding, logits = self.semantic(features)
         levels = {**features, SEMANTIC: embedding}
-        detections, losses = super().forward(levels, proposals, image_sizes, targets, rule=rule)
-        if targets is not None:
-            losses["loss_semantic"] = self.semantic_loss_weight * self._semantic_loss(logits, targets, image_sizes)
-        return detections, losses
+        _, losses = super().forward(levels, proposals, image_sizes, targets, rule=rule)
+        losses["loss_semantic"] = self.semantic_loss_weight * self._semantic_loss(logits, targets, image_sizes)
+        return [], losses
+
+    def objects(
+        self, features: Features, rois: Tensor, sizes: Sizes, rule: PostprocessConfig | None = None
+    ) -> dict[str, Tensor]:
+        """See :meth:`CascadeRoIHeads.objects`."""
+        if self.semantic is not None:
+            features = {**features, SEMANTIC: self.semantic(features)[0]}
+        return super().objects(features, rois, sizes, rule)
 
     def mask_features(self, index: int, x: Tensor, previous: Tensor | None) -> Tensor:
         """Add what flows in from the stage before; see :meth:`CascadeRoIHeads.mask_features`."""

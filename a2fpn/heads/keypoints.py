@@ -1,15 +1,33 @@
-"""torchvision's keypoint predictor with float32 outputs."""
+"""torchvision's keypoint predictor with float32 outputs, and keypoints from its heatmaps.
+
+Shape shorthand: ``R`` RoIs, ``K`` keypoints of each, ``S`` side of a heatmap.
+"""
 
 from __future__ import annotations
 
 from torch import Tensor
 from torchvision.models.detection.keypoint_rcnn import KeypointRCNNPredictor
+from torchvision.models.detection.roi_heads import keypointrcnn_inference
 
 
 class Float32KeypointPredictor(KeypointRCNNPredictor):  # type: ignore[misc]
     """Keypoint predictor with float32 outputs under autocast: keypoints are positions of heatmap maxima."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Heatmaps ``(R, P, 4 S, 4 S)`` of ``P`` keypoints from features ``(R, C, S, S)``, float32."""
+        """Heatmaps ``(R, K, S, S)`` from features ``(R, C, S / 4, S / 4)``, float32."""
         logits: Tensor = super().forward(x).float()
         return logits
+
+
+def find_keypoints(heatmaps: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """Keypoints from heatmaps inside boxes: the maximum of each, resized to its box.
+
+    Args:
+        heatmaps: ``(R, K, S, S)`` logits.
+        boxes: ``(R, 4)`` xyxy, pixels of the network's input.
+
+    Returns:
+        ``(R, K, 3)``: x, y and 1, and the heights of the maxima, ``(R, K)``.
+    """
+    (points,), (heights,) = keypointrcnn_inference(heatmaps, [boxes])
+    return points, heights

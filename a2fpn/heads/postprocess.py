@@ -11,10 +11,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image, remove_small_boxes
+from torchvision.ops import batched_nms, box_iou
 
 from a2fpn import device
 from a2fpn.errors import ConfigError
+from a2fpn.heads.batched import Sizes, clip, first_of_each, largest, nms_of_each
 
 SoftNms = Literal["linear", "gaussian"]
 SOFT_NMS: tuple[str, ...] = typing.get_args(SoftNms)
@@ -32,6 +33,8 @@ class PostprocessConfig:
         detections_per_image: Most detections of an image, at least 1.
         soft_nms: Lowers the scores of candidates that overlap instead of removing them; None removes.
         soft_nms_sigma: Width of the gaussian, above 0.
+        candidates: Most candidates on the way to detections, at least 1: proposals of a level and of an image, boxes of
+            a level of a one-stage head. The model's own limits stay where they are higher; None leaves them.
 
     Raises:
         ValueError: For a value out of its range.
@@ -48,6 +51,7 @@ class PostprocessConfig:
     detections_per_image: int = 100
     soft_nms: SoftNms | None = None
     soft_nms_sigma: float = 0.5
+    candidates: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("score_threshold", "nms_threshold"):
@@ -56,6 +60,8 @@ class PostprocessConfig:
                 raise ConfigError(f"{name} must be between 0 and 1, got {getattr(self, name)}.")
         if self.detections_per_image < 1:
             raise ConfigError(f"detections_per_image must be at least 1, got {self.detections_per_image}.")
+        if self.candidates is not None and self.candidates < 1:
+            raise ConfigError(f"candidates must be at least 1 or None, got {self.candidates}.")
         if self.soft_nms is not None and self.soft_nms not in SOFT_NMS:
             raise ConfigError(f"soft_nms must be one of {', '.join(SOFT_NMS)} or None, got {self.soft_nms!r}.")
         if not self.soft_nms_sigma > 0:
@@ -142,24 +148,73 @@ def soft_nms(
     return torch.tensor(kept, dtype=torch.int64, device=device), scores.new_tensor(lowered)
 
 
+def suppress_each(
+    found: dict[str, Tensor], rule: PostprocessConfig, *, classes: int, count: int, sizes: Sizes
+) -> dict[str, Tensor]:
+    """The detections among the candidates of a batch, image by image, best first.
+
+    Args:
+        found: ``boxes`` (N, 4) xyxy, ``scores`` (N,) above the rule's threshold, ``labels`` (N,) in
+            ``0..classes - 1`` and ``images`` (N,), the index of the image of each.
+        rule: What makes a detection.
+        classes: Number of classes.
+        count: Number of images.
+        sizes: Height and width of the images.
+    """
+    images = found["images"]
+    if rule.soft_nms is None:
+        boxes, scores, labels = found["boxes"], found["scores"], found["labels"]
+        kept = nms_of_each(boxes, scores, labels, images, rule.nms_threshold, classes=classes, size=largest(sizes))
+        kept = kept[first_of_each(images[kept], count, rule.detections_per_image)]
+        return {name: x[kept] for name, x in found.items()}
+    parts = []
+    for image in range(count):
+        rows = torch.where(images == image)[0]
+        own = {name: x[rows] for name, x in found.items()}
+        kept, scores = suppress(own["boxes"], own["scores"], own["labels"], rule)
+        parts.append({name: x[kept] for name, x in own.items()} | {"scores": scores})
+    return {name: torch.cat([part[name] for part in parts]) for name in found}
+
+
+def is_large(boxes: Tensor) -> Tensor:
+    """Tell which of the boxes ``(N, 4)`` have sides that count, ``(N,)`` bool; others lie beyond the image."""
+    return ((boxes[:, 2:] - boxes[:, :2]) >= _SMALLEST).all(1)
+
+
 def box_detections(
-    boxes: Tensor, scores: Tensor, size: tuple[int, int], rule: PostprocessConfig
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of ``(P, K + 1, 4)`` boxes and ``(P, K + 1)`` scores, the background first."""
-    scores = scores[:, 1:].flatten()
-    labels = torch.arange(1, boxes.shape[1], device=boxes.device).repeat(len(boxes))
-    if device.runs_ahead(scores):
+    boxes: Tensor, scores: Tensor, images: Tensor, sizes: Sizes, rule: PostprocessConfig, *, count: int
+) -> dict[str, Tensor]:
+    """Detections of a batch, image by image, best first; labels are from 1.
+
+    Args:
+        boxes: ``(R, K + 1, 4)`` of each RoI and class, the background first.
+        scores: ``(R, K + 1)``.
+        images: ``(R,)`` index of the image of each RoI.
+        sizes: Height and width of the images.
+        rule: What makes a detection.
+        count: Number of images.
+
+    Returns:
+        ``boxes`` (N, 4), ``scores`` (N,), ``labels`` (N,) and ``images`` (N,).
+    """
+    classes = scores.shape[1] - 1
+    flat, every = scores[:, 1:].flatten(), boxes[:, 1:].flatten(0, 1)
+    if device.runs_ahead(scores) and not device.is_traced():
         # One wait for the device instead of two.
-        found = clip_boxes_to_image(boxes[:, 1:].reshape(-1, 4), size)
-        large = ((found[:, 2:] - found[:, :2]) >= _SMALLEST).all(1)
-        rows = torch.where((scores > rule.score_threshold) & large)[0]
-        found, scores, labels = found[rows], scores[rows], labels[rows]
+        clipped = clip(every, images.repeat_interleave(classes), sizes)
+        rows = torch.where((flat > rule.score_threshold) & is_large(clipped))[0]
+        found = clipped[rows]
     else:
         # The threshold first of all, since few are left: what comes later is then done for them alone.
-        rows = torch.where(scores > rule.score_threshold)[0]
-        found = clip_boxes_to_image(boxes[:, 1:].reshape(-1, 4)[rows], size)
-        scores, labels = scores[rows], labels[rows]
-        large = remove_small_boxes(found, min_size=_SMALLEST)
-        found, scores, labels = found[large], scores[large], labels[large]
-    kept, scores = suppress(found, scores, labels, rule)
-    return found[kept], scores, labels[kept]
+        rows = (flat > rule.score_threshold).nonzero()[:, 0]
+        found = clip(every[rows], images[rows // classes], sizes)
+        large = is_large(found).nonzero()[:, 0]
+        rows, found = rows[large], found[large]
+    candidates = {
+        "boxes": found,
+        "scores": flat[rows],
+        "labels": rows % classes,
+        "images": images[rows // classes],
+    }
+    kept = suppress_each(candidates, rule, classes=classes, count=count, sizes=sizes)
+    return kept | {"labels": kept["labels"] + 1}

@@ -1,14 +1,16 @@
 """torchvision's region proposals, with matching in little memory and losses that can be shared among processes.
 
-On a GPU the images of a batch are treated together, in shapes that no value decides: a detector's step is as long as
-the host takes to start its kernels, and every question the host asks the device stops both.
+In evaluation boxes are decoded after the best of each level are chosen. On a GPU the images of a batch are treated
+together, in shapes that no value decides: a detector's step is as long as the host takes to start its kernels, and
+every question the host asks the device stops both.
 
 Shape shorthand: ``B`` images, ``A`` anchors of an image, ``n`` candidates of an image.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,12 +22,16 @@ from torchvision.ops import nms
 
 from a2fpn import device
 from a2fpn.errors import ConfigError
+from a2fpn.heads.batched import clip, first_of_each, nms_of_each, split_images
 from a2fpn.heads.box_coder import BoxCoder
 from a2fpn.heads.loss_normalizer import GlobalLossNormalizer
 from a2fpn.heads.matching import BACKGROUND, BoxPairs, ChunkedMatcher
+from a2fpn.heads.roi_pool import join_rois
 from a2fpn.heads.sampling import draw
 from a2fpn.pyramid import Features
 
+LIKELY = 0.01
+"""Objectness of proposals that are worth a look where a limit is raised."""
 _BETA = 1 / 9  # where torchvision's box loss turns from L2 to L1
 
 
@@ -59,10 +65,69 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
         Returns:
             Per image boxes ``(P, 4)`` xyxy, best first; the losses, none in evaluation.
         """
-        if not device.runs_ahead(images.tensors):
+        if device.runs_ahead(images.tensors):
+            return self.forward_at_once(images, features, targets)
+        if self.training:
             found: tuple[list[Tensor], dict[str, Tensor]] = super().forward(images, features, targets)
             return found
-        return self.forward_at_once(images, features, targets)
+        rois = self.rois(images, features)
+        table = {"boxes": rois[:, 1:], "images": rois[:, 0].long()}
+        return [own["boxes"] for own in split_images(table, len(images.image_sizes))], {}
+
+    def rois(self, images: ImageList, features: Features, *, candidates: int | None = None) -> Tensor:
+        """Proposals of all images in evaluation, ``(R, 5)``: index of the image and box, image by image, best first.
+
+        Args:
+            images: The batch; its sizes may be one pair for all images.
+            features: The pyramid.
+            candidates: Raises the limits of a level and of an image to this. Beyond the own ones are only proposals of
+                an objectness of :data:`LIKELY`, so that their number grows with the objects and not with the limit.
+        """
+        if candidates is None and device.runs_ahead(images.tensors) and not device.is_traced():
+            return join_rois(self.forward_at_once(images, features)[0])
+        maps = list(features.values())
+        objectness, deltas = self.head(maps)
+        return self._in_one_table(objectness, deltas, self.anchor_generator.picker(images, maps), images, candidates)
+
+    def _in_one_table(
+        self,
+        objectness: Sequence[Tensor],
+        deltas: Sequence[Tensor],
+        anchors_of: Callable[[int, Tensor], Tensor],
+        images: ImageList,
+        candidates: int | None,
+    ) -> Tensor:
+        columns, numbers = [], []
+        pre, post = self.pre_nms_top_n(), self.post_nms_top_n()
+        batch, size = objectness[0].shape[0], images.tensors.shape[-2:]
+        for level, (logits, offsets) in enumerate(zip(objectness, deltas, strict=True)):
+            flat = logits.permute(0, 2, 3, 1).reshape(batch, -1)
+            number = device.new_size(torch.sym_min(max(pre, candidates or 0), flat.shape[1]), most=flat.shape[1])
+            best, rows = flat.topk(number, 1)
+            codes = offsets.permute(0, 2, 3, 1).reshape(batch, -1, 4)
+            codes = codes.gather(1, rows[..., None].expand(-1, -1, 4))
+            if candidates is not None:
+                best[:, pre:].masked_fill_(best[:, pre:].sigmoid() < LIKELY, -math.inf)
+            columns.append([best, codes, anchors_of(level, rows)])
+            numbers.append(rows.new_full((number,), level))
+        scores, codes, anchors = (torch.cat(column, 1) for column in zip(*columns, strict=True))
+        levels = torch.cat(numbers)
+        owner = torch.arange(batch, device=levels.device)[:, None].expand(batch, levels.shape[0]).reshape(-1)
+        scores = scores.reshape(-1).sigmoid()
+        boxes = self.box_coder.decode_single(codes.view(-1, 4), anchors.view(-1, 4))
+        boxes = clip(boxes, owner, images.image_sizes)
+        large = ((boxes[:, 2:] - boxes[:, :2]) >= self.min_size).all(1)
+        possible = large & (scores >= self.score_thresh)
+        rows = (possible if candidates is None else possible & (scores > 0)).nonzero()[:, 0]
+        boxes, owner, scores = boxes[rows], owner[rows], scores[rows]
+        levels = levels.expand(batch, -1).reshape(-1)[rows]
+        kept = nms_of_each(boxes, scores, levels, owner, self.nms_thresh, classes=len(columns), size=(size[0], size[1]))
+        if candidates is not None:
+            likely = scores[kept] >= LIKELY
+            likely[first_of_each(owner[kept], batch, post)] = True
+            kept, post = kept[likely], max(post, candidates)
+        kept = kept[first_of_each(owner[kept], batch, post)]
+        return torch.cat([owner[kept, None].to(boxes.dtype), boxes[kept]], 1)
 
     def forward_at_once(
         self, images: ImageList, features: Features, targets: list[dict[str, Any]] | None = None
@@ -89,13 +154,11 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
         sizes: Sequence[tuple[int, int]],
         counts: Sequence[int],
     ) -> list[Tensor]:
-        rows, levels, first = [], [], 0
-        for level, count in enumerate(counts):
-            best = objectness[:, first : first + count].topk(min(self.pre_nms_top_n(), count), 1)[1]
-            rows.append(best + first)
-            levels.append(anchors.new_full((best.shape[1],), level))
+        widths, columns, first = [min(self.pre_nms_top_n(), count) for count in counts], [], 0
+        for width, count in zip(widths, counts, strict=True):
+            columns.append(objectness[:, first : first + count].topk(width, 1)[1] + first)
             first += count
-        index = torch.cat(rows, 1)
+        index = torch.cat(columns, 1)
         scores = objectness.gather(1, index).sigmoid()
         chosen = deltas.gather(1, index[..., None].expand(-1, -1, 4))
         boxes = self.box_coder.decode_single(chosen.flatten(0, 1), anchors[index.flatten()]).view(*index.shape, 4)
@@ -104,10 +167,25 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
         sides = boxes[..., 2:] - boxes[..., :2]
         valid = (sides >= self.min_size).all(2) & (scores >= self.score_thresh)
         boxes, scores = boxes * valid[..., None], torch.where(valid, scores, -1.0)
+        if device.has_triton(boxes):
+            kept = valid & self._suppress(boxes, widths)
+            best_scores, best = torch.where(kept, scores, -1.0).topk(min(self.post_nms_top_n(), scores.shape[1]), 1)
+            boxes, found = boxes.gather(1, best[..., None].expand(-1, -1, 4)), (best_scores >= 0).sum(1).tolist()
+            return [b[:number] for b, number in zip(boxes, found, strict=True)]
+        levels = [boxes.new_full((width,), level) for level, width in enumerate(widths)]
         apart = boxes + torch.cat(levels)[:, None] * (max(map(max, sizes)) + 1.0)
-        kept = [nms(b, s, self.nms_thresh)[: self.post_nms_top_n()] for b, s in zip(apart, scores, strict=True)]
-        found = torch.stack([v[k].sum() for v, k in zip(valid, kept, strict=True)]).tolist()
-        return [b[k[:number]] for b, k, number in zip(boxes, kept, found, strict=True)]
+        rows = [nms(b, s, self.nms_thresh)[: self.post_nms_top_n()] for b, s in zip(apart, scores, strict=True)]
+        found = torch.stack([v[k].sum() for v, k in zip(valid, rows, strict=True)]).tolist()
+        return [b[k[:number]] for b, k, number in zip(boxes, rows, found, strict=True)]
+
+    def _suppress(self, boxes: Tensor, widths: Sequence[int]) -> Tensor:
+        """Non-maximum suppression of boxes ``(B, n, 4)`` within each image and level; ``(B, n)``, True where kept."""
+        from a2fpn.heads.nms_triton import nms_of_groups
+
+        most = max(widths)
+        levels = [F.pad(level, (0, 0, 0, most - level.shape[1])) for level in boxes.split(list(widths), 1)]
+        kept = nms_of_groups(torch.stack(levels, 1).flatten(0, 1), self.nms_thresh).view(len(boxes), len(widths), most)
+        return torch.cat([kept[:, level, :width] for level, width in enumerate(widths)], 1)
 
     def _losses(
         self, objectness: Tensor, deltas: Tensor, anchors: Tensor, objects: Sequence[Tensor]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,20 +11,23 @@ from torch.nn import functional as F
 from torchvision.models.detection.roi_heads import (
     RoIHeads,
     fastrcnn_loss,
-    keypointrcnn_inference,
     keypointrcnn_loss,
     keypoints_to_heatmap,
-    maskrcnn_inference,
 )
 
 from a2fpn import device
+from a2fpn.heads.batched import Sizes, split_images
 from a2fpn.heads.box_coder import BoxCoder
 from a2fpn.heads.loss_normalizer import GlobalLossNormalizer
 from a2fpn.heads.matching import IGNORED, BoxPairs, ChunkedMatcher
 from a2fpn.heads.postprocess import PostprocessConfig, box_detections
+from a2fpn.heads.roi_pool import join_rois
 from a2fpn.heads.sampling import draw_rows
 from a2fpn.masks.targets import mask_loss
 from a2fpn.pyramid import Features
+
+BOXES_AT_ONCE, MASKS_AT_ONCE = 4096, 1024
+"""RoIs whose pooled features are held at once: 200 MB with 256 channels."""
 
 
 class Samples(NamedTuple):
@@ -196,53 +199,75 @@ class DetectionRoIHeads(RoIHeads):  # type: ignore[misc]
             image_shapes: Per image height and width without padding.
             rule: As in :meth:`forward`.
         """
-        logits, deltas = self.box_predictor(self.box_head(self.box_roi_pool(features, proposals, image_shapes)))
-        boxes, scores, labels = self.postprocess_detections(logits, deltas, proposals, image_shapes, rule)
-        columns = {"boxes": boxes, "scores": scores, "labels": labels}
-        if self.has_mask():
-            columns["masks"] = self.mask_probabilities(
-                self.mask_head(self.mask_roi_pool(features, boxes, image_shapes)), labels
-            )
-        if self.has_keypoint():
-            pooled = self.keypoint_head(self.keypoint_roi_pool(features, boxes, image_shapes))
-            points, heights = keypointrcnn_inference(self.keypoint_predictor(pooled), boxes)
-            columns |= {"keypoints": points, "keypoints_scores": heights}
-        return [dict(zip(columns, image, strict=True)) for image in zip(*columns.values(), strict=True)]
+        return split_images(self.objects(features, join_rois(proposals), image_shapes, rule), len(proposals))
 
-    def mask_probabilities(self, x: Tensor, labels: list[Tensor]) -> list[Tensor]:
-        """Per image the masks ``(n, 1, M, M)`` of the given classes ``(n,)``, from what the mask head gives."""
-        probabilities: list[Tensor] = list(maskrcnn_inference(self.mask_predictor(x), labels))
-        return probabilities
-
-    def postprocess_detections(
-        self,
-        class_logits: Tensor,
-        box_regression: Tensor,
-        proposals: list[Tensor],
-        image_shapes: list[tuple[int, int]],
-        rule: PostprocessConfig | None = None,
-    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Per image boxes ``(n, 4)``, scores ``(n,)`` descending and labels ``(n,)`` from 1.
+    def objects(
+        self, features: Features, rois: Tensor, sizes: Sizes, rule: PostprocessConfig | None = None
+    ) -> dict[str, Tensor]:
+        """Detections of a batch, image by image, best first.
 
         Args:
-            class_logits: ``(R, K + 1)``, background first.
-            box_regression: ``(R, 4 (K + 1))``.
-            proposals: Per image ``(P, 4)`` xyxy.
-            image_shapes: Per image height and width without padding.
+            features: The pyramid.
+            rois: ``(R, 5)``: index of the image and box.
+            sizes: Height and width of the images without padding, one pair where all have the same.
             rule: As in :meth:`forward`.
+
+        Returns:
+            ``boxes`` (N, 4), ``scores`` (N,), ``labels`` (N,) from 1, ``images`` (N,), and what the mask or keypoint
+            head gives.
         """
-        counts = [len(boxes) for boxes in proposals]
-        boxes = self.box_coder.decode(box_regression, proposals)
-        scores = class_logits.softmax(-1)
-        rule = rule or self.rule
-        results = [
-            box_detections(image_boxes, image_scores, size, rule)
-            for image_boxes, image_scores, size in zip(
-                torch.split(boxes, counts), torch.split(scores, counts), image_shapes, strict=True
-            )
-        ]
-        found, best, labels = (list(column) for column in zip(*results, strict=True))
-        return found, best, labels
+        logits, deltas = in_parts(
+            lambda part: self.box_predictor(self.box_head(self.box_roi_pool(features, part, sizes))), rois
+        )
+        boxes = self.box_coder.decode_single(deltas, rois[:, 1:]).unflatten(1, (-1, 4))
+        count = next(iter(features.values())).shape[0]
+        found = box_detections(boxes, logits.softmax(-1), rois[:, 0].long(), sizes, rule or self.rule, count=count)
+        if self.has_mask():
+
+            def masks(part: Tensor, labels: Tensor) -> tuple[Tensor]:
+                return (self.mask_probabilities(self.mask_head(self.mask_roi_pool(features, part, sizes)), labels),)
+
+            (found["masks"],) = in_parts(masks, rois_of(found), found["labels"], most=MASKS_AT_ONCE)
+        if self.has_keypoint():
+
+            def heatmaps(part: Tensor) -> tuple[Tensor]:
+                return (self.keypoint_predictor(self.keypoint_head(self.keypoint_roi_pool(features, part, sizes))),)
+
+            (found["heatmaps"],) = in_parts(heatmaps, rois_of(found), most=MASKS_AT_ONCE)
+        return found
+
+    def mask_probabilities(self, x: Tensor, labels: Tensor) -> Tensor:
+        """Masks ``(N, 1, M, M)`` of the given classes ``(N,)``, from what the mask head gives."""
+        return masks_of_classes(self.mask_predictor(x), labels)
+
+
+def in_parts(
+    compute: Callable[..., tuple[Tensor, ...]], rois: Tensor, *columns: Tensor, most: int = BOXES_AT_ONCE
+) -> tuple[Tensor, ...]:
+    """Compute outputs of many RoIs part by part, so that memory grows with the outputs and not with pooled features.
+
+    Args:
+        compute: Gives ``(R, ...)`` tensors of the RoIs and the columns of a part.
+        rois: ``(R, 5)``.
+        *columns: ``(R, ...)`` what else it takes.
+        most: RoIs of a part.
+    """
+    if device.is_traced() or len(rois) <= most:
+        return compute(rois, *columns)
+    parts = [compute(*part) for part in zip(*(x.split(most) for x in (rois, *columns)), strict=True)]
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
+def rois_of(found: Mapping[str, Tensor]) -> Tensor:
+    """RoIs ``(N, 5)`` of a batch's detections."""
+    boxes = found["boxes"]
+    return torch.cat([found["images"][:, None].to(boxes.dtype), boxes], 1)
+
+
+def masks_of_classes(logits: Tensor, labels: Tensor) -> Tensor:
+    """Probabilities ``(N, 1, M, M)`` of the given classes ``(N,)``, from logits ``(N, K + 1, M, M)``."""
+    rows = torch.arange(labels.shape[0], device=labels.device) * logits.shape[1] + labels
+    return logits.flatten(0, 1).index_select(0, rows).sigmoid()[:, None]
 
 
 def _box_losses(logits: Tensor, deltas: Tensor, samples: Samples) -> tuple[Tensor, Tensor]:

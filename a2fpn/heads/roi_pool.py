@@ -48,7 +48,7 @@ def roi_align(x: Tensor, rois: Tensor, *, output_size: int, stride: int, samplin
         2.5
     """
     scale = 1.0 / stride
-    if x.device.type != "cpu" and not torch.are_deterministic_algorithms_enabled():
+    if device.is_traced() or (x.device.type != "cpu" and not torch.are_deterministic_algorithms_enabled()):
         pooled: Tensor = torchvision.ops.roi_align(x, rois.to(x.dtype), output_size, scale, sampling_ratio, aligned)
         return pooled
     if sampling_ratio:
@@ -157,21 +157,23 @@ class StrideRoIAlign(nn.Module):
         self.canonical_level = canonical_level
 
     def forward(
-        self, features: Features, boxes: Sequence[Tensor], image_shapes: Sequence[tuple[int, int]] | None = None
+        self,
+        features: Features,
+        boxes: Sequence[Tensor] | Tensor,
+        image_shapes: Sequence[tuple[int, int]] | None = None,
     ) -> Tensor:
         """Pool boxes.
 
         Args:
             features: Maps; levels without a declared stride here are ignored.
-            boxes: Per image ``(R_i, 4)`` xyxy in input pixels.
+            boxes: Per image ``(R_i, 4)`` xyxy in input pixels, or RoIs of the whole batch, see :func:`join_rois`.
             image_shapes: Unused; part of torchvision's signature, which guesses scales from it.
 
         Returns:
-            ``(sum R_i, C, S, S)``, images in order.
+            ``(R, C, S, S)``, images in order.
         """
         maps = [features[name] for name in self.strides]
-        index = torch.cat([b.new_full((len(b), 1), i) for i, b in enumerate(boxes)])
-        rois = torch.cat([index, torch.cat(list(boxes))], 1)
+        rois = boxes if isinstance(boxes, Tensor) else join_rois(boxes)
         chosen = self._rows(self.assign_levels(rois[:, 1:]))
         pooled = [
             roi_align(
@@ -184,24 +186,41 @@ class StrideRoIAlign(nn.Module):
             )
             for x, stride, rows in zip(maps, self.strides.values(), chosen, strict=True)
         ]
+        if device.is_traced():
+            # How many boxes a level has is no number that a tracer knows; how many there are, it does.
+            rows = torch.cat(chosen)
+            places = rows.new_zeros(rois.shape[0]).scatter(0, rows, torch.ones_like(rows).cumsum(0) - 1)
+            return torch.cat(pooled)[places]
         return _in_order(pooled, chosen)
 
     def _rows(self, levels: Tensor) -> list[Tensor]:
         """The rows of each level, ascending."""
         count = len(self.strides)
-        if not device.runs_ahead(levels):
-            return [torch.where(levels == level)[0] for level in range(count)]
+        if not device.runs_ahead(levels) or device.is_traced():
+            return [(levels == level).nonzero()[:, 0] for level in range(count)]
         # A device is waited for once instead of once per level.
         sizes = (levels[:, None] == torch.arange(count, device=levels.device)).sum(0)
         return list(levels.argsort(stable=True).split(sizes.tolist()))
 
     def assign_levels(self, boxes: Tensor) -> Tensor:
         """Index into the levels for each box ``(R, 4)``, ``(R,)`` int64."""
-        area = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).float()
+        area = (boxes[:, 2:] - boxes[:, :2]).prod(1).float()
         # The small constant keeps exact powers of two on their level, as in torchvision and detectron2.
         level = torch.floor(self.canonical_level + torch.log2(area.sqrt() / self.canonical_scale) + 1e-6)
         finest = next(iter(self.strides.values())).bit_length() - 1
         return (level - finest).clamp(0, len(self.strides) - 1).long()
+
+
+def join_rois(boxes: Sequence[Tensor]) -> Tensor:
+    """RoIs of a batch, ``(R, 5)``: the index of an image and a box, from the boxes ``(R_i, 4)`` of each image.
+
+    Example:
+        >>> join_rois([torch.zeros(1, 4), torch.ones(1, 4)])
+        tensor([[0., 0., 0., 0., 0.],
+                [1., 1., 1., 1., 1.]])
+    """
+    index = torch.cat([b.new_full((len(b), 1), i) for i, b in enumerate(boxes)])
+    return torch.cat([index, torch.cat(list(boxes))], 1)
 
 
 def _in_order(parts: list[Tensor], places: list[Tensor]) -> Tensor:

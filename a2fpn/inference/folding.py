@@ -9,13 +9,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from timm.layers import BatchNormAct2d, Conv2dSame, FrozenBatchNormAct2d
+from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torchvision.ops import FrozenBatchNorm2d
 
+from a2fpn.backbones.same_padding import SamePaddedConv
 from a2fpn.detectors import Detector
 from a2fpn.inference.fused import ActivatedConv, ResidualBlock, is_fusible, is_plain
 from a2fpn.pyramid import Features
@@ -109,7 +110,7 @@ def fold_norms(detector: Detector) -> None:
                 stack.callback(module.register_forward_hook(recording.leave).remove)
         with recording:
             detector(sample, resize=False, paste_masks=False)
-    for conv in [module for module in detector.modules() if type(module) in (nn.Conv2d, Conv2dSame)]:
+    for conv in [module for module in detector.modules() if type(module) in (nn.Conv2d, SamePaddedConv)]:
         _fold_one(detector, typing.cast(nn.Conv2d, conv), recording, hooked)
     for stage in [module for module in detector.modules() if type(module) is nn.Sequential]:
         for place, block in enumerate(stage):

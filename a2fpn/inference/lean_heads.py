@@ -67,9 +67,9 @@ class Float32Predictor(nn.Module):
 class _MaskRoIHeads(DetectionRoIHeads):
     """RoI heads that predict masks of the classes found instead of all classes."""
 
-    def mask_probabilities(self, x: Tensor, labels: list[Tensor]) -> list[Tensor]:
+    def mask_probabilities(self, x: Tensor, labels: Tensor) -> Tensor:
         """See :meth:`DetectionRoIHeads.mask_probabilities`."""
-        return list(torch.split(_masks(self.mask_predictor, x, torch.cat(labels)), [len(own) for own in labels]))
+        return _masks(self.mask_predictor, x, labels)
 
 
 def _masks(predictor: MaskRCNNPredictor, x: Tensor, labels: Tensor) -> Tensor:

@@ -1,16 +1,22 @@
-"""Options of prediction."""
+"""Options of a prediction, by name and in signatures."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, TypeVar
 
+from a2fpn._registry import did_you_mean
+from a2fpn._words import PREDICTION
 from a2fpn.data.slides import SlideOptions
-from a2fpn.errors import ConfigError
+from a2fpn.errors import ConfigError, ConfigTypeError
 from a2fpn.heads.postprocess import PostprocessConfig, SoftNms
 from a2fpn.inference.tiling import tile_windows
 from a2fpn.inference.tta import Augmentation
 
+CANDIDATES = 16
+"""Candidates for each object that may be found: proposals of one object are many."""
 _LARGEST_SCALE = 64.0
 
 
@@ -19,8 +25,9 @@ class PredictOptions:
     """Options of prediction; None leaves a limit to the model's own configuration.
 
     Args:
-        score_threshold: Objects that score less are dropped, between 0 and 1. Below the model's own threshold (0.05
-            unless configured) there are more objects than it gives by itself.
+        score_threshold: Objects that score less are dropped, between 0 and 1. None takes 0.5, or what the model was
+            configured with where that is 0 or more than 0.05; and for :meth:`Predictor.predict`, which is for
+            evaluation, always the model's own. Below that there are more objects than the model gives by itself.
         nms_threshold: IoU above which an object removes a worse one of its class, between 0 and 1.
         max_objects: Most objects of an image, or of a tile. The limits on the way follow: proposals of a level and of
             the image, candidates of one-stage detectors.
@@ -85,6 +92,7 @@ class PredictOptions:
         return {
             **{name: value for name, value in limits.items() if value is not None},
             "soft_nms": self.soft_nms or None,
+            "candidates": None if self.max_objects is None else self.max_objects * CANDIDATES,
         }
 
     @property
@@ -92,8 +100,49 @@ class PredictOptions:
         """Views of test-time augmentation, if there are more than one."""
         return (Augmentation() if self.tta else None) if isinstance(self.tta, bool) else self.tta
 
-    def reading(self, *, in_channels: int = 3, max_pixels: int | None = None) -> SlideOptions:
-        """Choices of reading a file for a model with so many channels."""
-        return SlideOptions(
-            channels=self.channels, in_channels=in_channels, intensity=self.intensity, max_pixels=max_pixels
-        )
+    def reading(self, **choices: Any) -> SlideOptions:
+        """Choices of reading a file, with those of the predictor."""
+        return SlideOptions(channels=self.channels, intensity=self.intensity, **choices)
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> PredictOptions:
+        """Options by name.
+
+        Raises:
+            TypeError: For an unknown one, with the one that was meant.
+        """
+        _check_names(given)
+        return cls(**given)
+
+    def but(self, changes: Mapping[str, Any]) -> PredictOptions:
+        """Options with some of them changed.
+
+        Raises:
+            TypeError: For an unknown one, with the one that was meant.
+        """
+        _check_names(changes)
+        return replace(self, **changes)
+
+
+def _check_names(given: Mapping[str, Any]) -> None:
+    known = [field.name for field in fields(PredictOptions)]
+    for name in given:
+        if name not in known:
+            raise ConfigTypeError(
+                f"A Predictor got an unexpected keyword argument {name!r}. {did_you_mean(name, known, PREDICTION)}"
+            )
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def with_options(function: _Function) -> _Function:
+    """Show the options in a function's signature in the place of ``**options``: for Tab and ``help()``."""
+    plain = inspect.signature(function)
+    own = [p for p in plain.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    options = [
+        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+        for field in fields(PredictOptions)
+    ]
+    function.__signature__ = plain.replace(parameters=own + options)  # type: ignore[attr-defined]
+    return function

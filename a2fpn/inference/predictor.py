@@ -5,7 +5,10 @@ Shape shorthand: N objects of K keypoints, an image of H x W pixels, C = 3 chann
 
 from __future__ import annotations
 
+import logging
 import os
+import typing
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -13,17 +16,17 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
-from a2fpn.config import MAX_PIXELS
-from a2fpn.data.images import SUFFIXES, to_rgb
+from a2fpn.config import MAX_PIXELS, SCORE_THRESHOLD, HeadsConfig
 from a2fpn.data.slides import Slide, WholeSlide, Window, open_slide
 from a2fpn.errors import ConfigError, ConfigTypeError, ImageError
 from a2fpn.inference.eval_view import EvalViews
-from a2fpn.inference.options import PredictOptions
+from a2fpn.inference.exported import ExportedDetector, Runtime, is_exported
+from a2fpn.inference.inputs import ImageInMemory, to_tensor
+from a2fpn.inference.options import PredictOptions, with_options
 from a2fpn.inference.result import Result, to_array
+from a2fpn.inference.sources import ImagePath, check_source, is_pattern, list_images
 from a2fpn.inference.tiled import MemorySlide, detect_tiles
 from a2fpn.inference.tiling import TileDetections, merge_tiles, tile_windows
 from a2fpn.inference.tta import detect_augmented, detect_resized
@@ -34,8 +37,8 @@ if TYPE_CHECKING:
     from a2fpn.inference.optimize import OptimizedDetector
 
 
-ImageInMemory = Image.Image | NDArray[np.uint8] | Tensor
-ImagePath = str | os.PathLike[str]
+_CANDIDATES = 4  # for an object; where there are fewer, some objects have none
+_logger = logging.getLogger(__name__)
 _MOST_PIXELS = 2**32 - 1  # of an image in tiles: pycocotools counts runs of a mask in 32 bits
 
 
@@ -48,10 +51,12 @@ class Predictor:
 
     Args:
         model: A detector of :func:`a2fpn.create_model`, :func:`a2fpn.from_pretrained` or
-            :func:`a2fpn.optimize_for_inference`.
-        device: Where to run, for example ``"cuda"``; None leaves the model where it is.
+            :func:`a2fpn.optimize_for_inference`; or a file of :func:`a2fpn.export_model`, whose thresholds are fixed.
+        device: Where to run, for example ``"cuda"``; None leaves the model where it is. Files run on the CPU.
+        runtime: What runs a file: ``"onnxruntime"``, ``"openvino"`` or ``"torch"``; None goes by the file.
         max_pixels: Most pixels of an image file that is decoded whole; None sets no limit. TIFF and large PNG files
             that are predicted in tiles are not.
+        gray_bits: Bits that gray values of image files use, see :func:`a2fpn.data.read_image`.
         channels_last: Whether to lay out the model's weights for convolutions on NHWC memory, which is faster on
             CPUs and on tensor cores, with the same results up to rounding.
         **options: Fields of :class:`PredictOptions`, for every call that doesn't say otherwise: ``score_threshold``,
@@ -70,24 +75,39 @@ class Predictor:
         ((64, 96), True)
     """
 
+    @with_options
     def __init__(
         self,
-        model: Detector | OptimizedDetector,
+        model: Detector | OptimizedDetector | ExportedDetector | ImagePath,
         *,
         device: torch.device | str | None = None,
+        runtime: Runtime | None = None,
         channels_last: bool = True,
         max_pixels: int | None = MAX_PIXELS,
+        gray_bits: int = 16,
         **options: Any,
     ) -> None:
-        if not hasattr(model, "config") or not hasattr(model, "preprocess"):
+        if is_exported(model):
+            model = ExportedDetector(typing.cast(ImagePath, model), runtime=runtime)
+        elif runtime is not None:
+            raise ConfigError(f"runtime={runtime!r} is for files of a2fpn.export_model, got {type(model).__name__}.")
+        if not isinstance(model, torch.nn.Module) or not hasattr(model, "config"):
+            named = isinstance(model, (str, os.PathLike))
+            kind = type(model).__name__
+            got = f"{kind} {str(model)!r}; load it: a2fpn.from_pretrained({str(model)!r})" if named else kind
             raise ConfigTypeError(
-                f"Predictor expects a detector of a2fpn.create_model(...) or a2fpn.from_pretrained(...), "
-                f"got {type(model).__name__}."
+                f"Predictor expects a detector of a2fpn.create_model(...) or a2fpn.from_pretrained(...), or an .onnx "
+                f"or .pt2 file of a2fpn.export_model(...), got {got}."
             )
+        if isinstance(model, ExportedDetector) and device is not None and torch.device(device).type != "cpu":
+            raise ConfigError(f"{model.path.name} is run on the CPU, got device={str(device)!r}; load the checkpoint.")
         if max_pixels is not None and max_pixels < 1:
             raise ConfigError(f"max_pixels must be at least 1 or None, got {max_pixels}.")
-        self.options = PredictOptions(**options)
+        self.options = PredictOptions.of(options)
+        if not 9 <= gray_bits <= 16:
+            raise ConfigError(f"gray_bits must be between 9 and 16, got {gray_bits}.")
         self.max_pixels = max_pixels
+        self.gray_bits = gray_bits
         self._views = EvalViews()
         self.model = model.to(device)
         if channels_last:
@@ -101,34 +121,43 @@ class Predictor:
     @overload
     def __call__(self, images: Sequence[ImageInMemory | ImagePath], **options: Any) -> list[Result]: ...
 
+    @with_options
     def __call__(
         self, images: ImageInMemory | ImagePath | Sequence[ImageInMemory | ImagePath], **options: Any
     ) -> Result | list[Result]:
         """Detect objects, one image after the other.
 
+        Objects that score less than 0.5 are left out unless ``score_threshold`` says otherwise, here or when the
+        predictor was made.
+
         Args:
-            images: An image, a folder (its images in order of their names, without sub-folders) or a sequence of
-                images. An image is a path, a PIL image (taken as it is; EXIF orientation is applied to files), a
-                uint8 array (H, W, 3) in RGB order or (H, W) in gray (OpenCV reads BGR: pass
-                ``image[..., ::-1]``), or a tensor (3, H, W), uint8 or float in [0, 1].
+            images: An image, a folder (its images in order of their names, without sub-folders), a pattern such as
+                ``photos/*.jpg``, or a sequence of images. An image is a path, a PIL image (taken as it is; EXIF
+                orientation is applied to files), a uint8 array (H, W, 3) in RGB order or (H, W) in gray (OpenCV reads
+                BGR: pass ``image[..., ::-1]``), or a tensor (3, H, W), uint8 or float in [0, 1].
             **options: Fields of :class:`PredictOptions` for this call, e.g. ``tile=1024``.
 
         Returns:
-            A result for one image, a list of results for a folder or a sequence.
+            A result for one image, a list of results for a folder, a pattern or a sequence.
 
         Raises:
             ValueError: If a file is no readable image, a folder holds none, or an array has another shape or type.
             TypeError: If something else is given.
             OSError: If there is no such file.
         """
-        if isinstance(images, (str, os.PathLike)) and Path(images).is_dir():
-            return [self._predict_one(path, options) for path in list_images(images)]
+        if isinstance(images, (str, os.PathLike)):
+            check_source(images)
+            if Path(images).is_dir() or is_pattern(images):
+                return [self._predict_one(path, options) for path in list_images(images)]
         if isinstance(images, Sequence) and not isinstance(images, str):
             return [self._predict_one(image, options) for image in images]
         return self._predict_one(images, options)
 
+    @with_options
     def predict(self, images: Sequence[Tensor], **options: Any) -> list[Result]:
         """Detect objects in a batch of tensors: the call for evaluation and training.
+
+        Without a ``score_threshold`` the model's own holds: average precision takes objects of all scores.
 
         Args:
             images: (3, H, W) tensors of any sizes, float32 in [0, 1] or uint8 in [0, 255].
@@ -140,7 +169,7 @@ class Predictor:
         Raises:
             ValueError: For an option out of its range, or one that a detector of keypoints has no answer to.
         """
-        chosen = replace(self.options, **options)
+        chosen = self.options.but(options)
         if chosen.tile is not None:
             return [self._tiled(MemorySlide(image), chosen) for image in images]
         outputs = self._detect(images, chosen)
@@ -161,20 +190,28 @@ class Predictor:
         Yields:
             The number of a tile, counted along rows from 0, and what was found in it.
         """
-        chosen = replace(self.options, **options)
+        chosen = self.options.but(options)
         windows = dict(enumerate(self.windows(slide, **options)))
+        limited: Counter[str] = Counter()
+
+        def encode(output: Mapping[str, Tensor], size: tuple[int, int]) -> TileDetections:
+            limited.update(self._limits(output, chosen))
+            return _as_tile(self._result(output, size, chosen))
+
         yield from detect_tiles(
             lambda images: self._detect(images, chosen, slide),
-            lambda output, size: _as_tile(self._result(output, size, chosen)),
+            encode,
             slide,
             {number: window for number, window in windows.items() if number not in skip},
             batch=chosen.batch,
             workers=chosen.workers,
         )
+        for limit, number in limited.items():
+            _logger.warning("%s: in %s of %s tiles %s", slide.name, number, len(windows), limit)
 
     def windows(self, slide: Slide, **options: Any) -> list[Window]:
         """Tiles of a slide in the order of their numbers: :meth:`tiles` gives a detection of each."""
-        chosen = replace(self.options, **options)
+        chosen = self.options.but(options)
         return tile_windows(slide.size, chosen.tile or max(*slide.size, 16), chosen.overlap)
 
     def join(self, slide: Slide, tiles: Sequence[TileDetections]) -> Result:
@@ -197,9 +234,9 @@ class Predictor:
             ValueError: If the file is no readable image, has other channels than the model, or is too large: without
                 tiles for the limit of pixels, in tiles for run lengths of 32 bits.
         """
-        chosen = replace(self.options, **options)
+        chosen = self.options.but(options)
         channels = self.model.config.backbone.in_chans
-        reading = chosen.reading(in_channels=channels, max_pixels=self.max_pixels)
+        reading = chosen.reading(in_channels=channels, max_pixels=self.max_pixels, gray_bits=self.gray_bits)
         if chosen.tile is None and channels == 3 and chosen.channels is None and chosen.intensity is None:
             return WholeSlide(Path(path), reading)
         slide = open_slide(Path(path), reading)
@@ -221,7 +258,7 @@ class Predictor:
             below = float(np.nextafter(np.float32(changes["score_threshold"]), np.float32(-1)))
             changes["score_threshold"] = max(0.0, below)
         rule = replace(self.model.rule, **changes)
-        device = next(self.model.parameters()).device
+        device = next((x.device for x in self.model.parameters()), torch.device("cpu"))
         images = [image.to(device) for image in images]
         scale = _scale(options, slide)
         with self._views.lend(self.model) as model, torch.inference_mode():
@@ -252,19 +289,40 @@ class Predictor:
         windows = self.windows(slide, **chosen)
         if len(windows) == 1:
             # As it is, with keypoints.
-            image = slide.read(windows[0])
-            result = self._result(self._detect([image], options, slide)[0], slide.size, options)
+            (output,) = self._detect([slide.read(windows[0])], options, slide)
+            for limit in self._limits(output, options):
+                _logger.warning("%s: %s", slide.name, limit)
+            result = self._result(output, slide.size, options)
             return replace(result, microns_per_pixel=slide.microns_per_pixel)
-        return self.join(slide, [tile for _, tile in self.tiles(slide, **chosen)])
+        joined = self.join(slide, [tile for _, tile in self.tiles(slide, **chosen)])
+        return replace(joined, score_threshold=options.score_threshold)
 
-    def _predict_one(self, image: ImageInMemory | ImagePath, options: Mapping[str, Any]) -> Result:
-        chosen = replace(self.options, **options)
-        if isinstance(image, (str, os.PathLike)):
-            with self.open(image, **options) as slide:
-                return replace(self._tiled(slide, chosen), path=os.fspath(image))
-        tensor = _to_tensor(image)
-        (result,) = self.predict([tensor], **options)
-        return replace(result, image=to_array(tensor))
+    def _predict_one(self, image: ImageInMemory | ImagePath, given: Mapping[str, Any]) -> Result:
+        options = dict(given)
+        if options.get("score_threshold", self.options.score_threshold) is None:
+            options["score_threshold"] = _shown_threshold(self.model.rule.score_threshold)
+        chosen = self.options.but(options)
+        if not isinstance(image, (str, os.PathLike)):
+            tensor = to_tensor(image)
+            return replace(self._tiled(MemorySlide(tensor), chosen), image=to_array(tensor))
+        with self.open(image, **options) as slide:
+            result = replace(self._tiled(slide, chosen), path=os.fspath(image))
+            # Read again with other bits it would be another picture.
+            again = self.gray_bits != 16 and chosen.tile is None
+            return replace(result, image=to_array(slide.read((0, 0, *slide.size[::-1])))) if again else result
+
+    def _limits(self, output: Mapping[str, Tensor], options: PredictOptions) -> Iterator[str]:
+        """Yield what kept an image from having more objects."""
+        count, heads = len(output["scores"]), self.model.config.heads
+        most = options.max_objects or self.model.rule.detections_per_image
+        own = getattr(heads, "rpn_post_nms_top_n_test", 0) or getattr(heads, "candidates_per_level", 0)
+        if count >= most:
+            yield f"there are {most} objects or more, of which no more are kept; raise max_objects (--max-objects)."
+        elif options.max_objects is None and count * _CANDIDATES >= own:
+            yield (
+                f"{count} objects were found among the {own} candidates that the model looks at; there may be more; "
+                "give max_objects (--max-objects), which raises all limits."
+            )
 
     def _result(self, output: Mapping[str, Tensor], size: tuple[int, int], options: PredictOptions) -> Result:
         boxes, masks = output["boxes"], output.get("masks")
@@ -282,6 +340,14 @@ class Predictor:
             **points,
         )
         return result if options.score_threshold is None else result.above(options.score_threshold)
+
+
+def _shown_threshold(configured: float) -> float | None:
+    """Threshold of what people are shown; None for the configured one.
+
+    Models are configured to keep nearly everything for average precision, with 0.05 or less; another value is a choice.
+    """
+    return SCORE_THRESHOLD if 0 < configured <= HeadsConfig.score_threshold else None
 
 
 def _as_tile(result: Result) -> TileDetections:
@@ -307,39 +373,3 @@ def _scaled(size: tuple[int, int], scale: float) -> tuple[int, int]:
 def _size(image: Tensor) -> tuple[int, int]:
     """Height and width."""
     return int(image.shape[-2]), int(image.shape[-1])
-
-
-def list_images(folder: ImagePath) -> list[Path]:
-    """Return the image files of a folder in order of their names, without those of sub-folders.
-
-    Raises:
-        ValueError: If there are none.
-        OSError: If there is no such folder.
-    """
-    paths = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in SUFFIXES and not path.is_dir())
-    if not paths:
-        raise ConfigError(
-            f"No image lies in the folder {os.fspath(folder)} itself; expected names that end in "
-            f"{', '.join(SUFFIXES)} (sub-folders are not searched)."
-        )
-    return paths
-
-
-def _to_tensor(image: ImageInMemory) -> Tensor:
-    """(3, H, W) tensor of an image, uint8 or float in [0, 1]."""
-    if isinstance(image, Image.Image):
-        image = np.asarray(to_rgb(image))
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)) or not image.size:
-            raise ConfigError(
-                f"Expected an image as a uint8 array (H, W, 3) in RGB order or (H, W) in gray, got {image.dtype} of "
-                f"shape {image.shape}. Convert it, or pass a PIL image or the path of the file."
-            )
-        rgb = image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2)
-        return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
-    if isinstance(image, Tensor):
-        return image
-    raise ConfigTypeError(
-        f"Expected an image as a path, PIL image, uint8 array or tensor, or a folder or list of images, "
-        f"got {type(image).__name__}."
-    )

@@ -5,10 +5,11 @@ Shape shorthand: N objects of K keypoints, an image of H x W pixels.
 
 from __future__ import annotations
 
+import io
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import torch
@@ -16,10 +17,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from a2fpn.config import Category
+from a2fpn._registry import did_you_mean
+from a2fpn._words import RESULT
+from a2fpn.config import SCORE_THRESHOLD, Category
 from a2fpn.data.images import read_image
 from a2fpn.data.slides import Thumbnail, open_slide
-from a2fpn.errors import ConfigError
+from a2fpn.errors import A2FPNError, ConfigError, ConfigTypeError
 from a2fpn.masks.rle import Rle, decode_rle, decode_windows, encode_window
 
 if TYPE_CHECKING:
@@ -28,9 +31,46 @@ if TYPE_CHECKING:
 _DRAWN = 2**26  # pixels of the largest image that is drawn on as it is
 
 
+_NOTEBOOK_SIDE = 1600  # pixels of a picture in a notebook
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class FoundObject:
+    """One object of a :class:`Result`.
+
+    Args:
+        box: (4,) float32, x0 y0 x1 y1 in pixels of the image.
+        score: In [0, 1].
+        label: Index into the categories of the result.
+        name: Of its class.
+        size: Height and width of the image.
+        rle: COCO run-length encoding; None if the model gives no masks.
+        keypoints: (K, 3) float32, x and y in pixels of the image and 1 for visible; None if the model gives none.
+    """
+
+    box: NDArray[np.float32]
+    score: float
+    label: int
+    name: str
+    size: tuple[int, int]
+    rle: Rle | None = None
+    keypoints: NDArray[np.float32] | None = None
+
+    def __repr__(self) -> str:
+        return f"<{self.name} {self.score:.2f} at {[round(side) for side in self.box.tolist()]}>"
+
+    @property
+    def mask(self) -> NDArray[np.bool_] | None:
+        """(H, W) bool, decoded anew at each access; None if the model gives no masks."""
+        return None if self.rle is None else decode_rle((self.rle,), size=self.size)[0]
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Result:
     """The objects found in one image, best first.
+
+    ``result[0]`` is the best object, and a loop goes over all. ``result[:5]``, ``result["cat"]`` and
+    ``result[result.scores > 0.9]`` are results with some of the objects. A notebook shows the picture.
 
     Masks are run-length encoded: four hundred objects of a large image take kilobytes.
 
@@ -46,6 +86,7 @@ class Result:
         keypoints: (N, K, 3) float32, x and y in pixels of the image and 1 for visible; None if the model gives none.
         keypoint_scores: (N, K) float32, the height of each keypoint's heatmap, a logit: above 0 the model is sure.
         keypoint_names: K names, or empty if the model doesn't know them.
+        score_threshold: Score from which objects were kept; None if none was chosen.
         microns_per_pixel: As the image file says; None where it doesn't.
         thumbnail: Of a slide, see :meth:`a2fpn.data.slides.Slide.thumbnail`; what :meth:`plot` draws on if it is there.
 
@@ -59,6 +100,8 @@ class Result:
         ... )
         >>> result
         <Result: 1 object in 10 x 8 pixels: 1 cat>
+        >>> result[0], [found.name for found in result], len(result["cat"])
+        (<cat 0.75 at [2, 2, 6, 5]>, ['cat'], 1)
         >>> result.to_coco(image_id=3)
         [{'image_id': 3, 'category_id': 7, 'bbox': [2.0, 2.0, 4.0, 3.0], 'score': 0.75}]
     """
@@ -74,11 +117,65 @@ class Result:
     keypoints: NDArray[np.float32] | None = None
     keypoint_scores: NDArray[np.float32] | None = None
     keypoint_names: tuple[str, ...] = ()
+    score_threshold: float | None = None
     microns_per_pixel: float | None = None
     thumbnail: Thumbnail | None = None
 
     def __len__(self) -> int:
         return len(self.scores)
+
+    @overload
+    def __getitem__(self, index: int) -> FoundObject: ...
+    @overload
+    def __getitem__(self, index: slice | str | Sequence[int] | NDArray[Any] | Tensor) -> Result: ...
+
+    def __getitem__(self, index: int | slice | str | Sequence[int] | NDArray[Any] | Tensor) -> FoundObject | Result:
+        if isinstance(index, str):
+            known = [category.name for category in self.categories]
+            if index not in known:
+                raise ConfigError(f"The model knows no class {index!r}. {did_you_mean(index, known)}")
+            return self._kept(np.flatnonzero(np.asarray(self.names) == index))
+        chosen = index.cpu().numpy() if isinstance(index, Tensor) else index
+        if not isinstance(chosen, slice):
+            chosen = np.asarray(chosen, dtype=None if np.size(chosen) else np.int64)
+            if chosen.dtype.kind not in "biu" or chosen.ndim > 1:
+                raise ConfigTypeError(
+                    f"Objects are chosen by a number, a slice, a class, a list of numbers or a mask, got {index!r}."
+                )
+        kept = np.arange(len(self))[chosen]
+        return self._object(int(kept)) if np.ndim(kept) == 0 else self._kept(kept)
+
+    def __iter__(self) -> Iterator[FoundObject]:
+        return (self._object(index) for index in range(len(self)))
+
+    def _object(self, index: int) -> FoundObject:
+        return FoundObject(
+            box=self.boxes[index],
+            score=float(self.scores[index]),
+            label=int(self.labels[index]),
+            name=self.names[index],
+            size=self.size,
+            rle=None if self.rles is None else self.rles[index],
+            keypoints=None if self.keypoints is None else self.keypoints[index],
+        )
+
+    if not TYPE_CHECKING:  # a type checker would take any name for known
+
+        def __getattr__(self, name: str) -> Any:
+            known = [*(field.name for field in fields(self)), *(n for n in vars(Result) if not n.startswith("_"))]
+            advice = "" if name.startswith("_") else f" {did_you_mean(name, known, RESULT)}"
+            raise AttributeError(f"A Result has no attribute {name!r}.{advice}")
+
+    def _repr_png_(self) -> bytes | None:
+        """Give a notebook the picture, or nothing where there is no image to draw on."""
+        try:
+            picture = self.plot()
+        except (A2FPNError, OSError):
+            return None
+        picture.thumbnail((_NOTEBOOK_SIDE, _NOTEBOOK_SIDE))
+        content = io.BytesIO()
+        picture.save(content, "PNG")
+        return content.getvalue()
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{count} {name}" for name, count in self.counts.items())
@@ -106,7 +203,10 @@ class Result:
         Args:
             score_threshold: Between 0, which keeps all, and 1.
         """
-        kept = np.flatnonzero(self.scores >= score_threshold)
+        kept = self._kept(np.flatnonzero(self.scores >= score_threshold))
+        return replace(kept, score_threshold=score_threshold)
+
+    def _kept(self, kept: NDArray[np.intp]) -> Result:
         return replace(
             self,
             boxes=self.boxes[kept],
@@ -251,7 +351,7 @@ class Result:
         self,
         image: NDArray[np.uint8] | None = None,
         *,
-        score_threshold: float = 0.5,
+        score_threshold: float | None = None,
         boxes: bool | None = None,
         labels: bool | None = None,
         legend: bool = True,
@@ -262,7 +362,8 @@ class Result:
 
         Args:
             image: (H, W, 3) uint8 RGB; None takes the image of the result, or reads its path.
-            score_threshold: Objects that score less are left out; 0 draws all.
+            score_threshold: Objects that score less are left out. None draws all objects of a result that was made
+                with a threshold, and else those from 0.5 on.
             boxes: Whether to draw boxes; None leaves them out where there are masks and more than 40 objects.
             labels: Whether to write class and score beside objects that have room for it; None does so for up
                 to 40 objects.
@@ -276,6 +377,8 @@ class Result:
         """
         from a2fpn.inference.draw import draw
 
+        if score_threshold is None:
+            score_threshold = SCORE_THRESHOLD if self.score_threshold is None else self.score_threshold
         shown = self.above(score_threshold)
         if image is None and self.image is None:
             small = self.thumbnail or self._small()

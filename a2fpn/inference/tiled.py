@@ -23,6 +23,8 @@ class MemorySlide(Slide):
     """A tensor (C, H, W), read like a file."""
 
     def __init__(self, pixels: Tensor) -> None:
+        if pixels.ndim < 2:
+            raise ConfigError(f"Expected an image (C, H, W) with H, W >= 1, got {tuple(pixels.shape)}.")
         self.name = "an image in memory"
         self._pixels = pixels
         self.size = (int(pixels.shape[-2]), int(pixels.shape[-1]))

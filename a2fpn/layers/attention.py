@@ -25,6 +25,12 @@ ATTENTION_KINDS: tuple[str, ...] = typing.get_args(AttentionKind)
 # The smallest norm that is divided by: far below any activation, and its inverse is still finite in float16.
 _EPS = 1e-4
 
+_KEYS_PER_QUERY = 4
+"""From so many on, a GPU gets products of matrices instead of a fused kernel."""
+
+_MANY_QUERIES, _MOST_PARTS = 1024, 16
+"""From so many queries on, a GPU gets them in up to so many parts."""
+
 
 def attend(
     query: Tensor,
@@ -40,8 +46,10 @@ def attend(
     * ``"scaled_dot"``: :math:`softmax(q k^T / \sqrt{d_k}) v` (Eq. 1)
     * ``"scaled_cosine"``: :math:`softmax(\sqrt{d_k} \cdot norm(q) norm(k)^T) v` (Eq. 6), norm = L2
 
-    A fused kernel serves all three, so the ``n x m`` map is not stored where the backend can avoid it. The L2
-    norms are taken in float32 (float64 for float64 inputs) and have a finite gradient at a zero vector.
+    A fused kernel serves all three, so the ``n x m`` map is not stored where the backend can avoid it. On a GPU a
+    few queries over many keys are two products of matrices instead: fused kernels share out the queries alone, and
+    would leave most of the GPU idle. The L2 norms are taken in float32 (float64 for float64 inputs) and have a finite
+    gradient at a zero vector.
 
     Args:
         query: ``(B, n, d_k)``.
@@ -61,15 +69,40 @@ def attend(
         >>> attend(q, k, v, kind="scaled_cosine").squeeze()  # softmax of sqrt(2) * identity
         tensor([0.8044, 0.1956])
     """
+    if query.device.type != "cpu" and _KEYS_PER_QUERY * query.shape[1] <= key.shape[1]:
+        return _attend_by_products(query, key, value, kind, valid)
     query, key, scale = _scaled(query, key, kind)
+    parts = 1
+    if query.device.type != "cpu" and query.shape[1] >= _MANY_QUERIES:
+        # The backward pass shares out the keys alone: parts of the queries are treated as heads.
+        parts = next(part for part in range(_MOST_PARTS, 0, -1) if query.shape[1] % part == 0)
     attended = F.scaled_dot_product_attention(
-        query.to(value.dtype)[:, None],
-        key.to(value.dtype)[:, None],
-        value[:, None],
+        query.to(value.dtype).unflatten(1, (parts, -1)),
+        key.to(value.dtype)[:, None].expand(-1, parts, -1, -1),
+        value[:, None].expand(-1, parts, -1, -1),
         attn_mask=None if valid is None else valid[:, None, None],
         scale=scale,
     )
-    return attended[:, 0]
+    return attended.flatten(1, 2)
+
+
+def _attend_by_products(query: Tensor, key: Tensor, value: Tensor, kind: AttentionKind, valid: Tensor | None) -> Tensor:
+    """Attend with the map of weights stored: its logits in float32, the keys as they are.
+
+    The norm of a key divides a column of the logits, which is smaller than the keys.
+    """
+    with autocast_off(query):
+        wide = torch.promote_types(query.dtype, torch.float32)
+        factor: float | Tensor
+        if kind == "scaled_cosine":
+            norm = torch.linalg.vector_norm(key, dim=-1, dtype=torch.promote_types(key.dtype, torch.float32))
+            query, factor = _l2_normalize(query), math.sqrt(query.shape[-1]) / norm.clamp(min=_EPS)[:, None]
+        else:
+            query, key, factor = _scaled(query, key, kind)
+        logits = (query.to(wide) @ key.to(wide).transpose(1, 2)) * factor
+        if valid is not None:
+            logits = logits.masked_fill(~valid[:, None], -torch.inf)
+        return logits.softmax(-1).to(value.dtype) @ value
 
 
 def attention_map(query: Tensor, key: Tensor, *, kind: AttentionKind = "scaled_cosine") -> Tensor:
@@ -108,7 +141,8 @@ def _l2_normalize(x: Tensor) -> Tensor:
     with autocast_off(x):
         x = x if x.dtype == torch.float64 else x.float()
         if torch.compiler.is_compiling():
-            return F.normalize(x, dim=-1, eps=_EPS)
+            traced: Tensor = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=_EPS)
+            return traced
         unit: Tensor = _L2Normalize.apply(x)
         return unit
 

@@ -22,7 +22,8 @@ def maybe_checkpoint(module: nn.Module, step: Callable[..., Tensor], *inputs: ob
     Returns:
         What the step returns.
     """
-    if not (module.training and torch.is_grad_enabled()):
+    # A compiler decides itself what to compute again.
+    if not (module.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
         return step(*inputs)
     result: Tensor = checkpoint(step, *inputs, use_reentrant=False, preserve_rng_state=False)
     return result

@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from a2fpn.device import runs_ahead
 from a2fpn.errors import ConfigError
 from a2fpn.layers.attention import ATTENTION_KINDS, AttentionKind, attend
 from a2fpn.layers.checkpointing import maybe_checkpoint
@@ -30,9 +31,6 @@ Distribution = Literal["all", "own"]
 DISTRIBUTIONS: tuple[str, ...] = typing.get_args(Distribution)
 ContextInit = Literal["zero", "gate", "small"]
 CONTEXT_INITS: tuple[str, ...] = typing.get_args(ContextInit)
-
-_BAND_BYTES = 2**24
-"""Of a query, outside training: half the size from which glibc's allocator takes fresh pages for each block."""
 
 _SMALL = 0.1
 """Factor on the default initialization of a last map that starts small."""
@@ -175,8 +173,12 @@ class MGC(nn.Module):
         batch, _, height, width = x.shape
         if residual is None:
             residual = _zeros_channels_last(values, height, width)
-        # Band by band: a query or an answer of the finest level is not kept, and hardly leaves the cache.
-        rows = max(1, _BAND_BYTES // (batch * width * residual.shape[1] * residual.element_size()))
+        # Band by band on a CPU: a query or an answer of the finest level is not kept, and hardly leaves the cache.
+        rows = (
+            height
+            if runs_ahead(x)
+            else max(1, _BAND_BYTES // (batch * width * residual.shape[1] * residual.element_size()))
+        )
         for start in range(0, height, rows):
             band = slice(start, start + rows)
             residual[:, :, band] += self._attend(level, x[:, :, band], nodes, values)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from a2fpn.layers.checkpointing import maybe_checkpoint
 from a2fpn.layers.choices import check_choice
 from a2fpn.layers.reassemble import reassemble
-from a2fpn.layers.resample import fit_doubled
+from a2fpn.layers.resample import average, fit_doubled
 
 Pooling = Literal["mean", "attention"]
 POOLINGS: tuple[str, ...] = typing.get_args(Pooling)
@@ -237,7 +237,7 @@ class GACARAFE(nn.Module):
         size = (fine.shape[-2], fine.shape[-1])
         if self.kernels.doubled:
             # Compression is linear, so averaging first gives the same map for a quarter of the work.
-            averaged = F.adaptive_avg_pool2d(fine, (coarse.shape[-2], coarse.shape[-1]))
+            averaged = average(fine, (coarse.shape[-2], coarse.shape[-1]))
             context = self.compress_coarse(coarse) + self.compress_fine(averaged)
             return fit_doubled(self.kernels(context), size)
         context = F.interpolate(self.compress_coarse(coarse), size=size, mode="nearest")
@@ -283,7 +283,7 @@ class GACAP(nn.Module):
     def _merge(self, fine: Tensor, coarse: Tensor, valid: Tensor | None) -> Tensor:
         size = (coarse.shape[-2], coarse.shape[-1])
         # Compression is linear, so averaging first gives the same map for a quarter of the work.
-        context = self.compress_fine(F.adaptive_avg_pool2d(fine, size))
+        context = self.compress_fine(average(fine, size))
         kernels = self.kernels(torch.cat([context, self.compress_coarse(coarse)], 1))
         merged: Tensor = self.gates(self.project(reassemble(fine, kernels, size)), coarse, valid)
         return merged

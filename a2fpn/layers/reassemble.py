@@ -7,17 +7,14 @@ Shape shorthand: ``B`` batch, ``C`` channels, ``(h, w)`` source map, ``(H, W)`` 
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import os
-import shutil
 import typing
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from a2fpn.device import has_triton, is_known, new_size
 from a2fpn.layers.choices import check_choice
 from a2fpn.layers.precision import autocast_off
 
@@ -34,7 +31,7 @@ def reassemble(x: Tensor, kernels: Tensor, size: tuple[int, int], *, padding: Pa
     The nearest source pixel of target pixel ``i`` is ``floor(i * h / H)``, as in nearest-neighbor interpolation,
     for any pair of sizes, up or down. Windows are never gathered: the sum and its gradients are weighted bags of
     pixels, or products of small matrices in Triton on an NVIDIA GPU. Only ``x`` and ``kernels`` are kept for the
-    backward pass.
+    backward pass. A tracer, which has no use for bags, gets a product of tiles with matrices of bands.
 
     Args:
         x: Source ``(B, C, h, w)``.
@@ -64,28 +61,29 @@ def reassemble(x: Tensor, kernels: Tensor, size: tuple[int, int], *, padding: Pa
         raise ValueError(f"Expected kernels ({x.shape[0]}, {k * k}, {size[0]}, {size[1]}), got {tuple(kernels.shape)}.")
     if padding == "zeros":
         kernels = kernels.masked_fill(_beyond(x, kernels, k), 0)
-    if not torch.compiler.is_compiling() and _has_triton(x.device, x.dtype):
+    if torch.compiler.is_compiling():
+        if x.is_cuda:
+            compiled: Tensor = _opaque(x, kernels)
+            return compiled
+    elif _has_triton(x):
         from a2fpn.layers.reassemble_triton import reassemble_triton
 
         return reassemble_triton(x, kernels)
     kernels = kernels.to(x.dtype)
     if torch.compiler.is_compiling() or x.device.type not in _BAG_DEVICES:
+        doubled, halved = (
+            all(is_known(new * b == old * a) for new, old in zip(size, x.shape[2:], strict=True))
+            for a, b in ((2, 1), (1, 2))
+        )
+        if doubled or halved:
+            return _reassemble_by_tiles(x, kernels, k, *((2, 1) if doubled else (1, 2)))
         return _reassemble_by_shifts(x, kernels, k)
     result: Tensor = _Reassemble.apply(x, kernels, k)
     return result
 
 
-@functools.cache
-def _has_triton(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether the Triton kernels run there: on NVIDIA GPUs with TF32 and bfloat16, by a C compiler."""
-    return (
-        device.type == "cuda"
-        and torch.version.hip is None
-        and torch.cuda.get_device_capability(device) >= (8, 0)
-        and dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and importlib.util.find_spec("triton") is not None
-        and any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
-    )
+def _has_triton(x: Tensor) -> bool:
+    return x.dtype in (torch.float32, torch.bfloat16, torch.float16) and has_triton(x)
 
 
 def _source_index(target: int, source: int, device: torch.device) -> Tensor:
@@ -101,6 +99,87 @@ def _beyond(x: Tensor, kernels: Tensor, k: int) -> Tensor:
 
     (h, w), (height, width) = x.shape[2:], kernels.shape[2:]
     return (along(height, h)[:, None, :, None] | along(width, w)[:, None, :]).flatten(0, 1)
+
+
+@torch.library.custom_op("a2fpn::reassemble", mutates_args=())
+def _opaque(x: Tensor, kernels: Tensor) -> Tensor:
+    """The op as torch's compiler calls it on a GPU; products that it would make of the windows are far slower."""
+    if _has_triton(x):
+        from a2fpn.layers.reassemble_triton import weighted_sums
+
+        return weighted_sums(x, kernels)
+    kernels = kernels.to(x.dtype)
+    return _sums(x, kernels, round(kernels.shape[1] ** 0.5))
+
+
+@_opaque.register_fake
+def _(x: Tensor, kernels: Tensor) -> Tensor:
+    out = x.new_empty(*x.shape[:2], *kernels.shape[2:])
+    return out.to(memory_format=torch.channels_last) if x.is_contiguous(memory_format=torch.channels_last) else out
+
+
+@torch.library.custom_op("a2fpn::reassemble_gradients", mutates_args=())
+def _opaque_gradients(grad: Tensor, x: Tensor, kernels: Tensor) -> tuple[Tensor, Tensor]:
+    if _has_triton(x):
+        from a2fpn.layers.reassemble_triton import kernel_gradient, map_gradient
+
+        return map_gradient(grad, x, kernels), kernel_gradient(grad, x, kernels)
+    grad_x, grad_kernels = _gradients(grad, x, kernels.to(x.dtype), round(kernels.shape[1] ** 0.5))
+    return grad_x, grad_kernels.to(kernels.dtype)
+
+
+@_opaque_gradients.register_fake
+def _(grad: Tensor, x: Tensor, kernels: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(kernels)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    gradients: tuple[Tensor, Tensor] = _opaque_gradients(grad, *ctx.saved_tensors)
+    return gradients
+
+
+_opaque.register_autograd(_backward, setup_context=_keep)
+
+
+_TILE = 8
+"""Grid pixels whose windows are gathered together: neighbors' windows overlap, and matrices are not too small."""
+
+
+def _reassemble_by_tiles(x: Tensor, kernels: Tensor, k: int, parts: int, step: int) -> Tensor:
+    """The same sum written as one product of matrices, for a map of twice or half the size.
+
+    Along a row, the windows of a tile's pixels are one stretch of the source; each kernel is a row of a matrix, moved
+    to where its window lies in the stretch.
+
+    Args:
+        x: Source.
+        kernels: Weights.
+        k: Side of a window.
+        parts: Target pixels per pixel of the grid and side: 2 for twice the size.
+        step: Source pixels per pixel of the grid and side: 2 for half the size.
+    """
+    (batch, channels, height, width), wide = x.shape, kernels.shape[3]
+    rows, tiles = kernels.shape[2] // parts, new_size((wide // parts + _TILE - 1) // _TILE)
+    span = step * (_TILE - 1) + k
+    down = torch.arange(rows, device=x.device)[:, None] * step + torch.arange(k, device=x.device) - k // 2
+    across = torch.arange(tiles, device=x.device)[:, None] * (_TILE * step) + torch.arange(span, device=x.device)
+    pixels = down.clamp(0, height - 1)[:, None, :, None] * width + (across - k // 2).clamp(0, width - 1)[:, None]
+    length = k * span
+    stretches = x.flatten(2).transpose(1, 2).index_select(1, pixels.reshape(-1)).reshape(-1, length, channels)
+    bands = F.pad(kernels, (0, tiles * _TILE * parts - wide))
+    bands = bands.view(batch, k, k, rows, parts, tiles, _TILE, parts).permute(0, 3, 5, 4, 7, 6, 1, 2)
+    bands = F.pad(bands, (0, span - k)).reshape(-1, _TILE, length)
+    # Rows that are longer by a step, cut at the old length, move each by a step more than the one before.
+    bands = F.pad(bands, (0, step)).reshape(-1, _TILE * (length + step))[:, : _TILE * length]
+    out = bands.reshape(-1, parts * parts * _TILE, length) @ stretches
+    out = out.view(batch, rows, tiles, parts, parts, _TILE, channels).permute(0, 6, 1, 3, 2, 5, 4)
+    out = out.reshape(batch, channels, rows * parts, tiles * _TILE * parts)
+    # Cut off by padding, of which a tracer knows what size it leaves.
+    return F.pad(out, (0, wide - tiles * _TILE * parts))
 
 
 def _reassemble_by_shifts(x: Tensor, kernels: Tensor, k: int) -> Tensor:
@@ -123,18 +202,26 @@ class _Reassemble(torch.autograd.Function):
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, kernels: Tensor, k: int) -> Tensor:
         ctx.save_for_backward(x, kernels)
         ctx.k = k  # type: ignore[attr-defined]
-        with autocast_off(x):
-            return _as_map(_sum_bags(_pixels_around(x, kernels, k), _as_rows(kernels), _as_rows(x)), kernels)
+        return _sums(x, kernels, k)
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, kernels = ctx.saved_tensors  # type: ignore[attr-defined]
-        with autocast_off(x):
-            rows = _as_rows(grad)
-            # One after the other: the indices of either take as much memory as the kernels.
-            grad_kernels = _kernel_gradient(x, kernels, ctx.k, rows)  # type: ignore[attr-defined]
-            grad_x = _sum_bags(*_pixels_to(x, kernels, ctx.k), rows)  # type: ignore[attr-defined]
-        return _as_map(grad_x, x), grad_kernels, None
+        return *_gradients(grad, x, kernels, ctx.k), None  # type: ignore[attr-defined]
+
+
+def _sums(x: Tensor, kernels: Tensor, k: int) -> Tensor:
+    with autocast_off(x):
+        return _as_map(_sum_bags(_pixels_around(x, kernels, k), _as_rows(kernels), _as_rows(x)), kernels)
+
+
+def _gradients(grad: Tensor, x: Tensor, kernels: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    with autocast_off(x):
+        rows = _as_rows(grad)
+        # One after the other: the indices of either take as much memory as the kernels.
+        grad_kernels = _kernel_gradient(x, kernels, k, rows)
+        grad_x = _sum_bags(*_pixels_to(x, kernels, k), rows)
+    return _as_map(grad_x, x), grad_kernels
 
 
 def _kernel_gradient(x: Tensor, kernels: Tensor, k: int, grad: Tensor) -> Tensor:

@@ -79,30 +79,45 @@ class _Reassemble(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, kernels: Tensor) -> Tensor:
         ctx.save_for_backward(x, kernels)
-        last = x.is_contiguous(memory_format=torch.channels_last)
-        out = torch.empty(
-            (*x.shape[:2], *kernels.shape[2:]),
-            dtype=x.dtype,
-            device=x.device,
-            memory_format=torch.channels_last if last else torch.contiguous_format,
-        )
-        _launch(_weighted_sums, SUMS, out, out.shape[1], (x, kernels, out), x, kernels)
-        return out
+        return weighted_sums(x, kernels)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, kernels = ctx.saved_tensors  # type: ignore[attr-defined]
-        of_x, of_kernels = (
-            torch.empty_like(y) if wanted else None
-            for y, wanted in zip((x, kernels), ctx.needs_input_grad, strict=True)  # type: ignore[attr-defined]
+        of_x, of_kernels = ctx.needs_input_grad  # type: ignore[attr-defined]
+        return (
+            map_gradient(grad, x, kernels) if of_x else None,
+            kernel_gradient(grad, x, kernels) if of_kernels else None,
         )
-        if of_x is not None:
-            _launch(_map_gradient, MAP_GRADIENT, of_x, of_x.shape[1], (grad, kernels, of_x), x, kernels)
-        if of_kernels is not None:
-            # A sum over channels: one program for all.
-            _launch(_kernel_gradient, KERNEL_GRADIENT, of_kernels, 1, (x, grad, of_kernels), x, kernels)
-        return of_x, of_kernels
+
+
+def weighted_sums(x: Tensor, kernels: Tensor) -> Tensor:
+    """Compute :func:`reassemble_triton` without recording a gradient."""
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    out = torch.empty(
+        (*x.shape[:2], *kernels.shape[2:]),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last if last else torch.contiguous_format,
+    )
+    _launch(_weighted_sums, SUMS, out, out.shape[1], (x, kernels, out), x, kernels)
+    return out
+
+
+def map_gradient(grad: Tensor, x: Tensor, kernels: Tensor) -> Tensor:
+    """Gradient of the source, ``(B, C, h, w)``, for that of the result."""
+    of_x = torch.empty_like(x)
+    _launch(_map_gradient, MAP_GRADIENT, of_x, of_x.shape[1], (grad, kernels, of_x), x, kernels)
+    return of_x
+
+
+def kernel_gradient(grad: Tensor, x: Tensor, kernels: Tensor) -> Tensor:
+    """Gradient of the kernels, ``(B, k * k, H, W)``, for that of the result."""
+    of_kernels = torch.empty_like(kernels)
+    # A sum over channels: one program for all.
+    _launch(_kernel_gradient, KERNEL_GRADIENT, of_kernels, 1, (x, grad, of_kernels), x, kernels)
+    return of_kernels
 
 
 def _launch(

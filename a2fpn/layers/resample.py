@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from a2fpn.device import is_known
 from a2fpn.layers.conv import resolve_layer
 
 
@@ -48,6 +49,19 @@ def resample(
         # Partial windows count, so that odd sizes round up as strided convolutions do.
         modules.append(nn.MaxPool2d(target // source, ceil_mode=True))
     return modules, channels
+
+
+def average(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Average a map ``(B, C, H, W)`` over the pixels of a coarser level, ``(B, C, h, w)``.
+
+    Example:
+        >>> import torch
+        >>> average(torch.arange(6.0).view(1, 1, 2, 3), (1, 2)).tolist()
+        [[[[2.0, 3.0]]]]
+    """
+    if all(is_known(fine == 2 * coarse) for fine, coarse in zip(x.shape[2:], size, strict=True)):
+        return F.avg_pool2d(x, 2)
+    return F.adaptive_avg_pool2d(x, size)
 
 
 def fit_doubled(x: Tensor, size: tuple[int, int]) -> Tensor:

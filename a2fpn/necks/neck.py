@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from a2fpn._registry import Registry, did_you_mean
 from a2fpn.errors import ConfigError
 from a2fpn.layers import MGC, ConvNormAct, LevelModules
-from a2fpn.pyramid import Features, PyramidSpec, check_features, level_size
+from a2fpn.pyramid import Features, PyramidSpec, check_features, check_pyramid, level_size
 
 
 class Neck(nn.Module, ABC):
@@ -54,6 +54,15 @@ class Neck(nn.Module, ABC):
         strides = list(in_spec.strides)
         strides += [strides[-1] << (i + 1) for i in range(extra_levels)]
         self.out_spec = PyramidSpec.from_channels([out_channels] * len(strides), strides=strides, prefix="p")
+        # Takes the neck as an argument, so that a copy of the neck does not compute with the original.
+        self._fuse: Callable[[Neck, list[Tensor], list[Tensor | None]], list[Tensor]] = type(self).fuse
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile :meth:`fuse` by :func:`torch.compile`, which gets the arguments.
+
+        Masks of padding are made outside: they depend on the sizes of images in ways that would be compiled anew.
+        """
+        self._fuse = torch.compile(type(self).fuse, *args, **kwargs)
 
     @abstractmethod
     def fuse(self, features: list[Tensor], valid: list[Tensor | None]) -> list[Tensor]:
@@ -85,14 +94,15 @@ class Neck(nn.Module, ABC):
 
         Args:
             features: Backbone maps named as in ``in_spec``.
-            image_sizes: Height and width of each image of the batch in pixels, without padding; None when the
-                images fill the batch.
+            image_sizes: Height and width of each image of the batch in pixels, without padding, or of one if all are
+                of one size; None when the images fill the batch.
 
         Returns:
             Maps ``(B, d, H_i, W_i)`` named as in ``out_spec``.
 
         Raises:
-            ValueError: If the maps are not what ``in_spec`` promises.
+            ValueError: If the maps are not what ``in_spec`` promises, or the pyramid not what ``out_spec`` does.
+            TypeError: If the maps have no names.
         """
         check_features(features, self.in_spec)
         maps = list(features.values())
@@ -102,24 +112,45 @@ class Neck(nn.Module, ABC):
                     f"Level {coarse_name} {tuple(coarse.shape[-2:])} is larger than the finer {fine_name} "
                     f"{tuple(fine.shape[-2:])}; maps must shrink from level to level."
                 )
-        valid = [_valid_map(x, s, image_sizes) for x, s in zip(maps, self.in_spec.strides, strict=True)]
-        pyramid = self.fuse(maps, valid)
+        valid = _valid_maps(maps, self.in_spec.strides, image_sizes)
+        pyramid = self._fuse(self, maps, valid)
+        if len(pyramid) > len(self.out_spec):
+            raise ConfigError(f"The neck declares {len(self.out_spec)} levels and returned {len(pyramid)}.")
         while len(pyramid) < len(self.out_spec):
-            pyramid.append(F.max_pool2d(pyramid[-1], kernel_size=1, stride=2))
+            pyramid.append(pyramid[-1][..., ::2, ::2])
+        if not torch.compiler.is_compiling():  # of sizes that are symbols it would make conditions
+            check_pyramid(pyramid, self.out_spec, maps, self.in_spec.strides)
         return dict(zip(self.out_spec.names, pyramid, strict=True))
 
 
-def _valid_map(x: Tensor, stride: int, image_sizes: Sequence[tuple[int, int]] | None) -> Tensor | None:
+def _valid_maps(
+    maps: Sequence[Tensor], strides: Sequence[int], image_sizes: Sequence[tuple[int, int]] | None
+) -> list[Tensor | None]:
+    """Masks for all levels, or none."""
     if image_sizes is None:
-        return None
-    height, width = x.shape[-2:]
-    sizes = [level_size(size, stride) for size in image_sizes]
-    if all(h >= height and w >= width for h, w in sizes):
-        return None
-    heights, widths = torch.tensor(sizes, device=x.device).T
-    rows = torch.arange(height, device=x.device) < heights[:, None]
-    columns = torch.arange(width, device=x.device) < widths[:, None]
-    valid: Tensor = rows[:, None, :, None] & columns[:, None, None, :]
+        return [None] * len(maps)
+    sizes = [[level_size(size, stride) for size in image_sizes] for stride in strides]
+    if len(image_sizes) == 1:
+        return _valid_of_one_size(maps, [own[0] for own in sizes])
+    if all(h >= x.shape[-2] and w >= x.shape[-1] for x, own in zip(maps, sizes, strict=True) for h, w in own):
+        return [None] * len(maps)
+    # One copy for all levels, for which a GPU's host does not wait.
+    on_device = torch.tensor(sizes, pin_memory=maps[0].is_cuda).to(maps[0].device, non_blocking=True)
+    return [_valid_map(x, *(own.T[..., None])) for x, own in zip(maps, on_device, strict=True)]
+
+
+def _valid_of_one_size(maps: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[Tensor | None]:
+    # A tracer's sizes stand for images with and without padding.
+    padded = torch.compiler.is_compiling() or any(
+        h < x.shape[-2] or w < x.shape[-1] for x, (h, w) in zip(maps, sizes, strict=True)
+    )
+    return [_valid_map(x, *size) if padded else None for x, size in zip(maps, sizes, strict=True)]
+
+
+def _valid_map(x: Tensor, heights: Tensor | int, widths: Tensor | int) -> Tensor:
+    """A bool map ``(B, 1, H, W)`` for sides ``(B, 1)``, or ``(1, 1, H, W)`` for those that all images have."""
+    rows, columns = (torch.arange(side, device=x.device)[None] for side in x.shape[-2:])
+    valid: Tensor = (rows < heights)[:, None, :, None] & (columns < widths)[:, None, None, :]
     return valid
 
 

@@ -184,7 +184,13 @@ def read_checkpoint(directory: str | Path) -> Checkpoint:
     """
     path = Path(directory) / CONFIG_FILE
     if not path.is_file():
-        raise CheckpointError(f"{str(directory)!r} is no checkpoint folder: it has no {CONFIG_FILE}.")
+        held = [name for name in ("best", "last") if (Path(directory) / name / CONFIG_FILE).is_file()]
+        advice = (
+            f" It is a training run, whose checkpoints are in {' and '.join(held)}: {path.parent / held[0]}."
+            if held
+            else ""
+        )
+        raise CheckpointError(f"{str(directory)!r} is no checkpoint folder: it has no {CONFIG_FILE}.{advice}")
     if path.stat().st_size > CONFIG_LIMIT:
         raise CheckpointError(f"{str(path)!r} has {path.stat().st_size} bytes, more than any configuration needs.")
     try:

@@ -194,3 +194,36 @@ def push_to_hub(
                 allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, CARD_FILE],
             )
     return commit.oid
+
+
+def push_space(
+    files: Mapping[str, str],
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    commit_message: str = "Upload a page of a2fpn",
+) -> str:
+    """Publish the files of a Gradio Space, in one commit.
+
+    Args:
+        files: Text by name.
+        repo_id: ``org/name`` of the Space; made if it does not exist.
+        private: Whether a new Space is private; None takes the organization's default.
+        token: Access token with write permission; None takes the one saved by ``hf auth login``.
+        commit_message: Title of the commit.
+
+    Returns:
+        The address of the Space.
+
+    Raises:
+        HubError: If the Hub refuses or cannot be reached.
+    """
+    repo, api = Repo.parse(repo_id, token=token), client(token)
+    kind: dict[str, Any] = {"repo_type": "space"}
+    with tempfile.TemporaryDirectory() as temporary, explained_errors(repo):
+        for name, text in files.items():
+            (Path(temporary) / name).write_text(text, encoding="utf-8")
+        api.create_repo(repo.id, private=private, exist_ok=True, space_sdk="gradio", **kind)
+        api.upload_folder(repo_id=repo.id, folder_path=temporary, commit_message=commit_message, **kind)
+    return f"{constants.ENDPOINT}/spaces/{repo.id}"

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from a2fpn._registry import did_you_mean, match_names
+from a2fpn._words import advice_on_model
 from a2fpn.build import build_model, trained_backbone_fields
 from a2fpn.compose import compose, model_names, override, parse_name
 from a2fpn.config import FORMAT_VERSION, ModelConfig
@@ -30,6 +31,7 @@ from a2fpn.pretrained.catalog import (
     find_weights,
 )
 from a2fpn.pretrained.checkpoint import (
+    CONFIG_FILE,
     WEIGHTS_FILE,
     load_weights,
     read_checkpoint,
@@ -107,7 +109,7 @@ def create_model(
         return _assemble(given, where=name, num_classes=num_classes, overrides=overrides)
     weights = find_weights(name)
     if pretrained and weights is None:
-        raise ConfigError(f"There are no pretrained weights for {name!r}. {did_you_mean(name, PRETRAINED)}")
+        raise ConfigError(f"There are no pretrained weights for {name!r}. {_advice(name)}")
     if weights is not None and (pretrained or name == weights[0]):
         if pretrained_backbone and not pretrained:
             raise ConfigError(
@@ -165,7 +167,9 @@ def from_pretrained(
         name = listed[0]
         weights = read_pretrained(listed[1], load=True, **options)
     elif Path(source).is_file():
-        raise ConfigError(f"{name!r} is a file; give its folder. Only safetensors are loaded, never pickles.")
+        ours = Path(source).name in (CONFIG_FILE, WEIGHTS_FILE)
+        advice = f"give its folder, {str(Path(source).parent)!r}" if ours else _CONVERT
+        raise ConfigError(f"{name!r} is a file; {advice}. Only safetensors are loaded, never pickles.")
     else:
         weights = _prefixed(name, load=True, **options)
     if weights is None and is_repo_id(name.partition("@")[0]):
@@ -176,7 +180,7 @@ def from_pretrained(
     if weights is None:
         raise ConfigError(
             f"{name!r} is neither a checkpoint folder, nor a repository of the Hub ('org/name'), nor the name of "
-            f"pretrained weights. {did_you_mean(name, PRETRAINED)}"
+            f"pretrained weights. {_advice(name)}"
         )
     return _assemble(weights, where=name, num_classes=num_classes, overrides=overrides)
 
@@ -208,6 +212,16 @@ def save_pretrained(
     """
     facts = merged_metadata(model, metadata)
     return save_checkpoint(directory, model.config, model.state_dict(), half=half, metadata=facts)
+
+
+_CONVERT = "convert it first: a2fpn hub convert FILE --from torchvision|detectron2|mmdet --output FOLDER"
+
+
+def _advice(name: str) -> str:
+    """Advice on a name that no pretrained weights have."""
+    if name.endswith((".pt", ".pth", ".pkl", ".ckpt", ".bin")):
+        return f"There is no such file; if there were, {_CONVERT}."
+    return advice_on_model(name) or did_you_mean(name, PRETRAINED)
 
 
 class Weights(NamedTuple):

@@ -66,6 +66,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--strict-data", action="store_true", help="short for data.strict=true: stop at the first bad image")
     imports = "import a module that registers necks, detectors or backbones; repeatable"
     add("--import", action="append", default=[], dest="modules", metavar="MODULE", help=imports)
+    add("--quiet", "-q", action="store_true", help="no progress and no closing words, only warnings and errors")
+    add(
+        "--json",
+        metavar="OUT",
+        help="file to write the run's numbers to at the end; - is standard output, and no words",
+    )
     add("--debug", action="store_true", help="show the traceback of every error, as A2FPN_DEBUG=1 does")
     return parser
 
@@ -169,15 +175,30 @@ def fail(error: Any, code: int = 2) -> int:
     return code
 
 
-def configure_logging() -> None:
-    """Show what this program says, and only the warnings of the libraries."""
+class _Lines(logging.Formatter):
+    """Lines that say what is a warning."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # logging's name
+        """See ``logging.Formatter.formatMessage``."""
+        if record.levelno >= logging.WARNING:
+            record.message = f"warning: {record.message}"
+        return super().formatMessage(record)
+
+
+def configure_logging(*, quiet: bool = False) -> None:
+    """Show what this program says, and only the warnings of the libraries.
+
+    Args:
+        quiet: Whether only warnings of this program are shown too.
+    """
     console = Console(stderr=True)
     if console.is_terminal:  # rich keeps log lines and the progress bar apart
         logging.basicConfig(format="%(message)s", handlers=[RichHandler(console=console, show_path=False)])
     else:
-        logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+        logging.basicConfig()
+        logging.getLogger().handlers[0].setFormatter(_Lines("%(asctime)s %(message)s", "%H:%M:%S"))
     for handler in logging.getLogger().handlers:
-        handler.setLevel(logging.INFO)
+        handler.setLevel(logging.WARNING if quiet else logging.INFO)
     # For the log file, which has what the progress bar shows.
     logging.getLogger("a2fpn.training").setLevel(logging.DEBUG)
     logging.getLogger("a2fpn").setLevel(logging.INFO)
@@ -210,12 +231,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if before.print_config:
             sys.stdout.write(dump_yaml(to_dict(config)))
             return 0
-        configure_logging()
+        quiet = before.quiet or before.json == "-"
+        configure_logging(quiet=quiet)
 
         # After the arguments are known to be right: Accelerate takes seconds.
         from a2fpn.training.trainer import Trainer
 
-        trainer = Trainer(config)
+        trainer = Trainer(config, quiet=quiet)
         trainer.run()
     except StopRequest as stop:
         return fail(stop, code=128 + stop.signum)
@@ -228,5 +250,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return fail(message, code=getattr(error, "exit_code", 2))
     if trainer.accelerator.is_main_process:
-        sys.stdout.write(f"{trainer.summary()}\n")
+        if before.json:
+            text = json.dumps(trainer.numbers(), indent=2) + "\n"
+            if before.json == "-":
+                sys.stdout.write(text)
+            else:
+                Path(before.json).write_text(text, encoding="utf-8")
+        if not quiet:
+            sys.stdout.write(f"{trainer.summary()}\n")
     return 0

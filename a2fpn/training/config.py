@@ -242,8 +242,11 @@ class RunSection:
         trackers: Where numbers and pictures go besides metrics.jsonl: tensorboard, trackio, ...
         pictures: Validation images drawn after every evaluation.
         channels_last: Use the channels-last memory format.
+        compile: Compile backbone, neck and dense head by torch's compiler: faster steps after minutes of compiling.
         deterministic: Give the same weights to the last bit in every run on the same GPU, more slowly; a warning names
             operations that have no such form. On a CPU runs are so anyway.
+        nonfinite: stop ends the run at a loss or gradient that is not finite and names the images; skip leaves the step
+            out, and stops after ten in a row.
         ema: Decay of an exponential moving average of the weights, which is then evaluated and saved; 0 is off.
         resume: auto continues from output/last where there is one and starts afresh elsewhere, true insists on it, a
             path continues from that run or checkpoint.
@@ -267,7 +270,9 @@ class RunSection:
     trackers: tuple[str, ...] = ("tensorboard",)
     pictures: int = 6
     channels_last: bool = True
+    compile: bool = False
     deterministic: bool = False
+    nonfinite: Literal["stop", "skip"] = "stop"
     ema: float = 0.0
     resume: bool | str = False
 

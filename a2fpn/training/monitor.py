@@ -16,8 +16,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import MultiProcessAdapter
 from PIL import Image
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 
@@ -133,7 +131,7 @@ class LossWindow:
     def read(self) -> tuple[dict[str, float], Throughput]:
         """Return the means and the throughput, and start anew; every process has to call it."""
         totals = self.totals()
-        batches = totals.pop("batches")
+        batches = totals.pop("batches", 0.0)  # no batch at all if every step was left out
         elapsed = time.perf_counter() - self._start
         speed = self._images * self._accelerator.num_processes / elapsed
         throughput = Throughput(speed, self._waited / elapsed, _memory(self._accelerator.device))
@@ -147,47 +145,11 @@ def _memory(device: torch.device) -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-class ProgressLine:
-    """A progress bar on a terminal, log lines elsewhere; silent on all but the main process.
+class _LogFile(logging.FileHandler):
+    """A file whose disk may be full: what the run says is on the terminal too."""
 
-    Args:
-        title: What is going on.
-        total: Number of steps.
-        accelerator: The accelerator of the run.
-        done: Steps that are behind already.
-    """
-
-    def __init__(self, title: str, total: int, accelerator: Accelerator, *, done: int = 0) -> None:
-        self._title = title
-        self._bar: Progress | None = None
-        console = Console(stderr=True)
-        if accelerator.is_main_process and console.is_terminal:
-            columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[info]}"))
-            self._bar = Progress("{task.description}", *columns, console=console, transient=True)
-            self._task = self._bar.add_task(title, total=total, completed=done, info="")
-
-    def __enter__(self) -> ProgressLine:
-        if self._bar:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._bar:
-            self._bar.stop()
-
-    def advance(self) -> None:
-        """Count one step."""
-        if self._bar:
-            self._bar.advance(self._task)
-
-    def show(self, step: int, loss: float, lr: float, throughput: Throughput) -> None:
-        """Show the state of the training."""
-        info = f"loss {loss:.4f}  lr {lr:.2e}  {throughput}"
-        if self._bar:
-            self._bar.update(self._task, info=info)
-            logger.debug("%s  step %d  %s", self._title, step, info)  # for the log file
-        else:
-            logger.info("%s  step %d  %s", self._title, step, info)
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # logging's name
+        """Leave the line out."""
 
 
 @contextmanager
@@ -196,7 +158,7 @@ def text_log(path: Path, *, enabled: bool) -> Iterator[None]:
     if not enabled:
         yield
         return
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger("a2fpn")
     logger.addHandler(handler)

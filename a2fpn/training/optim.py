@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections import defaultdict
-from functools import partial
 from typing import Any
 
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from a2fpn.errors import ConfigError
 from a2fpn.training.config import OptimSection
@@ -38,7 +36,7 @@ def parameter_groups(model: nn.Module, config: OptimSection, *, lr: float) -> li
         lr: Peak learning rate of this run.
 
     Returns:
-        Torch parameter groups with ``params``, ``lr`` and ``weight_decay``.
+        Torch parameter groups with ``params``, ``lr``, ``peak_lr`` and ``weight_decay``.
 
     Raises:
         ValueError: If nothing is trainable.
@@ -55,7 +53,9 @@ def parameter_groups(model: nn.Module, config: OptimSection, *, lr: float) -> li
             groups[own_lr, config.weight_decay if parameter.ndim > 1 else 0.0].append(parameter)
     if not groups:
         raise ConfigError("No parameter of the model is trainable; raise the backbone's trainable_layers.")
-    return [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
+    return [
+        {"params": params, "lr": lr, "peak_lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()
+    ]
 
 
 def build_optimizer(model: nn.Module, config: OptimSection, *, lr: float) -> Optimizer:
@@ -67,27 +67,33 @@ def build_optimizer(model: nn.Module, config: OptimSection, *, lr: float) -> Opt
     return AdamW(groups, lr=lr, fused=fused)
 
 
-def lr_factor(step: int, *, total_steps: int, config: OptimSection) -> float:
+def lr_factor(step: int, *, total_steps: int, config: OptimSection, updates: int | None = None) -> float:
     """Learning rate of an optimizer step relative to the peak.
 
     Args:
-        step: Index of the optimizer step, from 0.
+        step: Place in the schedule, of ``total_steps``; the index of the step, from 0.
         total_steps: Optimizer steps of the whole run.
         config: The schedule.
+        updates: Steps that were taken, which count for the warm-up; other than ``step`` in a run that has gone on
+            with larger or smaller batches.
 
     Example:
         >>> config = OptimSection(schedule="cosine", warmup_steps=10, warmup_factor=0.1, final_factor=0.01)
         >>> [round(lr_factor(step, total_steps=110, config=config), 3) for step in (0, 5, 10, 60, 110)]
         [0.1, 0.55, 1.0, 0.505, 0.01]
     """
-    if step < config.warmup_steps:
-        return config.warmup_factor + (1 - config.warmup_factor) * step / config.warmup_steps
+    updates = step if updates is None else updates
+    if updates < config.warmup_steps:
+        return config.warmup_factor + (1 - config.warmup_factor) * updates / config.warmup_steps
     if config.schedule == "step":
         return config.gamma ** bisect_right([milestone * total_steps for milestone in config.milestones], step)
-    progress = min(1.0, (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps))
+    progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+    progress = min(1.0, max(0.0, progress))
     return config.final_factor + (1 - config.final_factor) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def build_scheduler(optimizer: Optimizer, total_steps: int, config: OptimSection) -> LambdaLR:
-    """Return the schedule; call its ``step()`` once after each optimizer step."""
-    return LambdaLR(optimizer, partial(lr_factor, total_steps=total_steps, config=config))
+def set_rate(optimizer: Any, factor: float) -> float:
+    """Set the learning rate of every group to a factor of its peak; return the highest."""
+    for group in optimizer.param_groups:
+        group["lr"] = factor * group["peak_lr"]
+    return max(float(group["lr"]) for group in optimizer.param_groups)

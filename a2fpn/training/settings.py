@@ -14,6 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from a2fpn._serialize import migrate_keys
+from a2fpn._words import SETTINGS
 from a2fpn.errors import ConfigError, ConfigTypeError
 from a2fpn.training.config import TrainConfig
 
@@ -105,6 +106,11 @@ def type_of(name: str) -> Any:
         if part not in hints:
             known = list(setting_names())
             by_last_part = {setting.rpartition(".")[2]: setting for setting in known}
+            meant = SETTINGS.get(name.lower())
+            if meant is not None:
+                raise ConfigError(
+                    f"unknown setting {name!r}. {f'Did you mean {meant!r}?' if ' ' not in meant else meant}"
+                )
             close = difflib.get_close_matches(name, known, n=1) or [
                 by_last_part[last] for last in difflib.get_close_matches(name.rpartition(".")[2], by_last_part, n=1)
             ]

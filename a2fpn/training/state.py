@@ -1,71 +1,138 @@
-"""Files of a run: checkpoints that appear whole or not at all, metrics, and the resolved config.
-
-Whenever a run is killed, or the machine loses power, ``last`` and ``best`` are whole, or become so by
-:func:`~a2fpn._atomic.recover_folder` when the run is resumed. Within one save the metrics come first, then ``best``,
-then ``last``: the steps after ``last`` are repeated and write the same again.
-"""
+"""Progress of a run, its length, and the files that describe it: metrics, and the resolved settings."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import subprocess
-from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from a2fpn._atomic import write_text
-from a2fpn._serialize import migrate_keys, to_dict
-from a2fpn.errors import MissingFileError, RunError
-from a2fpn.training.config import TrainConfig
-from a2fpn.training.settings import dump_yaml, flat, load_yaml
+from a2fpn._serialize import to_dict
+from a2fpn.training.config import RunSection, TrainConfig
+from a2fpn.training.feed import Feed
+from a2fpn.training.settings import dump_yaml
 
-RESUME_FOLDER = "training_state"
 METRICS_FILE = "metrics.jsonl"
+CONFIG_FILE = "config.yaml"
+LOG_FILE = "train.log"
 
 
-class CheckpointWriteError(RunError):
-    """A checkpoint could not be written; the one before it is untouched."""
-
-
-@dataclasses.dataclass
+@dataclass
 class RunState:
-    """Progress of a run; saved with the training state.
+    """Progress of a run.
 
     Args:
         epoch: Finished epochs.
         step: Finished optimizer steps.
         step_in_epoch: Finished optimizer steps of the running epoch.
+        steps_in_epoch: Steps of the running epoch.
+        images: Training images seen.
+        images_per_step: Training images of a step, over all processes.
+        share: Share of the run that is done, in [0, 1].
         sums: Losses of the running epoch, summed over its batches and processes.
-        best: Highest value of the main metric so far.
+        pending: Record of an epoch that is trained and not yet evaluated.
+        value: Main metric of these weights and those that decide between equal ones; None if not evaluated.
+        best: The highest of these so far.
         best_epoch: The epoch that reached it.
-        stale: Evaluations since then.
+        best_step: The step that reached it.
+        stale: Evaluations since one was better than all before it.
+        judged_by: What makes evaluations comparable, as a hash.
+        norm: Norm of all weights.
         skipped: Images that could not be read.
+        skipped_steps: Steps that were left out for a loss or gradient that was not finite.
     """
 
     epoch: int = 0
     step: int = 0
     step_in_epoch: int = 0
-    sums: dict[str, float] = dataclasses.field(default_factory=dict)
-    best: float = float("-inf")
+    steps_in_epoch: int = 0
+    images: int = 0
+    images_per_step: int = 0
+    share: float = 0.0
+    sums: dict[str, float] = field(default_factory=dict)
+    pending: dict[str, Any] | None = None
+    value: tuple[float, ...] | None = None
+    best: tuple[float, ...] | None = None
     best_epoch: int = 0
+    best_step: int = 0
     stale: int = 0
-    skipped: list[str] = dataclasses.field(default_factory=list)
+    judged_by: str = ""
+    norm: float = 0.0
+    skipped: tuple[str, ...] = ()
+    skipped_steps: int = 0
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the fields."""
-        return dataclasses.asdict(self)
+    def judge(self, value: tuple[float, ...]) -> bool:
+        """Note an evaluation; say whether these weights are the ones to keep: better than all before, or as good."""
+        self.value = value
+        better = self.best is None or value > self.best
+        # A run that went back reaches the step of the best again, and is then where it was.
+        self.stale = 0 if better or self.step == self.best_step else self.stale + 1
+        if better or value == self.best:
+            self.best, self.best_epoch, self.best_step = value, self.epoch, self.step
+            return True
+        return False
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over the fields."""
-        for name, value in state.items():
-            setattr(self, name, value)
+    def forget_best(self) -> None:
+        """Let the next evaluation be the best."""
+        self.best, self.best_epoch, self.best_step, self.stale = None, 0, 0, 0
+
+
+class Plan:
+    """Length of a run under its present settings, and the place in it.
+
+    The place is counted in steps of a run that had these settings from its start. So a run that goes on with other
+    batches, processes or images has as large a share behind it as before.
+
+    Args:
+        feed: Batches of each epoch.
+        run: The settings.
+    """
+
+    def __init__(self, feed: Feed, run: RunSection) -> None:
+        self._feed, self._run = feed, run
+        self._starts = [0]
+        if not run.max_steps:
+            for epoch in range(run.epochs):
+                self._starts.append(self._starts[-1] + feed.steps(epoch))
+        self.total_steps = run.max_steps or self._starts[-1]
+        self._epochs = run.epochs if not run.max_steps else 0  # to be counted
+
+    def enter(self, state: RunState) -> None:
+        """Put the place within an epoch of other length where as large a share of it is done."""
+        steps = self._feed.steps(state.epoch)
+        if state.steps_in_epoch not in (0, steps):
+            state.step_in_epoch = state.step_in_epoch * steps // state.steps_in_epoch
+        state.steps_in_epoch = steps
+
+    def place(self, state: RunState) -> int:
+        """Steps behind a run, of :attr:`total_steps`."""
+        if self._run.max_steps:
+            return min(state.step, self.total_steps)
+        if state.epoch >= self._run.epochs:
+            return self.total_steps
+        return self._starts[state.epoch] + state.step_in_epoch
+
+    def share(self, state: RunState) -> float:
+        """Share of a run that is behind it, in [0, 1]."""
+        return self.place(state) / max(1, self.total_steps)
+
+    def epochs(self, state: RunState) -> int:
+        """Epochs of the run, the last of which may be cut short by ``max_steps``."""
+        if not self._epochs:
+            epoch, done = state.epoch, state.step - state.step_in_epoch
+            while done < self.total_steps or not epoch:
+                done += self._feed.steps(epoch)
+                epoch += 1
+            self._epochs = epoch
+        return self._epochs
 
 
 def write_config(config: TrainConfig, output: Path) -> None:
     """Write ``config.yaml``, from which ``--config`` starts the same run anew."""
-    write_text(output / "config.yaml", dump_yaml(as_plain(config)))
+    write_text(output / CONFIG_FILE, dump_yaml(as_plain(config)))
 
 
 def as_plain(config: TrainConfig) -> dict[str, Any]:
@@ -74,58 +141,9 @@ def as_plain(config: TrainConfig) -> dict[str, Any]:
     return to_dict(fresh)
 
 
-def changed_settings(config: TrainConfig, output: Path) -> list[str]:
-    """List differences from the settings that the run in a folder was started with, as ``name: old -> new``."""
-    path = output / "config.yaml"
-    if not path.exists():
-        return []
-    old, new = flat(migrate_keys(load_yaml(path.read_text(encoding="utf-8"), str(path)))), flat(as_plain(config))
-    return [f"{name}: {old.get(name)} -> {new.get(name)}" for name in {**old, **new} if old.get(name) != new.get(name)]
-
-
-def append_metrics(record: Mapping[str, Any], output: Path) -> None:
-    """Add one line to ``metrics.jsonl``."""
-    with (output / METRICS_FILE).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read_metrics(output: Path) -> list[dict[str, Any]]:
-    """Return the records of ``metrics.jsonl``; a last line that was cut off is left out."""
-    path = output / METRICS_FILE
-    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
-    return [json.loads(line) for line in lines[:-1]]  # a whole line ends in a line break
-
-
-def rewind_metrics(output: Path, step: int) -> None:
-    """Drop the records of steps after ``step``, which a resumed run makes again."""
-    if (output / METRICS_FILE).exists():
-        kept = [json.dumps(record) + "\n" for record in read_metrics(output) if record["step"] <= step]
-        write_text(output / METRICS_FILE, "".join(kept))
-
-
-def resume_folder(resume: bool | str, output: Path) -> Path | None:
-    """Find the training state to continue from.
-
-    Args:
-        resume: False; True for the run's own ``last`` checkpoint; ``"auto"`` for the same where there is one; or a path
-            to a run or a checkpoint.
-        output: The run's folder.
-
-    Returns:
-        The folder of the training state, or None to start afresh.
-
-    Raises:
-        FileNotFoundError: If there is no training state.
-    """
-    if not resume:
-        return None
-    start = output if resume in (True, "auto") else Path(str(resume))
-    folder = next((f for f in (start / RESUME_FOLDER, start / "last" / RESUME_FOLDER) if f.is_dir()), None)
-    if folder is None and resume != "auto":
-        raise MissingFileError(f"run.resume: no training state in {start / 'last'}; start without run.resume.")
-    return folder
+def read_metrics(text: str) -> list[dict[str, Any]]:
+    """Return the records of ``metrics.jsonl``."""
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def code_version() -> str | None:

@@ -2,78 +2,53 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
-import os
-import shutil
+import errno
+import shlex
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import (
-    DistributedType,
-    InitProcessGroupKwargs,
-    ProjectConfiguration,
-    broadcast,
-    gather_object,
-    set_seed,
-)
-from safetensors import SafetensorError
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_seed
 from timm.utils import ModelEmaV3
-from torch import Tensor
 
-import a2fpn
-from a2fpn._atomic import partial_path, recover_folder, replaced_folder
 from a2fpn.data import CocoDataset
 from a2fpn.errors import ConfigError, RunError
 from a2fpn.training.config import TrainConfig
 from a2fpn.training.feed import Batch, Feed
-from a2fpn.training.importing import import_folder
-from a2fpn.training.monitor import (
-    HostCopy,
-    LossWindow,
-    ProgressLine,
-    get_logger,
-    grid,
-    plot_metrics,
-    text_log,
-    track_picture,
+from a2fpn.training.folder import CheckpointWriteError
+from a2fpn.training.health import (
+    MOST_SKIPPED,
+    NonFiniteLossError,
 )
-from a2fpn.training.optim import build_optimizer, build_scheduler, scaled_lr
-from a2fpn.training.seeding import derived_seed, use_deterministic_algorithms
+from a2fpn.training.importing import import_folder
+from a2fpn.training.keeper import Keeper, Parts
+from a2fpn.training.monitor import (
+    LossWindow,
+    get_logger,
+    text_log,
+)
+from a2fpn.training.optim import build_optimizer, lr_factor, scaled_lr, set_rate
+from a2fpn.training.processes import check_processes, check_trackers, gather_number
+from a2fpn.training.progress import RunBoard
+from a2fpn.training.seeding import use_deterministic_algorithms
 from a2fpn.training.signals import Signals, StopRequest
 from a2fpn.training.sources import (
     build_feed,
     build_model,
     check_folder,
-    credits_of,
     open_training_set,
     open_validation_set,
 )
-from a2fpn.training.state import (
-    METRICS_FILE,
-    RESUME_FOLDER,
-    CheckpointWriteError,
-    RunState,
-    append_metrics,
-    changed_settings,
-    code_version,
-    read_metrics,
-    resume_folder,
-    rewind_metrics,
-    write_config,
-)
+from a2fpn.training.state import LOG_FILE, METRICS_FILE, Plan, read_metrics
+from a2fpn.training.stepping import Stepper
 from a2fpn.training.validate import Validator
 
 logger = get_logger(__name__)
-
-
-class NonFiniteLossError(RunError):
-    """A loss became infinite or not a number."""
+_FULL = {getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EFBIG")}
 
 
 class LoaderError(RunError):
@@ -85,16 +60,18 @@ class Trainer:
 
     Args:
         config: The settings.
+        quiet: Whether progress is not shown.
 
     Raises:
-        ValueError: If the settings do not fit the data, the model or the machine.
+        ValueError: If the settings do not fit the data, the model, the machine or the run that is gone on with.
         OSError: If a file is missing.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, *, quiet: bool = False) -> None:
         run = config.run
-        self.config = config
+        self.config, self._quiet = config, quiet
         self.output = Path(run.output)
+        check_trackers(run.trackers)
         self.accelerator = Accelerator(
             mixed_precision="no" if run.mixed_precision == "none" else run.mixed_precision,
             gradient_accumulation_steps=run.grad_accumulation,
@@ -108,14 +85,25 @@ class Trainer:
             use_deterministic_algorithms()
         if run.mixed_precision == "fp16" and self.accelerator.device.type == "cpu":
             raise ConfigError("run.mixed_precision=fp16 needs a GPU; on a CPU use none or bf16.")
-        resume = self._resume_folder()
+        self._skipped_in_a_row = 0
+        self.keeper = Keeper(config, self.accelerator)
+        try:
+            self._build()
+        except BaseException:
+            self.keeper.close()
+            raise
+
+    def _build(self) -> None:
+        config, run = self.config, self.config.run
         data = import_folder(config.data)
         train_set = open_training_set(data)
         val_set = open_validation_set(data, train_set)
         self.datasets = train_set, val_set
+        self.keeper.check_data(train_set, val_set)
         self.batch_size = data.batch_size * self.accelerator.num_processes * run.grad_accumulation
         set_seed(run.seed)
         model = build_model(config.model, train_set).to(self.accelerator.device)
+        self.keeper.check_model(model)
         for dataset in self.datasets:
             # The maps of the validation images are not needed to measure boxes and masks.
             unused = () if dataset is train_set or run.val_loss else ("semantic",)
@@ -126,15 +114,15 @@ class Trainer:
             model = model.to(memory_format=torch.channels_last)
         # Before `prepare`, which replaces `forward`; a copy made later would call the original.
         self.ema = ModelEmaV3(model, decay=run.ema, use_warmup=True) if run.ema else None
-        self._global_losses = run.sync_losses and self.accelerator.num_processes > 1
-        model.normalize_losses_globally(enabled=self._global_losses)
+        if run.compile:
+            model.compile_maps()
+        global_losses = run.sync_losses and self.accelerator.num_processes > 1
+        model.normalize_losses_globally(enabled=global_losses)
         self.feed: Feed = build_feed(config, train_set, model, self.accelerator)
-        self.total_steps, self.epochs = self._length()
+        self.plan = Plan(self.feed, run)
 
         optimizer = build_optimizer(model, config.optim, lr=scaled_lr(config.optim, self.batch_size))
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        # Not prepared: Accelerate would step a prepared schedule once per process.
-        self.scheduler = build_scheduler(self.optimizer, self.total_steps, config.optim)
         self.validator = Validator(
             val_set,
             self.accelerator,
@@ -147,99 +135,120 @@ class Trainer:
             channels_last=run.channels_last,
             pictures=run.pictures,
             seed=run.seed,
+            global_losses=global_losses,
+            quiet=self._quiet,
         )
-        self.metric = f"{self.validator.iou_types[-1]}/ap"
-        self.state = RunState()
-        self._origin = {"commit": code_version(), **credits_of(train_set)}
+        # The first decides which checkpoint is the best; between equal values those after it do.
+        self.metrics = [f"{kind}/ap" for kind in reversed(self.validator.iou_types)]
         self.epoch_losses = LossWindow(self.accelerator)
-        self.accelerator.register_for_checkpointing(self.scheduler, self.state)
-        if self.ema:
-            self.accelerator.register_for_checkpointing(self.ema)
-        if resume:
-            self.accelerator.load_state(str(resume))
-            self.epoch_losses.restore(self.state.sums)
-        if self.accelerator.is_main_process:
-            self.output.mkdir(parents=True, exist_ok=True)
-            rewind_metrics(self.output, self.state.step)
-            write_config(config, self.output)
+        self.stepper = Stepper(self.accelerator, self.model, self.optimizer, self.ema, config)
+        parts = Parts(
+            model=self.accelerator.unwrap_model(self.model),
+            average=self.ema.module if self.ema else None,
+            optimizer=self.optimizer,
+            losses=self.epoch_losses,
+            plan=self.plan,
+            metrics=self.metrics,
+        )
+        self.evaluated_model = parts.evaluated
+        self.state = self.keeper.resume(parts, images_per_step=self.batch_size)
         self.accelerator.init_trackers(run.name)
+        shown = self.accelerator.is_main_process and not self._quiet
+        self.board = RunBoard(shown, total_steps=self.plan.total_steps, place=self.plan.place(self.state))
 
     def run(self) -> None:
         """Train to the end, evaluating and writing checkpoints on the way.
 
         Raises:
             StopRequest: After a signal; a checkpoint is written.
-            NonFiniteLossError: If a loss is not finite.
+            NonFiniteLossError: If a loss or gradient is not finite.
+            DivergedError: If the weights are not worth saving.
             LoaderError: If a loader process died.
             CheckpointWriteError: If a checkpoint can't be written.
         """
         run = self.config.run
-        with text_log(self.output / "train.log", enabled=self.accelerator.is_main_process), Signals() as signals:
-            self._log_start()
-            try:
-                self._run_epochs(signals)
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
-                    raise
-                raise LoaderError(
-                    f"{str(error).splitlines()[0].rstrip('. ')}. If memory ran out, lower data.workers or "
-                    "data.batch_size; run.resume=auto continues from the last checkpoint."
-                ) from error
-            if self.state.step < self.total_steps:
-                logger.info("Stopping early: no better %s in %d evaluations.", self.metric, run.patience)
-        self.accelerator.end_training()
+        try:
+            with text_log(self.output / LOG_FILE, enabled=self.accelerator.is_main_process), Signals() as signals:
+                self._log_start()
+                try:
+                    self._run_epochs(signals)
+                except RuntimeError as error:
+                    if "DataLoader worker" not in str(error):
+                        raise
+                    raise LoaderError(
+                        f"{str(error).splitlines()[0].rstrip('. ')}. If memory ran out, lower data.workers or "
+                        "data.batch_size; run.resume=auto continues from the last checkpoint."
+                    ) from error
+                except OSError as error:
+                    if error.filename is not None or error.errno not in _FULL:
+                        raise
+                    raise CheckpointWriteError(
+                        f"The disk of {self.output} is full ({error.strerror}); run.resume=auto continues from the "
+                        "last checkpoint."
+                    ) from error
+                if not self._done():
+                    logger.info("Stopping early: no better %s in %d evaluations.", self.metrics[0], run.patience)
+            self.accelerator.end_training()
+        finally:
+            self.keeper.close()
 
     def summary(self) -> str:
         """Say where the best checkpoint of a finished run is, how to load it, and what was skipped."""
-        best, skipped = self.output / "best", self.state.skipped
+        state, best = self.state, self.output / "best"
         annotations = sum(len(data.skipped.annotations) for data in self.datasets)
-        lines = [f"Skipped {len(skipped)} unreadable images: {', '.join(skipped)}"] if skipped else []
-        lines += [f"Skipped {annotations} unusable annotations, listed at the start."] if annotations else []
+        lines = []
+        if state.skipped:
+            lines.append(f"Skipped {len(state.skipped)} unreadable images: {', '.join(state.skipped)}")
+        if annotations:
+            lines.append(f"Skipped {annotations} unusable annotations, listed at the start.")
+        if state.skipped_steps:
+            lines.append(f"Skipped {state.skipped_steps} steps whose loss or gradient was not finite.")
+        if state.best is None:
+            return "\n".join([*lines, f"No evaluation was made; the last checkpoint is {self.output / 'last'}"])
+        pictures = sorted((self.output / "predictions").glob("*.jpg"))
+        ground_truth = self.validator.dataset
+        measured = f"--images {shlex.quote(str(ground_truth.root))} --annotations {shlex.quote(ground_truth.name)}"
         return "\n".join(
             [
                 *lines,
+                *([f"Pictures:        {pictures[-1]}"] if pictures else []),
                 f"Losses and AP:   {self.output / 'metrics.png'}",
-                f"Best checkpoint: {best} ({self.metric} {self.state.best:.4f} after epoch {self.state.best_epoch})",
+                f"Why not better:  a2fpn evaluate --model {shlex.quote(str(best))} {measured} --report report.html",
+                f"Publish it:      a2fpn hub push {shlex.quote(str(best))} --repo ORG/NAME",
+                f"Best checkpoint: {best} ({self.metrics[0]} {state.best[0]:.4f} after epoch {state.best_epoch})",
                 f'Load it:         model = a2fpn.from_pretrained("{best}")',
-                f"Use it:          a2fpn predict IMAGE --model {best}",
+                f"Use it:          a2fpn predict IMAGE --model {shlex.quote(str(best))}",
             ]
         )
 
-    @property
-    def evaluated_model(self) -> Any:
-        """The model that is evaluated and saved: the moving average if there is one."""
-        return self.ema.module if self.ema else self.accelerator.unwrap_model(self.model)
-
-    # Setting up
-
-    def _resume_folder(self) -> Path | None:
-        """The training state to continue from, after what a kill may have left is put right."""
-        run = self.config.run
-        if run.resume and self.accelerator.is_main_process:
-            for name in ("last", "best"):
-                recover_folder(self.output / name)
-        self.accelerator.wait_for_everyone()
-        if not run.resume and (self.output / METRICS_FILE).exists():
-            raise ConfigError(f"{self.output} already holds a run; choose another run.output, or run.resume=auto.")
-        folder = resume_folder(run.resume, self.output)
-        changes = changed_settings(self.config, self.output) if folder else []
-        if changes:
-            logger.warning("The run was started with other settings: %s", "; ".join(changes))
-        return folder
-
-    def _length(self) -> tuple[int, int]:
-        """Steps and epochs of the run."""
-        run = self.config.run
-        steps = epochs = 0
-        while (steps < run.max_steps) if run.max_steps else (epochs < run.epochs):
-            steps += self.feed.steps(epochs)
-            epochs += 1
-        return run.max_steps or steps, epochs
+    def numbers(self) -> dict[str, Any]:
+        """Return where the best checkpoint of a finished run is and what was measured, for machines."""
+        state = self.state
+        return {
+            "output": str(self.output),
+            "best": None if state.best is None else str(self.output / "best"),
+            "metric": self.metrics[0],
+            "value": None if state.best is None else state.best[0],
+            "epoch": state.best_epoch,
+            "epochs": state.epoch,
+            "steps": state.step,
+            "skipped": list(state.skipped),
+            "records": read_metrics((self.output / METRICS_FILE).read_text(encoding="utf-8")),
+        }
 
     def _log_start(self) -> None:
-        config, (train_set, val_set) = self.config, self.datasets
-        if self.state.step:
-            logger.info("Continuing after step %d of %d.", self.state.step, self.total_steps)
+        config, state, (train_set, val_set) = self.config, self.state, self.datasets
+        for note in self.keeper.notes:
+            logger.warning("%s", note)
+        if state.step:
+            logger.info(
+                "Continuing after step %d: %d of %d epochs and %.1f %% of the run are done, %d images were seen.",
+                state.step,
+                state.epoch,
+                self.plan.epochs(state),
+                100 * state.share,
+                state.images,
+            )
         parameters = sum(parameter.numel() for parameter in self.accelerator.unwrap_model(self.model).parameters())
         logger.info(
             "%s, %d classes, %.1f M parameters; %d training and %d validation images; %d steps in %d epochs.",
@@ -248,8 +257,8 @@ class Trainer:
             parameters / 1e6,
             len(train_set),
             len(val_set),
-            self.total_steps,
-            self.epochs,
+            self.plan.total_steps,
+            self.plan.epochs(state),
         )
         logger.info(
             "%d images per step (%d per batch, %d process(es) on %s, %d batch(es) per step); "
@@ -267,43 +276,57 @@ class Trainer:
 
     # Training
 
+    def _done(self) -> bool:
+        return self.plan.place(self.state) >= self.plan.total_steps
+
     def _run_epochs(self, signals: Signals) -> None:
-        run = self.config.run
-        while self.state.step < self.total_steps and not (run.patience and self.state.stale >= run.patience):
-            record = self._train_epoch(signals)
-            if self.state.epoch % run.evaluate_every == 0 or self.state.step >= self.total_steps:
-                record |= self._evaluate()
-            self._save(record)
+        run, state = self.config.run, self.state
+        while state.pending or not (self._done() or (run.patience and state.stale >= run.patience)):
+            record = state.pending or self._train_epoch(signals)
+            if state.pending or state.epoch % run.evaluate_every == 0 or self._done():
+                if not state.pending:  # what is trained is safe before anything can go wrong in evaluating it
+                    state.pending = record
+                    self.keeper.save(None)
+                record = {**record, **self._evaluate(signals)}
+                state.pending = None
+            self.keeper.save(record)
+            self.board.add(record, best=state.best_epoch == state.epoch)
 
     def _train_epoch(self, signals: Signals) -> dict[str, Any]:
         """Train to the end of the epoch, or of the run; return the epoch's record."""
-        state, config = self.state, self.config
+        state, config, plan = self.state, self.config, self.plan
         self.model.train()
-        steps, window = self.feed.steps(state.epoch), LossWindow(self.accelerator)
+        window = LossWindow(self.accelerator)
+        plan.enter(state)
         batches = self.feed.batches(state.epoch, start=state.step_in_epoch)
         start = time.perf_counter()
-        title = f"Epoch {state.epoch + 1}/{self.epochs}"
-        last = min(steps, state.step_in_epoch + self.total_steps - state.step)
-        with ProgressLine(title, last, self.accelerator, done=state.step_in_epoch) as line:
-            while state.step_in_epoch < steps and state.step < self.total_steps:
+        steps = state.steps_in_epoch
+        last = min(steps, state.step_in_epoch + plan.total_steps - plan.place(state))
+        with self.board.training(state.epoch, plan.epochs(state), last, done=state.step_in_epoch) as line:
+            while state.step_in_epoch < last:
+                factor = lr_factor(
+                    plan.place(state), total_steps=plan.total_steps, config=config.optim, updates=state.step
+                )
+                rate = set_rate(self.optimizer, factor)
                 self._step(self._fetch(batches, signals), window)
+                state.value = None  # of weights that are no more
                 state.step += 1
                 state.step_in_epoch += 1
+                state.images += self.batch_size
+                state.share = plan.share(state)
                 line.advance()
-                if state.step % config.run.log_every == 0 or state.step == self.total_steps:
+                if state.step % config.run.log_every == 0 or self._done():
                     means, throughput = window.read()
-                    rate = float(max(self.scheduler.get_last_lr()))
-                    line.show(state.step, means["loss"], rate, throughput)
+                    line.show(state.step, plan.place(state), means, rate, throughput)
                     values = {f"train/{name}": value for name, value in means.items()}
                     speed = {"images_per_second": throughput.images_per_second, "waiting_for_data": throughput.waiting}
                     self.accelerator.log({**values, "lr": rate, **speed}, step=state.step)
-                self.scheduler.step()
                 every = config.run.checkpoint_every
-                if every and state.step % every == 0 and state.step_in_epoch < steps and state.step < self.total_steps:
-                    self._save(None)
+                if every and state.step % every == 0 and state.step_in_epoch < last:
+                    self.keeper.save(None)
         means, throughput = self.epoch_losses.read()
         state.epoch += 1
-        state.step_in_epoch = 0
+        state.step_in_epoch = state.steps_in_epoch = 0
         return {
             "epoch": state.epoch,
             "step": state.step,
@@ -326,191 +349,61 @@ class Trainer:
         except RuntimeError as error:
             if "DataLoader worker" not in str(error) or not signals.received:
                 raise  # else the signal went to the loader processes as well, which have left
-        signum = int(max(self._gather(signals.received)))
+        signum = self._signal(signals)
         if signum:
-            self._save(None)
+            self.keeper.save_unless_saved()
             raise StopRequest(signum, f"stopped after step {self.state.step}; run.resume=auto continues from there")
         return fetched
 
-    def _gather(self, value: float) -> list[float]:
-        """One number from every process."""
-        if self.accelerator.num_processes == 1:
-            return [value]
-        values: list[float] = self.accelerator.gather(torch.tensor([value], device=self.accelerator.device)).tolist()
-        return values
+    def _signal(self, signals: Signals) -> int:
+        """The signal that came to any process, or 0."""
+        return int(max(gather_number(self.accelerator, signals.received)))
 
-    def _step(self, parts: Sequence[tuple[Batch, float]], window: LossWindow) -> None:
-        """One step of the optimizer."""
-        accelerator, config = self.accelerator, self.config
-        for number, ((images, targets), waited) in enumerate(parts):
-            # What is drawn in a step depends on nothing before it.
-            place = (config.run.seed, self.state.step, number, accelerator.process_index)
-            torch.manual_seed(derived_seed("step", *place))
-            is_last = number == len(parts) - 1
-            with contextlib.nullcontext() if is_last else accelerator.no_sync(self.model):
-                losses = self.model(images, targets, resize=False)
-                losses = {"loss": torch.stack(list(losses.values())).sum(), **losses}
-                total = HostCopy(losses["loss"])
-                accelerator.backward(losses["loss"])
-                # Before the weights change, but with the backward pass under way: the device has no time to idle.
-                self._check_finite({**losses, "loss": total.value()}, targets)
-            for one in (self.epoch_losses, window):
-                one.add({name: value.detach() for name, value in losses.items()}, images=len(images), waited=waited)
-        if config.optim.clip_norm:
-            accelerator.clip_grad_norm_(self.model.parameters(), config.optim.clip_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        if self.ema:
-            self.ema.update(accelerator.unwrap_model(self.model), step=self.state.step + 1)
-
-    def _check_finite(self, losses: Mapping[str, Tensor], targets: Sequence[Mapping[str, Any]]) -> None:
-        """Stop all processes if the loss of any is not finite.
+    def _step(self, parts: list[tuple[Batch, float]], window: LossWindow) -> None:
+        """One step of the optimizer; one that is left out counts as well.
 
         Raises:
-            NonFiniteLossError: That names the images.
+            NonFiniteLossError: If a loss or gradient is not finite, and the run is to stop at it.
         """
-        bad = not bool(torch.isfinite(losses["loss"]))
-        if not any(self._gather(float(bad))):
+        batches, problem = self.stepper.step(parts, self.state.step)
+        if problem:
+            self._skip(problem)
             return
-        values = ", ".join(f"{name} {value.item():.4g}" for name, value in losses.items())
-        mine = [(values, [int(target["image_id"]) for target in targets])] if bad else []
-        found = gather_object(mine)
-        ids = ", ".join(str(image_id) for _, images in found for image_id in images)
-        last = self.output / "last"
-        kept = f" The last good checkpoint is {last}." if last.exists() else ""
-        raise NonFiniteLossError(
-            f"The loss is not finite in step {self.state.step + 1} ({found[0][0]}) on the images with ids {ids}. Look "
-            f"at their annotations, lower optim.lr, or set optim.clip_norm.{kept}"
-        )
+        self._skipped_in_a_row = 0
+        for batch in batches:
+            for one in (self.epoch_losses, window):
+                one.add(batch.losses, images=batch.images, waited=batch.waited)
 
-    # Evaluating and saving
+    def _skip(self, problem: str) -> None:
+        self._skipped_in_a_row += 1
+        if self.config.run.nonfinite == "stop" or self._skipped_in_a_row > MOST_SKIPPED:
+            raise NonFiniteLossError(
+                f"{problem} Look at their annotations, lower optim.lr, set optim.clip_norm, or leave such steps out by "
+                f"run.nonfinite=skip. {self.keeper.last_good()}"
+            )
+        self.state.skipped_steps += 1
+        logger.warning("%s The step is left out.", problem)
 
-    def _evaluate(self) -> dict[str, Any]:
-        """Evaluate on all processes; return the numbers on the main one, else nothing."""
-        accelerator, start, model = self.accelerator, time.perf_counter(), self.evaluated_model
-        if accelerator.num_processes > 1:
-            # Batch norm statistics differ between processes; the checkpoint gets those of process 0.
-            broadcast(list(model.buffers()))
-        losses: dict[str, float] = {}
-        if self.config.run.val_loss:
-            model.normalize_losses_globally(enabled=False)  # processes have different numbers of batches
-            losses = self.validator.losses(model)
-            model.normalize_losses_globally(enabled=self._global_losses)
-        metrics, pictures = self.validator.evaluate(model)
-        if not accelerator.is_main_process:
-            return {}
-        accelerator.log({**losses, **{f"val/{name}": value for name, value in metrics.items()}}, step=self.state.step)
-        if pictures:
-            path = self.output / "predictions" / f"epoch_{self.state.epoch:03d}.jpg"
-            path.parent.mkdir(exist_ok=True)
-            page = grid(pictures)
-            page.save(path, quality=88)
-            track_picture(accelerator, "val/predictions", page, path, self.state.step)
-        return {"eval_seconds": round(time.perf_counter() - start, 1), **losses, **metrics}
-
-    def _save(self, record: dict[str, Any] | None) -> None:
-        """Write the ``last`` checkpoint and, at the end of an epoch, its record and a better ``best``.
-
-        Args:
-            record: The epoch's record, or None within an epoch.
+    def _evaluate(self, signals: Signals) -> dict[str, Any]:
+        """Evaluate on all processes; return the numbers on the main one, else nothing.
 
         Raises:
-            CheckpointWriteError: If the disk doesn't take it; what was there before is untouched.
+            StopRequest: On all processes, if a signal came to any.
         """
-        state, last = self.state, self.output / "last"
-        state.sums = self.epoch_losses.totals()
-        names = gather_object([name for data in self.datasets for name in data.skipped.images])
-        state.skipped = sorted({*state.skipped, *names})
-        # Only the main process knows the numbers; all have to agree on when to stop.
-        value = self._gather((record or {}).get(self.metric, -math.inf))[0]
-        improved = value > state.best
-        if improved:
-            state.best, state.best_epoch, state.stale = value, state.epoch, 0
-        elif value > -math.inf:
-            state.stale += 1
-        try:
-            self._write(last, record, improved)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            shutil.rmtree(partial_path(last), ignore_errors=True)
-            free = shutil.disk_usage(self.output).free / 2**20
-            kept = (
-                f"the one in {last} is untouched; run.resume=auto continues from it"
-                if last.exists()
-                else "none before it"
-            )
-            raise CheckpointWriteError(
-                f"cannot write a checkpoint to {self.output}: {' '.join(str(error).split())} ({free:.0f} MiB free); "
-                f"{kept}."
-            ) from error
 
-    def _write(self, last: Path, record: dict[str, Any] | None, improved: bool) -> None:
-        accelerator = self.accelerator
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            shutil.rmtree(partial_path(last), ignore_errors=True)
-        accelerator.wait_for_everyone()
-        accelerator.save_state(str(partial_path(last) / RESUME_FOLDER))  # every process has its part
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            if record is not None:
-                append_metrics(record, self.output)
-            for folder in (self.output / "best", last) if improved else (last,):
-                with replaced_folder(folder) as partial:
-                    a2fpn.save_pretrained(self.evaluated_model, partial, metadata=self._metadata(record or {}))
-            if record is not None:
-                self._report(record, improved)
-        accelerator.wait_for_everyone()
+        def poll() -> None:
+            if signum := self._signal(signals):
+                raise StopRequest(
+                    signum,
+                    f"stopped while evaluating epoch {self.state.epoch}, which is saved; run.resume=auto evaluates it",
+                )
 
-    def _report(self, record: Mapping[str, Any], improved: bool) -> None:
-        if self.metric in record:
-            plot_metrics(read_metrics(self.output), self.output / "metrics.png")
-        numbers = ", ".join(
-            f"{name} {record[name]:.4f}" for name in ("bbox/ap", "segm/ap", "keypoints/ap") if name in record
-        )
-        logger.info(
-            "Epoch %d/%d: loss %.4f, %s%.1f images/s%s",
-            self.state.epoch,
-            self.epochs,
-            record["train/loss"],
-            f"{numbers}, " if numbers else "",
-            record["images_per_second"],
-            " (best so far)" if improved else "",
-        )
-
-    def _metadata(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the metadata of a checkpoint."""
-        return {
-            "recipe": self.config.run.name,
-            "epochs": self.state.epoch,
-            "steps": self.state.step,
-            "seed": self.config.run.seed,
-            "ema": self.config.run.ema,
-            **self._origin,
-            "max_detections": self.config.run.max_detections,
-            "metrics": {
-                name: value for name, value in record.items() if name.startswith(("bbox/", "segm/", "keypoints/"))
-            },
-        }
-
-
-def check_processes(accelerator: Accelerator) -> None:
-    """Refuse ways to start several processes that would train something else than is asked for.
-
-    Raises:
-        ValueError: If weights would be sharded, or processes would not know of each other.
-    """
-    kind = accelerator.distributed_type
-    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise ConfigError(
-            f"{kind.value} shards weights, which checkpoints and the moving average here don't support; detectors of "
-            "this size train with plain data parallelism: choose MULTI_GPU in `accelerate config`, or use torchrun."
-        )
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if started != accelerator.num_processes:
-        raise ConfigError(
-            f"{started} processes were started, but each knows of {accelerator.num_processes} only and would write to "
-            "the same folder. Without a GPU use ACCELERATE_USE_CPU=true torchrun --nproc-per-node N train/ ..., and no "
-            "FSDP or DeepSpeed configuration."
+        return self.validator.record(
+            self.evaluated_model,
+            poll,
+            losses=self.config.run.val_loss,
+            step=self.state.step,
+            picture=self.output / "predictions" / f"epoch_{self.state.epoch:03d}.jpg",
         )
 
 

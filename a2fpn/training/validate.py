@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast, gather_object
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
@@ -16,8 +18,13 @@ from torch.utils.data import DataLoader, Subset
 import a2fpn
 from a2fpn.data import CocoDataset, Sample, collate
 from a2fpn.evaluation import COCO_SIGMAS, Backend, CocoMetrics, common_iou_types, evaluate_coco
-from a2fpn.training.monitor import ProgressLine
+from a2fpn.training.monitor import get_logger, grid, track_picture
+from a2fpn.training.progress import ProgressLine
 from a2fpn.training.seeding import seeded
+from a2fpn.training.signals import leave_stopping_to_the_run
+
+logger = get_logger(__name__)
+Poll = Callable[[], None]
 
 
 def sharded_loader(
@@ -35,7 +42,13 @@ def sharded_loader(
     batches = [list(range(at, min(at + batch_size, len(dataset)))) for at in range(0, len(dataset), batch_size)]
     mine = [index for batch in batches[rank::world_size] for index in batch]
     # Only the last batch of all may be short, and that is the last one of its process as well.
-    return DataLoader(Subset(dataset, mine), batch_size, num_workers=workers, collate_fn=collate)
+    return DataLoader(
+        Subset(dataset, mine),
+        batch_size,
+        num_workers=workers,
+        collate_fn=collate,
+        worker_init_fn=leave_stopping_to_the_run,
+    )
 
 
 class Validator:
@@ -52,7 +65,9 @@ class Validator:
         channels_last: Whether the network runs channels-last.
         pictures: How many images are drawn.
         seed: Seed of what is random in the losses.
+        global_losses: Whether training divides losses by the terms of all processes.
         oks_sigmas: See :func:`a2fpn.evaluation.evaluate_coco`; COCO's if empty.
+        quiet: Whether progress is not shown.
 
     Raises:
         ValueError: If the images can't be evaluated in this way.
@@ -70,26 +85,70 @@ class Validator:
         channels_last: bool,
         pictures: int,
         seed: int,
+        global_losses: bool,
         target_keys: Collection[str],
         oks_sigmas: Sequence[float] = (),
+        quiet: bool = False,
     ) -> None:
         self.dataset = dataset
         self.accelerator = accelerator
+        self._shown = accelerator.is_main_process and not quiet
         self.max_detections, self.backend = max_detections, backend
         self.iou_types = common_iou_types(dataset.coco, target_keys)
         self.oks_sigmas = tuple(oks_sigmas) or COCO_SIGMAS
         if "keypoints" in self.iou_types:
             self._compare([])  # finds sigmas that don't fit before the training, not after
-        self.channels_last, self.seed = channels_last, seed
+        self.channels_last, self.seed, self._global_losses = channels_last, seed, global_losses
         # Spread over the set, with objects where there are any.
         full = [i for i, image_id in enumerate(dataset.image_ids) if dataset.coco.annotations[image_id]]
         full = full or list(range(len(dataset)))
         self._drawn = {dataset.image_ids[full[i * len(full) // pictures]] for i in range(pictures)}
         rank, world_size = accelerator.process_index, accelerator.num_processes
+        self._rounds = -(-len(dataset) // (batch_size * world_size))
         self.loader = sharded_loader(dataset, batch_size=batch_size, workers=workers, rank=rank, world_size=world_size)
 
-    def evaluate(self, model: Any) -> tuple[dict[str, float], list[Image.Image]]:
+    def record(self, model: Any, poll: Poll, *, losses: bool, step: int, picture: Path) -> dict[str, Any]:
+        """Evaluate, and give numbers and pictures to the trackers; every process has to call it.
+
+        Args:
+            model: The detector.
+            poll: Called between batches by all processes alike; may raise, to stop.
+            losses: Whether the losses are computed as well.
+            step: Steps of the run.
+            picture: File for the drawn images.
+
+        Returns:
+            The numbers on the main process, else nothing.
+        """
+        accelerator, start = self.accelerator, time.perf_counter()
+        if accelerator.num_processes > 1:
+            # Batch norm statistics differ between processes; the checkpoint gets those of process 0.
+            broadcast(list(model.buffers()))
+        values: dict[str, float] = {}
+        if losses:
+            model.normalize_losses_globally(enabled=False)  # processes have different numbers of batches
+            values = self.losses(model, poll)
+            model.normalize_losses_globally(enabled=self._global_losses)
+        metrics, drawn = self.evaluate(model, poll)
+        if not accelerator.is_main_process:
+            return {}
+        accelerator.log({**values, **{f"val/{name}": value for name, value in metrics.items()}}, step=step)
+        if drawn:
+            page = grid(drawn)
+            try:
+                picture.parent.mkdir(exist_ok=True)
+                page.save(picture, quality=88)
+                track_picture(accelerator, "val/predictions", page, picture, step)
+            except OSError as error:  # nothing is lost by it
+                logger.warning("%s can't be written: %s", picture, error)
+        return {"eval_seconds": round(time.perf_counter() - start, 1), **values, **metrics}
+
+    def evaluate(self, model: Any, poll: Poll) -> tuple[dict[str, float], list[Image.Image]]:
         """Predict all images; every process has to call it.
+
+        Args:
+            model: The detector.
+            poll: Called between batches by all processes alike; may raise, to stop.
 
         Returns:
             On the main process the COCO numbers, with ``images_evaluated``, and pictures of predictions; elsewhere
@@ -99,8 +158,8 @@ class Validator:
         predictor = a2fpn.Predictor(model, device=accelerator.device, channels_last=self.channels_last)
         found: list[tuple[int, list[dict[str, Any]]]] = []
         drawn: list[tuple[int, Image.Image]] = []
-        with ProgressLine("Evaluation", len(self.loader), accelerator) as line:
-            for images, targets in self.loader:
+        with ProgressLine("Evaluation", len(self.loader), shown=self._shown) as line:
+            for images, targets in self._batches(poll):
                 ids = [int(target["image_id"]) for target in targets]
                 for image_id, image, result in zip(ids, images, predictor.predict(images), strict=True):
                     found.append((image_id, result.to_coco(image_id)))
@@ -116,6 +175,20 @@ class Validator:
         metrics = self._compare(hits).to_dict(per_class=True)
         return {**metrics, "images_evaluated": len(by_image)}, [pictures[i] for i in sorted(pictures)]
 
+    def _batches(self, poll: Poll) -> Iterator[Any]:
+        """This process's batches; processes poll equally often, though some have a batch less."""
+        batches = iter(self.loader)
+        for _ in range(self._rounds):
+            try:
+                batch, failure = next(batches, None), None
+            except RuntimeError as error:
+                batch, failure = None, error
+            poll()  # a signal that ended the loader processes is no failure of theirs
+            if failure:
+                raise failure
+            if batch is not None:
+                yield batch
+
     def _compare(self, detections: Sequence[Mapping[str, Any]]) -> CocoMetrics:
         return evaluate_coco(
             self.dataset.coco,
@@ -126,16 +199,21 @@ class Validator:
             backend=self.backend,
         )
 
-    def losses(self, model: Any) -> dict[str, float]:
-        """Mean losses over the validation images, as ``val/<loss>``; every process has to call it."""
+    def losses(self, model: Any, poll: Poll) -> dict[str, float]:
+        """Mean losses over the validation images, as ``val/<loss>``; every process has to call it.
+
+        Args:
+            model: The detector.
+            poll: Called between batches by all processes alike; may raise, to stop.
+        """
         sums: dict[str, float] = {}
         count = 0
         with (
             torch.no_grad(),
             _computing_losses(model),
-            ProgressLine("Losses", len(self.loader), self.accelerator) as line,
+            ProgressLine("Losses", len(self.loader), shown=self._shown) as line,
         ):
-            for images, targets in self.loader:
+            for images, targets in self._batches(poll):
                 with seeded("validation", self.seed, int(targets[0]["image_id"])):
                     values: Mapping[str, Tensor] = model(images, targets)
                 for name, value in {"loss": torch.stack(list(values.values())).sum(), **values}.items():

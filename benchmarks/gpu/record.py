@@ -99,12 +99,14 @@ def circumstances(device: torch.device) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit of the code, from git or, in a copy without history, from ``A2FPN_COMMIT``."""
+    """The commit of the code: what ``A2FPN_COMMIT`` says, for a copy without its history, or else git."""
+    if given := os.environ.get("A2FPN_COMMIT"):
+        return given
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         answer = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("A2FPN_COMMIT")
+        return None
     return answer.stdout.strip()
 
 

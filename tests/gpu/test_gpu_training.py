@@ -10,7 +10,7 @@ import pytest
 import torch
 from timm.utils import ModelEmaV3
 
-from tests.gpu.gpu_cases import batch, gradients, lively, on
+from tests.gpu.gpu_cases import batch, error, gradients, lively, on
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,7 +56,8 @@ def test_the_moving_average_follows_on_the_device(device: torch.device) -> None:
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    own = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     return os.environ | own | ({"ACCELERATE_USE_CPU": "true"} if device.type == "cpu" else {})
 
 
@@ -95,11 +96,26 @@ def test_two_runs_and_one_that_was_killed_end_with_the_same_bits(tmp_path: Path,
     again = start(runs["killed"], device, tmp_path / "killed.log")
     for process, name in ((again, "killed"), *zip(whole, ("one", "two"), strict=True)):
         assert process.wait(240) == 0, (tmp_path / f"{name}.log").read_text()
-    for name in ("last/training_state/model.safetensors", "last/model.safetensors"):
+    for name in ("last/training_state/weights.safetensors", "last/model.safetensors"):
         states = [load_file(tmp_path / run / name) for run in runs]
         for key, value in states[0].items():
             assert torch.equal(states[1][key], value), f"two runs differ in {key}"
             assert torch.equal(states[2][key], value), f"the resumed run differs in {key}"
+
+
+@pytest.mark.parametrize("neck", ["fpn", "a2fpn"])
+def test_compiled_maps_have_the_losses_and_gradients_of_plain_ones(neck: str, device: torch.device) -> None:
+    images, targets = batch(4, 2)
+    found = []
+    for compiled in (False, True):
+        model = lively(f"maskrcnn_{neck}").train().to(device)
+        if compiled:
+            model.compile_maps()
+        losses = model(on(device, images), targets)
+        torch.stack(list(losses.values())).sum().backward()
+        found.append((list(losses.values()), [p.grad for p in model.parameters()]))
+    assert error(found[1][0], found[0][0]) < 1e-4
+    assert error(found[1][1], found[0][1]) < 1e-3
 
 
 PARALLEL = """
@@ -126,8 +142,6 @@ distributed.destroy_process_group()
 
 def test_two_processes_on_one_device_have_the_gradient_of_one(tmp_path: Path, device: torch.device) -> None:
     """Over gloo: NCCL refuses two processes on a GPU."""
-    from tests.gpu.gpu_cases import error
-
     program = tmp_path / "parallel.py"
     program.write_text(PARALLEL)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]

@@ -33,6 +33,7 @@ class SlideOptions:
         intensity: Values that become 0 and 255, the same in all windows. ``"auto"`` takes the 0.1th and the 99.9th
             percentile of each channel. None takes the full range of 8 and 16 bits, whatever of it the image uses.
         max_pixels: Most pixels of an image that has to be decoded whole; None sets no limit.
+        gray_bits: Bits that values of 16 bits use, see :func:`a2fpn.data.read_image`.
 
     Raises:
         ValueError: For an intensity range without a width.
@@ -42,6 +43,7 @@ class SlideOptions:
     in_channels: int = 3
     intensity: tuple[float, float] | Literal["auto"] | None = None
     max_pixels: int | None = None
+    gray_bits: int = 16
 
     def __post_init__(self) -> None:
         if isinstance(self.intensity, tuple) and not self.intensity[0] < self.intensity[1]:
@@ -120,16 +122,19 @@ def _shrunk(pixels: Tensor, side: int) -> NDArray[np.uint8]:
     return np.asarray(mean.round().to(torch.uint8).permute(1, 2, 0))
 
 
-def to_8_bit(values: NDArray[np.generic], limits: Sequence[tuple[float, float]] | None, name: str) -> NDArray[np.uint8]:
+def to_8_bit(
+    values: NDArray[np.generic], limits: Sequence[tuple[float, float]] | None, name: str, *, bits: int = 16
+) -> NDArray[np.uint8]:
     """Convert values (h, w, S) to 8 bits.
 
     Args:
         values: Of any type.
         limits: Per channel the values that become 0 and 255; None takes the full range of 8 and 16 bits.
         name: The image, for messages.
+        bits: That values of 16 bits use.
 
     Raises:
-        ImageError: For a type that has no agreed range, without limits.
+        ImageError: For values that don't fit the bits, or a type that has no agreed range, without limits.
     """
     if limits is not None:
         low, high = np.array(limits, dtype=np.float64).T
@@ -138,7 +143,10 @@ def to_8_bit(values: NDArray[np.generic], limits: Sequence[tuple[float, float]] 
     if values.dtype == np.uint8:
         return values.astype(np.uint8)
     if values.dtype == np.uint16:
-        return np.asarray(((values.astype(np.int32) + 128) // 257).astype(np.uint8))  # as read_image does
+        wide, most = values.astype(np.int32), 2**bits - 1
+        if wide.max(initial=0) > most:
+            raise ImageError(f"{name}: a value of {wide.max()} doesn't fit gray_bits={bits} (--gray-bits).")
+        return np.asarray(((2 * 255 * wide + most) // (2 * most)).astype(np.uint8))  # as read_image does
     raise ImageError(
         f"{name}: {values.dtype} values have no agreed range; give the values that become black and white, "
         "intensity=(low, high) (--intensity LOW,HIGH), or auto."

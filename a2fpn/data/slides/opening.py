@@ -31,7 +31,7 @@ class WholeSlide(Slide):
         if options.channels is not None or options.intensity is not None:
             raise ConfigError(f"{path}: channels and intensity are chosen of TIFF files that are read in tiles.")
         self.name = str(path)
-        self._pixels: Tensor = read_image(path, max_pixels=options.max_pixels)
+        self._pixels: Tensor = read_image(path, max_pixels=options.max_pixels, gray_bits=options.gray_bits)
         self.size = (int(self._pixels.shape[1]), int(self._pixels.shape[2]))
         with open_image(path, max_pixels=None) as image:
             self.microns_per_pixel = of_dots(image.info.get("dpi"))
@@ -72,7 +72,7 @@ def open_slide(path: str | Path, options: SlideOptions | None = None) -> Slide:
                 pass
         except (OSError, ValueError):  # large, or damaged as the reader will say
             try:
-                return PngSlide(path)
+                return PngSlide(path, gray_bits=options.gray_bits)
             except UnreadablePngError:
                 pass
     try:

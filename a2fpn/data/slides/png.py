@@ -43,14 +43,15 @@ class PngSlide(Slide):
 
     Args:
         path: The file.
+        gray_bits: See :func:`a2fpn.data.read_image`.
 
     Raises:
         UnreadablePngError: If it is interlaced, has pixels of more than 4 bytes, or EXIF turns it.
         ImageError: If it is no PNG.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.name = str(path)
+    def __init__(self, path: Path, *, gray_bits: int = 16) -> None:
+        self.name, self._gray_bits = str(path), gray_bits
         try:
             with open_image(path, max_pixels=None) as image:
                 turned = orientation(image) != 1
@@ -90,7 +91,7 @@ class PngSlide(Slide):
                 rows, x0, x1 = rows[:, x0 * self._pixel : x1 * self._pixel], 0, x1 - x0
             rows = np.ascontiguousarray(rows)
         width = x1 if rows.shape[1] < self._row_bytes else self.size[1]
-        pixels = np.asarray(to_rgb(self._as_image(rows, width)))[:, x0:x1]
+        pixels = np.asarray(to_rgb(self._as_image(rows, width), gray_bits=self._gray_bits, name=self.name))[:, x0:x1]
         return torch.from_numpy(np.array(pixels.transpose(2, 0, 1), order="C"))
 
     def _restart(self) -> None:

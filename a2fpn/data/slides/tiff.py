@@ -85,7 +85,7 @@ class TiffSlide(Slide):
     def read(self, window: Window) -> Tensor:
         """See :meth:`Slide.read`."""
         values = self._values(window)
-        pixels = to_8_bit(values, self._limits, self.name)
+        pixels = to_8_bit(values, self._limits, self.name, bits=self._options.gray_bits)
         if self._inverted:
             pixels = 255 - pixels
         if self._alpha:

@@ -1,0 +1,183 @@
+"""Words of ultralytics, torchvision, detectron2 and mmdetection, and what is said to people who type them here.
+
+A word leads to a name of ours or to a sentence; :func:`a2fpn._registry.did_you_mean` makes a question of the former.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from types import MappingProxyType
+
+
+def _words(meanings: Mapping[str, str]) -> Mapping[str, str]:
+    """Meaning of each word, of the words with spaces between that each meaning has elsewhere."""
+    return MappingProxyType({word: meaning for meaning, words in meanings.items() for word in words.split()})
+
+
+_SIZES = "Images are resized by the model's rule: create_model(..., min_size=800, max_size=1333), or tile=1024 here."
+_DEVICE = "Say it when the predictor is made: Predictor(model, device='cuda')."
+_HALF = "For speed: optimize_for_inference(model, dtype=torch.bfloat16)."
+_PICTURES = "A result draws itself: result.plot().save('overlay.png')."
+_KEEP = "Choose among what was found: result['cat'] keeps the objects of one class."
+_PRETRAINED = "Weights are loaded by name: pretrained=True, with a tag of list_pretrained() if there are several."
+
+PREDICTION = _words(
+    {
+        "score_threshold": "conf conf_thres confidence threshold score_thr score_thresh "
+        "score_thresh_test box_score_thresh min_score pred_score_thr",
+        "nms_threshold": "iou iou_thres iou_threshold nms nms_thr nms_thresh nms_thresh_test box_nms_thresh",
+        "max_objects": "max_det max_detections max_per_img box_detections_per_img detections_per_img "
+        "detections_per_image",
+        "tta": "augment aug test_time_augmentation",
+        "tile": "slice slice_size slice_height slice_width tile_size",
+        "overlap": "overlap_ratio slice_overlap",
+        "workers": "num_workers thread_workers",
+        _SIZES: "imgsz img_size image_size min_size max_size",
+        _DEVICE: "device gpu cuda",
+        _HALF: "half fp16 bf16 dtype amp",
+        _PICTURES: "save show save_txt project visualize out_dir",
+        _KEEP: "classes categories",
+        "Images are predicted one after the other, without a word.": "batch_size stream verbose",
+    }
+)
+"""Options of a :class:`a2fpn.Predictor`."""
+
+MODEL = _words(
+    {
+        "num_classes": "nc n_classes classes_count",
+        "categories": "names classes class_names labels metainfo",
+        _PRETRAINED: "weights checkpoint weights_enum load_from ckpt",
+        "pretrained_backbone": "weights_backbone pretrained_backbone_weights init_cfg",
+        "trainable_layers": "trainable_backbone_layers freeze_at frozen_stages freeze",
+        "min_size": "imgsz img_size img_scale input_size",
+        "score_threshold": "conf box_score_thresh score_thr score_thresh score_thresh_test",
+        "nms_threshold": "iou box_nms_thresh nms_thresh nms_thr nms_thresh_test",
+        "detections_per_image": "max_det box_detections_per_img detections_per_img max_per_img",
+        "mean": "image_mean pixel_mean",
+        "std": "image_std pixel_std",
+        "rpn_fg_iou": "rpn_fg_iou_thresh box_fg_iou_thresh",
+        "box_batch_size": "box_batch_size_per_image roi_batch_size",
+        "rpn_batch_size": "rpn_batch_size_per_image",
+        "rpn_nms_threshold": "rpn_nms_thresh",
+        "rpn_score_threshold": "rpn_score_thresh",
+        "Move it as any module: create_model(...).to('cuda').": "device",
+        "Downloads show their own progress; leave it out.": "progress",
+        "A model is a name and arguments: create_model('maskrcnn_fpn_r50', num_classes=5).": "cfg",
+        "The neck's arguments are a dict: neck_args={'out_channels': 256}.": "fpn_channels out_channels",
+    }
+)
+"""Arguments of :func:`a2fpn.create_model`."""
+
+SETTINGS = _words(
+    {
+        "run.epochs": "epochs max_epochs num_epochs",
+        "run.max_steps": "max_iter max_iters iterations",
+        "data.batch_size": "batch batch_size samples_per_gpu ims_per_batch",
+        "optim.lr": "lr lr0 base_lr learning_rate",
+        "data.workers": "workers num_workers workers_per_gpu",
+        "optim.name": "optimizer",
+        "run.output": "project output_dir work_dir save_dir output",
+        "run.mixed_precision": "amp half fp16 bf16",
+        "model.overrides.min_size": "imgsz img_size img_scale image_size",
+        "model.name": "weights load_from checkpoint",
+        "model.overrides": "backbone neck num_classes categories",
+        "data.root": "dataset path data_root source",
+        "run.ema": "ema",
+        "run.seed": "seed",
+        "run.patience": "patience",
+        "run.resume": "resume",
+        "run.deterministic": "deterministic",
+        "optim.momentum": "momentum",
+        "optim.weight_decay": "weight_decay",
+        (
+            "The first GPU is taken where there is one: CUDA_VISIBLE_DEVICES=1 chooses another, accelerate "
+            "launch -m a2fpn.training several."
+        ): "device gpus gpu",
+    }
+)
+"""Settings of ``a2fpn train``."""
+
+OPTIONS = _words(
+    {
+        "--score-threshold": "conf conf_thres confidence threshold score_thr pred_score_thr",
+        "--nms-threshold": "iou iou_thres nms nms_thr",
+        "--detections-per-image": "max_det max_detections max_per_img",
+        "--model": "weights checkpoint ckpt cfg config",
+        "--tta": "augment aug",
+        "--output": "project out_dir save_dir out output_dir show_dir work_dir",
+        "--overwrite": "exist_ok force",
+        "--tile": "slice slice_size tile_size slice_height",
+        "--dtype bf16": "half fp16 bf16 amp",
+        "--device": "gpu gpus cuda",
+        "--annotations": "gt ann ann_file json_file",
+        "--images": "img_dir image_dir img_folder image_folder",
+    }
+)
+"""Options of the commands."""
+
+COMMANDS = _words(
+    {
+        "predict": "detect segment infer inference test_images run",
+        "evaluate": "val validate eval test metrics",
+        "train": "fit finetune fine_tune",
+        "data import": "convert import",
+        "hub push": "push publish upload",
+        "list": "models zoo ls",
+        "check-data": "check checks verify_data",
+        "app": "serve gradio ui web",
+        "--version": "version",
+        "--help": "help",
+    }
+)
+"""Commands of the command line."""
+
+RESULT = _words(
+    {
+        "boxes": "xyxy pred_boxes bboxes bbox box",
+        "scores": "conf confidence confidences score probs",
+        "labels": "cls class_id class_ids pred_classes classes label",
+        "masks": "mask pred_masks",
+        "load_image": "orig_img img orig_image",
+        "size": "orig_shape shape image_size",
+        _PICTURES: "render draw visualize show save",
+        "to_coco": "tojson to_json json to_dict pandas to_df to_csv save_txt",
+        "keypoints": "kpts pred_keypoints keypoint",
+        "above": "filter threshold",
+        "names": "class_name class_names name",
+    }
+)
+"""Attributes of a :class:`a2fpn.Result`."""
+
+
+_DETECTORS = ("cascademaskrcnn", "cascadercnn", "maskrcnn", "fasterrcnn", "keypointrcnn", "retinanet", "fcos", "htc")
+_ABSENT = re.compile(
+    r"(yolo|rt-?detr|detr|dino|sam\d?[_.-]|fast-?sam|ssd|efficientdet|centernet|mask2former|solo)", re.I
+)
+
+
+def advice_on_model(name: str) -> str | None:
+    """Answer to the name of a model of another library; None for a name that is of none.
+
+    Example:
+        >>> advice_on_model("maskrcnn_resnet50_fpn_v2"), advice_on_model("mask-rcnn_r101_fpn_1x_coco")
+        ("Did you mean 'maskrcnn_fpn_r50.tv_coco_v2'?", "Did you mean 'maskrcnn_fpn_r101'?")
+    """
+    text = re.sub(r"\.(pth?|yaml|py)$", "", name.lower())
+    if _ABSENT.match(text):
+        return (
+            f"There is no {text[:40]} here. Small and fast: 'fcos_fpn_lite0', 'retinanet_fpn_lite0', and with masks "
+            "'maskrcnn_fpn_lite0'; a2fpn list shows all."
+        )
+    flat = re.sub(r"[-_]", "", text)
+    detector = next(filter(flat.startswith, _DETECTORS), None)
+    resnet = re.search(r"(?<![a-z])(?:resnet|r)[-_]?(18|34|50|101)(?!\d)", text)
+    mobile = "mobilenet_v3_large" in text
+    # There the backbone comes first, here the neck.
+    if detector is None or not (resnet or mobile) or "fpn" not in text[resnet.end() if resnet else 0 :]:
+        return None
+    neck = next((neck for neck in ("pafpn", "bifpn", "carafe") if neck in text), "fpn").replace("carafe", "carafe_fpn")
+    torchvisions = re.search(r"_(?:resnet50|mobilenet_v3_large)(_320)?_fpn(_v2)?$", text)
+    tag = f".tv_coco{torchvisions[1] or torchvisions[2] or ''}" if torchvisions else ""
+    backbone = f"r{resnet[1]}" if resnet else "mobilenetv3_large_100"
+    return f"Did you mean '{detector}_{neck}_{backbone}{tag}'?"

@@ -1,0 +1,126 @@
+"""``a2fpn export``."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from a2fpn.cli.format import count_of, progress_bar
+from a2fpn.cli.options import load_checkpoint
+from a2fpn.errors import ConfigError, ExistingFileError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from a2fpn.detectors import Detector
+
+MOST_VERIFIED = 20
+"""Images of a folder that are compared."""
+
+
+def export(
+    model: Annotated[str, typer.Argument(help="A checkpoint folder, or a name of `a2fpn list --pretrained`.")],
+    *,
+    output: Annotated[Path, typer.Option(help="The file; .onnx or .pt2.", metavar="FILE")],
+    format: Annotated[
+        Literal["onnx", "torch"] | None,
+        typer.Option(help="onnx for ONNX Runtime, OpenVINO and browsers, torch for torch.export.load; by FILE's end."),
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(help="One size for all images; by default any.", metavar="HEIGHTxWIDTH")
+    ] = None,
+    dtype: Annotated[
+        Literal["uint8", "float32"], typer.Option(help="Type of the images: 0 to 255, or 0 to 1.")
+    ] = "uint8",
+    verify: Annotated[
+        Path | None,
+        typer.Option(help="Compare file and model on the images of a folder; a file that differs is deleted."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE if it exists.")] = False,
+) -> None:
+    """Write a model as one file that runs without this package: resizing, network, NMS and masks.
+
+    Example: `a2fpn export maskrcnn_a2fpn_lite0.nuclei --output nuclei.onnx --verify photos/`
+
+    The input is `images` (N, 3, H, W), RGB; N, H and W are free. The outputs are `image_index`, `boxes` in pixels,
+    `scores`, `labels` and `masks` as probabilities in their boxes. `a2fpn predict --model nuclei.onnx` runs it.
+    """
+    from a2fpn.export import export_model
+    from a2fpn.export.file import check_export
+
+    fixed = _parse_size(size)
+    if output.exists() and not overwrite:
+        raise ExistingFileError(f"{output} exists; --overwrite replaces it.")
+    images = [] if verify is None else _images(verify)
+    detector = load_checkpoint(model)
+    check_export(detector, output, format=format, size=fixed, dtype=dtype)
+    with progress_bar() as progress:
+        progress.add_task("exporting", total=None)
+        export_model(detector, output, format=format, size=fixed, dtype=dtype)
+    typer.echo(f"Wrote {output}, {output.stat().st_size / 1e6:.1f} MB.")
+    if verify is not None and not _verify(detector, output, images, fixed):
+        output.unlink()
+        typer.echo(f"{output} was deleted: it differs from the model.", err=True)
+        raise typer.Exit(1)
+
+
+def _parse_size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+)x(\d+)", text)
+    if not found:
+        raise ConfigError(f"--size: expected HEIGHTxWIDTH in pixels such as 480x640, got {text!r}.")
+    return int(found[1]), int(found[2])
+
+
+def _images(folder: Path) -> list[Path]:
+    from a2fpn.inference import list_images
+
+    paths = list_images(folder)
+    # Spread over the folder, since neighbors are often alike.
+    count = min(len(paths), MOST_VERIFIED)
+    return [paths[i * len(paths) // count] for i in range(count)]
+
+
+def _verify(detector: Detector, path: Path, images: list[Path], size: tuple[int, int] | None) -> bool:
+    """Print how far a file and its model differ on images, and return whether they are equal up to rounding."""
+    from a2fpn.export import verify
+    from a2fpn.inference.exported import ExportedDetector
+
+    results = []
+    with progress_bar() as progress:
+        task = progress.add_task("comparing", total=3 * len(images) + 1)
+        for result in verify(detector.eval(), ExportedDetector(path), _opened(images, size)):
+            results.append(result)
+            progress.advance(task)
+    for result in itertools.filterfalse(lambda result: result.equal, results):
+        typer.echo(
+            f"{result.name}: {result.expected} objects expected, {result.found} found; boxes differ by "
+            f"{result.box:.3g} px, scores by {result.score:.3g}"
+            f"{'' if result.mask_iou is None else f', mask IoU {result.mask_iou:.5f}'}."
+        )
+    ious = [result.mask_iou for result in results if result.mask_iou is not None]
+    typer.echo(
+        f"Compared on {count_of(len(images), 'image')}, alone, in batches of 2 and empty: "
+        f"{sum(result.found for result in results)} of {sum(result.expected for result in results)} objects, boxes "
+        f"within {max(result.box for result in results):.2g} px, scores within "
+        f"{max(result.score for result in results):.2g}{f', mask IoU at least {min(ious):.5f}' if ious else ''}."
+    )
+    return all(result.equal for result in results)
+
+
+def _opened(images: list[Path], size: tuple[int, int] | None) -> Iterator[tuple[str, Tensor]]:
+    import torch
+
+    from a2fpn.data.images import read_image
+
+    for path in images:
+        image = read_image(path).as_subclass(torch.Tensor)
+        if size is not None:
+            image = torch.nn.functional.interpolate(image[None].float(), size=size, mode="bilinear")[0].round().byte()
+        yield path.name, image

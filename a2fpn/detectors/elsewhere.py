@@ -1,0 +1,53 @@
+"""Methods that other libraries' models have, each of which says where that is here."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn, TypeVar
+
+from torch import nn
+
+from a2fpn.errors import ConfigTypeError
+
+ModuleT = TypeVar("ModuleT", bound="Elsewhere")
+_TRAINING = "A model is trained by a2fpn train --config finetune_folder data.root=DIR."
+
+
+class Elsewhere(nn.Module):
+    """Words that people type on a model, answered in a sentence."""
+
+    def predict(self, *_: Any, **__: Any) -> NoReturn:
+        """Say how images are predicted."""
+        raise ConfigTypeError("A detector takes tensors; images and files go to a2fpn.Predictor(model)('image.jpg').")
+
+    def val(self, *_: Any, **__: Any) -> NoReturn:
+        """Say how a model is measured."""
+        raise ConfigTypeError(
+            "A model is measured by a2fpn evaluate --model CHECKPOINT --images DIR --annotations JSON, or by "
+            "a2fpn.evaluation.evaluate_coco on its results."
+        )
+
+    def fit(self, *_: Any, **__: Any) -> NoReturn:
+        """Say how a model is trained."""
+        raise ConfigTypeError(_TRAINING)
+
+    def export(self, *_: Any, **__: Any) -> NoReturn:
+        """Say how a model is exported."""
+        raise ConfigTypeError("A model is exported by a2fpn.export_model(model, 'model.onnx').")
+
+    def save(self, *_: Any, **__: Any) -> NoReturn:
+        """Say how a model is saved."""
+        raise ConfigTypeError("A model is saved by a2fpn.save_pretrained(model, 'my_model').")
+
+    def train(self: ModuleT, mode: bool = True, **settings: Any) -> ModuleT:
+        """Set the training mode, as every module does.
+
+        Args:
+            mode: Whether to train.
+            **settings: Settings of a training run, which is not started by this.
+
+        Raises:
+            TypeError: If there are settings.
+        """
+        if settings or not isinstance(mode, bool):
+            raise ConfigTypeError(_TRAINING)
+        return super().train(mode)

@@ -1,0 +1,159 @@
+"""A detector into a file."""
+
+from __future__ import annotations
+
+import importlib.util
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from a2fpn._atomic import replaced_file
+from a2fpn.detectors import Detector
+from a2fpn.errors import ConfigError, ConfigTypeError, ExportError, MissingFileError
+from a2fpn.export.metadata import describe
+from a2fpn.export.trace import DTYPES, drop_checks, quiet, trace
+from a2fpn.export.translate import fold_shapes, translations
+from a2fpn.inference.eval_view import eval_view
+
+Format = Literal["onnx", "torch"]
+FORMATS: tuple[str, ...] = typing.get_args(Format)
+OPSET = 18
+"""ONNX operators that ONNX Runtime knows since 1.14 and OpenVINO as well."""
+OLDEST_TORCH = (2, 11)
+"""The oldest version whose exporter has been tried."""
+_LARGEST = 2**31 - 2**24
+"""Bytes that one ONNX file can hold, with some room for what is no weight."""
+
+
+def export_model(
+    model: Detector,
+    path: str | Path,
+    *,
+    format: Format | None = None,
+    size: tuple[int, int] | None = None,
+    dtype: Literal["uint8", "float32"] = "uint8",
+) -> Path:
+    """Write a detector with its preprocessing and its postprocessing as one file.
+
+    The input is ``images`` (N, C, H, W), RGB, uint8 in 0..255 or float32 in [0, 1]; N, H and W are free. The outputs
+    are ``image_index`` (M,) int64, ascending, ``boxes`` (M, 4) float32 xyxy in pixels of the images, ``scores`` (M,)
+    descending within an image, ``labels`` (M,) int64, indices into the metadata's ``categories``, and ``masks``
+    (M, S, S) float32, probabilities inside the boxes, or ``heatmaps`` (M, K, S, S), logits of keypoints there, where
+    the detector has them. The metadata hold categories, thresholds, the configuration and the sha256 of the weights.
+
+    Args:
+        model: A detector of :func:`a2fpn.create_model` or :func:`a2fpn.from_pretrained`; it stays as it is.
+        path: The file, replaced if it exists.
+        format: ``"onnx"``, for ONNX Runtime, OpenVINO and browsers, or ``"torch"``, a program that
+            ``torch.export.load`` reads; None goes by the name's end, ``.onnx`` or ``.pt2``.
+        size: Height and width of all images, for runtimes that want them fixed; None leaves them free.
+        dtype: Type of the images.
+
+    Returns:
+        The path.
+
+    Raises:
+        TypeError: If the model is none of this package's detectors, or an optimized one.
+        ValueError: For an unknown format, size or type, or a detector that can't be exported (:class:`ExportError`).
+
+    Example:
+        >>> import a2fpn
+        >>> model = a2fpn.create_model("maskrcnn_a2fpn", backbone="test_resnet", num_classes=2)
+        >>> path = export_model(model, "model.onnx")  # doctest: +SKIP
+        >>> result = a2fpn.Predictor("model.onnx")("image.png")  # doctest: +SKIP
+    """
+    path = Path(path)
+    kind = check_export(model, path, format=format, size=size, dtype=dtype)
+    detector = eval_view(model)
+    device = next(detector.parameters()).device
+    if device.type != "cpu":
+        raise ConfigError(f"A detector is exported on the CPU, and this one is on {device}; call model.cpu() first.")
+    program = trace(detector, size=size, dtype=DTYPES[dtype])
+    outputs = [str(name) for name in program.call_spec.out_spec.context]
+    facts = describe(detector, dtype=dtype, outputs=outputs)
+    with replaced_file(path) as partial, quiet():
+        if kind == "torch":
+            drop_checks(program)
+            with partial.open("wb") as file:
+                torch.export.save(program, file, extra_files=facts)
+        else:
+            _to_onnx(program, facts, outputs).save(str(partial))
+    return path
+
+
+def check_export(
+    model: Detector, path: Path, *, format: str | None = None, size: tuple[int, int] | None = None, dtype: str = "uint8"
+) -> str:
+    """Check what can be known before any work, and return the format.
+
+    Raises:
+        ConfigError: See :func:`export_model`.
+    """
+    if not isinstance(model, Detector):
+        raise ConfigTypeError(
+            "export_model expects a detector of a2fpn.create_model(...) or a2fpn.from_pretrained(...), got "
+            f"{type(model).__name__}. Runtimes fold and fuse by themselves: export the model that was not optimized."
+        )
+    kind = format or {".onnx": "onnx", ".pt2": "torch"}.get(path.suffix)
+    if kind not in FORMATS:
+        raise ConfigError(
+            f"format must be one of {', '.join(FORMATS)}, got {format!r}."
+            if format
+            else f"{path.name!r} ends neither in .onnx nor in .pt2; say format='onnx' or 'torch'."
+        )
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+    if size is not None and (len(size) != 2 or min(size) < 1):
+        raise ConfigError(f"size must be a height and a width of at least 1 pixel, got {size}.")
+    if not path.parent.is_dir():
+        raise MissingFileError(f"{path.parent}: no such folder to write {path.name} into.")
+    if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
+        raise ConfigError(
+            f"Export needs torch {'.'.join(map(str, OLDEST_TORCH))} or newer, this is {torch.__version__}."
+        )
+    if kind == "onnx":
+        _check_onnx(model)
+    return kind
+
+
+def _check_onnx(model: Detector) -> None:
+    for name in ("onnx", "onnxscript"):
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(f'{name}, with which torch writes ONNX, is not installed: pip install "a2fpn[onnx]".')
+    weights = sum(x.numel() * x.element_size() for x in model.state_dict().values())
+    if weights > _LARGEST:
+        raise ExportError(
+            f"An ONNX file holds at most 2 GiB and {model.config.architecture!r} has {weights / 2**30:.1f} GiB of "
+            "weights; take format='torch'."
+        )
+
+
+def _to_onnx(program: torch.export.ExportedProgram, facts: dict[str, str], outputs: list[str]) -> Any:
+    """Convert a program of torch into one of ONNX.
+
+    Raises:
+        ExportError: If there is no ONNX operator for something in it.
+    """
+    from onnxscript.ir.passes import common
+
+    try:
+        converted: Any = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            output_names=outputs,
+            verbose=False,
+            external_data=False,
+            custom_translation_table=translations(),
+        )
+    except Exception as error:  # torch raises anything
+        reason = str(error.__cause__ or error).strip().partition("\n")[0]
+        raise ExportError(f"The detector has no form in ONNX ({reason}); take format='torch'.") from error
+    fold_shapes(converted.model)
+    # Places in the source code, with the paths of this machine.
+    common.ClearMetadataAndDocStringPass()(converted.model)
+    converted.model.metadata_props.update(facts)
+    converted.model.producer_name = "a2fpn"
+    return converted

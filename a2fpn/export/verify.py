@@ -1,0 +1,139 @@
+"""An exported file against the detector that it was made from, on images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from a2fpn.detectors import Detector
+from a2fpn.heads.batched import split_images
+from a2fpn.inference.exported import ExportedDetector
+from a2fpn.masks.paste import mask_windows
+
+BOX_TOLERANCE = 1e-2
+"""Largest difference of a box's edge, pixels."""
+SCORE_TOLERANCE = 1e-4
+"""Largest difference of a score."""
+MASK_IOU = 0.999
+"""Least IoU of the masks of an image's objects, their pixels taken together."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A file and its detector on one image.
+
+    Args:
+        name: What was compared.
+        expected: Objects that the detector finds.
+        found: Objects that the file finds.
+        box: Largest difference of a box's edge, pixels.
+        score: Largest difference of a score.
+        mask_iou: IoU of the masks, the pixels of all objects taken together; None without masks or objects.
+    """
+
+    name: str
+    expected: int
+    found: int
+    box: float = 0.0
+    score: float = 0.0
+    mask_iou: float | None = None
+
+    @property
+    def equal(self) -> bool:
+        """True where both are the same up to rounding."""
+        return (
+            self.expected == self.found
+            and self.box <= BOX_TOLERANCE
+            and self.score <= SCORE_TOLERANCE
+            and (self.mask_iou is None or self.mask_iou >= MASK_IOU)
+        )
+
+
+def verify(
+    detector: Detector, exported: ExportedDetector, images: Iterable[tuple[str, Tensor]]
+) -> Iterator[Comparison]:
+    """Compare a file with its detector: on each image alone, beside its mirror image, and on one without any object.
+
+    Args:
+        detector: In evaluation mode, on the CPU.
+        exported: The file.
+        images: Names and ``(C, H, W)`` uint8 images.
+
+    Yields:
+        A comparison per image of every batch.
+    """
+    empty: Tensor | None = None
+    for name, image in images:
+        yield from _compare(detector, exported, {name: image})
+        yield from _compare(detector, exported, {f"{name} and": image, f"{name} mirrored": image.flip(2)})
+        empty = _ramp(image) if empty is None else empty
+    if empty is not None:
+        yield from _compare(detector, exported, {"an empty image": empty})
+
+
+def _ramp(like: Tensor) -> Tensor:
+    """An image of the size of another that darkens from corner to corner: all alike, scores would be equal."""
+    rows, columns = (torch.linspace(0, 90, side) for side in like.shape[-2:])
+    return (rows[:, None] + columns + 30).to(torch.uint8).expand_as(like)
+
+
+@torch.inference_mode()
+def _compare(detector: Detector, exported: ExportedDetector, images: Mapping[str, Tensor]) -> Iterator[Comparison]:
+    got = exported.run(torch.stack(list(images.values())))
+    got["images"] = got.pop("image_index")
+    found = split_images(got, len(images))
+    for (name, image), own in zip(images.items(), found, strict=True):
+        expected = detector([image], paste_masks=False)[0]
+        yield _differences(name, expected, own, (image.shape[-2], image.shape[-1]), detector)
+
+
+def _differences(
+    name: str, expected: Mapping[str, Tensor], got: Mapping[str, Tensor], size: tuple[int, int], detector: Detector
+) -> Comparison:
+    counts = len(expected["scores"]), len(got["scores"])
+    if counts[0] != counts[1] or not counts[0]:
+        return Comparison(name, *counts)
+    rows = _partners(expected, got)
+    iou = None
+    if "masks" in got:
+        overlap = union = 0
+        paste = detector.mask_paste
+        ours = mask_windows(expected["masks"], expected["boxes"], size, rule=paste)
+        theirs = mask_windows(got["masks"][rows, None], got["boxes"][rows], size, rule=paste)
+        for a, b in zip(ours, theirs, strict=True):
+            both, either = _areas(a, b)
+            overlap, union = overlap + both, union + either
+        iou = overlap / union if union else None
+    box = float((expected["boxes"] - got["boxes"][rows]).abs().max())
+    score = float((expected["scores"] - got["scores"][rows]).abs().max())
+    same = bool((expected["labels"] == got["labels"][rows]).all())
+    return Comparison(name, *counts, box if same else float("inf"), score, iou)
+
+
+def _partners(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> Tensor:
+    """Rows of the file's objects in the order of the detector's: equal scores may stand in another order."""
+    distance = torch.cdist(expected["boxes"], got["boxes"], p=float("inf"))
+    distance = distance + (expected["scores"][:, None] - got["scores"]).abs()
+    distance = distance + (expected["labels"][:, None] != got["labels"]) * 1e6
+    free = torch.zeros(len(got["scores"]))
+    rows = []
+    for own in distance:
+        row = int((own + free).argmin())
+        free[row] = torch.inf
+        rows.append(row)
+    return torch.tensor(rows)
+
+
+def _areas(a: tuple[Tensor, int, int], b: tuple[Tensor, int, int]) -> tuple[int, int]:
+    """Pixels in both and in either of two masks, each a window of probabilities with its first row and column."""
+    (first, top, left), (second, above, before) = a, b
+    rows = max(top + first.shape[0], above + second.shape[0]) - min(top, above)
+    columns = max(left + first.shape[1], before + second.shape[1]) - min(left, before)
+    planes = torch.zeros(2, max(rows, 0), max(columns, 0), dtype=torch.bool)
+    for plane, (window, y, x) in zip(planes, (a, b), strict=True):
+        y, x = y - min(top, above), x - min(left, before)
+        plane[y : y + window.shape[0], x : x + window.shape[1]] = window > 0.5
+    return int((planes[0] & planes[1]).sum()), int((planes[0] | planes[1]).sum())

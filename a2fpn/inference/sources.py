@@ -1,0 +1,63 @@
+"""Files, folders and patterns of images, as people name them."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from pathlib import Path
+
+from a2fpn.data.images import SUFFIXES
+from a2fpn.errors import ConfigError, ImageError
+
+ImagePath = str | os.PathLike[str]
+
+
+def list_images(source: ImagePath) -> list[Path]:
+    """Return the image files of a folder or pattern in order of their names, without those of sub-folders.
+
+    Raises:
+        ValueError: If there are none.
+        OSError: If there is no such folder.
+    """
+    pattern = is_pattern(source)
+    found = map(Path, glob.glob(os.fspath(source), recursive=True)) if pattern else Path(source).iterdir()
+    paths = sorted(path for path in found if path.suffix.lower() in SUFFIXES and not path.is_dir())
+    if not paths:
+        raise ConfigError(
+            (
+                f"No image fits {os.fspath(source)}"
+                if pattern
+                else f"No image lies in the folder {os.fspath(source)} itself"
+            )
+            + f"; expected names that end in {', '.join(SUFFIXES)}"
+            + ("." if pattern else " (sub-folders are not searched).")
+        )
+    return paths
+
+
+def is_pattern(source: ImagePath) -> bool:
+    """Return whether a path is a pattern such as ``photos/*.jpg``; a file of that very name is none."""
+    return any(character in os.fspath(source) for character in "*?[") and not os.path.exists(source)
+
+
+_VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
+
+
+def check_source(source: ImagePath) -> None:
+    """Refuse what people give and no file holds: addresses and videos.
+
+    Raises:
+        ValueError: With what to do instead.
+    """
+    text = os.fspath(source)
+    scheme = re.match(r"(https?|s3|gs|ftp|rtsp|data):", text, flags=re.IGNORECASE)
+    if scheme:
+        raise ImageError(
+            f"{text[:200]}: addresses are not read; download the image first (curl -LO ADDRESS) and give its path."
+        )
+    if Path(text).suffix.lower() in _VIDEOS:
+        raise ImageError(
+            f"{text}: videos are not read; write the frames to a folder (ffmpeg -i VIDEO frames/%06d.png) and give "
+            "that."
+        )

@@ -1,0 +1,324 @@
+"""The folder of a run while one process owns it: what it goes on from, and what is written to it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+from torch import Tensor
+
+from a2fpn._atomic import sync, write_text
+from a2fpn.errors import CheckpointError, ConfigError, MissingFileError, RunError
+from a2fpn.training.config import TrainConfig
+from a2fpn.training.generations import (
+    NAMES,
+    STATE_FOLDER,
+    Generation,
+    OldFormatError,
+    Record,
+    read_generation,
+    read_generations,
+    remove,
+    rewrite_generation,
+    share_files,
+    sync_folder,
+    write_generation,
+)
+from a2fpn.training.lock import LOCK_FILE, RunLock
+from a2fpn.training.state import CONFIG_FILE, LOG_FILE, METRICS_FILE, RunState, write_config
+
+START_ANEW = "Start a new run in another run.output."
+ASIDE = ".aside"
+"""End of the name under which a generation is kept that the run does not go on from."""
+
+
+class CheckpointWriteError(RunError):
+    """A checkpoint could not be written; those before it are untouched."""
+
+
+@dataclass(frozen=True)
+class Content:
+    """What is saved besides the progress.
+
+    Args:
+        record: Progress and settings.
+        metrics: Content of ``metrics.jsonl``.
+        save_model: Writes ``config.json`` and the evaluated weights to a folder.
+        change_model: Writes the metadata to ``config.json`` of a folder that holds the same weights.
+        optimizer: Tensors of the optimizer.
+        trained: The trained weights, if they are not the evaluated ones.
+    """
+
+    record: Record
+    metrics: str
+    save_model: Callable[[Path], object]
+    change_model: Callable[[Path], object]
+    optimizer: Mapping[str, Tensor]
+    trained: Mapping[str, Tensor] | None
+
+
+class RunFolder:
+    """Owner of a run's folder, until :meth:`close`; only the main process has one.
+
+    Args:
+        output: The folder; made if it does not exist.
+        resume: False; True for the newest generation in the folder; ``"auto"`` for the same where there is one; or the
+            path of a run or a generation.
+
+    Attributes:
+        source: What the run goes on from, or None.
+        notes: What its user has to know of what was found.
+
+    Raises:
+        ConfigError: If another process owns the folder, or it holds a run and ``resume`` is False.
+        CheckpointError: If no generation is whole.
+        MissingFileError: If there is nothing to resume.
+    """
+
+    def __init__(self, output: Path, resume: bool | str) -> None:
+        self.output = output
+        self.notes: list[str] = []
+        self._whole: dict[str, Generation] = {}
+        self._damaged: dict[str, str] = {}
+        self._steps: dict[str, int] = {}
+        self._written: int | None = None  # the step of the generation that this process wrote
+        if not any(os.path.lexists(output / name) for name in (LOCK_FILE, *NAMES)):  # no run was ever started here
+            self._refuse(CONFIG_FILE, LOG_FILE)
+        self._lock = RunLock(output)
+        try:
+            self._tidy()
+            self.source = self._find(resume)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Give the folder back."""
+        self._lock.release()
+
+    # Going on
+
+    def _refuse(self, *names: str) -> None:
+        found = [name for name in names if os.path.lexists(self.output / name)]
+        if found:
+            raise ConfigError(
+                f"{self.output} already holds a run ({found[0]}); choose another run.output, or run.resume=auto."
+            )
+
+    def _tidy(self) -> None:
+        """Put right what a kill in the middle of a save left."""
+        old, last = self._hidden("last", "old"), self.output / "last"
+        if old.exists() and not last.exists():
+            old.rename(last)
+        for name in (*NAMES, METRICS_FILE, CONFIG_FILE):
+            for leftover in (*self.output.glob(f".{name}.*partial"), self._hidden(name, "old")):
+                remove(leftover)
+
+    def _find(self, resume: bool | str) -> Generation | None:
+        """The generation to go on from."""
+        if not resume:
+            self._refuse(*NAMES, METRICS_FILE)
+            return None
+        own = self.output.resolve()
+        start = own if resume in (True, "auto") else Path(str(resume)).resolve()
+        start = start.parent if start.name == STATE_FOLDER else start
+        if own not in (start, start.parent):
+            self._refuse(*NAMES, METRICS_FILE)
+        self._whole, self._damaged = read_generations(own)
+        if (start / STATE_FOLDER).exists():
+            try:
+                return read_generation(start)
+            except OldFormatError:
+                raise
+            except CheckpointError as error:
+                raise CheckpointError(f"{error} run.resume=auto goes on from the newest whole checkpoint.") from error
+        whole, damaged = (self._whole, self._damaged) if start == own else read_generations(start)
+        self.notes += damaged.values()
+        self.notes += [
+            f"{generation.folder} has other metadata in its config.json than when it was written."
+            for generation in whole.values()
+            if generation.edited
+        ]
+        if whole:
+            newest = next(iter(whole.values()))  # by age, not by step: a run may have gone back behind its best
+            if damaged:
+                place = f"{newest.folder.name} (step {newest.state.step})"
+                self.notes.append(f"Going on from {place}, the newest whole checkpoint.")
+            return newest
+        if damaged:
+            raise CheckpointError(f"No checkpoint of {start} is whole: {' '.join(damaged.values())} {START_ANEW}")
+        if resume != "auto":
+            raise MissingFileError(f"run.resume: no training state in {start / 'last'}; start without run.resume.")
+        self._refuse(METRICS_FILE)
+        return None
+
+    def settle(self, state: RunState) -> None:
+        """Make the folder that of a run at this state: its metrics, its ``best``, and nothing newer.
+
+        Args:
+            state: That of :attr:`source`, as it goes on; its best is corrected to what there is.
+
+        Raises:
+            CheckpointWriteError: If the folder can't be written to.
+        """
+        source = self.source
+        if source is None:
+            return
+        self._steps = {name: generation.state.step for name, generation in self._whole.items()}
+        with self._writing():
+            for name in ("last", "previous"):
+                newer = name in self._whole and self._whole[name].state.step > source.state.step
+                if newer or name in self._damaged:
+                    self._set_aside(name)
+            write_text(self.output / METRICS_FILE, source.metrics())
+            self._settle_best(source, state)
+
+    def _settle_best(self, source: Generation, state: RunState) -> None:
+        folder, best = self.output / "best", self._whole.get("best")
+        if best is not None and (best.state.step, best.state.value) == (state.best_step, state.best):
+            return
+        if state.value is not None and state.best_step == state.step and (not best or best.state.step <= state.step):
+            self._share(source)
+            return
+        if best is not None and best.state.value is not None:
+            # Of steps that are to be made again, or of a way that the run did not go on: never lost for a worse one.
+            state.best, state.best_epoch, state.best_step = best.state.value, best.state.epoch, best.state.step
+            self.notes.append(f"{folder} is of step {state.best_step}; it stays until another is as good.")
+            return
+        if os.path.lexists(folder):
+            self._set_aside("best")
+        if state.best is None:
+            return
+        self.notes.append(f"The best checkpoint, of epoch {state.best_epoch}, is not in {self.output}.")
+        state.forget_best()
+        if state.value is not None:
+            state.best, state.best_epoch, state.best_step = state.value, state.epoch, state.step
+            self._share(source)
+            self.notes.append(f"The one of epoch {state.epoch} takes its place.")
+
+    def write_config(self, config: TrainConfig) -> None:
+        """Write ``config.yaml``.
+
+        Raises:
+            CheckpointWriteError: If the folder can't be written to.
+        """
+        with self._writing():
+            write_config(config, self.output)
+
+    def forget_best(self, state: RunState) -> None:
+        """Put ``best`` aside: what follows can't be compared with it."""
+        state.forget_best()
+        with self._writing():
+            if os.path.lexists(self.output / "best"):
+                self._set_aside("best")
+
+    def last_good(self, step: int) -> str:
+        """Say which checkpoint is known to be good when the step after ``step`` fails.
+
+        That is one after which a step succeeded. A ``last`` that holds the very weights that failed is put aside, if
+        there is one before it.
+        """
+        good = max(
+            (name for name in self._steps if self._steps[name] < step), key=self._steps.__getitem__, default=None
+        )
+        failed = next((name for name in NAMES if self._steps.get(name) == step), None)
+        if good is None:
+            if failed is None:
+                return "There is no checkpoint before it."
+            return f"The only checkpoint, {self.output / failed}, holds the weights that failed."
+        found = f"The last good checkpoint is {self.output / good} (step {self._steps[good]})"
+        if failed != "last":
+            return f"{found}."
+        aside = self._set_aside("last")
+        return (
+            f"{found}, from which run.resume=auto goes on; the one of step {step} holds the weights that failed and is "
+            f"kept as {aside.name}."
+        )
+
+    def _set_aside(self, name: str) -> Path:
+        aside = self.output / f"{name}{ASIDE}"
+        remove(aside)
+        (self.output / name).rename(aside)
+        self._steps.pop(name, None)
+        self.notes.append(f"{self.output / name} is kept as {aside.name}; it can be deleted.")
+        return aside
+
+    # Saving
+
+    def save(self, content: Content, *, best: bool) -> None:
+        """Write ``last``, keeping the one before it as ``previous``, then ``best`` if these weights are.
+
+        Within one step only what changed is written: evaluating changes no weights.
+
+        Raises:
+            CheckpointWriteError: If the disk doesn't take it; what was there before is untouched.
+            FolderTakenError: If another process took the folder.
+        """
+        self._lock.check()
+        last, partial, step = self.output / "last", self._hidden("last", "partial"), content.record.state.step
+        with self._writing():
+            remove(partial)
+            partial.mkdir()
+            same_weights = self._written == step and last.exists()
+            if same_weights:
+                rewrite_generation(last, partial, content.record, content.metrics, change_model=content.change_model)
+            else:
+                write_generation(
+                    partial,
+                    content.record,
+                    content.metrics,
+                    save_model=content.save_model,
+                    optimizer=content.optimizer,
+                    trained=content.trained,
+                )
+            sync_folder(partial)
+            if last.exists() and self._steps.get("last") != step:  # else the one before would be of the same step
+                self._put(last, "previous")
+                self._steps["previous"] = self._steps.get("last", 0)
+            self._put(partial, "last")
+            self._written = self._steps["last"] = step
+            write_text(self.output / METRICS_FILE, content.metrics)
+            if best:
+                self._share(Generation(last, content.record))
+
+    def _share(self, source: Generation) -> None:
+        """Make a generation the best one."""
+        partial = self._hidden("best", "partial")
+        remove(partial)
+        share_files(source.folder, partial)
+        sync_folder(partial)
+        self._put(partial, "best")
+        self._steps["best"] = source.state.step
+
+    def _put(self, folder: Path, name: str) -> None:
+        """Give a folder the name of another, which is removed."""
+        old, target = self._hidden(name, "old"), self.output / name
+        remove(old)
+        if os.path.lexists(target):
+            target.rename(old)
+        folder.rename(target)
+        sync(self.output)
+        remove(old)
+
+    def _hidden(self, name: str, kind: str) -> Path:
+        return self.output / f".{name}.{kind}"
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turn what the disk or a library says of a write into one line."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            for name in NAMES:
+                remove(self._hidden(name, "partial"))
+            kept = [name for name in NAMES if (self.output / name).exists()]
+            untouched = f"{', '.join(kept)} untouched; run.resume=auto goes on from there" if kept else "none before it"
+            raise CheckpointWriteError(
+                f"cannot write a checkpoint to {self.output}: {' '.join(str(error).split())} "
+                f"({shutil.disk_usage(self.output).free / 2**20:.0f} MiB free); {untouched}."
+            ) from error

@@ -1,0 +1,293 @@
+"""Generations of a run: folders that hold a model and all that is needed to go on from it.
+
+A generation is a checkpoint for :func:`a2fpn.from_pretrained` with ``training_state/`` beside it: JSON and safetensors,
+no pickle. ``SHA256SUMS`` lists the hash of every file, as ``sha256sum --check`` reads it, and is written last. Each is
+written under another name, synced to the disk and renamed, so that whatever has its name is whole.
+
+``last`` is the newest, ``previous`` the one before it, ``best`` the one that was evaluated best; ``best`` shares its
+files with the others while they are the same.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from a2fpn._atomic import replaced_file, sync, write_text
+from a2fpn._serialize import from_dict, to_dict
+from a2fpn._version import __version__
+from a2fpn.config import ModelConfig
+from a2fpn.errors import CheckpointError
+from a2fpn.pretrained.checkpoint import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    file_sha256,
+    read_checkpoint,
+    read_tensors,
+)
+from a2fpn.training.state import RunState
+
+NAMES = ("last", "previous", "best")
+STATE_FOLDER = "training_state"
+STATE_FILE = f"{STATE_FOLDER}/state.json"
+OPTIMIZER_FILE = f"{STATE_FOLDER}/optimizer.safetensors"
+TRAINED_FILE = f"{STATE_FOLDER}/weights.safetensors"
+METRICS_COPY = f"{STATE_FOLDER}/metrics.jsonl"
+SUMS_FILE = "SHA256SUMS"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Record:
+    """Content of ``state.json``.
+
+    Args:
+        state: Progress of the run.
+        settings: The settings that were in force, nested.
+        model: What the weights belong to, as in ``config.json``.
+        content: Hashes of files that settings name, by setting: annotations, backbone weights.
+        scaler: State of the loss scaling of fp16.
+        format: Version of this format.
+        a2fpn_version: Version of the package that wrote it.
+    """
+
+    state: RunState
+    settings: dict[str, Any]
+    model: ModelConfig
+    content: dict[str, Any] = field(default_factory=dict)
+    scaler: dict[str, Any] = field(default_factory=dict)
+    format: int = FORMAT
+    a2fpn_version: str = __version__
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A generation whose files are what was written.
+
+    Args:
+        folder: Where it is.
+        record: Progress and settings.
+        edited: Whether ``config.json`` got other metadata after it was written, as ``a2fpn calibrate`` does.
+    """
+
+    folder: Path
+    record: Record
+    edited: bool = False
+
+    @property
+    def state(self) -> RunState:
+        """Progress of the run."""
+        return self.record.state
+
+    def metrics(self) -> str:
+        """Lines of ``metrics.jsonl`` up to here."""
+        return (self.folder / METRICS_COPY).read_text(encoding="utf-8")
+
+    def trained(self) -> dict[str, Tensor]:
+        """Weights that are trained on."""
+        return read_tensors(self.folder / (TRAINED_FILE if self.averages else WEIGHTS_FILE))
+
+    def evaluated(self) -> dict[str, Tensor]:
+        """Weights that are evaluated: the moving average if there is one."""
+        return read_tensors(self.folder / WEIGHTS_FILE)
+
+    def optimizer(self) -> dict[str, Tensor]:
+        """State of the optimizer, by parameter and name."""
+        return read_tensors(self.folder / OPTIMIZER_FILE)
+
+    @property
+    def averages(self) -> bool:
+        """Whether it holds a moving average beside the trained weights."""
+        return (self.folder / TRAINED_FILE).exists()
+
+
+class OldFormatError(CheckpointError):
+    """A training state of a version that wrote pickles."""
+
+
+def read_generation(folder: Path) -> Generation:
+    """Check every file of a generation and read its record.
+
+    Raises:
+        CheckpointError: If a file is missing or is not what was written; the message names it.
+    """
+    sums = _read_sums(folder)
+    edited = False
+    for name, digest in sums.items():
+        try:
+            found = file_sha256(folder / name)
+        except OSError as error:
+            raise CheckpointError(f"{folder / name} can't be read: {error.strerror}.") from error
+        if found == digest:
+            continue
+        if name != CONFIG_FILE:
+            raise CheckpointError(f"{folder / name} is damaged: its sha256 is not the one in {SUMS_FILE}.")
+        edited = True
+    record = _read_record(folder / STATE_FILE)
+    if edited:
+        _check_edited(folder, record, sums)
+    return Generation(folder, record, edited)
+
+
+def read_generations(run: Path) -> tuple[dict[str, Generation], dict[str, str]]:
+    """Whole generations of a run, and what is wrong with the others, by name.
+
+    Raises:
+        OldFormatError: If the run was written by a version whose training state is not read.
+    """
+    whole, damaged = {}, {}
+    for name in NAMES:
+        if os.path.lexists(run / name):
+            try:
+                whole[name] = read_generation(run / name)
+            except OldFormatError:
+                raise
+            except CheckpointError as error:
+                damaged[name] = str(error)
+    return whole, damaged
+
+
+def _read_sums(folder: Path) -> dict[str, str]:
+    path = folder / SUMS_FILE
+    try:
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except FileNotFoundError:
+        files = {file.suffix for file in (folder / STATE_FOLDER).glob("*")}
+        if files & {".bin", ".pkl", ".pt"}:
+            raise OldFormatError(
+                f"{folder} was written by a2fpn 0.2 or older; its training state is a pickle, which is never loaded. "
+                f"Start a new run from its weights: model.name=local-dir:{folder} model.pretrained=true "
+                "run.output=ANOTHER_FOLDER."
+            ) from None
+        raise CheckpointError(f"{path} is missing.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} can't be read: {error}.") from error
+    sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    wanted = {CONFIG_FILE, WEIGHTS_FILE, STATE_FILE, OPTIMIZER_FILE, METRICS_COPY}
+    if not wanted <= sums.keys() <= wanted | {TRAINED_FILE}:
+        raise CheckpointError(f"{path} is damaged: it does not list the files of a generation.")
+    return sums
+
+
+def _read_record(path: Path) -> Record:
+    document = json.loads(path.read_text(encoding="utf-8"))  # whole, as its hash says
+    version = document.get("format")
+    if version != FORMAT:
+        raise CheckpointError(
+            f"{path} has format {version!r}, this version of a2fpn reads {FORMAT}; it was written by "
+            f"a2fpn {document.get('a2fpn_version')}."
+        )
+    try:
+        return from_dict(Record, document, where=str(path))
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def _check_edited(folder: Path, record: Record, sums: Mapping[str, str]) -> None:
+    """Accept a ``config.json`` that differs from the one written by its metadata alone.
+
+    Raises:
+        CheckpointError: If anything else differs.
+    """
+    checkpoint = read_checkpoint(folder)
+    if checkpoint.model != record.model or checkpoint.sha256 != sums[WEIGHTS_FILE]:
+        raise CheckpointError(f"{folder / CONFIG_FILE} is damaged: it is not what was written.")
+
+
+def write_generation(
+    folder: Path,
+    record: Record,
+    metrics: str,
+    *,
+    save_model: Callable[[Path], object],
+    optimizer: Mapping[str, Tensor],
+    trained: Mapping[str, Tensor] | None,
+) -> None:
+    """Write all files of a generation to a folder that exists; the caller gives it its name.
+
+    Args:
+        folder: The folder.
+        record: Content of ``state.json``.
+        metrics: Content of ``metrics.jsonl``.
+        save_model: Writes ``config.json`` and the evaluated weights to a folder.
+        optimizer: Tensors of the optimizer.
+        trained: The trained weights, if they are not the evaluated ones.
+    """
+    (folder / STATE_FOLDER).mkdir()
+    save_model(folder)
+    _save_tensors(optimizer, folder / OPTIMIZER_FILE)
+    if trained is not None:
+        _save_tensors(trained, folder / TRAINED_FILE)
+    _write_texts(folder, record, metrics)
+    names = (OPTIMIZER_FILE, *((TRAINED_FILE,) if trained is not None else ()))
+    _write_sums(folder, {WEIGHTS_FILE: read_checkpoint(folder).sha256, **_hashes(folder, names)})
+
+
+def rewrite_generation(
+    source: Path, folder: Path, record: Record, metrics: str, *, change_model: Callable[[Path], object]
+) -> None:
+    """Write a generation of the same weights as another, whose large files it shares.
+
+    Args:
+        source: The other generation.
+        folder: An empty folder.
+        record: Content of ``state.json``.
+        metrics: Content of ``metrics.jsonl``.
+        change_model: Writes the new metadata to ``config.json`` of a folder.
+    """
+    sums = _read_sums(source)
+    share_files(source, folder)
+    change_model(folder)
+    _write_texts(folder, record, metrics)
+    _write_sums(folder, {name: digest for name, digest in sums.items() if name.endswith(".safetensors")})
+
+
+def share_files(source: Path, folder: Path) -> None:
+    """Put the files of a generation into an empty folder: links where the disk has them, else copies."""
+    (folder / STATE_FOLDER).mkdir(parents=True)
+    for name in (*_read_sums(source), SUMS_FILE):
+        try:
+            os.link(source / name, folder / name)
+        except OSError:
+            shutil.copyfile(source / name, folder / name)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the system write a folder and all in it to the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder, if it is there."""
+    if path.is_symlink() or path.is_file():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _write_texts(folder: Path, record: Record, metrics: str) -> None:
+    write_text(folder / METRICS_COPY, metrics)
+    write_text(folder / STATE_FILE, json.dumps(to_dict(record), indent=1) + "\n")
+
+
+def _write_sums(folder: Path, known: Mapping[str, str]) -> None:
+    sums = {**known, **_hashes(folder, (CONFIG_FILE, STATE_FILE, METRICS_COPY))}
+    write_text(folder / SUMS_FILE, "".join(f"{digest}  {name}\n" for name, digest in sums.items()))
+
+
+def _hashes(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    return {name: file_sha256(folder / name) for name in names}
+
+
+def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    with replaced_file(path) as partial:
+        save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, partial)

@@ -1,0 +1,226 @@
+"""The owner of a run's folder: one process at a time writes to it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+import weakref
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from a2fpn.errors import ConfigError, RunError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)  # the main process alone has a lock
+
+LOCK_FILE = "run.lock"
+BEAT = 5.0
+"""Seconds between two signs of life of an owner."""
+PATIENCE = 6
+"""Beats without one after which an owner on another machine counts as dead."""
+_NO_LOCKS = {getattr(errno, name, None) for name in ("ENOLCK", "ENOSYS", "ENOTSUP", "EOPNOTSUPP", "EINVAL")}
+
+
+class FolderTakenError(RunError):
+    """Another process writes to the folder that this run has written to so far."""
+
+
+class RunLock:
+    """Ownership of a folder, from the making of this object until :meth:`release` or the end of the process.
+
+    A lock of the operating system decides, which ends with the process however it dies. It holds on one machine, and
+    on network disks that support it. Where it may not hold, namely for an owner on another machine or on a disk
+    without locks, the owner's signs of life in the file decide: whether they go on is watched, no clock is compared.
+
+    Args:
+        folder: Made if it does not exist.
+        beat: Seconds between two signs of life.
+
+    Raises:
+        ConfigError: If another process owns the folder; the message names it.
+        OSError: If the folder can't be written to.
+    """
+
+    _file: int | None = None
+
+    def __init__(self, folder: Path, *, beat: float = BEAT) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+        self._stop, self._guard = threading.Event(), threading.Lock()
+        self._taken_by: str | None = None
+        self._file = os.open(folder / LOCK_FILE, flags, 0o644)
+        try:
+            self._acquire(self._file, beat)
+        except BaseException:
+            _close(self)
+            raise
+        if hasattr(os, "register_at_fork"):  # a loader process that outlives a killed run must not hold its lock
+            reference = weakref.ref(self)
+            os.register_at_fork(after_in_child=lambda: _close(reference()))
+        threading.Thread(target=_keep_beating, args=(weakref.ref(self), self._stop, beat), daemon=True).start()
+
+    def check(self) -> None:
+        """Make sure that the folder is still this run's, before it is written to.
+
+        Raises:
+            FolderTakenError: If another process took it, which can happen to a run that was halted for long.
+        """
+        if self._file is not None and not self._taken_by:
+            self._beat()
+        if self._taken_by:
+            raise FolderTakenError(
+                f"{self._folder} was taken over by {self._taken_by} while this run was halted; nothing was written."
+            )
+
+    def release(self) -> None:
+        """Give the folder back; calling it twice does nothing."""
+        self._stop.set()
+        if self._file is not None:
+            if not self._taken_by:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(self._file, 0)
+            _close(self)
+
+    def __del__(self) -> None:
+        _close(self)
+
+    def _acquire(self, file: int, beat: float) -> None:
+        kernel = _kernel()
+        guarded = _lock(file)
+        if guarded is False:
+            raise ConfigError(
+                f"{self._folder} is being written to by {_named(_read(file))}; wait for it, stop it, or choose another "
+                "run.output."
+            )
+        owner = _parsed(_read(file))
+        if owner and not (guarded and owner.get("kernel") == kernel):
+            self._watch(file, beat)
+        self._owner: dict[str, Any] = {
+            "id": uuid.uuid4().hex,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "kernel": kernel,
+            "since": datetime.now().isoformat(timespec="seconds"),
+            "beat": 0,
+        }
+        try:
+            _write(file, self._owner)
+        except OSError as error:  # which knows no name
+            raise OSError(error.errno, error.strerror, str(self._folder / LOCK_FILE)) from error
+
+    def _watch(self, file: int, beat: float) -> None:
+        """Wait for a sign of life of an owner that this machine knows nothing of.
+
+        Raises:
+            ConfigError: If there is one.
+        """
+        before = _read(file)
+        logger.info(
+            "%s was last written to by %s; waiting up to %.0f s to see whether it lives.",
+            self._folder,
+            _named(before),
+            beat * PATIENCE,
+        )
+        end = time.monotonic() + beat * PATIENCE
+        while time.monotonic() < end:
+            time.sleep(beat / 4)
+            if (now := _read(file)) != before:
+                raise ConfigError(
+                    f"{self._folder} is being written to by {_named(now)}; wait for it, stop it, or choose another "
+                    "run.output."
+                )
+
+    def _beat(self) -> None:
+        """Write a sign of life, or notice that another process did."""
+        with self._guard, contextlib.suppress(OSError):  # a full disk must not end a run that still has its folder
+            file = self._file
+            if file is None:
+                return
+            found = _parsed(_read(file))
+            if found and found.get("id") != self._owner["id"]:
+                self._taken_by = _named(_read(file))
+                return
+            self._owner["beat"] += 1
+            _write(file, self._owner)
+
+
+def _keep_beating(reference: weakref.ref[RunLock], stop: threading.Event, beat: float) -> None:
+    while not stop.wait(beat):
+        lock = reference()
+        if lock is None:
+            return
+        lock._beat()
+        del lock
+
+
+def _close(lock: RunLock | None) -> None:
+    if lock is not None and lock._file is not None:
+        with contextlib.suppress(OSError):
+            os.close(lock._file)
+        lock._file = None
+
+
+def _lock(file: int) -> bool | None:
+    """Lock an open file: whether it worked, None where there are no locks."""
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            return None
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return False
+        raise
+    return True
+
+
+def _kernel() -> str:
+    """A name of the running operating system; containers share it, and a reboot changes it."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    return socket.gethostname()
+
+
+def _read(file: int) -> bytes:
+    os.lseek(file, 0, os.SEEK_SET)
+    return os.read(file, 4096)
+
+
+def _write(file: int, owner: dict[str, Any]) -> None:
+    content = json.dumps(owner).encode()
+    os.lseek(file, 0, os.SEEK_SET)
+    os.write(file, content)
+    os.ftruncate(file, len(content))
+    os.fsync(file)
+
+
+def _parsed(content: bytes) -> dict[str, Any]:
+    """Owner that a lock file names; what is no JSON names nobody known."""
+    if not content.strip():
+        return {}
+    try:
+        owner = json.loads(content)
+    except ValueError:
+        owner = None
+    return owner if isinstance(owner, dict) else {"id": None}
+
+
+def _named(content: bytes) -> str:
+    owner = _parsed(content)
+    if "pid" not in owner:
+        return "another process"
+    return f"process {owner['pid']} on {owner.get('host')} (since {owner.get('since')})"

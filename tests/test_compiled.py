@@ -1,0 +1,89 @@
+"""Frozen norms in one pass, and detectors whose maps torch's compiler makes."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from timm.layers import FrozenBatchNormAct2d
+from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
+
+from a2fpn.inference.eval_view import eval_view
+from a2fpn.layers.frozen_norm import FrozenNorm2d, FrozenNormAct2d, fuse_frozen_norms
+from tests.helpers import random_target, tiny_model
+
+
+def lively(norm: nn.Module) -> nn.Module:
+    for buffer in norm.buffers():
+        buffer.uniform_(0.5, 2.0)
+    return norm
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-5, 1e-3])
+@pytest.mark.parametrize("kind", [FrozenBatchNorm2d, FrozenBatchNormAct2d])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_frozen_norm_is_the_one_that_it_replaces(kind: type, eps: float, layout: torch.memory_format) -> None:
+    theirs = lively(kind(6, eps=eps))
+    ours = fuse_frozen_norms(nn.Sequential(copy.deepcopy(theirs)))[0]
+    assert type(ours) is {FrozenBatchNorm2d: FrozenNorm2d, FrozenBatchNormAct2d: FrozenNormAct2d}[kind]
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    x, direction = (torch.randn(2, 6, 5, 7).to(memory_format=layout) for _ in range(2))
+    found = []
+    for norm in (theirs, ours):
+        own = x.clone().requires_grad_()
+        y = norm(own)
+        y.backward(direction)
+        found.append((y, own.grad))
+    torch.testing.assert_close(found[1], found[0])
+    assert found[1][0].is_contiguous(memory_format=layout)
+    assert found[1][1].is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_frozen_norm_keeps_the_dtype_of_the_map(dtype: torch.dtype) -> None:
+    norm = lively(FrozenNorm2d(4)).to(torch.float64 if dtype == torch.float64 else torch.float32)
+    x = torch.randn(1, 4, 3, 3, dtype=dtype, requires_grad=True)
+    y = norm(x)
+    y.sum().backward()
+    assert y.dtype == x.grad.dtype == dtype
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    wanted = (x.double() - norm.running_mean.double()[:, None, None]) * scale[:, None, None]
+    torch.testing.assert_close(y.double(), wanted + norm.bias[:, None, None], rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("neck", ["fpn", "a2fpn", "bifpn"])
+def test_compiled_maps_give_the_same_losses_and_keep_the_state_dict(neck: str) -> None:
+    targets = [random_target([[4.0, 4.0, 30.0, 40.0]], size) for size in ((64, 96), (64, 80))]
+    images = [torch.rand(3, 64, 96), torch.rand(3, 64, 80)]
+    found = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = tiny_model(f"maskrcnn_{neck}", backbone="test_resnet", norm="frozen").train()
+        keys = list(model.state_dict())
+        if compiled:
+            model.compile_maps(backend="eager")
+        torch.manual_seed(1)
+        losses = model(images, targets, resize=False)
+        torch.stack(list(losses.values())).sum().backward()
+        assert list(model.state_dict()) == keys
+        found.append((losses, [p.grad for p in model.parameters()]))
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_a_copy_of_a_compiled_detector_computes_with_its_own_weights() -> None:
+    model = tiny_model("fasterrcnn_fpn", backbone="test_resnet").train()
+    model.compile_maps(backend="eager")
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.neck.parameters():
+            parameter.zero_()
+    maps = {
+        name: torch.randn(1, level.channels, 64 // level.stride, 64 // level.stride)
+        for name, level in model.neck.in_spec.items()
+    }
+    assert all(x.abs().max() == 0 for x in other.neck(maps).values())
+    assert all(x.abs().max() > 0 for x in model.neck(maps).values())
+    assert not eval_view(model).neck.training
+    assert model.neck.training
