@@ -11,7 +11,7 @@ from torch import Tensor
 from a2fpn.data.images import to_rgb
 from a2fpn.errors import ConfigError, ConfigTypeError
 
-ImageInMemory = Image.Image | NDArray[np.uint8] | Tensor
+ImageInMemory = Image.Image | NDArray[np.uint8] | Tensor | bytes
 
 
 def to_tensor(image: ImageInMemory) -> Tensor:

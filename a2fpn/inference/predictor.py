@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from a2fpn.config import MAX_PIXELS, SCORE_THRESHOLD, HeadsConfig
+from a2fpn.data.images import read_image
 from a2fpn.data.slides import Slide, WholeSlide, Window, open_slide
 from a2fpn.errors import ConfigError, ConfigTypeError, ImageError
 from a2fpn.inference.eval_view import EvalViews
@@ -134,7 +135,7 @@ class Predictor:
             images: An image, a folder (its images in order of their names, without sub-folders), a pattern such as
                 ``photos/*.jpg``, or a sequence of images. An image is a path, a PIL image (taken as it is; EXIF
                 orientation is applied to files), a uint8 array (H, W, 3) in RGB order or (H, W) in gray (OpenCV reads
-                BGR: pass ``image[..., ::-1]``), or a tensor (3, H, W), uint8 or float in [0, 1].
+                BGR: pass ``image[..., ::-1]``), a tensor (3, H, W), uint8 or float in [0, 1], or the bytes of a file.
             **options: Fields of :class:`PredictOptions` for this call, e.g. ``tile=1024``.
 
         Returns:
@@ -149,7 +150,7 @@ class Predictor:
             check_source(images)
             if Path(images).is_dir() or is_pattern(images):
                 return [self._predict_one(path, options) for path in list_images(images)]
-        if isinstance(images, Sequence) and not isinstance(images, str):
+        if isinstance(images, Sequence) and not isinstance(images, (str, bytes)):
             return [self._predict_one(image, options) for image in images]
         return self._predict_one(images, options)
 
@@ -302,6 +303,8 @@ class Predictor:
         if options.get("score_threshold", self.options.score_threshold) is None:
             options["score_threshold"] = _shown_threshold(self.model.rule.score_threshold)
         chosen = self.options.but(options)
+        if isinstance(image, bytes):  # the content of a file
+            image = read_image(image, max_pixels=self.max_pixels, gray_bits=self.gray_bits)
         if not isinstance(image, (str, os.PathLike)):
             tensor = to_tensor(image)
             return replace(self._tiled(MemorySlide(tensor), chosen), image=to_array(tensor))
