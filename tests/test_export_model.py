@@ -154,7 +154,7 @@ def test_a_predictor_runs_it(exported: Exported, runtime: Any) -> None:
     assert (result.masks ^ expected.masks).mean() < 1e-3
     best = float(result.scores[0])
     assert len(a2fpn.Predictor(exported.path, runtime=runtime, score_threshold=best)(image)) == 1
-    assert len(a2fpn.Predictor(exported.path, runtime=runtime, detections_per_image=2)(image)) == 2
+    assert len(a2fpn.Predictor(exported.path, runtime=runtime, max_objects=2)(image)) == 2
 
 
 def test_tiles_and_float_images_are_predicted(exported: Exported) -> None:
@@ -171,7 +171,7 @@ def test_tiles_and_float_images_are_predicted(exported: Exported) -> None:
     [
         ({"nms_threshold": 0.3}, r"model\.onnx was exported with nms_threshold 0\.5, got 0\.3"),
         ({"score_threshold": 0.01}, r"exported with score_threshold >= 0\.\d+, got 0\.0"),
-        ({"detections_per_image": 11}, "exported with detections_per_image <= 10, got 11"),
+        ({"max_objects": 11}, "exported with detections_per_image <= 10, got 11"),
         ({"soft_nms": "linear"}, "exported with soft_nms False, got linear"),
         ({"tta": True}, "resizes images by itself"),
     ],
