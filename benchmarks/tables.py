@@ -98,6 +98,7 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "gpu-inference-more": ("gpu_inference_more.json", inference),
     "gpu-training": ("gpu_training.json", training),
     "gpu-throughput": ("throughput_h100.json", throughput),
+    "cpu-inference": ("inference_cpu.json", cpu_inference),
     "zoo": ("gpu_inference.json", zoo),
 }
 

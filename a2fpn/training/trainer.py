@@ -76,7 +76,7 @@ class Trainer:
         self.accelerator = Accelerator(
             mixed_precision="no" if run.mixed_precision == "none" else run.mixed_precision,
             gradient_accumulation_steps=run.grad_accumulation,
-            log_with=list(run.trackers),
+            log_with=list(run.trackers) or None,  # of an empty list it complains
             project_config=ProjectConfiguration(project_dir=run.output, logging_dir=run.output),
             # Rank 0 computes the COCO numbers while the others wait.
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
