@@ -187,9 +187,10 @@ def whole_step(folder: Path) -> int | None:
 
 
 def content(run: Path) -> dict[str, str]:
-    """Hashes of the files of a run that a start has to leave alone."""
+    """Hashes of the files of a run that a refused start has to leave alone; not of what a kill left half written."""
     files = (path for path in run.rglob("*") if path.is_file() and path.name not in ("run.lock", "train.log"))
-    return {str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    names = ((str(path.relative_to(run)), path) for path in files)
+    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in names if not name.startswith(".")}
 
 
 class Soak:
@@ -253,7 +254,8 @@ class Soak:
         code = process.end()
         self.events[kind] += 1
         self._judge(kind, code, process.log(), steps, more, flipped)
-        if kind == "refused settings" and content(self.run) != before:
+        after = content(self.run) if before else {}
+        if any(after.get(name) != digest for name, digest in before.items()):
             self.wrong.append(f"{more}: a refused start changed the folder")
         if code == 0:
             self._compare()

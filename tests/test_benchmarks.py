@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -219,3 +220,12 @@ def test_tiles_stand_beside_other_slicers(capsys):
 def test_dense_measures_many_objects(part, expected, capsys):
     dense.main(part=part, quick=True)
     assert re.search(expected, capsys.readouterr().out)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
+def test_a_disturbed_run_loses_nothing(tmp_path, capsys):
+    from benchmarks import soak
+
+    soak.main(minutes=1, seed=0, keep=tmp_path / "soak")  # exits with 1 otherwise
+    assert "states lost 0, silent differences 0, wrong ends 0" in capsys.readouterr().out

@@ -131,7 +131,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         {"contourpy", "jinja2", "markupsafe", "matplotlib", "numpy", "PIL", "pycocotools", "torch"},
     ),
     "writers": (
-        {"_atomic", "_registry", "config", "errors", "inference", "masks"},
+        {"_atomic", "_registry", "config", "data", "errors", "inference", "masks"},
         {"contourpy", "numpy", "pycocotools"},
     ),
     "app": ({"data", "inference", "writers"}, {"gradio", "numpy", "PIL"}),

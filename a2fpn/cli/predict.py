@@ -70,8 +70,9 @@ def predict(
         typer.Option(
             "--format",
             metavar="NAME",
-            help="Format of results: overlay (pictures), coco, coco-dataset, csv, geojson (QuPath), jsonl, labels. "
-            "Several: repeat it, or put commas between.",
+            help="Format of results: overlay (pictures), coco, coco-dataset, csv, geojson (QuPath), jsonl, labels; "
+            "labelme, cvat, labelstudio, datumaro, voc, yolo (folders to correct). Several: repeat it, or put commas "
+            "between.",
             show_default="overlay,coco",
         ),
     ] = None,
