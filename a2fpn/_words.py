@@ -102,7 +102,7 @@ OPTIONS = _words(
     {
         "--score-threshold": "conf conf_thres confidence threshold score_thr pred_score_thr",
         "--nms-threshold": "iou iou_thres nms nms_thr",
-        "--detections-per-image": "max_det max_detections max_per_img",
+        "--max-objects": "max_det max_detections max_per_img detections_per_image",
         "--model": "weights checkpoint ckpt cfg config",
         "--tta": "augment aug",
         "--output": "project out_dir save_dir out output_dir show_dir work_dir",

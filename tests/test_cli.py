@@ -338,7 +338,7 @@ def test_evaluate_with_missing_files(checkpoint, data, tmp_path):
     arguments = ("evaluate", "--model", checkpoint, "--images")
     assert "no such folder" in fails(*arguments, tmp_path / "nowhere", "--annotations", data[1])
     assert "no such file" in fails(*arguments, data[0], "--annotations", tmp_path / "nowhere.json")
-    assert "no readable JSON" in fails(*arguments, data[0], "--annotations", data[0] / "0.png")
+    assert "no UTF-8 text" in fails(*arguments, data[0], "--annotations", data[0] / "0.png")
 
 
 def test_list():

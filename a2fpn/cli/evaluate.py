@@ -222,13 +222,14 @@ def predict_annotated(
     predictor: Predictor, dataset: CocoDataset, images: Path, *, quiet: bool = False
 ) -> Iterator[dict[str, Any]]:
     """Predict the images of a data set as COCO results; classes that it lacks are dropped."""
-    from a2fpn.data import read_image
+    from a2fpn.data.images import image_path, read_image
 
     predictor.categories = dataset.categories
     known = {category.id for category in dataset.coco.categories}
     with progress_bar(quiet=quiet) as progress:
         for entry in progress.track(list(dataset.coco.images.values()), description="evaluating"):
-            (result,) = predictor.predict([read_image(images / entry.file_name, size=(entry.height, entry.width))])
+            file = image_path(images, entry.file_name)
+            (result,) = predictor.predict([read_image(file, size=(entry.height, entry.width))])
             yield from (record for record in result.to_coco(entry.id) if record["category_id"] in known)
 
 

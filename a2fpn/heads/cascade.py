@@ -143,7 +143,9 @@ class CascadeRoIHeads(nn.Module):
             if stage.has_mask():
                 if self.interleaved:
                     samples = Samples(*stage.select_training_samples(proposals, targets))
-                losses["loss_mask"] = self._mask_loss(index, features, samples.positives(), image_sizes, targets)
+                losses["loss_mask"] = self._mask_loss(
+                    index, features, samples.positives().with_masks(targets), image_sizes, targets
+                )
             for name, loss in losses.items():
                 totals[name] = totals.get(name, 0) + weight * loss
         return totals

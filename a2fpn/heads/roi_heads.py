@@ -48,7 +48,17 @@ class Samples(NamedTuple):
     def positives(self) -> Samples:
         """The boxes that are matched to an object."""
         keep = positive_rows(self.labels)
-        return Samples(*([x[rows] for x, rows in zip(field, keep, strict=True)] for field in self))
+        return self._rows(keep)
+
+    def with_masks(self, targets: Sequence[Mapping[str, Any]]) -> Samples:
+        """The boxes, all matched to objects, whose objects have masks; see ``has_mask`` of the targets."""
+        if not any("has_mask" in target for target in targets):
+            return self
+        every = zip(targets, self.objects, strict=True)
+        return self._rows([own["has_mask"][x] if "has_mask" in own else x >= 0 for own, x in every])
+
+    def _rows(self, rows: Sequence[Tensor]) -> Samples:
+        return Samples(*([x[own] for x, own in zip(field, rows, strict=True)] for field in self))
 
 
 def positive_rows(labels: Sequence[Tensor]) -> list[Tensor]:
@@ -161,17 +171,18 @@ class DetectionRoIHeads(RoIHeads):  # type: ignore[misc]
         }
         positives = samples.positives()
         if self.has_mask():
-            pooled = self.mask_head(self.mask_roi_pool(features, positives.boxes, image_shapes))
+            masked = positives.with_masks(targets)
+            pooled = self.mask_head(self.mask_roi_pool(features, masked.boxes, image_shapes))
             loss = mask_loss(
                 self.mask_predictor(pooled),
                 [target["masks"] for target in targets],
-                positives.boxes,
-                positives.objects,
-                positives.labels,
+                masked.boxes,
+                masked.objects,
+                masked.labels,
                 aligned=self.aligned,
                 boundary_weight=self.mask_boundary_weight,
             )
-            losses["loss_mask"] = self.normalizer(loss, sum(map(len, positives.labels)))
+            losses["loss_mask"] = self.normalizer(loss, sum(map(len, masked.labels)))
         if self.has_keypoint():
             pooled = self.keypoint_head(self.keypoint_roi_pool(features, positives.boxes, image_shapes))
             logits = self.keypoint_predictor(pooled).contiguous()  # torchvision's loss takes views of it
