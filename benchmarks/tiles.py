@@ -53,7 +53,7 @@ def make_scene(across: int, data: Path | None) -> Scene:
 
 
 def prepare(side: str, across: int, data: Path | None, tile: int | None, scale: float) -> Finder:
-    """What finds the objects of the scene in tiles, best first; without tiles in the whole image."""
+    """Callable that finds the objects of the scene in tiles, best first; without tiles in the whole image."""
     ours, scene = predictor(scale), make_scene(across, data)
     if side == "a2fpn":
         return lambda: list(ours.predict([scene.pixels], tile=tile, overlap=OVERLAP, score_threshold=THRESHOLD)[0].rles)

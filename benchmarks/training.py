@@ -163,7 +163,7 @@ def _report(size: Size, sides: Sequence[str], rounds: int) -> None:
 
 
 def _report_checks(size: Size, step: float, rounds: int) -> None:
-    """What it costs to look at losses and gradient of each step, as a run does.
+    """Time of the checks of losses and gradient in each step of a run.
 
     Timed by itself: beside a whole step it would drown in the noise.
     """

@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "_serialize": ({"errors", "_registry"}, set()),
     "config": ({"errors", "_registry", "_serialize"}, set()),
     "pyramid": ({"errors"}, {"torch"}),
-    "layers": ({"device", "errors"}, {"torch", "timm.layers", "triton"}),
+    "layers": ({"device", "errors"}, {"torch", "timm.layers", "torchvision.ops", "triton"}),
     "necks": ({"errors", "_registry", "layers", "pyramid"}, {"torch"}),
     "backbones": (
         {"_plugins", "device", "errors", "_registry", "config", "layers", "pyramid"},
@@ -103,6 +103,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
             "_plugins",
             "_registry",
             "_serialize",
+            "_version",
             "_words",
             "config",
             "data",
@@ -132,7 +133,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     ),
     "writers": (
         {"_atomic", "_registry", "config", "data", "errors", "inference", "masks"},
-        {"contourpy", "numpy", "pycocotools"},
+        {"contourpy", "numpy", "pycocotools", "tifffile"},
     ),
     "app": ({"data", "inference", "writers"}, {"gradio", "numpy", "PIL"}),
     "cli": (

@@ -106,7 +106,7 @@ class PredictionFolder:
 
     @property
     def draws(self) -> bool:
-        """Whether pictures are written."""
+        """True if pictures are written."""
         return FORMATS["overlay"] in self._each
 
     @property

@@ -1,4 +1,4 @@
-"""What a run does when it goes on with other settings, data or classes than before.
+"""Changes of settings, data or classes between the sessions of a run, and the outcome of each.
 
 Every difference either holds from then on, and is said in one line, or is refused with the way out.
 """

@@ -43,7 +43,7 @@ class CheckpointWriteError(RunError):
 
 @dataclass(frozen=True)
 class Content:
-    """What is saved besides the progress.
+    """Content of a generation besides the progress.
 
     Args:
         record: Progress and settings.
@@ -161,7 +161,7 @@ class RunFolder:
         """Make the folder that of a run at this state: its metrics, its ``best``, and nothing newer.
 
         Args:
-            state: That of :attr:`source`, as it goes on; its best is corrected to what there is.
+            state: That of ``source``, as it goes on; its best is corrected to what there is.
 
         Raises:
             CheckpointWriteError: If the folder can't be written to.

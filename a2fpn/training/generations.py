@@ -105,7 +105,7 @@ class Generation:
 
     @property
     def averages(self) -> bool:
-        """Whether it holds a moving average beside the trained weights."""
+        """True if it holds a moving average beside the trained weights."""
         return (self.folder / TRAINED_FILE).exists()
 
 

@@ -1,4 +1,4 @@
-"""Whether a run still learns: losses, gradients and weights are looked at before they do harm."""
+"""Checks of losses, gradients and weights before they do harm."""
 
 from __future__ import annotations
 

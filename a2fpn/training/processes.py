@@ -53,7 +53,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def on_main(accelerator: Accelerator, call: Callable[[], T]) -> T:
-    """What a call on the main process returns or raises, on every process."""
+    """Result or error of a call on the main process, on every process."""
     if accelerator.num_processes == 1:
         return call()
     outcome: list[tuple[T | None, Exception | None]] = [(None, None)]

@@ -108,7 +108,7 @@ class Plan:
         state.steps_in_epoch = steps
 
     def place(self, state: RunState) -> int:
-        """Steps behind a run, of :attr:`total_steps`."""
+        """Steps behind a run, of ``total_steps``."""
         if self._run.max_steps:
             return min(state.step, self.total_steps)
         if state.epoch >= self._run.epochs:

@@ -110,7 +110,7 @@ class Stepper:
         return float(HostCopy(norm).value())
 
     def _described(self, bad: Sequence[tuple[str, list[int]]]) -> str | None:
-        """What was not finite on any process, told to all."""
+        """Names of what was not finite on any process, told to all."""
         if not any(gather_number(self._accelerator, float(bool(bad)))):
             return None
         found = gather_object(list(bad))
