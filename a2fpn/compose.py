@@ -131,7 +131,6 @@ def compose(name: str, *, backbone: str | None = None, num_classes: int | None =
         >>> compose("fasterrcnn_fpn", backbone="test_resnet", num_classes=3, min_size=320).preprocess.min_size
         320
     """
-    _check_kinds(name, backbone, num_classes, overrides)
     return attached(override(parse_name(name, backbone), num_classes, overrides), overrides)
 
 
@@ -141,6 +140,7 @@ def parse_name(name: str, backbone: str | None) -> ModelConfig:
     Raises:
         ValueError: For an unknown name, with the closest ones.
     """
+    _check_name(name, backbone)
     found = _parse(name, backbone)
     if found is None and load_plugins():
         found = _parse(name, backbone)
@@ -191,6 +191,7 @@ def _parse(name: str, backbone: str | None) -> ModelConfig | None:
 
 def override(config: ModelConfig, num_classes: int | None, overrides: Mapping[str, Any]) -> ModelConfig:
     """A config with flat overrides applied to the part that has a field of that name."""
+    _check_kinds(num_classes, overrides)
     sections: dict[str, Any] = {"backbone": config.backbone, "preprocess": config.preprocess, "heads": config.heads}
     owner = {f.name: key for key, part in sections.items() for f in dataclasses.fields(part) if f.name != "name"}
     own = ("neck", "neck_args", "categories")
@@ -236,8 +237,8 @@ def _categories(given: Sequence[Category | Mapping[str, Any] | str] | Mapping[in
     return tuple(c if isinstance(c, Category) else from_dict(Category, c, where="categories") for c in named)
 
 
-def _check_kinds(name: str, backbone: object, num_classes: object, overrides: Mapping[str, Any]) -> None:
-    """Refuse classes and modules where names are expected, and say how to give them a name.
+def _check_name(name: object, backbone: object) -> None:
+    """Refuse modules where names are expected.
 
     Raises:
         TypeError: With what to do.
@@ -249,6 +250,14 @@ def _check_kinds(name: str, backbone: object, num_classes: object, overrides: Ma
             f"backbone is the name of a timm model, got a {type(backbone).__name__}. A network of your own gets a name "
             "by timm's register_model; see docs/extending.md."
         )
+
+
+def _check_kinds(num_classes: object, overrides: Mapping[str, Any]) -> None:
+    """Refuse classes and modules where names and numbers are expected.
+
+    Raises:
+        TypeError: With what to do.
+    """
     neck = overrides.get("neck", "")
     if not isinstance(neck, str):
         shown = neck.__name__ if isinstance(neck, type) else type(neck).__name__

@@ -240,7 +240,7 @@ def main(
     rounds = 1 if quick else rounds
     sizes, sides = ([(32, 48)], QUICK_SIDES) if quick else (list(TARGETS), SIDES)
     measure.start(threads, rounds)
-    if not quick and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         measure.console().print(f"{BF16} is left out: this processor has no units for bf16.")
         sides = tuple(side for side in sides if side != BF16)
     document = json.loads(output.read_text(encoding="utf-8")) if output and output.exists() else {}

@@ -33,6 +33,7 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 import a2fpn
+from a2fpn.config import Category
 from a2fpn.data import CocoDataset, collate, encode_masks, train_transforms
 from a2fpn.data.operations import load_coco, subset_coco
 from a2fpn.evaluation import evaluate_coco
@@ -76,9 +77,9 @@ def main(
     truth = CocoDataset(data / "images", validation)
     sizes, steps = (QUICK_SIZES, 2) if quick else (SIZES, steps)
     torch.manual_seed(seed)
-    model = build(side, len(truth.categories), backbone_weights, sizes).to(device)
-    prepare = build("a2fpn", len(truth.categories), None, sizes).preprocess
-    samples = CocoDataset(data / "images", part, transforms=augmentation(prepare.target_size, sizes[0]))
+    model = build(side, truth.categories, backbone_weights, sizes).to(device)
+    augment = augmentation(build("a2fpn", truth.categories, None, sizes).preprocess.target_size, sizes[0])
+    samples = CocoDataset(data / "images", part, transforms=augment, categories=truth.categories)
     start = time.perf_counter()
     loss = train(model, side, samples, steps=steps, batch=batch, seed=seed, workers=workers, device=device)
     seconds = time.perf_counter() - start
@@ -112,12 +113,12 @@ def augmentation(target_size: Callable[..., tuple[int, int]], crop: int) -> Call
     return train_transforms(target_size, crop_size=crop, rotate90=0.75, color_jitter=0.3, **options)
 
 
-def build(side: Side, classes: int, weights: Path | None, sizes: tuple[int, int]) -> Any:
+def build(side: Side, categories: Sequence[Category], weights: Path | None, sizes: tuple[int, int]) -> Any:
     """Make a model with the limits that both share."""
     limits = {f"rpn_{kind}_nms_top_n_{phase}": PROPOSALS for kind in ("pre", "post") for phase in ("train", "test")}
     ours = a2fpn.create_model(
         "maskrcnn_fpn_lite0",
-        num_classes=classes,
+        categories=categories,
         backbone_weights=weights,
         norm="bn",
         min_size=sizes[0],
@@ -135,7 +136,7 @@ def build(side: Side, classes: int, weights: Path | None, sizes: tuple[int, int]
     names = features.names
     return MaskRCNN(
         features,
-        classes + 1,
+        len(categories) + 1,
         min_size=sizes[0],
         max_size=sizes[1],
         image_mean=list(ours.config.preprocess.mean),

@@ -75,18 +75,22 @@ def throughput(document: Mapping[str, Any]) -> str:
 
 
 def zoo(document: Mapping[str, Any]) -> str:
-    """Return all pretrained weights: what is known of them, and the time of their architecture beside torchvision's."""
+    """Return all pretrained weights: what is known of them, and the time of their architecture."""
     times = {row["side"]: row["ms"] for row in document["rows"] if "ms" in row}
+    notes: dict[str, int] = {}
     rows = []
     for model in sorted(list_pretrained(), key=lambda one: not one.trained):  # grafts last
-        values = (model.box_ap, model.mask_ap, model.keypoint_ap, times.get(model.name.partition(".")[0]))
-        numbers = ["" if value is None else f"{value:.1f}" if value > 1 else f"{value:.3f}" for value in values]
-        measured = model.measured if model.trained else f"to be fine-tuned; AP {model.measured.partition(', of ')[2]}"
-        rows.append((f"`{model.name}`", *numbers, model.source, measured, model.license))
+        values = (model.box_ap, model.mask_ap, model.keypoint_ap)
+        numbers = ["" if value is None else f"{value:.3f}" for value in values]
+        time = times.get(model.name.partition(".")[0])
+        measured = model.measured if model.trained else "a graft, to be fine-tuned: AP is that of its source"
+        note = notes.setdefault(f"{measured}; license of the weights: {model.license}.", len(notes) + 1)
+        rows.append((f"`{model.name}`", *numbers, "" if time is None else f"{time:.1f}", f"{note}"))
     case = _case(next(row for row in document["rows"] if "ms" in row))
-    headings = ("name", "box AP", "mask AP", "keypoint AP", "ms", "from", "measured", "license of the weights")
-    note = f"ms: an image of {case}, on one {document['device'].partition(',')[0]}, where the architecture was timed."
-    return f"{markdown(headings, rows)}\n\n{note}"
+    table = markdown(("name", "box AP", "mask AP", "keypoint AP", "ms", "note"), rows)
+    lines = [f"{number}. {text}" for text, number in notes.items()]
+    where = f"ms: an image of {case}, on one {document['device'].partition(',')[0]}, where the architecture was timed."
+    return "\n".join([table, "", *lines, "", where])
 
 
 TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
@@ -94,6 +98,7 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "gpu-inference-more": ("gpu_inference_more.json", inference),
     "gpu-training": ("gpu_training.json", training),
     "gpu-throughput": ("throughput_h100.json", throughput),
+    "cpu-inference": ("inference_cpu.json", cpu_inference),
     "zoo": ("gpu_inference.json", zoo),
 }
 

@@ -45,10 +45,13 @@ def finish(process: subprocess.Popen, code: int = 0) -> str:
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["model.name=maskrcnn_fpn", "optim.name=sgd"],
-        ["model.name=htc_fpn", "model.overrides.semantic=things", "optim.name=sgd"],
+        pytest.param(["model.name=maskrcnn_fpn", "optim.name=sgd"], id="maskrcnn"),
+        pytest.param(
+            ["model.name=htc_fpn", "model.overrides.semantic=things", "optim.name=sgd"],
+            id="htc",
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["maskrcnn", "htc"],
 )
 def test_two_processes_with_two_images_learn_what_one_with_four_does(tmp_path, overrides):
     """On images of one size: padding up to the largest image of a batch shows in the losses, in torchvision's too."""
@@ -189,6 +192,7 @@ def test_a_stopped_job_writes_a_checkpoint_and_goes_on_as_if_nothing_had_happene
     assert_same(folder / "stopped", whole)
 
 
+@pytest.mark.slow
 def test_a_killed_process_brings_the_job_down_which_restarts_and_resumes(folder, whole):
     process = launch(2, [*tiny_run(folder, "killed"), *SETTINGS], restarts=3)
     wait_for_step(folder / "killed", process, 2)

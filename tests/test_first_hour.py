@@ -307,6 +307,8 @@ class OwnNeck(nn.Module):
         ({"weights_backbone": "DEFAULT"}, "Did you mean 'pretrained_backbone'"),
         ({"nc": 3}, "Did you mean 'num_classes'"),
         ({"weights": "DEFAULT"}, "pretrained=True"),
+        ({"pretrained": "best.pth"}, r"pretrained is True or False, got 'best\.pth'\. .*from_pretrained"),
+        ({"pretrained_backbone": "r50.pth"}, "backbone_weights=FILE"),
     ],
 )
 def test_arguments_of_another_kind_are_told_in_a_sentence(arguments: dict[str, object], message: str) -> None:
@@ -512,6 +514,21 @@ def test_gray_values_of_twelve_bits_are_told_and_can_be_scaled(
     assert scaled.scores.tolist() == predictor(eight).scores.tolist()
     with pytest.raises(ValueError, match="gray_bits must be between 9 and 16, got 8"):
         a2fpn.Predictor(predictor.model, gray_bits=8)
+
+
+def test_the_bytes_of_a_file_are_an_image(predictor: a2fpn.Predictor) -> None:
+    content = io.BytesIO()
+    Image.fromarray(PIXELS).save(content, "PNG")
+    assert predictor(content.getvalue()).scores.tolist() == predictor(PIXELS).scores.tolist()
+    with pytest.raises(ValueError, match="the given bytes: no readable image"):
+        predictor(b"no image")
+
+
+def test_the_section_of_the_data_is_no_file(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["train", "--config", "finetune_folder", "data=coco.yaml"])
+    assert caught.value.code == 2
+    assert "data.root=DIR" in capsys.readouterr().err
 
 
 def run(*arguments: str) -> str:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from a2fpn.inference.optimize import OptimizedDetector
 
 
-ImageInMemory = Image.Image | NDArray[np.uint8] | Tensor
+ImageInMemory = Image.Image | NDArray[np.uint8] | Tensor | bytes
 
 
 class _Call(NamedTuple):
@@ -144,7 +144,7 @@ class Predictor:
             images: An image, a folder (its images in order of their names, without sub-folders), a pattern such as
                 ``photos/*.jpg``, or a sequence of images. An image is a path, a PIL image (taken as it is; EXIF
                 orientation is applied to files), a uint8 array (H, W, 3) in RGB order or (H, W) in gray (OpenCV reads
-                BGR: pass ``image[..., ::-1]``), or a tensor (3, H, W), uint8 or float in [0, 1].
+                BGR: pass ``image[..., ::-1]``), a tensor (3, H, W), uint8 or float in [0, 1], or the bytes of a file.
             **options: Fields of :class:`PredictOptions` for this call, e.g. ``tile=1024``.
 
         Returns:
@@ -159,7 +159,7 @@ class Predictor:
             check_source(images)
             if Path(images).is_dir() or is_pattern(images):
                 return [self._predict_one(path, options) for path in list_images(images)]
-        if isinstance(images, Sequence) and not isinstance(images, str):
+        if isinstance(images, Sequence) and not isinstance(images, (str, bytes)):
             return [self._predict_one(image, options) for image in images]
         return self._predict_one(images, options)
 
@@ -244,6 +244,8 @@ class Predictor:
         options = dict(given)
         if options.get("score_threshold", self.options.score_threshold) is None:
             options["score_threshold"] = _shown_threshold(self.model.rule.score_threshold)
+        if isinstance(image, bytes):  # the content of a file
+            image = read_image(image, max_pixels=self.max_pixels, gray_bits=self.gray_bits)
         if isinstance(image, (str, os.PathLike)):
             pixels = read_image(Path(image), max_pixels=self.max_pixels, gray_bits=self.gray_bits)
             (result,) = self.predict([pixels], **options)

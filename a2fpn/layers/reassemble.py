@@ -162,24 +162,36 @@ def _reassemble_by_tiles(x: Tensor, kernels: Tensor, k: int, parts: int, step: i
         parts: Target pixels per pixel of the grid and side: 2 for twice the size.
         step: Source pixels per pixel of the grid and side: 2 for half the size.
     """
-    (batch, channels, height, width), wide = x.shape, kernels.shape[3]
-    rows, tiles = kernels.shape[2] // parts, new_size((wide // parts + _TILE - 1) // _TILE)
+    (batch, channels, height, width), (high, wide) = x.shape, kernels.shape[2:]
+    rows, tiles = high // parts, new_size((wide // parts + _TILE - 1) // _TILE)
     span = step * (_TILE - 1) + k
-    down = torch.arange(rows, device=x.device)[:, None] * step + torch.arange(k, device=x.device) - k // 2
-    across = torch.arange(tiles, device=x.device)[:, None] * (_TILE * step) + torch.arange(span, device=x.device)
-    pixels = down.clamp(0, height - 1)[:, None, :, None] * width + (across - k // 2).clamp(0, width - 1)[:, None]
-    length = k * span
-    stretches = x.flatten(2).transpose(1, 2).index_select(1, pixels.reshape(-1)).reshape(-1, length, channels)
-    bands = F.pad(kernels, (0, tiles * _TILE * parts - wide))
-    bands = bands.view(batch, k, k, rows, parts, tiles, _TILE, parts).permute(0, 3, 5, 4, 7, 6, 1, 2)
-    bands = F.pad(bands, (0, span - k)).reshape(-1, _TILE, length)
+    length, area = k * span, parts * _TILE
+    row, tile, y, column = (torch.arange(count, device=x.device) for count in (rows, tiles, high, wide))
+    window, stretch, part, place = (torch.arange(count, device=x.device) for count in (k, span, parts, _TILE))
+    # Source pixels, stretch by stretch.
+    down = (row[:, None] * step + window - k // 2).clamp(0, height - 1)
+    across = (tile[:, None] * (_TILE * step) + stretch - k // 2).clamp(0, width - 1)
+    pixels = down[:, None, :, None] * width + across[:, None]
+    stretches = _pixels(x, pixels).reshape(-1, length, channels)
+    # Target pixels, tile by tile.
+    down = row[:, None] * parts + part
+    across = ((tile[:, None] * _TILE + place)[:, None] * parts + part[:, None]).clamp(max=wide - 1)
+    pixels = down[:, None, :, None] * wide + across.reshape(-1, 1, area)
+    bands = F.pad(_pixels(kernels, pixels).reshape(-1, k, k), (0, span - k)).reshape(-1, _TILE, length)
     # Rows that are longer by a step, cut at the old length, move each by a step more than the one before.
     bands = F.pad(bands, (0, step)).reshape(-1, _TILE * (length + step))[:, : _TILE * length]
-    out = bands.reshape(-1, parts * parts * _TILE, length) @ stretches
-    out = out.view(batch, rows, tiles, parts, parts, _TILE, channels).permute(0, 6, 1, 3, 2, 5, 4)
-    out = out.reshape(batch, channels, rows * parts, tiles * _TILE * parts)
-    # Cut off by padding, of which a tracer knows what size it leaves.
-    return F.pad(out, (0, wide - tiles * _TILE * parts))
+    sums = (bands.reshape(-1, parts * area, length) @ stretches).reshape(batch, -1, channels)
+    # Where each target pixel is among them.
+    grid = column // parts
+    down = (y // parts * (tiles * parts) + y % parts) * area
+    across = grid // _TILE * (parts * area) + column % parts * _TILE + grid % _TILE
+    sums = sums.index_select(1, (down[:, None] + across).reshape(-1))
+    return sums.transpose(1, 2).reshape(batch, channels, high, wide)
+
+
+def _pixels(x: Tensor, index: Tensor) -> Tensor:
+    """Pixels of a map ``(B, C, H, W)`` by index, ``(B, n, C)``."""
+    return x.flatten(2).transpose(1, 2).index_select(1, index.reshape(-1))
 
 
 def _reassemble_by_shifts(x: Tensor, kernels: Tensor, k: int) -> Tensor:

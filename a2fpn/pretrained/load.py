@@ -20,7 +20,7 @@ from a2fpn.convert.graft import graft, graft_config
 from a2fpn.convert.torchvision_config import published_config
 from a2fpn.convert.torchvision_state import torchvision_state
 from a2fpn.detectors import Detector
-from a2fpn.errors import CheckpointError, ConfigError, HubError, HubIntegrityError
+from a2fpn.errors import CheckpointError, ConfigError, ConfigTypeError, HubError, HubIntegrityError
 from a2fpn.layers import positional_keys
 from a2fpn.pretrained.catalog import (
     PRETRAINED,
@@ -104,6 +104,12 @@ def create_model(
         ...
         a2fpn.errors.ConfigError: Unknown model 'maskrcnn_a2fpm_r50'. Did you mean 'maskrcnn_a2fpn_r50' or ...
     """
+    for argument, value in {"pretrained": pretrained, "pretrained_backbone": pretrained_backbone}.items():
+        if not isinstance(value, bool):
+            raise ConfigTypeError(
+                f"{argument} is True or False, got {value!r}. A checkpoint is loaded by from_pretrained(FOLDER), "
+                "weights of a backbone by backbone_weights=FILE."
+            )
     given = _prefixed(name, load=pretrained)
     if given is not None:
         return _assemble(given, where=name, num_classes=num_classes, overrides=overrides)

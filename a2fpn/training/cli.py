@@ -136,7 +136,12 @@ def _settings(options: argparse.Namespace, arguments: Sequence[str]) -> TrainCon
     short += ["data.strict=true"] if options.strict_data else []
     given = list(read_arguments([*short, *arguments]))
     settings = _joined(recipes, given)
-    if isinstance(settings["data"], dict) and "root" not in settings["data"]:
+    if not isinstance(settings["data"], dict):
+        raise ConfigError(
+            f"data is a section, got {settings['data']!r}; the folder of the data set is data.root=DIR, with "
+            "data.format=auto for labels of YOLO and others."
+        )
+    if "root" not in settings["data"]:
         raise ConfigError("the setting data.root is missing, the folder of the data set: data.root=DIR.")
     if AUTO in recipes:
         decided = flat(_joined([path for path in recipes if path != AUTO], given))
