@@ -1,5 +1,5 @@
-// What an exported file says of itself. ONNX Runtime doesn't hand a file's metadata to JavaScript, so they are read from
-// the file: a protocol buffer whose field 14 holds pairs of a key (1) and a value (2).
+// What an exported file says of itself. ONNX Runtime doesn't hand a file's metadata to JavaScript, so they are read
+// from the file: a protocol buffer whose field 14 holds pairs of a key (1) and a value (2).
 const METADATA = 14;
 const NAMES = ["categories", "category_ids", "input", "score_threshold"];
 

@@ -29,7 +29,7 @@ element("coco").addEventListener("click", () => save(new Blob([JSON.stringify(co
 await Promise.all([loadModel(), listPictures()]);
 document.body.dataset.ready = ""; // all that the page needs without a network is here
 
-/** Let the service worker answer for this page, so that all that is loaded is kept; without one the page works online. */
+/** Let the service worker answer for this page, so that all it loads is kept; without one the page works online. */
 async function takeOver() {
   if (!navigator.serviceWorker) return;
   try {
@@ -41,6 +41,7 @@ async function takeOver() {
   // What was loaded before the service worker came is neither kept nor isolated. Once: some frames are never isolated.
   if ((!navigator.serviceWorker.controller || !crossOriginIsolated) && !sessionStorage.getItem("reloaded")) {
     sessionStorage.setItem("reloaded", "yes");
+    addEventListener("pageshow", ({ persisted }) => persisted && location.reload()); // if the browser brings it back
     location.reload();
     await new Promise(() => {});
   }

@@ -1,6 +1,6 @@
-// Makes the page work without a network after the first load: every answer is kept, and given where none can be fetched.
+// Makes the page work without a network after the first load: answers are kept, and given where none can be fetched.
 const KEPT = "a2fpn-page";
-// WebAssembly has several threads only on a page that is isolated from other sites; static hosts can't say so, this can.
+// WebAssembly has several threads only on a page that is isolated from other sites. Static hosts do not say so.
 const ISOLATION = {
   "Cross-Origin-Opener-Policy": "same-origin",
   "Cross-Origin-Embedder-Policy": "require-corp",
