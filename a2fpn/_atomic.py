@@ -38,6 +38,13 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
+def append_line(path: Path, line: str) -> None:
+    """Append a line to a text file in UTF-8; never to what a link leads to."""
+    flags = os.O_WRONLY | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
+    with open(path, "a", encoding="utf-8", opener=lambda name, _: os.open(name, flags)) as file:
+        file.write(line + "\n")
+
+
 def sync(path: Path) -> None:
     """Make the system write a file's content, or a folder's list of names, to the disk."""
     if os.name == "nt" and path.is_dir():  # Windows can't open a folder

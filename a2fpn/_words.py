@@ -27,16 +27,18 @@ PREDICTION = _words(
         "score_threshold": "conf conf_thres confidence threshold score_thr score_thresh "
         "score_thresh_test box_score_thresh min_score pred_score_thr",
         "nms_threshold": "iou iou_thres iou_threshold nms nms_thr nms_thresh nms_thresh_test box_nms_thresh",
-        "detections_per_image": "max_det max_detections max_per_img box_detections_per_img detections_per_img",
+        "max_objects": "max_det max_detections max_per_img box_detections_per_img detections_per_img "
+        "detections_per_image",
         "tta": "augment aug test_time_augmentation",
         "tile": "slice slice_size slice_height slice_width tile_size",
         "overlap": "overlap_ratio slice_overlap",
+        "workers": "num_workers thread_workers",
         _SIZES: "imgsz img_size image_size min_size max_size",
         _DEVICE: "device gpu cuda",
         _HALF: "half fp16 bf16 dtype amp",
         _PICTURES: "save show save_txt project visualize out_dir",
         _KEEP: "classes categories",
-        "Images are predicted one after the other, without a word.": "batch batch_size stream verbose",
+        "Images are predicted one after the other, without a word.": "batch_size stream verbose",
     }
 )
 """Options of a :class:`a2fpn.Predictor`."""
@@ -100,7 +102,7 @@ OPTIONS = _words(
     {
         "--score-threshold": "conf conf_thres confidence threshold score_thr pred_score_thr",
         "--nms-threshold": "iou iou_thres nms nms_thr",
-        "--detections-per-image": "max_det max_detections max_per_img",
+        "--max-objects": "max_det max_detections max_per_img detections_per_image",
         "--model": "weights checkpoint ckpt cfg config",
         "--tta": "augment aug",
         "--output": "project out_dir save_dir out output_dir show_dir work_dir",

@@ -22,7 +22,7 @@ from PIL import Image
 import a2fpn
 from a2fpn import Predictor, Result
 from a2fpn.data import ImageError
-from a2fpn.report.exports import to_coco, to_csv, to_geojson
+from a2fpn.writers import write_results
 
 MODEL = "maskrcnn_a2fpn_lite0.nuclei"
 EXAMPLES = Path(str(resources.files("a2fpn"))) / "assets" / "nuclei_demo" / "images"
@@ -171,16 +171,10 @@ def write_files(results: Sequence[Result], parent: str | Path) -> list[Path]:
         parent: Where the folder is made.
     """
     folder = Path(tempfile.mkdtemp(dir=parent))
-    names = [_name(result) for result in results]
-    stems = [
-        f"{number}_{Path(name).stem}" if len(names) > 1 else Path(name).stem for number, name in enumerate(names, 1)
-    ]
-    for stem, result in zip(stems, results, strict=True):
-        result.plot(score_threshold=0).save(folder / f"{stem}.png")
-        (folder / f"{stem}.geojson").write_text(to_geojson(result), encoding="utf-8")
+    named = [replace(result, path=_name(result), image=result.load_image()) for result in results]
     files = []
-    for suffix, archive in ((".png", "pictures.zip"), (".geojson", "geojson.zip")):
-        members = [folder / f"{stem}{suffix}" for stem in stems]
+    for form, archive in (("overlay", "pictures.zip"), ("geojson", "geojson.zip")):
+        members = write_results(named, folder, [form])
         if len(members) == 1:
             files += members
             continue
@@ -188,10 +182,7 @@ def write_files(results: Sequence[Result], parent: str | Path) -> list[Path]:
             for member in members:
                 packed.write(member, member.name)
         files.append(folder / archive)
-    for name, text in {"coco.json": to_coco(results, names), "objects.csv": to_csv(results, names)}.items():
-        (folder / name).write_text(text, encoding="utf-8")
-        files.append(folder / name)
-    return files
+    return files + write_results(named, folder, ["coco-dataset", "csv"])
 
 
 def launch(

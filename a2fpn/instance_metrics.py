@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from a2fpn.data.coco import Annotation, CocoFile, read_coco
+from a2fpn.data.coco_file import Annotation, CocoFile, read_coco
 from a2fpn.errors import ConfigError
 from a2fpn.masks.rle import Rle, decode_window
 from a2fpn.masks.segmentation import segmentation_to_rle
@@ -297,6 +297,7 @@ def evaluate_instances(
     coco = read_coco(ground_truth)
     if not coco.has_masks:
         raise ConfigError(f"{coco.name} has no masks; instance metrics compare masks.")
+    coco = coco.with_all_masks()
     names = {category.id: category.name for category in coco.categories}
     chosen: dict[tuple[int, int], list[tuple[Rle, float]]] = {}
     for number, raw in enumerate(detections):

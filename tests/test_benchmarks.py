@@ -3,14 +3,16 @@
 import functools
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from a2fpn.masks.rle import decode_window, encode_window
 from benchmarks import _measure as measure
-from benchmarks import evaluation, inference, label_curve, loader, necks
+from benchmarks import _nuclei, dense, evaluation, inference, label_curve, loader, necks, tiles
 from tests.coco_data import write_coco
 
 
@@ -159,3 +161,71 @@ def test_ratios_are_medians_of_the_rounds_ratios():
     timings = measure.Timings({"ours": [1.0, 20.0, 3.0], "theirs": [2.0, 20.0, 4.0]})
     assert str(timings.ratio("ours", "theirs")) == "0.75 (0.50–1.00)"
     assert str(timings.ratio("ours", "ours")) == "1.00"
+
+
+def square(left, top, side, size=(60, 80)):
+    return encode_window(np.ones((side, side), np.bool_), top, left, size)
+
+
+def test_seams_count_what_is_missed_and_what_is_found_twice():
+    every = [square(0, 0, 10), square(20, 0, 10), square(40, 0, 10)]
+    sure = every[:2]
+    assert tiles.seams(every, sure, every) == (0, 0)
+    # One is missed, one is there twice: as it is, and as a part of itself; what is new is neither.
+    found = [every[0], square(0, 0, 6), square(60, 40, 10)]
+    assert tiles.seams(found, sure, every) == (pytest.approx(1 / 3), 0.5)
+    # A part alone is a miss, but no duplicate.
+    assert tiles.seams([square(0, 0, 6), every[1]], sure, every) == (0, 0.5)
+    assert tiles.seams([], sure, every) == (0, 1)
+    assert tiles.seams(every, [], []) == (0, 0)
+
+
+def test_mosaics_hold_the_objects_of_their_parts():
+    scenes = _nuclei.load_scenes()
+    whole = _nuclei.mosaic(scenes[:3], 2, 200)
+    parts = [_nuclei.crop(scenes[number % 3], 200) for number in range(4)]
+    assert whole.pixels.shape == (3, 400, 400)
+    assert len(whole.rles) == sum(len(part.rles) for part in parts) > 20
+    np.testing.assert_array_equal(whole.pixels[:, 200:, 200:], parts[3].pixels)
+    corner = [decode_window(rle)[1] for rle in whole.rles[-len(parts[3].rles) :]]
+    assert min(left for left, *_ in corner) >= 200
+    assert min(top for _, top, *_ in corner) >= 200
+    assert _nuclei.found_objects(whole.rles, whole.rles) == len(whole.rles)
+    assert _nuclei.found_objects(whole.rles[:5], whole.rles) == 5
+    assert _nuclei.found_objects([], whole.rles) == 0
+
+
+def test_an_exponent_is_a_slope_in_logarithms():
+    assert _nuclei.exponent([1, 10, 100], [2, 20, 200]) == pytest.approx(1)
+    assert _nuclei.exponent([1, 10, 100], [1, 100, 10_000]) == pytest.approx(2)
+
+
+@pytest.mark.slow
+def test_tiles_stand_beside_other_slicers(capsys):
+    tiles.main(quick=True)
+    out = capsys.readouterr().out
+    assert re.search(r"a2fpn .* % .* % .* ms", out)
+    assert re.search(r"Goals: duplicates <= 0\.0[01] (met|missed)", out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("part", "expected"),
+    [
+        ("recall", r"Time grows with the -?\d+\.\d\dth power of objects"),
+        ("area", r"of the tiles'"),
+        ("torchvision", r"128 x 128 .* ms"),
+    ],
+)
+def test_dense_measures_many_objects(part, expected, capsys):
+    dense.main(part=part, quick=True)
+    assert re.search(expected, capsys.readouterr().out)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
+def test_a_disturbed_run_loses_nothing(tmp_path, capsys):
+    from benchmarks import soak
+
+    soak.main(minutes=1, seed=0, keep=tmp_path / "soak")  # exits with 1 otherwise
+    assert "states lost 0, silent differences 0, wrong ends 0" in capsys.readouterr().out

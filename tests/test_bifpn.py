@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from a2fpn.necks.bifpn import BiFPNLayer, WeightedFusion
+from a2fpn.necks.bifpn import halve as halve_of_the_neck
 from tests.helpers import (
     build_neck,
     largest_difference,
@@ -56,6 +57,13 @@ def test_nodes_have_the_inputs_of_the_paper(levels: int, inputs: list[int], repe
     neck = build_neck("bifpn", pyramid_spec(levels), extra_levels=0, repeats=repeats)
     fusions = [len(m.weight) for m in neck.modules() if isinstance(m, WeightedFusion)]
     assert fusions == inputs * repeats
+
+
+def test_maps_are_halved_around_even_pixels() -> None:
+    """TensorFlow's SAME, which EfficientDet uses, gives 2, 4, 6, 7."""
+    ramp = torch.arange(8.0).view(1, 1, 1, 8)
+    assert halve_of_the_neck(ramp).flatten().tolist() == [1, 3, 5, 7]
+    assert halve_of_the_neck(ramp[..., :7]).flatten().tolist() == [1, 3, 5, 6]
 
 
 def test_extra_levels_take_part_in_the_fusion() -> None:

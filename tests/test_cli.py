@@ -338,7 +338,7 @@ def test_evaluate_with_missing_files(checkpoint, data, tmp_path):
     arguments = ("evaluate", "--model", checkpoint, "--images")
     assert "no such folder" in fails(*arguments, tmp_path / "nowhere", "--annotations", data[1])
     assert "no such file" in fails(*arguments, data[0], "--annotations", tmp_path / "nowhere.json")
-    assert "no readable JSON" in fails(*arguments, data[0], "--annotations", data[0] / "0.png")
+    assert "no UTF-8 text" in fails(*arguments, data[0], "--annotations", data[0] / "0.png")
 
 
 def test_list():
@@ -473,7 +473,7 @@ def test_python_dash_m_starts_without_what_it_does_not_need():
 def test_predict_in_tiles_and_views(checkpoint, data, tmp_path):
     arguments = ("predict", data[0] / "0.png", "--model", checkpoint, "--output", tmp_path, "--score-threshold", 0)
     assert "Found 5 objects" in run(*arguments)
-    assert "Found 2 objects" in run(*arguments, "--detections-per-image", 2, "--overwrite")
+    assert "Found 2 objects" in run(*arguments, "--max-objects", 2, "--overwrite")
     run(
         *arguments,
         "--overwrite",
@@ -506,7 +506,7 @@ def test_predict_with_an_optimized_model(checkpoint, data, tmp_path, arguments):
 
 def test_evaluate_takes_the_same_options(checkpoint, data, tmp_path):
     common = ("evaluate", "--model", checkpoint, "--images", data[0], "--annotations", data[1], "--json")
-    run(*common, tmp_path / "a.json", "--optimize", "--detections-per-image", 3)
+    run(*common, tmp_path / "a.json", "--optimize", "--max-objects", 3)
     run(*common, tmp_path / "b.json", "--tile", 64, "--tta", "--soft-nms", "linear", "--dtype", "bf16")
     assert json.loads((tmp_path / "a.json").read_text()).keys() == json.loads((tmp_path / "b.json").read_text()).keys()
 

@@ -12,7 +12,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models import ResNet50_Weights, get_model_builder, get_model_weights
 from torchvision.models import detection as tv
-from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.detection.backbone_utils import mobilenet_backbone, resnet_fpn_backbone
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
@@ -521,6 +521,27 @@ def test_sizes_that_torchvision_rounds_down_are_few() -> None:
     assert set(wanted) == {64}
     assert set(theirs) <= {63, 64}
     assert theirs.count(63) <= 8
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [(6, None), (5, 4), (4, 3), (3, 2), (2, 1), (0, 0)])
+def test_a_mobilenet_is_frozen_as_torchvision_does(theirs: int, ours: int | None) -> None:
+    """Its stages there are one more: the last convolution is one of its own."""
+    body = mobilenet_backbone(
+        backbone_name="mobilenet_v3_large",
+        weights=None,
+        norm_layer=FrozenBatchNorm2d,
+        fpn=True,
+        trainable_layers=theirs,
+    ).body
+    config = backbone_config(body)
+    assert config.trainable_layers == ours
+    expected = [p.requires_grad for p in body.parameters()]
+    assert [p.requires_grad for p in TimmBackbone(config).body.parameters()] == expected
+    if theirs == 3:  # what torchvision's weights come with
+        assert (sum(expected), len(expected)) == (48, 78)
+        assert (
+            published_config(TorchvisionWeights("fasterrcnn_mobilenet_v3_large_fpn")).backbone.trainable_layers == ours
+        )
 
 
 def test_pretrained_backbones_are_frozen_as_torchvision_does() -> None:

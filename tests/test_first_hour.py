@@ -182,7 +182,7 @@ def test_tab_finds_what_is_imported_late_and_the_options() -> None:
     [
         ("conf", "Did you mean 'score_threshold'"),
         ("box_nms_thresh", "Did you mean 'nms_threshold'"),
-        ("max_det", "Did you mean 'detections_per_image'"),
+        ("max_det", "Did you mean 'max_objects'"),
         ("score_treshold", "Did you mean 'score_threshold'"),
         ("imgsz", "min_size=800"),
         ("device", "Predictor\\(model, device="),

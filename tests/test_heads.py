@@ -223,13 +223,16 @@ def test_levels_that_are_not_pooled_are_ignored() -> None:
     assert torch.equal(StrideRoIAlign(POOLED, 3)(features, boxes), StrideRoIAlign(POOLED, 3)(without, boxes))
 
 
-@pytest.mark.parametrize("counts", [(0, 0), (0, 5), (5, 0)])
-def test_images_without_boxes(counts: tuple[int, int]) -> None:
+@pytest.mark.parametrize("ratio", [0, 2])
+@pytest.mark.parametrize("counts", [(), (0,), (0, 0), (0, 5), (5, 0)])
+def test_images_without_boxes(counts: tuple[int, ...], ratio: int) -> None:
     features = {name: x.requires_grad_() for name, x in maps((64, 96), batch=2).items()}
     boxes = [random_boxes(number, (64, 96)) for number in counts]
-    pooled = StrideRoIAlign(POOLED, 3)(features, boxes)
+    pooled = StrideRoIAlign(POOLED, 3, sampling_ratio=ratio)(features, boxes)
     assert pooled.shape == (sum(counts), 3, 3, 3)
-    torch.testing.assert_close(pooled, MultiScaleRoIAlign(list(POOLED), 3, 2)(features, boxes, [(64, 96)] * 2))
+    if counts:
+        theirs = MultiScaleRoIAlign(list(POOLED), 3, ratio)(features, boxes, [(64, 96)] * len(counts))
+        torch.testing.assert_close(pooled, theirs)
     pooled.sum().backward()
     assert all(features[name].grad is not None for name in POOLED)
 

@@ -73,6 +73,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
             "PIL",
             "pillow_heif",
             "pycocotools",
+            "tifffile",
             "torch",
             "torchvision",
             "yaml",
@@ -129,7 +130,11 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         {"_version", "data", "detectors", "errors", "evaluation", "inference", "pretrained"},
         {"contourpy", "jinja2", "markupsafe", "matplotlib", "numpy", "PIL", "pycocotools", "torch"},
     ),
-    "app": ({"data", "inference", "report"}, {"gradio", "numpy", "PIL"}),
+    "writers": (
+        {"_atomic", "_registry", "config", "data", "errors", "inference", "masks"},
+        {"contourpy", "numpy", "pycocotools"},
+    ),
+    "app": ({"data", "inference", "writers"}, {"gradio", "numpy", "PIL"}),
     "cli": (
         BUILDING
         | {
@@ -150,6 +155,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
             "training",
             "app",
             "report",
+            "writers",
         },
         {"numpy", "PIL", "torch", "rich", "typer"},
     ),

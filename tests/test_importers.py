@@ -384,10 +384,14 @@ def test_exif_turns_the_image_that_shares_are_taken_of(tmp_path: Path) -> None:
     assert annotations(tmp_path / "y")[0]["bbox"] == [0, 0, 40, 60]
 
 
-def test_boxes_among_masks_are_reported_or_filled(tmp_path: Path) -> None:
+def test_boxes_among_masks_are_kept_or_filled(tmp_path: Path) -> None:
     root = yolo(tmp_path / "x", {"a": "0 .5 .5 .5 .5\n1 .1 .1 .4 .1 .4 .4\n"})
     report = import_data(root, tmp_path / "y")
-    assert report.counts == {"box-among-masks": 1}
+    assert report.counts == {}
+    assert report.notes == {"objects among others with masks that have a box alone, and train no masks": 1}
+    first, second = read_coco(tmp_path / "y" / "annotations" / "instances_train.json", strict=True).annotations[1]
+    assert (first.mask, first.bbox) == (None, (15, 10, 30, 20))
+    assert second.mask is not None
     report = import_data(root, tmp_path / "z", box_masks=True)
     assert report.counts == {}
     assert annotations(tmp_path / "z")[0]["segmentation"] == [[15, 10, 45, 10, 45, 30, 15, 30]]
@@ -445,7 +449,7 @@ def studio(**changes: Any) -> str:
             "a linestrip is not read",
         ),
         ("labelme", "a.json", labelme([], imageHeight=41), "it says 60 x 41 pixels, a.png has 60 x 40"),
-        ("labelme", "a.json", labelme([], imagePath="..\\b.png")[:-5], "no JSON"),
+        ("labelme", "a.json", labelme([], imagePath="..\\b.png")[:-5], "no readable JSON"),
         ("labelme", "b.json", labelme([], imagePath="C:\\x\\b.png"), "its image 'C:\\\\x\\\\b.png' is not there"),
         ("labelme", "a.json", "", "the file is empty"),
         ("voc", "a.xml", VOC.format("x"), "line 1: object 1: ymax is 'x', expected a number"),
@@ -649,7 +653,7 @@ def test_the_command_imports_reports_and_checks(coco: Path, tmp_path: Path, caps
     code, out, _ = run(["data", "import", str(tmp_path / "x"), "--output", str(tmp_path / "y")], capsys)
     assert code == 0
     assert re.search(r"\(labelme\).*5 images, 9 annotations, 2 classes", out)
-    assert "train0.json, line 1: no JSON" in out
+    assert "train0.json, line 1: no readable JSON" in out
     assert f"check of {tmp_path / 'y' / 'annotations' / 'instances_train.json'}: 0 errors" in out
     code, _, err = run(["data", "import", str(tmp_path / "gone"), "--output", str(tmp_path / "z")], capsys)
     assert (code, err.count("\n")) == (2, 1)

@@ -246,12 +246,15 @@ def test_to_coco_round_trip_reaches_perfect_ap():
 @pytest.mark.filterwarnings("ignore:OpenCV")
 @pytest.mark.parametrize("n", [0, 4])
 def test_to_supervision(n):
-    pytest.importorskip("supervision")
+    supervision = pytest.importorskip("supervision")
     result = make_result(n)
     detections = result.to_supervision()
     assert len(detections) == n
     np.testing.assert_array_equal(detections.xyxy, result.boxes)
-    np.testing.assert_array_equal(detections.mask, result.masks)
+    np.testing.assert_array_equal(np.asarray(detections.mask), result.masks)
+    if n and hasattr(getattr(supervision, "CompactMask", None), "from_coco_rle"):
+        assert isinstance(detections.mask, supervision.CompactMask)
+        assert len(supervision.MaskAnnotator().annotate(np.zeros((*result.size, 3), np.uint8), detections)) > 0
     np.testing.assert_array_equal(detections.class_id, result.labels)
     assert tuple(detections.data["class_name"]) == result.names
 
@@ -408,7 +411,7 @@ def test_gpu_finds_the_same_as_cpu(pixels):
     ("options", "error", "message"),
     [
         ({"nms_threshold": 2.0}, ValueError, r"nms_threshold must be between 0 and 1, got 2\.0"),
-        ({"detections_per_image": 0}, ValueError, "at least 1, got 0"),
+        ({"max_objects": 0}, ValueError, "at least 1, got 0"),
         ({"soft_nms": "hard"}, ValueError, "linear, gaussian or None, got 'hard'"),
         ({"tile": 8}, ValueError, "tile must be at least 16 pixels, got 8"),
         ({"overlap": -0.1}, ValueError, r"overlap must be between 0 and 0\.9"),
@@ -423,11 +426,11 @@ def test_options_out_of_range(predictor, pixels, options, error, message):
 
 
 def test_options_of_a_call_take_the_place_of_those_of_the_predictor(pixels):
-    predictor = Predictor(create(), detections_per_image=4)
+    predictor = Predictor(create(), max_objects=4)
     assert len(predictor(pixels)) == 4
-    assert len(predictor(pixels, detections_per_image=2)) == 2
-    assert len(predictor(pixels, detections_per_image=None)) == 8
-    assert [len(result) for result in predictor([pixels, pixels], detections_per_image=3)] == [3, 3]
+    assert len(predictor(pixels, max_objects=2)) == 2
+    assert len(predictor(pixels, max_objects=None)) == 8
+    assert [len(result) for result in predictor([pixels, pixels], max_objects=3)] == [3, 3]
     assert len(predictor(pixels)) == 4
     assert predictor.model.roi_heads.rule.detections_per_image == 8
 

@@ -1,6 +1,7 @@
 import copy
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torchvision.ops import MultiScaleRoIAlign
 import a2fpn
 from a2fpn.config import KeypointRCNNConfig
 from a2fpn.data import CocoDataset, DataError, ImageError, read_coco, train_transforms
+from a2fpn.data.transforms import mirrored_keypoints
 from a2fpn.detectors.keypoint_rcnn import resize_keypoints
 from tests.helpers import in_our_layout, random_target, randomize, tiny_model, torchvision_names, with_zero_gradient
 
@@ -251,7 +253,7 @@ def test_a_data_set_without_keypoints_has_none(tmp_path: Path) -> None:
 def test_unusable_keypoints_are_problems(tmp_path: Path, keypoints: Any, message: str) -> None:
     data = coco(tmp_path)
     data["annotations"][1] = {**data["annotations"][1], "id": 9, "keypoints": keypoints}
-    (problem,) = read_coco(data).problems
+    (problem,) = read_coco(data).losses
     assert re.search(f"annotation 9: .*{message}", problem)
 
 
@@ -341,13 +343,52 @@ def test_keypoints_are_scaled_with_the_image() -> None:
     assert target["keypoints"][0].tolist() == [[31.5, 11, 2], [121.5, 17, 2], [151.5, 61, 2]]
 
 
+FLIPPED: dict[str, Any] = {"scale_range": (1.0, 1.0), "crop_size": None, "horizontal_flip": 1.0}
+
+
 def test_a_flip_exchanges_left_and_right() -> None:
-    options: dict[str, Any] = {"scale_range": (1.0, 1.0), "crop_size": None, "horizontal_flip": 1.0}
     image, target = marked([(10, 5), (40, 8), (50, 30)])
     target["keypoints"][0, 2] = 0
-    _, plain = train_transforms(lambda *size: size, **options)(image, dict(target))
-    _, named = train_transforms(lambda *size: size, **options, keypoint_names=NAMES)(image, dict(target))
-    assert plain["keypoints"][0].tolist() == [[49.5, 5.5, 2], [19.5, 8.5, 2], [0, 0, 0]]
+    _, named = train_transforms(lambda *size: size, **FLIPPED, keypoint_names=NAMES)(image, dict(target))
     assert named["keypoints"][0].tolist() == [[49.5, 5.5, 2], [0, 0, 0], [19.5, 8.5, 2]]
-    with pytest.raises(ValueError, match=r"need both sides of a pair, .* without \['right_ear'\]"):
-        train_transforms(lambda *size: size, keypoint_names=NAMES[:2])
+
+
+@pytest.mark.parametrize("names", [(), NAMES[:2], ["head", "tail", "brightness"]])
+def test_images_whose_keypoints_have_no_sides_are_not_flipped(names: Sequence[str]) -> None:
+    image, target = marked([(10, 5), (40, 8), (50, 30)])
+    augment = train_transforms(lambda *size: size, **FLIPPED, vertical_flip=1.0, keypoint_names=names)
+    same, found = augment(image, dict(target))
+    assert torch.equal(same, image)
+    assert torch.equal(found["keypoints"], target["keypoints"])
+    del target["keypoints"]
+    assert not torch.equal(augment(image, dict(target))[0], image)
+
+
+def test_keypoints_that_nobody_learns_do_not_hinder_a_flip() -> None:
+    image, target = marked([(10, 5), (40, 8), (50, 30)])
+    flipped, found = train_transforms(lambda *size: size, **FLIPPED, keypoint_names=None)(image, target)
+    assert torch.equal(flipped, image.flip(-1))
+    assert "keypoints" not in found
+
+
+@pytest.mark.parametrize(
+    ("names", "places"),
+    [
+        (["Left_Eye", "Right_Eye"], (1, 0)),
+        (["LEFT EYE", "RIGHT EYE"], (1, 0)),
+        (["nose", "leftEye", "rightEye"], (0, 2, 1)),
+        (["EyeRight", "Nose", "EyeLeft"], (2, 1, 0)),
+        (["eye.l", "eye.r"], (1, 0)),
+        (["L_Eye", "R_Eye", "l"], (1, 0, 2)),
+        (["left hand left thumb", "right hand right thumb"], (1, 0)),
+        (["left_1", "left_2", "right_2", "right_1"], (3, 2, 1, 0)),
+        (["left_eye", "brightness"], None),
+        (["left_eye", "right_eye", "left_ear"], None),
+        (["bright", "leftover"], None),
+        (["links", "rechts"], None),
+        (["nose"], None),
+        ([], None),
+    ],
+)
+def test_pairs_are_found_by_whole_words_in_any_case(names: Sequence[str], places: tuple[int, ...] | None) -> None:
+    assert mirrored_keypoints(names) == places

@@ -314,5 +314,5 @@ def test_the_predictor_and_its_options_take_it() -> None:
     np.testing.assert_allclose(found.boxes, expected.boxes, atol=1e-3)
     np.testing.assert_array_equal(found.labels, expected.labels)
     assert (found.masks != expected.masks).mean() < 1e-3
-    assert len(a2fpn.Predictor(optimized)(pixels, detections_per_image=3)) == 3
+    assert len(a2fpn.Predictor(optimized)(pixels, max_objects=3)) == 3
     assert len(detect(optimized, image(), rule=PostprocessConfig(detections_per_image=2))[0]["scores"]) == 2

@@ -97,8 +97,8 @@ def test_records_keep_the_path_as_given_and_the_manifest_the_table_of_ids(checkp
     records = read(tmp_path / "out/predictions.json")
     assert {(record["file_name"], record["image_id"]) for record in records} == {(paths[0], 1), (paths[1], 2)}
     assert read(tmp_path / "out/manifest.json")["images"] == [
-        {"id": 1, "file_name": paths[0], "picture": "1.png"},
-        {"id": 2, "file_name": paths[1], "picture": "1_2.png"},
+        {"id": 1, "file_name": paths[0], "stem": "1"},
+        {"id": 2, "file_name": paths[1], "stem": "1_2"},
     ]
 
 
@@ -123,8 +123,8 @@ def test_ctrl_c_keeps_what_is_done_and_resume_does_the_rest(
     with monkeypatch.context() as patched:
         interrupted(patched, after=2)
         output = predict(checkpoint, photos, "--output", out, code=130)
-    assert "Stopped after 2 of 6 images; their results are in" in output
-    assert "--resume does the others" in output
+    assert "Stopped after 2 of 6 images; the results are in" in output
+    assert "--resume does the rest" in output
     assert len(read(out / "predictions.json")) == 10
     assert len((out / "predictions.jsonl").read_text().splitlines()) == 2
     pictures = {name: (out / name).stat().st_mtime_ns for name in ("p0.png", "p1.png")}
@@ -133,8 +133,8 @@ def test_ctrl_c_keeps_what_is_done_and_resume_does_the_rest(
     assert "2 images of 6 done before" in predict(checkpoint, photos, "--output", out, "--resume")
     assert read(out / "predictions.json") == read(tmp_path / "whole/predictions.json")
     assert {name: (out / name).stat().st_mtime_ns for name in pictures} == pictures
-    assert "detections_per_image was None in the run" in predict(
-        checkpoint, photos, "--output", out, "--resume", "--detections-per-image", 2, code=2
+    assert "max_objects was None in the run" in predict(
+        checkpoint, photos, "--output", out, "--resume", "--max-objects", 2, code=2
     )
 
 
@@ -152,8 +152,8 @@ def test_new_images_of_a_resumed_run_get_ids_of_their_own(checkpoint: Path, tmp_
     predict(checkpoint, photos, "--output", out)
     images(photos, "a.png", "B.jpg")
     predict(checkpoint, photos, "--output", out, "--resume")
-    table = {Path(row["file_name"]).name: (row["id"], row["picture"]) for row in read(out / "manifest.json")["images"]}
-    assert table == {"b.png": (1, "b.png"), "B.jpg": (2, "B_2.png"), "a.png": (3, "a.png")}
+    table = {Path(row["file_name"]).name: (row["id"], row["stem"]) for row in read(out / "manifest.json")["images"]}
+    assert table == {"b.png": (1, "b"), "B.jpg": (2, "B_2"), "a.png": (3, "a")}
     assert sorted({record["image_id"] for record in read(out / "predictions.json")}) == [1, 2, 3]
 
 
@@ -166,7 +166,7 @@ def test_results_are_on_the_disk_as_they_come_and_one_bad_picture_is_skipped(
 
     def watched(self: PredictionFolder, job: Job, *rest: Any) -> None:
         if job.path.name == "b.png":
-            raise PermissionError(13, "Permission denied", str(job.picture))
+            raise PermissionError(13, "Permission denied", job.stem)
         add(self, job, *rest)
         lines.append(len((out / "predictions.jsonl").read_text().splitlines()))
 
@@ -202,3 +202,21 @@ def test_the_limit_of_pixels_is_an_option(checkpoint: Path, tmp_path: Path) -> N
     for limit, code in ((1999, 2), (2000, 0)):
         output = predict(checkpoint, photo, "--output", tmp_path / "out", "--max-pixels", limit, code=code)
         assert ("50 x 40 = 2000 pixels are more than the limit of 1999; raise max_pixels" in output) == (code == 2)
+
+
+def test_formats_are_chosen_and_can_be_asked_for_later(checkpoint: Path, tmp_path: Path) -> None:
+    photos, out = images(tmp_path / "photos", "a.png", "b.png"), tmp_path / "out"
+    predict(checkpoint, photos, "--output", out, "--format", "geojson,csv", "--format", "jsonl")
+    kept = {"manifest.json", "predictions.jsonl", "a.geojson", "b.geojson", "objects.csv"}
+    assert {path.name for path in out.iterdir()} == kept
+    assert len((out / "objects.csv").read_text().splitlines()) == 11
+    stamp = (out / "a.geojson").stat().st_mtime_ns
+    output = predict(checkpoint, photos, "--output", out, "--format", "geojson,overlay,coco", "--resume")
+    assert "2 images of 2 done before" in output
+    assert {path.name for path in out.iterdir()} == kept | {"a.png", "b.png", "predictions.json"}
+    assert len(read(out / "predictions.json")) == 10
+    assert (out / "a.geojson").stat().st_mtime_ns == stamp
+    assert "Unknown format of results 'coko'. Did you mean 'coco'" in predict(
+        checkpoint, photos, "--output", tmp_path / "new", "--format", "coko", code=2
+    )
+    assert not (tmp_path / "new").exists()

@@ -26,7 +26,7 @@ OPTIONS: list[dict[str, Any]] = [
     {},
     {"score_threshold": 0.05},
     {"score_threshold": 0.3},
-    {"detections_per_image": 3},
+    {"max_objects": 3},
     {"nms_threshold": 0.2},
     {"soft_nms": "gaussian"},
     {"tile": 48},

@@ -239,7 +239,7 @@ def test_transforms_are_applied_when_iterating(shards):
 def test_bad_annotations_are_left_out_and_counted(coco, tmp_path):
     folder, path = coco
     data = json.loads(path.read_text())
-    data["annotations"][5]["bbox"] = [0, 0, 0, 5]
+    data["annotations"][5] |= {"bbox": [0, 0, 0, 5], "segmentation": None}
     write_shards(folder, _json(tmp_path, data), tmp_path / "shards")
     source = ShardDataset(tmp_path / "shards")
     expected = CocoDataset(folder, tmp_path / "coco.json")
@@ -846,10 +846,12 @@ def test_bad_rows_are_left_out_and_counted(coco):
     content[1]["image"] = {"bytes": b"no image", "path": None}
     content[2]["objects"][0]["segmentation"] = "{"
     content[3]["objects"][1]["category"] = 8
-    content[4]["objects"][1]["bbox"] = [0.0, 0.0, 0.0, 0.0]
+    content[4]["objects"][1] |= {"bbox": [0.0, 0.0, 0.0, 0.0], "segmentation": None}
     table = datasets.Dataset.from_list(content, features=features(datasets.Value("int64")))
     source = HfDataset(table, categories=CATEGORIES)
-    assert [len(target["labels"]) for _, target in source] == [3, 3, 3, 3, 4]
+    targets = [target for _, target in source]
+    assert [len(target["labels"]) for target in targets] == [3, 4, 3, 3, 4]  # a broken mask costs no box
+    assert [target["has_mask"].tolist() for target in targets if "has_mask" in target] == [[False, True, True, True]]
     assert str(source.skipped) == "skipped 3 annotations and 1 images"
     with pytest.raises(ImageError, match="image 103: no readable image"):
         list(HfDataset(table, categories=CATEGORIES, strict=True))

@@ -79,7 +79,9 @@ def look(objects: list[np.ndarray], labels: list[int], window: Window, *, masks:
         np.array([box_of(part) for part, _ in seen], dtype=np.float32).reshape(-1, 4),
         rng.uniform(0.5, 1, len(seen)).astype(np.float32),
         np.array([label for _, label in seen], dtype=np.int64),
-        tuple(encode_masks(np.array([part for part, _ in seen]).reshape(-1, *SIZE))) if masks else None,
+        tuple(encode_masks(np.array([part[y0:y1, x0:x1] for part, _ in seen]).reshape(-1, y1 - y0, x1 - x0)))
+        if masks
+        else None,
     )
 
 

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -104,7 +105,7 @@ def test_a_wrong_recipe_is_one_line_and_exit_code_2(recipe, message, tmp_path, c
     [
         ("data.train_annotations=nothing.json", "holds coco labels and no nothing.json"),
         ("data.val_images=nothing", "nothing: no such folder"),
-        ("data.train_annotations=recipe.yaml", "recipe.yaml: no readable JSON"),
+        ("data.train_annotations=recipe.yaml", "no readable JSON"),
         ("model.name=maskrcnn_a2fpm_r50", "Did you mean 'maskrcnn_a2fpn_r50'"),
         ("model.overrides.min_siez=3", "Did you mean 'min_size'"),
         ("model.backbone_weights=nothing.safetensors", "'nothing.safetensors' do not exist"),
@@ -216,7 +217,7 @@ def test_each_optimizer_follows_the_schedule(name):
     config = OptimSection(name=name, lr=0.1, schedule="cosine", warmup_steps=2, warmup_factor=0.5, final_factor=0.0)
     optimizer = build_optimizer(nn.Linear(2, 2), config, lr=config.lr)
     rates = [set_rate(optimizer, lr_factor(step, total_steps=4, config=config)) for step in range(4)]
-    assert [group["lr"] for group in optimizer.param_groups] == [rates[-1]]
+    assert {group["lr"] for group in optimizer.param_groups} == {rates[-1]}
     assert rates == pytest.approx([0.05, 0.075, 0.1, 0.05])
 
 
@@ -359,6 +360,26 @@ def test_the_log_says_to_what_the_rate_was_scaled(arguments, tmp_path):
     assert (
         "learning rate 0.02, which is 0.16 for 16 images, scaling: linear" in (tmp_path / "run/train.log").read_text()
     )
+
+
+def test_data_as_people_have_it_trains_and_is_named_in_the_log(arguments, tmp_path):
+    """Few masks, a byte order mark, free text for metadata, and settings that can have no effect."""
+    path = tmp_path / "train" / "annotations.json"
+    document = json.loads(path.read_text())
+    for annotation in document["annotations"][1:]:
+        annotation["segmentation"] = []
+    path.write_text(json.dumps(document | {"info": "made by a script", "licenses": "mine"}), encoding="utf-8-sig")
+    assert main([*arguments, "run.max_steps=2", "optim.warmup_steps=2", "run.evaluate_every=9"]) == 0
+    log = (tmp_path / "run/train.log").read_text()
+    assert re.search(r"train/annotations\.json: 1 of \d+ objects have masks; the others count as boxes", log)
+    assert "optim.warmup_steps=2: the run has 2 steps, so the learning rate never reaches optim.lr" in log
+    assert "run.max_detections=100: the model finds at most 10 objects in an image" in log
+    AcceleratorState._reset_state(reset_partial_state=True)
+    more = ["run.max_steps=3", "optim.warmup_steps=2", "run.max_detections=10", f"run.output={tmp_path / 'quiet'}"]
+    assert main([*arguments, *more]) == 0
+    log = (tmp_path / "quiet/train.log").read_text()
+    assert "warmup_steps" not in log
+    assert "max_detections" not in log
 
 
 @pytest.mark.parametrize("part", ["train", "val"])

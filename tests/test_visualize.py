@@ -152,7 +152,7 @@ def test_a_class_keeps_its_color_from_picture_to_picture():
     assert len(drawing._class_colors(np.arange(80))) == 80
 
 
-@given(st.integers(1, 60), st.integers(0, 99))
+@given(st.integers(1, 256), st.integers(0, 99))
 @settings(max_examples=30, deadline=None)
 def test_the_nearest_object_has_another_color(n, seed):
     corners = np.random.default_rng(seed).uniform(0, 100, (n, 2)).astype(np.float32)

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from a2fpn.cli.fixing import check_output, write_fixed
 from a2fpn.cli.format import progress_bar, say, write_json
 from a2fpn.cli.options import Json, Quiet
 from a2fpn.errors import ConfigError, DataError
@@ -62,6 +63,15 @@ def check_data(
         Path | None,
         typer.Option(metavar="PNG", help="Draw 12 annotated images, those with findings first, into this file."),
     ] = None,
+    fix: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="OUT.json",
+            help="Write a repaired copy and list every change: areas, boxes from masks, boxes cut off at the edge, "
+            "unusable parts of masks, ids used twice, iscrowd, byte order mark, paths. The report is of the copy.",
+        ),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Let --fix replace files.")] = False,
     save: Json = None,
     quiet: Quiet = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 for warnings too.")] = False,
@@ -76,6 +86,8 @@ def check_data(
     masks that lie elsewhere or hold nothing, ids used twice, files that are missing, broken, turned or of another
     size, and objects too small for the input or the anchors. Lists what there is of each class.
 
+    What has one right answer can be repaired: `... --fix repaired.json` writes a copy and lists what it changed.
+
     Exit code: 0 without errors, 1 with errors, 2 if the command was wrong.
     """
     from a2fpn import data
@@ -86,9 +98,14 @@ def check_data(
         raise ConfigError(f"--plot {plot}: expected a name that ends in {', '.join(PICTURES)}.")
     if duplicates and (images is None or against is None):
         raise ConfigError("--duplicates compares the images of two splits: give --images and --against too.")
+    if fix is not None:
+        check_output(annotations, fix, overwrite=overwrite)
     _check_format(annotations)
     facts = _model_facts(model, min_size, max_size)
     quiet = quiet or str(save) == "-"
+    if fix is not None:
+        write_fixed(annotations, images, fix, quiet=quiet)
+        annotations = fix
     with progress_bar(quiet=quiet) as progress:
 
         def track(items: Iterable[T], description: str, total: int) -> Iterable[T]:

@@ -148,6 +148,7 @@ def _images(images: Path | None, annotations: Path | None) -> tuple[Path, list[P
     """Folder, files and annotations to choose from."""
     from a2fpn.cli.demo import DEMO_DATA
     from a2fpn.data import read_coco
+    from a2fpn.data.images import image_path
     from a2fpn.inference import list_images
 
     if images is None and annotations is None:
@@ -159,7 +160,7 @@ def _images(images: Path | None, annotations: Path | None) -> tuple[Path, list[P
     if not folder.is_dir():
         raise ConfigError(f"{folder} is no folder of images; give --images.")
     coco = read_coco(annotations)
-    return folder, [folder / entry.file_name for entry in coco.images.values()], coco
+    return folder, [image_path(folder, entry.file_name) for entry in coco.images.values()], coco
 
 
 def _drawn(files: list[Path], count: int | None, seed: int) -> list[Path]:

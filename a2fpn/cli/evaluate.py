@@ -16,7 +16,7 @@ from a2fpn.cli.format import ap_text, as_text, count_of, progress_bar, say, tabl
 from a2fpn.cli.options import (
     Device,
     Json,
-    MostObjects,
+    MaxObjects,
     Nms,
     Optimize,
     Overlap,
@@ -92,8 +92,13 @@ def evaluate(
     images: Annotated[Path, typer.Option(help="Folder of the images.", metavar="DIR")],
     annotations: Annotated[Path, typer.Option(help="COCO file with the ground truth.", metavar="JSON")],
     max_detections: Annotated[
-        int, typer.Option(min=1, help="Best detections that count per image and class; COCO says 100.")
-    ] = 100,
+        int | None,
+        typer.Option(
+            min=1,
+            help="Best detections that count per image and class; by default COCO's 100, or --max-objects if more.",
+            show_default=False,
+        ),
+    ] = None,
     metrics: Annotated[
         Literal["coco", "instances"],
         typer.Option(
@@ -118,7 +123,7 @@ def evaluate(
     tta: Tta = False,
     nms_threshold: Nms = None,
     soft_nms: SoftNmsKind = None,
-    detections_per_image: MostObjects = None,
+    max_objects: MaxObjects = None,
     optimize: Optimize = False,
     dtype: Precision = "float32",
     device: Device = None,
@@ -155,6 +160,7 @@ def evaluate(
     if report is not None and metrics == "instances":
         raise ConfigError("--report is about COCO's metrics; leave out --metrics instances.")
     quiet = quiet or str(save) == "-"
+    limit = max(100, max_objects or 0) if max_detections is None else max_detections
     tables: dict[str, CocoMetrics] = {}
     pages: list[Reported] = []
     for name in model:
@@ -172,7 +178,7 @@ def evaluate(
             dtype=dtype,
             nms_threshold=nms_threshold,
             soft_nms=soft_nms or False,
-            detections_per_image=detections_per_image,
+            max_objects=max_objects,
             tile=tile,
             overlap=overlap,
             tta=tta,
@@ -187,13 +193,13 @@ def evaluate(
             dataset.coco,
             records if report is None else pages[-1].keep(records),
             iou_types=kinds,
-            max_detections=max_detections,
+            max_detections=limit,
             oks_sigmas=COCO_SIGMAS if oks_sigmas is None else _numbers(oks_sigmas),
             backend=backend,
         )
         if not quiet:
             _print_metrics(tables[name], title=title)
-    numbers = {name: {"max_detections": max_detections, **t.to_dict(per_class=True)} for name, t in tables.items()}
+    numbers = {name: {"max_detections": limit, **t.to_dict(per_class=True)} for name, t in tables.items()}
     _save(numbers[model[0]] if len(model) == 1 else numbers, save, quiet=quiet)
     if report is not None:
         write_page(report, pages, list(tables.values()), images, annotations)
@@ -216,13 +222,14 @@ def predict_annotated(
     predictor: Predictor, dataset: CocoDataset, images: Path, *, quiet: bool = False
 ) -> Iterator[dict[str, Any]]:
     """Predict the images of a data set as COCO results; classes that it lacks are dropped."""
-    from a2fpn.data import read_image
+    from a2fpn.data.images import image_path, read_image
 
     predictor.categories = dataset.categories
     known = {category.id for category in dataset.coco.categories}
     with progress_bar(quiet=quiet) as progress:
         for entry in progress.track(list(dataset.coco.images.values()), description="evaluating"):
-            (result,) = predictor.predict([read_image(images / entry.file_name, size=(entry.height, entry.width))])
+            file = image_path(images, entry.file_name)
+            (result,) = predictor.predict([read_image(file, size=(entry.height, entry.width))])
             yield from (record for record in result.to_coco(entry.id) if record["category_id"] in known)
 
 

@@ -59,13 +59,28 @@ def export(
     images = [] if verify is None else _images(verify)
     detector = load_checkpoint(model)
     check_export(detector, output, format=format, size=fixed, dtype=dtype)
-    with progress_bar() as progress:
-        progress.add_task("exporting", total=None)
-        export_model(detector, output, format=format, size=fixed, dtype=dtype)
-    typer.echo(f"Wrote {output}, {output.stat().st_size / 1e6:.1f} MB.")
-    if verify is not None and not _verify(detector, output, images, fixed):
-        output.unlink()
-        typer.echo(f"{output} was deleted: it differs from the model.", err=True)
+    try:
+        with progress_bar() as progress:
+            progress.add_task("exporting", total=None)
+            export_model(detector, output, format=format, size=fixed, dtype=dtype)
+        typer.echo(f"Wrote {output}, {output.stat().st_size / 1e6:.1f} MB.")
+        if verify is not None:
+            _keep_if_equal(detector, output, images, fixed)
+    except KeyboardInterrupt:
+        typer.echo(f"Stopped; {output} {'stays as it is' if output.exists() else 'was not kept'}.", err=True)
+        raise typer.Exit(130) from None  # 128 and the number of the signal
+
+
+def _keep_if_equal(detector: Detector, path: Path, images: list[Path], size: tuple[int, int] | None) -> None:
+    """Compare a file with its model, and delete it if it differs or can't be run."""
+    equal = False
+    try:
+        equal = _verify(detector, path, images, size)
+    finally:
+        if not equal:
+            path.unlink()
+    if not equal:
+        typer.echo(f"{path} was deleted: it differs from the model.", err=True)
         raise typer.Exit(1)
 
 

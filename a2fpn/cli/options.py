@@ -65,15 +65,46 @@ SoftNmsKind = Annotated[
     Literal["linear", "gaussian"] | None,
     typer.Option("--soft-nms", help="Lower the scores of objects that overlap better ones instead of removing them."),
 ]
-MostObjects = Annotated[
+MaxObjects = Annotated[
     int | None,
     typer.Option(
-        "--detections-per-image", min=1, help="Most objects of an image, or of a tile; by default the model's."
+        "--max-objects",
+        min=1,
+        help="Most objects of an image, or of a tile, and all limits on the way to them; by default the model's.",
+    ),
+]
+Batch = Annotated[int, typer.Option(min=1, metavar="TILES", help="With --tile: tiles predicted at once.")]
+Workers = Annotated[
+    int, typer.Option(min=0, metavar="THREADS", help="With --tile: threads that read and decode tiles ahead.")
+]
+Scale = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FACTOR|MICRONSum|auto",
+        help="Scale at which the network sees images in place of the model's own rule: a factor, or the µm of a pixel, "
+        "such as 0.5um, of files that say what their pixels measure; auto takes the µm that the checkpoint names.",
+    ),
+]
+Channels = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N,...",
+        help="Channels of TIFF files that the model gets, counted from 0, or one to be shown as gray; by default all.",
+    ),
+]
+Intensity = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LOW,HIGH|auto",
+        help="Values of TIFF files that become black and white; auto looks at the image. By default the full range of "
+        "8 or 16 bits.",
     ),
 ]
 MaxPixels = Annotated[
     int | None,
-    typer.Option("--max-pixels", min=1, help="Files with more pixels are not decoded; raise it for files you trust."),
+    typer.Option(
+        "--max-pixels", min=1, help="Files with more pixels are not decoded whole; raise it for files you trust."
+    ),
 ]
 GrayBits = Annotated[
     int,
@@ -95,6 +126,46 @@ Precision = Annotated[
     Literal["float32", "bf16"],
     typer.Option(help="bf16 (implies --optimize) is up to twice as fast where the processor knows it, and rounds."),
 ]
+
+
+def parse_scale(text: str | None, detector: Detector | ExportedDetector) -> dict[str, float | None]:
+    """Options of prediction that --scale means for a detector."""
+    if text is None:
+        return {}
+    if text == "auto":
+        microns = getattr(getattr(detector, "provenance", None), "metadata", {}).get("microns_per_pixel")
+        if microns is None:
+            raise ConfigError(
+                "--scale auto: the checkpoint doesn't say at which scale it was trained. Give it, such as 0.5um, or "
+                "store it: a2fpn.pretrained.checkpoint.add_metadata(folder, microns_per_pixel=0.5)."
+            )
+        return {"microns_per_pixel": microns}
+    number = text.lower().replace("µ", "u").removesuffix("um").strip()
+    try:
+        value = float(number)
+    except ValueError:
+        expected = "a factor such as 0.5, the µm of a pixel such as 0.5um, or auto"
+        raise ConfigError(f"--scale is {expected}, got {text!r}.") from None
+    return {"microns_per_pixel" if len(number) < len(text.strip()) else "scale": value}
+
+
+def parse_channels(text: str | None) -> tuple[int, ...] | None:
+    """Channels of --channels."""
+    try:
+        return None if text is None else tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"--channels are whole numbers with commas between, such as 2,0,1, got {text!r}.") from None
+
+
+def parse_intensity(text: str | None) -> tuple[float, float] | Literal["auto"] | None:
+    """Range of --intensity."""
+    if text is None or text == "auto":
+        return text  # type: ignore[return-value]
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError:
+        raise ConfigError(f"--intensity is two numbers such as 0,4095, or auto, got {text!r}.") from None
+    return low, high
 
 
 def load_detector(source: str, *, runtime: Runtime | None = None) -> Detector | ExportedDetector:

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import errno
 import itertools
+import json
 import os
 import statistics
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from a2fpn.cli.format import count_of, progress_bar, say, write_json
 from a2fpn.cli.options import (
+    Batch,
+    Channels,
     Device,
     GrayBits,
+    Intensity,
     Json,
+    MaxObjects,
     MaxPixels,
     Model,
-    MostObjects,
     Nms,
     Optimize,
     Output,
@@ -29,19 +34,26 @@ from a2fpn.cli.options import (
     Precision,
     Quiet,
     RuntimeName,
+    Scale,
     SoftNmsKind,
     Threshold,
     Tile,
     Tta,
+    Workers,
     build_predictor,
     load_detector,
+    parse_channels,
+    parse_intensity,
+    parse_scale,
 )
-from a2fpn.cli.predictions import PredictionFolder
 from a2fpn.config import MAX_PIXELS, SCORE_THRESHOLD
 from a2fpn.errors import ConfigError, ImageError, MissingFileError
 
 if TYPE_CHECKING:
-    from a2fpn.inference import Predictor
+    from rich.progress import Progress
+
+    from a2fpn.cli.predictions import Job, PredictionFolder
+    from a2fpn.inference import Predictor, Result
 
 
 def predict(
@@ -53,13 +65,29 @@ def predict(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run that DIR holds: what is done is skipped.")
     ] = False,
+    formats: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--format",
+            metavar="NAME",
+            help="Format of results: overlay (pictures), coco, coco-dataset, csv, geojson (QuPath), jsonl, labels; "
+            "labelme, cvat, labelstudio, datumaro, voc, yolo (folders to correct). Several: repeat it, or put commas "
+            "between.",
+            show_default="overlay,coco",
+        ),
+    ] = None,
     score_threshold: Threshold = SCORE_THRESHOLD,
     tile: Tile = None,
     overlap: Overlap = 0.2,
+    batch: Batch = 1,
+    workers: Workers = 1,
+    scale: Scale = None,
+    channels: Channels = None,
+    intensity: Intensity = None,
     tta: Tta = False,
     nms_threshold: Nms = None,
     soft_nms: SoftNmsKind = None,
-    detections_per_image: MostObjects = None,
+    max_objects: MaxObjects = None,
     optimize: Optimize = False,
     dtype: Precision = "float32",
     max_pixels: MaxPixels = MAX_PIXELS,
@@ -69,52 +97,79 @@ def predict(
     quiet: Quiet = False,
     save: Json = None,
 ) -> None:
-    """Find objects in images: a picture for each, and all results as COCO JSON.
+    """Find objects in images: a picture for each, and all results as COCO JSON, or in other formats.
 
     Example: `a2fpn predict photos/ extra.jpg --model runs/cells --output found`
 
-    A slide of many thousand pixels: `a2fpn predict slide.png --model runs/cells --tile 1024`
+    A slide of any size: `a2fpn predict slide.tif --model runs/cells --tile 1024 --max-objects 2000 --format geojson`
+
+    With `--tile`, TIFF (tiled, pyramidal, OME; extra `slides`) and large PNG files are read tile by tile. After Ctrl-C
+    or a kill the same command with `--resume` goes on behind the last image, or tile.
+
+    Objects for QuPath and a table: `... --format geojson,csv`
 
     The file `predictions.json` is a list of COCO results, to which `file_name` is added, the path as given. Where all
     file names are numbers, as in COCO, these are the image ids; otherwise images count from 1; `manifest.json` holds
     the table. Results are in `predictions.jsonl` as soon as an image is done, and stay there after Ctrl-C.
     """
+    from a2fpn.cli.predictions import PredictionFolder
+
     if overwrite and resume:
         raise ConfigError("--overwrite starts anew and --resume continues; give one of them.")
-    options = {
+    options: dict[str, Any] = {
         "score_threshold": score_threshold,
         "nms_threshold": nms_threshold,
         "soft_nms": soft_nms or False,
-        "detections_per_image": detections_per_image,
+        "max_objects": max_objects,
         "tile": tile,
         "overlap": overlap,
         "tta": tta,
+        "channels": parse_channels(channels),
+        "intensity": parse_intensity(intensity),
     }
-    settings = {"model": model, "optimize": optimize, "dtype": dtype, "gray_bits": gray_bits, **options}
+    chosen = [name for given in formats or ["overlay,coco"] for name in given.split(",")]
     folder: PredictionFolder | None = None
     try:
         paths = image_files(images)
+        detector = load_detector(model, runtime=runtime)
+        options |= parse_scale(scale, detector)
+        # As JSON gives them back.
+        about = {"model": model, "optimize": optimize, "dtype": dtype, "gray_bits": gray_bits}
+        settings = json.loads(json.dumps({**about, **options}))
         predictor = build_predictor(
-            load_detector(model, runtime=runtime),
+            detector,
             device,
             optimize=optimize,
             dtype=dtype,
             max_pixels=max_pixels,
             gray_bits=gray_bits,
+            batch=batch,
+            workers=workers,
             **options,
         )
-        folder = PredictionFolder(output, paths, settings, overwrite=overwrite, resume=resume)
+        folder = PredictionFolder(
+            output,
+            paths,
+            settings,
+            formats=chosen,
+            categories=predictor.categories,
+            overwrite=overwrite,
+            resume=resume,
+        )
         _run(folder, predictor, quiet=quiet or str(save) == "-", save=save)
     except KeyboardInterrupt:
-        if folder is None or not folder.objects:
-            typer.echo("Stopped before the first image; nothing was written.", err=True)
-        else:
-            typer.echo(
-                f"Stopped after {len(folder.objects)} of {count_of(len(folder.jobs), 'image')}; their results are in "
-                f"{_shown(folder.folder)}. The same command with --resume does the others.",
-                err=True,
-            )
+        typer.echo(_stopped(folder), err=True)
         raise typer.Exit(130) from None  # 128 and the number of the signal
+
+
+def _stopped(folder: PredictionFolder | None) -> str:
+    """Say how far a run came that Ctrl-C has ended."""
+    if folder is None or not (folder.objects or folder.journals):
+        return "Stopped before the first image; nothing was written."
+    done = f"after {len(folder.objects)} of {count_of(len(folder.jobs), 'image')}"
+    for path, tiles in folder.journals.items():
+        done = f"in the midst of {_shown(path.name)}, after {count_of(tiles, 'tile')}"
+    return f"Stopped {done}; the results are in {_shown(folder.folder)}. The same command with --resume does the rest."
 
 
 def _run(folder: PredictionFolder, predictor: Predictor, *, quiet: bool, save: Path | None) -> None:
@@ -128,16 +183,17 @@ def _run(folder: PredictionFolder, predictor: Predictor, *, quiet: bool, save: P
             for job in progress.track(pending, description="predicting"):
                 start = time.perf_counter()
                 try:
-                    (result,) = predictor([job.path])
+                    tiled = predictor.options.tile is not None
+                    result = _predict_tiles(folder, job, predictor, progress) if tiled else predictor([job.path])[0]
                     seconds.append(time.perf_counter() - start)
-                    folder.add(job, result.to_coco(job.image_id), result.plot(score_threshold=0))
+                    folder.add(job, result)
                 except (ImageError, OSError) as error:
                     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
                     if len(folder.jobs) == 1 or full:
                         raise
                     typer.echo(f"a2fpn: skipped {_shown(error)}", err=True)
     finally:
-        results = folder.finish()
+        folder.finish()
     objects = folder.objects
     if not objects:
         raise ConfigError(f"None of the {len(folder.jobs)} images could be read.")
@@ -147,16 +203,35 @@ def _run(folder: PredictionFolder, predictor: Predictor, *, quiet: bool, save: P
         "skipped": skipped,
         "objects": sum(objects.values()),
         "ms_per_image": round(1000 * statistics.median(seconds), 1) if seconds else None,
-        "results": _shown(results),
+        "results": _shown(folder.results),
     }
     write_json(numbers, save)
     say(
         f"Found {count_of(sum(objects.values()), 'object')} in {count_of(len(objects), 'image')}"
         f"{f' ({skipped} more could not be read)' if skipped else ''}"
         f"{f', {1000 * statistics.median(seconds):.0f} ms per image' if seconds else ''}. "
-        f"All results are in {_shown(results)}\nOpen {_shown(folder.folder / max(objects, key=objects.__getitem__))}",
+        f"All results are in {_shown(folder.folder)}\nOpen {_shown(folder.best())}",
         quiet=quiet,
     )
+
+
+def _predict_tiles(folder: PredictionFolder, job: Job, predictor: Predictor, progress: Progress) -> Result:
+    """Predict an image tile by tile; tiles that an earlier run did are taken from the disk."""
+    with predictor.open(job.path) as slide:
+        windows = predictor.windows(slide)
+        if len(windows) == 1:
+            return predictor([job.path])[0]
+        journal = folder.journal(job, windows)
+        task = progress.add_task(f"tiles of {_shown(job.path.name)}", total=len(windows), completed=len(journal.tiles))
+        try:
+            for number, found in predictor.tiles(slide, skip=journal.tiles.keys()):
+                journal.add(number, found)
+                progress.advance(task)
+        finally:
+            progress.remove_task(task)
+        result = predictor.join(slide, [journal.tiles[number] for number in range(len(windows))])
+        picture = slide.thumbnail() if folder.draws else None
+    return replace(result, path=os.fspath(job.path), thumbnail=picture)
 
 
 def _shown(text: object) -> str:

@@ -1,22 +1,27 @@
-"""The folder that ``a2fpn predict`` writes: a manifest, results as they come, pictures; nothing of anyone else."""
+"""The folder that ``a2fpn predict`` writes: a manifest, results as they come, other formats; nothing of anyone else."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from a2fpn._atomic import replaced_file, write_text
+from a2fpn._atomic import append_line, write_text
+from a2fpn.cli.tile_journal import TileJournal, done_tiles
+from a2fpn.config import Category
+from a2fpn.data.slides import Window
 from a2fpn.errors import ConfigError, ExistingFileError
+from a2fpn.inference.result import Result
+from a2fpn.writers import FORMATS, ImageFormat, ImageResult, RunFormat
+from a2fpn.writers.base import unique_stems
+from a2fpn.writers.coco import STREAM, to_line
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-MANIFEST, STREAM, RESULTS = "manifest.json", "predictions.jsonl", "predictions.json"
+MANIFEST = "manifest.json"
+TILES = ".tiles.jsonl"
 
 
 @dataclass(frozen=True)
@@ -26,29 +31,32 @@ class Job:
     Args:
         path: The file, as it was given.
         image_id: Its id in the results.
-        picture: Name of its picture in the folder.
+        stem: Name of its own files in the folder, without a suffix.
     """
 
     path: Path
     image_id: int
-    picture: str
+    stem: str
 
 
 class PredictionFolder:
     """Folder of results of ``a2fpn predict``, written image by image.
 
-    ``manifest.json`` holds the settings and the table of images (id, file name as given, picture) from the start,
-    ``predictions.jsonl`` a line per image as soon as it is done, ``predictions.json`` all COCO results at the end.
+    ``manifest.json`` holds the settings and the table of images (id, file name as given, stem) from the start,
+    ``predictions.jsonl`` a line per image as soon as it is done. Formats with a file for each image are written then
+    as well, those with one file for all at the end, from the lines.
 
     Args:
         folder: Made if need be.
         paths: The images.
         settings: What decides about the results, as JSON values.
+        formats: Names of :data:`a2fpn.writers.FORMATS`.
+        categories: The classes, in the order of the labels.
         overwrite: Whether files that are there may be replaced. A link is replaced itself, never what it leads to.
         resume: Whether to continue the run that the folder holds.
 
     Raises:
-        ConfigError: If images are read from the folder, or the run in it had other settings.
+        ConfigError: For an unknown format, if images are read from the folder, or the run in it had other settings.
         ExistingFileError: If a file of the same name is there and neither is wanted.
     """
 
@@ -58,6 +66,8 @@ class PredictionFolder:
         paths: Sequence[Path],
         settings: Mapping[str, Any],
         *,
+        formats: Sequence[str],
+        categories: Sequence[Category],
         overwrite: bool = False,
         resume: bool = False,
     ) -> None:
@@ -65,56 +75,103 @@ class PredictionFolder:
         read_from = {parent for path in paths for parent in (path.parent.resolve(), path.resolve().parent)}
         if folder.resolve() in read_from:
             raise ConfigError(f"--output {folder} is a folder that images are read from; choose another one.")
-        self.folder, self.settings = folder, dict(settings)
+        chosen = [FORMATS[name] for name in dict.fromkeys(formats)]
+        self._each = [form for form in chosen if isinstance(form, ImageFormat)]
+        self._whole = [form for form in chosen if isinstance(form, RunFormat) and form.file != STREAM]
+        self.folder, self.settings, self.categories = folder, dict(settings), tuple(categories)
         known = self._manifest() if resume else {}
         self.jobs = _plan(list(dict.fromkeys(paths)), known)
-        self._lines: dict[str, dict[str, Any]] = {}
+        self._found: dict[str, int] = {}
+        self._resumed = resume and bool(known)
         if resume and known:
-            self._lines = {line["file_name"]: line for line in self._read()}
+            self._found = {line["file_name"]: len(line["results"]) for line in self._lines()}
         elif not overwrite:
             self._refuse_existing(resume)
         folder.mkdir(parents=True, exist_ok=True)
         table = {**known, **{_name(job.path): job for job in self.jobs}}
-        images = [{"id": job.image_id, "file_name": name, "picture": job.picture} for name, job in table.items()]
+        images = [{"id": job.image_id, "file_name": name, "stem": job.stem} for name, job in table.items()]
         write_text(folder / MANIFEST, json.dumps({"settings": self.settings, "images": images}, indent=1) + "\n")
         # Anew, without the line that a kill has cut off; replacing a link instead of following it.
-        write_text(folder / STREAM, "".join(map(_line, self._lines.values())))
+        write_text(folder / STREAM, "".join(json.dumps(line) + "\n" for line in self._lines()) if self._found else "")
 
     @property
     def pending(self) -> list[Job]:
         """The images that have no results yet."""
-        return [job for job in self.jobs if _name(job.path) not in self._lines]
+        return [job for job in self.jobs if _name(job.path) not in self._found]
 
     @property
     def objects(self) -> dict[str, int]:
-        """Objects found in each image that is done, by the name of its picture."""
-        return {line["picture"]: len(line["results"]) for line in self._lines.values()}
+        """Objects found in each image that is done, by its file name."""
+        return dict(self._found)
 
-    def add(self, job: Job, results: Iterable[Mapping[str, Any]], picture: Image.Image) -> None:
-        """Write the picture and the results of an image."""
-        with replaced_file(self.folder / job.picture) as partial:
-            picture.save(partial, format="png")
-        name = _name(job.path)
-        line = {
-            "image_id": job.image_id,
-            "file_name": name,
-            "picture": job.picture,
-            "results": [{**record, "file_name": name} for record in results],
-        }
-        flags = os.O_WRONLY | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
-        with open(self.folder / STREAM, "a", encoding="utf-8", opener=lambda path, _: os.open(path, flags)) as stream:
-            stream.write(_line(line))
-        self._lines[name] = line
+    @property
+    def draws(self) -> bool:
+        """Whether pictures are written."""
+        return FORMATS["overlay"] in self._each
 
-    def finish(self) -> Path:
-        """Write all results as one COCO JSON and return its path; where there are none, nothing stays."""
-        path = self.folder / RESULTS
-        if not self._lines:
-            for name in (MANIFEST, STREAM, RESULTS):
+    @property
+    def journals(self) -> dict[Path, int]:
+        """Images of which some tiles are done, and how many."""
+        paths = {job.path: self.folder / f"{job.stem}{TILES}" for job in self.jobs}
+        return {path: done_tiles(journal) for path, journal in paths.items() if journal.exists()}
+
+    def journal(self, job: Job, windows: Sequence[Window]) -> TileJournal:
+        """Tiles of an image that are done, in a file that stays until the image is."""
+        path = self.folder / f"{job.stem}{TILES}"
+        if not self._resumed:
+            path.unlink(missing_ok=True)
+        return TileJournal(path, job.path, windows)
+
+    def add(self, job: Job, result: Result) -> None:
+        """Write an image's own files and its line."""
+        self._write_each(job, result)
+        append_line(self.folder / STREAM, to_line(ImageResult(result, _name(job.path), job.stem, job.image_id)))
+        self._found[_name(job.path)] = len(result)
+        (self.folder / f"{job.stem}{TILES}").unlink(missing_ok=True)
+
+    def finish(self) -> None:
+        """Write what is of all images; where nothing was predicted, nothing stays."""
+        if not self._found:
+            if self.journals:
+                return
+            for name in (MANIFEST, STREAM, *(form.file for form in self._whole)):
                 (self.folder / name).unlink(missing_ok=True)
-            return path
-        write_text(path, json.dumps([record for line in self._lines.values() for record in line["results"]]))
-        return path
+            return
+        for image in self._images() if self._each else ():
+            # An earlier run may have been asked for other formats.
+            self._write_each(Job(Path(image.name), image.image_id, image.stem), image.result, missing=True)
+        for form in self._whole:
+            form.write(self._images(), self.categories, self.folder / form.file)
+
+    @property
+    def results(self) -> Path:
+        """The file that holds the results of all images."""
+        return self.folder / (self._whole[0].file if self._whole else STREAM)
+
+    def best(self) -> Path:
+        """The file to look at: that of the image with most objects, where there are such files."""
+        if not self._each:
+            return self.results
+        stems = {_name(job.path): job.stem for job in self.jobs}
+        return self.folder / f"{stems[max(self._found, key=self._found.__getitem__)]}{self._each[0].suffix}"
+
+    def _write_each(self, job: Job, result: Result, *, missing: bool = False) -> None:
+        for form in self._each:
+            path = self.folder / f"{job.stem}{form.suffix}"
+            if not (missing and path.exists()):
+                form.write(result, path)
+
+    def _images(self) -> Iterator[ImageResult]:
+        """The results, read from the disk one by one."""
+        for line in self._lines():
+            result = Result.from_coco(
+                line["results"],
+                size=(line["height"], line["width"]),
+                categories=self.categories,
+                path=line["file_name"],
+                microns_per_pixel=line["microns_per_pixel"],
+            )
+            yield ImageResult(result, line["file_name"], line["stem"], line["image_id"])
 
     def _manifest(self) -> dict[str, Job]:
         """The images of the run in the folder, by file name; nothing where there is no run."""
@@ -124,11 +181,11 @@ class PredictionFolder:
         try:
             held = json.loads(path.read_text(encoding="utf-8"))
             settings = dict(held["settings"])
-            table = {row["file_name"]: Job(Path(row["file_name"]), row["id"], row["picture"]) for row in held["images"]}
+            table = {row["file_name"]: Job(Path(row["file_name"]), row["id"], row["stem"]) for row in held["images"]}
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{path} is no manifest of a2fpn predict; give another --output.") from error
-        if any(Path(job.picture).name != job.picture for job in table.values()):
-            raise ConfigError(f"{path} names pictures outside its folder; give another --output.")
+        if any(Path(job.stem).name != job.stem for job in table.values()):
+            raise ConfigError(f"{path} names files outside its folder; give another --output.")
         for key in settings.keys() | self.settings.keys():
             was, now = settings.get(key), self.settings.get(key)
             if was != now:
@@ -138,16 +195,22 @@ class PredictionFolder:
                 )
         return table
 
-    def _read(self) -> Iterator[dict[str, Any]]:
+    def _lines(self) -> Iterator[dict[str, Any]]:
+        """The lines of the images that are done, as far as they are whole."""
         path = self.folder / STREAM
-        for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-            try:
-                yield json.loads(text)
-            except ValueError:  # cut off
-                return
+        if not path.exists():
+            return
+        with path.open(encoding="utf-8") as file:
+            for text in file:
+                try:
+                    yield json.loads(text)
+                except ValueError:  # cut off
+                    return
 
     def _refuse_existing(self, resume: bool) -> None:
-        names = [MANIFEST, STREAM, RESULTS, *(job.picture for job in self.jobs)]
+        suffixes = [*(form.suffix for form in self._each), TILES]
+        own = [f"{job.stem}{suffix}" for suffix in suffixes for job in self.jobs]
+        names = [MANIFEST, STREAM, *(form.file for form in self._whole), *own]
         there = [name for name in names if os.path.lexists(self.folder / name)]
         if not there:
             return
@@ -162,29 +225,19 @@ def _name(path: Path) -> str:
     return os.fspath(path)
 
 
-def _line(record: Mapping[str, Any]) -> str:
-    return json.dumps(record) + "\n"
-
-
 def _plan(paths: Sequence[Path], known: Mapping[str, Job]) -> list[Job]:
-    """Ids and pictures of images; those that an earlier run gave stay.
+    """Ids and stems of images; those that an earlier run gave stay.
 
-    Ids are the file names where they are different numbers, else 1, 2, ... Pictures are named as the images, and
-    numbered where names repeat.
+    Ids are the file names where they are different numbers, else 1, 2, ...
     """
     numbers = {int(path.stem) for path in paths if path.stem.isdecimal()}
     used_ids = {job.image_id for job in known.values()}
     by_name = len(numbers) == len(paths) and all(str(job.image_id) == job.path.stem for job in known.values())
     counter = (number for number in itertools.count(1) if number not in used_ids)
-    taken = {job.picture.lower() for job in known.values()}  # some file systems take both cases for one
-    jobs = []
-    for path in paths:
-        job = known.get(_name(path))
-        if job is None:
-            numbered = (f"{path.stem}_{number}.png" for number in itertools.count(2))
-            candidates = itertools.chain([f"{path.stem}.png"], numbered)
-            picture = next(name for name in candidates if name.lower() not in taken)
-            taken.add(picture.lower())
-            job = Job(path, int(path.stem) if by_name else next(counter), picture)
-        jobs.append(job)
-    return jobs
+    new = [path for path in paths if _name(path) not in known]
+    stems = unique_stems(new, taken=[job.stem for job in known.values()])
+    made = {
+        _name(path): Job(path, int(path.stem) if by_name else next(counter), stem)
+        for path, stem in zip(new, stems, strict=True)
+    }
+    return [(known.get(_name(path)) or made[_name(path)]) for path in paths]

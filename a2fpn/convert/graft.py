@@ -1,4 +1,6 @@
-"""Function-preserving warm start: a detector with a new neck that begins as the FPN detector it was grafted on.
+"""Warm start: a detector with a new neck that begins as, or close to, the FPN detector it was grafted on.
+
+The function is exactly the same for ``pafpn`` and ``pafpn_mgc``, and nearly so for necks with content-aware upsampling.
 
 Laterals and output convolutions are taken over. What the new neck adds starts so that it changes nothing:
 

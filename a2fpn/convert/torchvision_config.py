@@ -39,6 +39,7 @@ _RESNETS = {
 _MOBILENET = "mobilenetv3_large_100"
 # Two maps of stride 32: after the first block of the last stage, and after the last convolution.
 _MOBILENET_TAPS = {("13", "16"): ("blocks.5.0", "blocks.6")}
+_MOBILENET_STAGES = (0, 2, 4, 7, 13, 17)  # layers with which the strides 2, 4, 8, 16 and 32 begin, and the end
 _ONE_STAGE = ("retinanet", "fcos")
 _UNNAMED = ("N/A", "__background__")
 
@@ -113,9 +114,8 @@ def published_config(weights: TorchvisionWeights) -> ModelConfig:
     changes: dict[str, Any] = {}
     if weights.frozen_eps is not None:
         changes |= {"norm": "frozen", "norm_eps": weights.frozen_eps}
-    # Layers of MobileNet are frozen one by one.
-    if not config.backbone.taps:
-        changes["trainable_layers"] = 3
+    # torchvision counts three of MobileNet's stages too, of which the last is a single layer.
+    changes["trainable_layers"] = 2 if config.backbone.taps else 3
     return dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, **changes))
 
 
@@ -136,6 +136,9 @@ def backbone_config(body: IntermediateLayerGetter) -> BackboneConfig:
     if "layer1" not in dict(body.named_children()):
         if levels not in _MOBILENET_TAPS or len(list(body.children())) != 17:
             raise _other("backbone", f"{type(body).__name__} with maps {list(levels)}", "ResNet or MobileNetV3-Large")
+        layers = list(body.children())
+        parts = [layers[start:end] for start, end in itertools.pairwise(_MOBILENET_STAGES)]
+        options["trainable_layers"] = _trained([nn.Sequential(*part) for part in parts])
         return BackboneConfig(_MOBILENET, taps=_MOBILENET_TAPS[levels], **options)
     stages = [getattr(body, f"layer{i}") for i in range(1, 5) if hasattr(body, f"layer{i}")]
     first = stages[0][0]
@@ -144,11 +147,15 @@ def backbone_config(body: IntermediateLayerGetter) -> BackboneConfig:
     if signature not in _RESNETS:
         raise _other("backbone", f"a ResNet of {signature[0]} blocks, {width} wide", list(_RESNETS.values()))
     strides = tuple(2 << int(level.removeprefix("layer")) for level in levels)
-    every = [body.conv1, *stages]
-    frozen_stages = itertools.takewhile(lambda stage: not any(p.requires_grad for p in stage.parameters()), every)
-    trained = STAGES - len(list(frozen_stages))
-    options["trainable_layers"] = None if trained == STAGES else trained
+    options["trainable_layers"] = _trained([body.conv1, *stages])
     return BackboneConfig(f"{_RESNETS[signature]}.tv_in1k", strides=strides, **options)
+
+
+def _trained(stages: Sequence[nn.Module]) -> int | None:
+    """Return how many of the stages from the deepest on have anything to train; None for all."""
+    frozen = itertools.takewhile(lambda stage: not any(p.requires_grad for p in stage.parameters()), stages)
+    trained = STAGES - len(list(frozen))
+    return None if trained == STAGES else trained
 
 
 def _neck_args(fpn: FeaturePyramidNetwork) -> dict[str, Any]:

@@ -1,19 +1,12 @@
 """Reading COCO-format data, augmenting it for training, and keeping masks small."""
 
 from a2fpn.data.check import check_data
+from a2fpn.data.check.fix import Change, FixedData, fix_data
 from a2fpn.data.check.report import AnnotatedImage, ClassCount, DataReport, Finding
-from a2fpn.data.coco import (
-    Annotation,
-    CocoDataset,
-    CocoFile,
-    CocoImage,
-    Sample,
-    SampleMaker,
-    SkipReport,
-    collate,
-    read_coco,
-)
+from a2fpn.data.coco import CocoDataset, Sample, SampleMaker, SkipReport, collate
+from a2fpn.data.coco_file import Annotation, CocoFile, read_coco
 from a2fpn.data.copy_paste import CopyPaste
+from a2fpn.data.document import CocoImage
 from a2fpn.data.exporters import convert_data
 from a2fpn.data.hf import HfDataset
 from a2fpn.data.images import read_image
@@ -32,6 +25,7 @@ from a2fpn.masks.segmentation import segmentation_to_rle
 __all__ = [
     "AnnotatedImage",
     "Annotation",
+    "Change",
     "ClassCount",
     "CocoDataset",
     "CocoFile",
@@ -40,6 +34,7 @@ __all__ = [
     "DataError",
     "DataReport",
     "Finding",
+    "FixedData",
     "HfDataset",
     "ImageError",
     "ImportReport",
@@ -64,6 +59,7 @@ __all__ = [
     "encode_box_masks",
     "encode_masks",
     "epoch_order",
+    "fix_data",
     "import_data",
     "read_coco",
     "read_image",

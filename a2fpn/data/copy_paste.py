@@ -19,9 +19,9 @@ from a2fpn.masks import InstanceMasks
 class CopyPaste(Dataset[Sample]):
     """Pastes objects of a random other sample onto a sample, both as their own transforms have left them.
 
-    Each object that is no crowd is taken with a probability of a half, and pasted where it is in its own image; what
-    lies outside the other image is lost. What the pasted objects cover is taken from the masks below, whose boxes
-    shrink with them. Random numbers are torch's.
+    Each object that has a mask and is no crowd is taken with a probability of a half, and pasted where it is in its
+    own image; what lies outside the other image is lost. What the pasted objects cover is taken from the masks below,
+    whose boxes shrink with them. Random numbers are torch's.
 
     Args:
         dataset: Samples with masks, augmented, e.g. a :class:`CocoDataset` with :func:`train_transforms`.
@@ -64,10 +64,11 @@ class CopyPaste(Dataset[Sample]):
 
 
 def paste(sample: Sample, source: Sample, *, min_visible: float = 0.1, min_box_size: float = 1.0) -> Sample:
-    """A sample with all objects of another one on top, see :class:`CopyPaste`."""
+    """A sample with all objects of another one that have masks on top, see :class:`CopyPaste`."""
     (image, target), (other, pasted) = sample, source
     height, width = (min(a, b) for a, b in zip(image.shape[-2:], other.shape[-2:], strict=True))
     size = (image.shape[-2], image.shape[-1])
+    pasted = select(pasted, _has_mask(pasted))
     _, pasted = FitObjects(min_box_size)(other, cut(pasted, (0, 0, height, width), (height, width)))
     if not len(pasted["labels"]):
         return sample
@@ -79,6 +80,8 @@ def paste(sample: Sample, source: Sample, *, min_visible: float = 0.1, min_box_s
     image[:, :height, :width] = torch.where(part, other[:, :height, :width], image[:, :height, :width])
     target = _uncovered(target, covered, min_visible=min_visible, min_box_size=min_box_size)
     joined = {**target, "masks": target["masks"] + pasted["masks"]}
+    if "has_mask" in target:
+        joined["has_mask"] = torch.cat([target["has_mask"], torch.ones(len(pasted["labels"]), dtype=torch.bool)])
     for key in {"labels", "boxes", "keypoints", "iscrowd"} & target.keys():
         joined[key] = torch.cat([x[key].as_subclass(Tensor) for x in (target, pasted)])
     joined["boxes"] = tv_tensors.wrap(joined["boxes"], like=target["boxes"])
@@ -86,6 +89,12 @@ def paste(sample: Sample, source: Sample, *, min_visible: float = 0.1, min_box_s
         joined["semantic"] = target["semantic"].clone()
         joined["semantic"][:height, :width][part] = pasted["semantic"][part]
     return image, joined
+
+
+def _has_mask(target: Target) -> Tensor:
+    """(N,) bool."""
+    has_mask: Tensor = target.get("has_mask", torch.ones(len(target["labels"]), dtype=torch.bool))
+    return has_mask
 
 
 def _union(masks: InstanceMasks) -> Tensor:
@@ -112,8 +121,21 @@ def _uncovered(target: Target, covered: Tensor, *, min_visible: float, min_box_s
     target = {**target, "masks": left_over, "boxes": tv_tensors.wrap(boxes, like=target["boxes"])}
     if "keypoints" in target:
         target["keypoints"] = _hidden(target["keypoints"], covered)
+    if "has_mask" in target:  # of the others the box stands for the mask
+        bare = ~target["has_mask"]
+        before, after = before.double(), after.double()
+        before[bare], after[bare] = _box_pixels(boxes[bare], free)
     touched = (after < before) & ((after == 0) | (after < min_visible * before) | (sides < min_box_size))
     return select(target, ~touched)
+
+
+def _box_pixels(boxes: Tensor, free: Tensor) -> tuple[Tensor, Tensor]:
+    """Pixels of boxes (N, 4), and those of them that are free, (H, W) of {0, 1}; float64."""
+    windows = torch.cat([boxes[:, :2].floor(), boxes[:, 2:].ceil()], 1).long().tolist()
+    parts = [free[top:bottom, left:right] for left, top, right, bottom in windows]
+    counts = [(part.numel(), int(part.sum())) for part in parts]
+    pixels = torch.tensor(counts, dtype=torch.float64).reshape(-1, 2)
+    return pixels[:, 0], pixels[:, 1]
 
 
 def _hidden(keypoints: Tensor, covered: Tensor) -> Tensor:

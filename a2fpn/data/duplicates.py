@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from a2fpn.data.check.report import Finding, Track, few
-from a2fpn.data.images import open_image
+from a2fpn.data.images import image_path, open_image
 
 _SIDE, _LOW = 32, 8  # pixels of the small image, frequencies of the hash
 _BITS = 12  # of 64 that may differ; those of other pictures differ by 16 and more
@@ -115,7 +115,7 @@ def image_hash(image: Image.Image) -> int:
 def _hashed(root: Path, names: Sequence[str], track: Track) -> list[tuple[str, int, NDArray[np.float32]]]:
     def one(name: str) -> tuple[str, int, NDArray[np.float32]] | None:
         try:
-            with open_image(root / name) as image:
+            with open_image(image_path(root, name)) as image:
                 image.draft("L", (4 * _SIDE, 4 * _SIDE))  # JPEGs are decoded at an eighth of their size
                 return (name, *_hash(_small(image)))
         except Exception:  # PIL raises almost anything on a corrupt file

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -230,10 +231,8 @@ class HfDataset(StreamDataset):
         category = raw[self._category_key]
         box, segmentation = raw["bbox"], raw.get("segmentation")
         if isinstance(segmentation, str):
-            try:
+            with contextlib.suppress(ValueError):  # told when the annotation is checked
                 segmentation = json.loads(segmentation)
-            except ValueError:
-                segmentation = None  # told when the annotation is checked
         return {
             **raw,
             "image_id": image_id,

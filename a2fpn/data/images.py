@@ -6,6 +6,7 @@ import importlib.util
 import io
 import logging
 import math
+import os
 import struct
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -87,6 +88,33 @@ def _decoder(name: str) -> _Decoder | None:
 
         return _Decoder(pillow_heif.HeifImageFile, pillow_heif.is_supported)
     return None
+
+
+def image_path(folder: Path, file_name: str) -> Path:
+    """The file of an image of a data set.
+
+    Args:
+        folder: The image folder.
+        file_name: What the annotations say: a path relative to the folder, or an absolute one that leads into it.
+
+    Raises:
+        ImageError: If the path leaves the folder, by its words; links inside the folder are its owner's choice. Or if
+            its folders are parted by backslashes, and a file lies where slashes would lead.
+    """
+    path = folder / file_name
+    if ".." in path.parts or os.path.isabs(file_name):
+        inner = os.path.relpath(os.path.abspath(path), os.path.abspath(folder))
+        if Path(inner).parts[:1] == ("..",) or os.path.isabs(inner):
+            raise ImageError(
+                f"{file_name!r} leads out of the image folder {folder}; a file name must be a path inside it."
+            )
+        path = folder / inner
+    other = folder / file_name.replace("\\", "/")
+    if other != path and os.path.isfile(other) and not os.path.exists(path):
+        raise ImageError(
+            f"{path}: no such file, but {other} is there; write the name with slashes (a2fpn check-data --fix does)."
+        )
+    return path
 
 
 def orientation(image: Image.Image) -> int:

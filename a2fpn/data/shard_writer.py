@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -12,10 +13,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from a2fpn._atomic import replaced_file, write_text
-from a2fpn.data.coco import read_coco
+from a2fpn.data.coco_file import read_coco
+from a2fpn.data.images import image_path
 from a2fpn.data.shards import INDEX_FILE, INDEX_FORMAT, Shard, ShardIndex, logger
 from a2fpn.data.streams import random_order
-from a2fpn.errors import ConfigError, DataError, ExistingFileError
+from a2fpn.data.text_files import read_json
+from a2fpn.errors import ConfigError, DataError, ExistingFileError, ImageError
 
 _MISSING_IN_A_ROW = 16  # after so many at the beginning, the folder is wrong rather than an image
 _PATTERN = "shard-{:06d}.tar"
@@ -70,7 +73,7 @@ def write_shards(
         if needed and not needed.is_dir():
             raise DataError(f"{needed}: no such folder.")
     coco = read_coco(annotations, strict=strict)
-    content = json.loads(Path(annotations).read_bytes())
+    content = read_json(Path(annotations))
     objects: dict[int, list[Any]] = {image_id: [] for image_id in coco.images}
     for raw in content["annotations"]:
         if isinstance(raw, Mapping) and isinstance(raw.get("image_id"), int) and raw["image_id"] in objects:
@@ -92,14 +95,17 @@ def write_shards(
             progress(len(entries))
             name, key = raw["file_name"], f"{raw['id']:012d}"
             try:
-                files = [(f"{key}{Path(name).suffix.lower() or '.image'}", (folder / name).read_bytes())]
+                files = [(f"{key}{Path(name).suffix.lower() or '.image'}", _content(image_path(folder, name)))]
                 if semantic_folder:
-                    path = (semantic_folder / name).with_suffix(".png")
-                    files.append((f"{key}.semantic.png", path.read_bytes()))
-            except OSError as error:
+                    path = image_path(semantic_folder, name).with_suffix(".png")
+                    files.append((f"{key}.semantic.png", _content(path)))
+            except (OSError, ImageError) as error:
+                reason = str(error).rstrip(".")
+                if isinstance(error, OSError):
+                    reason = f"{error.filename}: can't be read ({error.strerror})"
                 if strict:
-                    raise DataError(f"{error.filename}: can't be read ({error.strerror}).") from error
-                missing.append(f"{error.filename}: can't be read ({error.strerror})")
+                    raise DataError(f"{reason}.") from error
+                missing.append(reason)
                 if len(missing) == len(entries) or (len(missing) == _MISSING_IN_A_ROW and not shards):
                     raise DataError(
                         f"{len(missing)} images in a row can't be read, the last is {missing[-1]}."
@@ -137,8 +143,8 @@ def write_shards(
     if missing:
         logger.warning("skipped %d images, the first is %s", len(missing), missing[0])
     index = ShardIndex(
-        info=content.get("info", {}),
-        licenses=content.get("licenses", []),
+        info=dict(coco.info),
+        licenses=list(coco.licenses),
         categories=content["categories"],
         used_categories=sorted({a.category_id for image in coco.annotations.values() for a in image}),
         has_masks=coco.has_masks,
@@ -165,6 +171,17 @@ class _HashedFile:
         self.sha256.update(data)
         self.size += len(data)
         return self._file.write(data)
+
+
+def _content(path: Path) -> bytes:
+    """Read a file of finite length: no device, no pipe.
+
+    Raises:
+        OSError: If it is none, or can't be read.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "no regular file", str(path))
+    return path.read_bytes()
 
 
 def _tar_size(offset: int, sample: Sequence[tuple[str, bytes]]) -> int:

@@ -18,7 +18,9 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from a2fpn.config import Category
-from a2fpn.data.coco import CocoImage, Sample, SampleMaker, SkipReport, check_annotations
+from a2fpn.data.coco import Sample, SampleMaker, SkipReport
+from a2fpn.data.coco_file import check_annotations
+from a2fpn.data.document import CocoImage
 from a2fpn.errors import DataError, ImageError
 
 logger = logging.getLogger(__name__)
@@ -61,7 +63,7 @@ class SampleDecoder:
     strict: bool = False
 
     def __call__(self, raw: RawSample, transforms: Callable[..., Any] | None = None) -> tuple[Sample, list[str]]:
-        """Return the sample and one message for each annotation that was left out.
+        """Return the sample and one message for each annotation that was left out, or kept in part.
 
         Raises:
             ImageError: If the image can't be read, or its entry has no id and size or another size.
@@ -72,17 +74,18 @@ class SampleDecoder:
                 entry = CocoImage(image_id, raw.name, height, width)
             case _:
                 raise ImageError(f"{raw.name}: an image needs a whole-number id, height and width, got {raw.entry}.")
-        annotations, found = check_annotations(
+        checked = check_annotations(
             raw.annotations,
             {image_id: entry},
             self.categories,
-            has_masks=self.make_sample.has_masks,
+            masks=self.make_sample.has_masks,
             num_keypoints=self.make_sample.num_keypoints,
         )
-        problems = [f"{raw.name}: {problem}" for problem in found]
+        problems = [f"{raw.name}: {problem}" for problem in (*checked.problems, *checked.losses)]
         if problems and self.strict:
             raise DataError(problems[0])
-        sample = self.make_sample(entry, annotations[image_id], raw.image, semantic=raw.semantic, transforms=transforms)
+        objects = checked.usable[image_id]
+        sample = self.make_sample(entry, objects, raw.image, semantic=raw.semantic, transforms=transforms)
         return sample, problems
 
 
@@ -100,7 +103,7 @@ class StreamDataset(IterableDataset[Sample]):
         num_samples: Images.
         categories: The classes in the order of their labels, usually a model's; matched by id. By default the
             source's own, sorted by id.
-        has_masks: Whether every object has a mask.
+        has_masks: Whether objects have masks.
         num_keypoints: Keypoints of every object; 0 for none.
         has_semantic: Whether every image has a semantic map.
         transforms: Called as ``transforms(image, target)`` when iterating.
@@ -156,6 +159,11 @@ class StreamDataset(IterableDataset[Sample]):
         self._skipped_images: dict[str, None] = {}
 
     @property
+    def num_keypoints(self) -> int:
+        """Keypoints of every object; 0 for none."""
+        return self.decoder.make_sample.num_keypoints
+
+    @property
     def target_keys(self) -> tuple[str, ...]:
         """Keys of the targets, as :attr:`CocoDataset.target_keys <a2fpn.data.CocoDataset.target_keys>`."""
         maker = self.decoder.make_sample
@@ -173,7 +181,7 @@ class StreamDataset(IterableDataset[Sample]):
         return SkipReport(tuple(self._skipped_annotations), tuple(self._skipped_images))
 
     def note_annotations(self, problems: Iterable[str]) -> None:
-        """Count annotations that were left out, by their messages, and log the first few."""
+        """Count annotations that were left out, or kept in part, by their messages, and log the first few."""
         for problem in problems:
             if problem not in self._skipped_annotations:
                 self._skipped_annotations[problem] = None

@@ -24,7 +24,9 @@ from a2fpn.masks import nearest_pixels
 from a2fpn.masks.outlines import Outlines
 
 Target = dict[str, Any]
-_PER_OBJECT = {"boxes", "labels", "masks", "keypoints", "iscrowd"}
+_PER_OBJECT = {"boxes", "labels", "masks", "has_mask", "keypoints", "iscrowd"}
+_OTHER_SIDE = {"left": "right", "right": "left", "l": "r", "r": "l"}
+_CASE_CHANGE = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 
 
 def train_transforms(
@@ -40,7 +42,7 @@ def train_transforms(
     rotate90: float = 0.0,
     color_jitter: float = 0.0,
     min_box_size: float = 1.0,
-    keypoint_names: Sequence[str] = (),
+    keypoint_names: Sequence[str] | None = (),
 ) -> Callable[..., Any]:
     """Return the training augmentation for a model.
 
@@ -70,7 +72,8 @@ def train_transforms(
             by at most a tenth of this times 360 degrees; in [0, 1].
         min_box_size: Objects whose box is less wide or high are dropped, pixels after resizing.
         keypoint_names: Names of the keypoints, usually the data set's ``coco.keypoint_names``; a flip exchanges
-            those that differ in ``left`` and ``right``.
+            left and right, see :func:`mirrored_keypoints`. Images with keypoints whose names don't tell which these
+            are, are never flipped. None drops keypoints.
 
     Returns:
         A callable ``(image, target) -> (image, target)``; it can be pickled if ``target_size`` can.
@@ -107,16 +110,18 @@ def train_transforms(
         raise ConfigError("large_scale_jitter needs a crop_size: its factors are those of the crop's side.")
     if large_scale_jitter and min_sizes:
         raise ConfigError("large_scale_jitter and min_sizes both decide the size; give one of them.")
+    mirrored = mirrored_keypoints(keypoint_names or ())
     jitter = v2.ColorJitter(color_jitter, color_jitter, color_jitter, color_jitter / 10)
     scale = (
         _LargeScaleJitter(large_scale_jitter, crop_size)
         if large_scale_jitter and crop_size
         else _ModelScale(target_size, tuple(min_sizes), scale_range)
     )
-    steps = [
+    steps: list[Callable[..., Any]] = [
+        *([_drop_keypoints] if keypoint_names is None else []),
         _RandomScaleCrop(scale, crop_range, crop_size, jitter if color_jitter else None),
-        _RandomFlip(0, horizontal_flip, _mirrored(keypoint_names)),
-        _RandomFlip(1, vertical_flip, _mirrored(keypoint_names)),
+        _RandomFlip(0, horizontal_flip, mirrored),
+        _RandomFlip(1, vertical_flip, mirrored),
         _RandomRotate90(rotate90),
         FitObjects(min_box_size),
     ]
@@ -218,14 +223,14 @@ def cut(target: Target, window: tuple[int, int, int, int], size: tuple[int, int]
 
 @dataclass(frozen=True)
 class _RandomFlip:
-    """Mirrors the image along an axis (0 is x), and exchanges keypoints."""
+    """Mirrors the image along an axis (0 is x), and exchanges keypoints; without knowing which, it leaves both."""
 
     axis: int
     probability: float
-    mirrored: tuple[int, ...]
+    mirrored: tuple[int, ...] | None
 
     def __call__(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:
-        if torch.rand(1) >= self.probability:
+        if torch.rand(1) >= self.probability or ("keypoints" in target and self.mirrored is None):
             return image, target
         flip = (F.horizontal_flip, F.vertical_flip)[self.axis]
         flipped = {key: flip(x) if isinstance(x, tv_tensors.TVTensor) else x for key, x in target.items()}
@@ -234,22 +239,33 @@ class _RandomFlip:
         if "keypoints" in target:
             keypoints = target["keypoints"].clone()
             keypoints[..., self.axis] = image.shape[-1 - self.axis] - keypoints[..., self.axis]
-            flipped["keypoints"] = _hide(keypoints[:, list(self.mirrored)] if self.mirrored else keypoints)
+            flipped["keypoints"] = _hide(keypoints[:, list(self.mirrored or ())])
         return flip(image), flipped
 
 
-def _mirrored(names: Sequence[str]) -> tuple[int, ...]:
-    """For each keypoint the index of the one that is in its place in a mirror.
+def mirrored_keypoints(names: Sequence[str]) -> tuple[int, ...] | None:
+    """For each keypoint the index of the one that is in its place in a mirror; None where the names don't tell.
 
-    Raises:
-        ValueError: If one of a pair is missing.
+    Two names are a pair if they differ in the words left and right, or l and r, in any case and anywhere. Names that
+    say left or right need a partner.
+
+    Example:
+        >>> mirrored_keypoints(["Nose", "LeftEye", "RightEye"]), mirrored_keypoints(["left_eye", "brightness"])
+        ((0, 2, 1), None)
     """
-    swap = {"left": "right", "right": "left"}
-    others = [re.sub("left|right", lambda side: swap[side[0]], name) for name in names]
-    missing = sorted(set(others) - set(names))
-    if missing:
-        raise ConfigError(f"keypoint_names need both sides of a pair, got {list(names)} without {missing}.")
-    return tuple(list(names).index(other) for other in others)
+    words = [tuple(re.findall(r"[^\W_]+", _CASE_CHANGE.sub(" ", name).lower())) for name in names]
+    index = {own: position for position, own in enumerate(words)}
+    places = []
+    for position, own in enumerate(words):
+        partner = index.get(tuple(_OTHER_SIDE.get(word, word) for word in own))
+        if partner is None and {"left", "right"} & set(own):
+            return None
+        places.append(position if partner is None else partner)
+    return tuple(places) if places != [*range(len(places))] else None
+
+
+def _drop_keypoints(image: Tensor, target: Target) -> tuple[Tensor, Target]:
+    return image, {key: value for key, value in target.items() if key != "keypoints"}
 
 
 def _hide(keypoints: Tensor) -> Tensor:
@@ -298,7 +314,10 @@ class FitObjects:
         if "masks" in target:
             masks = target["masks"]
             masks = masks.to_pixels() if isinstance(masks, Outlines) else masks.tight()
-            boxes = tv_tensors.wrap(masks.windows.float(), like=target["boxes"])
+            boxes = masks.windows.float()
+            if "has_mask" in target:
+                boxes = torch.where(target["has_mask"][:, None], boxes, target["boxes"].as_subclass(Tensor))
+            boxes = tv_tensors.wrap(boxes, like=target["boxes"])
             target = {**target, "masks": masks, "boxes": boxes}
         boxes = target["boxes"].as_subclass(Tensor)
         sides = (boxes[:, 2:] - boxes[:, :2]).amin(1)

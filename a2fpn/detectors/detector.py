@@ -143,7 +143,7 @@ class Detector(Elsewhere, ABC):
             targets: In training mode, per image ``boxes`` (N, 4) float xyxy pixels, ``labels`` (N,) int64 in
                 ``0..num_classes - 1``, whatever else :attr:`target_keys` names (``masks``
                 :class:`~a2fpn.masks.InstanceMasks`, or dense (N, H, W) in {0, 1}, ``keypoints`` (N, K, 3)), optionally
-                ``image_id``.
+                ``has_mask`` (N,) bool, false for objects that train boxes alone, and ``image_id``.
             resize: Whether images (and targets) are resized by the model's rule; False when they come resized.
             paste_masks: Whether masks are pasted into the image, ``(N, 1, H, W)``, or returned as they were
                 predicted inside each box, ``(N, 1, M, M)``.
@@ -260,6 +260,8 @@ class Detector(Elsewhere, ABC):
             own |= {"boxes": own["boxes"].float(), "labels": own["labels"].long()}
             if "masks" in own and not isinstance(own["masks"], InstanceMasks):
                 own["masks"] = InstanceMasks.from_dense(own["masks"])
+            if "masks" in own and "has_mask" in target:
+                own["has_mask"] = target["has_mask"].to(batch.tensor.device, non_blocking=True)
             inner.append(self._inner_target(own, old, new))
         return {**self.losses(self.features(batch), batch, inner), **self.neck.losses()}
 
@@ -299,6 +301,10 @@ class Detector(Elsewhere, ABC):
                     f"{where}: {self.config.detector} trains on masks (N, H, W) = {(len(boxes), *image.shape[1:])}, "
                     f"got {got}. {self._instead('masks')}"
                 )
+            has_mask = target.get("has_mask")
+            if has_mask is not None and (has_mask.shape != labels.shape or has_mask.dtype != torch.bool):
+                got = f"{has_mask.dtype} of shape {tuple(has_mask.shape)}"
+                raise ConfigError(f"{where}: has_mask must be bool ({len(boxes)},), one for each box, got {got}.")
 
     def _detect(
         self, images: Sequence[Tensor], resize: bool, paste_masks: bool, rule: PostprocessConfig

@@ -110,7 +110,7 @@ class OneStage(Detector):
             self.decode,
             batch.sizes,
             rule=rule,
-            candidates_per_level=self.one_stage.candidates_per_level,
+            candidates_per_level=max(self.one_stage.candidates_per_level, rule.candidates or 0),
         )
 
     def outputs(self, features: Features, batch: Batch) -> tuple[dict[str, Tensor], list[Tensor], list[int]]:

@@ -158,7 +158,7 @@ class RCNN(Detector):
 
     def objects(self, features: Features, batch: Batch, *, rule: PostprocessConfig) -> Detection:
         """See :meth:`Detector.objects`."""
-        rois = self.rpn.rois(ImageList(batch.tensor, batch.sizes), features)
+        rois = self.rpn.rois(ImageList(batch.tensor, batch.sizes), features, candidates=rule.candidates)
         heads: typing.Any = self.roi_heads
         found: Detection = heads.objects(features, rois, batch.sizes, rule)
         if self.rcnn.unused_outputs:

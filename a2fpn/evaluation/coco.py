@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from a2fpn.data.coco import Annotation, CocoFile, read_coco
+from a2fpn.data.coco_file import Annotation, CocoFile, read_coco
 from a2fpn.errors import ConfigError
 from a2fpn.evaluation.backends import Backend, load_library
 from a2fpn.evaluation.inputs import EvalInputs, truth_keypoints
@@ -37,7 +37,7 @@ def evaluate_coco(
 
     All images of the ground truth count, also those without a detection. Annotations that
     :func:`a2fpn.data.read_coco` finds unusable are left out and logged; crowds stay, as regions in which
-    detections count neither for nor against.
+    detections count neither for nor against. So do objects without a mask, by their boxes, where masks are compared.
 
     Args:
         ground_truth: A COCO file, its content, or what ``read_coco`` returned for it (``dataset.coco``),
@@ -138,7 +138,7 @@ def annotations_as_detections(ground_truth: str | Path | Mapping[str, Any] | Coc
             "category_id": annotation.category_id,
             "bbox": list(annotation.bbox),
             "score": 1.0,
-            **({"segmentation": rle} if (rle := annotation.rle) else {}),
+            **({"segmentation": annotation.region(coco.images[image_id])} if coco.has_masks else {}),
             **({"keypoints": _perfect_keypoints(annotation, coco)} if coco.num_keypoints else {}),
         }
         for image_id, annotations in coco.annotations.items()

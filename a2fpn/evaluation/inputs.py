@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as mask_utils
 
-from a2fpn.data.coco import Annotation, CocoFile
+from a2fpn.data.coco_file import Annotation, CocoFile
 from a2fpn.errors import ConfigError
 from a2fpn.masks.rle import Rle
 from a2fpn.masks.segmentation import Polygons, parse_segmentations
@@ -43,6 +43,7 @@ class EvalInputs:
     @classmethod
     def of(cls, coco: CocoFile, detections: Sequence[Mapping[str, Any]], kind: str) -> EvalInputs:
         """Numbers everything and checks the detections."""
+        coco = coco.with_all_masks() if kind == "segm" else coco
         image_numbers = {image_id: number for number, image_id in enumerate(sorted(coco.images), start=1)}
         category_numbers = {category.id: number for number, category in enumerate(coco.categories, start=1)}
         truth = [

@@ -9,6 +9,7 @@ Shape shorthand: ``R`` RoIs of the batch, ``K`` classes without background, ``M`
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,7 +23,7 @@ from torchvision.ops import clip_boxes_to_image, remove_small_boxes
 from a2fpn.heads.batched import Sizes, clip, split_images
 from a2fpn.heads.loss_normalizer import GlobalLossNormalizer
 from a2fpn.heads.postprocess import PostprocessConfig, box_detections
-from a2fpn.heads.roi_heads import Samples, masks_of_classes, rois_of
+from a2fpn.heads.roi_heads import MASKS_AT_ONCE, Samples, in_parts, masks_of_classes, rois_of
 from a2fpn.heads.roi_pool import join_rois
 from a2fpn.masks.targets import mask_loss
 from a2fpn.pyramid import Features
@@ -142,7 +143,9 @@ class CascadeRoIHeads(nn.Module):
             if stage.has_mask():
                 if self.interleaved:
                     samples = Samples(*stage.select_training_samples(proposals, targets))
-                losses["loss_mask"] = self._mask_loss(index, features, samples.positives(), image_sizes, targets)
+                losses["loss_mask"] = self._mask_loss(
+                    index, features, samples.positives().with_masks(targets), image_sizes, targets
+                )
             for name, loss in losses.items():
                 totals[name] = totals.get(name, 0) + weight * loss
         return totals
@@ -161,7 +164,7 @@ class CascadeRoIHeads(nn.Module):
         images = rois[:, 0].long()
         probabilities = self.rules.average == "probabilities"
         for index, stage in enumerate(self.stages):
-            logits, deltas = _box_outputs(stage, features, rois, sizes)
+            logits, deltas = in_parts(functools.partial(_detected, stage, features, sizes), rois)
             outputs.append(logits.softmax(-1) if probabilities else logits)
             boxes = stage.box_coder.decode_single(deltas, rois[:, 1:])
             if index + 1 < len(self.stages):
@@ -177,7 +180,8 @@ class CascadeRoIHeads(nn.Module):
             count=next(iter(features.values())).shape[0],
         )
         if self.has_mask():
-            found["masks"] = self._masks(features, rois_of(found), found["labels"])
+            masks = functools.partial(self._masks, features)
+            (found["masks"],) = in_parts(masks, rois_of(found), found["labels"], most=MASKS_AT_ONCE)
         return found
 
     def mask_features(self, index: int, x: Tensor, previous: Tensor | None) -> Tensor:
@@ -214,13 +218,17 @@ class CascadeRoIHeads(nn.Module):
         normalized: Tensor = self.normalizer(loss, sum(map(len, positives.labels)))
         return normalized
 
-    def _masks(self, features: Features, rois: Tensor, labels: Tensor) -> Tensor:
+    def _masks(self, features: Features, rois: Tensor, labels: Tensor) -> tuple[Tensor]:
         x = self.stages[0].mask_roi_pool(features, rois)
         previous, probabilities = None, []
         for index, stage in enumerate(stage for stage in self.stages if stage.has_mask()):
             previous = self.mask_features(index, x, previous)
             probabilities.append(masks_of_classes(stage.mask_predictor(previous), labels))
-        return torch.stack(probabilities).mean(0)
+        return (torch.stack(probabilities).mean(0),)
+
+
+def _detected(stage: RoIHeads, features: Features, sizes: Sizes, rois: Tensor) -> tuple[Tensor, Tensor]:
+    return _box_outputs(stage, features, rois, sizes)
 
 
 def _box_outputs(

@@ -174,6 +174,8 @@ class HTCRoIHeads(CascadeRoIHeads):
             height, width = level_size(size, self.semantic_stride)
             if self.things:
                 semantic = things_map(target["masks"].resize((height, width)), target["labels"])
+                if "has_mask" in target:
+                    ignore_boxes(semantic, target["boxes"][~target["has_mask"]] / self.semantic_stride)
             else:
                 rows, columns = (
                     nearest_pixels(new, old, device=logits.device)
@@ -208,6 +210,18 @@ def things_map(masks: InstanceMasks, labels: Tensor) -> Tensor:
         left, top, right, bottom = windows[index]
         canvas[top:bottom, left:right][crops[index] > 0] = labels[index]
     return canvas
+
+
+def ignore_boxes(semantic: Tensor, boxes: Tensor) -> None:
+    """Mark the background inside boxes of objects without a mask: which of it is object is not known.
+
+    Args:
+        semantic: ``(H, W)`` of labels; changed in place.
+        boxes: ``(N, 4)`` xyxy in its pixels.
+    """
+    for left, top, right, bottom in torch.cat([boxes[:, :2].floor(), boxes[:, 2:].ceil()], 1).long().tolist():
+        region = semantic[top:bottom, left:right]
+        region[region == 0] = IGNORE
 
 
 def _conv(in_channels: int, out_channels: int, kernel_size: int) -> nn.Module:

@@ -33,6 +33,8 @@ class PostprocessConfig:
         detections_per_image: Most detections of an image, at least 1.
         soft_nms: Lowers the scores of candidates that overlap instead of removing them; None removes.
         soft_nms_sigma: Width of the gaussian, above 0.
+        candidates: Most candidates on the way to detections, at least 1: proposals of a level and of an image, boxes of
+            a level of a one-stage head. The model's own limits stay where they are higher; None leaves them.
 
     Raises:
         ValueError: For a value out of its range.
@@ -49,6 +51,7 @@ class PostprocessConfig:
     detections_per_image: int = 100
     soft_nms: SoftNms | None = None
     soft_nms_sigma: float = 0.5
+    candidates: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("score_threshold", "nms_threshold"):
@@ -57,6 +60,8 @@ class PostprocessConfig:
                 raise ConfigError(f"{name} must be between 0 and 1, got {getattr(self, name)}.")
         if self.detections_per_image < 1:
             raise ConfigError(f"detections_per_image must be at least 1, got {self.detections_per_image}.")
+        if self.candidates is not None and self.candidates < 1:
+            raise ConfigError(f"candidates must be at least 1 or None, got {self.candidates}.")
         if self.soft_nms is not None and self.soft_nms not in SOFT_NMS:
             raise ConfigError(f"soft_nms must be one of {', '.join(SOFT_NMS)} or None, got {self.soft_nms!r}.")
         if not self.soft_nms_sigma > 0:

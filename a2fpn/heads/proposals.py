@@ -9,6 +9,7 @@ Shape shorthand: ``B`` images, ``A`` anchors of an image, ``n`` candidates of an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,6 +30,8 @@ from a2fpn.heads.roi_pool import join_rois
 from a2fpn.heads.sampling import draw
 from a2fpn.pyramid import Features
 
+LIKELY = 0.01
+"""Objectness of proposals that are worth a look where a limit is raised."""
 _BETA = 1 / 9  # where torchvision's box loss turns from L2 to L1
 
 
@@ -71,18 +74,20 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
         table = {"boxes": rois[:, 1:], "images": rois[:, 0].long()}
         return [own["boxes"] for own in split_images(table, len(images.image_sizes))], {}
 
-    def rois(self, images: ImageList, features: Features) -> Tensor:
+    def rois(self, images: ImageList, features: Features, *, candidates: int | None = None) -> Tensor:
         """Proposals of all images in evaluation, ``(R, 5)``: index of the image and box, image by image, best first.
 
         Args:
             images: The batch; its sizes may be one pair for all images.
             features: The pyramid.
+            candidates: Raises the limits of a level and of an image to this. Beyond the own ones are only proposals of
+                an objectness of :data:`LIKELY`, so that their number grows with the objects and not with the limit.
         """
-        if device.runs_ahead(images.tensors) and not device.is_traced():
+        if candidates is None and device.runs_ahead(images.tensors) and not device.is_traced():
             return join_rois(self.forward_at_once(images, features)[0])
         maps = list(features.values())
         objectness, deltas = self.head(maps)
-        return self._in_one_table(objectness, deltas, self.anchor_generator.picker(images, maps), images)
+        return self._in_one_table(objectness, deltas, self.anchor_generator.picker(images, maps), images, candidates)
 
     def _in_one_table(
         self,
@@ -90,15 +95,19 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
         deltas: Sequence[Tensor],
         anchors_of: Callable[[int, Tensor], Tensor],
         images: ImageList,
+        candidates: int | None,
     ) -> Tensor:
         columns, numbers = [], []
+        pre, post = self.pre_nms_top_n(), self.post_nms_top_n()
         batch, size = objectness[0].shape[0], images.tensors.shape[-2:]
         for level, (logits, offsets) in enumerate(zip(objectness, deltas, strict=True)):
             flat = logits.permute(0, 2, 3, 1).reshape(batch, -1)
-            number = device.new_size(torch.sym_min(self.pre_nms_top_n(), flat.shape[1]), most=flat.shape[1])
+            number = device.new_size(torch.sym_min(max(pre, candidates or 0), flat.shape[1]), most=flat.shape[1])
             best, rows = flat.topk(number, 1)
             codes = offsets.permute(0, 2, 3, 1).reshape(batch, -1, 4)
             codes = codes.gather(1, rows[..., None].expand(-1, -1, 4))
+            if candidates is not None:
+                best[:, pre:].masked_fill_(best[:, pre:].sigmoid() < LIKELY, -math.inf)
             columns.append([best, codes, anchors_of(level, rows)])
             numbers.append(rows.new_full((number,), level))
         scores, codes, anchors = (torch.cat(column, 1) for column in zip(*columns, strict=True))
@@ -108,11 +117,16 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
         boxes = self.box_coder.decode_single(codes.view(-1, 4), anchors.view(-1, 4))
         boxes = clip(boxes, owner, images.image_sizes)
         large = ((boxes[:, 2:] - boxes[:, :2]) >= self.min_size).all(1)
-        rows = (large & (scores >= self.score_thresh)).nonzero()[:, 0]
+        possible = large & (scores >= self.score_thresh)
+        rows = (possible if candidates is None else possible & (scores > 0)).nonzero()[:, 0]
         boxes, owner, scores = boxes[rows], owner[rows], scores[rows]
         levels = levels.expand(batch, -1).reshape(-1)[rows]
         kept = nms_of_each(boxes, scores, levels, owner, self.nms_thresh, classes=len(columns), size=(size[0], size[1]))
-        kept = kept[first_of_each(owner[kept], batch, self.post_nms_top_n())]
+        if candidates is not None:
+            likely = scores[kept] >= LIKELY
+            likely[first_of_each(owner[kept], batch, post)] = True
+            kept, post = kept[likely], max(post, candidates)
+        kept = kept[first_of_each(owner[kept], batch, post)]
         return torch.cat([owner[kept, None].to(boxes.dtype), boxes[kept]], 1)
 
     def forward_at_once(

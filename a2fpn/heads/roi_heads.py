@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +26,9 @@ from a2fpn.heads.sampling import draw_rows
 from a2fpn.masks.targets import mask_loss
 from a2fpn.pyramid import Features
 
+BOXES_AT_ONCE, MASKS_AT_ONCE = 4096, 1024
+"""RoIs whose pooled features are held at once: 200 MB with 256 channels."""
+
 
 class Samples(NamedTuple):
     """Sampled boxes of a stage and their targets, per image.
@@ -45,7 +48,17 @@ class Samples(NamedTuple):
     def positives(self) -> Samples:
         """The boxes that are matched to an object."""
         keep = positive_rows(self.labels)
-        return Samples(*([x[rows] for x, rows in zip(field, keep, strict=True)] for field in self))
+        return self._rows(keep)
+
+    def with_masks(self, targets: Sequence[Mapping[str, Any]]) -> Samples:
+        """The boxes, all matched to objects, whose objects have masks; see ``has_mask`` of the targets."""
+        if not any("has_mask" in target for target in targets):
+            return self
+        every = zip(targets, self.objects, strict=True)
+        return self._rows([own["has_mask"][x] if "has_mask" in own else x >= 0 for own, x in every])
+
+    def _rows(self, rows: Sequence[Tensor]) -> Samples:
+        return Samples(*([x[own] for x, own in zip(field, rows, strict=True)] for field in self))
 
 
 def positive_rows(labels: Sequence[Tensor]) -> list[Tensor]:
@@ -158,17 +171,18 @@ class DetectionRoIHeads(RoIHeads):  # type: ignore[misc]
         }
         positives = samples.positives()
         if self.has_mask():
-            pooled = self.mask_head(self.mask_roi_pool(features, positives.boxes, image_shapes))
+            masked = positives.with_masks(targets)
+            pooled = self.mask_head(self.mask_roi_pool(features, masked.boxes, image_shapes))
             loss = mask_loss(
                 self.mask_predictor(pooled),
                 [target["masks"] for target in targets],
-                positives.boxes,
-                positives.objects,
-                positives.labels,
+                masked.boxes,
+                masked.objects,
+                masked.labels,
                 aligned=self.aligned,
                 boundary_weight=self.mask_boundary_weight,
             )
-            losses["loss_mask"] = self.normalizer(loss, sum(map(len, positives.labels)))
+            losses["loss_mask"] = self.normalizer(loss, sum(map(len, masked.labels)))
         if self.has_keypoint():
             pooled = self.keypoint_head(self.keypoint_roi_pool(features, positives.boxes, image_shapes))
             logits = self.keypoint_predictor(pooled).contiguous()  # torchvision's loss takes views of it
@@ -213,21 +227,46 @@ class DetectionRoIHeads(RoIHeads):  # type: ignore[misc]
             ``boxes`` (N, 4), ``scores`` (N,), ``labels`` (N,) from 1, ``images`` (N,), and what the mask or keypoint
             head gives.
         """
-        logits, deltas = self.box_predictor(self.box_head(self.box_roi_pool(features, rois, sizes)))
+        logits, deltas = in_parts(
+            lambda part: self.box_predictor(self.box_head(self.box_roi_pool(features, part, sizes))), rois
+        )
         boxes = self.box_coder.decode_single(deltas, rois[:, 1:]).unflatten(1, (-1, 4))
         count = next(iter(features.values())).shape[0]
         found = box_detections(boxes, logits.softmax(-1), rois[:, 0].long(), sizes, rule or self.rule, count=count)
         if self.has_mask():
-            x = self.mask_head(self.mask_roi_pool(features, rois_of(found), sizes))
-            found["masks"] = self.mask_probabilities(x, found["labels"])
+
+            def masks(part: Tensor, labels: Tensor) -> tuple[Tensor]:
+                return (self.mask_probabilities(self.mask_head(self.mask_roi_pool(features, part, sizes)), labels),)
+
+            (found["masks"],) = in_parts(masks, rois_of(found), found["labels"], most=MASKS_AT_ONCE)
         if self.has_keypoint():
-            x = self.keypoint_head(self.keypoint_roi_pool(features, rois_of(found), sizes))
-            found["heatmaps"] = self.keypoint_predictor(x)
+
+            def heatmaps(part: Tensor) -> tuple[Tensor]:
+                return (self.keypoint_predictor(self.keypoint_head(self.keypoint_roi_pool(features, part, sizes))),)
+
+            (found["heatmaps"],) = in_parts(heatmaps, rois_of(found), most=MASKS_AT_ONCE)
         return found
 
     def mask_probabilities(self, x: Tensor, labels: Tensor) -> Tensor:
         """Masks ``(N, 1, M, M)`` of the given classes ``(N,)``, from what the mask head gives."""
         return masks_of_classes(self.mask_predictor(x), labels)
+
+
+def in_parts(
+    compute: Callable[..., tuple[Tensor, ...]], rois: Tensor, *columns: Tensor, most: int = BOXES_AT_ONCE
+) -> tuple[Tensor, ...]:
+    """Compute outputs of many RoIs part by part, so that memory grows with the outputs and not with pooled features.
+
+    Args:
+        compute: Gives ``(R, ...)`` tensors of the RoIs and the columns of a part.
+        rois: ``(R, 5)``.
+        *columns: ``(R, ...)`` what else it takes.
+        most: RoIs of a part.
+    """
+    if device.is_traced() or len(rois) <= most:
+        return compute(rois, *columns)
+    parts = [compute(*part) for part in zip(*(x.split(most) for x in (rois, *columns)), strict=True)]
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
 def rois_of(found: Mapping[str, Tensor]) -> Tensor:

@@ -70,6 +70,9 @@ def _adaptive_roi_align(x: Tensor, rois: Tensor, size: int, scale: float, aligne
         else:
             of_ratio = torchvision.ops.roi_align(x, rois[rows].to(x.dtype), size, scale, 0, aligned)
         pooled.index_copy_(0, rows, of_ratio.permute(0, 2, 3, 1))
+    if x.requires_grad and torch.is_grad_enabled() and not pooled.requires_grad:
+        # Nothing was pooled: zeros that belong to the graph of the features all the same.
+        pooled = pooled + x[:0].sum()
     return pooled.permute(0, 3, 1, 2)
 
 
@@ -173,7 +176,7 @@ class StrideRoIAlign(nn.Module):
             ``(R, C, S, S)``, images in order.
         """
         maps = [features[name] for name in self.strides]
-        rois = boxes if isinstance(boxes, Tensor) else join_rois(boxes)
+        rois = boxes if isinstance(boxes, Tensor) else join_rois(boxes or [maps[0].new_zeros(0, 4)])
         chosen = self._rows(self.assign_levels(rois[:, 1:]))
         pooled = [
             roi_align(

@@ -5,52 +5,42 @@ Shape shorthand: N objects of K keypoints, an image of H x W pixels, C = 3 chann
 
 from __future__ import annotations
 
+import logging
 import os
 import typing
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from a2fpn.config import MAX_PIXELS, SCORE_THRESHOLD, HeadsConfig
-from a2fpn.data.images import read_image, to_rgb
-from a2fpn.errors import ConfigError, ConfigTypeError
-from a2fpn.heads.postprocess import PostprocessConfig
+from a2fpn.data.images import read_image
+from a2fpn.data.slides import Slide, WholeSlide, Window, open_slide
+from a2fpn.errors import ConfigError, ConfigTypeError, ImageError
 from a2fpn.inference.eval_view import EvalViews
 from a2fpn.inference.exported import ExportedDetector, Runtime, is_exported
+from a2fpn.inference.inputs import ImageInMemory, to_tensor
 from a2fpn.inference.options import PredictOptions, with_options
 from a2fpn.inference.result import Result, to_array
 from a2fpn.inference.sources import ImagePath, check_source, is_pattern, list_images
+from a2fpn.inference.tiled import MemorySlide, detect_tiles
 from a2fpn.inference.tiling import TileDetections, merge_tiles, tile_windows
-from a2fpn.inference.tta import detect_augmented
-from a2fpn.masks.rle import Rle, encode_box_masks
+from a2fpn.inference.tta import detect_augmented, detect_resized
+from a2fpn.masks.rle import encode_box_masks
 
 if TYPE_CHECKING:
     from a2fpn.detectors import Detector
     from a2fpn.inference.optimize import OptimizedDetector
 
 
-ImageInMemory = Image.Image | NDArray[np.uint8] | Tensor | bytes
-
-
-class _Call(NamedTuple):
-    """Model and options of one call.
-
-    Args:
-        model: The detector in evaluation mode.
-        options: Those of the call.
-        rule: The model's post-processing with the call's changes.
-    """
-
-    model: Detector | OptimizedDetector | ExportedDetector
-    options: PredictOptions
-    rule: PostprocessConfig
+_CANDIDATES = 4  # for an object; where there are fewer, some objects have none
+_logger = logging.getLogger(__name__)
+_MOST_PIXELS = 2**32 - 1  # of an image in tiles: pycocotools counts runs of a mask in 32 bits
 
 
 class Predictor:
@@ -65,12 +55,13 @@ class Predictor:
             :func:`a2fpn.optimize_for_inference`; or a file of :func:`a2fpn.export_model`, whose thresholds are fixed.
         device: Where to run, for example ``"cuda"``; None leaves the model where it is. Files run on the CPU.
         runtime: What runs a file: ``"onnxruntime"``, ``"openvino"`` or ``"torch"``; None goes by the file.
-        max_pixels: Most pixels of an image file, see :func:`a2fpn.data.read_image`; None sets no limit.
+        max_pixels: Most pixels of an image file that is decoded whole; None sets no limit. TIFF and large PNG files
+            that are predicted in tiles are not.
         gray_bits: Bits that gray values of image files use, see :func:`a2fpn.data.read_image`.
         channels_last: Whether to lay out the model's weights for convolutions on NHWC memory, which is faster on
             CPUs and on tensor cores, with the same results up to rounding.
         **options: Fields of :class:`PredictOptions`, for every call that doesn't say otherwise: ``score_threshold``,
-            ``nms_threshold``, ``detections_per_image``, ``soft_nms``, ``tile``, ``overlap``, ``tta``.
+            ``nms_threshold``, ``max_objects``, ``tile`` and others.
 
     Raises:
         TypeError: If the model is none of this package's detectors, or for an unknown option.
@@ -180,80 +171,161 @@ class Predictor:
             ValueError: For an option out of its range, or one that a detector of keypoints has no answer to.
         """
         chosen = self.options.but(options)
-        device = next((x.device for x in self.model.parameters()), torch.device("cpu"))
-        images = [image.to(device) for image in images]
-        changes = chosen.changes
+        if chosen.tile is not None:
+            return [self._tiled(MemorySlide(image), chosen) for image in images]
+        outputs = self._detect(images, chosen)
+        return [self._result(output, _size(image), chosen) for output, image in zip(outputs, images, strict=True)]
+
+    def tiles(
+        self, slide: Slide, *, skip: Collection[int] = (), **options: Any
+    ) -> Iterator[tuple[int, TileDetections]]:
+        """Detect objects tile by tile, for what takes long: each tile's detections can be kept as they come.
+
+        :func:`~a2fpn.inference.tiling.merge_tiles` makes one result of all.
+
+        Args:
+            slide: An image of :func:`a2fpn.data.slides.open_slide`.
+            skip: Numbers of tiles that are done.
+            **options: Fields of :class:`PredictOptions` for this call; ``tile`` is needed.
+
+        Yields:
+            The number of a tile, counted along rows from 0, and what was found in it.
+        """
+        chosen = self.options.but(options)
+        windows = dict(enumerate(self.windows(slide, **options)))
+        limited: Counter[str] = Counter()
+
+        def encode(output: Mapping[str, Tensor], size: tuple[int, int]) -> TileDetections:
+            limited.update(self._limits(output, chosen))
+            return _as_tile(self._result(output, size, chosen))
+
+        yield from detect_tiles(
+            lambda images: self._detect(images, chosen, slide),
+            encode,
+            slide,
+            {number: window for number, window in windows.items() if number not in skip},
+            batch=chosen.batch,
+            workers=chosen.workers,
+        )
+        for limit, number in limited.items():
+            _logger.warning("%s: in %s of %s tiles %s", slide.name, number, len(windows), limit)
+
+    def windows(self, slide: Slide, **options: Any) -> list[Window]:
+        """Tiles of a slide in the order of their numbers: :meth:`tiles` gives a detection of each."""
+        chosen = self.options.but(options)
+        return tile_windows(slide.size, chosen.tile or max(*slide.size, 16), chosen.overlap)
+
+    def join(self, slide: Slide, tiles: Sequence[TileDetections]) -> Result:
+        """Return what was found in all tiles of a slide as one result."""
+        merged = merge_tiles(tiles, slide.size)
+        return Result(
+            boxes=merged.boxes,
+            scores=merged.scores,
+            labels=merged.labels,
+            size=slide.size,
+            categories=self.categories,
+            rles=merged.rles,
+            microns_per_pixel=slide.microns_per_pixel,
+        )
+
+    def open(self, path: ImagePath, **options: Any) -> Slide:
+        """Open an image file to be read window by window, as the model and the options want it.
+
+        Raises:
+            ValueError: If the file is no readable image, has other channels than the model, or is too large: without
+                tiles for the limit of pixels, in tiles for run lengths of 32 bits.
+        """
+        chosen = self.options.but(options)
+        channels = self.model.config.backbone.in_chans
+        reading = chosen.reading(in_channels=channels, max_pixels=self.max_pixels, gray_bits=self.gray_bits)
+        if chosen.tile is None and channels == 3 and chosen.channels is None and chosen.intensity is None:
+            return WholeSlide(Path(path), reading)
+        slide = open_slide(Path(path), reading)
+        pixels = slide.size[0] * slide.size[1]
+        limit = _MOST_PIXELS if chosen.tile is not None else self.max_pixels
+        if limit is not None and pixels > limit:
+            slide.close()
+            advice = "cut it into parts" if chosen.tile else "predict it in tiles, or raise max_pixels (--max-pixels)"
+            raise ImageError(f"{slide.name}: its {pixels} pixels are more than the limit of {limit}; {advice}.")
+        return slide
+
+    def _detect(
+        self, images: Sequence[Tensor], options: PredictOptions, slide: Slide | None = None
+    ) -> Sequence[Mapping[str, Tensor]]:
+        """Detect objects in each image, by the model alone or by fusing its views."""
+        changes = options.changes
         if "score_threshold" in changes:
             # The heads keep what scores more than their threshold, a result what scores no less.
             below = float(np.nextafter(np.float32(changes["score_threshold"]), np.float32(-1)))
             changes["score_threshold"] = max(0.0, below)
         rule = replace(self.model.rule, **changes)
+        device = next((x.device for x in self.model.parameters()), torch.device("cpu"))
+        images = [image.to(device) for image in images]
+        scale = _scale(options, slide)
         with self._views.lend(self.model) as model, torch.inference_mode():
-            call = _Call(model, chosen, rule)
-            if chosen.tile is not None:
-                return [self._tiled(image, call) for image in images]
+            if scale is None and (options.augmentation is None or not all(image.ndim == 3 for image in images)):
+                found: Sequence[Mapping[str, Tensor]] = model(images, paste_masks=False, rule=rule)
+                return found
+            sizes = [
+                model.preprocess.target_size(*_size(image)) if scale is None else _scaled(_size(image), scale)
+                for image in images
+            ]
+            interpolation = model.preprocess.config.interpolation
+
+            def detect(views: Sequence[Tensor]) -> Sequence[dict[str, Tensor]]:
+                detections: Sequence[dict[str, Tensor]] = model(views, resize=False, paste_masks=False, rule=rule)
+                return detections
+
+            if options.augmentation is None:
+                return detect_resized(detect, images, sizes, interpolation=interpolation)
             return [
-                self._result(output, _size(image), chosen)
-                for output, image in zip(self._detect(images, call), images, strict=True)
+                detect_augmented(
+                    lambda view: detect([view])[0], image, size, options.augmentation, rule, interpolation=interpolation
+                )
+                for image, size in zip(images, sizes, strict=True)
             ]
 
-    def _detect(self, images: Sequence[Tensor], call: _Call) -> Sequence[Mapping[str, Tensor]]:
-        """Detect objects in each image, by the model alone or by fusing its views."""
-        model, options, rule = call
-        augmentation = options.augmentation
-        if augmentation is None or not all(image.ndim == 3 for image in images):
-            found: Sequence[Mapping[str, Tensor]] = model(images, paste_masks=False, rule=rule)
-            return found
-        if isinstance(model, ExportedDetector):
-            raise ConfigError(
-                f"{model.path.name} resizes images by itself; test-time augmentation needs the checkpoint."
-            )
-        return [
-            detect_augmented(
-                lambda view: model([view], resize=False, paste_masks=False, rule=rule)[0],
-                image,
-                model.preprocess.target_size(*_size(image)),
-                augmentation,
-                rule,
-                interpolation=model.preprocess.config.interpolation,
-            )
-            for image in images
-        ]
-
-    def _tiled(self, image: Tensor, call: _Call) -> Result:
-        size, options = _size(image), call.options
-        results = []
-        windows = tile_windows(size, options.tile or max(size), options.overlap)
-        # One by one: a batch of tiles takes several times the memory and saves no time on a CPU.
-        for x0, y0, x1, y1 in windows:
-            (output,) = self._detect([image[..., y0:y1, x0:x1]], call)
-            if "keypoints" in output and len(windows) > 1:
-                raise ConfigError("Keypoints of several tiles can't be merged; predict without tile.")
-            moved = {**output, "boxes": output["boxes"] + output["boxes"].new_tensor([x0, y0, x0, y0])}
-            results.append(self._result(moved, size, options))
-        if len(results) == 1:
-            return results[0]
-        tiles = [
-            TileDetections(window, result.boxes, result.scores, result.labels, result.rles)
-            for window, result in zip(windows, results, strict=True)
-        ]
-        merged = merge_tiles(tiles, size)
-        return replace(results[0], boxes=merged.boxes, scores=merged.scores, labels=merged.labels, rles=merged.rles)
+    def _tiled(self, slide: Slide, options: PredictOptions) -> Result:
+        chosen = {field.name: getattr(options, field.name) for field in fields(options)}
+        windows = self.windows(slide, **chosen)
+        if len(windows) == 1:
+            # As it is, with keypoints.
+            (output,) = self._detect([slide.read(windows[0])], options, slide)
+            for limit in self._limits(output, options):
+                _logger.warning("%s: %s", slide.name, limit)
+            result = self._result(output, slide.size, options)
+            return replace(result, microns_per_pixel=slide.microns_per_pixel)
+        joined = self.join(slide, [tile for _, tile in self.tiles(slide, **chosen)])
+        return replace(joined, score_threshold=options.score_threshold)
 
     def _predict_one(self, image: ImageInMemory | ImagePath, given: Mapping[str, Any]) -> Result:
         options = dict(given)
         if options.get("score_threshold", self.options.score_threshold) is None:
             options["score_threshold"] = _shown_threshold(self.model.rule.score_threshold)
+        chosen = self.options.but(options)
         if isinstance(image, bytes):  # the content of a file
             image = read_image(image, max_pixels=self.max_pixels, gray_bits=self.gray_bits)
-        if isinstance(image, (str, os.PathLike)):
-            pixels = read_image(Path(image), max_pixels=self.max_pixels, gray_bits=self.gray_bits)
-            (result,) = self.predict([pixels], **options)
+        if not isinstance(image, (str, os.PathLike)):
+            tensor = to_tensor(image)
+            return replace(self._tiled(MemorySlide(tensor), chosen), image=to_array(tensor))
+        with self.open(image, **options) as slide:
+            result = replace(self._tiled(slide, chosen), path=os.fspath(image))
             # Read again with other bits it would be another picture.
-            return replace(result, path=os.fspath(image), image=to_array(pixels) if self.gray_bits != 16 else None)
-        tensor = _to_tensor(image)
-        (result,) = self.predict([tensor], **options)
-        return replace(result, image=to_array(tensor))
+            again = self.gray_bits != 16 and chosen.tile is None
+            return replace(result, image=to_array(slide.read((0, 0, *slide.size[::-1])))) if again else result
+
+    def _limits(self, output: Mapping[str, Tensor], options: PredictOptions) -> Iterator[str]:
+        """Yield what kept an image from having more objects."""
+        count, heads = len(output["scores"]), self.model.config.heads
+        most = options.max_objects or self.model.rule.detections_per_image
+        own = getattr(heads, "rpn_post_nms_top_n_test", 0) or getattr(heads, "candidates_per_level", 0)
+        if count >= most:
+            yield f"there are {most} objects or more, of which no more are kept; raise max_objects (--max-objects)."
+        elif options.max_objects is None and count * _CANDIDATES >= own:
+            yield (
+                f"{count} objects were found among the {own} candidates that the model looks at; there may be more; "
+                "give max_objects (--max-objects), which raises all limits."
+            )
 
     def _result(self, output: Mapping[str, Tensor], size: tuple[int, int], options: PredictOptions) -> Result:
         boxes, masks = output["boxes"], output.get("masks")
@@ -266,14 +338,11 @@ class Predictor:
             labels=output["labels"].cpu().numpy(),
             size=size,
             categories=self.categories,
-            rles=None if masks is None else self._encode(masks, boxes, size),
+            rles=None if masks is None else tuple(encode_box_masks(masks, boxes, size, rule=self.model.mask_paste)),
             keypoint_names=getattr(self.model.config.heads, "keypoint_names", ()),
             **points,
         )
         return result if options.score_threshold is None else result.above(options.score_threshold)
-
-    def _encode(self, masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> tuple[Rle, ...]:
-        return tuple(encode_box_masks(masks, boxes, size, rule=self.model.mask_paste))
 
 
 def _shown_threshold(configured: float) -> float | None:
@@ -284,26 +353,26 @@ def _shown_threshold(configured: float) -> float | None:
     return SCORE_THRESHOLD if 0 < configured <= HeadsConfig.score_threshold else None
 
 
+def _as_tile(result: Result) -> TileDetections:
+    """A tile's result in pixels of the tile."""
+    height, width = result.size
+    return TileDetections((0, 0, width, height), result.boxes, result.scores, result.labels, result.rles)
+
+
+def _scale(options: PredictOptions, slide: Slide | None) -> float | None:
+    """Pixels that the network sees per pixel of the image; None for the model's own rule."""
+    if options.microns_per_pixel is None:
+        return options.scale
+    if slide is None or slide.microns_per_pixel is None:
+        name = "an image in memory" if slide is None else slide.name
+        raise ConfigError(f"{name} doesn't say what its pixels measure; give scale in place of microns_per_pixel.")
+    return slide.microns_per_pixel / options.microns_per_pixel
+
+
+def _scaled(size: tuple[int, int], scale: float) -> tuple[int, int]:
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
 def _size(image: Tensor) -> tuple[int, int]:
     """Height and width."""
     return int(image.shape[-2]), int(image.shape[-1])
-
-
-def _to_tensor(image: ImageInMemory) -> Tensor:
-    """(3, H, W) tensor of an image, uint8 or float in [0, 1]."""
-    if isinstance(image, Image.Image):
-        image = np.asarray(to_rgb(image))
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)) or not image.size:
-            raise ConfigError(
-                f"Expected an image as a uint8 array (H, W, 3) in RGB order or (H, W) in gray, got {image.dtype} of "
-                f"shape {image.shape}. Convert it, or pass a PIL image or the path of the file."
-            )
-        rgb = image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2)
-        return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
-    if isinstance(image, Tensor):
-        return image
-    raise ConfigTypeError(
-        f"Expected an image as a path, PIL image, uint8 array or tensor, or a folder or list of images, "
-        f"got {type(image).__name__}."
-    )

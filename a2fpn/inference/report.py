@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from a2fpn.data import ImageError, read_image
+from a2fpn.data.images import image_path
 from a2fpn.errors import ConfigError
 from a2fpn.inference.draw import draw_grid
 
@@ -41,8 +42,8 @@ def draw_report(report: DataReport, images: str | Path) -> Image.Image:
     categories = (*classes, *(replace(category, name=f"{category.name} (crowd)") for category in classes))
     results = []
     for example in report.examples:
-        path = Path(images) / example.file_name
         try:
+            path = image_path(Path(images), example.file_name)
             pixels = np.asarray(read_image(path, size=example.size)).transpose(1, 2, 0)
         except (ImageError, OSError):  # the latter for a name that no file system takes
             pixels = np.full((*example.size, 3), 200, dtype=np.uint8)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, overload
 
@@ -21,11 +21,14 @@ from a2fpn._registry import did_you_mean
 from a2fpn._words import RESULT
 from a2fpn.config import SCORE_THRESHOLD, Category
 from a2fpn.data.images import read_image
+from a2fpn.data.slides import Thumbnail, open_slide
 from a2fpn.errors import A2FPNError, ConfigError, ConfigTypeError
-from a2fpn.masks.rle import Rle, decode_rle
+from a2fpn.masks.rle import Rle, decode_rle, decode_windows, encode_window
 
 if TYPE_CHECKING:
     import supervision
+
+_DRAWN = 2**26  # pixels of the largest image that is drawn on as it is
 
 
 _NOTEBOOK_SIDE = 1600  # pixels of a picture in a notebook
@@ -84,6 +87,8 @@ class Result:
         keypoint_scores: (N, K) float32, the height of each keypoint's heatmap, a logit: above 0 the model is sure.
         keypoint_names: K names, or empty if the model doesn't know them.
         score_threshold: Score from which objects were kept; None if none was chosen.
+        microns_per_pixel: As the image file says; None where it doesn't.
+        thumbnail: Of a slide, see :meth:`a2fpn.data.slides.Slide.thumbnail`; what :meth:`plot` draws on if it is there.
 
     Example:
         >>> result = Result(
@@ -113,6 +118,8 @@ class Result:
     keypoint_scores: NDArray[np.float32] | None = None
     keypoint_names: tuple[str, ...] = ()
     score_threshold: float | None = None
+    microns_per_pixel: float | None = None
+    thumbnail: Thumbnail | None = None
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -234,22 +241,77 @@ class Result:
                 record["keypoints"] = points.ravel().tolist()
         return records
 
-    def to_supervision(self) -> supervision.Detections:
-        """Return supervision's ``Detections``, with dense masks and the names as ``data["class_name"]``.
+    @classmethod
+    def from_coco(
+        cls,
+        records: Sequence[Mapping[str, Any]],
+        *,
+        size: tuple[int, int],
+        categories: tuple[Category, ...],
+        path: str | None = None,
+        microns_per_pixel: float | None = None,
+    ) -> Result:
+        """Return the result of an image of which :meth:`to_coco` gave the records.
 
-        ``Detections`` have no place for keypoints: they are in ``data["keypoints"]``, and in
-        :meth:`to_supervision_keypoints`.
+        Args:
+            records: Best first.
+            size: Height and width of the image.
+            categories: The classes, in the order of the labels.
+            path: The image file.
+            microns_per_pixel: As in the result.
+
+        Raises:
+            ValueError: If a record is of a class that is not among them.
+
+        Example:
+            >>> record = {"category_id": 7, "bbox": [2.0, 2.0, 4.0, 3.0], "score": 0.75}
+            >>> Result.from_coco([record], size=(8, 10), categories=(Category(7, "cat"),))
+            <Result: 1 object in 10 x 8 pixels: 1 cat>
+        """
+        known = {category.id: label for label, category in enumerate(categories)}
+        unknown = {record["category_id"] for record in records} - known.keys()
+        if unknown:
+            raise ConfigError(f"category_id {min(unknown)} is none of the {len(categories)} classes' ids.")
+        boxes = np.array([record["bbox"] for record in records], dtype=np.float64).reshape(-1, 4)
+        points = [np.reshape(record["keypoints"], (-1, 3)) for record in records if "keypoints" in record]
+        return cls(
+            boxes=np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1).astype(np.float32),
+            scores=np.array([record["score"] for record in records], dtype=np.float32),
+            labels=np.array([known[record["category_id"]] for record in records], dtype=np.int64),
+            size=size,
+            categories=categories,
+            rles=tuple(record["segmentation"] for record in records if "segmentation" in record) or None,
+            keypoints=np.array(points, dtype=np.float32) if points else None,
+            path=path,
+            microns_per_pixel=microns_per_pixel,
+        )
+
+    def to_supervision(self) -> supervision.Detections:
+        """Return supervision's ``Detections``, with the names as ``data["class_name"]``.
+
+        Masks are supervision's compact ones where the installed version has them, else dense. ``Detections`` have no
+        place for keypoints: they are in ``data["keypoints"]``, and in :meth:`to_supervision_keypoints`.
         """
         library = _supervision()
         points = {} if self.keypoints is None else {"keypoints": self.keypoints}
         detections: supervision.Detections = library.Detections(
             xyxy=self.boxes,
-            mask=self.masks,
+            mask=self._compact_masks(library),
             confidence=self.scores,
             class_id=self.labels,
             data={"class_name": np.array(self.names, dtype=np.str_), **points},
         )
         return detections
+
+    def _compact_masks(self, library: Any) -> Any:
+        """Masks as supervision keeps them: run lengths inside boxes, whose last pixels are in them; else dense ones."""
+        if self.rles is None or not hasattr(getattr(library, "CompactMask", None), "from_coco_rle"):
+            return self.masks
+        height, width = self.size
+        first, last = np.floor(self.boxes[:, :2]), np.ceil(self.boxes[:, 2:]) - 1
+        corners = np.concatenate([first, np.maximum(last, first)], 1)
+        inside = np.clip(corners, 0, [width - 1, height - 1, width - 1, height - 1])
+        return library.CompactMask.from_coco_rle(self.rles, inside, image_shape=self.size)
 
     def to_supervision_keypoints(self) -> supervision.KeyPoints:
         """Return supervision's ``KeyPoints``, which its annotators of keypoints draw.
@@ -315,10 +377,52 @@ class Result:
         """
         from a2fpn.inference.draw import draw
 
-        image = self.load_image() if image is None else image
         if score_threshold is None:
             score_threshold = SCORE_THRESHOLD if self.score_threshold is None else self.score_threshold
-        return draw(self.above(score_threshold), image, boxes=boxes, labels=labels, legend=legend)
+        shown = self.above(score_threshold)
+        if image is None and self.image is None:
+            small = self.thumbnail or self._small()
+            if small is not None:
+                image, shown = small.pixels, shown.shrunk(small.side)
+        image = self.load_image() if image is None else image
+        return draw(shown, image, boxes=boxes, labels=labels, legend=legend)
+
+    def shrunk(self, side: int) -> Result:
+        """Return the result in an image of which squares of pixels have become pixels.
+
+        Args:
+            side: Of the squares, pixels.
+        """
+        size = (-(-self.size[0] // side), -(-self.size[1] // side))
+        return replace(
+            self,
+            boxes=self.boxes / np.float32(side),
+            size=size,
+            rles=None if self.rles is None else tuple(_shrunk_masks(self.rles, side, size)),
+            keypoints=None
+            if self.keypoints is None
+            else self.keypoints * np.array([1 / side, 1 / side, 1], np.float32),
+            image=None,
+            microns_per_pixel=None if self.microns_per_pixel is None else self.microns_per_pixel * side,
+            thumbnail=None,
+        )
+
+    def _small(self) -> Thumbnail | None:
+        """A thumbnail of the file, if it is too large to be drawn on."""
+        if self.path is None or self.size[0] * self.size[1] <= _DRAWN:
+            return None
+        with open_slide(self.path) as slide:
+            return slide.thumbnail()
+
+
+def _shrunk_masks(rles: Sequence[Rle], side: int, size: tuple[int, int]) -> Iterator[Rle]:
+    """Masks of squares of pixels, of which at least half are the object's, or as many as of any square."""
+    for window, (left, top, right, bottom) in decode_windows(rles):
+        first, last = (top // side, left // side), (-(-bottom // side), -(-right // side))
+        squares = np.zeros(((last[0] - first[0]) * side, (last[1] - first[1]) * side), np.float32)
+        squares[top - first[0] * side :, left - first[1] * side :][: window.shape[0], : window.shape[1]] = window
+        share = squares.reshape(last[0] - first[0], side, last[1] - first[1], side).mean((1, 3))
+        yield encode_window(share >= min(0.5, share.max(initial=0.0)), *first, size)
 
 
 def to_array(image: Tensor) -> NDArray[np.uint8]:

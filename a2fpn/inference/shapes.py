@@ -5,6 +5,8 @@ Shape shorthand: N objects. Points are x, y in image pixels.
 
 from __future__ import annotations
 
+import itertools
+import math
 from typing import TYPE_CHECKING
 
 import contourpy
@@ -50,14 +52,32 @@ def smooth_points(ring: Ring) -> Ring:
     return points if len(points) <= 4 else (np.roll(points, 1, axis=0) + 2 * points + np.roll(points, -1, axis=0)) / 4
 
 
+def box_ring(box: NDArray[np.floating]) -> Ring:
+    """Border of a box x, y, width, height, (5, 2), closed."""
+    x, y, width, height = (float(side) for side in box)
+    return np.array([(x, y), (x + width, y), (x + width, y + height), (x, y + height), (x, y)])
+
+
 def neighbor_colors(boxes: NDArray[np.floating]) -> list[int]:
-    """A number of the palette for each box xyxy, (N, 4), that none of the nearest boxes before it has."""
+    """A number of the palette for each box xyxy, (N, 4), that none of the nearest boxes before it has.
+
+    Among more than 256 boxes the nearest are sought in a grid, so that those of a slide take seconds.
+    """
+    count = len(boxes)
     centers = (boxes[:, :2] + boxes[:, 2:]) / 2
-    chosen = np.zeros(len(boxes), dtype=np.int64)
-    for row in range(len(boxes)):
-        nearest = np.argsort(np.square(centers[:row] - centers[row]).sum(1))[: len(PALETTE) - 1]
-        uses = np.bincount(chosen[:row], minlength=len(PALETTE))
-        uses[chosen[nearest]] += len(boxes)
-        chosen[row] = uses.argmin()
+    spread = float(np.ptp(centers, axis=0).max()) if count else 0.0
+    places = np.floor(centers / max(1.0, 16 * spread / max(16.0, math.sqrt(count)))).astype(np.int64).tolist()
+    squares: dict[tuple[int, int], list[int]] = {}
+    chosen = np.zeros(count, dtype=np.int64)
+    uses = np.zeros(len(PALETTE), dtype=np.int64)
+    for row, (column, line) in enumerate(places):
+        around = itertools.product(range(column - 1, column + 2), range(line - 1, line + 2))
+        near = np.array([other for place in around for other in squares.get(place, ())], dtype=np.int64)
+        nearest = near[np.square(centers[near] - centers[row]).sum(1).argsort(kind="stable")[: len(PALETTE) - 1]]
+        penalties = uses.copy()
+        penalties[chosen[nearest]] += count
+        chosen[row] = penalties.argmin()
+        uses[chosen[row]] += 1
+        squares.setdefault((column, line), []).append(row)
     numbers: list[int] = chosen.tolist()
     return numbers

@@ -8,15 +8,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pycocotools import mask as mask_utils
 
+from a2fpn.data.slides import Window
 from a2fpn.errors import ConfigError
-from a2fpn.masks.rle import Rle
+from a2fpn.masks.rle import Rle, decode_windows, encode_window
 
-Window = tuple[int, int, int, int]
 SAME = 0.5
 """Share of overlap from which two detections of different tiles are one object."""
 
@@ -33,7 +33,7 @@ class TileDetections:
         boxes: ``(n, 4)`` float32 xyxy.
         scores: ``(n,)`` float32.
         labels: ``(n,)`` int64.
-        rles: A mask of the image's size per detection, or None without masks.
+        rles: A mask of the tile's size per detection, or None without masks.
     """
 
     window: Window
@@ -91,36 +91,40 @@ def merge_tiles(tiles: Sequence[TileDetections], size: tuple[int, int]) -> TileD
     Returns:
         The detections, with the whole image as their window.
     """
+    offsets = np.cumsum([0, *(len(tile.scores) for tile in tiles)]).tolist()
     whole = np.concatenate([~_is_cut(tile, size) for tile in tiles])
-    merged = TileDetections(
-        (0, 0, size[1], size[0]),
-        np.concatenate([tile.boxes for tile in tiles]),
-        np.concatenate([tile.scores for tile in tiles]),
-        np.concatenate([tile.labels for tile in tiles]),
-        None if tiles[0].rles is None else tuple(rle for tile in tiles for rle in tile.rles or ()),
-    )
-    offsets = np.cumsum([0, *(len(tile.scores) for tile in tiles)])
-    same: dict[int, set[int]] = {row: set() for row in range(len(merged.scores))}
-    for (a, first), (b, second) in itertools.combinations(enumerate(tiles), 2):
-        for i, j in _same_objects(first, second, whole[offsets[a] :], whole[offsets[b] :], size):
-            same[offsets[a] + i].add(offsets[b] + j)
-            same[offsets[b] + j].add(offsets[a] + i)
-    boxes, scores, labels, rles = [], [], [], []
+    same: dict[int, set[int]] = {}
+    for a, b in _neighbors([tile.window for tile in tiles]):
+        for i, j in _same_objects(tiles[a], tiles[b], whole[offsets[a] :], whole[offsets[b] :]):
+            same.setdefault(offsets[a] + i, set()).add(offsets[b] + j)
+            same.setdefault(offsets[b] + j, set()).add(offsets[a] + i)
+    scores = np.concatenate([tile.scores for tile in tiles])
+    objects = [[row] for row in range(len(scores)) if row not in same]
     for group in _groups(same):
-        for part in _one_of_each(group, whole, merged.scores, same):
-            boxes.append(np.concatenate([merged.boxes[part, :2].min(0), merged.boxes[part, 2:].max(0)]))
-            scores.append(merged.scores[part].max())
-            labels.append(merged.labels[part[0]])
-            if merged.rles is not None:
-                rles.append(_union([merged.rles[row] for row in part]))
-    order = np.argsort(-np.array(scores, dtype=np.float32), kind="stable")
+        objects += _one_of_each(group, whole, scores, same)
+    best = np.array([scores[rows].max() for rows in objects], dtype=np.float32)
+    objects = [objects[number] for number in np.argsort(-best, kind="stable")]
+    boxes = np.concatenate([tile.boxes for tile in tiles])
+    labels = np.concatenate([tile.labels for tile in tiles])
+    ends = [(boxes[rows, :2].min(0), boxes[rows, 2:].max(0)) for rows in objects]
     return TileDetections(
-        merged.window,
-        np.array(boxes, dtype=np.float32).reshape(-1, 4)[order],
-        np.array(scores, dtype=np.float32)[order],
-        np.array(labels, dtype=np.int64)[order],
-        None if merged.rles is None else tuple(rles[row] for row in order),
+        (0, 0, size[1], size[0]),
+        np.array([np.concatenate(corners) for corners in ends], dtype=np.float32).reshape(-1, 4),
+        -np.sort(-best),
+        np.array([labels[rows[0]] for rows in objects], dtype=np.int64),
+        None if any(tile.rles is None for tile in tiles) else _joined_masks(tiles, offsets, objects, size),
     )
+
+
+def _neighbors(windows: Sequence[Window]) -> Iterator[tuple[int, int]]:
+    """Yield pairs of windows that have pixels in common."""
+    order = sorted(range(len(windows)), key=lambda number: windows[number][1])
+    for place, a in enumerate(order):
+        for b in itertools.islice(order, place + 1, None):
+            if windows[b][1] >= windows[a][3]:
+                break
+            if windows[a][0] < windows[b][2] and windows[b][0] < windows[a][2]:
+                yield min(a, b), max(a, b)
 
 
 def _is_cut(tile: TileDetections, size: tuple[int, int]) -> NDArray[np.bool_]:
@@ -138,22 +142,18 @@ def _same_objects(
     second: TileDetections,
     first_whole: NDArray[np.bool_],
     second_whole: NDArray[np.bool_],
-    size: tuple[int, int],
 ) -> Iterator[tuple[int, int]]:
-    """Rows of detections of two tiles that are the same object."""
+    """Yield rows of detections of two tiles that are the same object."""
     common = (
         *(max(a, b) for a, b in zip(first.window[:2], second.window[:2], strict=True)),
         *(min(a, b) for a, b in zip(first.window[2:], second.window[2:], strict=True)),
     )
-    if common[0] >= common[2] or common[1] >= common[3]:
-        return
     rows, columns = (_inside(tile.boxes, common) for tile in (first, second))
     if not len(rows) or not len(columns):
         return
-    a, b = (_cut_out(tile, kept, common, size) for tile, kept in ((first, rows), (second, columns)))
-    iou = np.asarray(mask_utils.iou(a, b, [False] * len(b)))
-    of_first = np.asarray(mask_utils.iou(a, b, [True] * len(b)))  # a crowd's IoU: intersection over the first's area
-    of_second = np.asarray(mask_utils.iou(b, a, [True] * len(a))).T
+    both, area_a, area_b = _overlaps(first, second, rows, columns, common)
+    of_first, of_second = both / np.maximum(area_a, 1e-9)[:, None], both / np.maximum(area_b, 1e-9)[None]
+    iou = both / np.maximum(area_a[:, None] + area_b[None] - both, 1e-9)
     whole_a, whole_b = first_whole[rows][:, None], second_whole[columns][None]
     share = np.where(whole_a == whole_b, iou, np.where(whole_a, of_second, of_first))
     one_class = first.labels[rows][:, None] == second.labels[columns][None]
@@ -169,17 +169,93 @@ def _inside(boxes: NDArray[np.float32], window: Sequence[int]) -> NDArray[np.int
     return np.flatnonzero((boxes[:, 0] < x1) & (boxes[:, 1] < y1) & (boxes[:, 2] > x0) & (boxes[:, 3] > y0))
 
 
-def _cut_out(
-    tile: TileDetections, rows: NDArray[np.intp], window: Sequence[int], size: tuple[int, int]
-) -> list[Rle] | NDArray[np.float64]:
-    """The parts of masks, or of boxes (x, y, width, height), inside a window."""
-    x0, y0, x1, y1 = map(float, window)
-    if tile.rles is None:
-        low = np.maximum(tile.boxes[rows, :2], [x0, y0])
-        high = np.minimum(tile.boxes[rows, 2:], [x1, y1])
-        return np.concatenate([low, high - low], 1).astype(np.float64)
-    (frame,) = mask_utils.frPyObjects([[x0, y0, x1, y0, x1, y1, x0, y1]], *size)
-    return [mask_utils.merge([tile.rles[row], frame], intersect=True) for row in rows]
+def _overlaps(
+    first: TileDetections,
+    second: TileDetections,
+    rows: NDArray[np.intp],
+    columns: NDArray[np.intp],
+    window: Sequence[int],
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Areas that detections (n) of one and (m) of another tile have in common inside a window, (n, m), (n,), (m,)."""
+    x0, y0, x1, y1 = window
+    a, b = (
+        np.concatenate([np.maximum(boxes[:, :2], [x0, y0]), np.minimum(boxes[:, 2:], [x1, y1])], 1).astype(np.float64)
+        for boxes in (first.boxes[rows], second.boxes[columns])
+    )
+    low = np.maximum(a[:, None, :2], b[None, :, :2])
+    both = (np.minimum(a[:, None, 2:], b[None, :, 2:]) - low).clip(min=0).prod(2)
+    if first.rles is None or second.rles is None:
+        return both, (a[:, 2:] - a[:, :2]).prod(1), (b[:, 2:] - b[:, :2]).prod(1)
+    masks_a, masks_b = (_cut_out(tile, kept, window) for tile, kept in ((first, rows), (second, columns)))
+    for i, j in np.argwhere(both > 0):
+        both[i, j] = _common_pixels(masks_a[i], masks_b[j])
+    return both, *(np.array([mask.pixels.sum() for mask in masks], np.float64) for masks in (masks_a, masks_b))
+
+
+class _Mask(NamedTuple):
+    """Pixels of an object, (h, w) in {0, 1}, with their first column and row in the image."""
+
+    pixels: NDArray[np.uint8]
+    left: int
+    top: int
+
+
+def _cut_out(tile: TileDetections, rows: NDArray[np.intp], window: Sequence[int]) -> list[_Mask]:
+    """The parts of masks inside a window."""
+    return [_crop(mask, window) for mask in _masks(tile, rows.tolist())]
+
+
+def _masks(tile: TileDetections, rows: Sequence[int]) -> Iterator[_Mask]:
+    x0, y0 = tile.window[:2]
+    for pixels, (left, top, _, _) in decode_windows([(tile.rles or ())[row] for row in rows]):
+        yield _Mask(pixels, x0 + left, y0 + top)
+
+
+def _crop(mask: _Mask, window: Sequence[int]) -> _Mask:
+    left, top = max(mask.left, window[0]), max(mask.top, window[1])
+    part = mask.pixels[top - mask.top : max(0, window[3] - mask.top), left - mask.left : max(0, window[2] - mask.left)]
+    return _Mask(part, left, top)
+
+
+def _common_pixels(a: _Mask, b: _Mask) -> int:
+    window = (b.left, b.top, b.left + b.pixels.shape[1], b.top + b.pixels.shape[0])
+    part = _crop(a, window)
+    if not part.pixels.size:
+        return 0
+    height, width = part.pixels.shape
+    top, left = part.top - b.top, part.left - b.left
+    return int((part.pixels & b.pixels[top : top + height, left : left + width]).sum())
+
+
+def _joined_masks(
+    tiles: Sequence[TileDetections], offsets: Sequence[int], objects: Sequence[Sequence[int]], size: tuple[int, int]
+) -> tuple[Rle, ...]:
+    """Masks of the image's size, each the union of those of its rows."""
+    owner = {row: number for number, rows in enumerate(objects) for row in rows}
+    parts: dict[int, list[_Mask]] = {}
+    joined: list[Rle] = [Rle(size=list(size), counts="")] * len(objects)
+    for tile, offset in zip(tiles, offsets[:-1], strict=True):
+        kept = [row for row in range(len(tile.scores)) if offset + row in owner]
+        for row, mask in zip(kept, _masks(tile, kept), strict=True):
+            number = owner[offset + row]
+            parts.setdefault(number, []).append(mask)
+            if len(parts[number]) == len(objects[number]):
+                joined[number] = _union(parts.pop(number), size)
+    return tuple(joined)
+
+
+def _union(masks: Sequence[_Mask], size: tuple[int, int]) -> Rle:
+    shown = [mask for mask in masks if mask.pixels.size]
+    if not shown:
+        return encode_window(np.zeros((0, 0), np.bool_), 0, 0, size)
+    left, top = min(mask.left for mask in shown), min(mask.top for mask in shown)
+    right = max(mask.left + mask.pixels.shape[1] for mask in shown)
+    bottom = max(mask.top + mask.pixels.shape[0] for mask in shown)
+    canvas = np.zeros((bottom - top, right - left), np.bool_)
+    for mask in shown:
+        height, width = mask.pixels.shape
+        canvas[mask.top - top : mask.top - top + height, mask.left - left : mask.left - left + width] |= mask.pixels > 0
+    return encode_window(canvas, top, left, size)
 
 
 def _groups(same: dict[int, set[int]]) -> Iterator[list[int]]:
@@ -207,10 +283,3 @@ def _one_of_each(
         if not same[row] & set(kept):
             kept.append(row)
     yield from ([row] for row in kept) if kept else [group]
-
-
-def _union(rles: Sequence[Rle]) -> Rle:
-    if len(rles) == 1:
-        return rles[0]
-    union = mask_utils.merge(list(rles))
-    return Rle(size=[int(side) for side in union["size"]], counts=union["counts"].decode("ascii"))

@@ -52,6 +52,32 @@ class Augmentation:
             yield scale, ((-2,) if rows else ()) + ((-1,) if columns else ())
 
 
+def detect_resized(
+    detect: Callable[[Sequence[Tensor]], Sequence[Detection]],
+    images: Sequence[Tensor],
+    sizes: Sequence[tuple[int, int]],
+    *,
+    interpolation: str = "bilinear",
+) -> list[Detection]:
+    """Detections of images at other sizes than the model would choose, in pixels of the images.
+
+    Args:
+        detect: A detector that takes images as they are, without resizing them; masks as predicted in their boxes.
+        images: ``(C, H, W)``, float in [0, 1] or uint8.
+        sizes: Height and width at which the detector sees each.
+        interpolation: How the model itself resizes.
+    """
+    views = [_resized(image, size, interpolation) for image, size in zip(images, sizes, strict=True)]
+    found = []
+    for image, size, detection in zip(images, sizes, detect(views), strict=True):
+        moved = _moved_back(detection, (), size, (int(image.shape[1]), int(image.shape[2])))
+        if "keypoints" in moved:
+            factor = moved["keypoints"].new_tensor([image.shape[2] / size[1], image.shape[1] / size[0], 1.0])
+            moved["keypoints"] = moved["keypoints"] * factor
+        found.append(moved)
+    return found
+
+
 def detect_augmented(
     detect: Callable[[Tensor], Detection],
     image: Tensor,
@@ -77,11 +103,10 @@ def detect_augmented(
     Raises:
         ValueError: If the detector gives keypoints, of which left and right can't be told.
     """
-    pixels = image.float().div(255) if image.dtype == torch.uint8 else image.float()
     found = []
     for scale, flips in augmentation.views():
         height, width = (max(1, round(side * scale)) for side in size)
-        view = F.interpolate(pixels[None], size=(height, width), mode=interpolation, align_corners=False)[0]
+        view = _resized(image, (height, width), interpolation)
         detection = detect(view.flip(flips))
         if "keypoints" in detection:
             raise ConfigError("Test-time augmentation can't mirror keypoints; use a detector of boxes or masks.")
@@ -89,6 +114,12 @@ def detect_augmented(
     fused = fuse(found, iou=augmentation.iou)
     kept = torch.where(fused["scores"] > rule.score_threshold)[0][: rule.detections_per_image]
     return {name: x[kept] for name, x in fused.items()}
+
+
+def _resized(image: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
+    """An image in floating point at another size."""
+    pixels = image.float().div(255) if image.dtype == torch.uint8 else image.float()
+    return F.interpolate(pixels[None], size=size, mode=interpolation, align_corners=False)[0]
 
 
 def _moved_back(

@@ -45,15 +45,15 @@ class Outlines:
     matrix: tuple[tuple[float, float, float], tuple[float, float, float]] = _IDENTITY
 
     @classmethod
-    def of(cls, masks: Sequence[Polygons | Rle], size: tuple[int, int]) -> Outlines:
+    def of(cls, masks: Sequence[Polygons | Rle | None], size: tuple[int, int]) -> Outlines:
         """The masks of a COCO file.
 
         Args:
-            masks: N masks of the image.
+            masks: N masks of the image; None gives an empty one.
             size: (H, W) of the image, pixels.
         """
         polygons = tuple(mask.points if isinstance(mask, Polygons) else () for mask in masks)
-        return cls(polygons, _join([decode_window(mask) for mask in masks if not isinstance(mask, Polygons)], size))
+        return cls(polygons, _join([_window(mask) for mask in masks if not isinstance(mask, Polygons)], size))
 
     @property
     def size(self) -> tuple[int, int]:
@@ -105,6 +105,10 @@ class Outlines:
             for polygons in self.polygons
         ]
         return _join(windows, self.size)
+
+
+def _window(mask: Rle | None) -> _Window:
+    return _NOTHING if mask is None else decode_window(mask)
 
 
 def _join(windows: Sequence[_Window], size: tuple[int, int]) -> InstanceMasks:

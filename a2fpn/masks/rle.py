@@ -95,17 +95,32 @@ def decode_window(rle: Rle) -> tuple[NDArray[np.uint8], tuple[int, int, int, int
                [0, 1, 0],
                [0, 0, 1]], dtype=uint8), (0, 0, 3, 3))
     """
-    height = rle["size"][0]
-    (runs,) = _decoded([rle])
-    start, body = _body(runs)
-    if not len(body):
-        return np.zeros((0, 0), np.uint8), (0, 0, 0, 0)
-    left, right = start // height, -(-(start + len(body)) // height)
-    columns = np.zeros((right - left, height), np.uint8)
-    columns.reshape(-1)[start - left * height :][: len(body)] = body
-    rows = np.flatnonzero(columns.any(0))
-    top, bottom = int(rows[0]), int(rows[-1]) + 1
-    return columns.T[top:bottom], (left, top, right, bottom)
+    return next(decode_windows([rle]))
+
+
+def decode_windows(rles: Sequence[Rle]) -> Iterator[tuple[NDArray[np.uint8], tuple[int, int, int, int]]]:
+    """Decode masks one by one as :func:`decode_window` does; many in a fraction of the time."""
+    for rle, runs in zip(rles, _decoded(rles), strict=True):
+        height = rle["size"][0]
+        edges = runs.cumsum()
+        starts, stops = edges[: len(edges) // 2 * 2 : 2], edges[1::2]
+        if (starts == stops).any():
+            starts, stops = starts[starts < stops], stops[starts < stops]
+        if not len(starts):
+            yield np.zeros((0, 0), np.uint8), (0, 0, 0, 0)
+            continue
+        column, row = np.divmod(starts, height)
+        last_column, last_row = np.divmod(stops - 1, height)
+        left, right = int(column[0]), int(last_column[-1]) + 1
+        # A run that goes on in the next column has both the last row and the first.
+        tall = bool((column < last_column).any())
+        top, bottom = (0, height) if tall else (int(row.min()), int(last_row.max()) + 1)
+        rows = bottom - top
+        steps = np.zeros((right - left) * rows + 1, np.int8)
+        steps[(column - left) * rows + row - top] = 1
+        steps[(last_column - left) * rows + last_row - top + 1] -= 1
+        window = steps[:-1].cumsum(dtype=np.int8).view(np.uint8).reshape(right - left, rows).T
+        yield window, (left, top, right, bottom)
 
 
 def _body(runs: NDArray[np.int64]) -> tuple[int, NDArray[np.bool_]]:

@@ -1,9 +1,16 @@
-"""Values of COCO's ``segmentation``, polygons and run lengths, checked."""
+"""Segmentations as COCO files have them, checked before pycocotools sees them: polygons and run lengths.
+
+Shape shorthand: ``N`` segmentations, ``H`` x ``W`` image pixels.
+"""
 
 from __future__ import annotations
 
+import functools
+import itertools
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +18,9 @@ from pycocotools import mask as mask_utils
 
 from a2fpn.masks.rle import Rle, as_text, passes, run_lengths, shorten
 
-_COORDINATE_LIMIT = 1e6  # pycocotools counts polygon steps in 32-bit integers and allocates one per pixel walked
+COORDINATE_LIMIT = 1e6  # pycocotools counts polygon steps in 32-bit integers and allocates one per pixel walked
+_LARGEST_IMAGE = 2**31  # pixels; pycocotools counts them in 32 bits
+_AREAS_AT_ONCE = 255  # pycocotools' area raises OverflowError for more
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,11 +41,224 @@ class Polygons:
         return as_text([mask_utils.merge(mask_utils.frPyObjects(flat, *self.size))])[0]
 
 
+@dataclass(frozen=True, eq=False)
+class Segmentations:
+    """Segmentations of many objects, read in one pass.
+
+    Args:
+        sizes: Height and width of each one's image, pixels.
+        points: x and y of all usable polygons, one after the other, (P, 2).
+        bounds: Where each polygon begins, and the end of the last, (Q + 1,).
+        owners: The segmentation of each polygon, ascending, (Q,).
+        rles: Run lengths, by number of the segmentation.
+        errors: What is wrong with those that can't be used.
+        fragments: What is wrong with the parts that were left out of the others, likewise: one message for each part.
+    """
+
+    sizes: Sequence[tuple[int, int]]
+    points: NDArray[np.float64]
+    bounds: NDArray[np.int64]
+    owners: NDArray[np.int64]
+    rles: Mapping[int, Rle]
+    errors: Mapping[int, str]
+    fragments: Mapping[int, Sequence[str]]
+
+    @classmethod
+    def of(cls, segmentations: Iterable[tuple[object, int, int]]) -> Segmentations:
+        """Check segmentations; of an object's polygons those that are sound are kept.
+
+        Args:
+            segmentations: Each as in a COCO file, with the height and width of its image, pixels.
+
+        Example:
+            >>> square = [1, 1, 3, 1, 3, 3, 1, 3]
+            >>> found = Segmentations.of([([square, [5, 5]], 9, 9), ([[5, 5]], 9, 9), ({"size": [1, 1]}, 9, 9)])
+            >>> found.extents[0].tolist(), len(found.fragments[0]), sorted(found.errors)
+            ([1.0, 1.0, 3.0, 3.0], 1, [1, 2])
+        """
+        sizes: list[tuple[int, int]] = []
+        errors: dict[int, str] = {}
+        faulty: dict[int, list[str]] = {}
+        drawn = _Polygons()
+        runs = _Runs()
+        for row, (segmentation, height, width) in enumerate(segmentations):
+            sizes.append((height, width))
+            if isinstance(segmentation, Mapping):
+                try:
+                    runs.add(row, segmentation, height, width)
+                except ValueError as error:
+                    errors[row] = str(error)
+            elif not _is_list(segmentation):
+                errors[row] = f"a segmentation is a list of polygons or an RLE, got {shorten(segmentation)}"
+            elif parts := drawn.add(row, segmentation):
+                faulty[row] = parts
+        points, bounds, owners = drawn.checked(faulty)
+        errors |= runs.check(sizes)
+        usable = set(owners.tolist())
+        errors |= {row: parts[0] for row, parts in faulty.items() if row not in usable}
+        fragments = {row: parts for row, parts in faulty.items() if row in usable}
+        return cls(sizes, points, bounds, owners, runs.rles, errors, fragments)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, row: int) -> Polygons | Rle:
+        """One that has no error."""
+        if row in self.rles:
+            return self.rles[row]
+        first, last = self._polygons[row : row + 2]
+        edges = self.bounds[first : last + 1].tolist()
+        points = tuple(self.points[start:end] for start, end in itertools.pairwise(edges))
+        return Polygons(points, self.sizes[row])
+
+    @functools.cached_property
+    def _polygons(self) -> list[int]:
+        """First polygon of each segmentation, and the number of all, (N + 1,)."""
+        first: list[int] = np.searchsorted(self.owners, np.arange(len(self) + 1)).tolist()
+        return first
+
+    @functools.cached_property
+    def extents(self) -> NDArray[np.float64]:
+        """Left, top, right and bottom of each, (N, 4); NaN where it has an error or too large an image."""
+        extents = np.full((len(self), 4), np.nan)
+        if len(self.owners):
+            rows, firsts = np.unique(self.owners, return_index=True)
+            starts = self.bounds[firsts]
+            extents[rows, :2] = np.minimum.reduceat(self.points, starts)
+            extents[rows, 2:] = np.maximum.reduceat(self.points, starts)
+        encoded = [row for row in self.rles if self.sizes[row][0] * self.sizes[row][1] < _LARGEST_IMAGE]
+        if encoded:
+            boxes = np.asarray(mask_utils.toBbox([self.rles[row] for row in encoded]), dtype=np.float64).reshape(-1, 4)
+            boxes[:, 2:] += boxes[:, :2]
+            extents[encoded] = boxes
+        return extents
+
+    @functools.cached_property
+    def areas(self) -> NDArray[np.float64]:
+        """Pixels of each, (N,); of polygons by the shoelace formula, NaN where it has an error."""
+        areas = np.full(len(self), np.nan)
+        if len(self.owners):
+            following = np.arange(1, len(self.points) + 1)
+            following[self.bounds[1:] - 1] = self.bounds[:-1]
+            x, y = self.points.T
+            parts = np.abs(np.add.reduceat(x * y[following] - x[following] * y, self.bounds[:-1])) / 2
+            sums = np.bincount(self.owners, parts, minlength=len(self))
+            drawn = np.unique(self.owners)
+            areas[drawn] = sums[drawn]
+        rows = list(self.rles)
+        for start in range(0, len(rows), _AREAS_AT_ONCE):
+            some = rows[start : start + _AREAS_AT_ONCE]
+            areas[some] = mask_utils.area([self.rles[row] for row in some])
+        return areas
+
+
+def _is_list(value: object) -> TypeGuard[Iterable[object]]:
+    """Return whether a value holds anything one after the other; JSON's lists, and arrays in memory."""
+    return isinstance(value, (list, tuple, np.ndarray)) and len(value) > 0
+
+
+class _Polygons:
+    """Collects polygons, and tells sound ones from others."""
+
+    def __init__(self) -> None:
+        self.coordinates = array("d")
+        self.ends = [0]
+        self.owners: list[int] = []
+
+    def add(self, row: int, polygons: Iterable[object]) -> list[str]:
+        """Append an object's polygons; return what is wrong with those that are none."""
+        faults = []
+        for polygon in polygons:
+            try:
+                count = 0 if isinstance(polygon, (str, bytes, Mapping)) else len(polygon)  # type: ignore[arg-type]
+                self.coordinates.extend(polygon)  # type: ignore[arg-type]
+            except (TypeError, ValueError, OverflowError):
+                count = 0
+            if count < 6 or count % 2:
+                del self.coordinates[self.ends[-1] :]
+                faults.append(f"a polygon is a list of at least 3 points x, y, x, y, ..., got {shorten(polygon)}")
+            else:
+                self.ends.append(len(self.coordinates))
+                self.owners.append(row)
+        return faults
+
+    def checked(self, faulty: dict[int, list[str]]) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]:
+        """Return points, bounds and owners of the polygons without those far outside, which are added to ``faulty``."""
+        points = np.frombuffer(self.coordinates, dtype=np.float64).reshape(-1, 2) if self.owners else np.empty((0, 2))
+        bounds, owners = np.array(self.ends, dtype=np.int64) // 2, np.array(self.owners, dtype=np.int64)
+        if not len(owners):
+            return points, bounds, owners
+        largest = np.maximum.reduceat(np.abs(points).max(1), bounds[:-1])
+        good = largest < COORDINATE_LIMIT  # false for NaN too
+        if good.all():
+            return points, bounds, owners
+        for number in np.flatnonzero(~good).tolist():
+            shown = shorten(points[bounds[number] : bounds[number + 1]].reshape(-1).tolist())
+            faulty.setdefault(int(owners[number]), []).append(
+                f"a polygon has a coordinate that is no pixel position: {shown}"
+            )
+        lengths = np.diff(bounds)
+        return points[good.repeat(lengths)], np.concatenate([[0], lengths[good].cumsum()]), owners[good]
+
+
+class _Runs:
+    """Collects run lengths, and checks compressed ones many at once."""
+
+    def __init__(self) -> None:
+        self.rles: dict[int, Rle] = {}
+        self._texts: dict[int, bytes] = {}
+
+    def add(self, row: int, segmentation: Mapping[str, object], height: int, width: int) -> None:
+        """Take one; compressed ones are not looked at yet.
+
+        Raises:
+            ValueError: If it can't be used.
+        """
+        size, counts = segmentation.get("size"), segmentation.get("counts")
+        if not _is_list(size) or list(size) != [height, width]:
+            raise ValueError(f"the mask's size is {size!r}, the image's [height, width] is {[height, width]}")
+        if isinstance(counts, (str, bytes)):
+            self._texts[row] = counts if isinstance(counts, bytes) else counts.encode(errors="replace")
+            # Characters behind ASCII are among what the check finds.
+            text = self._texts[row].decode("ascii", "replace")
+            self.rles[row] = Rle(size=[height, width], counts=text)
+            return
+        if not isinstance(counts, Sequence) or not all(isinstance(run, int) and run >= 0 for run in counts):
+            raise ValueError(f"the counts of an RLE are text or a list of run lengths, got {shorten(counts)}")
+        if sum(counts) != height * width:
+            raise ValueError(_wrong_total(sum(counts), height, width))
+        runs = {"size": [height, width], "counts": list(counts)}
+        (self.rles[row],) = as_text([mask_utils.frPyObjects(runs, height, width)])
+
+    def check(self, sizes: Sequence[tuple[int, int]]) -> dict[int, str]:
+        """Return what is wrong with compressed ones, which are dropped."""
+        rows, texts = list(self._texts), list(self._texts.values())
+        errors: dict[int, str] = {}
+        for part in passes(texts):
+            runs, firsts, problems = run_lengths(texts[part])
+            # As floats, which are exact as long as they may be right: sums of long texts overflow 64-bit integers.
+            totals = np.add.reduceat(runs, firsts, dtype=np.float64).tolist()
+            for number, (row, total) in enumerate(zip(rows[part], totals, strict=True)):
+                height, width = sizes[row]
+                if number in problems:
+                    errors[row] = problems[number]
+                elif total != height * width:
+                    errors[row] = _wrong_total(int(total), height, width)
+        for row in errors:
+            del self.rles[row]
+        return errors
+
+
+def _wrong_total(total: int, height: int, width: int) -> str:
+    pixels = f"{height} x {width} = {height * width}"
+    return f"the run lengths of the mask add up to {total} pixels, the image has {pixels}"
+
+
 def segmentation_to_rle(segmentation: object, height: int, width: int) -> Rle:
     """Turn a COCO ``segmentation`` into one RLE, after checks that pycocotools leaves out.
 
     pycocotools reads stray memory, or never returns, on run lengths that don't fill the image, and takes
-    a list of four numbers for a box. Both are errors here.
+    a list of four numbers for a box. Both are errors here, as is any part that is no polygon.
 
     Args:
         segmentation: Polygons ``[[x0, y0, x1, y1, x2, y2, ...], ...]`` in pixels (all of them together are
@@ -49,6 +271,7 @@ def segmentation_to_rle(segmentation: object, height: int, width: int) -> Rle:
         ValueError: If the value is none of these or doesn't fit the image.
 
     Example:
+        >>> from a2fpn.masks.rle import decode_rle
         >>> square = [[1, 1, 3, 1, 3, 3, 1, 3]]
         >>> decode_rle([segmentation_to_rle(square, 4, 4)])[0].astype(int)
         array([[0, 0, 0, 0],
@@ -89,66 +312,6 @@ def parse_segmentations(segmentations: Iterable[tuple[object, int, int]]) -> lis
         >>> parse_segmentations([({"size": [3, 3], "counts": "013000"}, 3, 3), (None, 3, 3)])
         [{'size': [3, 3], 'counts': '013000'}, ValueError('a segmentation is a list of polygons or an RLE, got None')]
     """
-    masks: list[Polygons | Rle | ValueError] = []
-    positions: list[int] = []
-    texts: list[bytes] = []
-    sizes: list[tuple[int, int]] = []
-    for position, (segmentation, height, width) in enumerate(segmentations):
-        try:
-            mask: Polygons | Rle | bytes | ValueError = _parse(segmentation, height, width)
-        except ValueError as error:
-            mask = error
-        if isinstance(mask, bytes):
-            positions.append(position)
-            texts.append(mask)
-            sizes.append((height, width))
-            # Characters behind ASCII are among what the check finds.
-            mask = Rle(size=[height, width], counts=mask.decode("ascii", "replace"))
-        masks.append(mask)
-    for part in passes(texts):
-        runs, firsts, problems = run_lengths(texts[part])
-        # As floats, which are exact as long as they may be right: sums of long texts overflow 64-bit integers.
-        totals = np.add.reduceat(runs, firsts, dtype=np.float64).tolist()
-        for number, (position, total, (height, width)) in enumerate(
-            zip(positions[part], totals, sizes[part], strict=True)
-        ):
-            if number in problems:
-                masks[position] = ValueError(problems[number])
-            elif total != height * width:
-                masks[position] = ValueError(_wrong_total(int(total), height, width))
-    return masks
-
-
-def _checked_polygon(polygon: object) -> NDArray[np.float64]:
-    try:
-        points: NDArray[np.float64] = np.asarray(polygon, dtype=np.float64)
-    except (TypeError, ValueError, OverflowError):
-        points = np.empty(0)
-    if points.ndim != 1 or len(points) < 6 or len(points) % 2:
-        raise ValueError(f"a polygon is a list of at least 3 points x, y, x, y, ..., got {shorten(polygon)}")
-    if not (np.abs(points) < _COORDINATE_LIMIT).all():  # also true for NaN
-        raise ValueError(f"a polygon has a coordinate that is no pixel position: {shorten(polygon)}")
-    return points.reshape(-1, 2)
-
-
-def _parse(segmentation: object, height: int, width: int) -> Polygons | Rle | bytes:
-    """Check all but compressed run lengths, which are returned as they are."""
-    if not isinstance(segmentation, Mapping):
-        if not isinstance(segmentation, Sequence) or isinstance(segmentation, str) or not segmentation:
-            raise ValueError(f"a segmentation is a list of polygons or an RLE, got {shorten(segmentation)}")
-        return Polygons(tuple(_checked_polygon(polygon) for polygon in segmentation), (height, width))
-    size, counts = segmentation.get("size"), segmentation.get("counts")
-    if not isinstance(size, Sequence) or list(size) != [height, width]:
-        raise ValueError(f"the mask's size is {size!r}, the image's [height, width] is {[height, width]}")
-    if isinstance(counts, (str, bytes)):
-        return counts if isinstance(counts, bytes) else counts.encode()
-    if not isinstance(counts, Sequence) or not all(isinstance(run, int) and run >= 0 for run in counts):
-        raise ValueError(f"the counts of an RLE are text or a list of run lengths, got {shorten(counts)}")
-    if sum(counts) != height * width:
-        raise ValueError(_wrong_total(sum(counts), height, width))
-    return as_text([mask_utils.frPyObjects({"size": [height, width], "counts": list(counts)}, height, width)])[0]
-
-
-def _wrong_total(total: int, height: int, width: int) -> str:
-    pixels = f"{height} x {width} = {height * width}"
-    return f"the run lengths of the mask add up to {total} pixels, the image has {pixels}"
+    found = Segmentations.of(segmentations)
+    faults = {**{row: parts[0] for row, parts in found.fragments.items()}, **found.errors}
+    return [ValueError(faults[row]) if row in faults else found[row] for row in range(len(found))]

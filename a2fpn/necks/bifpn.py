@@ -2,8 +2,14 @@
 
 As in the paper: levels without a second input lose their node, inputs are fused with fast normalized weights, skip
 edges lead from each input to its output, the whole is repeated, and coarser levels take part in the fusion. As in
-the authors' code: the activation comes between the fusion and the convolution. Where this differs: each backbone
-level is projected once, not once for each edge that leaves it, and the norm is no batch norm (see :class:`BiFPN`).
+the authors' code: the activation comes between the fusion and the convolution. Where this differs:
+
+* each backbone level is projected once, not once for each edge that leaves it, so that there are fewer parameters than
+  in mmdetection's BiFPN of the same width;
+* the norm is no batch norm (see :class:`BiFPN`);
+* maps are halved by max pooling that is centered on even pixels, as strided convolutions are everywhere here;
+  TensorFlow's "SAME" pads maps of even size at the end alone, which moves them by a pixel. So EfficientDet's weights
+  can't be taken over.
 
 Shape shorthand: ``B`` batch, ``C_i`` channels and ``H_i, W_i`` size of level ``i``, ``d`` pyramid channels.
 """
@@ -82,7 +88,7 @@ class BiFPN(Neck):
         """See :meth:`Neck.fuse`; the extra levels are included."""
         pyramid: list[Tensor] = [lateral(x) for lateral, x in zip(self.lateral, features, strict=True)]
         while len(pyramid) < len(self.out_spec):
-            pyramid.append(_halve(pyramid[-1]))
+            pyramid.append(halve(pyramid[-1]))
         for layer in self.layers:
             pyramid = layer(pyramid)
         return pyramid
@@ -116,7 +122,7 @@ class BiFPNLayer(nn.Module):
             top_down[i] = self.top_down[i]([pyramid[i], upsampled])
         fused = top_down[:1]
         for i, node in enumerate(self.bottom_up, start=1):
-            down = _halve(fused[-1])
+            down = halve(fused[-1])
             if down.shape[-2:] != pyramid[i].shape[-2:]:
                 # Backbones that round sizes down leave a row or column over.
                 down = F.interpolate(down, size=pyramid[i].shape[-2:], mode="nearest")
@@ -155,6 +161,6 @@ class WeightedFusion(nn.Module):
         return y
 
 
-def _halve(x: Tensor) -> Tensor:
+def halve(x: Tensor) -> Tensor:
     """Maps ``(B, d, H, W)`` to ``(B, d, ceil(H / 2), ceil(W / 2))``."""
     return F.max_pool2d(x, kernel_size=3, stride=2, padding=1)

@@ -49,10 +49,11 @@ class Facts:
         max_detections: Best detections per image and class that counted for the metrics.
         packages: Packages outside a2fpn and timm that define its neck, detector or backbone.
         count_threshold: Score from which objects count, chosen on annotated images, see :mod:`a2fpn.counting`.
+        microns_per_pixel: What a pixel that the network sees measured in training, for images of known scale.
 
     Raises:
         TypeError: If a metric is no number.
-        ValueError: If the threshold is not in [0, 1].
+        ValueError: If the threshold is not in [0, 1], or the scale not above 0.
     """
 
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -63,6 +64,7 @@ class Facts:
     max_detections: int = 100
     packages: tuple[str, ...] = ()
     count_threshold: float | None = None
+    microns_per_pixel: float | None = None
 
     def __post_init__(self) -> None:
         for key, value in self.metrics.items():
@@ -70,6 +72,9 @@ class Facts:
                 raise ConfigTypeError(f"The metric {key!r} must be a number, got {value!r}.")
         if self.count_threshold is not None and not 0 <= self.count_threshold <= 1:
             raise ConfigError(f"count_threshold must lie in [0, 1], got {self.count_threshold}.")
+        # Written so that NaN is bad as well.
+        if self.microns_per_pixel is not None and not self.microns_per_pixel > 0:
+            raise ConfigError(f"microns_per_pixel must be above 0, got {self.microns_per_pixel}.")
         object.__setattr__(self, "metrics", {key: float(value) for key, value in self.metrics.items()})
 
 

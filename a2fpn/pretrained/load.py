@@ -309,8 +309,8 @@ def _(weights: GraftedWeights, *, load: bool, **options: Any) -> Weights:
     if tensors is None:
         return Weights(config, None)
     _logger.warning(
-        "The neck %s is grafted, not trained: it holds the weights of %s, set up to compute the same, ready to be "
-        "fine-tuned. For the trained detector itself: create_model(%r, pretrained=True).",
+        "The neck %s is grafted, not trained: it holds the weights of %s, set up to compute nearly the same, ready to "
+        "be fine-tuned. For the trained detector itself: create_model(%r, pretrained=True).",
         weights.neck,
         weights.base,
         weights.base,

@@ -297,7 +297,7 @@ def _column(
         names = {category.id: category.name for category in coco.categories}
         truth = [a for a in coco.annotations[image_id] if not a.iscrowd]
         boxes = np.array([a.bbox for a in truth], dtype=np.float64).reshape(-1, 4)
-        rles = tuple(rle for a in truth if (rle := a.rle)) if coco.has_masks else None
+        rles = tuple(a.region(coco.images[image_id]) for a in truth) if coco.has_masks else None
         labels.insert(0, tuple(names[a.category_id] for a in truth))
         cells.insert(0, Cell(boxes, rles, labels[0], (), _count(len(truth))))
     known = sorted({name for row in labels for name in row})

@@ -12,6 +12,7 @@ import torch
 
 from a2fpn._version import __version__
 from a2fpn.data import CocoFile
+from a2fpn.data.images import image_path
 from a2fpn.pretrained.checkpoint import file_sha256
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def data_facts(coco: CocoFile, images: Path, annotations: Path | None = None) ->
     """
     digest = hashlib.sha256()
     for image_id in sorted(coco.images):
-        digest.update(file_sha256(images / coco.images[image_id].file_name).encode())
+        digest.update(file_sha256(image_path(images, coco.images[image_id].file_name)).encode())
     objects = [a for some in coco.annotations.values() for a in some]
     counts = Counter(a.category_id for a in objects if not a.iscrowd)
     facts = {

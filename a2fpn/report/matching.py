@@ -110,6 +110,7 @@ class Scene:
         """
         if kind == "segm" and not coco.has_masks:
             raise DataError(f"{coco.name} has no masks; compare boxes, with kind='bbox'.")
+        coco = coco.with_all_masks() if kind == "segm" else coco
         image_ids = tuple(sorted(coco.images))
         truth, found = _annotated(coco, image_ids, kind), _detected(coco, image_ids, detections, kind, max_detections)
         overlaps = tuple(

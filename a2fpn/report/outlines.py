@@ -13,13 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from a2fpn.data import Rle
-from a2fpn.inference.shapes import PALETTE, Ring, mask_rings, neighbor_colors, smooth_points
-
-
-def box_ring(box: NDArray[np.floating]) -> Ring:
-    """Border of a box x, y, width, height, (5, 2), closed."""
-    x, y, width, height = (float(side) for side in box)
-    return np.array([(x, y), (x + width, y), (x + width, y + height), (x, y + height), (x, y)])
+from a2fpn.inference.shapes import PALETTE, Ring, box_ring, mask_rings, neighbor_colors, smooth_points
 
 
 def rings_of(boxes: NDArray[np.floating], rles: tuple[Rle, ...] | None, row: int) -> list[Ring]:

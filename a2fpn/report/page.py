@@ -15,6 +15,7 @@ from markupsafe import Markup
 
 from a2fpn._version import __version__
 from a2fpn.data import CocoFile, read_coco, read_image
+from a2fpn.data.images import image_path
 from a2fpn.errors import ConfigError
 from a2fpn.evaluation import CocoMetrics, evaluate_coco
 from a2fpn.report import figures
@@ -301,7 +302,8 @@ def _worst(analyses: Sequence[Analysis], count: int) -> list[int]:
 def _picture(position: int, coco: CocoFile, images: Path, analyses: Sequence[Analysis]) -> dict[str, Any]:
     """An image with what each model found, missed, named wrongly and invented, as SVG paths."""
     entry = coco.images[analyses[0].scene.image_ids[position]]
-    pixels = read_image(images / entry.file_name, size=(entry.height, entry.width)).permute(1, 2, 0).numpy()
+    file = image_path(images, entry.file_name)
+    pixels = read_image(file, size=(entry.height, entry.width)).permute(1, 2, 0).numpy()
     return {
         "name": entry.file_name,
         "width": entry.width,

@@ -165,10 +165,11 @@ def check_model(source: Generation, model: ModelConfig) -> None:
 def content_of(config: TrainConfig, train_set: TrainingSet, val_set: CocoDataset) -> dict[str, Any]:
     """Hashes of what settings name, by setting, and the numbers of images."""
     weights = config.model.backbone_weights
+    known = weights is not None and Path(weights).is_file()  # else building the model says what is wrong
     return {
         "training": {"images": len(train_set), "sha256": _hash_of(train_set)},
         "validation": {"images": len(val_set), "sha256": _hash_of(val_set)},
-        **({"model.backbone_weights": file_sha256(Path(weights))} if weights else {}),
+        **({"model.backbone_weights": file_sha256(Path(str(weights)))} if known else {}),
     }
 
 

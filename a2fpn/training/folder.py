@@ -88,7 +88,7 @@ class RunFolder:
         self._steps: dict[str, int] = {}
         self._written: int | None = None  # the step of the generation that this process wrote
         if not any(os.path.lexists(output / name) for name in (LOCK_FILE, *NAMES)):  # no run was ever started here
-            self._refuse(CONFIG_FILE, LOG_FILE)
+            self._refuse(CONFIG_FILE, LOG_FILE, or_else="remove it")
         self._lock = RunLock(output)
         try:
             self._tidy()
@@ -103,11 +103,11 @@ class RunFolder:
 
     # Going on
 
-    def _refuse(self, *names: str) -> None:
+    def _refuse(self, *names: str, or_else: str = "run.resume=auto") -> None:
         found = [name for name in names if os.path.lexists(self.output / name)]
         if found:
             raise ConfigError(
-                f"{self.output} already holds a run ({found[0]}); choose another run.output, or run.resume=auto."
+                f"{self.output} already holds a run ({found[0]}); choose another run.output, or {or_else}."
             )
 
     def _tidy(self) -> None:
@@ -154,7 +154,7 @@ class RunFolder:
             raise CheckpointError(f"No checkpoint of {start} is whole: {' '.join(damaged.values())} {START_ANEW}")
         if resume != "auto":
             raise MissingFileError(f"run.resume: no training state in {start / 'last'}; start without run.resume.")
-        self._refuse(METRICS_FILE)
+        self._refuse(METRICS_FILE, or_else="remove it, as its checkpoints are")
         return None
 
     def settle(self, state: RunState) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from a2fpn.data import (
     train_transforms,
 )
 from a2fpn.data.importers import detect
+from a2fpn.data.transforms import mirrored_keypoints
 from a2fpn.errors import ConfigError, DataError
 from a2fpn.training.config import DataSection, ModelSection, TrainConfig
 from a2fpn.training.feed import Feed, FolderFeed
@@ -124,15 +125,16 @@ def check_folder(dataset: CocoDataset, classes: TrainingSet, *, images: int) -> 
 def credits_of(dataset: TrainingSet) -> dict[str, str]:
     """Return the origin that a data set states: ``data`` (its description) and ``data_license``."""
     if isinstance(dataset, CocoDataset):
-        document = json.loads(Path(dataset.name).read_text(encoding="utf-8"))
-        info, licenses = document.get("info"), document.get("licenses")
+        info, licenses = dataset.coco.info, dataset.coco.licenses
     elif isinstance(dataset, ShardDataset):
         info, licenses = dataset.index.info, dataset.index.licenses
     else:
         info, licenses = None, None
-    names = [str(entry.get("name", "unnamed")) for entry in licenses or []]
+    entries = licenses if isinstance(licenses, (list, tuple)) else ()
+    names = [str(entry.get("name", "unnamed")) for entry in entries if isinstance(entry, Mapping)]
+    description = info.get("description") if isinstance(info, Mapping) else None
     return {
-        "data": str((info or {}).get("description", Path(dataset.name).name)),
+        "data": str(description or Path(dataset.name).name),
         "data_license": ", ".join(names) or "not stated",
     }
 
@@ -150,14 +152,54 @@ def build_model(model: ModelSection, dataset: TrainingSet) -> Any:
     options: dict[str, Any] = {"num_classes": len(dataset.categories), "categories": dataset.categories}
     if model.backbone_weights:
         options["backbone_weights"] = model.backbone_weights
-    if dataset.keypoint_names and model.name.startswith("keypointrcnn"):
-        options |= {"num_keypoints": len(dataset.keypoint_names), "keypoint_names": list(dataset.keypoint_names)}
+    if dataset.num_keypoints and model.name.startswith("keypointrcnn"):
+        options["num_keypoints"] = dataset.num_keypoints
+        options |= {"keypoint_names": list(dataset.keypoint_names)} if dataset.keypoint_names else {}
     return a2fpn.create_model(
         model.name,
         pretrained=model.pretrained,
         pretrained_backbone=model.pretrained_backbone,
         **{**options, **model.overrides},
     )
+
+
+def log_odd_plans(config: TrainConfig, model: Any, datasets: Sequence[TrainingSet], *, steps: int) -> None:
+    """Say what of the data is not learned from, and which settings can't have the effect that they name.
+
+    Args:
+        config: The settings.
+        model: The detector.
+        datasets: What is trained and evaluated on.
+        steps: Length of the run.
+    """
+    for dataset in datasets:
+        masked, objects = dataset.coco.count_masks() if isinstance(dataset, CocoDataset) else (0, 0)
+        if "masks" in model.target_keys and masked < objects:
+            logger.warning("%s: %d of %d objects have masks; the others count as boxes", dataset.name, masked, objects)
+    names, transforms = datasets[0].keypoint_names, config.data.transforms
+    flips = transforms.horizontal_flip or transforms.vertical_flip
+    if "keypoints" in model.target_keys and flips and mirrored_keypoints(names) is None:
+        logger.warning(
+            "Images are not flipped: the names of the keypoints, %s, don't tell left from right. Name them in pairs, "
+            "such as left_eye and right_eye, in the categories' keypoints",
+            ", ".join(names) or "which are missing",
+        )
+    warmup, found = config.optim.warmup_steps, model.config.heads.detections_per_image
+    if warmup >= steps:
+        logger.warning(
+            "optim.warmup_steps=%d: the run has %d steps, so the learning rate never reaches optim.lr. A tenth of the "
+            "run is usual: optim.warmup_steps=%d",
+            warmup,
+            steps,
+            steps // 10,
+        )
+    if config.run.max_detections > found:
+        logger.warning(
+            "run.max_detections=%d: the model finds at most %d objects in an image; raise "
+            "model.overrides.detections_per_image to find more",
+            config.run.max_detections,
+            found,
+        )
 
 
 def build_feed(config: TrainConfig, dataset: TrainingSet, model: Any, accelerator: Accelerator) -> Feed:
@@ -170,9 +212,8 @@ def build_feed(config: TrainConfig, dataset: TrainingSet, model: Any, accelerato
         accelerator: The accelerator of the run.
     """
     data, run = config.data, config.run
-    transforms = train_transforms(
-        model.preprocess.target_size, keypoint_names=dataset.keypoint_names, **vars(data.transforms)
-    )
+    names = dataset.keypoint_names if "keypoints" in model.target_keys else None
+    transforms = train_transforms(model.preprocess.target_size, keypoint_names=names, **vars(data.transforms))
     options: dict[str, Any] = {
         "batch_size": data.batch_size,
         "grad_accumulation": run.grad_accumulation,

@@ -40,6 +40,7 @@ from a2fpn.training.sources import (
     build_feed,
     build_model,
     check_folder,
+    log_odd_plans,
     open_training_set,
     open_validation_set,
 )
@@ -75,7 +76,7 @@ class Trainer:
         self.accelerator = Accelerator(
             mixed_precision="no" if run.mixed_precision == "none" else run.mixed_precision,
             gradient_accumulation_steps=run.grad_accumulation,
-            log_with=list(run.trackers),
+            log_with=list(run.trackers) or None,  # of an empty list it complains
             project_config=ProjectConfiguration(project_dir=run.output, logging_dir=run.output),
             # Rank 0 computes the COCO numbers while the others wait.
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
@@ -260,6 +261,7 @@ class Trainer:
             self.plan.total_steps,
             self.plan.epochs(state),
         )
+        log_odd_plans(config, self.accelerator.unwrap_model(self.model), self.datasets, steps=self.plan.total_steps)
         logger.info(
             "%d images per step (%d per batch, %d process(es) on %s, %d batch(es) per step); "
             "learning rate %.3g, which is %.3g for %d images, scaling: %s.",

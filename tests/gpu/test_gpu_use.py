@@ -14,7 +14,7 @@ from tests.helpers import build_neck, pyramid_spec, random_features
 pytestmark = pytest.mark.gpu
 
 PIXELS = (batch(1)[0][0] * 255).to(torch.uint8).permute(1, 2, 0).numpy()
-RULE = {"score_threshold": 0.01, "detections_per_image": 30}
+RULE = {"score_threshold": 0.01, "max_objects": 30}
 
 
 def as_detection(result: Result) -> dict[str, torch.Tensor]:

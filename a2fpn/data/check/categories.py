@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 
-from a2fpn.data.check.reader import CocoDocument
+from a2fpn.data.annotation_table import AnnotationTable
+from a2fpn.data.check.problem import names_of, used_categories
 from a2fpn.data.check.report import (
     Finding,
     count_of,
     few,
     shorten,
 )
-from a2fpn.data.check.table import AnnotationTable
+from a2fpn.data.document import CocoDocument
 
 
 def compare_with_model(model: Mapping[int, str], file: CocoDocument, table: AnnotationTable) -> Iterator[Finding]:
     """Compare the categories of the data with those of a model."""
-    yield from _compare("the model", model, file.name, file.categories, table.used(file))
+    yield from _compare("the model", model, file.name, names_of(file), used_categories(file, table))
     unseen = model.keys() - file.categories.keys()
     if unseen and len(unseen) < len(model):
         message = f"{count_of(len(unseen), 'class')} of the model not in {file.name}: {named(model, unseen)}."
@@ -28,15 +29,15 @@ def compare_with_other(
     file: CocoDocument, table: AnnotationTable, other: CocoDocument, other_table: AnnotationTable
 ) -> Iterator[Finding]:
     """Compare the categories of two files, and the classes that they have objects of."""
-    used, other_used = table.used(file), other_table.used(other)
-    yield from _compare(file.name, file.categories, other.name, other.categories, other_used)
+    used, other_used = used_categories(file, table), used_categories(other, other_table)
+    yield from _compare(file.name, names_of(file), other.name, names_of(other), other_used)
     shared = file.categories.keys() & other.categories.keys()
     for code, here, there, missing in (
         ("class-not-learned", other, file, (other_used - used) & shared),
         ("class-not-measured", file, other, used - other_used),
     ):
         if missing and shared:
-            names = named(here.categories, missing)
+            names = named(names_of(here), missing)
             message = (
                 f"{count_of(len(missing), 'class')} with objects in {here.name} and none in {there.name}: {names}."
             )
@@ -56,7 +57,10 @@ def _compare(
     if others and known:
         pairs = (f"{key} is {known[key]!r} for {source} and {others[key]!r} in {target}" for key in others)
         message = f"Ids that mean different classes, {len(others)} of {len(categories)}: {few(pairs, len(others))}."
-        yield Finding("error", "category-names", message + _shift(known, categories), advice, len(others))
+        # The same names under other ids: every number would be that of another class.
+        swapped = {name.casefold() for name in others.values()} <= {name.casefold() for name in known.values()}
+        message += _shift(known, categories)
+        yield Finding("error", "category-names", message, advice, len(others), fatal=swapped)
     if known and categories and not known.keys() & categories.keys():
         message = f"{target} has no category id in common with {source}: {few(categories, len(categories))} against "
         message += f"{few(known, len(known))}.{_shift(known, categories)}"

@@ -17,18 +17,18 @@ from typing import TypeVar
 import numpy as np
 
 from a2fpn.config import Category
+from a2fpn.data.annotation_table import AnnotationTable
 from a2fpn.data.check.annotations import (
+    area_problems,
     box_format,
     box_problems,
+    fault_problems,
     id_problems,
-    keypoint_problems,
-    mask_problems,
-    reference_problems,
 )
 from a2fpn.data.check.categories import compare_with_model, compare_with_other
 from a2fpn.data.check.classes import class_counts, scales, use_findings
 from a2fpn.data.check.files import file_findings
-from a2fpn.data.check.reader import CocoDocument, Source, read_document, source_name
+from a2fpn.data.check.reader import read_document
 from a2fpn.data.check.report import (
     AnnotatedImage,
     DataReport,
@@ -36,12 +36,12 @@ from a2fpn.data.check.report import (
     Track,
 )
 from a2fpn.data.check.sizes import size_findings
-from a2fpn.data.check.table import AnnotationTable, any_column
-from a2fpn.data.coco import CocoImage
+from a2fpn.data.document import CocoDocument, CocoImage, Source, source_name
 from a2fpn.data.duplicates import duplicate_findings
+from a2fpn.data.rules import find_faults, usable_rows
 from a2fpn.errors import ConfigError, DataError
 from a2fpn.masks.rle import Rle
-from a2fpn.masks.segmentation import segmentation_to_rle
+from a2fpn.masks.segmentation import Polygons, segmentation_to_rle
 
 T = TypeVar("T")
 _LARGEST_PICTURE = 2**27  # pixels; larger images are not drawn
@@ -104,36 +104,26 @@ def check_data(
     file, findings = read_document(annotations, track)
     if file is None:
         return DataReport(source_name(annotations), 0, 0, 0, (), tuple(findings))
-    table = AnnotationTable.of(file, track)
+    table = _table(file, track)
     if categories:
         findings += compare_with_model({category.id: category.name for category in categories}, file, table)
     if against is not None:
         other, problems = read_document(against, track)
         findings += problems
-        findings += [] if other is None else compare_with_other(file, table, other, AnnotationTable.of(other, track))
+        findings += [] if other is None else compare_with_other(file, table, other, _table(other, track, masks=False))
         if duplicates and root is not None and other is not None:
             names = {entry.id: entry.file_name for entry in file.images}
             others = [entry.file_name for entry in other.images]
             findings += duplicate_findings(names, others, (root, root), track)
 
-    problems_of_rows = [
-        problem
-        for problem in itertools.chain(
-            reference_problems(table),
-            id_problems(table),
-            box_problems(table),
-            mask_problems(table, track),
-            keypoint_problems(file, table),
-        )
-        if problem.rows.any()
-    ]
-    findings += (problem.finding(file, table) for problem in problems_of_rows)
-    left_out = [problem for problem in problems_of_rows if problem.left_out]
-    usable = np.ones(len(table), dtype=np.bool_)
-    for problem in left_out:
-        usable &= ~problem.rows
+    faults = find_faults(table)
+    every = itertools.chain(
+        fault_problems(table, faults), id_problems(table), box_problems(table), area_problems(table)
+    )
+    findings += [problem.finding(file, table) for problem in every if problem.rows.any()]
+    usable = usable_rows(len(table), faults)
     findings += box_format(table)
-    findings += use_findings(file, table, usable, left_out)
+    findings += use_findings(file, table, usable, [fault for fault in faults if fault.outcome == "left out"])
 
     objects = np.flatnonzero(usable & ~table.crowd)
     sides = table.inside[objects]
@@ -152,6 +142,18 @@ def check_data(
         class_counts(file, table, usable, sides, resized),
         tuple(findings),
         tuple(_annotated_image(file, table, index, findings) for index in _choose(file, table, findings, examples)),
+    )
+
+
+def _table(file: CocoDocument, track: Track, *, masks: bool = True) -> AnnotationTable:
+    return AnnotationTable.of(
+        file.entries,
+        file.images,
+        file.index,
+        file.categories,
+        num_keypoints=file.num_keypoints,
+        masks=masks,
+        track=track,
     )
 
 
@@ -180,13 +182,13 @@ def _annotated_image(
     file: CocoDocument, table: AnnotationTable, index: int, findings: Sequence[Finding]
 ) -> AnnotatedImage:
     entry = file.images[index]
-    drawable = (table.image == index) & (table.category >= 0) & ~any_column(np.isnan(table.box))
+    drawable = (table.image == index) & (table.category >= 0) & ~np.isnan(table.box).any(1)
     rows = np.flatnonzero(drawable).tolist()
     boxes = table.box[rows]
     boxes[:, 2:] += boxes[:, :2]
     sides = np.array([entry.width, entry.height] * 2)
     boxes = np.clip(boxes, -sides, 2 * sides)  # what lies farther outside is not seen, and may not fit float32
-    rles = tuple(_mask_or_none(table.entries[row].get("segmentation"), entry) for row in rows)
+    rles = tuple(_mask_or_empty(table, number, entry) for number in table.mask[rows].tolist())
     codes = tuple(finding.code for finding in findings if entry.id in finding.image_ids)
     return AnnotatedImage(
         entry.id,
@@ -200,10 +202,10 @@ def _annotated_image(
     )
 
 
-def _mask_or_none(segmentation: object, entry: CocoImage) -> Rle:
-    """A mask, empty if it can't be read."""
-    try:
-        return segmentation_to_rle(segmentation, entry.height, entry.width)
-    except (TypeError, ValueError, OverflowError):
-        nothing = {"size": [entry.height, entry.width], "counts": [entry.height * entry.width]}
-        return segmentation_to_rle(nothing, entry.height, entry.width)
+def _mask_or_empty(table: AnnotationTable, number: int, entry: CocoImage) -> Rle:
+    """A mask as run lengths, empty where there is none."""
+    if number >= 0:
+        mask = table.segmentations[number]
+        return mask.to_rle() if isinstance(mask, Polygons) else mask
+    nothing = {"size": [entry.height, entry.width], "counts": [entry.height * entry.width]}
+    return segmentation_to_rle(nothing, entry.height, entry.width)

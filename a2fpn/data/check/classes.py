@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from a2fpn.config import Category
+from a2fpn.data.annotation_table import AnnotationTable, Rows
 from a2fpn.data.check.categories import named
-from a2fpn.data.check.reader import CocoDocument
+from a2fpn.data.check.problem import names_of
 from a2fpn.data.check.report import (
     PICTURED,
     ClassCount,
@@ -18,12 +18,12 @@ from a2fpn.data.check.report import (
     few,
 )
 from a2fpn.data.check.sizes import median_size
-from a2fpn.data.check.table import AnnotationTable, Problem, Rows
-from a2fpn.data.coco import CocoImage
+from a2fpn.data.document import CocoDocument, CocoImage
+from a2fpn.data.rules import Fault
 
 
 def use_findings(
-    file: CocoDocument, table: AnnotationTable, usable: Rows, left_out: Sequence[Problem]
+    file: CocoDocument, table: AnnotationTable, usable: Rows, left_out: Sequence[Fault]
 ) -> Iterator[Finding]:
     """Report what can be trained on: objects, crowds, classes and images without any."""
     total, crowds = count_of(len(table), "annotation"), int((usable & table.crowd).sum())
@@ -33,7 +33,7 @@ def use_findings(
         )
         return
     if not usable.any():
-        reasons = ", ".join(f"{problem.code}: {problem.rows.sum():,}" for problem in left_out)
+        reasons = ", ".join(f"{fault.code}: {fault.rows.sum():,}" for fault in left_out)
         message = f"None of {total} can be used ({reasons})."
         yield Finding("error", "no-usable-objects", message, "See these findings.", len(table), fatal=True)
         return
@@ -52,11 +52,11 @@ def use_findings(
     only = [category_id for category_id, n, c in zip(ids, objects, crowded, strict=True) if c and not n]
     if only and len(only) < len(ids):
         message = f"All objects are crowds in {len(only)} of {count_of(len(ids), 'class')}: "
-        yield Finding("error", "class-all-crowd", f"{message}{named(file.categories, only)}.", learn, len(only))
+        yield Finding("error", "class-all-crowd", f"{message}{named(names_of(file), only)}.", learn, len(only))
     without = [category_id for category_id, n, c in zip(ids, objects, crowded, strict=True) if not c and not n]
     if without:
         message = f"No usable object in {len(without)} of {count_of(len(ids), 'class')}: "
-        message += f"{named(file.categories, without)}."
+        message += f"{named(names_of(file), without)}."
         yield Finding(
             "warning", "class-without-object", message, "Remove the class, or add images of it.", len(without)
         )
@@ -94,13 +94,9 @@ def class_counts(
     order = np.argsort(category, kind="stable")
     bounds = np.searchsorted(category[order], np.arange(len(file.categories) + 1))
     counts = []
-    for index, (category_id, name) in enumerate(file.categories.items()):
+    for index, own in enumerate(file.categories.values()):
         rows = order[bounds[index] : bounds[index + 1]]
         median_resized = None if resized is None else median_size(resized[rows])
         images = len(np.unique(image[rows]))
-        counts.append(
-            ClassCount(
-                Category(category_id, name), len(rows), images, crowds[index], median_size(sides[rows]), median_resized
-            )
-        )
+        counts.append(ClassCount(own, len(rows), images, crowds[index], median_size(sides[rows]), median_resized))
     return tuple(counts)

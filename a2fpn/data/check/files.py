@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,9 +12,10 @@ from pathlib import Path
 
 from PIL import Image
 
+from a2fpn.config import MAX_PIXELS
 from a2fpn.data.check.report import PICTURED, Finding, Severity, Track, count_of, few, shorten
-from a2fpn.data.coco import CocoImage
-from a2fpn.data.images import TURNED, open_image, orientation, read_image
+from a2fpn.data.document import CocoImage
+from a2fpn.data.images import TURNED, image_path, open_image, orientation, read_image
 from a2fpn.errors import ImageError
 
 _FOLDERS_SEARCHED = 1000
@@ -24,7 +26,7 @@ def file_findings(root: Path, images: Sequence[CocoImage], track: Track, *, deco
     problems: dict[str, list[tuple[CocoImage, str]]] = {}
     with ThreadPool() as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PIL's, on files that are named below if they matter
-        inspected = pool.imap(lambda entry: _inspect(root / entry.file_name, entry, decode=decode), images, 16)
+        inspected = pool.imap(lambda entry: _inspect(root, entry, decode=decode), images, 16)
         for entry, (code, detail) in zip(images, track(inspected, "opening images", len(images)), strict=True):
             if code:
                 problems.setdefault(code, []).append((entry, detail))
@@ -42,6 +44,16 @@ def file_findings(root: Path, images: Sequence[CocoImage], track: Track, *, deco
 
 _FILES: Mapping[str, tuple[Severity, str, str]] = {
     "missing-file": ("error", "No file", "Look at the folder and at the spelling of the names."),
+    "outside-folder": (
+        "error",
+        "A path that leads out of the image folder",
+        "It is not read: move the images into the folder, or name a folder above; --fix writes paths inside it.",
+    ),
+    "too-large": (
+        "error",
+        f"More than {MAX_PIXELS:,} pixels",
+        "Training leaves them out: cut them into tiles. Prediction takes them with --tile and --max-pixels.",
+    ),
     "unreadable-file": ("error", "A file that is no readable image", "Fetch the file again, or convert it to PNG."),
     "size-mismatch": (
         "error",
@@ -71,14 +83,21 @@ def _name(entry: CocoImage) -> str:
     return f"{entry.id} ({shorten(repr(entry.file_name), 60)})"
 
 
-def _inspect(path: Path, entry: CocoImage, *, decode: bool) -> tuple[str, str]:
+def _inspect(root: Path, entry: CocoImage, *, decode: bool) -> tuple[str, str]:
     """A key of ``_FILES`` and a detail for what is wrong with a file; empty if nothing is."""
     size = (entry.height, entry.width)
     try:
+        path = image_path(root, entry.file_name)
+    except ImageError:
+        outside = "\\" not in entry.file_name or ".." in entry.file_name or os.path.isabs(entry.file_name)
+        return "outside-folder" if outside else "missing-file", ""
+    try:
         if not path.is_file():
             return "missing-file", ""
-        with open_image(path) as image:
+        with open_image(path, max_pixels=None) as image:
             stored = (image.height, image.width)
+            if math.prod(stored) > MAX_PIXELS:
+                return "too-large", f"{image.width} x {image.height}"
             tag = _orientation(image, agrees=stored == size)
     except Exception as error:  # PIL raises almost anything on a corrupt file
         return "unreadable-file", shorten(repr(str(error) or type(error).__name__), 80)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import orjson
 from pycocotools import mask as mask_utils
 
+from a2fpn.data.annotation_table import LEAST_SIDE
 from a2fpn.data.labeled import Box, LabeledObject, polygon_area, polygon_box
-from a2fpn.masks.segmentation import parse_segmentation
-
-_LEAST_SIDE = 0.01  # pixels; the reader leaves out boxes with less
-_COORDINATE_LIMIT = 1e6  # the reader's
+from a2fpn.masks.segmentation import COORDINATE_LIMIT, Polygons, Segmentations, parse_segmentation
 
 
 def encode(value: object) -> str:
@@ -35,13 +34,13 @@ def measure(labeled: LabeledObject, height: int, width: int) -> tuple[Box, float
         extent, area = polygon_box(segmentation), polygon_area(segmentation)
         # NaN and infinity reach the area, whatever the smallest and the largest number are.
         reach = max(-extent[0], -extent[1], extent[0] + extent[2], extent[1] + extent[3])
-        if not (reach < _COORDINATE_LIMIT and math.isfinite(area)):
+        if not (reach < COORDINATE_LIMIT and math.isfinite(area)):
             raise ValueError("a polygon has a coordinate that is no pixel position")
-        box = labeled.bbox or extent
+        box = _given_box(labeled) or extent
     elif segmentation is not None:
         rle = parse_segmentation(segmentation, height, width)
         left, top, w, h = mask_utils.toBbox(rle).tolist()
-        box, area = labeled.bbox or (left, top, w, h), float(mask_utils.area(rle))
+        box, area = _given_box(labeled) or (left, top, w, h), float(mask_utils.area(rle))
         if not area:
             raise ValueError("its mask is empty")
     elif labeled.bbox is not None:
@@ -57,15 +56,39 @@ def measure(labeled: LabeledObject, height: int, width: int) -> tuple[Box, float
     x, y, w, h = box
     if not all(map(math.isfinite, box)):
         raise ValueError(f"its box {list(box)} holds something else than numbers")
-    if min(w, h) < _LEAST_SIDE:
+    if min(w, h) < LEAST_SIDE:
         raise ValueError(f"its box {_rounded(box)} has no area")
-    if min(min(x + w, width) - max(x, 0), min(y + h, height) - max(y, 0)) < _LEAST_SIDE:
+    if min(min(x + w, width) - max(x, 0), min(y + h, height) - max(y, 0)) < LEAST_SIDE:
         raise ValueError(f"its box {_rounded(box)} lies outside the image of {width} x {height} pixels")
     return (x, y, round(w, 4), round(h, 4)), round(area, 4)
 
 
+def _given_box(labeled: LabeledObject) -> Box | None:
+    """The box that the source gives, if it holds anything."""
+    return labeled.bbox if labeled.bbox and min(labeled.bbox[2:]) >= LEAST_SIDE else None
+
+
 def _rounded(box: Box) -> list[float]:
     return [round(side, 2) for side in box]
+
+
+def without_unusable(labeled: LabeledObject, height: int, width: int) -> LabeledObject | None:
+    """An object without the parts of its mask that can't be used, or without the mask; None if that leaves nothing.
+
+    Args:
+        labeled: An object that :func:`measure` refuses.
+        height: Of the image, pixels.
+        width: Likewise.
+    """
+    if labeled.segmentation is None:
+        return None
+    found = Segmentations.of([(labeled.segmentation, height, width)])
+    if found.errors:
+        return None if labeled.bbox is None else replace(labeled, segmentation=None)
+    mask = found[0]
+    if not found.fragments or not isinstance(mask, Polygons):
+        return None  # it is something else
+    return replace(labeled, segmentation=[points.reshape(-1).tolist() for points in mask.points])
 
 
 def with_keypoints(text: str, length: int) -> str:

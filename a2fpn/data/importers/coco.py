@@ -6,11 +6,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from a2fpn.data.annotation_table import crowd_flag
+from a2fpn.data.images import image_path
 from a2fpn.data.importers.base import JsonImporter, register_importer
 from a2fpn.data.importers.files import read_json
 from a2fpn.data.importers.folder import Folder
 from a2fpn.data.labeled import CategoryInfo, LabeledImage, LabeledObject, split_name
-from a2fpn.errors import DataError
+from a2fpn.errors import DataError, ImageError
 
 _SIGNS = (
     (b'"file_name"', b'"images"'),
@@ -98,7 +100,10 @@ class CocoImporter(JsonImporter):
             self.log.add("bad-image", path, detail)
             return None
         found = objects.pop(image_id, [])
-        file: Path | None = self.root / "images" / named
+        try:
+            file: Path | None = image_path(self.root / "images", named)
+        except ImageError:
+            file = None
         if file is None or not file.is_file():
             file = self.images.find(named, near or self.root / (split or "images"))
         if file is None:
@@ -108,7 +113,9 @@ class CocoImporter(JsonImporter):
             self.log.add("duplicate-image", path, f"{named} is listed twice; the first is kept")
             return None
         used.add(file)
-        name = named.replace("\\", "/").lstrip("/")
+        name = named.replace("\\", "/")
+        if name.startswith("/") or ".." in name.split("/"):
+            name, _ = self.images.name_and_split(file)
         return LabeledImage(file, name, *size, found, split, str(path), image_id if isinstance(image_id, int) else None)
 
 
@@ -123,7 +130,7 @@ def _object(raw: Any, infos: Mapping[int, CategoryInfo], place: str) -> LabeledO
         infos[category].name,
         (float(box[0]), float(box[1]), float(box[2]), float(box[3])) if box else None,
         segmentation,
-        bool(raw.get("iscrowd", 0)),
+        bool(crowd_flag(raw.get("iscrowd"))),
         tuple(map(float, raw.get("keypoints") or ())),
         None if score is None else float(score),
         place,

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import codecs
-import json
 import os
 import warnings
 import xml.etree.ElementTree as ET
 from pathlib import Path, PureWindowsPath
-from typing import Any
 from urllib.parse import unquote
 
-import orjson
 from PIL import ExifTags
 
 from a2fpn._registry import natural_key
 from a2fpn.data.images import open_image
 from a2fpn.data.labeled import LossLog, split_name
+from a2fpn.data.text_files import read_bytes as read_bytes
+from a2fpn.data.text_files import read_json as read_json
+from a2fpn.data.text_files import read_text as read_text
 from a2fpn.errors import DataError
 
 IMAGE_SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"))
@@ -159,56 +158,6 @@ def image_size(path: Path) -> tuple[int, int]:
             if "exif" in image.info and image.getexif().get(ExifTags.Base.Orientation) in _TURNED:
                 return width, height
     return height, width
-
-
-def read_bytes(path: Path) -> bytes:
-    """Read a file.
-
-    Raises:
-        DataError: If it can't be read.
-    """
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file.") from None
-    except OSError as error:
-        raise DataError(f"{path}: the file can't be read ({error.strerror}).") from None
-
-
-def read_text(path: Path) -> str:
-    """Read text in UTF-8 or UTF-16, with or without a byte order mark.
-
-    Raises:
-        DataError: If it can't be read, or is no text.
-    """
-    content = read_bytes(path)
-    encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
-    try:
-        return content.decode(encoding)
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise DataError(f"{path}, line {line}: no UTF-8 text (byte {content[error.start]:#x}).") from None
-
-
-def read_json(path: Path) -> Any:
-    """Read JSON.
-
-    Raises:
-        DataError: If it can't be read; the message names the line.
-    """
-    text = read_text(path)
-    if not text.strip():
-        raise DataError(f"{path}: the file is empty.")
-    try:
-        return orjson.loads(text)
-    except orjson.JSONDecodeError:
-        pass  # the standard library reads NaN too, and says better what is wrong
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}, line {error.lineno}: no JSON ({error.msg}).") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: no JSON ({error}).") from None
 
 
 def read_xml(path: Path) -> ET.Element:

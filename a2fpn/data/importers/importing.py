@@ -117,8 +117,8 @@ def import_data(
             line. By default those of the source.
         category: The class of objects in formats that hold masks and no classes; by default the only class there is.
         unlabeled: Whether images without labels are backgrounds; ``"auto"`` says yes for YOLO, no elsewhere.
-        box_masks: Whether boxes become masks of their shape where other objects have masks; the reader leaves boxes
-            without masks out there.
+        box_masks: Whether boxes become masks of their shape where other objects have masks; otherwise they train boxes
+            alone.
         strict: Whether the first loss is an error.
         overwrite: Whether the output may hold something.
         track: Called as ``track(items, description, total)`` around long loops.

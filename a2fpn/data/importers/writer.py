@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from a2fpn._registry import natural_key
 from a2fpn.data.check.report import Track
-from a2fpn.data.importers.annotation import encode, measure, with_box_mask, with_keypoints
+from a2fpn.data.importers.annotation import encode, measure, with_box_mask, with_keypoints, without_unusable
 from a2fpn.data.labeled import CategoryInfo, LabeledImage, LabeledObject, LossLog
 from a2fpn.data.splits import assign_splits
 from a2fpn.errors import DataError
@@ -110,6 +110,9 @@ class CocoWriter:
 
     def add(self, image: LabeledImage) -> None:
         """Take an image; objects that the reader could not use go to the log."""
+        if os.path.isabs(image.name) or ".." in image.name.split("/"):
+            self.log.add("unsafe-name", image.source, f"{image.name} leads out of the folder of images; left out")
+            return
         split = image.split or "train"
         key = image.name.lower()
         name = image.name
@@ -128,7 +131,7 @@ class CocoWriter:
             text = self._annotation(labeled, image)
             if text is not None:
                 self._used.add(labeled.category)
-                entry.annotations.append((labeled.category, text, labeled.segmentation is not None))
+                entry.annotations.append((labeled.category, text, '"segmentation":' in text))
         self._entries[key] = entry
 
     def close(self, categories: Sequence[CategoryInfo], track: Track) -> tuple[dict[str, SplitCount], dict[int, str]]:
@@ -168,8 +171,11 @@ class CocoWriter:
         try:
             box, area = measure(labeled, image.height, image.width)
         except ValueError as error:
-            self.log.add("unusable-object", image.source, f"{labeled.category}: {error}; left out", place=labeled.line)
-            return None
+            kept = without_unusable(labeled, image.height, image.width)
+            left = "unusable-object" if kept is None else "unusable-mask"
+            outcome = "left out" if kept is None else "kept without that"
+            self.log.add(left, image.source, f"{labeled.category}: {error}; {outcome}", place=labeled.line)
+            return None if kept is None else self._annotation(kept, image)
         record: dict[str, Any] = {"bbox": box, "area": area, "iscrowd": int(labeled.iscrowd)}
         if labeled.segmentation is not None:
             record["segmentation"] = labeled.segmentation
@@ -243,10 +249,7 @@ class CocoWriter:
         if boxes and self.box_masks:
             self.log.note("boxes that became masks of their shape", boxes)
         elif boxes:
-            detail = (
-                f"{boxes} objects have a box and no mask; the reader leaves them out (--box-masks fills their boxes)"
-            )
-            self.log.add("box-among-masks", path, detail)
+            self.log.note("objects among others with masks that have a box alone, and train no masks", boxes)
         return SplitCount(len(entries), annotations, empty, masks, crowds)
 
 
