@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PIP_INSTALL = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-lowest lint format docs wheel-check clean
+.PHONY: demo test test-lowest lint format docs web wheel-check clean
 
 demo: .venv/installed-demo
 	.venv/bin/a2fpn demo
@@ -36,7 +36,26 @@ format: .venv/installed-dev
 docs: .venv/installed-dev
 	.venv/bin/python -m benchmarks.tables --check
 	.venv/bin/mkdocs build --strict
+	if [ -f build/web/model.onnx ]; then cp -R build/web build/site/; fi
 	.venv/bin/python -m pytest -m "slow or not slow" tests/test_docs.py tests/test_notebooks.py
+
+# The page that runs a model in a browser, as static files for any host: build/web. Needs npm. Of the runtime it takes what
+# WebAssembly needs; MODEL may be a checkpoint folder, PICTURES a folder of pictures to try.
+MODEL ?= maskrcnn_a2fpn_lite0.nuclei
+PICTURES ?= a2fpn/assets/nuclei_demo/images
+RUNTIME = ort.wasm.min.mjs ort-wasm-simd-threaded.mjs ort-wasm-simd-threaded.wasm
+web: .venv/installed-dev build/npm/installed
+	rm -rf build/web && mkdir -p build/web
+	cp docs/web/*.html docs/web/*.css docs/web/*.js docs/web/*.mjs build/web
+	cp $(RUNTIME:%=build/npm/node_modules/onnxruntime-web/dist/%) build/web
+	cp -R $(PICTURES) build/web/pictures && ls build/web/pictures > build/web/pictures.txt
+	.venv/bin/a2fpn export $(MODEL) --output build/web/model.onnx
+	@echo "Serve it: .venv/bin/python -m http.server --directory build/web"
+
+build/npm/installed: docs/web/package.json docs/web/package-lock.json
+	mkdir -p build/npm && cp docs/web/package.json docs/web/package-lock.json build/npm
+	npm ci --prefix build/npm --ignore-scripts --no-audit --no-fund
+	touch $@
 
 # What a user gets from a package index: a built wheel in an empty environment, away from this folder, that predicts,
 # trains, converts and publishes.
