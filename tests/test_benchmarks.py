@@ -69,6 +69,7 @@ def test_loader_prints_how_much_faster_it_is_and_how_masks_differ(tmp_path, caps
     assert re.search(r"IoU of our masks with torchvision's: mean 0\.9\d+, .* \d objects", out)
 
 
+@pytest.mark.slow
 def test_the_label_curve_trains_either_side_on_the_same_images(tmp_path, capsys):
     _, annotations = write_coco(tmp_path, images=4)
     (tmp_path / "annotations").mkdir()

@@ -75,8 +75,9 @@ def test_only_the_reassembly_kernels_change_anything(target: str, size: tuple[in
     randomize(fpn)
     features = random_features(pyramid_spec(), size)
     exact = grafted_neck(fpn, target, center_bias=ONE_HOT)
-    assert largest_difference(fpn(features), exact(features)) == 0.0
-    assert largest_difference(fpn(features), grafted_neck(fpn, target)(features)) > 0.0
+    # Processors differ in how they round convolutions of one layout and of another.
+    assert largest_difference(fpn(features), exact(features)) < 1e-4
+    assert largest_difference(fpn(features), grafted_neck(fpn, target)(features)) > 1e-2
 
 
 @pytest.mark.parametrize("target", ASSEMBLING)

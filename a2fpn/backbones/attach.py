@@ -9,6 +9,7 @@ import timm
 
 from a2fpn._registry import match_names
 from a2fpn.backbones.info import PYRAMID, BackboneInfo, UnsupportedBackboneError, read_table
+from a2fpn.backbones.names import resolve_backbone_name
 from a2fpn.backbones.probe import probe
 
 
@@ -47,6 +48,8 @@ def find_backbone_info(architecture: str) -> BackboneInfo:
         ('simple_fpn', (16,))
     """
     found = read_table().get(architecture)
+    if found is None:
+        resolve_backbone_name(architecture)
     if found is None or found.timm != timm.__version__:
         found = probe(architecture)
     if found.reason:

@@ -1,6 +1,6 @@
-"""Batch norms with fixed statistics and weights, in one pass over a map and in its dtype.
+"""Batch norms with fixed statistics and weights that keep the dtype of a map, in one pass where it is a narrow one.
 
-torchvision's and timm's multiply and add float32 vectors: two passes, and under autocast a float32 map.
+torchvision's and timm's multiply and add float32 vectors, so that under autocast each makes two float32 maps.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def frozen_norm(x: Tensor, norm: Any) -> Tensor:
         ``(B, C, H, W)``.
     """
     scale: Tensor = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    if torch.compiler.is_compiling():
+    if x.dtype == scale.dtype or torch.compiler.is_compiling():
+        # To the bit what torchvision computes.
         shift: Tensor = norm.bias - norm.running_mean * scale
         return (x * scale[:, None, None] + shift[:, None, None]).to(x.dtype)
     result: Tensor = _FrozenNorm.apply(x, scale, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)

@@ -348,6 +348,9 @@ class Trainer:
             for _ in range(self.config.run.grad_accumulation):
                 start = time.perf_counter()
                 fetched.append((next(batches), time.perf_counter() - start))
+        except ConnectionError as error:  # the process died while it handed over a batch
+            if not signals.received:
+                raise RuntimeError("A DataLoader worker process exited unexpectedly.") from error
         except RuntimeError as error:
             if "DataLoader worker" not in str(error) or not signals.received:
                 raise  # else the signal went to the loader processes as well, which have left
