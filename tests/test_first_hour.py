@@ -1,4 +1,4 @@
-"""What a user types in the first hour: words of other libraries, and inputs as people have them."""
+"""Input of the first hour: words of other libraries, and data as people have it."""
 
 from __future__ import annotations
 

@@ -254,7 +254,7 @@ def test_an_unfinished_run_is_seen_as_one(run, tmp_path):
 
 
 class Trap:
-    """What unpickling it would run."""
+    """The call that unpickling it would make."""
 
     def __reduce__(self):
         return os.mkdir, ("ran",)

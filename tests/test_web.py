@@ -117,7 +117,7 @@ def until(condition: Callable[[], Any]) -> Any:
 
 
 def site(folder: Path) -> Path:
-    """What `make web` makes, without a model and pictures."""
+    """The page as `make web` makes it, without a model and pictures."""
     for pattern in ("*.html", "*.css", "*.js", "*.mjs"):
         for file in (ROOT / "docs" / "web").glob(pattern):
             shutil.copy(file, folder)

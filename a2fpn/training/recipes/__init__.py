@@ -9,7 +9,7 @@ from a2fpn.errors import ConfigError, ExistingFileError
 
 FOLDER = Path(__file__).parent
 AUTO = FOLDER / "auto.yaml"
-"""What does not depend on the data of a run whose other settings are chosen by looking at it."""
+"""Settings that do not depend on the data, of a run whose others are chosen by looking at it."""
 
 
 def list_recipes() -> dict[str, str]:
