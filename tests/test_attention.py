@@ -38,6 +38,24 @@ def test_equals_the_written_out_formula(kind: str) -> None:
 
 
 @kinds
+@pytest.mark.parametrize("queries", [1, 5, 6, 13])
+def test_a_gpus_forms_are_the_same(kind: str, queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products for few queries over many keys, with padding too; parts of many queries, also of a prime number."""
+    inputs = [torch.randn(2, n, 4, dtype=torch.float64, requires_grad=True) for n in (queries, 7, 7)]
+    valid = torch.tensor([[True] * 7, [False, True] * 3 + [True]])
+    direction = torch.randn(2, queries, 4, dtype=torch.float64)
+    found = []
+    for ahead in (False, True):
+        monkeypatch.setattr(attention, "runs_ahead", lambda _, ahead=ahead: ahead)
+        monkeypatch.setattr(attention, "_MANY_QUERIES", 6)
+        for mask in (None, valid) if queries == 1 else (None,):
+            got = attend(*inputs, kind=kind, valid=mask)
+            found.append((got.detach(), *torch.autograd.grad(got, inputs, direction)))
+    half = len(found) // 2
+    torch.testing.assert_close(found[half:], found[:half], rtol=0, atol=1e-12)
+
+
+@kinds
 def test_gradcheck(kind: str) -> None:
     inputs = random_inputs(requires_grad=True)
     assert torch.autograd.gradcheck(lambda q, k, v: attend(q, k, v, kind=kind), inputs)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from a2fpn._atomic import append_line, write_text
-from a2fpn.cli.tile_journal import TileJournal, done_tiles
+from a2fpn.cli.tile_journal import TileJournal, done_tiles, whole_lines
 from a2fpn.config import Category
 from a2fpn.data.slides import Window
 from a2fpn.errors import ConfigError, ExistingFileError
@@ -197,15 +197,7 @@ class PredictionFolder:
 
     def _lines(self) -> Iterator[dict[str, Any]]:
         """The lines of the images that are done, as far as they are whole."""
-        path = self.folder / STREAM
-        if not path.exists():
-            return
-        with path.open(encoding="utf-8") as file:
-            for text in file:
-                try:
-                    yield json.loads(text)
-                except ValueError:  # cut off
-                    return
+        yield from whole_lines(self.folder / STREAM)
 
     def _refuse_existing(self, resume: bool) -> None:
         suffixes = [*(form.suffix for form in self._each), TILES]

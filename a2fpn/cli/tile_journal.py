@@ -33,7 +33,7 @@ class TileJournal:
         self.path = path
         about = image.stat()
         head = {"bytes": about.st_size, "changed": about.st_mtime_ns, "tiles": [list(window) for window in windows]}
-        lines = list(_lines(path))
+        lines = list(whole_lines(path))
         known = lines[1:] if lines and lines[0] == head else []
         self.tiles = {line["tile"]: _from_line(line, windows[line["tile"]]) for line in known}
         # Anew, without what a kill has cut off; replacing a link instead of following it.
@@ -54,10 +54,10 @@ class TileJournal:
 
 def done_tiles(path: Path) -> int:
     """Number of tiles that a file of :class:`TileJournal` holds."""
-    return max(0, sum(1 for _ in _lines(path)) - 1)
+    return max(0, sum(1 for _ in whole_lines(path)) - 1)
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
+def whole_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the lines of a file as far as they are whole."""
     if not path.is_file() or path.is_symlink():
         return
