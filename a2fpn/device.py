@@ -27,7 +27,23 @@ def runs_ahead(x: Tensor) -> bool:
         >>> runs_ahead(torch.zeros(1))
         False
     """
-    return x.device.type != "cpu" or is_traced()
+    return is_on_accelerator(x) or is_traced()
+
+
+def is_on_accelerator(x: Tensor) -> bool:
+    """Return whether a tensor lies on a GPU or the like, whatever is recorded.
+
+    A form of computation that a comparison of sizes chooses asks this: a tracer's sizes have no value to compare.
+
+    Args:
+        x: Any tensor.
+
+    Example:
+        >>> import torch
+        >>> is_on_accelerator(torch.zeros(1))
+        False
+    """
+    return x.device.type != "cpu"
 
 
 def is_traced() -> bool:

@@ -46,13 +46,27 @@ def test_a_gpus_forms_are_the_same(kind: str, queries: int, monkeypatch: pytest.
     direction = torch.randn(2, queries, 4, dtype=torch.float64)
     found = []
     for ahead in (False, True):
-        monkeypatch.setattr(attention, "runs_ahead", lambda _, ahead=ahead: ahead)
+        monkeypatch.setattr(attention, "is_on_accelerator", lambda _, ahead=ahead: ahead)
         monkeypatch.setattr(attention, "_MANY_QUERIES", 6)
         for mask in (None, valid) if queries == 1 else (None,):
             got = attend(*inputs, kind=kind, valid=mask)
             found.append((got.detach(), *torch.autograd.grad(got, inputs, direction)))
     half = len(found) // 2
     torch.testing.assert_close(found[half:], found[:half], rtol=0, atol=1e-12)
+
+
+@kinds
+def test_is_traced_for_any_number_of_keys(kind: str) -> None:
+    class Attend(torch.nn.Module):
+        def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return attend(query, key, value, kind=kind)
+
+    keys = torch.export.Dim("keys", min=2)
+    example = (torch.randn(1, 3, 4), torch.randn(1, 40, 4), torch.randn(1, 40, 2))
+    traced = torch.export.export(Attend(), example, dynamic_shapes=({}, {1: keys}, {1: keys})).module()
+    for count in (5, 12, 13, 90):
+        inputs = (example[0], torch.randn(1, count, 4), torch.randn(1, count, 2))
+        torch.testing.assert_close(traced(*inputs), attend(*inputs, kind=kind))
 
 
 @kinds

@@ -48,7 +48,7 @@ def roi_align(x: Tensor, rois: Tensor, *, output_size: int, stride: int, samplin
         2.5
     """
     scale = 1.0 / stride
-    if device.is_traced() or (x.device.type != "cpu" and not torch.are_deterministic_algorithms_enabled()):
+    if device.is_traced() or (device.is_on_accelerator(x) and not torch.are_deterministic_algorithms_enabled()):
         pooled: Tensor = torchvision.ops.roi_align(x, rois.to(x.dtype), output_size, scale, sampling_ratio, aligned)
         return pooled
     if sampling_ratio:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from a2fpn.device import runs_ahead
+from a2fpn.device import is_on_accelerator
 from a2fpn.errors import ConfigError
 from a2fpn.layers.precision import autocast_off
 
@@ -70,11 +70,11 @@ def attend(
         >>> attend(q, k, v, kind="scaled_cosine").squeeze()  # softmax of sqrt(2) * identity
         tensor([0.8044, 0.1956])
     """
-    if runs_ahead(query) and _KEYS_PER_QUERY * query.shape[1] <= key.shape[1]:
+    if is_on_accelerator(query) and _KEYS_PER_QUERY * query.shape[1] <= key.shape[1]:
         return _attend_by_products(query, key, value, kind, valid)
     query, key, scale = _scaled(query, key, kind)
     parts = 1
-    if runs_ahead(query) and query.shape[1] >= _MANY_QUERIES:
+    if is_on_accelerator(query) and query.shape[1] >= _MANY_QUERIES:
         # The backward pass shares out the keys alone: parts of the queries are treated as heads.
         parts = next(part for part in range(_MOST_PARTS, 0, -1) if query.shape[1] % part == 0)
     attended = F.scaled_dot_product_attention(
