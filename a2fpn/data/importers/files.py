@@ -8,10 +8,8 @@ import xml.etree.ElementTree as ET
 from pathlib import Path, PureWindowsPath
 from urllib.parse import unquote
 
-from PIL import ExifTags
-
 from a2fpn._registry import natural_key
-from a2fpn.data.images import open_image
+from a2fpn.data.images import open_image, shown_size
 from a2fpn.data.labeled import LossLog, split_name
 from a2fpn.data.text_files import read_bytes as read_bytes
 from a2fpn.data.text_files import read_json as read_json
@@ -19,7 +17,6 @@ from a2fpn.data.text_files import read_text as read_text
 from a2fpn.errors import DataError
 
 IMAGE_SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"))
-_TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 _IMAGE_FOLDERS = frozenset(("images", "jpegimages", "imgs", "img", "data", "obj_train_data", "obj_valid_data"))
 
 
@@ -153,11 +150,8 @@ def image_size(path: Path) -> tuple[int, int]:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with open_image(path) as image:
-            width, height = image.size
-            if "exif" in image.info and image.getexif().get(ExifTags.Base.Orientation) in _TURNED:
-                return width, height
-    return height, width
+        with path.open("rb") as file, open_image(file) as image:  # opened once
+            return shown_size(image)
 
 
 def read_xml(path: Path) -> ET.Element:
