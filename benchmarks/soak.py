@@ -381,7 +381,7 @@ def main(
     measure.print_table(f"Disturbances of a tiny run, {minutes:g} minutes, seed {seed}", ["disturbance", "times"], rows)
     measure.console().print(
         f"events survived {soak.events.total() - len(soak.wrong)}, runs ended and compared {soak.finished}, "
-        f"damaged best checkpoints said to be lost {soak.said}, runs without a whole checkpoint refused {soak.refused}\n"
+        f"damaged best checkpoints said to be lost {soak.said}, runs without a whole checkpoint {soak.refused}\n"
         f"states lost {len(soak.lost)}, silent differences {len(soak.different)}, wrong ends {len(soak.wrong)}"
     )
     failures = [*soak.lost, *soak.different, *soak.wrong]
