@@ -86,6 +86,7 @@ def test_plain_jpegs_are_what_pil_makes_of_them(name: str, tmp_path: Path, fast:
             assert image.dtype == torch.uint8
             assert torch.equal(image, expected)
     assert fast == [True] * 3
+    assert image_size(tmp_path / "a.jpg") == size
 
 
 def turned(orientation: int) -> bytes:
@@ -132,14 +133,16 @@ def test_annotations_of_the_picture_as_stored_are_an_error(fast: list[bool]) -> 
     assert fast == [False]
 
 
-def test_exif_behind_the_frame_counts(fast: list[bool]) -> None:
-    content = turned(3)
+def test_exif_behind_the_frame_counts(tmp_path: Path, fast: list[bool]) -> None:
+    content = turned(6)
     start = content.index(b"\xff\xe1")
     length = 2 + int.from_bytes(content[start + 2 : start + 4], "big")
     segment, rest = content[start : start + length], content[:start] + content[start + length :]
     scan = rest.index(b"\xff\xda")
     moved = rest[:scan] + segment + rest[scan:]
     assert torch.equal(read_image(moved), by_pil(moved))
+    (tmp_path / "a.jpg").write_bytes(moved)
+    assert image_size(tmp_path / "a.jpg") == tuple(by_pil(moved).shape[1:])
     assert fast == [False]
 
 

@@ -86,9 +86,10 @@ class YoloImporter(Importer):
             raise DataError(f"{self.root}: no image; expected images/ beside labels/, or train, val in data.yaml.")
         used: set[str] = set()
         lists: dict[str, set[str]] = {}
-        missing = 0
+        missing, root = 0, os.path.join(self.root, "")
         for path, split in self.jobs:
-            relative = os.path.relpath(path, self.root).replace(os.sep, "/")
+            inside = path.startswith(root)
+            relative = (path[len(root) :] if inside else os.path.relpath(path, self.root)).replace(os.sep, "/")
             label = label_file(path)
             folder = os.path.dirname(label)
             if folder not in lists:
@@ -120,7 +121,7 @@ class YoloImporter(Importer):
     def images_size(self, path: str) -> tuple[int, int] | None:
         """Return height and width, or None with a loss."""
         try:
-            return image_size(Path(path))
+            return image_size(path)
         except FileNotFoundError:
             self.log.add("missing-image", path, "no such file; left out")
         except Exception as error:  # PIL raises almost anything on a corrupt file
