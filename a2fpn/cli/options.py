@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 import typer
 
 from a2fpn.errors import ConfigError
 
 if TYPE_CHECKING:
+    import torch
+
     from a2fpn.detectors import Detector
     from a2fpn.inference import Predictor
     from a2fpn.inference.exported import ExportedDetector, Runtime
@@ -194,6 +195,8 @@ def build_predictor(
     detector: Detector | ExportedDetector, device: str | None, *, optimize: bool, dtype: str, **options: Any
 ) -> Predictor:
     """The detector, optimized if that is wanted, with the options of a command."""
+    import torch
+
     import a2fpn
     from a2fpn.inference.exported import ExportedDetector
 
@@ -212,6 +215,8 @@ def build_predictor(
 
 def pick_device(name: str | None) -> torch.device:
     """The device of that name, or the best there is."""
+    import torch
+
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device).item()  # meta tensors have no values
