@@ -263,3 +263,14 @@ def test_the_scale_of_training_is_a_fact_of_the_checkpoint(checkpoint: Path, sli
     assert len(texts[0].splitlines()) > 10
     with pytest.raises(ValueError, match="microns_per_pixel must be above 0, got 0"):
         add_metadata(scaled, microns_per_pixel=0)
+
+
+def test_slides_are_counted(checkpoint: Path, stack: Path, tmp_path: Path) -> None:
+    options = ["--tile", "96", "--channels", "2,0,1", "--scale", "0.5"]
+    predict(checkpoint, stack, "--output", tmp_path / "out", "--format", "csv", *options)
+    found = (tmp_path / "out" / "objects.csv").read_text().count("\n") - 1
+    command = ["count", str(stack), "--model", str(checkpoint), "--score-threshold", "0", *options]
+    result = CliRunner().invoke(cli.app, command, env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    assert f"{found} objects in 1 image" in result.output
+    assert found > 10
