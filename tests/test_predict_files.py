@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ import a2fpn
 from a2fpn import cli
 from a2fpn.cli.predictions import Job, PredictionFolder
 from a2fpn.inference import Predictor
+from a2fpn.training.lock import RunLock
 
 RUN = {"manifest.json", "predictions.json", "predictions.jsonl"}
 
@@ -145,6 +147,19 @@ def test_ctrl_c_before_the_first_image_leaves_nothing(
     output = predict(checkpoint, images(tmp_path / "photos", "a.png"), "--output", tmp_path / "out", code=130)
     assert "Stopped before the first image; nothing was written" in output
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_one_process_at_a_time_writes_to_a_folder(checkpoint: Path, tmp_path: Path) -> None:
+    photos, out = images(tmp_path / "photos", "a.png", "b.png"), tmp_path / "out"
+    predict(checkpoint, photos, "--output", out)
+    held = RunLock(out)
+    for option in ("--resume", "--overwrite"):
+        output = predict(checkpoint, photos, "--output", out, option, code=2)
+        assert re.search(r"is being written to by process \d+ on .*; wait for it, stop it, or choose another", output)
+    held.release()
+    predict(checkpoint, photos, "--output", out, "--resume")
+    assert {path.name for path in out.iterdir()} == RUN | {"a.png", "b.png"}
+    assert len(read(out / "predictions.json")) == 10
 
 
 def test_new_images_of_a_resumed_run_get_ids_of_their_own(checkpoint: Path, tmp_path: Path) -> None:

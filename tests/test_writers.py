@@ -294,6 +294,17 @@ def test_label_images_need_masks(tmp_path: Path) -> None:
         write_results([result(masks=False)], tmp_path, ["labels"])
 
 
+def test_nothing_found_gives_an_empty_label_image(tmp_path: Path) -> None:
+    found = result().above(1.0)
+    # Lines of the disk do not say whether a model without objects has masks.
+    again = Result.from_coco(found.to_coco(1), size=found.size, categories=found.categories)
+    for number, empty in enumerate((found, again)):
+        (path,) = write_results([empty], tmp_path / str(number), ["labels"])
+        labels = pytest.importorskip("tifffile").imread(path)
+        assert labels.shape == found.size
+        assert not labels.any()
+
+
 def test_nothing_found_gives_empty_files(tmp_path: Path) -> None:
     empty: Any = [result().above(1.0)]
     assert json.loads(written(empty, "geojson", tmp_path))["features"] == []
