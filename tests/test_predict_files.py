@@ -19,6 +19,7 @@ import a2fpn
 from a2fpn import cli
 from a2fpn.cli.predictions import Job, PredictionFolder
 from a2fpn.inference import Predictor
+from a2fpn.training.lock import RunLock
 
 RUN = {"manifest.json", "predictions.json", "predictions.jsonl"}
 
@@ -170,16 +171,6 @@ def test_a_resumed_run_has_the_same_weights_and_images(checkpoint: Path, tmp_pat
     assert read(out / "predictions.json") == after
 
 
-def test_an_image_that_two_runs_at_once_predicted_counts_once(checkpoint: Path, tmp_path: Path) -> None:
-    photos, out = images(tmp_path / "photos", "a.png", "b.png"), tmp_path / "out"
-    predict(checkpoint, photos, "--output", out)
-    before, lines = read(out / "predictions.json"), (out / "predictions.jsonl").read_text()
-    (out / "predictions.jsonl").write_text(lines + lines)
-    predict(checkpoint, photos, "--output", out, "--resume")
-    assert read(out / "predictions.json") == before
-    assert (out / "predictions.jsonl").read_text() == lines
-
-
 def test_where_nothing_can_be_read_nothing_else_is_removed(checkpoint: Path, tmp_path: Path) -> None:
     photos, out = tmp_path / "photos", tmp_path / "out"
     photos.mkdir()
@@ -194,6 +185,19 @@ def test_where_nothing_can_be_read_nothing_else_is_removed(checkpoint: Path, tmp
     assert (out / "predictions.json").read_text() == "precious"
     output = predict(checkpoint, photos, "--output", out / "predictions.json", code=2)
     assert "predictions.json is a file; expected a folder to write to." in output
+
+
+def test_one_process_at_a_time_writes_to_a_folder(checkpoint: Path, tmp_path: Path) -> None:
+    photos, out = images(tmp_path / "photos", "a.png", "b.png"), tmp_path / "out"
+    predict(checkpoint, photos, "--output", out)
+    held = RunLock(out)
+    for option in ("--resume", "--overwrite"):
+        output = predict(checkpoint, photos, "--output", out, option, code=2)
+        assert re.search(r"is being written to by process \d+ on .*; wait for it, stop it, or choose another", output)
+    held.release()
+    predict(checkpoint, photos, "--output", out, "--resume")
+    assert {path.name for path in out.iterdir()} == RUN | {"a.png", "b.png"}
+    assert len(read(out / "predictions.json")) == 10
 
 
 def test_new_images_of_a_resumed_run_get_ids_of_their_own(checkpoint: Path, tmp_path: Path) -> None:

@@ -162,11 +162,15 @@ def predict(
             categories=predictor.categories,
             overwrite=overwrite,
             resume=resume,
+            reading=predictor.reading(),
         )
         _run(folder, predictor, quiet=quiet or str(save) == "-", save=save)
     except KeyboardInterrupt:
         typer.echo(_stopped(folder), err=True)
         raise typer.Exit(130) from None  # 128 and the number of the signal
+    finally:
+        if folder is not None:
+            folder.close()
 
 
 def _stopped(folder: PredictionFolder | None) -> str:
@@ -240,7 +244,7 @@ def _predict_tiles(folder: PredictionFolder, job: Job, predictor: Predictor, pro
             progress.remove_task(task)
         result = predictor.join(slide, [journal.tiles[number] for number in range(len(windows))])
         picture = slide.thumbnail() if folder.draws else None
-    return replace(result, path=os.fspath(job.path), thumbnail=picture)
+    return replace(result, path=os.fspath(job.path), reading=predictor.reading(), thumbnail=picture)
 
 
 def _shown(text: object) -> str:

@@ -6,16 +6,17 @@ import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from a2fpn._atomic import append_line, write_text
 from a2fpn.cli.tile_journal import TileJournal, done_tiles, whole_lines
 from a2fpn.config import Category
-from a2fpn.data.slides import Window
+from a2fpn.data.slides import SlideOptions, Window
 from a2fpn.errors import ConfigError, ExistingFileError
 from a2fpn.inference.result import Result
+from a2fpn.training.lock import RunLock
 from a2fpn.writers import FORMATS, ImageFormat, ImageResult, RunFormat
 from a2fpn.writers.base import unique_stems
 from a2fpn.writers.coco import STREAM, to_line
@@ -45,7 +46,7 @@ class PredictionFolder:
 
     ``manifest.json`` holds the settings and the table of images (id, file name as given, stem) from the start,
     ``predictions.jsonl`` a line per image as soon as it is done. Formats with a file for each image are written then
-    as well, those with one file for all at the end, from the lines.
+    as well, those with one file for all at the end, from the lines. One process at a time writes, until :meth:`close`.
 
     Args:
         folder: Made if need be.
@@ -55,12 +56,14 @@ class PredictionFolder:
         categories: The classes, in the order of the labels.
         overwrite: Whether files that are there may be replaced. A link is replaced itself, never what it leads to.
         resume: Whether to continue the run that the folder holds.
+        reading: How image files are read, for pictures of what an earlier run found.
 
     Attributes:
         changed: File names of images with results that are no longer what they were; they count as not done.
 
     Raises:
-        ConfigError: For an unknown format, if images are read from the folder, or the run in it had other settings.
+        ConfigError: For an unknown format, if images are read from the folder, the run in it had other settings, or
+            another process writes to it.
         ExistingFileError: If a file of the same name is there and neither is wanted.
     """
 
@@ -74,6 +77,7 @@ class PredictionFolder:
         categories: Sequence[Category],
         overwrite: bool = False,
         resume: bool = False,
+        reading: SlideOptions | None = None,
     ) -> None:
         # The folder of a link counts, and that of what it leads to.
         read_from = {parent for path in paths for parent in (path.parent.resolve(), path.resolve().parent)}
@@ -85,20 +89,29 @@ class PredictionFolder:
         self._each = [form for form in chosen if isinstance(form, ImageFormat)]
         self._whole = [form for form in chosen if isinstance(form, RunFormat) and form.file != STREAM]
         self.folder, self.settings, self.categories = folder, dict(settings), tuple(categories)
+        self._reading = reading
         self._stamps: dict[str, Mapping[str, int]] = {}
+        self._found: dict[str, int] = {}
+        self._lock = RunLock(folder, option="--output", keep=False)
+        try:
+            self._begin(list(dict.fromkeys(paths)), overwrite=overwrite, resume=resume)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _begin(self, paths: Sequence[Path], *, overwrite: bool, resume: bool) -> None:
+        """Take up the run that the folder holds, or start one."""
         known = self._manifest() if resume else {}
-        self.jobs = _plan(list(dict.fromkeys(paths)), known)
+        self.jobs, folder = _plan(paths, known), self.folder
         stamps = {_name(job.path): _stamp(job.path) for job in self.jobs}
         self.changed = {name for name, stamp in stamps.items() if self._stamps.get(name, stamp) != stamp}
         self._stamps |= stamps
-        self._found: dict[str, int] = {}
         self._resumed = resume and bool(known)
         if resume and known:
             self._found = {line["file_name"]: len(line["results"]) for line in self._kept()}
             self.changed &= {line["file_name"] for line in self._lines()}
         elif not overwrite:
             self._refuse_existing(resume)
-        folder.mkdir(parents=True, exist_ok=True)
         table = {**known, **{_name(job.path): job for job in self.jobs}}
         images = [
             {"id": job.image_id, "file_name": name, "stem": job.stem, **self._stamps.get(name, {})}
@@ -157,6 +170,10 @@ class PredictionFolder:
         for form in self._whole:
             form.write(self._images(), self.categories, self.folder / form.file)
 
+    def close(self) -> None:
+        """Let other processes write to the folder."""
+        self._lock.release()
+
     @property
     def results(self) -> Path:
         """The file that holds the results of all images."""
@@ -185,6 +202,7 @@ class PredictionFolder:
                 path=line["file_name"],
                 microns_per_pixel=line["microns_per_pixel"],
             )
+            result = replace(result, reading=self._reading)
             yield ImageResult(result, line["file_name"], line["stem"], line["image_id"])
 
     def _manifest(self) -> dict[str, Job]:
@@ -215,12 +233,8 @@ class PredictionFolder:
         yield from whole_lines(self.folder / STREAM)
 
     def _kept(self) -> Iterator[dict[str, Any]]:
-        """The first line of each image that is what it was; two runs at once may have written two."""
-        seen = set(self.changed)
-        for line in self._lines():
-            if line["file_name"] not in seen:
-                seen.add(line["file_name"])
-                yield line
+        """The lines of the images that are what they were."""
+        return (line for line in self._lines() if line["file_name"] not in self.changed)
 
     def _refuse_existing(self, resume: bool) -> None:
         suffixes = [*(form.suffix for form in self._each), TILES]
