@@ -113,8 +113,6 @@ def predict(
     file names are numbers, as in COCO, these are the image ids; otherwise images count from 1; `manifest.json` holds
     the table. Results are in `predictions.jsonl` as soon as an image is done, and stay there after Ctrl-C.
     """
-    from a2fpn.cli.predictions import PredictionFolder
-
     if overwrite and resume:
         raise ConfigError("--overwrite starts anew and --resume continues; give one of them.")
     options: dict[str, Any] = {
@@ -131,6 +129,8 @@ def predict(
     chosen = [name for given in formats or ["overlay,coco"] for name in given.split(",")]
     folder: PredictionFolder | None = None
     try:
+        from a2fpn.cli.predictions import PredictionFolder  # takes a while, in which Ctrl-C may come
+
         paths = image_files(images)
         detector = load_detector(model, runtime=runtime)
         options |= parse_scale(scale, detector)
