@@ -48,7 +48,7 @@ ENLARGED = 3
 MOST, FEW = 5000, 100
 TILE = 1024
 SLIDE_OPTIONS: dict[str, Any] = {"scale": SCALE / ENLARGED, "max_objects": MOST, "score_threshold": 0.5}
-WORKERS = {16: (0, 1, 2), 1 << 30: (1,)}
+WORKERS = {4: (0, 1, 2), 1 << 30: (1,)}
 """Reading threads that are timed, by the megapixels up to which they are."""
 GOALS = {"recall": 0.98, "memory": 2.0, "time": 1.15}
 
@@ -78,14 +78,12 @@ def prepare_whole(across: int, data: Path | None, most: int) -> Callable[[], Any
 def recall(sizes: list[int], data: Path | None) -> Numbers:
     """Objects found of a whole over those found image by image."""
     numbers: Numbers = []
+    parts = [mosaic([scene], 1, CELL) for scene in cells(data)[: max(sizes) ** 2]]
+    results = [predictor().predict([part.pixels], scale=SCALE, max_objects=MOST)[0] for part in parts]
+    of_parts = [found_objects(list(result.rles or ()), part.rles) for result, part in zip(results, parts, strict=True)]
     for across in sizes:
         whole = mosaic(cells(data), across, CELL)
-        parts = [mosaic([scene], 1, CELL) for scene in cells(data)]
-        shown = [parts[number % len(parts)] for number in range(across**2)]
-        alone = 0
-        for part in parts:
-            (result,) = predictor().predict([part.pixels], scale=SCALE, max_objects=MOST)
-            alone += sum(part is other for other in shown) * found_objects(list(result.rles or ()), part.rles)
+        alone = sum(of_parts[number % len(parts)] for number in range(across**2))
         start = time.perf_counter()
         (result,) = predictor().predict([whole.pixels], scale=SCALE, max_objects=MOST)
         seconds = time.perf_counter() - start
@@ -101,8 +99,9 @@ def recall(sizes: list[int], data: Path | None) -> Numbers:
                 "seconds": seconds,
             }
         )
-    few, many = (_measure.peak_memory(prepare_whole, sizes[-1], data, most) for most in (FEW, MOST))
-    detections = [len(prepare_whole(sizes[-1], data, most)()[0]) for most in (FEW, MOST)]
+    across = sizes[len(sizes) // 2]
+    few, many = (_measure.peak_memory(prepare_whole, across, data, most) for most in (FEW, MOST))
+    detections = [len(prepare_whole(across, data, most)()[0]) for most in (FEW, MOST)]
     rows = [
         [
             str(row["images"]),
@@ -126,7 +125,8 @@ def recall(sizes: list[int], data: Path | None) -> Numbers:
         f"{_measure.mebibytes(many)}, of {detections[0]} {_measure.mebibytes(few)}: {many / few:.2f} "
         f"{_measure.against(many / few, GOALS['memory'])}"
     )
-    return [*numbers, {"exponent": slope, "bytes": many, "bytes_few": few, "detections": detections}]
+    facts = {"exponent": slope, "bytes": many, "bytes_few": few, "detections": detections, "images": across**2}
+    return [*numbers, facts]
 
 
 def enlarged(side: int, data: Path | None) -> NDArray[np.uint8]:
