@@ -263,6 +263,7 @@ def test_label_images_are_the_masks_in_tiles(scale: float | None, tmp_path: Path
     np.testing.assert_array_equal(labels == 1, masks[0])
 
 
+@pytest.mark.slow
 def test_many_objects_need_32_bits(tmp_path: Path) -> None:
     tifffile = pytest.importorskip("tifffile", reason="tifffile is not installed; it comes with the extra 'slides'")
     count = 65_536
