@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -179,6 +180,22 @@ def load_detector(source: str, *, runtime: Runtime | None = None) -> Detector | 
     if runtime is not None:
         raise ConfigError(f"--runtime is for files of a2fpn export, got --model {source}.")
     return a2fpn.from_pretrained(source)
+
+
+def weights_hash(detector: Detector | ExportedDetector) -> str:
+    """Say by 16 digits which weights a detector has."""
+    import torch
+
+    from a2fpn.inference.exported import ExportedDetector
+    from a2fpn.pretrained.checkpoint import file_sha256
+
+    if isinstance(detector, ExportedDetector):
+        return file_sha256(Path(detector.path))[:16]
+    digest = hashlib.sha256()
+    for name, x in detector.state_dict().items():
+        digest.update(name.encode())
+        digest.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def load_checkpoint(source: str) -> Detector:

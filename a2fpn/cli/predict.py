@@ -45,6 +45,7 @@ from a2fpn.cli.options import (
     parse_channels,
     parse_intensity,
     parse_scale,
+    weights_hash,
 )
 from a2fpn.config import MAX_PIXELS, SCORE_THRESHOLD
 from a2fpn.errors import ConfigError, ImageError, MissingFileError
@@ -134,8 +135,14 @@ def predict(
         detector = load_detector(model, runtime=runtime)
         options |= parse_scale(scale, detector)
         # As JSON gives them back.
-        about = {"model": model, "optimize": optimize, "dtype": dtype, "gray_bits": gray_bits}
-        settings = json.loads(json.dumps({**about, **options}))
+        about = {
+            "model": model,
+            "weights": weights_hash(detector),
+            "optimize": optimize,
+            "dtype": dtype,
+            "gray_bits": gray_bits,
+        }
+        settings = json.loads(json.dumps({**about, "optimize": optimize, **options}))
         predictor = build_predictor(
             detector,
             device,
@@ -181,6 +188,8 @@ def _run(folder: PredictionFolder, predictor: Predictor, *, quiet: bool, save: P
     before, pending = len(folder.objects), folder.pending
     if before and not quiet:
         typer.echo(f"{count_of(before, 'image')} of {len(folder.jobs)} done before.", err=True)
+    if folder.changed:
+        typer.echo(f"{count_of(len(folder.changed), 'image')} changed since; what was found is replaced.", err=True)
     seconds: list[float] = []
     try:
         with progress_bar(quiet=quiet) as progress:
