@@ -244,13 +244,13 @@ def main(
             columns,
             rows,
         )
-    if output is not None:
-        scene_facts = {"side": scene.pixels.shape[2], "scale": scale, "extent": extent, "untiled": len(every)}
-        here = {"capability": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
-        versions = {name: importlib.metadata.version(name) for name in ("supervision", "sahi") if name in sides}
-        document = {**circumstances(torch.device("cpu")), **here, "sides": versions, "rounds": rounds}
-        document |= {**scene_facts, "sure": len(sure), "rows": numbers}
-        output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        if output is not None:
+            scene_facts = {"side": scene.pixels.shape[2], "scale": scale, "extent": extent, "untiled": len(every)}
+            here = {"capability": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
+            versions = {name: importlib.metadata.version(name) for name in ("supervision", "sahi") if name in sides}
+            document = {**circumstances(torch.device("cpu")), **here, "sides": versions, "rounds": rounds}
+            document |= {**scene_facts, "sure": len(sure), "rows": numbers}
+            output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
