@@ -58,7 +58,7 @@ def count(
 ) -> None:
     """Count the objects of each class in images: a table, and a CSV file with a row per image and class.
 
-    Example: `a2fpn count photos/ --model runs/cells --output counts.csv`
+    Example: `a2fpn count photos/ --model runs/cells/best --output counts.csv`
 
     An image that can't be read is an error: left out, it would be missing in the counts.
     """
@@ -114,7 +114,7 @@ def calibrate(
 ) -> None:
     """Choose the score from which `a2fpn count` counts, for the least count error, and store it in config.json.
 
-    Example: `a2fpn calibrate runs/cells --images cells/val --annotations cells/val.json`
+    Example: `a2fpn calibrate runs/cells/best --images cells/val --annotations cells/val.json`
 
     Take images that the model was not trained on, and count with the same options.
     """

@@ -15,6 +15,7 @@ from rich.markup import escape
 from a2fpn.cli.format import ap_text, as_text, count_of, progress_bar, say, table, write_json
 from a2fpn.cli.options import (
     Device,
+    GrayBits,
     Json,
     MaxObjects,
     Nms,
@@ -124,6 +125,7 @@ def evaluate(
     nms_threshold: Nms = None,
     soft_nms: SoftNmsKind = None,
     max_objects: MaxObjects = None,
+    gray_bits: GrayBits = 16,
     optimize: Optimize = False,
     dtype: Precision = "float32",
     device: Device = None,
@@ -142,11 +144,11 @@ def evaluate(
 ) -> None:
     """Measure a model on annotated images: the COCO numbers for boxes, masks and keypoints, and AP per class.
 
-    Example: `a2fpn evaluate --model runs/cells --images cells/val --annotations cells/val.json`
+    Example: `a2fpn evaluate --model runs/cells/best --images cells/val --annotations cells/val.json`
 
     At one threshold, as counts and outlines are used: add `--metrics instances --score-threshold 0.6`
 
-    Why is it no better? `... --report page.html`. Is another one better? `... --model runs/other --report page.html`
+    Why is it no better? `... --report page.html`. Is another one better? `... --model runs/other/best --report page.html`
 
     What the model predicts and the file has annotated is measured. Categories are matched by id. An image that can't
     be read is an error: left out, it would count as missed.
@@ -182,6 +184,7 @@ def evaluate(
             tile=tile,
             overlap=overlap,
             tta=tta,
+            gray_bits=gray_bits,
         )
         title = f"{name} on {count_of(len(dataset), 'image')}"
         records = predict_annotated(predictor, dataset, images, quiet=quiet)
@@ -229,7 +232,8 @@ def predict_annotated(
     with progress_bar(quiet=quiet) as progress:
         for entry in progress.track(list(dataset.coco.images.values()), description="evaluating"):
             file = image_path(images, entry.file_name)
-            (result,) = predictor.predict([read_image(file, size=(entry.height, entry.width))])
+            size = (entry.height, entry.width)
+            (result,) = predictor.predict([read_image(file, size=size, gray_bits=predictor.gray_bits)])
             yield from (record for record in result.to_coco(entry.id) if record["category_id"] in known)
 
 
