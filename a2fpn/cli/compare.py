@@ -67,7 +67,7 @@ def compare(
 ) -> None:
     """Show what several models find on the same images: a figure as PNG and PDF, and a page with a slider.
 
-    Example: `a2fpn compare runs/fpn/best runs/a2fpn/best --annotations cells/annotations/instances_val.json --output figure`
+    Example: `a2fpn compare runs/fpn/best runs/a2fpn/best --annotations cells/instances_val.json --output figure`
 
     A row for each model, and a first row of annotations if there are any. The same object has the same color in every
     row where there is one class.

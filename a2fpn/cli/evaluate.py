@@ -148,7 +148,7 @@ def evaluate(
 
     At one threshold, as counts and outlines are used: add `--metrics instances --score-threshold 0.6`
 
-    Why is it no better? `... --report page.html`. Is another one better? `... --model runs/other/best --report page.html`
+    Why is it no better? `... --report page.html`. Is another one better? `... --model runs/b/best --report page.html`
 
     What the model predicts and the file has annotated is measured. Categories are matched by id. An image that can't
     be read is an error: left out, it would count as missed.

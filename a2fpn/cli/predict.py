@@ -101,7 +101,7 @@ def predict(
 
     Example: `a2fpn predict photos/ extra.jpg --model runs/cells/best --output found`
 
-    A slide of any size: `a2fpn predict slide.tif --model runs/cells/best --tile 1024 --max-objects 2000 --format geojson`
+    A slide of any size: `a2fpn predict slide.tif --model runs/cells/best --tile 1024 --max-objects 2000`
 
     With `--tile`, TIFF (tiled, pyramidal, OME; extra `slides`) and large PNG files are read tile by tile. After Ctrl-C
     or a kill the same command with `--resume` goes on behind the last image, or tile.
