@@ -29,6 +29,7 @@ from a2fpn.cli.options import (
     build_predictor,
     load_checkpoint,
     load_detector,
+    short_names,
 )
 from a2fpn.cli.report import Reported, write_page
 from a2fpn.config import SCORE_THRESHOLD, KeypointRCNNConfig
@@ -165,14 +166,14 @@ def evaluate(
     limit = max(100, max_objects or 0) if max_detections is None else max_detections
     tables: dict[str, CocoMetrics] = {}
     pages: list[Reported] = []
-    for name in model:
+    for name, short in zip(model, short_names(model), strict=True):
         detector = load_detector(name) if report is None else load_checkpoint(name)
         dataset = open_annotated(detector, images, annotations)
         kinds = common_iou_types(dataset.coco, detector.target_keys)
         if "keypoints" in kinds:
             _check_keypoints(detector, dataset)
         if report is not None:
-            pages.append(Reported.of(name, typing.cast("Detector", detector)))
+            pages.append(Reported.of(short, typing.cast("Detector", detector)))
         predictor = build_predictor(
             detector,
             device,
@@ -205,7 +206,7 @@ def evaluate(
     numbers = {name: {"max_detections": limit, **t.to_dict(per_class=True)} for name, t in tables.items()}
     _save(numbers[model[0]] if len(model) == 1 else numbers, save, quiet=quiet)
     if report is not None:
-        write_page(report, pages, list(tables.values()), images, annotations)
+        write_page(report, pages, list(tables.values()), images, annotations, gray_bits=gray_bits)
 
 
 def open_annotated(detector: Detector | ExportedDetector, images: Path, annotations: Path) -> CocoDataset:
