@@ -1,4 +1,4 @@
-"""Check of an installed wheel away from its checkout: the demo, a training step, a conversion and a push.
+"""Check of an installed wheel away from its checkout: the demo, each way to train, shards, a conversion, the Hub.
 
 Run by ``make wheel-check`` with the Python of the environment that the wheel was installed into, in an empty folder.
 The Hub is the one of the tests, on loopback; everything else comes from the wheel.
@@ -25,8 +25,8 @@ TINY = (
 )
 
 
-def run(*command: object, **environment: str) -> None:
-    line = [str(SCRIPTS / "a2fpn"), *map(str, command)]
+def run(*command: object, script: str = "a2fpn", **environment: str) -> None:
+    line = [str(SCRIPTS / script), *map(str, command)]
     print("$", *line, flush=True)
     subprocess.run(line, check=True, env={**os.environ, **environment})
 
@@ -52,26 +52,28 @@ def main() -> None:
     settings = (f"data.root={demo}", *annotations, "data.check_images=1", "data.workers=0", "data.batch_size=1")
     once = ("run.max_steps=1", "run.output=runs", "run.pictures=0", "run.trackers=[]", "run.mixed_precision=none")
     run("train", "--list")
+    run("train", "--copy", "finetune_folder", "mine.yaml")
     run("train", "--config", "finetune_folder", *settings, *once, *TINY)
+    module = ("-m", "a2fpn.training", "--config", "mine.yaml", *settings, *once, *TINY)
+    run("launch", "--cpu", "--num_processes", "1", *module, "run.output=launched", script="accelerate")
+    run("--standalone", "--nproc_per_node", "1", *module, "run.output=torchrun", script="torchrun")
+    run("data", "shard", "--images", demo / "images", "--annotations", demo / "annotations.json", "--output", "shards")
+    run("data", "shard", "--check", "shards")
 
     torch.save(getattr(detection, TORCHVISION)(weights=None, weights_backbone=None).state_dict(), "weights.pth")
     options = ("--option", "min_size=64", "--option", "max_size=96")
     run("hub", "convert", "weights.pth", "--from", "torchvision", "--model", TORCHVISION, "--output", "ours", *options)
+    run("hub", "backbone", "runs/best", "--output", "backbone")
+    run("hub", "card", "runs/best", "--repo", "alice/cells")
 
     server = hub_server()
     server.tokens["hf_alice"] = "alice"
-    run(
-        "hub",
-        "push",
-        "runs/best",
-        "--repo",
-        "alice/cells",
-        HF_ENDPOINT=server.url,
-        HF_TOKEN="hf_alice",
-        HF_HUB_OFFLINE="0",
-    )
+    hub = {"HF_ENDPOINT": server.url, "HF_TOKEN": "hf_alice", "HF_HUB_OFFLINE": "0"}
+    run("hub", "push", "runs/best", "--repo", "alice/cells", **hub)
     files = server.repos["alice/cells"].commits[server.repos["alice/cells"].refs["main"]]
     assert {"README.md", "config.json", "model.safetensors"} <= set(files), sorted(files)
+    truth = ("--images", demo / "images", "--annotations", demo / "annotations.json")
+    run("hub", "verify", "alice/cells", *truth, **hub)
 
 
 if __name__ == "__main__":

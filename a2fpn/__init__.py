@@ -9,23 +9,23 @@
 from typing import TYPE_CHECKING, Any
 
 from a2fpn._version import __version__
-from a2fpn.backbones import list_backbones
-from a2fpn.build import create_backbone
-from a2fpn.compose import list_necks, register_model
-from a2fpn.config import Category, ModelConfig
-from a2fpn.detectors import Detector, register_detector
-from a2fpn.errors import A2FPNError, CheckpointError, HubError
-from a2fpn.finite import NonFiniteError, check_finite
-from a2fpn.necks import Neck, create_neck, register_neck
-from a2fpn.pretrained.catalog import list_pretrained
-from a2fpn.pretrained.hub import push_to_hub
-from a2fpn.pretrained.load import create_model, from_pretrained, list_models, save_pretrained
-from a2fpn.pyramid import LevelSpec, PyramidSpec
 
 if TYPE_CHECKING:
+    from a2fpn.backbones import list_backbones
+    from a2fpn.build import create_backbone
+    from a2fpn.compose import list_necks, register_model
+    from a2fpn.config import Category, ModelConfig
+    from a2fpn.detectors import Detector, register_detector
+    from a2fpn.errors import A2FPNError, CheckpointError, HubError
     from a2fpn.export import export_model
+    from a2fpn.finite import NonFiniteError, check_finite
     from a2fpn.inference import Predictor, Result
     from a2fpn.inference.optimize import optimize_for_inference
+    from a2fpn.necks import Neck, create_neck, register_neck
+    from a2fpn.pretrained.catalog import list_pretrained
+    from a2fpn.pretrained.hub import push_to_hub
+    from a2fpn.pretrained.load import create_model, from_pretrained, list_models, save_pretrained
+    from a2fpn.pyramid import LevelSpec, PyramidSpec
 
 __all__ = [
     "A2FPNError",
@@ -60,23 +60,42 @@ __all__ = [
 ]
 
 
+# Names come with the module that defines them when they are first used: a shell that completes a command, `--help` and
+# a program that only reads data do not wait for torch, and building a model does not wait for pycocotools.
+_MODULES = {
+    "backbones": ["list_backbones"],
+    "build": ["create_backbone"],
+    "compose": ["list_necks", "register_model"],
+    "config": ["Category", "ModelConfig"],
+    "detectors": ["Detector", "register_detector"],
+    "errors": ["A2FPNError", "CheckpointError", "HubError"],
+    "export": ["export_model"],
+    "finite": ["NonFiniteError", "check_finite"],
+    "inference": ["Predictor", "Result"],
+    "inference.optimize": ["optimize_for_inference"],
+    "necks": ["Neck", "create_neck", "register_neck"],
+    "pretrained.catalog": ["list_pretrained"],
+    "pretrained.hub": ["push_to_hub"],
+    "pretrained.load": ["create_model", "from_pretrained", "list_models", "save_pretrained"],
+    "pyramid": ["LevelSpec", "PyramidSpec"],
+}
+_SOURCES = {name: f"a2fpn.{module}" for module, names in _MODULES.items() for name in names}
+_PACKAGES = ("backbones", "config", "convert", "data", "detectors", "heads", "layers", "masks", "necks", "pretrained")
+
+
 if not TYPE_CHECKING:  # a type checker would take any name for known
 
     def __getattr__(name: str) -> Any:
-        # Inference brings pycocotools and drawing; building a model must not pay for them.
-        if name in ("Predictor", "Result"):
-            from a2fpn import inference
+        import importlib
 
-            return getattr(inference, name)
-        if name == "export_model":
-            from a2fpn.export import export_model
-
-            return export_model
-        if name == "optimize_for_inference":
-            from a2fpn.inference.optimize import optimize_for_inference
-
-            return optimize_for_inference
-        raise AttributeError(f"module 'a2fpn' has no attribute {name!r}")
+        if name in _SOURCES:
+            value = getattr(importlib.import_module(_SOURCES[name]), name)
+        elif name in _PACKAGES:
+            value = importlib.import_module(f"a2fpn.{name}")
+        else:
+            raise AttributeError(f"module 'a2fpn' has no attribute {name!r}")
+        globals()[name] = value
+        return value
 
     def __dir__() -> list[str]:
         return sorted({*globals(), *__all__})

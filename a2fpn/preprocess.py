@@ -137,11 +137,11 @@ class Preprocess(nn.Module):
         if image.is_floating_point():
             low, high = (float(x) for x in image.detach().aminmax())
             slack = _ROUNDING if resize else _OVERSHOOT
-            if low < -slack or high > 1 + slack:
+            if not (low >= -slack and high <= 1 + slack):  # NaN is neither
                 raise ConfigError(
                     f"Expected a float image in [0, 1] or a uint8 image in [0, 255], got {image.dtype} values from "
                     f"{low:g} to {high:g}. Divide by the largest value of its format (255 for 8 bits), or pass uint8; "
-                    "the model normalises by itself."
+                    "the model normalizes by itself."
                 )
         x = self._normalize(image.to(self.mean.device, non_blocking=True))
         size = self.target_size(int(x.shape[1]), int(x.shape[2]))

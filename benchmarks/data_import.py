@@ -14,21 +14,30 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
+import torch
 import typer
 from PIL import Image
 
 from benchmarks import _measure as measure
+from benchmarks.gpu.record import circumstances
 
 CLASSES = 10
 
 
-def main(images: int = 10_000, objects: int = 10, quick: measure.Quick = False) -> None:
+def main(
+    images: int = 10_000,
+    objects: int = 10,
+    quick: measure.Quick = False,
+    output: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
+) -> None:
     """Time one import of each format without copying."""
     if quick:
         images = 50
     rows = []
+    results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in ("yolo", "labelme"):
             source = Path(folder) / name
@@ -42,6 +51,7 @@ def main(images: int = 10_000, objects: int = 10, quick: measure.Quick = False) 
                 str(Path(folder) / f"{name}_coco"),
             ]
             result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            results[name] = result | {"images_per_second": images / result["seconds"]}
             rows.append(
                 [
                     name,
@@ -56,6 +66,9 @@ def main(images: int = 10_000, objects: int = 10, quick: measure.Quick = False) 
     title = f"{images:,} images, {images * objects:,} polygons, linked"
     headings = ["format", "clock", "processor", "images/s", "peak memory", "before"]
     measure.print_table(title, headings, rows)
+    if output:
+        document = {**circumstances(torch.device("cpu")), "images": images, "formats": results}
+        output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 def child(source: str, output: str) -> None:

@@ -3,40 +3,53 @@
 ``python -m benchmarks.dense --part recall`` puts nuclei side by side, 3 x 3 to 7 x 7 images. The network sees every
 pixel at one scale, alone and side by side: the objects that it finds of the whole with ``max_objects=5000`` are to be
 at least 0.98 of those that it finds image by image. Memory is that of at most 5,000 objects over that of at most 100 on
-the same image; the exponent is the slope of time over objects in logarithms, 1 where time grows with them.
+the same image, of any score so that as many are found; the exponent is the slope of time over objects in logarithms, 1
+where time grows with them.
 
-``--part area`` predicts slides from the disk in tiles of 1,024 pixels: time per megapixel and per object, peak memory,
-which is to stay flat, and time over that of as many tiles as are predicted one by one from memory, goal 1.15; with the
-tiles read by the predicting thread, and by one and two of their own.
+``--part area`` predicts slides from the disk in tiles of 1,024 pixels, whose nuclei are three times as large and seen
+at the same scale: time per megapixel and per object, peak memory, which is to stay flat, and time over that of as many
+tiles that are predicted one by one from memory, goal 1.15; with the tiles read by the predicting thread, and by one
+and two of their own.
 
 ``--part torchvision`` sets ``maskrcnn_fpn_r50`` beside torchvision's Mask R-CNN with the same weights, with the masks
 of up to 100 and up to 1,000 objects, at the sizes that torchvision can do.
 
-Nuclei and model are those inside the package; ``--data`` names a COCO folder of others.
+Nuclei and model are those inside the package; ``--data`` names a COCO folder of others. ``--output`` keeps what the
+file holds of other parts.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
+import math
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 import typer
+from numpy.typing import NDArray
+from PIL import Image
 
 import a2fpn
 from a2fpn import Predictor
 from benchmarks import _measure, inference
 from benchmarks._nuclei import Scene, exponent, found_objects, load_scenes, mosaic
+from benchmarks.gpu.record import circumstances
 
 MODEL = "maskrcnn_a2fpn_lite0.nuclei"
 CELL, SCALE = 256, 2.0
+ENLARGED = 3
 MOST, FEW = 5000, 100
 TILE = 1024
+SLIDE_OPTIONS: dict[str, Any] = {"scale": SCALE / ENLARGED, "max_objects": MOST, "score_threshold": 0.5}
+WORKERS = {4: (0, 1, 2), 1 << 30: (1,)}
+"""Reading threads that are timed, by the megapixels up to which they are."""
 GOALS = {"recall": 0.98, "memory": 2.0, "time": 1.15}
 
 Part = Literal["recall", "area", "torchvision"]
@@ -49,6 +62,7 @@ def predictor() -> Predictor:
     return Predictor(a2fpn.create_model(MODEL, pretrained=True))
 
 
+@functools.cache
 def cells(data: Path | None) -> list[Scene]:
     """Images that fill a square of the mosaic, smallest first."""
     scenes = [scene for scene in load_scenes(data) if min(scene.pixels.shape[1:]) >= CELL]
@@ -56,22 +70,20 @@ def cells(data: Path | None) -> list[Scene]:
 
 
 def prepare_whole(across: int, data: Path | None, most: int) -> Callable[[], Any]:
-    """Predict a mosaic without tiles."""
+    """Predict a mosaic without tiles, objects of any score."""
     scene = mosaic(cells(data), across, CELL)
-    return lambda: predictor().predict([scene.pixels], scale=SCALE, max_objects=most)
+    return lambda: predictor().predict([scene.pixels], scale=SCALE, max_objects=most, score_threshold=0.0)
 
 
 def recall(sizes: list[int], data: Path | None) -> Numbers:
     """Objects found of a whole over those found image by image."""
     numbers: Numbers = []
+    parts = [mosaic([scene], 1, CELL) for scene in cells(data)[: max(sizes) ** 2]]
+    results = [predictor().predict([part.pixels], scale=SCALE, max_objects=MOST)[0] for part in parts]
+    of_parts = [found_objects(list(result.rles or ()), part.rles) for result, part in zip(results, parts, strict=True)]
     for across in sizes:
         whole = mosaic(cells(data), across, CELL)
-        parts = [mosaic([scene], 1, CELL) for scene in cells(data)]
-        shown = [parts[number % len(parts)] for number in range(across**2)]
-        alone = 0
-        for part in parts:
-            (result,) = predictor().predict([part.pixels], scale=SCALE, max_objects=MOST)
-            alone += sum(part is other for other in shown) * found_objects(list(result.rles or ()), part.rles)
+        alone = sum(of_parts[number % len(parts)] for number in range(across**2))
         start = time.perf_counter()
         (result,) = predictor().predict([whole.pixels], scale=SCALE, max_objects=MOST)
         seconds = time.perf_counter() - start
@@ -87,7 +99,9 @@ def recall(sizes: list[int], data: Path | None) -> Numbers:
                 "seconds": seconds,
             }
         )
-    few, many = (_measure.peak_memory(prepare_whole, sizes[-1], data, most) for most in (FEW, MOST))
+    across = sizes[len(sizes) // 2]
+    few, many = (_measure.peak_memory(prepare_whole, across, data, most) for most in (FEW, MOST))
+    detections = [len(prepare_whole(across, data, most)()[0]) for most in (FEW, MOST)]
     rows = [
         [
             str(row["images"]),
@@ -107,53 +121,60 @@ def recall(sizes: list[int], data: Path | None) -> Numbers:
     )
     slope = exponent([row["objects"] for row in numbers], [row["seconds"] for row in numbers])
     _measure.console().print(
-        f"Time grows with the {slope:.2f}th power of objects. Peak memory of at most {MOST} objects "
-        f"{_measure.mebibytes(many)}, of at most {FEW} {_measure.mebibytes(few)}: {many / few:.2f} "
+        f"Time grows with the {slope:.2f}th power of objects. Peak memory of {detections[1]} objects "
+        f"{_measure.mebibytes(many)}, of {detections[0]} {_measure.mebibytes(few)}: {many / few:.2f} "
         f"{_measure.against(many / few, GOALS['memory'])}"
     )
-    return [*numbers, {"exponent": slope, "bytes": many, "bytes_few": few}]
+    facts = {"exponent": slope, "bytes": many, "bytes_few": few, "detections": detections, "images": across**2}
+    return [*numbers, facts]
 
 
-def write_slide(path: Path, across: int, data: Path | None) -> int:
-    """Write a mosaic as a tiled TIFF; return the number of its objects."""
-    import tifffile
-
-    scene = mosaic(cells(data), across, CELL)
-    tifffile.imwrite(path, scene.array, tile=(512, 512), photometric="rgb", compression="zlib")
-    return len(scene.rles)
+def enlarged(side: int, data: Path | None) -> NDArray[np.uint8]:
+    """(side, side, 3) pixels of a mosaic that is as fine as a slide."""
+    scene = mosaic(cells(data), math.ceil(side / CELL / ENLARGED), CELL)
+    image = Image.fromarray(scene.array).resize((ENLARGED * scene.array.shape[1],) * 2, Image.Resampling.BILINEAR)
+    return np.asarray(image)[:side, :side]
 
 
-def prepare_slide(path: Path, workers: int) -> Callable[[], Any]:
-    """Predict a slide in tiles."""
-    return lambda: predictor()(path, tile=TILE, max_objects=MOST, workers=workers, score_threshold=0.5)
+def prepare_slide(path: Path, workers: int, first: Path | None = None) -> Callable[[], Any]:
+    """Predict a slide in tiles; the first call may be of another one, which has all that later ones keep."""
+    paths = itertools.chain([first or path], itertools.repeat(path))
+    return lambda: predictor()(next(paths), tile=TILE, workers=workers, **SLIDE_OPTIONS)
 
 
 def area(sizes: list[int], data: Path | None) -> Numbers:
     """Slides of growing size in tiles."""
-    tile = mosaic(cells(data), TILE // CELL, CELL).pixels
+    import tifffile
+
+    tile = torch.from_numpy(enlarged(TILE, data).copy()).permute(2, 0, 1)
+    one = functools.partial(predictor().predict, [tile], **SLIDE_OPTIONS)
     numbers: Numbers = []
     with tempfile.TemporaryDirectory() as folder:
-        for megapixels in sizes:
-            path = Path(folder) / f"{megapixels}.tif"
-            across = round((megapixels * 2**20) ** 0.5 / CELL)
-            write_slide(path, across, data)
+        paths = [Path(folder) / f"{megapixels}.tif" for megapixels in sizes]
+        for megapixels, path in zip(sizes, paths, strict=True):
+            pixels = enlarged(round((megapixels * 2**20) ** 0.5), data)
+            tifffile.imwrite(path, pixels, tile=(512, 512), photometric="rgb", compression="zlib")
             with predictor().open(path, tile=TILE) as slide:
                 count = len(predictor().windows(slide, tile=TILE))
-            one = functools.partial(predictor().predict, [tile], max_objects=MOST, score_threshold=0.5)
-            one()
-            calls = {f"{workers}": prepare_slide(path, workers) for workers in (0, 1, 2)}
-            timings = _measure.time_interleaved({"tile": one, **calls}, rounds=1, warmup=0, title=f"{megapixels} MP")
-            objects = len(calls["1"]())
-            memory = _measure.peak_memory(prepare_slide, path, 1)
+            workers = next(chosen for most, chosen in WORKERS.items() if megapixels <= most)
+            found: dict[int, int] = {}
+
+            def run(number: int, path: Path = path, found: dict[int, int] = found) -> None:
+                found[number] = len(prepare_slide(path, number)())
+
+            calls = {str(number): functools.partial(run, number) for number in workers}
+            alone = _measure.time_interleaved({"tile": one}, rounds=5, title="a tile").median("tile")
+            timings = _measure.time_interleaved(calls, rounds=1, warmup=0, title=f"{megapixels} MP")
             seconds = {name: timings.median(name) for name in timings.seconds}
             numbers.append(
                 {
                     "megapixels": megapixels,
                     "tiles": count,
-                    "objects": objects,
-                    "seconds": seconds,
-                    "ratio": seconds["1"] / (count * seconds["tile"]),
-                    "bytes": memory,
+                    "objects": found[1],
+                    "same": len(set(found.values())) == 1,
+                    "seconds": {"tile": alone, **seconds},
+                    "ratio": seconds["1"] / (count * alone),
+                    "bytes": _measure.peak_memory(prepare_slide, path, 1, paths[0]),
                 }
             )
     rows = [
@@ -161,7 +182,7 @@ def area(sizes: list[int], data: Path | None) -> Numbers:
             f"{row['megapixels']}",
             f"{row['tiles']}",
             f"{row['objects']}",
-            *(f"{row['seconds'][workers]:.2f} s" for workers in ("0", "1", "2")),
+            *(_seconds(row["seconds"].get(workers)) for workers in ("0", "1", "2")),
             _measure.milliseconds(row["seconds"]["1"] / row["megapixels"]),
             _measure.milliseconds(row["seconds"]["1"] / max(1, row["objects"])),
             f"{row['ratio']:.2f} {_measure.against(row['ratio'], GOALS['time'])}",
@@ -188,6 +209,10 @@ def area(sizes: list[int], data: Path | None) -> Numbers:
     return numbers
 
 
+def _seconds(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f} s"
+
+
 def beside_torchvision(sizes: list[int], rounds: int) -> Numbers:
     """Our Mask R-CNN on ResNet-50 and torchvision's with the same weights."""
     numbers: Numbers = []
@@ -202,7 +227,17 @@ def beside_torchvision(sizes: list[int], rounds: int) -> Numbers:
                 timings = _measure.time_interleaved(calls, rounds=rounds, title=f"{side} x {side}, {most}")
                 memory = {name: _measure.peak_memory(make, side, weights, most) for name, make in sides.items()}
                 ratio, share = timings.ratio("a2fpn", "torchvision"), memory["a2fpn"] / memory["torchvision"]
-                numbers.append({"side": side, "objects": most, "time": ratio.value, "memory": share})
+                numbers.append(
+                    {
+                        "side": side,
+                        "objects": most,
+                        "seconds": {name: timings.median(name) for name in sides},
+                        "time": ratio.value,
+                        "range": [ratio.low, ratio.high],
+                        "bytes": memory,
+                        "memory": share,
+                    }
+                )
                 rows.append(
                     [
                         f"{side} x {side}",
@@ -243,13 +278,13 @@ def prepare_ours(side: int, weights: Path, most: int) -> Callable[[], Any]:
 
 def main(
     *,
-    part: Annotated[Part, typer.Option(help="What is measured.")] = "recall",
+    part: Annotated[Part | None, typer.Option(help="What is measured; by default all.")] = None,
     data: Annotated[Path | None, typer.Option(help="COCO folder of nuclei; by default the packaged images.")] = None,
     sizes: Annotated[
         str | None,
         typer.Option(
             help="recall: images side by side, e.g. 3,5,7; area: megapixels, e.g. 1,4,16,64; torchvision: pixels, e.g. "
-            "512,1024."
+            "512,768."
         ),
     ] = None,
     rounds: _measure.Rounds = 3,
@@ -258,17 +293,23 @@ def main(
     quick: _measure.Quick = False,
 ) -> None:
     """Measure images of many objects."""
-    standard = {"recall": "3,5,7", "area": "1,4,16,64", "torchvision": "512,1024"}
+    standard = {"recall": "3,5,7", "area": "1,4,16,64", "torchvision": "512,768"}
     fast = {"recall": "1,2", "area": "1,2", "torchvision": "128"}
-    chosen = [int(text) for text in (sizes or (fast if quick else standard)[part]).split(",")]
+    measures: dict[str, Callable[[list[int]], Numbers]] = {
+        "recall": lambda chosen: recall(chosen, data),
+        "area": lambda chosen: area(chosen, data),
+        "torchvision": lambda chosen: beside_torchvision(chosen, 1 if quick else rounds),
+    }
+    if part is None and sizes is not None:
+        raise typer.BadParameter("--sizes is of one part; give --part as well.")
     _measure.start(threads, rounds)
-    measured = {
-        "recall": lambda: recall(chosen, data),
-        "area": lambda: area(chosen, data),
-        "torchvision": lambda: beside_torchvision(chosen, 1 if quick else rounds),
-    }[part]()
-    if output is not None:
-        output.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+    document = json.loads(output.read_text(encoding="utf-8")) if output is not None and output.exists() else {}
+    for name in measures if part is None else [part]:
+        numbers = measures[name]([int(text) for text in (sizes or (fast if quick else standard)[name]).split(",")])
+        here = {"capability": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
+        document[name] = {**circumstances(torch.device("cpu")), **here, "rows": numbers}
+        if output is not None:
+            output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

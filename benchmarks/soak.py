@@ -7,8 +7,9 @@ checkpoint, asked to stop, given a full disk, a flipped bit in one of its files,
 change, and a second process in its folder. When it has ended, weights, metrics and the best checkpoint are compared
 with those of the undisturbed run, and another begins.
 
-Ends with exit code 1 if a state was lost (a start went on from less than the newest whole checkpoint), something
-differs in silence, or a start failed otherwise than it should. Leaves nothing unless something failed.
+Ends with exit code 1 if a state was lost (a start went on from less than the newest whole checkpoint, or one flipped
+bit damaged two), something differs in silence, or a start failed otherwise than it should. Where flips have damaged
+every checkpoint of a run, it has to be refused, and another begins. Leaves nothing unless something failed.
 """
 
 from __future__ import annotations
@@ -208,7 +209,7 @@ class Soak:
         self.lost: list[str] = []
         self.different: list[str] = []
         self.wrong: list[str] = []
-        self.said = self.finished = 0
+        self.said = self.finished = self.refused = 0
         self._best_lost = False
 
     def arguments(self, *more: str, output: str = "run") -> list[str]:
@@ -242,7 +243,8 @@ class Soak:
         elif kind == "refused settings":
             more = [self.chance.choice(REFUSED)]
         before = content(self.run) if kind == "refused settings" else {}
-        steps = {name: whole_step(self.run / name) for name in GENERATIONS}
+        steps = self._steps()
+        beyond_repair = not any(step is not None for step in steps.values()) and (self.run / "last").exists()
         process = Start(self.arguments(*more), self.log, limit=limit, kill_at=kill_at)
         code = process.wait(self.chance.uniform(0.05, 0.7) * self.seconds)
         if code is None and kind == "second process":
@@ -253,6 +255,9 @@ class Soak:
             process.send(signal.SIGTERM)
         code = process.end()
         self.events[kind] += 1
+        if beyond_repair:
+            self._judge_refusal(kind, code, process.log())
+            return
         self._judge(kind, code, process.log(), steps, more, flipped)
         after = content(self.run) if before else {}
         if any(after.get(name) != digest for name, digest in before.items()):
@@ -260,8 +265,13 @@ class Soak:
         if code == 0:
             self._compare()
 
+    def _steps(self) -> dict[str, int | None]:
+        """Steps of the generations that are whole."""
+        return {name: whole_step(self.run / name) for name in GENERATIONS}
+
     def _flip(self) -> str:
         """Flip a bit in one file of the run; return its name within it."""
+        before = self._steps()
         files = [path for name in GENERATIONS for path in (self.run / name).rglob("*") if path.is_file()]
         files += [path for path in (self.run / "metrics.jsonl", self.run / "config.yaml") if path.exists()]
         path = self.chance.choice(sorted(files))
@@ -270,7 +280,10 @@ class Soak:
             return ""
         data[self.chance.randrange(len(data))] ^= 1 << self.chance.randrange(8)
         path.write_bytes(data)
-        return str(path.relative_to(self.run))
+        name, after = str(path.relative_to(self.run)), self._steps()
+        if sum(before[generation] != after[generation] for generation in GENERATIONS) > 1:
+            self.lost.append(f"a flipped bit in {name} damaged more than one generation")
+        return name
 
     def _second(self) -> None:
         """Start another process in the folder of one that runs."""
@@ -278,6 +291,16 @@ class Soak:
         code = second.end()
         if code not in (0, 2) or (code == 2 and "is being written to by process" not in second.log()):
             self.wrong.append(f"a second process ended with {code}: {second.log()[-500:]}")
+
+    def _judge_refusal(self, kind: str, code: int, log: str) -> None:
+        """Look at the end of a start without a whole checkpoint; make room for another run once it was refused."""
+        if code in (-signal.SIGKILL, -signal.SIGTERM) or kind == "full disk":  # perhaps before it could say so
+            return
+        if code != 2 or "is whole" not in log:
+            self.wrong.append(f"{kind} of a run without a whole checkpoint ended with {code}: {log}")
+        self.refused += 1
+        self._best_lost = False
+        shutil.rmtree(self.run)
 
     def _judge(
         self, kind: str, code: int, log: str, steps: dict[str, int | None], more: list[str], flipped: str
@@ -307,7 +330,8 @@ class Soak:
             "refused settings": {2},
             "kill in a save": {0, -signal.SIGKILL},
         }.get(kind, {0, -signal.SIGKILL})
-        if code not in expected or ("Traceback" in log and "Logging error" not in log):
+        # A loader process may have words for the end of the one that was killed.
+        if code not in expected or ("Traceback" in log and code != -signal.SIGKILL and "Logging error" not in log):
             self.wrong.append(f"{kind} ended with {code}: {log[-1500:]}")
 
     def _compare(self) -> None:
@@ -358,7 +382,7 @@ def main(
     measure.print_table(f"Disturbances of a tiny run, {minutes:g} minutes, seed {seed}", ["disturbance", "times"], rows)
     measure.console().print(
         f"events survived {soak.events.total() - len(soak.wrong)}, runs ended and compared {soak.finished}, "
-        f"damaged best checkpoints said to be lost {soak.said}\n"
+        f"damaged best checkpoints said to be lost {soak.said}, runs without a whole checkpoint {soak.refused}\n"
         f"states lost {len(soak.lost)}, silent differences {len(soak.different)}, wrong ends {len(soak.wrong)}"
     )
     failures = [*soak.lost, *soak.different, *soak.wrong]

@@ -93,14 +93,46 @@ def zoo(document: Mapping[str, Any]) -> str:
     return "\n".join([table, "", *lines, "", where])
 
 
+def dense_recall(document: Mapping[str, Any]) -> str:
+    """Return how many objects are found of mosaics and of their parts, with memory and the exponent of time."""
+    part = document["recall"]
+    *mosaics, facts = part["rows"]
+    rows = [
+        (
+            str(row["images"]),
+            f"{row['objects']:,}",
+            f"{row['found']:,} / {row['found_alone']:,}",
+            f"{row['ratio']:.3f}",
+            f"{row['seconds']:.1f}",
+            f"{1000 * row['seconds'] / row['objects']:.0f}",
+        )
+        for row in mosaics
+    ]
+    few, many = (f"{number:,}" for number in facts["detections"])
+    note = (
+        f"Time grows with the {facts['exponent']:.2f}th power of the objects. Of {facts['images']} images side by side "
+        f"{many} detections take {facts['bytes'] / 2**20:,.0f} MiB at the peak, {few} take "
+        f"{facts['bytes_few'] / 2**20:,.0f}: {facts['bytes'] / facts['bytes_few']:.2f} times as much."
+    )
+    headings = ("images side by side", "objects", "found in the whole / alone", "ratio", "s", "ms an object")
+    return f"{markdown(headings, rows)}\n\n{note} {_cpu(part)}"
+
+
 TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "gpu-inference": ("gpu_inference.json", inference),
     "gpu-inference-more": ("gpu_inference_more.json", inference),
     "gpu-training": ("gpu_training.json", training),
     "gpu-throughput": ("throughput_h100.json", throughput),
     "cpu-inference": ("inference_cpu.json", cpu_inference),
+    "dense-recall": ("dense_cpu.json", dense_recall),
     "zoo": ("gpu_inference.json", zoo),
 }
+
+
+def _cpu(part: Mapping[str, Any]) -> str:
+    """Return where a benchmark ran, as a sentence."""
+    versions = ", ".join(f"{name} {part['versions'][name]}" for name in ("torch", "torchvision"))
+    return f"{part['threads']} CPU threads, {part['capability']}; {versions}; commit `{part['commit'][:12]}`."
 
 
 def _beside_torchvision(document: Mapping[str, Any], what: str) -> str:

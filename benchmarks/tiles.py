@@ -14,6 +14,7 @@ supervision and sahi are needed for their sides: ``pip install supervision sahi`
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
 import json
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from a2fpn.data import encode_masks
 from a2fpn.masks.rle import Rle
 from benchmarks import _measure
 from benchmarks._nuclei import Scene, load_scenes, mosaic, overlaps
+from benchmarks.gpu.record import circumstances
 
 MODEL = "maskrcnn_a2fpn_lite0.nuclei"
 OVERLAP = 0.2
@@ -168,7 +170,7 @@ def seams(found: list[Rle], sure: list[Rle], every: list[Rle]) -> tuple[float, f
 def main(
     *,
     data: Annotated[Path | None, typer.Option(help="COCO folder of nuclei; by default the packaged images.")] = None,
-    across: Annotated[int, typer.Option(help="Images of 256 x 256 pixels side by side.", min=1)] = 4,
+    across: Annotated[int, typer.Option(help="Images of 256 x 256 pixels side by side.", min=1)] = 3,
     scale: Annotated[float, typer.Option(help="Pixels of the network per pixel of the image.")] = 3.0,
     rounds: _measure.Rounds = 3,
     threads: _measure.Threads = 0,
@@ -190,12 +192,18 @@ def main(
     extent = float(np.median(np.sqrt(np.prod(whole.boxes[:, 2:] - whole.boxes[:, :2], axis=1))))
     numbers: list[dict[str, Any]] = []
     for tile in tiles:
-        calls = {side: prepare(side, across, data, tile, scale) for side in sides}
-        timings = _measure.time_interleaved(calls, rounds=rounds, title=f"tiles of {tile}")
+        finders = {side: prepare(side, across, data, tile, scale) for side in sides}
+        results: dict[str, list[Rle]] = {}
+
+        def run(side: str, finders: dict[str, Finder] = finders, results: dict[str, list[Rle]] = results) -> None:
+            results[side] = finders[side]()
+
+        calls = {side: functools.partial(run, side) for side in sides}
+        timings = _measure.time_interleaved(calls, rounds=rounds, warmup=0, title=f"tiles of {tile}")
         memory = {side: _measure.peak_memory(prepare, side, across, data, tile, scale) for side in sides}
         rows = []
         for side in sides:
-            found = calls[side]()
+            found = results[side]
             duplicates, misses = seams(found, sure, every)
             ratio = memory["a2fpn"] / memory[side]
             numbers.append(
@@ -206,7 +214,9 @@ def main(
                     "duplicates": duplicates,
                     "misses": misses,
                     "seconds": timings.median(side),
+                    "ratio": timings.ratio("a2fpn", side).value,
                     "bytes": memory[side],
+                    "memory": ratio,
                 }
             )
             own = side == "a2fpn"
@@ -234,8 +244,13 @@ def main(
             columns,
             rows,
         )
-    if output is not None:
-        output.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+        if output is not None:
+            scene_facts = {"side": scene.pixels.shape[2], "scale": scale, "extent": extent, "untiled": len(every)}
+            here = {"capability": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
+            versions = {name: importlib.metadata.version(name) for name in ("supervision", "sahi") if name in sides}
+            document = {**circumstances(torch.device("cpu")), **here, "sides": versions, "rounds": rounds}
+            document |= {**scene_facts, "sure": len(sure), "rows": numbers}
+            output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from benchmarks import _nuclei, dense, evaluation, inference, label_curve, loade
 from tests.coco_data import write_coco
 
 
+@pytest.mark.slow
 def test_inference_compares_equal_outputs_and_prints_ratios(capsys):
     inference.main(quick=True)
     out = capsys.readouterr().out

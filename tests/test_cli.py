@@ -468,7 +468,7 @@ def test_python_dash_m_starts_without_what_it_does_not_need():
         assert command in process.stdout
     imported = {line.rpartition("|")[2].strip() for line in process.stderr.splitlines()}
     assert "a2fpn.cli" in imported
-    assert not {"matplotlib", "supervision", "pycocotools"} & imported
+    assert not {"torch", "timm", "matplotlib", "supervision", "pycocotools"} & imported
 
 
 def test_predict_in_tiles_and_views(checkpoint, data, tmp_path):

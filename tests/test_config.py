@@ -137,6 +137,21 @@ def test_sizes_and_weights_of_the_mask_head_have_limits(build: Any, key: str, go
             build(**{key: value})
 
 
+def test_numbers_of_a_neck_have_limits() -> None:
+    """What is above would fill the memory before the neck could say so."""
+    assert NeckConfig("fpn", {"out_channels": 65_536}).args == {"out_channels": 65_536}
+    for number in (65_537, 10**9, math.nan):
+        with pytest.raises(ValueError, match=rf"out_channels must be between -65536 and 65536, got {number}"):
+            NeckConfig("fpn", {"out_channels": number})
+
+
+@pytest.mark.parametrize(("build", "name"), [(RCNNConfig, "rpn_"), (heads_type("retinanet"), "")])
+def test_what_is_negative_lies_below_what_is_positive(build: Any, name: str) -> None:
+    build(**{f"{name}fg_iou": 0.4, f"{name}bg_iou": 0.4})
+    with pytest.raises(ValueError, match=rf"{name}bg_iou=0\.5 must not be above {name}fg_iou=0\.4"):
+        build(**{f"{name}fg_iou": 0.4, f"{name}bg_iou": 0.5})
+
+
 @pytest.mark.parametrize("key", ["architecture", "detector", "backbone", "neck"])
 def test_a_missing_key_is_an_error(key: str) -> None:
     data = to_dict(model_config())
@@ -242,7 +257,7 @@ def test_categories_have_ids_and_names_even_where_none_are_known() -> None:
         (RCNNConfig, "mask_upsample", ("carafe",), ("xx",)),
         (HTCConfig, "semantic_channels", (1,), (0, 10**6)),
         (KeypointRCNNConfig, "keypoint_pool_size", (1, 128), (0, 129)),
-        (RetinaNetConfig, "fg_iou", (0.0, 1.0), (1.5,)),
+        (RetinaNetConfig, "fg_iou", (0.4, 1.0), (1.5,)),
         (RetinaNetConfig, "box_loss", ("giou",), ("xx",)),
         (FCOSConfig, "top_levels", (0, 8), (-1, 9)),
         (FCOSConfig, "candidates_per_level", (1,), (0,)),

@@ -367,7 +367,7 @@ def exif(path, size, orientation):
 
 def test_files_are_compared_with_what_the_json_says(folder):
     names = {
-        "exif-turned": "turned.jpg",
+        "exif-turned": "turned.tif",
         "exif-ignored": "ignored.jpg",
         "exif-ambiguous": "ambiguous.png",
         "size-mismatch": "size.png",
@@ -375,7 +375,7 @@ def test_files_are_compared_with_what_the_json_says(folder):
         "missing-file": "nowhere.png",
         None: "good.png",
     }
-    exif(folder / "turned.jpg", (40, 60), 6)
+    exif(folder / "turned.tif", (40, 60), 6)
     exif(folder / "ignored.jpg", (60, 40), 8)
     exif(folder / "ambiguous.png", (60, 40), 3)
     Image.new("L", (40, 60)).save(folder / "size.png")

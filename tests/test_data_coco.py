@@ -372,7 +372,7 @@ def test_exif_is_obeyed_and_annotations_that_contradict_are_an_error(tmp_path):
     assert torch.equal(read_image(path, size=(6, 4)), turned)
     with pytest.raises(ImageError, match="fits the picture as stored, but its EXIF orientation turns it"):
         read_image(path, size=(4, 6))
-    with pytest.raises(ImageError, match="the image is 6 x 4 pixels wide and high, the annotations say 5 x 6"):
+    with pytest.raises(ImageError, match="the image is 4 x 6 pixels wide and high, the annotations say 5 x 6"):
         read_image(path, size=(6, 5))
 
 

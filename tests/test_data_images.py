@@ -3,20 +3,25 @@
 import io
 import os
 import re
+import struct
 import subprocess
 import warnings
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps, features
+from PIL import Image, ImageOps, PngImagePlugin, features
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from a2fpn.data import ImageError, read_image
 from a2fpn.data import images as reading
+from a2fpn.data.importers.files import image_size
+from a2fpn.data.slides import open_slide
+from a2fpn.data.slides.png import PngSlide, UnreadablePngError
 
 
 def picture(mode: str = "RGB", size: tuple[int, int] = (37, 23)) -> Image.Image:
@@ -81,6 +86,7 @@ def test_plain_jpegs_are_what_pil_makes_of_them(name: str, tmp_path: Path, fast:
             assert image.dtype == torch.uint8
             assert torch.equal(image, expected)
     assert fast == [True] * 3
+    assert image_size(tmp_path / "a.jpg") == size
 
 
 def turned(orientation: int) -> bytes:
@@ -98,25 +104,101 @@ def test_exif_is_obeyed_with_and_without_a_size(orientation: int, fast: list[boo
     assert fast == [orientation == 1] * 2
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["png", "tiff", "webp"])
+def test_exif_is_obeyed_in_every_format(kind: str, orientation: int, tmp_path: Path) -> None:
+    """PIL says the size of a TIFF as it is shown, that of others as stored."""
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    path = tmp_path / f"a.{kind}"
+    picture().save(path, kind, exif=exif)
+    expected = by_pil(path.read_bytes())
+    size = (int(expected.shape[1]), int(expected.shape[2]))
+    assert size == ((37, 23) if orientation > 4 else (23, 37))
+    assert image_size(path) == size
+    assert torch.equal(read_image(path, size=size), expected)
+    assert open_slide(path).size == size
+    message = "which fits the picture as stored, but its EXIF" if orientation > 4 else "the annotations say 23 x 37"
+    with pytest.raises(ImageError, match=message):
+        read_image(path, size=size[::-1])
+
+
 def test_annotations_of_the_picture_as_stored_are_an_error(fast: list[bool]) -> None:
     content = turned(6)
     assert torch.equal(read_image(content, size=(37, 23)), by_pil(content))
     with pytest.raises(ImageError, match="annotations say 37 x 23, which fits the picture as stored, but its EXIF"):
         read_image(content, size=(23, 37))
-    with pytest.raises(ImageError, match="the image is 37 x 23 pixels wide and high, the annotations say 40 x 23"):
+    with pytest.raises(ImageError, match="the image is 23 x 37 pixels wide and high, the annotations say 40 x 23"):
         read_image(content, size=(23, 40))
     assert fast == [False]
 
 
-def test_exif_behind_the_frame_counts(fast: list[bool]) -> None:
-    content = turned(3)
+def test_exif_behind_the_frame_counts(tmp_path: Path, fast: list[bool]) -> None:
+    content = turned(6)
     start = content.index(b"\xff\xe1")
     length = 2 + int.from_bytes(content[start + 2 : start + 4], "big")
     segment, rest = content[start : start + length], content[:start] + content[start + length :]
     scan = rest.index(b"\xff\xda")
     moved = rest[:scan] + segment + rest[scan:]
     assert torch.equal(read_image(moved), by_pil(moved))
+    (tmp_path / "a.jpg").write_bytes(moved)
+    assert image_size(tmp_path / "a.jpg") == tuple(by_pil(moved).shape[1:])
     assert fast == [False]
+
+
+XMP = '<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I4s", len(content), kind) + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def turned_png(tag: str, *, behind: bool) -> bytes:
+    """A PNG of 37 x 23 pixels that is shown upright, by a tag before its pixels or behind them."""
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    chunks = {
+        "eXIf": chunk(b"eXIf", exif.tobytes()[6:]),
+        "xmp": chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + XMP.encode()),
+        "ImageMagick": chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(_hexadecimal(exif.tobytes()))),
+    }
+    picture().save(file := io.BytesIO(), "png")
+    content = file.getvalue()
+    place = content.index(b"IEND") - 4 if behind else content.index(b"IDAT") - 4
+    dates = chunk(b"tEXt", b"date:create\x002026-01-01")
+    return content[:place] + dates + chunks[tag] + content[place:]
+
+
+def _hexadecimal(content: bytes) -> bytes:
+    return f"\nexif\n{len(content):8d}\n{content.hex()}\n".encode()
+
+
+@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize("tag", ["eXIf", "xmp", "ImageMagick"])
+def test_a_png_is_turned_by_any_tag_wherever_it_stands(tag: str, behind: bool, tmp_path: Path) -> None:
+    content = turned_png(tag, behind=behind)
+    expected = by_pil(content)
+    assert expected.shape == (3, 37, 23)
+    assert torch.equal(read_image(content, size=(37, 23)), expected)
+    with pytest.raises(ImageError, match="fits the picture as stored, but its EXIF orientation turns it"):
+        read_image(content, size=(23, 37))
+    (tmp_path / "a.png").write_bytes(content)
+    assert image_size(tmp_path / "a.png") == (37, 23)
+    with pytest.raises(UnreadablePngError, match="turned"):
+        PngSlide(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("late", [b"", chunk(b"tEXt", b"date:create\x002026-01-01"), chunk(b"eXI", b"")[:9]])
+def test_looking_for_a_tag_decodes_no_png(late: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a picture that is read in bands would be in memory as a whole."""
+    picture().save(file := io.BytesIO(), "png")
+    content = file.getvalue()
+    place = content.index(b"IEND") - 4
+    (tmp_path / "a.png").write_bytes(content[:place] + late + content[place:])
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", lambda self: pytest.fail("it was decoded"))
+    assert image_size(tmp_path / "a.png") == (23, 37)
+    with reading.open_image(tmp_path / "a.png") as image:
+        assert reading.orientation(image) == 1
 
 
 @pytest.mark.parametrize("image", [picture("CMYK"), picture("L").convert("1").convert("L").convert("CMYK")])

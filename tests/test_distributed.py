@@ -178,6 +178,7 @@ def assert_same(output: Path, whole: Path) -> None:
         assert all(torch.equal(ours[key], value) for key, value in theirs.items()), name
 
 
+@pytest.mark.slow
 def test_a_stopped_job_writes_a_checkpoint_and_goes_on_as_if_nothing_had_happened(folder, whole):
     """The signal reaches one process only; both stop after the same step."""
     arguments = [*tiny_run(folder, "stopped"), *SETTINGS]

@@ -4,13 +4,14 @@ import json
 import logging
 import re
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 
-from a2fpn.training import stepping
+from a2fpn.training import keeper, stepping
 from a2fpn.training.cli import _Lines, main
 from a2fpn.training.generations import read_generation
 from a2fpn.training.health import MOST_GROWTH, DivergedError, check_before_saving, total_norm
@@ -42,12 +43,33 @@ def test_exploding_weights_are_never_saved_and_a_lower_rate_goes_on(tmp_path, ca
     error = capsys.readouterr().err.splitlines()[-1]
     assert re.search(r"not saved|not finite", error)
     assert "optim.lr" in error
-    good = re.search(r"The last good checkpoint is (\S+) \(step (\d)\)", error)
+    good = re.search(r"The last good checkpoint is (\S+) \(step \d\)", error)
     assert good, error
-    assert float(total_norm(read_generation(tmp_path / "run" / "last").trained().values())) < 1e4
+    assert float(total_norm(read_generation(Path(good[1])).trained().values())) < 1e4
     fresh()
     assert main([*arguments, "run.resume=auto"]) == 0
     assert read_generation(tmp_path / "run" / "last").state.step == 6
+
+
+def test_the_checkpoint_whose_step_exploded_is_not_called_good(tmp_path, capsys, monkeypatch):
+    """A run that goes on from it would explode in the same step for ever."""
+
+    def explodes(*arguments, step, **options):
+        if step == 4:
+            raise DivergedError("The weights after step 4 are not saved.")
+        return check_before_saving(*arguments, step=step, **options)
+
+    monkeypatch.setattr(keeper, "check_before_saving", explodes)
+    arguments = [*tiny_run(tmp_path), *SETTINGS, "run.checkpoint_every=1"]
+    assert main(arguments) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "/run/previous (step 2), from which run.resume=auto goes on; the one of step 3 holds the weights" in error
+    assert {path.name for path in (tmp_path / "run").iterdir()} >= {"previous", "last.aside"}
+    fresh()
+    monkeypatch.undo()
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert main([*arguments, "run.resume=auto"]) == 0
+    assert "Continuing after step 2" in (tmp_path / "run" / "train.log").read_text()
 
 
 def test_a_run_that_explodes_at_once_says_that_no_checkpoint_is_good(tmp_path, capsys):

@@ -252,9 +252,16 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 def test_the_import_brings_nothing_that_building_a_model_does_not_need() -> None:
     heavy = {"matplotlib", "supervision", "typer", "rich", "pycocotools", "accelerate", "cv2", "pandas"}
-    code = f"import a2fpn, sys; print(*sorted({heavy!r} & set(sys.modules)))"
+    code = f"import a2fpn, sys; a2fpn.create_model, a2fpn.create_neck; print(*sorted({heavy!r} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert result.stdout.split() == []
+
+
+@pytest.mark.parametrize("name", a2fpn.__all__)
+def test_every_public_name_comes_with_its_module(name: str) -> None:
+    """Also those that a type checker alone imports by hand."""
+    assert getattr(a2fpn, name) is vars(a2fpn)[name]
+    assert name in dir(a2fpn)
 
 
 def test_the_package_is_typed_and_has_one_version() -> None:

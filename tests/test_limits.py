@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from a2fpn.heads.postprocess import PostprocessConfig
 from a2fpn.heads.proposals import LIKELY
 from a2fpn.heads.roi_heads import in_parts
 from a2fpn.inference import Predictor
+from tests.coco_data import write_coco
 from tests.helpers import randomize, tiny_model
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (128, 192, 3), dtype=np.uint8)
@@ -119,3 +121,21 @@ def test_a_command_tells_of_limits(tmp_path: Path, caplog: pytest.LogCaptureFixt
     done = CliRunner().invoke(cli.app, [*map(str, arguments), "--score-threshold", "0"])
     assert done.exit_code == 0, done.output
     assert "a.png: there are 10 objects or more" in caplog.text
+
+
+def test_evaluation_on_the_command_line_tells_of_limits(tmp_path: Path) -> None:
+    folder, annotations = write_coco(tmp_path / "data", images=3)
+    categories = tuple(a2fpn.Category(number, f"shape {number}") for number in (7, 23, 90))
+    model = tiny_model("fasterrcnn_fpn", num_classes=3, categories=categories)
+    checkpoint = a2fpn.save_pretrained(model, tmp_path / "model")
+    command = ["evaluate", "--model", checkpoint, "--images", folder, "--annotations", annotations, "--quiet"]
+
+    def said(*options: object) -> str:
+        done = CliRunner().invoke(cli.app, [str(x) for x in [*command, *options]], env={"COLUMNS": "200"})
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    assert "In 3 of 3 images there are 10 objects or more, of which no more are kept; raise --max-objects" in said()
+    assert said("--max-objects", 5000) == ""
+    few = said("--max-objects", 5000, "--max-detections", 1)
+    assert re.search(r"has images of up to (\d+) objects of a class, .* the best 1 .* give --max-detections \1 ", few)

@@ -508,9 +508,9 @@ def test_maps_that_grow_are_an_error(name: str) -> None:
 
 
 @every_neck
-@pytest.mark.parametrize("options", [{"out_channels": 0}, {"extra_levels": -1}])
+@pytest.mark.parametrize("options", [{"out_channels": 0}, {"extra_levels": -1}, {"extra_levels": 9}])
 def test_numbers_must_make_sense(name: str, options: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match=r"Expected out_channels >= 1 and extra_levels >= 0, got"):
+    with pytest.raises(ValueError, match=r"Expected out_channels >= 1 and 0 to 8 extra_levels, got"):
         build_neck(name, spec_for(name), **options)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou, nms
 
-from tests.test_reassemble_triton import DEVICE, INTERPRETED, marked, on_device, only_cuda, run_in_the_interpreter
+from tests.test_reassemble_triton import DEVICE, INTERPRETED, marked, on_device, only_cuda
 
 
 def kept_of(boxes: Tensor, threshold: float, monkeypatch: pytest.MonkeyPatch) -> Tensor:
@@ -64,8 +64,3 @@ def test_a_suppressed_box_suppresses_nothing(monkeypatch: pytest.MonkeyPatch) ->
 def test_groups_of_a_training_step(monkeypatch: pytest.MonkeyPatch) -> None:
     boxes = crowded(20, 2000) * torch.tensor([20.0, 20.0, 20.0, 20.0])
     assert torch.equal(kept_of(boxes.to(DEVICE), 0.7, monkeypatch), expected(boxes, 0.7))
-
-
-@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
-def test_in_the_interpreter() -> None:
-    run_in_the_interpreter(__file__)

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,7 @@ import a2fpn
 from a2fpn import cli
 from a2fpn.cli.predictions import Job, PredictionFolder
 from a2fpn.inference import Predictor
+from a2fpn.training.lock import RunLock
 
 RUN = {"manifest.json", "predictions.json", "predictions.jsonl"}
 
@@ -96,10 +99,8 @@ def test_records_keep_the_path_as_given_and_the_manifest_the_table_of_ids(checkp
     predict(checkpoint, *paths, "--output", tmp_path / "out")
     records = read(tmp_path / "out/predictions.json")
     assert {(record["file_name"], record["image_id"]) for record in records} == {(paths[0], 1), (paths[1], 2)}
-    assert read(tmp_path / "out/manifest.json")["images"] == [
-        {"id": 1, "file_name": paths[0], "stem": "1"},
-        {"id": 2, "file_name": paths[1], "stem": "1_2"},
-    ]
+    rows = read(tmp_path / "out/manifest.json")["images"]
+    assert [(row["id"], row["file_name"], row["stem"]) for row in rows] == [(1, paths[0], "1"), (2, paths[1], "1_2")]
 
 
 def interrupted(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
@@ -145,6 +146,58 @@ def test_ctrl_c_before_the_first_image_leaves_nothing(
     output = predict(checkpoint, images(tmp_path / "photos", "a.png"), "--output", tmp_path / "out", code=130)
     assert "Stopped before the first image; nothing was written" in output
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_resumed_run_has_the_same_weights_and_images(checkpoint: Path, tmp_path: Path) -> None:
+    """Else its results would be of two models, or of pictures that are no more."""
+    photos, out = images(tmp_path / "photos", "a.png", "b.png"), tmp_path / "out"
+    copy = Path(shutil.copytree(checkpoint, tmp_path / "model"))
+    predict(copy, photos, "--output", out)
+    before = read(out / "predictions.json")
+    Image.new("RGB", (30, 20)).save(photos / "b.png")
+    output = predict(copy, photos, "--output", out, "--resume")
+    assert "1 image of 2 done before" in output
+    assert "1 image changed since; what was found is replaced." in output
+    after = read(out / "predictions.json")
+    assert after[:5] == before[:5]
+    assert {record["file_name"] for record in after[5:]} == {str(photos / "b.png")}
+    assert max(x + w for x, _, w, _ in (record["bbox"] for record in after[5:])) <= 30
+    assert "changed since" not in predict(copy, photos, "--output", out, "--resume")
+    model = a2fpn.from_pretrained(copy)
+    with torch.no_grad():
+        next(iter(model.parameters())).mul_(1.001)
+    a2fpn.save_pretrained(model, copy)
+    assert re.search(r"weights was '\w{16}' in the run", predict(copy, photos, "--output", out, "--resume", code=2))
+    assert read(out / "predictions.json") == after
+
+
+def test_where_nothing_can_be_read_nothing_else_is_removed(checkpoint: Path, tmp_path: Path) -> None:
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    photos.mkdir()
+    for name in ("a.png", "b.png"):
+        (photos / name).write_text("no picture")
+    out.mkdir()
+    (out / "predictions.json").write_text("precious")
+    (out / "labelme").mkdir()
+    output = predict(checkpoint, photos, "--output", out, "--overwrite", "--format", "coco,labelme", code=2)
+    assert "None of the 2 images could be read" in output
+    assert sorted(path.name for path in out.iterdir()) == ["labelme", "predictions.json"]
+    assert (out / "predictions.json").read_text() == "precious"
+    output = predict(checkpoint, photos, "--output", out / "predictions.json", code=2)
+    assert "predictions.json is a file; expected a folder to write to." in output
+
+
+def test_one_process_at_a_time_writes_to_a_folder(checkpoint: Path, tmp_path: Path) -> None:
+    photos, out = images(tmp_path / "photos", "a.png", "b.png"), tmp_path / "out"
+    predict(checkpoint, photos, "--output", out)
+    held = RunLock(out)
+    for option in ("--resume", "--overwrite"):
+        output = predict(checkpoint, photos, "--output", out, option, code=2)
+        assert re.search(r"is being written to by process \d+ on .*; wait for it, stop it, or choose another", output)
+    held.release()
+    predict(checkpoint, photos, "--output", out, "--resume")
+    assert {path.name for path in out.iterdir()} == RUN | {"a.png", "b.png"}
+    assert len(read(out / "predictions.json")) == 10
 
 
 def test_new_images_of_a_resumed_run_get_ids_of_their_own(checkpoint: Path, tmp_path: Path) -> None:

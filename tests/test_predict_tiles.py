@@ -189,10 +189,49 @@ def test_pictures_of_slides_are_drawn_on_a_thumbnail(
         assert picture.width >= 768
 
 
-def test_options_of_reading_on_the_command_line(checkpoint: Path, slide: Path, tmp_path: Path) -> None:
-    stack = tmp_path / "stack.tif"
+@pytest.fixture
+def stack(tmp_path: Path) -> Path:
+    """Five channels, one after the other."""
+    path = tmp_path / "stack.tif"
     values = np.concatenate([pixels(), pixels()[..., :2]], 2).transpose(2, 0, 1)
-    tifffile.imwrite(stack, values, photometric="minisblack", metadata={"axes": "CYX"})
+    tifffile.imwrite(path, values, photometric="minisblack", metadata={"axes": "CYX"})
+    return path
+
+
+@pytest.mark.parametrize("tile", [None, 96, 1000])
+def test_pictures_show_what_the_model_saw(tile: int | None, predictor: Predictor, stack: Path, tmp_path: Path) -> None:
+    chosen = predictor(stack, channels=(2, 0, 1), tile=tile)
+    np.testing.assert_array_equal(chosen.load_image(), pixels()[..., [2, 0, 1]])
+    gray = predictor(stack, channels=(1,), tile=tile)
+    np.testing.assert_array_equal(gray.load_image(), pixels()[..., [1, 1, 1]])
+    dark = tmp_path / "dark.tif"
+    tifffile.imwrite(dark, pixels().astype(np.uint16) * 4, photometric="rgb")
+    ranged = predictor(dark, intensity=(0, 1020), tile=tile)
+    np.testing.assert_array_equal(ranged.load_image(), pixels())
+    assert chosen.plot().width >= SIZE[1]
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_pictures_of_other_channels_than_colors(count: int, stack: Path, tmp_path: Path) -> None:
+    model = tiny_model("maskrcnn_fpn", in_chans=count, mean=[0.5] * count, std=[0.2] * count)
+    path = tmp_path / "channels.tif"
+    tifffile.imwrite(path, tifffile.imread(stack)[:count], photometric="minisblack", metadata={"axes": "CYX"})
+    result = Predictor(model, score_threshold=0.0)(path, tile=96)
+    shown = pixels() if count == 5 else pixels()[..., [0, 0, 0]]
+    np.testing.assert_array_equal(result.load_image(), shown)
+    assert result.plot().width >= SIZE[1]
+
+
+def test_pictures_asked_for_later_are_those_of_the_run(checkpoint: Path, stack: Path, tmp_path: Path) -> None:
+    options = ("--channels", "2,0,1", "--format")
+    predict(checkpoint, stack, "--output", tmp_path / "now", *options, "overlay,jsonl")
+    predict(checkpoint, stack, "--output", tmp_path / "later", *options, "jsonl")
+    predict(checkpoint, stack, "--output", tmp_path / "later", *options, "overlay", "--resume")
+    now, later = (np.asarray(Image.open(tmp_path / name / "stack.png")) for name in ("now", "later"))
+    np.testing.assert_array_equal(now, later)
+
+
+def test_options_of_reading_on_the_command_line(checkpoint: Path, slide: Path, stack: Path, tmp_path: Path) -> None:
     output = predict(checkpoint, stack, "--output", tmp_path / "out", code=2)
     assert "has 5 channels, the model 3; choose with channels=(...) (--channels)" in output
     chosen = ("--channels", "2,0,1", "--intensity", "0,255", "--scale", "0.5")
@@ -224,3 +263,14 @@ def test_the_scale_of_training_is_a_fact_of_the_checkpoint(checkpoint: Path, sli
     assert len(texts[0].splitlines()) > 10
     with pytest.raises(ValueError, match="microns_per_pixel must be above 0, got 0"):
         add_metadata(scaled, microns_per_pixel=0)
+
+
+def test_slides_are_counted(checkpoint: Path, stack: Path, tmp_path: Path) -> None:
+    options = ["--tile", "96", "--channels", "2,0,1", "--scale", "0.5"]
+    predict(checkpoint, stack, "--output", tmp_path / "out", "--format", "csv", *options)
+    found = (tmp_path / "out" / "objects.csv").read_text().count("\n") - 1
+    command = ["count", str(stack), "--model", str(checkpoint), "--score-threshold", "0", *options]
+    result = CliRunner().invoke(cli.app, command, env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    assert f"{found} objects in 1 image" in result.output
+    assert found > 10

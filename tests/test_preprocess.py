@@ -184,7 +184,7 @@ def test_float_images_beyond_the_unit_range_are_an_error(dtype: torch.dtype) -> 
     ramp = torch.linspace(0, 1, 192).view(3, 8, 8).to(dtype)
     rule("none")([ramp])
     message = r"float image in \[0, 1\] or a uint8 image in \[0, 255\], got .* values from"
-    for wrong in (ramp * 255, ramp - 0.5, (ramp - 0.45) / 0.225, ramp + float("inf")):
+    for wrong in (ramp * 255, ramp - 0.5, (ramp - 0.45) / 0.225, ramp + float("inf"), ramp * float("nan")):
         with pytest.raises(ValueError, match=message):
             rule("none")([wrong])
     # A bicubic resize goes beyond by itself.

@@ -179,16 +179,14 @@ def test_what_they_do_not_take_goes_to_the_bags() -> None:
     assert relative(reassemble(x, kernels, (10, 14)), naive(x.cpu(), kernels.cpu().double(), (10, 14)).detach()) < 1e-12
 
 
-def run_in_the_interpreter(file: str) -> None:
-    """Run the tests of a file in a process whose Triton is the interpreter."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", file]
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
+def test_in_the_interpreter() -> None:
+    """The tests of all kernels, in a process whose Triton is the interpreter."""
+    files = sorted(Path(__file__).parent.glob("test_*_triton.py"))
+    assert len(files) == 2
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *map(str, files)]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     root = Path(__file__).resolve().parent.parent
     result = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     assert " passed" in result.stdout
-
-
-@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
-def test_in_the_interpreter() -> None:
-    run_in_the_interpreter(__file__)

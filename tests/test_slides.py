@@ -15,6 +15,7 @@ from a2fpn.data.slides import SlideOptions, Window, open_slide
 from a2fpn.data.slides.opening import WholeSlide
 from a2fpn.data.slides.png import PngSlide
 from a2fpn.data.slides.tiff import TiffSlide
+from a2fpn.errors import A2FPNError
 
 tifffile = pytest.importorskip("tifffile", reason="tifffile is not installed; it comes with the extra 'slides'")
 
@@ -194,6 +195,29 @@ def test_a_damaged_tile_is_named(tmp_path: Path) -> None:
         slide.read((0, 0, 48, 64))
         with pytest.raises(ValueError, match=r"a\.tif: part 8 can't be decoded"):
             slide.read((0, 0, 317, 203))
+
+
+def test_damaged_tags_are_errors_in_a_sentence(tmp_path: Path) -> None:
+    whole, damaged = tmp_path / "whole.tif", tmp_path / "damaged.tif"
+    tifffile.imwrite(whole, pixels()[:48, :64], tile=(32, 32), photometric="rgb", compression="zlib")
+    content, rng = whole.read_bytes(), np.random.default_rng(0)
+    parts = [content[:length] for length in range(4, 200, 5)]
+    for _ in range(80):
+        part = bytearray(content)
+        part[int(rng.integers(4, 300))] = int(rng.integers(256))
+        parts.append(bytes(part))
+    read, messages = 0, []
+    for part in parts:
+        damaged.write_bytes(part)
+        try:
+            with open_slide(damaged, SlideOptions(max_pixels=10**6)) as slide:
+                slide.read((0, 0, *(min(side, 20) for side in slide.size[::-1])))
+                read += 1
+        except A2FPNError as error:
+            messages.append(str(error))
+    assert all("damaged.tif" in message for message in messages)
+    assert read > 10
+    assert len(messages) > 40
 
 
 def write_png(path: Path, values: np.ndarray, bits: int, kind: int, *, chunk: int = 1000) -> None:

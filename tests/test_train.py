@@ -439,6 +439,7 @@ def test_a_run_leaves_pictures_a_plot_a_log_and_tracked_images(arguments, tmp_pa
     assert {"train/loss", "val/segm/ap", "lr", "waiting_for_data"} <= set(events.Tags()["scalars"])
 
 
+@pytest.mark.slow
 def test_trackio_takes_the_numbers_and_pictures(arguments, tmp_path, monkeypatch):
     trackio = pytest.importorskip("trackio", reason="pip install trackio")
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))

@@ -263,6 +263,7 @@ def test_label_images_are_the_masks_in_tiles(scale: float | None, tmp_path: Path
     np.testing.assert_array_equal(labels == 1, masks[0])
 
 
+@pytest.mark.slow
 def test_many_objects_need_32_bits(tmp_path: Path) -> None:
     tifffile = pytest.importorskip("tifffile", reason="tifffile is not installed; it comes with the extra 'slides'")
     count = 65_536
@@ -291,6 +292,17 @@ def test_many_objects_need_32_bits(tmp_path: Path) -> None:
 def test_label_images_need_masks(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="A label image needs masks"):
         write_results([result(masks=False)], tmp_path, ["labels"])
+
+
+def test_nothing_found_gives_an_empty_label_image(tmp_path: Path) -> None:
+    found = result().above(1.0)
+    # Lines of the disk do not say whether a model without objects has masks.
+    again = Result.from_coco(found.to_coco(1), size=found.size, categories=found.categories)
+    for number, empty in enumerate((found, again)):
+        (path,) = write_results([empty], tmp_path / str(number), ["labels"])
+        labels = pytest.importorskip("tifffile").imread(path)
+        assert labels.shape == found.size
+        assert not labels.any()
 
 
 def test_nothing_found_gives_empty_files(tmp_path: Path) -> None:

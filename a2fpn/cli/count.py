@@ -14,22 +14,31 @@ from rich.markup import escape
 from a2fpn.cli.evaluate import open_annotated, predict_annotated
 from a2fpn.cli.format import count_of, progress_bar, say, table, write_json
 from a2fpn.cli.options import (
+    Channels,
     Device,
     GrayBits,
+    Intensity,
     Json,
     MaxObjects,
+    MaxPixels,
     Model,
     Nms,
     Optimize,
     Overlap,
     Precision,
     Quiet,
+    Scale,
     Tile,
+    Workers,
     build_predictor,
     load_checkpoint,
     load_detector,
+    parse_channels,
+    parse_intensity,
+    parse_scale,
 )
 from a2fpn.cli.predict import image_files
+from a2fpn.config import MAX_PIXELS
 
 
 def count(
@@ -47,10 +56,15 @@ def count(
     ] = None,
     tile: Tile = None,
     overlap: Overlap = 0.2,
+    workers: Workers = 1,
+    scale: Scale = None,
+    channels: Channels = None,
+    intensity: Intensity = None,
     nms_threshold: Nms = None,
     max_objects: MaxObjects = None,
     optimize: Optimize = False,
     dtype: Precision = "float32",
+    max_pixels: MaxPixels = MAX_PIXELS,
     gray_bits: GrayBits = 16,
     device: Device = None,
     quiet: Quiet = False,
@@ -60,12 +74,15 @@ def count(
 
     Example: `a2fpn count photos/ --model runs/cells/best --output counts.csv`
 
+    A slide: `a2fpn count slide.tif --model runs/cells --tile 1024 --scale 0.5um --max-objects 2000`
+
     An image that can't be read is an error: left out, it would be missing in the counts.
     """
     paths = image_files(images)
     threshold, source = _threshold(model, score_threshold)
+    detector = load_detector(model)
     predictor = build_predictor(
-        load_detector(model),
+        detector,
         device,
         optimize=optimize,
         dtype=dtype,
@@ -73,8 +90,13 @@ def count(
         nms_threshold=nms_threshold,
         max_objects=max_objects,
         tile=tile,
-        gray_bits=gray_bits,
         overlap=overlap,
+        workers=workers,
+        channels=parse_channels(channels),
+        intensity=parse_intensity(intensity),
+        max_pixels=max_pixels,
+        gray_bits=gray_bits,
+        **parse_scale(scale, detector),
     )
     names = [category.name for category in predictor.categories]
     rows: list[tuple[str, str, int]] = []

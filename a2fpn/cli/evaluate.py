@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import typing
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -37,6 +38,7 @@ from a2fpn.errors import ConfigError
 
 if TYPE_CHECKING:
     from a2fpn.data import CocoDataset
+    from a2fpn.data.coco_file import CocoFile
     from a2fpn.detectors import Detector
     from a2fpn.evaluation import CocoMetrics
     from a2fpn.inference import Predictor
@@ -188,6 +190,8 @@ def evaluate(
             gray_bits=gray_bits,
         )
         title = f"{name} on {count_of(len(dataset), 'image')}"
+        if metrics == "coco":
+            _tell_uncounted(dataset.coco, limit)
         records = predict_annotated(predictor, dataset, images, quiet=quiet)
         if metrics == "instances":
             threshold = SCORE_THRESHOLD if score_threshold is None else score_threshold
@@ -225,17 +229,40 @@ def open_annotated(detector: Detector | ExportedDetector, images: Path, annotati
 def predict_annotated(
     predictor: Predictor, dataset: CocoDataset, images: Path, *, quiet: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """Predict the images of a data set as COCO results; classes that it lacks are dropped."""
+    """Predict the images of a data set as COCO results; classes that it lacks are dropped.
+
+    Images that reach the limit of objects are told of at the end.
+    """
     from a2fpn.data.images import image_path, read_image
 
     predictor.categories = dataset.categories
     known = {category.id for category in dataset.coco.categories}
+    most, full = predictor.options.max_objects or predictor.model.rule.detections_per_image, 0
     with progress_bar(quiet=quiet) as progress:
         for entry in progress.track(list(dataset.coco.images.values()), description="evaluating"):
             file = image_path(images, entry.file_name)
             size = (entry.height, entry.width)
             (result,) = predictor.predict([read_image(file, size=size, gray_bits=predictor.gray_bits)])
+            full += predictor.options.tile is None and len(result) >= most
             yield from (record for record in result.to_coco(entry.id) if record["category_id"] in known)
+    if full:
+        typer.echo(
+            f"In {full} of {count_of(len(dataset.coco.images), 'image')} there are {most} objects or more, of which no "
+            "more are kept; raise --max-objects.",
+            err=True,
+        )
+
+
+def _tell_uncounted(coco: CocoFile, limit: int) -> None:
+    """Say so where more objects are annotated than detections count."""
+    counts = Counter((image, a.category_id) for image, own in coco.annotations.items() for a in own if not a.iscrowd)
+    most = max(counts.values(), default=0)
+    if most > limit:
+        typer.echo(
+            f"{coco.name} has images of up to {most} objects of a class, of which at most the best {limit} detections "
+            f"count; give --max-detections {most} or more, and --max-objects if the model keeps fewer.",
+            err=True,
+        )
 
 
 def _evaluate_instances(

@@ -4,24 +4,17 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 import typer
 
 import a2fpn
-from a2fpn.backbones import export_backbone
 from a2fpn.cli.door import SETTINGS, Debug, Door, prepare_streams
 from a2fpn.cli.evaluate import open_annotated, predict_annotated
 from a2fpn.cli.options import build_predictor, load_checkpoint
-from a2fpn.convert import from_detectron2, from_mmdet, from_torchvision, load_torchvision, read_state_dict
 from a2fpn.errors import ConfigError, ConfigTypeError
-from a2fpn.pretrained.card import model_card
-from a2fpn.pretrained.checkpoint import CONFIG_FILE, file_sha256, read_checkpoint, save_checkpoint
-from a2fpn.pretrained.hub import download_checkpoint, push_space
-from a2fpn.pretrained.hub_client import Repo
 
 TOLERANCE = 0.002
 """Largest difference of an AP measured again that other kernels explain."""
@@ -32,7 +25,6 @@ VERIFIED = ("bbox/ap", "segm/ap", "keypoints/ap")
 PARITY = 1e-3
 """Largest difference of features (relative) and of scores that rounding explains."""
 
-CONVERTERS: dict[str, Callable[..., Any]] = {"detectron2": from_detectron2, "mmdet": from_mmdet}
 app = typer.Typer(name="hub", cls=Door, **SETTINGS)
 Folder = Annotated[Path, typer.Argument(help="A checkpoint folder, such as runs/cells/best.", metavar="MODEL_DIR")]
 RepoName = Annotated[str, typer.Option(help="The repository on the Hub.", metavar="ORG/NAME")]
@@ -65,6 +57,8 @@ def push(
     ] = False,
 ) -> None:
     """Publish a checkpoint folder in one commit; its README.md is the card if it has one."""
+    from a2fpn.pretrained.hub import push_space
+
     files = _space_files(repo) if space else None
     commit = a2fpn.push_to_hub(folder, repo, private=private or None, create_pr=create_pr)
     typer.echo(f'Load it: a2fpn.from_pretrained("{repo}", revision="{commit}")')
@@ -84,6 +78,9 @@ def _space_files(repo: str) -> dict[str, str]:
 @app.command()
 def card(folder: Folder, *, repo: RepoName) -> None:
     """Print the card that `push` would write, to be edited and saved as README.md in the folder."""
+    from a2fpn.pretrained.card import model_card
+    from a2fpn.pretrained.checkpoint import read_checkpoint
+
     typer.echo(model_card(read_checkpoint(folder), repo))
 
 
@@ -115,6 +112,9 @@ def convert(
     Torchvision conversions are verified: both models run on a random image, and a mismatch is an error. For the others
     `python -m benchmarks.parity` does that where they are installed.
     """
+    from a2fpn.convert import from_detectron2, from_mmdet, from_torchvision, load_torchvision, read_state_dict
+    from a2fpn.pretrained.checkpoint import CONFIG_FILE, file_sha256, save_checkpoint
+
     if (output / CONFIG_FILE).exists():
         raise ConfigError(f"{str(output)!r} holds a checkpoint; choose another folder.")
     options = _options_of(option or [])
@@ -127,7 +127,8 @@ def convert(
             typer.echo(_compare(module, detector))
             config, converted = detector.config, detector.state_dict()
         else:
-            config, converted = CONVERTERS[source](state, model, **options)
+            converter = from_detectron2 if source == "detectron2" else from_mmdet
+            config, converted = converter(state, model, **options)
     except ConfigTypeError as error:
         raise ConfigError(f"--option: {error}") from error
     origin = {"framework": source, "file": file.name, "sha256": file_sha256(file)}
@@ -135,20 +136,22 @@ def convert(
     typer.echo(f'Load it: a2fpn.from_pretrained("{output}")')
 
 
-@torch.no_grad()
 def _compare(theirs: Any, ours: a2fpn.Detector) -> str:
     """Run both on a random image that neither resizes.
 
     Raises:
         ValueError: If they differ by more than rounding.
     """
+    import torch
+
     size, divisor = theirs.transform.min_size[-1], theirs.transform.size_divisible
     side = -(-size // divisor) * divisor
     image = torch.rand(3, side, side, generator=torch.Generator().manual_seed(0))
-    batch = ours.preprocess([image])
-    pairs = list(zip(theirs.backbone(batch.tensor).values(), ours.features(batch).values(), strict=True))
-    features = max(((a - b).abs().max() / a.abs().max()).item() for a, b in pairs)
-    expected, got = theirs([image])[0]["scores"], ours([image])[0]["scores"]
+    with torch.no_grad():
+        batch = ours.preprocess([image])
+        pairs = list(zip(theirs.backbone(batch.tensor).values(), ours.features(batch).values(), strict=True))
+        features = max(((a - b).abs().max() / a.abs().max()).item() for a, b in pairs)
+        expected, got = theirs([image])[0]["scores"], ours([image])[0]["scores"]
     scores = (expected - got).abs().max().item() if len(expected) == len(got) > 0 else float(len(expected) != len(got))
     if max(features, scores) > PARITY:
         raise ConfigError(
@@ -182,6 +185,9 @@ def verify(
     annotations: Annotated[Path, typer.Option(help="COCO file with the ground truth.", metavar="JSON")],
 ) -> None:
     """Download what was pushed into an empty cache, evaluate it, and compare with the metrics that it states."""
+    from a2fpn.pretrained.hub import download_checkpoint
+    from a2fpn.pretrained.hub_client import Repo
+
     with tempfile.TemporaryDirectory() as temporary:
         folder, checkpoint = download_checkpoint(Repo.parse(name, cache_dir=temporary))
         facts = checkpoint.facts
@@ -216,6 +222,8 @@ def backbone(
     output: Annotated[Path, typer.Option(help="Folder to write.", metavar="DIR")],
 ) -> None:
     """Write a detector's backbone as a folder that timm loads; `hf upload org/name DIR` publishes it."""
+    from a2fpn.backbones import export_backbone
+
     detector = a2fpn.from_pretrained(name)
     export_backbone(detector.backbone, output, preprocess=detector.config.preprocess)
     typer.echo(f'Load it: timm.create_model("local-dir:{output}", pretrained=True, features_only=True)')

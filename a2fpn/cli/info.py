@@ -6,12 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from torch.utils.flop_counter import FlopCounterMode
 
 from a2fpn.cli.format import as_text, table
 from a2fpn.cli.list_names import ap_columns
@@ -77,6 +75,9 @@ def info(
 
 def _print_cost(detector: Detector) -> None:
     """Parameters of all parts, and operations of those whose work doesn't depend on what is in the image."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
     batch = detector.preprocess([torch.zeros(len(detector.config.preprocess.mean), *INFO_SIZE)])
     operations: dict[str, float] = {}
 

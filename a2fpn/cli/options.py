@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 import typer
 
 from a2fpn.errors import ConfigError
 
 if TYPE_CHECKING:
+    import torch
+
     from a2fpn.detectors import Detector
     from a2fpn.inference import Predictor
     from a2fpn.inference.exported import ExportedDetector, Runtime
@@ -181,6 +183,22 @@ def load_detector(source: str, *, runtime: Runtime | None = None) -> Detector | 
     return a2fpn.from_pretrained(source)
 
 
+def weights_hash(detector: Detector | ExportedDetector) -> str:
+    """Say by 16 digits which weights a detector has."""
+    import torch
+
+    from a2fpn.inference.exported import ExportedDetector
+    from a2fpn.pretrained.checkpoint import file_sha256
+
+    if isinstance(detector, ExportedDetector):
+        return file_sha256(Path(detector.path))[:16]
+    digest = hashlib.sha256()
+    for name, x in detector.state_dict().items():
+        digest.update(name.encode())
+        digest.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
 def load_checkpoint(source: str) -> Detector:
     """A detector with its weights, for what an exported file can't do."""
     import a2fpn
@@ -195,6 +213,8 @@ def build_predictor(
     detector: Detector | ExportedDetector, device: str | None, *, optimize: bool, dtype: str, **options: Any
 ) -> Predictor:
     """The detector, optimized if that is wanted, with the options of a command."""
+    import torch
+
     import a2fpn
     from a2fpn.inference.exported import ExportedDetector
 
@@ -231,6 +251,8 @@ def short_names(models: Sequence[str]) -> list[str]:
 
 def pick_device(name: str | None) -> torch.device:
     """The device of that name, or the best there is."""
+    import torch
+
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device).item()  # meta tensors have no values

@@ -45,6 +45,7 @@ from a2fpn.cli.options import (
     parse_channels,
     parse_intensity,
     parse_scale,
+    weights_hash,
 )
 from a2fpn.config import MAX_PIXELS, SCORE_THRESHOLD
 from a2fpn.errors import ConfigError, ImageError, MissingFileError
@@ -112,8 +113,6 @@ def predict(
     file names are numbers, as in COCO, these are the image ids; otherwise images count from 1; `manifest.json` holds
     the table. Results are in `predictions.jsonl` as soon as an image is done, and stay there after Ctrl-C.
     """
-    from a2fpn.cli.predictions import PredictionFolder
-
     if overwrite and resume:
         raise ConfigError("--overwrite starts anew and --resume continues; give one of them.")
     options: dict[str, Any] = {
@@ -130,12 +129,20 @@ def predict(
     chosen = [name for given in formats or ["overlay,coco"] for name in given.split(",")]
     folder: PredictionFolder | None = None
     try:
+        from a2fpn.cli.predictions import PredictionFolder  # takes a while, in which Ctrl-C may come
+
         paths = image_files(images)
         detector = load_detector(model, runtime=runtime)
         options |= parse_scale(scale, detector)
         # As JSON gives them back.
-        about = {"model": model, "optimize": optimize, "dtype": dtype, "gray_bits": gray_bits}
-        settings = json.loads(json.dumps({**about, **options}))
+        about = {
+            "model": model,
+            "weights": weights_hash(detector),
+            "optimize": optimize,
+            "dtype": dtype,
+            "gray_bits": gray_bits,
+        }
+        settings = json.loads(json.dumps({**about, "optimize": optimize, **options}))
         predictor = build_predictor(
             detector,
             device,
@@ -155,11 +162,15 @@ def predict(
             categories=predictor.categories,
             overwrite=overwrite,
             resume=resume,
+            reading=predictor.reading(),
         )
         _run(folder, predictor, quiet=quiet or str(save) == "-", save=save)
     except KeyboardInterrupt:
         typer.echo(_stopped(folder), err=True)
         raise typer.Exit(130) from None  # 128 and the number of the signal
+    finally:
+        if folder is not None:
+            folder.close()
 
 
 def _stopped(folder: PredictionFolder | None) -> str:
@@ -177,6 +188,8 @@ def _run(folder: PredictionFolder, predictor: Predictor, *, quiet: bool, save: P
     before, pending = len(folder.objects), folder.pending
     if before and not quiet:
         typer.echo(f"{count_of(before, 'image')} of {len(folder.jobs)} done before.", err=True)
+    if folder.changed:
+        typer.echo(f"{count_of(len(folder.changed), 'image')} changed since; what was found is replaced.", err=True)
     seconds: list[float] = []
     try:
         with progress_bar(quiet=quiet) as progress:
@@ -231,7 +244,7 @@ def _predict_tiles(folder: PredictionFolder, job: Job, predictor: Predictor, pro
             progress.remove_task(task)
         result = predictor.join(slide, [journal.tiles[number] for number in range(len(windows))])
         picture = slide.thumbnail() if folder.draws else None
-    return replace(result, path=os.fspath(job.path), thumbnail=picture)
+    return replace(result, path=os.fspath(job.path), reading=predictor.reading(), thumbnail=picture)
 
 
 def _shown(text: object) -> str:

@@ -6,22 +6,24 @@ import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from a2fpn._atomic import append_line, write_text
 from a2fpn.cli.tile_journal import TileJournal, done_tiles, whole_lines
 from a2fpn.config import Category
-from a2fpn.data.slides import Window
+from a2fpn.data.slides import SlideOptions, Window
 from a2fpn.errors import ConfigError, ExistingFileError
 from a2fpn.inference.result import Result
+from a2fpn.training.lock import RunLock
 from a2fpn.writers import FORMATS, ImageFormat, ImageResult, RunFormat
 from a2fpn.writers.base import unique_stems
 from a2fpn.writers.coco import STREAM, to_line
 
 MANIFEST = "manifest.json"
 TILES = ".tiles.jsonl"
+STAMP = ("bytes", "changed")
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class PredictionFolder:
 
     ``manifest.json`` holds the settings and the table of images (id, file name as given, stem) from the start,
     ``predictions.jsonl`` a line per image as soon as it is done. Formats with a file for each image are written then
-    as well, those with one file for all at the end, from the lines.
+    as well, those with one file for all at the end, from the lines. One process at a time writes, until :meth:`close`.
 
     Args:
         folder: Made if need be.
@@ -54,9 +56,14 @@ class PredictionFolder:
         categories: The classes, in the order of the labels.
         overwrite: Whether files that are there may be replaced. A link is replaced itself, never what it leads to.
         resume: Whether to continue the run that the folder holds.
+        reading: How image files are read, for pictures of what an earlier run found.
+
+    Attributes:
+        changed: File names of images with results that are no longer what they were; they count as not done.
 
     Raises:
-        ConfigError: For an unknown format, if images are read from the folder, or the run in it had other settings.
+        ConfigError: For an unknown format, if images are read from the folder, the run in it had other settings, or
+            another process writes to it.
         ExistingFileError: If a file of the same name is there and neither is wanted.
     """
 
@@ -70,29 +77,49 @@ class PredictionFolder:
         categories: Sequence[Category],
         overwrite: bool = False,
         resume: bool = False,
+        reading: SlideOptions | None = None,
     ) -> None:
         # The folder of a link counts, and that of what it leads to.
         read_from = {parent for path in paths for parent in (path.parent.resolve(), path.resolve().parent)}
         if folder.resolve() in read_from:
             raise ConfigError(f"--output {folder} is a folder that images are read from; choose another one.")
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(f"--output {folder} is a file; expected a folder to write to.")
         chosen = [FORMATS[name] for name in dict.fromkeys(formats)]
         self._each = [form for form in chosen if isinstance(form, ImageFormat)]
         self._whole = [form for form in chosen if isinstance(form, RunFormat) and form.file != STREAM]
         self.folder, self.settings, self.categories = folder, dict(settings), tuple(categories)
-        known = self._manifest() if resume else {}
-        self.jobs = _plan(list(dict.fromkeys(paths)), known)
+        self._reading = reading
+        self._stamps: dict[str, Mapping[str, int]] = {}
         self._found: dict[str, int] = {}
+        self._lock = RunLock(folder, option="--output", keep=False)
+        try:
+            self._begin(list(dict.fromkeys(paths)), overwrite=overwrite, resume=resume)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _begin(self, paths: Sequence[Path], *, overwrite: bool, resume: bool) -> None:
+        """Take up the run that the folder holds, or start one."""
+        known = self._manifest() if resume else {}
+        self.jobs, folder = _plan(paths, known), self.folder
+        stamps = {_name(job.path): _stamp(job.path) for job in self.jobs}
+        self.changed = {name for name, stamp in stamps.items() if self._stamps.get(name, stamp) != stamp}
+        self._stamps |= stamps
         self._resumed = resume and bool(known)
         if resume and known:
-            self._found = {line["file_name"]: len(line["results"]) for line in self._lines()}
+            self._found = {line["file_name"]: len(line["results"]) for line in self._kept()}
+            self.changed &= {line["file_name"] for line in self._lines()}
         elif not overwrite:
             self._refuse_existing(resume)
-        folder.mkdir(parents=True, exist_ok=True)
         table = {**known, **{_name(job.path): job for job in self.jobs}}
-        images = [{"id": job.image_id, "file_name": name, "stem": job.stem} for name, job in table.items()]
+        images = [
+            {"id": job.image_id, "file_name": name, "stem": job.stem, **self._stamps.get(name, {})}
+            for name, job in table.items()
+        ]
         write_text(folder / MANIFEST, json.dumps({"settings": self.settings, "images": images}, indent=1) + "\n")
         # Anew, without the line that a kill has cut off; replacing a link instead of following it.
-        write_text(folder / STREAM, "".join(json.dumps(line) + "\n" for line in self._lines()) if self._found else "")
+        write_text(folder / STREAM, "".join(json.dumps(line) + "\n" for line in self._kept()) if self._found else "")
 
     @property
     def pending(self) -> list[Job]:
@@ -134,7 +161,7 @@ class PredictionFolder:
         if not self._found:
             if self.journals:
                 return
-            for name in (MANIFEST, STREAM, *(form.file for form in self._whole)):
+            for name in (MANIFEST, STREAM):  # what this run has written, whatever else it may replace
                 (self.folder / name).unlink(missing_ok=True)
             return
         for image in self._images() if self._each else ():
@@ -142,6 +169,10 @@ class PredictionFolder:
             self._write_each(Job(Path(image.name), image.image_id, image.stem), image.result, missing=True)
         for form in self._whole:
             form.write(self._images(), self.categories, self.folder / form.file)
+
+    def close(self) -> None:
+        """Let other processes write to the folder."""
+        self._lock.release()
 
     @property
     def results(self) -> Path:
@@ -171,6 +202,7 @@ class PredictionFolder:
                 path=line["file_name"],
                 microns_per_pixel=line["microns_per_pixel"],
             )
+            result = replace(result, reading=self._reading)
             yield ImageResult(result, line["file_name"], line["stem"], line["image_id"])
 
     def _manifest(self) -> dict[str, Job]:
@@ -182,6 +214,7 @@ class PredictionFolder:
             held = json.loads(path.read_text(encoding="utf-8"))
             settings = dict(held["settings"])
             table = {row["file_name"]: Job(Path(row["file_name"]), row["id"], row["stem"]) for row in held["images"]}
+            self._stamps = {row["file_name"]: {key: row[key] for key in STAMP if key in row} for row in held["images"]}
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{path} is no manifest of a2fpn predict; give another --output.") from error
         if any(Path(job.stem).name != job.stem for job in table.values()):
@@ -199,6 +232,10 @@ class PredictionFolder:
         """The lines of the images that are done, as far as they are whole."""
         yield from whole_lines(self.folder / STREAM)
 
+    def _kept(self) -> Iterator[dict[str, Any]]:
+        """The lines of the images that are what they were."""
+        return (line for line in self._lines() if line["file_name"] not in self.changed)
+
     def _refuse_existing(self, resume: bool) -> None:
         suffixes = [*(form.suffix for form in self._each), TILES]
         own = [f"{job.stem}{suffix}" for suffix in suffixes for job in self.jobs]
@@ -215,6 +252,15 @@ class PredictionFolder:
 
 def _name(path: Path) -> str:
     return os.fspath(path)
+
+
+def _stamp(path: Path) -> dict[str, int]:
+    """Size and time of change of an image file; nothing if it can't be had."""
+    try:
+        about = path.stat()
+    except OSError:
+        return {}
+    return dict(zip(STAMP, (about.st_size, about.st_mtime_ns), strict=True))
 
 
 def _plan(paths: Sequence[Path], known: Mapping[str, Job]) -> list[Job]:

@@ -42,6 +42,14 @@ def check_range(least: float, most: float, **values: float) -> None:
             raise ConfigError(f"{name} must be between {least} and {most}, got {value}.")
 
 
+def check_thresholds(**names: tuple[float, float]) -> None:
+    """Check an IoU from which a box is positive against that under which it is negative."""
+    for name, (positive, negative) in names.items():
+        check_range(0, 1, **{f"{name}fg_iou": positive, f"{name}bg_iou": negative})
+        if negative > positive:
+            raise ConfigError(f"{name}bg_iou={negative} must not be above {name}fg_iou={positive}.")
+
+
 def check_anchors(sizes: tuple[tuple[int, ...], ...] | None, ratios: tuple[float, ...]) -> None:
     """Check sizes and ratios of anchors."""
     for level in sizes or ():

@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from a2fpn.config.bounds import LARGEST_WEIGHT, MOST_BOXES, MOST_TOP_LEVELS, check_anchors, check_layers, check_range
+from a2fpn.config.bounds import (
+    LARGEST_WEIGHT,
+    MOST_BOXES,
+    MOST_TOP_LEVELS,
+    check_anchors,
+    check_layers,
+    check_range,
+    check_thresholds,
+)
 from a2fpn.config.heads import HeadsConfig
 
 
@@ -61,7 +69,7 @@ class RetinaNetConfig(OneStageConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_anchors(self.anchor_sizes, self.anchor_ratios)
-        check_range(0, 1, fg_iou=self.fg_iou, bg_iou=self.bg_iou)
+        check_thresholds(**{"": (self.fg_iou, self.bg_iou)})
 
 
 @dataclass(frozen=True)

@@ -103,6 +103,7 @@ class NeckConfig:
 
     Raises:
         TypeError: If an argument could not be saved as JSON.
+        ValueError: If a number is above all that a neck could use: it would fill the memory.
     """
 
     name: str
@@ -116,6 +117,8 @@ class NeckConfig:
                 raise ConfigTypeError(
                     f"The neck argument {key!r} must be a JSON value, it is saved with the model; got {value!r}."
                 ) from None
+            if isinstance(value, (int, float)):
+                check_range(-MOST_CHANNELS, MOST_CHANNELS, **{key: value})
         # Lists where tuples were given: a config equals the one that comes back from its file.
         object.__setattr__(self, "args", plain(self.args))
 

@@ -14,6 +14,7 @@ from a2fpn.config.bounds import (
     check_anchors,
     check_layers,
     check_range,
+    check_thresholds,
 )
 from a2fpn.config.heads import HeadsConfig
 from a2fpn.errors import ConfigError
@@ -105,7 +106,8 @@ class RCNNConfig(HeadsConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_anchors(self.anchor_sizes, self.anchor_ratios)
-        shares = ("rpn_nms_threshold", "rpn_fg_iou", "rpn_bg_iou", "rpn_positive_fraction", "rpn_score_threshold")
+        check_thresholds(rpn_=(self.rpn_fg_iou, self.rpn_bg_iou))
+        shares = ("rpn_nms_threshold", "rpn_positive_fraction", "rpn_score_threshold")
         check_range(0, 1, **{name: getattr(self, name) for name in (*shares, "box_fg_iou", "box_positive_fraction")})
         tops = [f"rpn_{when}_nms_top_n_{phase}" for when in ("pre", "post") for phase in ("train", "test")]
         tops.remove("rpn_post_nms_top_n_train")  # with 0 the box heads train on the objects' own boxes

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
 from a2fpn.data.check.report import Finding, Track, few
 from a2fpn.data.images import image_path, open_image
@@ -117,6 +117,7 @@ def _hashed(root: Path, names: Sequence[str], track: Track) -> list[tuple[str, i
         try:
             with open_image(image_path(root, name)) as image:
                 image.draft("L", (4 * _SIDE, 4 * _SIDE))  # JPEGs are decoded at an eighth of their size
+                ImageOps.exif_transpose(image, in_place=True)
                 return (name, *_hash(_small(image)))
         except Exception:  # PIL raises almost anything on a corrupt file
             return None

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from PIL import Image
 
 from a2fpn.config import Category
-from a2fpn.data.images import open_image
+from a2fpn.data.images import open_image, shown_size
 from a2fpn.data.storage import read_bytes
 from a2fpn.data.streams import RawSample, StreamDataset, random_generator, random_order
 from a2fpn.errors import DataError
@@ -211,7 +211,7 @@ class HfDataset(StreamDataset):
         if None in size.values():
             try:
                 with open_image(io.BytesIO(content), max_pixels=None) as image:
-                    size = dict(zip(("width", "height"), image.size, strict=True))
+                    size = dict(zip(("height", "width"), shown_size(image), strict=True))
             except (OSError, ValueError):
                 pass  # told when it is decoded
         objects = row["objects"]

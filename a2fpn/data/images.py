@@ -9,7 +9,7 @@ import math
 import os
 import struct
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -25,18 +25,19 @@ SUFFIXES = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jpeg", ".jpg", ".png", 
 """Suffixes of image files; AVIF and HEIC are read where their decoders are installed."""
 FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF", "AVIF", "HEIF")
 """PIL's names of the formats that are read: PIL knows others, of which some start programs."""
-TURNED = (5, 6, 7, 8)
-"""EXIF orientations that swap width and height."""
+_TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_PNG_TEXTS, _PNG_KEYS = (b"iTXt", b"zTXt", b"tEXt"), (b"XML:com.adobe.xmp", b"Raw profile type exif")
 _DARK = 2**12  # values that 12 bits hold
 _RGB = 3  # torchvision.io.ImageReadMode.RGB
 _logger = logging.getLogger(__name__)
 
 
-def open_image(file: Path | io.BytesIO, *, max_pixels: int | None = MAX_PIXELS) -> Image.Image:
+def open_image(file: Path | BinaryIO, *, max_pixels: int | None = MAX_PIXELS) -> Image.Image:
     """Open an image of one of :data:`FORMATS` without decoding it.
 
     Args:
-        file: The file, or its content.
+        file: The file, or what reads from it, which stays the caller's to close.
         max_pixels: Most pixels it may have; None sets no limit. PIL's own limit, of the whole process, does not count.
 
     Raises:
@@ -48,7 +49,8 @@ def open_image(file: Path | io.BytesIO, *, max_pixels: int | None = MAX_PIXELS) 
         with file.open("rb") as opened:
             head = opened.read(16)
     else:
-        head = file.getvalue()[:16]
+        head = file.read(16)
+        file.seek(0)
     reason = ""
     for decoder in filter(None, map(_decoder, FORMATS)):
         accepted = decoder.accept(head)
@@ -59,10 +61,10 @@ def open_image(file: Path | io.BytesIO, *, max_pixels: int | None = MAX_PIXELS) 
     raise ValueError(reason or f"it is none of {', '.join(name for name in FORMATS if _decoder(name))}")
 
 
-def _opened_by(decoder: _Decoder, file: Path | io.BytesIO, max_pixels: int | None) -> Image.Image:
+def _opened_by(decoder: _Decoder, file: Path | BinaryIO, max_pixels: int | None) -> Image.Image:
     try:
         # Not Image.open, which looks at a limit that all threads and libraries share.
-        image: Image.Image = decoder.factory(file if isinstance(file, io.BytesIO) else str(file))
+        image: Image.Image = decoder.factory(str(file) if isinstance(file, Path) else file)
     except (SyntaxError, IndexError, TypeError, struct.error) as error:
         raise OSError(f"damaged: {error}") from error
     if max_pixels is not None and math.prod(image.size) > max_pixels:
@@ -120,10 +122,43 @@ def image_path(folder: Path, file_name: str) -> Path:
 def orientation(image: Image.Image) -> int:
     """The EXIF orientation of an opened image, 1 to 8; 1, as stored, where there is none or a broken one."""
     try:
-        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+        # PIL decodes a PNG to look for tags behind its pixels.
+        plain = image.format == "PNG" and not _has_tags_behind_pixels(image)
+        exif = Image.Image.getexif(image) if plain else image.getexif()
+        value = exif.get(ExifTags.Base.Orientation, 1)
     except Exception:  # whatever PIL raises on a broken tag
         return 1
     return value if value in range(1, 9) else 1
+
+
+def stored_size(image: Image.Image) -> tuple[int, int]:
+    """Height and width of an opened image's pixels as they are stored; PIL says the turned ones of a TIFF."""
+    width, height = getattr(image, "_tile_size", image.size)
+    return height, width
+
+
+def shown_size(image: Image.Image) -> tuple[int, int]:
+    """Height and width of an opened image as its EXIF orientation shows it."""
+    height, width = stored_size(image)
+    return (width, height) if orientation(image) in _TURNED else (height, width)
+
+
+def _has_tags_behind_pixels(png: Any) -> bool:
+    """Return whether chunks that may hold an orientation follow the pixels of an opened PNG, which stays undecoded."""
+    file = png.fp
+    place, behind = file.tell(), False
+    try:
+        file.seek(len(_PNG_SIGNATURE))
+        while len(head := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", head)
+            following = file.tell() + length + 4  # behind the checksum
+            behind |= kind == b"IDAT"
+            if behind and (kind == b"eXIf" or (kind in _PNG_TEXTS and file.read(21).startswith(_PNG_KEYS))):
+                return True
+            file.seek(following)
+    finally:
+        file.seek(place)
+    return False
 
 
 def read_image(
@@ -190,11 +225,11 @@ def read_image(
 
 def _check_size(image: Image.Image, size: tuple[int, int] | None, name: str) -> None:
     """Compare an opened image, as its EXIF orientation shows it, with the (H, W) of its annotations."""
-    shown = image.size[::-1] if orientation(image) in TURNED else image.size
-    if size is None or shown == size[::-1]:
+    shown = shown_size(image)
+    if size is None or shown == size:
         return
-    got, wanted = " x ".join(map(str, image.size)), " x ".join(map(str, size[::-1]))
-    if image.size == size[::-1]:
+    got, wanted = (f"{width} x {height}" for height, width in (shown, size))
+    if stored_size(image) == size:
         raise ImageError(
             f"{name}: the annotations say {wanted}, which fits the picture as stored, but its EXIF orientation turns "
             "it, as every viewer and prediction show it. Remove the tag (`exiftool -Orientation= FILE`) or annotate "

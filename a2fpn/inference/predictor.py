@@ -20,7 +20,7 @@ from torch import Tensor
 
 from a2fpn.config import MAX_PIXELS, SCORE_THRESHOLD, HeadsConfig
 from a2fpn.data.images import read_image
-from a2fpn.data.slides import Slide, WholeSlide, Window, open_slide
+from a2fpn.data.slides import Slide, SlideOptions, Window, open_slide
 from a2fpn.errors import ConfigError, ConfigTypeError, ImageError
 from a2fpn.inference.eval_view import EvalViews
 from a2fpn.inference.exported import ExportedDetector, Runtime, is_exported
@@ -228,6 +228,16 @@ class Predictor:
             microns_per_pixel=slide.microns_per_pixel,
         )
 
+    def reading(self, **options: Any) -> SlideOptions:
+        """Return how image files are read, as the model and the options want it."""
+        chosen, channels = self.options.but(options), self.model.config.backbone.in_chans
+        return chosen.reading(
+            in_channels=channels,
+            max_pixels=self.max_pixels,
+            gray_bits=self.gray_bits,
+            whole=chosen.tile is None and channels == 3 and chosen.channels is None and chosen.intensity is None,
+        )
+
     def open(self, path: ImagePath, **options: Any) -> Slide:
         """Open an image file to be read window by window, as the model and the options want it.
 
@@ -236,11 +246,7 @@ class Predictor:
                 tiles for the limit of pixels, in tiles for run lengths of 32 bits.
         """
         chosen = self.options.but(options)
-        channels = self.model.config.backbone.in_chans
-        reading = chosen.reading(in_channels=channels, max_pixels=self.max_pixels, gray_bits=self.gray_bits)
-        if chosen.tile is None and channels == 3 and chosen.channels is None and chosen.intensity is None:
-            return WholeSlide(Path(path), reading)
-        slide = open_slide(Path(path), reading)
+        slide = open_slide(Path(path), self.reading(**options))
         pixels = slide.size[0] * slide.size[1]
         limit = _MOST_PIXELS if chosen.tile is not None else self.max_pixels
         if limit is not None and pixels > limit:
@@ -309,10 +315,7 @@ class Predictor:
             tensor = to_tensor(image)
             return replace(self._tiled(MemorySlide(tensor), chosen), image=to_array(tensor))
         with self.open(image, **options) as slide:
-            result = replace(self._tiled(slide, chosen), path=os.fspath(image))
-            # Read again with other bits it would be another picture.
-            again = self.gray_bits != 16 and chosen.tile is None
-            return replace(result, image=to_array(slide.read((0, 0, *slide.size[::-1])))) if again else result
+            return replace(self._tiled(slide, chosen), path=os.fspath(image), reading=self.reading(**options))
 
     def _limits(self, output: Mapping[str, Tensor], options: PredictOptions) -> Iterator[str]:
         """Yield what kept an image from having more objects."""

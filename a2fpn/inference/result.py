@@ -20,8 +20,7 @@ from torch import Tensor
 from a2fpn._registry import did_you_mean
 from a2fpn._words import RESULT
 from a2fpn.config import SCORE_THRESHOLD, Category
-from a2fpn.data.images import read_image
-from a2fpn.data.slides import Thumbnail, open_slide
+from a2fpn.data.slides import SlideOptions, Thumbnail, open_slide
 from a2fpn.errors import A2FPNError, ConfigError, ConfigTypeError
 from a2fpn.masks.rle import Rle, decode_rle, decode_windows, encode_window
 
@@ -88,6 +87,7 @@ class Result:
         keypoint_names: K names, or empty if the model doesn't know them.
         score_threshold: Score from which objects were kept; None if none was chosen.
         microns_per_pixel: As the image file says; None where it doesn't.
+        reading: How the file was read; None for the usual way.
         thumbnail: Of a slide, see :meth:`a2fpn.data.slides.Slide.thumbnail`; what :meth:`plot` draws on if it is there.
 
     Example:
@@ -119,6 +119,7 @@ class Result:
     keypoint_names: tuple[str, ...] = ()
     score_threshold: float | None = None
     microns_per_pixel: float | None = None
+    reading: SlideOptions | None = None
     thumbnail: Thumbnail | None = None
 
     def __len__(self) -> int:
@@ -153,7 +154,7 @@ class Result:
             box=self.boxes[index],
             score=float(self.scores[index]),
             label=int(self.labels[index]),
-            name=self.names[index],
+            name=self.categories[int(self.labels[index])].name,
             size=self.size,
             rle=None if self.rles is None else self.rles[index],
             keypoints=None if self.keypoints is None else self.keypoints[index],
@@ -345,7 +346,9 @@ class Result:
         if self.path is None:
             raise ConfigError("This result holds neither the image nor its path; give the image to plot(image=...).")
         # What made the result has read the file before, under a limit of its own.
-        return to_array(read_image(self.path, max_pixels=None))
+        reading = replace(self.reading or SlideOptions(whole=True), max_pixels=None)
+        with open_slide(self.path, reading) as slide:
+            return _as_rgb(to_array(slide.read((0, 0, *slide.size[::-1]))))
 
     def plot(
         self,
@@ -383,7 +386,7 @@ class Result:
         if image is None and self.image is None:
             small = self.thumbnail or self._small()
             if small is not None:
-                image, shown = small.pixels, shown.shrunk(small.side)
+                image, shown = _as_rgb(small.pixels), shown.shrunk(small.side)
         image = self.load_image() if image is None else image
         return draw(shown, image, boxes=boxes, labels=labels, legend=legend)
 
@@ -411,7 +414,7 @@ class Result:
         """A thumbnail of the file, if it is too large to be drawn on."""
         if self.path is None or self.size[0] * self.size[1] <= _DRAWN:
             return None
-        with open_slide(self.path) as slide:
+        with open_slide(self.path, replace(self.reading or SlideOptions(), max_pixels=None, whole=False)) as slide:
             return slide.thumbnail()
 
 
@@ -423,6 +426,11 @@ def _shrunk_masks(rles: Sequence[Rle], side: int, size: tuple[int, int]) -> Iter
         squares[top - first[0] * side :, left - first[1] * side :][: window.shape[0], : window.shape[1]] = window
         share = squares.reshape(last[0] - first[0], side, last[1] - first[1], side).mean((1, 3))
         yield encode_window(share >= min(0.5, share.max(initial=0.0)), *first, size)
+
+
+def _as_rgb(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Colors to show channels (H, W, C) in: the first three, or the first as gray."""
+    return pixels[..., :3] if pixels.shape[2] >= 3 else np.repeat(pixels[..., :1], 3, axis=2)
 
 
 def to_array(image: Tensor) -> NDArray[np.uint8]:

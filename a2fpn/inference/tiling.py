@@ -248,6 +248,8 @@ def _union(masks: Sequence[_Mask], size: tuple[int, int]) -> Rle:
     shown = [mask for mask in masks if mask.pixels.size]
     if not shown:
         return encode_window(np.zeros((0, 0), np.bool_), 0, 0, size)
+    if len(shown) == 1:
+        return encode_window(shown[0].pixels > 0, shown[0].top, shown[0].left, size)
     left, top = min(mask.left for mask in shown), min(mask.top for mask in shown)
     right = max(mask.left + mask.pixels.shape[1] for mask in shown)
     bottom = max(mask.top + mask.pixels.shape[0] for mask in shown)

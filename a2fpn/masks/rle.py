@@ -188,15 +188,17 @@ def _window_runs(window: NDArray[np.bool_], top: int, left: int, height: int, wi
     """Return the run lengths of a mask that is empty but for an (h, w) window."""
     # One empty row under the window ends every run within its column, so that each run has a start and an end.
     rows = window.shape[0] + 1
-    columns = np.zeros((window.shape[1], rows), dtype=np.int8)
-    columns[:, :-1] = window.T
-    column, row = np.divmod(np.flatnonzero(np.diff(columns.ravel(), prepend=np.int8(0))), rows)
-    edges = (column + left) * height + row + top
-    # Where the window is as high as the image, a run may go on at the top of the next column: join the two.
-    joined = np.flatnonzero(edges[1:-1:2] == edges[2::2]) * 2 + 1
-    edges = np.delete(edges, np.concatenate((joined, joined + 1)))
-    runs = np.diff(edges, prepend=0, append=height * width)
-    return runs[:-1] if len(edges) and runs[-1] == 0 else runs
+    pixels = np.zeros(1 + window.shape[1] * rows, np.bool_)
+    pixels[1:].reshape(-1, rows)[:, :-1] = window.T
+    column, row = np.divmod((pixels[1:] != pixels[:-1]).nonzero()[0], rows)
+    edges = np.zeros(len(row) + 2, np.int64)
+    edges[1:-1] = (column + left) * height + row + top
+    edges[-1] = height * width
+    if window.shape[0] == height:  # a run may go on at the top of the next column: join the two
+        joined = np.flatnonzero(edges[2:-2:2] == edges[3:-1:2]) * 2 + 2
+        edges = np.delete(edges, np.concatenate((joined, joined + 1)))
+    runs = edges[1:] - edges[:-1]
+    return runs[:-1] if len(runs) > 1 and runs[-1] == 0 else runs
 
 
 def _decoded(rles: Sequence[Rle]) -> Iterator[NDArray[np.int64]]:

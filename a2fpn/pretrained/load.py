@@ -196,7 +196,7 @@ def save_pretrained(
 ) -> Path:
     """Save a detector as ``config.json`` and ``model.safetensors``.
 
-    What the checkpoint that the model was loaded from says of it (licences, recipe, data) is saved too. Its metrics are
+    What the checkpoint that the model was loaded from says of it (licenses, recipe, data) is saved too. Its metrics are
     only as long as weights and settings are the same; otherwise they stand under ``derived_from``.
 
     Args:

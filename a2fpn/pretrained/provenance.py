@@ -16,7 +16,7 @@ from a2fpn.detectors import Detector
 MEASURED = ("metrics", "max_detections", "count_threshold")
 """Facts that hold for the very weights and settings that they were measured with."""
 OF_DATA = ("data", "data_license", "recipe")
-"""Facts that belong together: new data without a licence do not have that of the old."""
+"""Facts that belong together: new data without a license do not have that of the old."""
 
 
 @dataclass(frozen=True)

@@ -240,6 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         configure_logging(quiet=quiet)
 
         # After the arguments are known to be right: Accelerate takes seconds.
+        from a2fpn.training.account import numbers, summary
         from a2fpn.training.trainer import Trainer
 
         trainer = Trainer(config, quiet=quiet)
@@ -256,11 +257,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return fail(message, code=getattr(error, "exit_code", 2))
     if trainer.accelerator.is_main_process:
         if before.json:
-            text = json.dumps(trainer.numbers(), indent=2) + "\n"
+            text = json.dumps(numbers(trainer), indent=2) + "\n"
             if before.json == "-":
                 sys.stdout.write(text)
             else:
                 Path(before.json).write_text(text, encoding="utf-8")
         if not quiet:
-            sys.stdout.write(f"{trainer.summary()}\n")
+            sys.stdout.write(f"{summary(trainer)}\n")
     return 0

@@ -21,11 +21,11 @@ from a2fpn.training.generations import (
     Generation,
     OldFormatError,
     Record,
+    put_files,
     read_generation,
     read_generations,
     remove,
     rewrite_generation,
-    share_files,
     sync_folder,
     write_generation,
 )
@@ -183,7 +183,7 @@ class RunFolder:
         if best is not None and (best.state.step, best.state.value) == (state.best_step, state.best):
             return
         if state.value is not None and state.best_step == state.step and (not best or best.state.step <= state.step):
-            self._share(source)
+            self._make_best(source)
             return
         if best is not None and best.state.value is not None:
             # Of steps that are to be made again, or of a way that the run did not go on: never lost for a worse one.
@@ -198,7 +198,7 @@ class RunFolder:
         state.forget_best()
         if state.value is not None:
             state.best, state.best_epoch, state.best_step = state.value, state.epoch, state.step
-            self._share(source)
+            self._make_best(source)
             self.notes.append(f"The one of epoch {state.epoch} takes its place.")
 
     def write_config(self, config: TrainConfig) -> None:
@@ -284,13 +284,13 @@ class RunFolder:
             self._written = self._steps["last"] = step
             write_text(self.output / METRICS_FILE, content.metrics)
             if best:
-                self._share(Generation(last, content.record))
+                self._make_best(Generation(last, content.record))
 
-    def _share(self, source: Generation) -> None:
-        """Make a generation the best one."""
+    def _make_best(self, source: Generation) -> None:
+        """Copy a generation to the best one."""
         partial = self._hidden("best", "partial")
         remove(partial)
-        share_files(source.folder, partial)
+        put_files(source.folder, partial)
         sync_folder(partial)
         self._put(partial, "best")
         self._steps["best"] = source.state.step

@@ -4,12 +4,13 @@ A generation is a checkpoint for :func:`a2fpn.from_pretrained` with ``training_s
 no pickle. ``SHA256SUMS`` lists the hash of every file, as ``sha256sum --check`` reads it, and is written last. Each is
 written under another name, synced to the disk and renamed, so that whatever has its name is whole.
 
-``last`` is the newest, ``previous`` the one before it, ``best`` the one that was evaluated best; ``best`` shares its
-files with the others while they are the same.
+``last`` is the newest, ``previous`` the one before it, ``best`` the one that was evaluated best. They share no file, so
+that damage to one is none to another.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -234,7 +235,7 @@ def write_generation(
 def rewrite_generation(
     source: Path, folder: Path, record: Record, metrics: str, *, change_model: Callable[[Path], object]
 ) -> None:
-    """Write a generation of the same weights as another, whose large files it shares.
+    """Write a generation of the same weights as another, whose place it takes and whose large files it shares.
 
     Args:
         source: The other generation.
@@ -244,20 +245,21 @@ def rewrite_generation(
         change_model: Writes the new metadata to ``config.json`` of a folder.
     """
     sums = _read_sums(source)
-    share_files(source, folder)
+    put_files(source, folder, link=True)
     change_model(folder)
     _write_texts(folder, record, metrics)
     _write_sums(folder, {name: digest for name, digest in sums.items() if name.endswith(".safetensors")})
 
 
-def share_files(source: Path, folder: Path) -> None:
-    """Put the files of a generation into an empty folder: links where the disk has them, else copies."""
+def put_files(source: Path, folder: Path, *, link: bool = False) -> None:
+    """Put the files of a generation into an empty folder: copies, or, if asked for and the disk has them, links."""
     (folder / STATE_FOLDER).mkdir(parents=True)
     for name in (*_read_sums(source), SUMS_FILE):
-        try:
-            os.link(source / name, folder / name)
-        except OSError:
-            shutil.copyfile(source / name, folder / name)
+        if link:
+            with contextlib.suppress(OSError):
+                os.link(source / name, folder / name)
+                continue
+        shutil.copyfile(source / name, folder / name)
 
 
 def sync_folder(folder: Path) -> None:

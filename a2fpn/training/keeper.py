@@ -163,11 +163,11 @@ class Keeper:
 
     def last_good(self) -> str:
         """Say which checkpoint is known to be good, for a step that failed; every process has to call it."""
-        return on_main(self._accelerator, self._last_good)
+        return on_main(self._accelerator, partial(self._last_good, self.state.step))
 
-    def _last_good(self) -> str:
+    def _last_good(self, step: int) -> str:
         assert self._folder is not None
-        return self._folder.last_good(self.state.step)
+        return self._folder.last_good(step)
 
     def save_unless_saved(self) -> None:
         """Write a checkpoint within an epoch, unless there is one of this very step."""
@@ -206,7 +206,8 @@ class Keeper:
         try:
             state.norm = check_before_saving(trained, others, before=state.norm, step=state.step)
         except DivergedError as error:
-            raise DivergedError(f"{error} Lower optim.lr or set optim.clip_norm. {self._last_good()}") from None
+            good = self._last_good(state.step - 1)  # the step that led here succeeded in name alone
+            raise DivergedError(f"{error} Lower optim.lr or set optim.clip_norm. {good}") from None
         metadata = self._metadata(record or {})
         lines = self._lines + (json.dumps(record) + "\n" if record is not None else "")
         content = Content(

@@ -47,6 +47,8 @@ class RunLock:
     Args:
         folder: Made if it does not exist.
         beat: Seconds between two signs of life.
+        option: What names another folder, for messages.
+        keep: Whether the file, which is empty then, stays when the folder is given back.
 
     Raises:
         ConfigError: If another process owns the folder; the message names it.
@@ -55,9 +57,9 @@ class RunLock:
 
     _file: int | None = None
 
-    def __init__(self, folder: Path, *, beat: float = BEAT) -> None:
+    def __init__(self, folder: Path, *, beat: float = BEAT, option: str = "run.output", keep: bool = True) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._folder = folder
+        self._folder, self._option, self._keep = folder, option, keep
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
         self._stop, self._guard = threading.Event(), threading.Lock()
         self._taken_by: str | None = None
@@ -92,6 +94,8 @@ class RunLock:
             if not self._taken_by:
                 with contextlib.suppress(OSError):
                     os.ftruncate(self._file, 0)
+                    if not self._keep:
+                        (self._folder / LOCK_FILE).unlink()
             _close(self)
 
     def __del__(self) -> None:
@@ -101,10 +105,7 @@ class RunLock:
         kernel = _kernel()
         guarded = _lock(file)
         if guarded is False:
-            raise ConfigError(
-                f"{self._folder} is being written to by {_named(_read(file))}; wait for it, stop it, or choose another "
-                "run.output."
-            )
+            raise self._taken(_read(file))
         owner = _parsed(_read(file))
         if owner and not (guarded and owner.get("kernel") == kernel):
             self._watch(file, beat)
@@ -138,10 +139,13 @@ class RunLock:
         while time.monotonic() < end:
             time.sleep(beat / 4)
             if (now := _read(file)) != before:
-                raise ConfigError(
-                    f"{self._folder} is being written to by {_named(now)}; wait for it, stop it, or choose another "
-                    "run.output."
-                )
+                raise self._taken(now)
+
+    def _taken(self, content: bytes) -> ConfigError:
+        return ConfigError(
+            f"{self._folder} is being written to by {_named(content)}; wait for it, stop it, or choose another "
+            f"{self._option}."
+        )
 
     def _beat(self) -> None:
         """Write a sign of life, or notice that another process did."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import shlex
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -17,20 +16,14 @@ from timm.utils import ModelEmaV3
 
 from a2fpn.data import CocoDataset
 from a2fpn.errors import ConfigError, RunError
+from a2fpn.training.account import log_start
 from a2fpn.training.config import TrainConfig
 from a2fpn.training.feed import Batch, Feed
 from a2fpn.training.folder import CheckpointWriteError
-from a2fpn.training.health import (
-    MOST_SKIPPED,
-    NonFiniteLossError,
-)
+from a2fpn.training.health import MOST_SKIPPED, NonFiniteLossError
 from a2fpn.training.importing import import_folder
 from a2fpn.training.keeper import Keeper, Parts
-from a2fpn.training.monitor import (
-    LossWindow,
-    get_logger,
-    text_log,
-)
+from a2fpn.training.monitor import LossWindow, get_logger, text_log
 from a2fpn.training.optim import build_optimizer, lr_factor, scaled_lr, set_rate
 from a2fpn.training.processes import check_processes, check_trackers, gather_number
 from a2fpn.training.progress import RunBoard
@@ -40,11 +33,10 @@ from a2fpn.training.sources import (
     build_feed,
     build_model,
     check_folder,
-    log_odd_plans,
     open_training_set,
     open_validation_set,
 )
-from a2fpn.training.state import LOG_FILE, METRICS_FILE, Plan, read_metrics
+from a2fpn.training.state import LOG_FILE, Plan
 from a2fpn.training.stepping import Stepper
 from a2fpn.training.validate import Validator
 
@@ -170,7 +162,7 @@ class Trainer:
         run = self.config.run
         try:
             with text_log(self.output / LOG_FILE, enabled=self.accelerator.is_main_process), Signals() as signals:
-                self._log_start()
+                log_start(self)
                 try:
                     self._run_epochs(signals)
                 except RuntimeError as error:
@@ -192,91 +184,6 @@ class Trainer:
             self.accelerator.end_training()
         finally:
             self.keeper.close()
-
-    def summary(self) -> str:
-        """Say where the best checkpoint of a finished run is, how to load it, and what was skipped."""
-        state, best = self.state, self.output / "best"
-        annotations = sum(len(data.skipped.annotations) for data in self.datasets)
-        lines = []
-        if state.skipped:
-            lines.append(f"Skipped {len(state.skipped)} unreadable images: {', '.join(state.skipped)}")
-        if annotations:
-            lines.append(f"Skipped {annotations} unusable annotations, listed at the start.")
-        if state.skipped_steps:
-            lines.append(f"Skipped {state.skipped_steps} steps whose loss or gradient was not finite.")
-        if state.best is None:
-            return "\n".join([*lines, f"No evaluation was made; the last checkpoint is {self.output / 'last'}"])
-        pictures = sorted((self.output / "predictions").glob("*.jpg"))
-        ground_truth = self.validator.dataset
-        measured = f"--images {shlex.quote(str(ground_truth.root))} --annotations {shlex.quote(ground_truth.name)}"
-        return "\n".join(
-            [
-                *lines,
-                *([f"Pictures:        {pictures[-1]}"] if pictures else []),
-                f"Losses and AP:   {self.output / 'metrics.png'}",
-                f"Why not better:  a2fpn evaluate --model {shlex.quote(str(best))} {measured} --report report.html",
-                f"Publish it:      a2fpn hub push {shlex.quote(str(best))} --repo ORG/NAME",
-                f"Best checkpoint: {best} ({self.metrics[0]} {state.best[0]:.4f} after epoch {state.best_epoch})",
-                f'Load it:         model = a2fpn.from_pretrained("{best}")',
-                f"Use it:          a2fpn predict IMAGE --model {shlex.quote(str(best))}",
-            ]
-        )
-
-    def numbers(self) -> dict[str, Any]:
-        """Return where the best checkpoint of a finished run is and what was measured, for machines."""
-        state = self.state
-        return {
-            "output": str(self.output),
-            "best": None if state.best is None else str(self.output / "best"),
-            "metric": self.metrics[0],
-            "value": None if state.best is None else state.best[0],
-            "epoch": state.best_epoch,
-            "epochs": state.epoch,
-            "steps": state.step,
-            "skipped": list(state.skipped),
-            "records": read_metrics((self.output / METRICS_FILE).read_text(encoding="utf-8")),
-        }
-
-    def _log_start(self) -> None:
-        config, state, (train_set, val_set) = self.config, self.state, self.datasets
-        for note in self.keeper.notes:
-            logger.warning("%s", note)
-        if state.step:
-            logger.info(
-                "Continuing after step %d: %d of %d epochs and %.1f %% of the run are done, %d images were seen.",
-                state.step,
-                state.epoch,
-                self.plan.epochs(state),
-                100 * state.share,
-                state.images,
-            )
-        parameters = sum(parameter.numel() for parameter in self.accelerator.unwrap_model(self.model).parameters())
-        logger.info(
-            "%s, %d classes, %.1f M parameters; %d training and %d validation images; %d steps in %d epochs.",
-            config.model.name,
-            len(train_set.categories),
-            parameters / 1e6,
-            len(train_set),
-            len(val_set),
-            self.plan.total_steps,
-            self.plan.epochs(state),
-        )
-        log_odd_plans(config, self.accelerator.unwrap_model(self.model), self.datasets, steps=self.plan.total_steps)
-        logger.info(
-            "%d images per step (%d per batch, %d process(es) on %s, %d batch(es) per step); "
-            "learning rate %.3g, which is %.3g for %d images, scaling: %s.",
-            self.batch_size,
-            config.data.batch_size,
-            self.accelerator.num_processes,
-            self.accelerator.device,
-            config.run.grad_accumulation,
-            scaled_lr(config.optim, self.batch_size),
-            config.optim.lr,
-            config.optim.lr_batch_size,
-            config.optim.lr_scaling,
-        )
-
-    # Training
 
     def _done(self) -> bool:
         return self.plan.place(self.state) >= self.plan.total_steps

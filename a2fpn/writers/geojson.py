@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import contourpy
 import numpy as np
+from numpy.typing import NDArray
 
 from a2fpn._atomic import replaced_file
 from a2fpn.inference.result import Result
 from a2fpn.inference.shapes import PALETTE, Ring, box_ring
-from a2fpn.masks.rle import Rle, decode_window
+from a2fpn.masks.rle import Rle, decode_window, decode_windows
 from a2fpn.writers.base import image_format
 from a2fpn.writers.measures import measures, sides
 
@@ -48,9 +49,11 @@ def features(result: Result) -> Iterator[dict[str, Any]]:
         >>> [feature["geometry"]["coordinates"] for feature in features(result)]
         [[[[2.0, 2.0], [6.0, 2.0], [6.0, 5.0], [2.0, 5.0], [2.0, 2.0]]]]
     """
-    rows = zip(result.names, result.labels.tolist(), measures(result), result.rles or result.boxes, strict=True)
-    for name, label, measured, shape in rows:
-        polygons = [[box_ring(sides(shape[None])[0])]] if isinstance(shape, np.ndarray) else mask_polygons(shape)
+    shapes: Iterable[list[list[Ring]]] = ([[box_ring(box)]] for box in sides(result.boxes))
+    if result.rles is not None:
+        shapes = (_polygons(window, left, top) for window, (left, top, *_) in decode_windows(result.rles))
+    rows = zip(result.names, result.labels.tolist(), measures(result), shapes, strict=True)
+    for name, label, measured, polygons in rows:
         lists = [[ring.round(2).tolist() for ring in polygon] for polygon in polygons]
         if not lists:
             continue
@@ -75,6 +78,10 @@ def mask_polygons(rle: Rle) -> list[list[Ring]]:
     mask.
     """
     window, (left, top, *_) = decode_window(rle)
+    return _polygons(window, left, top)
+
+
+def _polygons(window: NDArray[np.uint8], left: int, top: int) -> list[list[Ring]]:
     if not window.size:
         return []
     inside = np.pad(window, 1).astype(np.float32)

@@ -10,12 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-from PIL import Image
-
 from a2fpn.config import MAX_PIXELS
 from a2fpn.data.check.report import PICTURED, Finding, Severity, Track, count_of, few, shorten
 from a2fpn.data.document import CocoImage
-from a2fpn.data.images import TURNED, image_path, open_image, orientation, read_image
+from a2fpn.data.images import image_path, open_image, orientation, read_image, shown_size, stored_size
 from a2fpn.errors import ImageError
 
 _FOLDERS_SEARCHED = 1000
@@ -95,17 +93,15 @@ def _inspect(root: Path, entry: CocoImage, *, decode: bool) -> tuple[str, str]:
         if not path.is_file():
             return "missing-file", ""
         with open_image(path, max_pixels=None) as image:
-            stored = (image.height, image.width)
+            stored, shown, tag = stored_size(image), shown_size(image), orientation(image)
             if math.prod(stored) > MAX_PIXELS:
                 return "too-large", f"{image.width} x {image.height}"
-            tag = _orientation(image, agrees=stored == size)
     except Exception as error:  # PIL raises almost anything on a corrupt file
         return "unreadable-file", shorten(repr(str(error) or type(error).__name__), 80)
-    turned = stored[::-1] if tag in TURNED else stored
-    if size not in (stored, turned):
+    if size not in (stored, shown):
         got, wanted = (f"{width} x {height}" for height, width in (stored, size))
         return "size-mismatch", f"{got} instead of {wanted}"
-    if size != turned:
+    if size != shown:
         return "exif-ignored", ""
     if decode:
         try:
@@ -114,18 +110,7 @@ def _inspect(root: Path, entry: CocoImage, *, decode: bool) -> tuple[str, str]:
             return "unreadable-file", shorten(repr(str(error).removeprefix(f"{path}: ")), 80)
     if tag == 1:
         return "", ""
-    return ("exif-ambiguous", f"orientation {tag}") if stored == turned else ("exif-turned", "")
-
-
-def _orientation(image: Image.Image, *, agrees: bool) -> int:
-    """The EXIF orientation, 1 where there is none.
-
-    A PNG without a tag before its pixels is decoded by PIL to look for one behind them: too slow to do if the size
-    agrees already.
-    """
-    if agrees and image.format == "PNG" and "exif" not in image.info:
-        return 1
-    return orientation(image)
+    return ("exif-ambiguous", f"orientation {tag}") if stored == shown else ("exif-turned", "")
 
 
 def _elsewhere(root: Path, file_name: str) -> str:

@@ -237,7 +237,7 @@ def register_importer(name: str) -> Callable[[type[Importer]], type[Importer]]:
     return decorator
 
 
-def detect(path: str | Path) -> str:
+def detect(path: str | Path | Folder) -> str:
     """Return the format of a data set.
 
     Args:
@@ -246,7 +246,8 @@ def detect(path: str | Path) -> str:
     Raises:
         DataError: If it is none of the known ones, or could be several.
     """
-    folder = Folder.of(path)
+    folder = path if isinstance(path, Folder) else Folder.of(path)
+    path = folder.file or folder.root
     signs = {name: sign for name in IMPORTERS if (sign := IMPORTERS[name].detect(folder))}
     if len(signs) > 1:
         raise DataError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +37,7 @@ class Folder:
     root: Path
     file: Path | None = None
     _heads: dict[Path, bytes] = field(default_factory=dict)
+    _paths: dict[str, tuple[Path, ...]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, path: str | Path) -> Folder:
@@ -53,29 +54,25 @@ class Folder:
         raise DataError(f"{path}: no such file or folder.")
 
     @cached_property
-    def files(self) -> tuple[Path, ...]:
-        """Files below the folder, sorted by their names."""
-        if self.file is not None:
-            return (self.file,)
-        found = (
-            os.path.join(folder, name)
-            for folder, _, names in os.walk(self.root)
-            for name in names
-            if not name.startswith(".") and name not in OWN_FILES
-        )
-        return tuple(map(Path, sorted(found)))
+    def by_suffix(self) -> Mapping[str, Sequence[str]]:
+        """Files below the folder by lower-case suffix, sorted by their names."""
+        found = [str(self.file)] if self.file is not None else sorted(self._found())
+        groups: dict[str, list[str]] = {}
+        for path in found:
+            groups.setdefault(os.path.splitext(path)[1].lower(), []).append(path)
+        return groups
 
-    @cached_property
-    def by_suffix(self) -> Mapping[str, tuple[Path, ...]]:
-        """Files by lower-case suffix."""
-        groups: dict[str, list[Path]] = {}
-        for path in self.files:
-            groups.setdefault(path.suffix.lower(), []).append(path)
-        return {suffix: tuple(paths) for suffix, paths in groups.items()}
+    def _found(self) -> Iterator[str]:
+        for folder, _, names in os.walk(self.root):
+            for name in names:
+                if not name.startswith(".") and name not in OWN_FILES:
+                    yield os.path.join(folder, name)
 
     def of_type(self, suffix: str) -> tuple[Path, ...]:
         """Return the files with a suffix."""
-        return self.by_suffix.get(suffix, ())
+        if suffix not in self._paths:
+            self._paths[suffix] = tuple(map(Path, self.by_suffix.get(suffix, ())))
+        return self._paths[suffix]
 
     def head(self, path: Path) -> bytes:
         """Return the first 4 KB of a file; nothing if it can't be read."""

@@ -172,8 +172,9 @@ def open_source(
         infos = read_categories(categories)
     elif categories is not None:
         infos = [CategoryInfo(name) for name in categories]
-    name = detect(source) if format == "auto" else format
-    return IMPORTERS[name](Folder.of(source), log, ImportOptions(tuple(infos), unlabeled, category))
+    folder = Folder.of(source)
+    name = detect(folder) if format == "auto" else format
+    return IMPORTERS[name](folder, log, ImportOptions(tuple(infos), unlabeled, category))
 
 
 def list_formats() -> list[str]:

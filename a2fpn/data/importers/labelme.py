@@ -109,35 +109,30 @@ class LabelmeImporter(Importer):
         crowd = bool(isinstance(flags, Mapping) and flags.get("iscrowd"))
         group = shape.get("group_id")
         points = shape.get("points")
-        try:
-            xy = np.array(points, dtype=np.float64)
-        except (TypeError, ValueError):
-            xy = np.empty(0)
-        if xy.ndim != 2 or xy.shape[1] != 2:
-            raise ValueError("its points must be pairs of numbers")
-        flat: list[float] = xy.ravel().tolist()
+        flat = _flat(points)
+        count = len(flat) // 2
         if kind == "polygon":
-            if len(xy) < 3:
-                raise ValueError(f"a polygon needs 3 points, got {len(xy)}")
+            if count < 3:
+                raise ValueError(f"a polygon needs 3 points, got {count}")
             return group, LabeledObject(label, None, [flat], crowd, line=place)
-        if kind == "rectangle" and len(xy) in (2, 4):
+        if kind == "rectangle" and count in (2, 4):
             xs, ys = sorted(flat[::2]), sorted(flat[1::2])
             return group, LabeledObject(label, (xs[0], ys[0], xs[-1] - xs[0], ys[-1] - ys[0]), None, crowd, line=place)
-        if kind == "circle" and len(xy) == 2:
+        if kind == "circle" and count == 2:
             radius = math.dist(flat[:2], flat[2:])
             angles = np.linspace(0, 2 * math.pi, _CIRCLE_POINTS, endpoint=False)
             ring = np.stack([flat[0] + radius * np.cos(angles), flat[1] + radius * np.sin(angles)], 1)
             return group, LabeledObject(label, None, [ring.round(3).ravel().tolist()], crowd, line=place)
-        if kind == "mask" and len(xy) == 2:
+        if kind == "mask" and count == 2:
             mask = _mask(shape.get("mask"), flat, size)
             return group, LabeledObject(label, None, mask, crowd, line=place)
-        if kind == "point" and len(xy) == 1:
+        if kind == "point" and count == 1:
             if group is None:
                 raise ValueError("a point without group_id belongs to no object")
             seen = 1.0 if isinstance(flags, Mapping) and flags.get("hidden") else 2.0
             points_of.setdefault(group, {})[label] = (flat[0], flat[1], seen)
             return group, None
-        reason = "a line is no object" if kind in _SKIPPED else f"expected another number of points than {len(xy)}"
+        reason = "a line is no object" if kind in _SKIPPED else f"expected another number of points than {count}"
         raise ValueError(f"a {kind} is not read ({reason})")
 
     def _add_points(
@@ -156,6 +151,20 @@ class LabelmeImporter(Importer):
                 shape = dataclasses.replace(shape, keypoints=flat)
             result.append((group, shape))
         return result
+
+
+def _flat(points: Any) -> list[float]:
+    """The numbers of pairs, one behind the other.
+
+    Raises:
+        ValueError: If they are no pairs of numbers.
+    """
+    try:
+        flat = [float(side) if isinstance(side, str) else side for x, y in points for side in (x, y)]
+        math.fsum(flat)  # takes numbers alone
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError("its points must be pairs of numbers") from None
+    return flat
 
 
 def _mask(encoded: Any, corners: list[float], size: tuple[int, int]) -> Rle:

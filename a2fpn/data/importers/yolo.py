@@ -8,13 +8,16 @@ sets; Darknet's folders with ``obj.names`` are read too.
 from __future__ import annotations
 
 import glob
+import itertools
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 
 from a2fpn._registry import natural_key
 from a2fpn.data.importers.base import Importer, ImportOptions, register_importer
@@ -38,6 +41,7 @@ from a2fpn.errors import DataError
 
 _SLACK = 0.01  # how far over the edge a coordinate may lie by rounding
 _DECIMALS = 3  # of coordinates in pixels; removes the noise of the division by the image's size
+_PLAIN = re.compile(r"[-.\deE \n]*")  # lines of numbers
 _SPLITS = ("train", "val", "valid", "test")
 
 
@@ -82,9 +86,10 @@ class YoloImporter(Importer):
             raise DataError(f"{self.root}: no image; expected images/ beside labels/, or train, val in data.yaml.")
         used: set[str] = set()
         lists: dict[str, set[str]] = {}
-        missing = 0
+        missing, root = 0, os.path.join(self.root, "")
         for path, split in self.jobs:
-            relative = os.path.relpath(path, self.root).replace(os.sep, "/")
+            inside = path.startswith(root)
+            relative = (path[len(root) :] if inside else os.path.relpath(path, self.root)).replace(os.sep, "/")
             label = label_file(path)
             folder = os.path.dirname(label)
             if folder not in lists:
@@ -116,7 +121,7 @@ class YoloImporter(Importer):
     def images_size(self, path: str) -> tuple[int, int] | None:
         """Return height and width, or None with a loss."""
         try:
-            return image_size(Path(path))
+            return image_size(path)
         except FileNotFoundError:
             self.log.add("missing-image", path, "no such file; left out")
         except Exception as error:  # PIL raises almost anything on a corrupt file
@@ -254,9 +259,13 @@ class YoloImporter(Importer):
         except DataError as error:
             self.log.add_error("unreadable-labels", Path(path), error)
             return []
+        lines = text.splitlines()
+        found = None if self.num_keypoints else self._polygons(lines, height, width)
+        if found is not None:
+            return found
         objects = []
         seen: set[str] = set()
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(lines, 1):
             fields = line.split()
             if not fields:
                 continue
@@ -269,6 +278,33 @@ class YoloImporter(Importer):
             except ValueError as error:
                 self.log.add("bad-line", path, f"{error}; left out", place=f"line {number}")
         return objects
+
+    def _polygons(self, lines: Sequence[str], height: int, width: int) -> list[LabeledObject] | None:
+        """The objects of all lines at once; None if one is no sound polygon, which is then found line by line."""
+        text = "\n".join([line.strip() for line in lines])
+        if not lines or len(set(lines)) < len(lines) or not _PLAIN.fullmatch(text):
+            return None
+        try:  # numbers are read ten times as fast as by float()
+            rows = orjson.loads(f"[[{text}]]".replace("\n", "],[").replace(" ", ","))
+        except orjson.JSONDecodeError:
+            return None
+        lengths = list(map(len, rows))
+        classes = range(len(self.names))
+        if not all(length > 6 and length % 2 for length in lengths) or any(row[0] not in classes for row in rows):
+            return None
+        names = [self.names[int(row.pop(0))] for row in rows]
+        points = np.fromiter(itertools.chain.from_iterable(rows), np.float64)
+        if not (points.min() >= -_SLACK and points.max() <= 1 + _SLACK):
+            return None
+        points = points.clip(0, 1)
+        points[::2] *= width
+        points[1::2] *= height
+        flat, start, found = points.round(_DECIMALS).tolist(), 0, []
+        for number, (name, row) in enumerate(zip(names, rows, strict=True), 1):
+            end = start + len(row)
+            found.append(LabeledObject(name, None, [flat[start:end]], line=f"line {number}"))
+            start = end
+        return found
 
     def _object(self, fields: Sequence[str], height: int, width: int, line: int) -> LabeledObject:
         """The object of a line.

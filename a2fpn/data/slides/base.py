@@ -34,6 +34,7 @@ class SlideOptions:
             percentile of each channel. None takes the full range of 8 and 16 bits, whatever of it the image uses.
         max_pixels: Most pixels of an image that has to be decoded whole; None sets no limit.
         gray_bits: Bits that values of 16 bits use, see :func:`a2fpn.data.read_image`.
+        whole: Whether the file is decoded whole, by :func:`a2fpn.data.read_image`, whatever its format.
 
     Raises:
         ValueError: For an intensity range without a width.
@@ -44,6 +45,7 @@ class SlideOptions:
     intensity: tuple[float, float] | Literal["auto"] | None = None
     max_pixels: int | None = None
     gray_bits: int = 16
+    whole: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.intensity, tuple) and not self.intensity[0] < self.intensity[1]:

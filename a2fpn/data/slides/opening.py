@@ -57,6 +57,8 @@ def open_slide(path: str | Path, options: SlideOptions | None = None) -> Slide:
         ConfigError: If its channels are not those of the model, or there are none to choose.
     """
     path, options = Path(path), options or SlideOptions()
+    if options.whole:
+        return WholeSlide(path, options)
     if not path.is_file():
         raise ImageError(f"{path}: no such file.")
     with path.open("rb") as file:

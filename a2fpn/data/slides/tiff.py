@@ -20,7 +20,7 @@ from torch import Tensor
 
 from a2fpn.data.slides.base import Slide, SlideOptions, Window, to_8_bit
 from a2fpn.data.slides.scale import microns_per_pixel
-from a2fpn.errors import ConfigError, ImageError
+from a2fpn.errors import A2FPNError, ConfigError, ImageError
 
 if TYPE_CHECKING:
     import tifffile
@@ -70,9 +70,12 @@ class TiffSlide(Slide):
         self._file = _open(path)
         try:
             self._describe()
-        except BaseException:
+        except (A2FPNError, UnreadableTiffError):
             self._file.close()
             raise
+        except Exception as error:  # whatever damaged tags lead to
+            self._file.close()
+            raise _unreadable(path, error) from error
         self._lock = threading.Lock()
         self._decoded: OrderedDict[tuple[int, int], NDArray[Any]] = OrderedDict()
         self._held = 0
@@ -204,6 +207,8 @@ class TiffSlide(Slide):
         x0, y0, x1, y1 = window
         page = plane.page.keyframe
         height, width = (page.tilelength, page.tilewidth) if page.is_tiled else (page.rowsperstrip, page.imagewidth)
+        if not height or not width:
+            raise ImageError(f"{self.name}: its tiles or strips have no size.")
         down, across = -(-self.size[0] // height), -(-self.size[1] // width)
         values = np.full((y1 - y0, x1 - x0, plane.samples), page.nodata, self._dtype.newbyteorder("="))
         for row in range(y0 // height, min(down, -(-y1 // height))):
@@ -225,6 +230,8 @@ class TiffSlide(Slide):
             if key in self._decoded:
                 self._decoded.move_to_end(key)
                 return self._decoded[key]
+            if index >= min(len(page.databytecounts), len(page.dataoffsets)):
+                raise ImageError(f"{self.name}: part {index} is missing.")
             if not page.databytecounts[index]:
                 return None
             handle = self._file.filehandle
@@ -271,5 +278,10 @@ def _open(path: Path) -> tifffile.TiffFile:
         raise ConfigError(f'{path}: TIFF files are read in tiles by tifffile: pip install "a2fpn[slides]".') from error
     try:
         return tifffile.TiffFile(path)
-    except (tifffile.TiffFileError, ValueError, IndexError, KeyError) as error:
-        raise ImageError(f"{path}: no readable TIFF ({error}).") from error
+    except Exception as error:  # whatever a damaged head leads to
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> ImageError:
+    reason = str(error).partition("\n")[0] or type(error).__name__
+    return ImageError(f"{path}: no readable TIFF ({reason}).")
