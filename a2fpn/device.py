@@ -51,6 +51,12 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling()
 
 
+def is_exported() -> bool:
+    """Return whether what runs is recorded as a program that leaves torch, where an operator is what others know."""
+    exporting = getattr(torch.compiler, "is_exporting", None)  # from torch 2.7 on
+    return exporting is not None and bool(exporting())
+
+
 def new_size(size: int, most: int | None = None) -> int:
     """Return a size; a tracer's, which is a formula of others, as a new unknown, so that what follows has short ones.
 

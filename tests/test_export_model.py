@@ -17,6 +17,8 @@ from a2fpn.config import Category
 from a2fpn.detectors import DETECTORS, Detector
 from a2fpn.errors import CheckpointError, ConfigError
 from a2fpn.export import verify
+from a2fpn.export.trace import quiet
+from a2fpn.export.translate import translations
 from a2fpn.inference.exported import ExportedDetector
 from tests.helpers import randomize, tiny_model, torch_from
 from tests.test_cli import fails, run
@@ -231,6 +233,32 @@ def test_bad_requests(exported: Exported, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="that was not optimized"):
         a2fpn.export_model(a2fpn.optimize_for_inference(exported.model), tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
+
+
+def test_bicubic_resizing(tmp_path: Path) -> None:
+    """It is written as sums of four rows: larger, smaller, and of single pixels."""
+    import onnxruntime
+
+    class Resize(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            size = (x.shape[-2] * 3, x.shape[-1] // 2 + 1)
+            return torch.nn.functional.interpolate(x, size=size, mode="bicubic", align_corners=False)
+
+    dynamic = torch.export.Dim.DYNAMIC
+    program = torch.export.export(
+        Resize(), (torch.rand(1, 2, 40, 50),), dynamic_shapes={"x": {2: dynamic, 3: dynamic}}, strict=False
+    )
+    with quiet():
+        converted: Any = torch.onnx.export(
+            program, dynamo=True, opset_version=18, verbose=False, custom_translation_table=translations()
+        )
+    converted.save(tmp_path / "resize.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "resize.onnx", providers=["CPUExecutionProvider"])
+    assert "Resize" not in {node.op_type for node in onnx.load(tmp_path / "resize.onnx").graph.node}
+    for size in ((40, 50), (7, 1), (1, 1), (31, 97)):
+        x = torch.rand(1, 2, *size, generator=torch.Generator().manual_seed(0))
+        (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        np.testing.assert_allclose(got, Resize()(x).numpy(), atol=1e-5)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from a2fpn.detectors import Detector
 from a2fpn.errors import ExportError
+from a2fpn.inference.folding import fold_norms
 
 COLUMNS = ("image_index", "boxes", "scores", "labels", "masks", "heatmaps")
 """Names of the outputs, of which a detector has some."""
@@ -55,14 +57,20 @@ def trace(
     Raises:
         ExportError: If torch can't trace it.
     """
+    from torch._dynamo import config as tracer
+
     config = detector.config
     height, width = size or _SIZE
     images = torch.zeros(2, config.backbone.in_chans, height, width, dtype=dtype)
     dynamic = torch.export.Dim.DYNAMIC
     shape = {0: dynamic} if size else {0: dynamic, 2: dynamic, 3: dynamic}
-    with torch.no_grad(), quiet():
+    # Of tensors whose sizes are unknown a cache costs more than it finds.
+    with torch.no_grad(), quiet(), tracer.patch(fake_tensor_cache_enabled=False):
+        # A tracer takes as long for a norm as for a convolution.
+        folded = copy.deepcopy(detector).requires_grad_(False)
+        fold_norms(folded, fuse=False)
         try:
-            return torch.export.export(Stacked(detector), (images,), dynamic_shapes={"images": shape}, strict=False)
+            return torch.export.export(Stacked(folded), (images,), dynamic_shapes={"images": shape}, strict=False)
         except Exception as error:  # torch raises anything for what it can't trace
             advice = "" if size else " One size for all images (size, --size HxW) is easier to trace."
             reason = str(error).strip().partition("\n")[0] or type(error).__name__

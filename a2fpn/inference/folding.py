@@ -97,8 +97,13 @@ class _Recording(TorchFunctionMode):
         return readers[0]
 
 
-def fold_norms(detector: Detector) -> None:
-    """Fold batch norms into the convolutions before them, and let these apply the activation that follows."""
+def fold_norms(detector: Detector, *, fuse: bool = True) -> None:
+    """Fold batch norms into the convolutions before them.
+
+    Args:
+        detector: In evaluation mode; changed.
+        fuse: Whether convolutions then apply the activation that follows, and residual blocks are written anew.
+    """
     hooked = {module for module in detector.modules() if module._forward_hooks or module._forward_pre_hooks}
     sample = _sample(detector)
     before = _pyramid(detector, sample)
@@ -111,8 +116,8 @@ def fold_norms(detector: Detector) -> None:
         with recording:
             detector(sample, resize=False, paste_masks=False)
     for conv in [module for module in detector.modules() if type(module) in (nn.Conv2d, SamePaddedConv)]:
-        _fold_one(detector, typing.cast(nn.Conv2d, conv), recording, hooked)
-    for stage in [module for module in detector.modules() if type(module) is nn.Sequential]:
+        _fold_one(detector, typing.cast(nn.Conv2d, conv), recording, hooked, fuse)
+    for stage in [module for module in detector.modules() if fuse and type(module) is nn.Sequential]:
         for place, block in enumerate(stage):
             if type(block) in (BasicBlock, Bottleneck) and is_plain(block) and hooked.isdisjoint(block.modules()):
                 stage[place] = ResidualBlock(block, own_input=place > 0 and type(stage[place - 1]) is ResidualBlock)
@@ -125,7 +130,7 @@ def fold_norms(detector: Detector) -> None:
             )
 
 
-def _fold_one(detector: Detector, conv: nn.Conv2d, recording: _Recording, hooked: set[nn.Module]) -> None:
+def _fold_one(detector: Detector, conv: nn.Conv2d, recording: _Recording, hooked: set[nn.Module], fuse: bool) -> None:
     follower: Any = None if conv in hooked else recording.only_reader(conv)
     if isinstance(follower, _BATCH_NORMS) and follower not in hooked and follower.running_mean is not None:
         activation = getattr(follower, "act", None) or nn.Identity()
@@ -133,7 +138,7 @@ def _fold_one(detector: Detector, conv: nn.Conv2d, recording: _Recording, hooked
         replace_module(detector, follower, activation)
         # An activation inside the norm is no step of its own.
         follower = activation if hasattr(follower, "act") else recording.only_reader(follower)
-    if is_fusible(conv) and type(follower) in _ACTIVATIONS and follower not in hooked:
+    if fuse and is_fusible(conv) and type(follower) in _ACTIVATIONS and follower not in hooked:
         replace_module(detector, conv, ActivatedConv(conv, follower))
         replace_module(detector, follower, nn.Identity())
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from a2fpn.device import is_on_accelerator
+from a2fpn.device import is_exported, is_on_accelerator
 from a2fpn.errors import ConfigError
 from a2fpn.layers.precision import autocast_off
 
@@ -73,6 +73,12 @@ def attend(
     if is_on_accelerator(query) and _KEYS_PER_QUERY * query.shape[1] <= key.shape[1]:
         return _attend_by_products(query, key, value, kind, valid)
     query, key, scale = _scaled(query, key, kind)
+    if is_exported():
+        # There the fused kernel is these products, with heads and copies besides.
+        logits = (query * scale) @ key.transpose(1, 2)
+        if valid is not None:
+            logits = torch.where(valid[:, None], logits, torch.finfo(logits.dtype).min)
+        return logits.softmax(-1) @ value
     parts = 1
     if is_on_accelerator(query) and query.shape[1] >= _MANY_QUERIES:
         # The backward pass shares out the keys alone: parts of the queries are treated as heads.
@@ -140,7 +146,7 @@ def _scaled(query: Tensor, key: Tensor, kind: AttentionKind) -> tuple[Tensor, Te
 
 def _l2_normalize(x: Tensor) -> Tensor:
     with autocast_off(x):
-        x = x if x.dtype == torch.float64 else x.float()
+        x = x if x.dtype in (torch.float32, torch.float64) else x.float()
         if torch.compiler.is_compiling():
             traced: Tensor = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=_EPS)
             return traced

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from a2fpn.device import is_exported
 from a2fpn.layers.checkpointing import maybe_checkpoint
 from a2fpn.layers.choices import check_choice
 from a2fpn.layers.reassemble import reassemble
@@ -118,6 +119,8 @@ class ChannelGates(nn.Module):
         Where no gradient is recorded, the sum is written into ``a``.
         """
         gate_a, gate_b = self.gates(a, b, valid)[:, :, None, None].to(a.dtype).chunk(2, 1)
+        if is_exported():
+            return gate_a * a + gate_b * b
         gated = gate_a * a if torch.is_grad_enabled() else a.mul_(gate_a)
         return gated.addcmul_(gate_b, b)
 

@@ -7,9 +7,13 @@ import contextlib
 import torch
 from torch import Tensor
 
+from a2fpn.device import is_exported
+
 
 def autocast_off(x: Tensor) -> contextlib.AbstractContextManager[None]:
     """Context manager that disables autocast on the device of ``x``; a no-op where autocast is unavailable.
+
+    Also a no-op in an exported program, in which each such region would be a program of its own.
 
     Args:
         x: A tensor on that device.
@@ -21,4 +25,6 @@ def autocast_off(x: Tensor) -> contextlib.AbstractContextManager[None]:
         torch.float32
     """
     kind = x.device.type
+    if is_exported():
+        return contextlib.nullcontext()
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext()

@@ -152,7 +152,7 @@ _TILE = 8
 def _reassemble_by_tiles(x: Tensor, kernels: Tensor, k: int, parts: int, step: int) -> Tensor:
     """The same sum written as one product of matrices, for a map of twice or half the size.
 
-    Along a row, the windows of a tile's pixels are one stretch of the source; each kernel is a row of a matrix, moved
+    Down a column, the windows of a tile's pixels are one stretch of the source; each kernel is a row of a matrix, moved
     to where its window lies in the stretch.
 
     Args:
@@ -162,36 +162,28 @@ def _reassemble_by_tiles(x: Tensor, kernels: Tensor, k: int, parts: int, step: i
         parts: Target pixels per pixel of the grid and side: 2 for twice the size.
         step: Source pixels per pixel of the grid and side: 2 for half the size.
     """
-    (batch, channels, height, width), (high, wide) = x.shape, kernels.shape[2:]
-    rows, tiles = high // parts, new_size((wide // parts + _TILE - 1) // _TILE)
-    span = step * (_TILE - 1) + k
-    length, area = k * span, parts * _TILE
-    row, tile, y, column = (torch.arange(count, device=x.device) for count in (rows, tiles, high, wide))
-    window, stretch, part, place = (torch.arange(count, device=x.device) for count in (k, span, parts, _TILE))
-    # Source pixels, stretch by stretch.
-    down = (row[:, None] * step + window - k // 2).clamp(0, height - 1)
-    across = (tile[:, None] * (_TILE * step) + stretch - k // 2).clamp(0, width - 1)
-    pixels = down[:, None, :, None] * width + across[:, None]
-    stretches = _pixels(x, pixels).reshape(-1, length, channels)
-    # Target pixels, tile by tile.
-    down = row[:, None] * parts + part
-    across = ((tile[:, None] * _TILE + place)[:, None] * parts + part[:, None]).clamp(max=wide - 1)
-    pixels = down[:, None, :, None] * wide + across.reshape(-1, 1, area)
-    bands = F.pad(_pixels(kernels, pixels).reshape(-1, k, k), (0, span - k)).reshape(-1, _TILE, length)
-    # Rows that are longer by a step, cut at the old length, move each by a step more than the one before.
-    bands = F.pad(bands, (0, step)).reshape(-1, _TILE * (length + step))[:, : _TILE * length]
-    sums = (bands.reshape(-1, parts * area, length) @ stretches).reshape(batch, -1, channels)
-    # Where each target pixel is among them.
-    grid = column // parts
-    down = (y // parts * (tiles * parts) + y % parts) * area
-    across = grid // _TILE * (parts * area) + column % parts * _TILE + grid % _TILE
-    sums = sums.index_select(1, (down[:, None] + across).reshape(-1))
-    return sums.transpose(1, 2).reshape(batch, channels, high, wide)
-
-
-def _pixels(x: Tensor, index: Tensor) -> Tensor:
-    """Pixels of a map ``(B, C, H, W)`` by index, ``(B, n, C)``."""
-    return x.flatten(2).transpose(1, 2).index_select(1, index.reshape(-1))
+    batch, channels, height, width = x.shape
+    high, wide = kernels.shape[2:]
+    columns, tiles = wide // parts, new_size((high // parts + _TILE - 1) // _TILE)
+    edge, span = k // 2, step * (_TILE - 1) + k
+    length, row = k * span, width + 2 * edge
+    rows = F.pad(x, (edge,) * 4, mode="replicate").flatten(2).transpose(1, 2)
+    # Stretches of the source, tile by tile; of the last, what no target pixel needs may lie beyond.
+    tile, column, down, across = (torch.arange(count, device=x.device) for count in (tiles, columns, span, k))
+    down = (tile[:, None] * (_TILE * step) + down).clamp(max=height + 2 * edge - 1) * row
+    pixels = (column[:, None] * step + across)[:, None] + down[:, None, :, None]
+    stretches = rows.index_select(1, pixels.reshape(-1)).reshape(-1, length, channels)
+    # Kernels in the same order. Rows that are longer by a step, cut at the old length, move each by a step more than
+    # the one before.
+    shift, more = step * k, tiles * (_TILE * parts) - high
+    bands = F.pad(kernels.permute(0, 2, 3, 1), (0, 0, 0, 0, 0, more))
+    bands = bands.reshape(batch, tiles, _TILE, parts, columns, parts, k * k).permute(0, 1, 4, 3, 5, 2, 6)
+    bands = F.pad(bands.reshape(-1, _TILE, k * k), (0, length + shift - k * k)).reshape(-1, _TILE * (length + shift))
+    sums = bands[:, : _TILE * length].reshape(-1, parts * parts * _TILE, length) @ stretches
+    sums = sums.reshape(batch, tiles, columns, parts, parts, _TILE, channels).permute(0, 1, 5, 3, 2, 4, 6)
+    sums = sums.reshape(batch, tiles * (_TILE * parts), wide, channels)
+    # Not a slice, whose size a tracer takes for the smaller of two.
+    return sums.index_select(1, torch.arange(high, device=x.device)).permute(0, 3, 1, 2)
 
 
 def _reassemble_by_shifts(x: Tensor, kernels: Tensor, k: int) -> Tensor:

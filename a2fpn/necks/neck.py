@@ -151,8 +151,8 @@ def _valid_of_one_size(maps: Sequence[Tensor], sizes: Sequence[tuple[int, int]])
 
 def _valid_map(x: Tensor, heights: Tensor | int, widths: Tensor | int) -> Tensor:
     """A bool map ``(B, 1, H, W)`` for sides ``(B, 1)``, or ``(1, 1, H, W)`` for those that all images have."""
-    rows, columns = (torch.arange(side, device=x.device)[None] for side in x.shape[-2:])
-    valid: Tensor = (rows < heights)[:, None, :, None] & (columns < widths)[:, None, None, :]
+    rows, columns = (torch.arange(side, device=x.device) for side in x.shape[-2:])
+    valid: Tensor = (rows < heights).view(-1, 1, x.shape[-2], 1) & (columns < widths).view(-1, 1, 1, x.shape[-1])
     return valid
 
 
