@@ -22,16 +22,20 @@ def did_you_mean(name: str, known: Iterable[str], words: Mapping[str, str] = _NO
     Args:
         name: What the user wrote.
         known: The names that would have been accepted.
-        words: What the word is elsewhere, see :mod:`a2fpn._words`; goes before what is merely spelled alike.
+        words: What the word, or its last part behind a dot, is elsewhere, see :mod:`a2fpn._words`; goes before what
+            is merely spelled alike.
 
     Example:
         >>> did_you_mean("a2fnp", ["fpn", "a2fpn"])
         "Did you mean 'a2fpn'?"
         >>> did_you_mean("conf", ["config", "score_threshold"], {"conf": "score_threshold"})
         "Did you mean 'score_threshold'?"
+        >>> did_you_mean("SOLVER.BASE_LR", ["optim.lr"], {"base_lr": "optim.lr"})
+        "Did you mean 'optim.lr'?"
     """
     known = sorted(known)
-    meant = words.get(name.lower().replace("-", "_"))
+    word = name.lower().replace("-", "_")
+    meant = words.get(word) or words.get(word.rpartition(".")[2])
     if meant is not None:
         return meant if " " in meant else f"Did you mean {meant!r}?"
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)

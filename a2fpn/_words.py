@@ -25,30 +25,44 @@ _PRETRAINED = "Weights are loaded by name: pretrained=True, with a tag of list_p
 PREDICTION = _words(
     {
         "score_threshold": "conf conf_thres confidence threshold score_thr score_thresh "
-        "score_thresh_test box_score_thresh min_score pred_score_thr",
-        "nms_threshold": "iou iou_thres iou_threshold nms nms_thr nms_thresh nms_thresh_test box_nms_thresh",
+        "score_thresh_test box_score_thresh min_score pred_score_thr min_confidence confidence_score prob "
+        "prob_threshold det_thresh box_threshold detection_threshold conf_threshold",
+        "nms_threshold": "iou iou_thres iou_threshold iou_thr nms nms_thr nms_thresh nms_thresh_test nms_iou_thr "
+        "box_nms_thresh",
         "max_objects": "max_det max_detections max_per_img box_detections_per_img detections_per_img "
-        "detections_per_image",
+        "detections_per_image topk top_k keep_top_k max_per_image topk_per_image",
         "tta": "augment aug test_time_augmentation",
         "tile": "slice slice_size slice_height slice_width tile_size",
         "overlap": "overlap_ratio slice_overlap",
         "workers": "num_workers thread_workers",
-        _SIZES: "imgsz img_size image_size min_size max_size",
+        _SIZES: "imgsz img_size image_size input_size size sizes resize min_size max_size",
         _DEVICE: "device gpu cuda",
         _HALF: "half fp16 bf16 dtype amp",
-        _PICTURES: "save show save_txt project visualize out_dir",
+        _PICTURES: "save show save_txt save_crop save_conf project visualize visualizer out_dir return_vis no_save_vis "
+        "show_labels hide_labels show_boxes show_conf line_width line_thickness palette",
         _KEEP: "classes categories",
-        "Images are predicted one after the other, without a word.": "batch_size stream verbose",
+        "Images are predicted one after the other, without a word.": "batch_size stream verbose print_result",
+        "NMS is done for each class alone; nms_threshold moves its border.": "agnostic_nms agnostic class_agnostic",
+        "Masks have the image's own size.": "retina_masks",
+        "Videos are not read: give their frames as arrays.": "vid_stride stream_buffer fps",
+        "Say it when the predictor is made: Predictor(a2fpn.from_pretrained(PATH)).": "weights model model_path "
+        "checkpoint ckpt cfg config data",
+        "The images come first, without a name: predictor('image.jpg').": "source input inputs image images img",
     }
 )
 """Options of a :class:`a2fpn.Predictor`."""
 
 MODEL = _words(
     {
-        "num_classes": "nc n_classes classes_count",
+        "num_classes": "nc n_class n_classes num_class num_cls classes_count class_num",
         "categories": "names classes class_names labels metainfo",
         _PRETRAINED: "weights checkpoint weights_enum load_from ckpt",
-        "pretrained_backbone": "weights_backbone pretrained_backbone_weights init_cfg",
+        "pretrained_backbone": "weights_backbone pretrained_backbone_weights encoder_weights imagenet init_cfg",
+        "in_chans": "ch channels in_channels input_channels n_channels num_channels",
+        "norm": "norm_layer norm_cfg norm_type",
+        "size_divisor": "size_divisibility pad_size_divisor",
+        "anchor_sizes": "anchors anchor_generator rpn_anchor_generator anchor_scales scales",
+        "anchor_ratios": "aspect_ratios ratios aspect_ratio",
         "trainable_layers": "trainable_backbone_layers freeze_at frozen_stages freeze",
         "min_size": "imgsz img_size img_scale input_size",
         "score_threshold": "conf box_score_thresh score_thr score_thresh score_thresh_test",
@@ -62,7 +76,14 @@ MODEL = _words(
         "rpn_nms_threshold": "rpn_nms_thresh",
         "rpn_score_threshold": "rpn_score_thresh",
         "Move it as any module: create_model(...).to('cuda').": "device",
-        "Downloads show their own progress; leave it out.": "progress",
+        "Downloads show their own progress; leave it out.": "progress verbose",
+        "The backbone is a name of timm: backbone='resnet50'.": "encoder encoder_name backbone_name",
+        "The neck is a name of list_necks(): neck='a2fpn'.": "fpn neck_name use_fpn",
+        "Weights of a backbone in a file: backbone_weights=FILE.": "checkpoint_path backbone_path",
+        "The model's name says which heads: 'maskrcnn_...', 'retinanet_...'; docs/extending.md adds your own.": "head "
+        "heads box_head box_predictor bbox_head mask_head mask_predictor roi_head roi_heads rpn_head task",
+        "Settings are arguments of their own: create_model(..., nms_threshold=0.5).": "train_cfg test_cfg "
+        "data_preprocessor",
         "A model is a name and arguments: create_model('maskrcnn_fpn_r50', num_classes=5).": "cfg",
         "The neck's arguments are a dict: neck_args={'out_channels': 256}.": "fpn_channels out_channels",
     }
@@ -71,7 +92,7 @@ MODEL = _words(
 
 SETTINGS = _words(
     {
-        "run.epochs": "epochs max_epochs num_epochs",
+        "run.epochs": "epochs max_epochs num_epochs num_train_epochs",
         "run.max_steps": "max_iter max_iters iterations",
         "data.batch_size": "batch batch_size samples_per_gpu ims_per_batch",
         "optim.lr": "lr lr0 base_lr learning_rate",
@@ -82,14 +103,35 @@ SETTINGS = _words(
         "model.overrides.min_size": "imgsz img_size img_scale image_size",
         "model.name": "weights load_from checkpoint",
         "model.overrides": "backbone neck num_classes categories",
-        "data.root": "dataset path data_root source",
+        "data.root": "data dataset datasets path dir folder data_dir data_root source",
         "run.ema": "ema",
         "run.seed": "seed",
         "run.patience": "patience",
-        "run.resume": "resume",
+        "run.resume": "resume resume_from",
         "run.deterministic": "deterministic",
         "optim.momentum": "momentum",
         "optim.weight_decay": "weight_decay",
+        "optim.warmup_steps": "warmup warmup_steps warmup_epochs warmup_iters",
+        "optim.clip_norm": "grad_clip clip_grad clip_gradients max_grad_norm clip_grad_norm gradient_clip_val",
+        "optim.schedule": "cos_lr scheduler lr_scheduler lr_schedule param_scheduler",
+        "optim.final_factor": "lrf",
+        "optim.milestones": "lr_steps lr_drop steps milestones",
+        "run.name": "name exp_name",
+        "run.evaluate_every": "eval_interval eval_period val_interval val_period",
+        "run.checkpoint_every": "save_period save_steps checkpoint_interval checkpoint_period",
+        "run.log_every": "log_interval print_freq logging_steps",
+        "run.grad_accumulation": "accumulate accumulate_grad_batches accumulative_counts grad_accum "
+        "gradient_accumulation_steps",
+        "run.trackers": "wandb tensorboard logger report_to",
+        "model.pretrained": "pretrained",
+        "data.transforms.horizontal_flip": "flip fliplr hflip random_flip flip_ratio",
+        "data.transforms.vertical_flip": "flipud vflip",
+        "data.transforms.color_jitter": "hsv_h hsv_s hsv_v brightness contrast",
+        "Stages of the backbone that are trained: model.overrides.trainable_layers=3.": "freeze freeze_at "
+        "frozen_stages trainable_layers trainable_backbone_layers",
+        "a2fpn train --help lists all changes of images, data.transforms.*.": "mosaic mixup degrees translate shear "
+        "perspective augment augmentation augmentations transforms",
+        "The share of validation images is given to a2fpn data import DIR --val 0.2.": "val_split split test_size",
         (
             "The first GPU is taken where there is one: CUDA_VISIBLE_DEVICES=1 chooses another, accelerate "
             "launch -m a2fpn.training several."
@@ -100,7 +142,8 @@ SETTINGS = _words(
 
 OPTIONS = _words(
     {
-        "--score-threshold": "conf conf_thres confidence threshold score_thr pred_score_thr",
+        "--score-threshold": "conf conf_thres confidence confidence_threshold threshold min_score score_thr "
+        "pred_score_thr",
         "--nms-threshold": "iou iou_thres nms nms_thr",
         "--max-objects": "max_det max_detections max_per_img detections_per_image",
         "--model": "weights checkpoint ckpt cfg config",
@@ -109,7 +152,9 @@ OPTIONS = _words(
         "--overwrite": "exist_ok force",
         "--tile": "slice slice_size tile_size slice_height",
         "--dtype bf16": "half fp16 bf16 amp",
-        "--device": "gpu gpus cuda",
+        "--device": "gpu gpus cuda device_id cpu",
+        "--format": "save_txt save_conf save_json",
+        "IMAGES without an option": "source input inputs",
         "--annotations": "gt ann ann_file json_file",
         "--images": "img_dir image_dir img_folder image_folder",
     }

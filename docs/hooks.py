@@ -1,8 +1,10 @@
-"""Changes to pages while MkDocs builds the site: what Sphinx's roles in docstrings name becomes a link."""
+"""Changes to pages while MkDocs builds the site: what roles in docstrings name becomes a link, and notebooks too."""
 
+import os
 import re
 from typing import Any
 
+_NOTEBOOK = re.compile(r"`(\w+\.ipynb)`")
 _ROLE = re.compile(r":(?:attr|class|data|exc|func|meth|mod):<code>(~?)([\w.]+)</code>")
 
 
@@ -15,3 +17,12 @@ def on_page_content(html: str, **_: Any) -> str:
         return f'<autoref identifier="{name}" optional><code>{shown}</code></autoref>'
 
     return _ROLE.sub(link, html)
+
+
+def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
+    """Lead notebooks to Colab where a workflow of GitHub builds the site: it names the repository that Colab reads."""
+    repository = os.environ.get("GITHUB_REPOSITORY")
+    if page.file.src_uri != "notebooks.md" or not repository:
+        return markdown
+    address = f"https://colab.research.google.com/github/{repository}/blob/main/notebooks"
+    return _NOTEBOOK.sub(rf"`\1` ([open in Colab]({address}/\1))", markdown)

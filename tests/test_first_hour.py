@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import json
 import re
 import time
 from pathlib import Path
@@ -20,11 +22,13 @@ from a2fpn._words import MODEL, OPTIONS, PREDICTION, RESULT, SETTINGS, advice_on
 from a2fpn.cli import main
 from a2fpn.cli.app import app
 from a2fpn.config import Category
-from a2fpn.data import encode_masks, read_image
+from a2fpn.data import CocoDataset, encode_masks, read_image
 from a2fpn.inference import FoundObject
 from a2fpn.inference.result import Result
 from a2fpn.pretrained.catalog import PRETRAINED, TorchvisionWeights
+from a2fpn.training.config import DataSection, StreamSection
 from a2fpn.training.settings import setting_names, type_of
+from a2fpn.training.sources import open_training_set, open_validation_set
 from tests.helpers import tiny_model
 
 LIVELY = {
@@ -199,8 +203,6 @@ def test_an_unknown_option_is_named_with_what_was_meant(predictor: a2fpn.Predict
 
 
 def test_every_word_leads_to_a_name_that_exists_or_to_a_sentence() -> None:
-    import dataclasses
-
     from a2fpn.config import BackboneConfig, PreprocessConfig, RCNNConfig
     from a2fpn.inference import PredictOptions
 
@@ -220,7 +222,7 @@ def test_every_word_leads_to_a_name_that_exists_or_to_a_sentence() -> None:
     commands = [get_command(app).commands[name] for name in ("predict", "evaluate")]  # type: ignore[attr-defined]
     options = {option for command in commands for parameter in command.params for option in parameter.opts}
     for meaning in OPTIONS.values():
-        assert meaning.split()[0] in options, meaning
+        assert meaning.split()[0] in {*options, "IMAGES"}, meaning
 
 
 def test_an_unknown_attribute_of_a_result_is_named_with_what_was_meant() -> None:
@@ -514,6 +516,34 @@ def test_gray_values_of_twelve_bits_are_told_and_can_be_scaled(
     assert scaled.scores.tolist() == predictor(eight).scores.tolist()
     with pytest.raises(ValueError, match="gray_bits must be between 9 and 16, got 8"):
         a2fpn.Predictor(predictor.model, gray_bits=8)
+
+
+def test_training_and_evaluation_read_gray_values_as_a_prediction_does(tmp_path: Path) -> None:
+    twelve = (PIXELS[..., 0].astype(np.float64) * 4095 / 255).round().astype(np.uint16)
+    Image.fromarray(twelve).save(tmp_path / "cells.tif")
+    shape = {"height": twelve.shape[0], "width": twelve.shape[1]}
+    labels = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [4, 4, 20, 20], "area": 400, "iscrowd": 0}
+    content = {
+        "images": [{"id": 1, "file_name": "cells.tif", **shape}],
+        "annotations": [labels],
+        "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
+    }
+    (tmp_path / "cells.json").write_text(json.dumps(content))
+    section = DataSection(
+        str(tmp_path), train_images=".", train_annotations="cells.json", val_images=".", val_annotations="cells.json"
+    )
+    for bits in (12, 16):
+        chosen = dataclasses.replace(section, gray_bits=bits)
+        training = open_training_set(chosen)
+        assert isinstance(training, CocoDataset)
+        expected = read_image(tmp_path / "cells.tif", gray_bits=bits)
+        for dataset in (training, open_validation_set(chosen, training)):
+            assert torch.equal(dataset[0][0], expected)
+    with pytest.raises(ValueError, match=r"data\.gray_bits must be at least 9 and at most 16, got 8"):
+        dataclasses.replace(section, gray_bits=8)
+    stream = dataclasses.replace(section, gray_bits=12, group_by_aspect=False, stream=StreamSection(shards="shards"))
+    with pytest.raises(ValueError, match=r"data\.gray_bits needs a folder of images; set it to 16 for a stream"):
+        open_training_set(stream)
 
 
 def test_the_bytes_of_a_file_are_an_image(predictor: a2fpn.Predictor) -> None:

@@ -1,9 +1,11 @@
 """The notebooks run from top to bottom on a CPU without a network, within five minutes in all."""
 
 import os
+import runpy
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -26,6 +28,19 @@ def test_they_are_committed_without_outputs(path: Path) -> None:
     cells = nbformat.read(path, as_version=4).cells
     assert all(not cell.outputs and cell.execution_count is None for cell in cells if cell.cell_type == "code")
     assert "pip install" in cells[1].source
+
+
+def test_a_site_that_a_repository_builds_leads_to_colab(monkeypatch: pytest.MonkeyPatch) -> None:
+    change = runpy.run_path(str(ROOT / "docs" / "hooks.py"))["on_page_markdown"]
+    text = (ROOT / "docs" / "notebooks.md").read_text(encoding="utf-8")
+    page, other = (SimpleNamespace(file=SimpleNamespace(src_uri=name)) for name in ("notebooks.md", "index.md"))
+    monkeypatch.delenv("GITHUB_REPOSITORY", raising=False)
+    assert change(text, page=page) == text
+    monkeypatch.setenv("GITHUB_REPOSITORY", "me/fork")
+    assert change(text, page=other) == text
+    changed = change(text, page=page)
+    for path in NOTEBOOKS:
+        assert f"(https://colab.research.google.com/github/me/fork/blob/main/notebooks/{path.name})" in changed
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import numpy as np
 import typer
 
 from a2fpn.cli.format import progress_bar
-from a2fpn.cli.options import Device, Threshold, Tile, build_predictor, load_detector
+from a2fpn.cli.options import Device, Threshold, Tile, build_predictor, load_detector, short_names
 from a2fpn.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def compare(
 ) -> None:
     """Show what several models find on the same images: a figure as PNG and PDF, and a page with a slider.
 
-    Example: `a2fpn compare runs/fpn runs/a2fpn --annotations cells/annotations/instances_val.json --output figure`
+    Example: `a2fpn compare runs/fpn/best runs/a2fpn/best --annotations cells/instances_val.json --output figure`
 
     A row for each model, and a first row of annotations if there are any. The same object has the same color in every
     row where there is one class.
@@ -79,7 +79,8 @@ def compare(
         raise ConfigError("Expected two models or more; a2fpn gallery shows one.")
     folder, files, coco = _images(images, annotations)
     some = _drawn(files, among, seed)
-    predictors = {name: _predictor(model, device, tile) for name, model in zip(_names(models), models, strict=True)}
+    named = zip(short_names(models), models, strict=True)
+    predictors = {name: _predictor(model, device, tile) for name, model in named}
     comparison = compare_models(
         predictors,
         some,
@@ -120,7 +121,7 @@ def gallery(
 ) -> None:
     """Show what one model finds on many images: a figure as PNG and PDF.
 
-    Example: `a2fpn gallery runs/htc --images photos --output figure`
+    Example: `a2fpn gallery runs/htc/best --images photos --output figure`
     """
     from a2fpn.report.compare import compare as compare_models
     from a2fpn.report.sheet import save_gallery
@@ -128,7 +129,7 @@ def gallery(
     folder, files, coco = _images(images, annotations)
     some = _drawn(files, among, seed)
     comparison = compare_models(
-        {_names([model])[0]: _predictor(model, device, tile)},
+        {short_names([model])[0]: _predictor(model, device, tile)},
         some,
         coco=coco if pick == "worst" else None,
         folder=folder,
@@ -176,16 +177,6 @@ def _told(comparison: Comparison, some: Sequence[Path], files: Sequence[Path]) -
         return comparison
     drawn = f" These {len(some)} images were drawn at random from {len(files)}."
     return dataclasses.replace(comparison, note=comparison.note + drawn)
-
-
-def _names(models: Sequence[str]) -> list[str]:
-    """Short names of models, all different: the last parts of their paths, as many as it takes."""
-    parts = [Path(model).parts for model in models]
-    for length in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(part[-length:]) for part in parts]
-        if len(set(names)) == len(names):
-            return names
-    raise ConfigError(f"The same model was given twice: {', '.join(models)}.")
 
 
 def _predictor(model: str, device: str | None, tile: int | None) -> Predictor:

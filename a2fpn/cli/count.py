@@ -72,7 +72,7 @@ def count(
 ) -> None:
     """Count the objects of each class in images: a table, and a CSV file with a row per image and class.
 
-    Example: `a2fpn count photos/ --model runs/cells --output counts.csv`
+    Example: `a2fpn count photos/ --model runs/cells/best --output counts.csv`
 
     A slide: `a2fpn count slide.tif --model runs/cells --tile 1024 --scale 0.5um --max-objects 2000`
 
@@ -136,7 +136,7 @@ def calibrate(
 ) -> None:
     """Choose the score from which `a2fpn count` counts, for the least count error, and store it in config.json.
 
-    Example: `a2fpn calibrate runs/cells --images cells/val --annotations cells/val.json`
+    Example: `a2fpn calibrate runs/cells/best --images cells/val --annotations cells/val.json`
 
     Take images that the model was not trained on, and count with the same options.
     """

@@ -16,6 +16,7 @@ from rich.markup import escape
 from a2fpn.cli.format import ap_text, as_text, count_of, progress_bar, say, table, write_json
 from a2fpn.cli.options import (
     Device,
+    GrayBits,
     Json,
     MaxObjects,
     Nms,
@@ -29,6 +30,7 @@ from a2fpn.cli.options import (
     build_predictor,
     load_checkpoint,
     load_detector,
+    short_names,
 )
 from a2fpn.cli.report import Reported, write_page
 from a2fpn.config import SCORE_THRESHOLD, KeypointRCNNConfig
@@ -126,6 +128,7 @@ def evaluate(
     nms_threshold: Nms = None,
     soft_nms: SoftNmsKind = None,
     max_objects: MaxObjects = None,
+    gray_bits: GrayBits = 16,
     optimize: Optimize = False,
     dtype: Precision = "float32",
     device: Device = None,
@@ -144,11 +147,11 @@ def evaluate(
 ) -> None:
     """Measure a model on annotated images: the COCO numbers for boxes, masks and keypoints, and AP per class.
 
-    Example: `a2fpn evaluate --model runs/cells --images cells/val --annotations cells/val.json`
+    Example: `a2fpn evaluate --model runs/cells/best --images cells/val --annotations cells/val.json`
 
     At one threshold, as counts and outlines are used: add `--metrics instances --score-threshold 0.6`
 
-    Why is it no better? `... --report page.html`. Is another one better? `... --model runs/other --report page.html`
+    Why is it no better? `... --report page.html`. Is another one better? `... --model runs/b/best --report page.html`
 
     What the model predicts and the file has annotated is measured. Categories are matched by id. An image that can't
     be read is an error: left out, it would count as missed.
@@ -165,14 +168,14 @@ def evaluate(
     limit = max(100, max_objects or 0) if max_detections is None else max_detections
     tables: dict[str, CocoMetrics] = {}
     pages: list[Reported] = []
-    for name in model:
+    for name, short in zip(model, short_names(model), strict=True):
         detector = load_detector(name) if report is None else load_checkpoint(name)
         dataset = open_annotated(detector, images, annotations)
         kinds = common_iou_types(dataset.coco, detector.target_keys)
         if "keypoints" in kinds:
             _check_keypoints(detector, dataset)
         if report is not None:
-            pages.append(Reported.of(name, typing.cast("Detector", detector)))
+            pages.append(Reported.of(short, typing.cast("Detector", detector)))
         predictor = build_predictor(
             detector,
             device,
@@ -184,6 +187,7 @@ def evaluate(
             tile=tile,
             overlap=overlap,
             tta=tta,
+            gray_bits=gray_bits,
         )
         title = f"{name} on {count_of(len(dataset), 'image')}"
         if metrics == "coco":
@@ -206,7 +210,7 @@ def evaluate(
     numbers = {name: {"max_detections": limit, **t.to_dict(per_class=True)} for name, t in tables.items()}
     _save(numbers[model[0]] if len(model) == 1 else numbers, save, quiet=quiet)
     if report is not None:
-        write_page(report, pages, list(tables.values()), images, annotations)
+        write_page(report, pages, list(tables.values()), images, annotations, gray_bits=gray_bits)
 
 
 def open_annotated(detector: Detector | ExportedDetector, images: Path, annotations: Path) -> CocoDataset:
@@ -237,7 +241,8 @@ def predict_annotated(
     with progress_bar(quiet=quiet) as progress:
         for entry in progress.track(list(dataset.coco.images.values()), description="evaluating"):
             file = image_path(images, entry.file_name)
-            (result,) = predictor.predict([read_image(file, size=(entry.height, entry.width))])
+            size = (entry.height, entry.width)
+            (result,) = predictor.predict([read_image(file, size=size, gray_bits=predictor.gray_bits)])
             full += predictor.options.tile is None and len(result) >= most
             yield from (record for record in result.to_coco(entry.id) if record["category_id"] in known)
     if full:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -228,6 +229,24 @@ def build_predictor(
         )
         return a2fpn.Predictor(ready, channels_last=False, **options)
     return a2fpn.Predictor(detector, device=where, **options)
+
+
+def short_names(models: Sequence[str]) -> list[str]:
+    """Short names of models, all different: the last parts of their paths, as many as it takes.
+
+    Raises:
+        ConfigError: If two are the same.
+
+    Example:
+        >>> short_names(["runs/fpn/best", "runs/a2fpn/best"])
+        ['fpn/best', 'a2fpn/best']
+    """
+    parts = [Path(model).parts for model in models]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise ConfigError(f"The same model was given twice: {', '.join(models)}.")
 
 
 def pick_device(name: str | None) -> torch.device:

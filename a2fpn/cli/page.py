@@ -20,7 +20,7 @@ def show_page(
 ) -> None:
     """Try a model in the browser: drop pictures, move sliders, take the results along.
 
-    Example: `a2fpn app --model runs/cells`
+    Example: `a2fpn app --model runs/cells/best`
 
     Needs the extra `app`: `pip install "a2fpn[app]"`. Nothing is sent to other machines.
     """

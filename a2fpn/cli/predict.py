@@ -100,9 +100,9 @@ def predict(
 ) -> None:
     """Find objects in images: a picture for each, and all results as COCO JSON, or in other formats.
 
-    Example: `a2fpn predict photos/ extra.jpg --model runs/cells --output found`
+    Example: `a2fpn predict photos/ extra.jpg --model runs/cells/best --output found`
 
-    A slide of any size: `a2fpn predict slide.tif --model runs/cells --tile 1024 --max-objects 2000 --format geojson`
+    A slide of any size: `a2fpn predict slide.tif --model runs/cells/best --tile 1024 --max-objects 2000`
 
     With `--tile`, TIFF (tiled, pyramidal, OME; extra `slides`) and large PNG files are read tile by tile. After Ctrl-C
     or a kill the same command with `--resume` goes on behind the last image, or tile.

@@ -19,7 +19,7 @@ class Reported:
     """A model of a report.
 
     Args:
-        name: As on the command line.
+        name: On the page.
         facts: See :func:`a2fpn.report.model_facts`.
         detections: COCO results that were kept.
     """
@@ -43,7 +43,13 @@ class Reported:
 
 
 def write_page(
-    path: Path, models: Sequence[Reported], tables: Sequence[CocoMetrics], images: Path, annotations: Path
+    path: Path,
+    models: Sequence[Reported],
+    tables: Sequence[CocoMetrics],
+    images: Path,
+    annotations: Path,
+    *,
+    gray_bits: int = 16,
 ) -> None:
     """Write the page and say where; models with other kinds of output are compared by what both have."""
     from a2fpn.data import read_coco
@@ -55,10 +61,11 @@ def write_page(
         path,
         coco,
         images,
-        [Run(Path(model.name).name, model.detections, model.facts) for model in models],
+        [Run(model.name, model.detections, model.facts) for model in models],
         iou_types=common,
         max_detections=tables[0].max_detections,
         data=data_facts(coco, images, annotations),
+        gray_bits=gray_bits,
         metrics=tables if all(list(table.measured) == common for table in tables) else None,
     )
     typer.echo(f"Open {path}")

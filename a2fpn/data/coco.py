@@ -55,6 +55,7 @@ class SampleMaker:
             :class:`CocoDataset`.
         num_keypoints: Keypoints of every object; 0 for targets without.
         keep_crowd: Whether crowds appear among the objects, marked in ``iscrowd``.
+        gray_bits: Bits that gray values of image files use, see :func:`read_image`.
 
     Example:
         >>> import io
@@ -72,6 +73,7 @@ class SampleMaker:
     has_masks: bool = False
     num_keypoints: int = 0
     keep_crowd: bool = False
+    gray_bits: int = 16
 
     @functools.cached_property
     def labels(self) -> dict[int, int]:
@@ -104,7 +106,7 @@ class SampleMaker:
             ImageError: If the image or the map can't be read or has another size.
         """
         size = (entry.height, entry.width)
-        pixels = read_image(image, size=size, name=entry.file_name)
+        pixels = read_image(image, size=size, gray_bits=self.gray_bits, name=entry.file_name)
         objects = [a for a in annotations if self.keep_crowd or not a.iscrowd]
         boxes = torch.tensor([a.bbox for a in objects], dtype=torch.float64).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
@@ -165,6 +167,7 @@ class CocoDataset(Dataset[Sample]):
         keep_crowd: Whether crowds appear among the objects, marked in ``iscrowd``.
         semantic: A folder of maps, each an 8-bit PNG (palette or gray) of classes with the name of its image and the
             suffix ``.png``; 255 marks pixels to ignore. COCO's ``stuffthingmaps`` are such.
+        gray_bits: Bits that gray values of image files use, see :func:`read_image`.
         strict: Whether bad annotations and unreadable images are errors.
 
     Attributes:
@@ -188,6 +191,7 @@ class CocoDataset(Dataset[Sample]):
         categories: Sequence[Category] | None = None,
         keep_crowd: bool = False,
         semantic: str | Path | None = None,
+        gray_bits: int = 16,
         strict: bool = False,
     ) -> None:
         self.root = Path(images)
@@ -207,6 +211,7 @@ class CocoDataset(Dataset[Sample]):
             has_masks=self.coco.has_masks,
             num_keypoints=self.coco.num_keypoints,
             keep_crowd=keep_crowd,
+            gray_bits=gray_bits,
         )
         self._check_categories()
         self._unreadable = torch.zeros(len(self.image_ids), dtype=torch.bool)

@@ -94,6 +94,7 @@ def write_report(
     max_detections: int = 100,
     score_threshold: float = 0.5,
     worst: int = 24,
+    gray_bits: int = 16,
     resamples: int = 1000,
     data: Mapping[str, str] | None = None,
     metrics: Sequence[CocoMetrics] | None = None,
@@ -111,6 +112,7 @@ def write_report(
         max_detections: Limit of detections per image and class; COCO says 100.
         score_threshold: Detections that score less count in curves only.
         worst: Number of images to show.
+        gray_bits: Bits that their gray values use, see :func:`a2fpn.data.read_image`.
         resamples: Of the bootstrap over images that gives the intervals.
         data: Facts of the data, see :func:`a2fpn.report.data_facts`.
         metrics: COCO numbers of each run, if they are known already.
@@ -168,7 +170,7 @@ def write_report(
             (name, text, [(a.errors.counts[name], a.errors.cost[name]) for a in analyses])
             for name, text in DESCRIPTIONS.items()
         ],
-        pictures=[_picture(position, coco, Path(images), analyses) for position in _worst(analyses, worst)],
+        pictures=[_picture(position, coco, Path(images), analyses, gray_bits) for position in _worst(analyses, worst)],
         model_facts=merged_facts([run.facts for run in runs]),
         data_facts=data or {},
     )
@@ -299,11 +301,13 @@ def _worst(analyses: Sequence[Analysis], count: int) -> list[int]:
     return [position for position in order.tolist() if score[position] < 1][:count]
 
 
-def _picture(position: int, coco: CocoFile, images: Path, analyses: Sequence[Analysis]) -> dict[str, Any]:
+def _picture(
+    position: int, coco: CocoFile, images: Path, analyses: Sequence[Analysis], gray_bits: int
+) -> dict[str, Any]:
     """An image with what each model found, missed, named wrongly and invented, as SVG paths."""
     entry = coco.images[analyses[0].scene.image_ids[position]]
     file = image_path(images, entry.file_name)
-    pixels = read_image(file, size=(entry.height, entry.width)).permute(1, 2, 0).numpy()
+    pixels = read_image(file, size=(entry.height, entry.width), gray_bits=gray_bits).permute(1, 2, 0).numpy()
     return {
         "name": entry.file_name,
         "width": entry.width,

@@ -50,7 +50,7 @@ CONTINUES = (
     ),
     *("data.train_semantic", "data.val_semantic", "data.batch_size", "data.eval_batch_size", "data.workers"),
     *("data.strict", "data.check_images", "data.group_by_aspect", "data.passes", "data.repeat_threshold"),
-    *("data.copy_paste", "data.oks_sigmas"),
+    *("data.copy_paste", "data.gray_bits", "data.oks_sigmas"),
     *("data.stream.shards", "data.stream.dataset", "data.stream.options", "data.stream.num_samples"),
     *("data.stream.bbox_format", "data.stream.num_keypoints", "data.stream.split_by_file"),
     "data.stream.shuffle_buffer",

@@ -130,6 +130,7 @@ class DataSection:
             loader starts anew, which takes much of a short one.
         repeat_threshold: Repeat images of classes that are on less than this share of the images (LVIS); 0 does not.
         copy_paste: Probability of pasting the objects of another image onto an image.
+        gray_bits: Bits that gray values of 16-bit files use, 9 to 16: 12 for many microscopes. Predict with the same.
         oks_sigmas: Per keypoint how precisely people place it, for keypoint AP; empty takes those of COCO's 17.
         stream: Training data that is not a folder.
         transforms: Random changes of the training images.
@@ -153,6 +154,7 @@ class DataSection:
     passes: int = 1
     repeat_threshold: float = 0.0
     copy_paste: float = 0.0
+    gray_bits: int = 16
     oks_sigmas: tuple[float, ...] = ()
     stream: StreamSection = field(default_factory=StreamSection)
     transforms: TransformsSection = field(default_factory=TransformsSection)
@@ -164,6 +166,7 @@ class DataSection:
             **dict.fromkeys(("batch_size", "eval_batch_size", "passes"), COUNT),
             **dict.fromkeys(("workers", "check_images"), NOT_NEGATIVE),
             **dict.fromkeys(("repeat_threshold", "copy_paste"), SHARE),
+            gray_bits=(9, 16),
             oks_sigmas=POSITIVE,
         )
 

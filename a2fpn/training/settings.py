@@ -106,7 +106,7 @@ def type_of(name: str) -> Any:
         if part not in hints:
             known = list(setting_names())
             by_last_part = {setting.rpartition(".")[2]: setting for setting in known}
-            meant = SETTINGS.get(name.lower())
+            meant = SETTINGS.get(name.lower()) or SETTINGS.get(name.lower().rpartition(".")[2])
             if meant is not None:
                 raise ConfigError(
                     f"unknown setting {name!r}. {f'Did you mean {meant!r}?' if ' ' not in meant else meant}"

@@ -46,8 +46,9 @@ def open_training_set(data: DataSection) -> TrainingSet:
     for name, value in {**folder_only, "copy_paste": data.copy_paste}.items():
         if value:
             raise ConfigError(f"data.{name} needs a folder of images; set it to {type(value)(0)} for a stream.")
-    if data.passes != 1:
-        raise ConfigError("data.passes needs a folder of images; set it to 1 for a stream.")
+    for name, value, usual in (("passes", data.passes, 1), ("gray_bits", data.gray_bits, 16)):
+        if value != usual:
+            raise ConfigError(f"data.{name} needs a folder of images; set it to {usual} for a stream.")
     options: dict[str, Any] = {"shuffle_buffer": stream.shuffle_buffer, "strict": data.strict}
     if stream.shards:
         return ShardDataset(stream.shards, **options)
@@ -79,7 +80,8 @@ def _folder(data: DataSection, images: str, annotations: str, semantic: str | No
     maps = root / semantic if semantic else None
     if root.is_dir() and not (root / annotations).exists():
         _say_how_to_import(root, annotations)
-    dataset = CocoDataset(root / images, root / annotations, semantic=maps, strict=data.strict, **options)
+    options = {"semantic": maps, "gray_bits": data.gray_bits, "strict": data.strict, **options}
+    dataset = CocoDataset(root / images, root / annotations, **options)
     if not len(dataset):
         raise ConfigError(f"{dataset.name} lists no image.")
     return dataset
