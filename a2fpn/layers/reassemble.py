@@ -101,7 +101,8 @@ def _beyond(x: Tensor, kernels: Tensor, k: int) -> Tensor:
     return (along(height, h)[:, None, :, None] | along(width, w)[:, None, :]).flatten(0, 1)
 
 
-@torch.library.custom_op("a2fpn::reassemble", mutates_args=())
+# With schemas: older versions of torch can't read annotations that are text.
+@torch.library.custom_op("a2fpn::reassemble", mutates_args=(), schema="(Tensor x, Tensor kernels) -> Tensor")
 def _opaque(x: Tensor, kernels: Tensor) -> Tensor:
     """The op as torch's compiler calls it on a GPU; products that it would make of the windows are far slower."""
     if _has_triton(x):
@@ -118,7 +119,11 @@ def _(x: Tensor, kernels: Tensor) -> Tensor:
     return out.to(memory_format=torch.channels_last) if x.is_contiguous(memory_format=torch.channels_last) else out
 
 
-@torch.library.custom_op("a2fpn::reassemble_gradients", mutates_args=())
+@torch.library.custom_op(
+    "a2fpn::reassemble_gradients",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor x, Tensor kernels) -> (Tensor, Tensor)",
+)
 def _opaque_gradients(grad: Tensor, x: Tensor, kernels: Tensor) -> tuple[Tensor, Tensor]:
     if _has_triton(x):
         from a2fpn.layers.reassemble_triton import kernel_gradient, map_gradient
