@@ -28,12 +28,14 @@ def did_you_mean(name: str, known: Iterable[str], words: Mapping[str, str] = _NO
     Example:
         >>> did_you_mean("a2fnp", ["fpn", "a2fpn"])
         "Did you mean 'a2fpn'?"
+        >>> did_you_mean("pth", ["path", "path"])
+        "Did you mean 'path'?"
         >>> did_you_mean("conf", ["config", "score_threshold"], {"conf": "score_threshold"})
         "Did you mean 'score_threshold'?"
         >>> did_you_mean("SOLVER.BASE_LR", ["optim.lr"], {"base_lr": "optim.lr"})
         "Did you mean 'optim.lr'?"
     """
-    known = sorted(known)
+    known = sorted(set(known))
     word = name.lower().replace("-", "_")
     meant = words.get(word) or words.get(word.rpartition(".")[2])
     if meant is not None:
