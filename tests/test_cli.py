@@ -445,7 +445,9 @@ def test_bugs_keep_their_traceback(monkeypatch, error):
 
 def test_files_that_can_not_be_written_are_no_bug(checkpoint, data, tmp_path):
     (tmp_path / "out").write_text("a file")
-    assert "exists" in fails("predict", data[0], "--model", checkpoint, "--output", tmp_path / "out")
+    assert "is a file; expected a folder" in fails(
+        "predict", data[0], "--model", checkpoint, "--output", tmp_path / "out"
+    )
 
 
 @pytest.mark.parametrize("command", ["demo", "predict", "evaluate", "list", "info"])

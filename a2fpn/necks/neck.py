@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from a2fpn._registry import Registry, did_you_mean
-from a2fpn.config.bounds import MOST_TOP_LEVELS
 from a2fpn.errors import ConfigError
 from a2fpn.layers import MGC, ConvNormAct, LevelModules
 from a2fpn.pyramid import Features, PyramidSpec, check_features, check_pyramid, level_size
+
+_MOST_EXTRA_LEVELS = 8  # each halves the last: more are of one pixel on any image
 
 
 class Neck(nn.Module, ABC):
@@ -45,9 +46,9 @@ class Neck(nn.Module, ABC):
 
     def __init__(self, in_spec: PyramidSpec, *, out_channels: int = 256, extra_levels: int = 1) -> None:
         super().__init__()
-        if out_channels < 1 or not 0 <= extra_levels <= MOST_TOP_LEVELS:
+        if out_channels < 1 or not 0 <= extra_levels <= _MOST_EXTRA_LEVELS:
             raise ConfigError(
-                f"Expected out_channels >= 1 and 0 to {MOST_TOP_LEVELS} extra_levels, got {out_channels} and "
+                f"Expected out_channels >= 1 and 0 to {_MOST_EXTRA_LEVELS} extra_levels, got {out_channels} and "
                 f"{extra_levels}."
             )
         self.in_spec = in_spec
