@@ -80,17 +80,16 @@ _MODULES = {
     "pyramid": ["LevelSpec", "PyramidSpec"],
 }
 _SOURCES = {name: f"a2fpn.{module}" for module, names in _MODULES.items() for name in names}
-_PACKAGES = ("backbones", "config", "convert", "data", "detectors", "heads", "layers", "masks", "necks", "pretrained")
 
 
 if not TYPE_CHECKING:  # a type checker would take any name for known
 
     def __getattr__(name: str) -> Any:
-        import importlib
+        import importlib.util
 
         if name in _SOURCES:
             value = getattr(importlib.import_module(_SOURCES[name]), name)
-        elif name in _PACKAGES:
+        elif not name.startswith("_") and importlib.util.find_spec(f"a2fpn.{name}"):
             value = importlib.import_module(f"a2fpn.{name}")
         else:
             raise AttributeError(f"module 'a2fpn' has no attribute {name!r}")

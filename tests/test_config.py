@@ -138,7 +138,7 @@ def test_sizes_and_weights_of_the_mask_head_have_limits(build: Any, key: str, go
 
 
 def test_numbers_of_a_neck_have_limits() -> None:
-    """What is above would fill the memory before the neck could say so."""
+    """More levels would fill the memory before the neck could say so."""
     assert NeckConfig("fpn", {"out_channels": 65_536}).args == {"out_channels": 65_536}
     for number in (65_537, 10**9, math.nan):
         with pytest.raises(ValueError, match=rf"out_channels must be between -65536 and 65536, got {number}"):

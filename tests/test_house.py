@@ -264,6 +264,14 @@ def test_every_public_name_comes_with_its_module(name: str) -> None:
     assert name in dir(a2fpn)
 
 
+def test_modules_come_with_their_first_use() -> None:
+    code = "import a2fpn; a2fpn.errors.ConfigError, a2fpn.data.CocoDataset, a2fpn.training"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    for name in ("nosuch", "_nosuch", "create_modell"):
+        with pytest.raises(AttributeError, match=f"module 'a2fpn' has no attribute '{name}'"):
+            getattr(a2fpn, name)
+
+
 def test_the_package_is_typed_and_has_one_version() -> None:
     assert (PACKAGE / "py.typed").is_file()
     assert a2fpn.__version__.count(".") == 2
