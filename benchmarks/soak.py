@@ -194,6 +194,12 @@ def content(run: Path) -> dict[str, str]:
     return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in names if not name.startswith(".")}
 
 
+def _line(settings: dict[str, Any], name: str) -> str:
+    """Return a setting as the command line gives it."""
+    value = functools.reduce(lambda part, key: part[key], name.split("."), settings)
+    return f"{name}={str(value).lower() if isinstance(value, bool) else value}"
+
+
 class Soak:
     """Disturbs runs and counts what became of them.
 
@@ -231,7 +237,7 @@ class Soak:
         kind = self.chance.choices(list(KINDS), list(KINDS.values()))[0]
         if kind in ("flipped bit", "refused settings") and not (self.run / "last").exists():
             kind = "kill in a save"
-        more, limit, kill_at, flipped = [], 0, 0, ""
+        more, limit, kill_at, flipped, news = [], 0, 0, "", False
         if kind == "kill in a save":
             kill_at = self.chance.randint(2, 120)
         elif kind == "full disk":
@@ -240,6 +246,7 @@ class Soak:
             flipped = self._flip()
         elif kind == "other settings":
             more = [self.chance.choice(HARMLESS)]
+            news = more[0] not in self._settings()
         elif kind == "refused settings":
             more = [self.chance.choice(REFUSED)]
         before = content(self.run) if kind == "refused settings" else {}
@@ -258,7 +265,7 @@ class Soak:
         if beyond_repair:
             self._judge_refusal(kind, code, process.log())
             return
-        self._judge(kind, code, process.log(), steps, more, flipped)
+        self._judge(kind, code, process.log(), steps, more if news else [], flipped)
         after = content(self.run) if before else {}
         if any(after.get(name) != digest for name, digest in before.items()):
             self.wrong.append(f"{more}: a refused start changed the folder")
@@ -268,6 +275,15 @@ class Soak:
     def _steps(self) -> dict[str, int | None]:
         """Steps of the generations that are whole."""
         return {name: whole_step(self.run / name) for name in GENERATIONS}
+
+    def _settings(self) -> set[str]:
+        """Harmless settings that the newest whole generation was made with: to give them again changes nothing."""
+        steps = {name: step for name, step in self._steps().items() if step is not None}
+        if not steps:
+            return set()
+        state = self.run / max(steps, key=steps.__getitem__) / "training_state" / "state.json"
+        found = json.loads(state.read_text(encoding="utf-8"))["settings"]
+        return {line for line in HARMLESS if line == _line(found, line.partition("=")[0])}
 
     def _flip(self) -> str:
         """Flip a bit in one file of the run; return its name within it."""
@@ -303,7 +319,7 @@ class Soak:
         shutil.rmtree(self.run)
 
     def _judge(
-        self, kind: str, code: int, log: str, steps: dict[str, int | None], more: list[str], flipped: str
+        self, kind: str, code: int, log: str, steps: dict[str, int | None], news: list[str], flipped: str
     ) -> None:
         """Compare what a start said and how it ended with what it should have."""
         name = flipped.partition("/")[0]
@@ -317,13 +333,8 @@ class Soak:
         if "The best checkpoint, of epoch" in log:
             self.said += 1
             self._best_lost = True
-        if (
-            newest is not None
-            and began
-            and kind == "other settings"
-            and f"Setting changed: {more[0].partition('=')[0]}: " not in log
-        ):
-            self.different.append(f"{more} was not said: {log[-1500:]}")
+        if newest is not None and began and news and f"Setting changed: {news[0].partition('=')[0]}: " not in log:
+            self.different.append(f"{news} was not said: {log[-1500:]}")
         expected = {
             "stop": {0, 143, -signal.SIGTERM},
             "full disk": {0, 1},

@@ -26,8 +26,10 @@ def model():
 
 @pytest.fixture
 def save(model):
-    def write(folder: RunFolder, step: int, *, value=None, best=False, average=False) -> None:
+    def write(folder: RunFolder, step: int, *, value=None, best=False, average=False, known=None) -> None:
         state = RunState(epoch=step, step=step, value=value)
+        if known:
+            state.best, state.best_epoch, state.best_step = known.best, known.best_epoch, known.best_step
         if best:
             state.best, state.best_epoch, state.best_step = value, step, step
         tensors = {"w:momentum_buffer": torch.full((2, 2), float(step))}
@@ -187,8 +189,59 @@ def test_with_two_generations_damaged_the_best_goes_on(run):
     folder, state = opened(run)
     assert state.step == 1
     folder.close()
-    assert steps(run) == {"best": 1}
+    assert steps(run) == {"best": 1, "last": 1}  # a kill before the next checkpoint changes nothing
     assert sorted(path.name for path in run.glob("*.aside")) == ["last.aside", "previous.aside"]
+
+
+@pytest.fixture
+def run_with_new_best(tmp_path, save):
+    """A run whose ``best`` is of the step of ``last``, 3, one after ``previous``."""
+    output = tmp_path / "run"
+    folder, _ = opened(output)
+    save(folder, 1, value=(0.4, 0.4), best=True)
+    save(folder, 2)
+    save(folder, 3, value=(0.5, 0.5), best=True)
+    folder.close()
+    return output
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_with_the_last_damaged_a_best_made_after_the_one_before_goes_on(run_with_new_best, file):
+    run = run_with_new_best
+    flip(run / "last" / file)
+    folder, state = opened(run)
+    assert state.step == 3
+    assert "Going on from best (step 3), the newest whole checkpoint." in folder.notes
+    folder.close()
+    assert steps(run) == {"best": 3, "last": 3, "previous": 2}
+    assert (run / "metrics.jsonl").read_text() == '{"step": 3}\n'
+    _, state = opened(run)
+    assert state.step == 3
+
+
+def test_with_the_last_put_aside_the_one_before_goes_on(run_with_new_best):
+    """The weights of ``last`` failed in the next step, and ``best`` has the same."""
+    run = run_with_new_best
+    folder, _ = opened(run)
+    assert f"{run / 'previous'} (step 2), from which run.resume=auto goes on" in folder.last_good(3)
+    folder.close()
+    _, state = opened(run)
+    assert state.step == 2
+
+
+def test_a_best_of_steps_that_a_run_left_does_not_go_on(run_with_new_best, save):
+    """It is further than ``previous``, which knew of it: it was made before."""
+    run = run_with_new_best
+    folder, state = opened(run, str(run / "previous"))
+    assert (state.best, state.best_step) == ((0.5, 0.5), 3)
+    save(folder, 2, known=state)
+    save(folder, 3, known=state)
+    folder.close()
+    assert steps(run) == {"best": 3, "last": 3, "last.aside": 3, "previous": 2}
+    flip(run / "last" / FILES[3])
+    folder, _ = opened(run)
+    folder.close()
+    assert "Going on from previous (step 2), the newest whole checkpoint." in folder.notes
 
 
 def test_with_none_whole_nothing_is_started_anew_in_silence(run):

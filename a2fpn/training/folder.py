@@ -21,6 +21,7 @@ from a2fpn.training.generations import (
     Generation,
     OldFormatError,
     Record,
+    newest,
     put_files,
     read_generation,
     read_generations,
@@ -145,11 +146,11 @@ class RunFolder:
             if generation.edited
         ]
         if whole:
-            newest = next(iter(whole.values()))  # by age, not by step: a run may have gone back behind its best
+            source = newest(whole, damaged)
             if damaged:
-                place = f"{newest.folder.name} (step {newest.state.step})"
+                place = f"{source.folder.name} (step {source.state.step})"
                 self.notes.append(f"Going on from {place}, the newest whole checkpoint.")
-            return newest
+            return source
         if damaged:
             raise CheckpointError(f"No checkpoint of {start} is whole: {' '.join(damaged.values())} {START_ANEW}")
         if resume != "auto":
@@ -159,6 +160,8 @@ class RunFolder:
 
     def settle(self, state: RunState) -> None:
         """Make the folder that of a run at this state: its metrics, its ``best``, and nothing newer.
+
+        If it goes on from ``best``, ``last`` becomes a copy: a kill before the next checkpoint changes nothing.
 
         Args:
             state: That of ``source``, as it goes on; its best is corrected to what there is.
@@ -175,6 +178,8 @@ class RunFolder:
                 newer = name in self._whole and self._whole[name].state.step > source.state.step
                 if newer or name in self._damaged:
                     self._set_aside(name)
+            if source.folder == self.output.resolve() / "best" and not os.path.lexists(self.output / "last"):
+                self._copy(source, "last")
             write_text(self.output / METRICS_FILE, source.metrics())
             self._settle_best(source, state)
 
@@ -183,7 +188,7 @@ class RunFolder:
         if best is not None and (best.state.step, best.state.value) == (state.best_step, state.best):
             return
         if state.value is not None and state.best_step == state.step and (not best or best.state.step <= state.step):
-            self._make_best(source)
+            self._copy(source, "best")
             return
         if best is not None and best.state.value is not None:
             # Of steps that are to be made again, or of a way that the run did not go on: never lost for a worse one.
@@ -198,7 +203,7 @@ class RunFolder:
         state.forget_best()
         if state.value is not None:
             state.best, state.best_epoch, state.best_step = state.value, state.epoch, state.step
-            self._make_best(source)
+            self._copy(source, "best")
             self.notes.append(f"The one of epoch {state.epoch} takes its place.")
 
     def write_config(self, config: TrainConfig) -> None:
@@ -284,16 +289,16 @@ class RunFolder:
             self._written = self._steps["last"] = step
             write_text(self.output / METRICS_FILE, content.metrics)
             if best:
-                self._make_best(Generation(last, content.record))
+                self._copy(Generation(last, content.record), "best")
 
-    def _make_best(self, source: Generation) -> None:
-        """Copy a generation to the best one."""
-        partial = self._hidden("best", "partial")
+    def _copy(self, source: Generation, name: str) -> None:
+        """Copy a generation to another name."""
+        partial = self._hidden(name, "partial")
         remove(partial)
         put_files(source.folder, partial)
         sync_folder(partial)
-        self._put(partial, "best")
-        self._steps["best"] = source.state.step
+        self._put(partial, name)
+        self._steps[name] = source.state.step
 
     def _put(self, folder: Path, name: str) -> None:
         """Give a folder the name of another, which is removed."""

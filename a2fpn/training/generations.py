@@ -156,6 +156,25 @@ def read_generations(run: Path) -> tuple[dict[str, Generation], dict[str, str]]:
     return whole, damaged
 
 
+def newest(whole: Mapping[str, Generation], damaged: Mapping[str, str]) -> Generation:
+    """Return the generation of a run that was made last, of those that are whole.
+
+    That is ``last``. Where it is damaged, it is ``best`` if that was made after ``previous``, which then does
+    not know of it. Where ``last`` is missing, it was put aside, perhaps with weights that ``best`` shares: it is
+    ``previous``.
+
+    Args:
+        whole: Generations by name, at least one.
+        damaged: Problems of the others, by name.
+    """
+    best, previous = whole.get("best"), whole.get("previous")
+    if best and previous and "last" in damaged:
+        known = (previous.state.best_step, previous.state.best)
+        if best.state.step > previous.state.step and known != (best.state.step, best.state.value):
+            return best
+    return next(whole[name] for name in NAMES if name in whole)
+
+
 def _read_sums(folder: Path) -> dict[str, str]:
     path = folder / SUMS_FILE
     try:
