@@ -140,7 +140,7 @@ def parse_name(name: str, backbone: str | None) -> ModelConfig:
     Raises:
         ValueError: For an unknown name, with the closest ones.
     """
-    _check_name(name, backbone)
+    check_name(name, backbone)
     found = _parse(name, backbone)
     if found is None and load_plugins():
         found = _parse(name, backbone)
@@ -172,7 +172,7 @@ def _parse(name: str, backbone: str | None) -> ModelConfig | None:
         if name == prefix and backbone is None:
             raise ConfigError(f"Model {name!r} needs a backbone: create_model({name!r}, backbone='r50').")
         if name == prefix or name.startswith(f"{prefix}_"):
-            chosen = backbone or name.removeprefix(f"{prefix}_")
+            chosen = name.removeprefix(f"{prefix}_") if backbone is None else backbone
             try:
                 full = resolve_backbone_name(chosen)
             except ValueError:
@@ -237,7 +237,7 @@ def _categories(given: Sequence[Category | Mapping[str, Any] | str] | Mapping[in
     return tuple(c if isinstance(c, Category) else from_dict(Category, c, where="categories") for c in named)
 
 
-def _check_name(name: object, backbone: object) -> None:
+def check_name(name: object, backbone: object) -> None:
     """Refuse modules where names are expected.
 
     Raises:
