@@ -2,19 +2,42 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from a2fpn.errors import ConfigError
+from a2fpn.masks.rle import Rle
 
 if TYPE_CHECKING:
     import supervision
 
-    from a2fpn.inference.result import Result
+
+class Found(Protocol):
+    """The parts of a :class:`a2fpn.Result` that supervision takes."""
+
+    @property
+    def boxes(self) -> NDArray[np.float32]: ...
+    @property
+    def scores(self) -> NDArray[np.float32]: ...
+    @property
+    def labels(self) -> NDArray[np.int64]: ...
+    @property
+    def size(self) -> tuple[int, int]: ...
+    @property
+    def names(self) -> Sequence[str]: ...
+    @property
+    def masks(self) -> NDArray[np.bool_] | None: ...
+    @property
+    def rles(self) -> tuple[Rle, ...] | None: ...
+    @property
+    def keypoints(self) -> NDArray[np.float32] | None: ...
+    def __len__(self) -> int: ...
 
 
-def detections(result: Result) -> supervision.Detections:
+def detections(result: Found) -> supervision.Detections:
     """Return supervision's ``Detections``; see :meth:`a2fpn.Result.to_supervision`."""
     library = _library()
     points = {} if result.keypoints is None else {"keypoints": result.keypoints}
@@ -28,7 +51,7 @@ def detections(result: Result) -> supervision.Detections:
     return found
 
 
-def keypoints(result: Result) -> supervision.KeyPoints:
+def keypoints(result: Found) -> supervision.KeyPoints:
     """Return supervision's ``KeyPoints``.
 
     Raises:
@@ -46,7 +69,7 @@ def keypoints(result: Result) -> supervision.KeyPoints:
     return found
 
 
-def _compact_masks(result: Result, library: Any) -> Any:
+def _compact_masks(result: Found, library: Any) -> Any:
     """Masks as supervision keeps them: run lengths inside boxes, whose last pixels are in them; else dense ones."""
     if result.rles is None or not hasattr(getattr(library, "CompactMask", None), "from_coco_rle"):
         return result.masks
