@@ -23,6 +23,7 @@ from a2fpn.config import SCORE_THRESHOLD, Category
 from a2fpn.data.slides import SlideOptions, Thumbnail, open_slide
 from a2fpn.errors import A2FPNError, ConfigError, ConfigTypeError
 from a2fpn.inference.found import FoundObject
+from a2fpn.inference.to_supervision import to_detections, to_keypoints
 from a2fpn.masks.rle import Rle, decode_rle, shrunk_masks
 
 if TYPE_CHECKING:
@@ -261,9 +262,15 @@ class Result:
         Masks are supervision's compact ones where the installed version has them, else dense. ``Detections`` have no
         place for keypoints: they are in ``data["keypoints"]``, and in :meth:`to_supervision_keypoints`.
         """
-        from a2fpn.inference.to_supervision import detections
-
-        return detections(self)
+        return to_detections(
+            self.boxes,
+            self.scores,
+            self.labels,
+            names=self.names,
+            size=self.size,
+            rles=self.rles,
+            keypoints=self.keypoints,
+        )
 
     def to_supervision_keypoints(self) -> supervision.KeyPoints:
         """Return supervision's ``KeyPoints``, which its annotators of keypoints draw.
@@ -271,9 +278,9 @@ class Result:
         Raises:
             ValueError: If the model gives no keypoints.
         """
-        from a2fpn.inference.to_supervision import keypoints
-
-        return keypoints(self)
+        if self.keypoints is None:
+            raise ConfigError("This result has no keypoints; they come from detectors such as keypointrcnn.")
+        return to_keypoints(self.keypoints, self.labels, names=self.names)
 
     def load_image(self) -> NDArray[np.uint8]:
         """Return the (H, W, 3) uint8 image, read from ``path`` again unless it was given in memory.
