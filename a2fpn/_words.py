@@ -179,10 +179,11 @@ COMMANDS = _words(
 
 RESULT = _words(
     {
-        "boxes": "xyxy pred_boxes bboxes bbox box",
+        "boxes": "xyxy xyxys xywh xyxyn xywhn pred_boxes bboxes bbox box",
         "scores": "conf confidence confidences score probs",
         "labels": "cls class_id class_ids pred_classes classes label",
-        "masks": "mask pred_masks",
+        "masks": "mask pred_masks segmentation segmentations segments polygons",
+        "Pixels of each mask: result.masks.sum((1, 2)); a2fpn predict --format csv lists areas.": "area areas",
         "load_image": "orig_img img orig_image",
         "size": "orig_shape shape image_size",
         _PICTURES: "render draw visualize show save",

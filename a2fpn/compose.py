@@ -109,10 +109,11 @@ def attached(config: ModelConfig, overrides: Mapping[str, Any]) -> ModelConfig:
     backbone = config.backbone
     found = find_backbone_info(backbone.name.partition(".")[0])
     sides = [overrides[key] for key in ("min_size", "max_size") if key in overrides]
-    if sides and found.size is not None and found.resizable and backbone.image_size is None:
+    if found.size is not None and found.resizable and backbone.image_size is None:
         # Built for the largest image that the sizes allow, on the grid of the coarsest level.
-        backbone = dataclasses.replace(backbone, image_size=-(-max(sides) // _GRID) * _GRID)
-        overrides = {"min_size": max(sides), "max_size": max(sides), **overrides}
+        side = -(-max(sides) // _GRID) * _GRID if sides else found.usual_size
+        backbone = dataclasses.replace(backbone, image_size=side)
+        overrides = {**({"min_size": max(sides), "max_size": max(sides)} if sides else {}), **overrides}
         config = dataclasses.replace(config, backbone=backbone)
     wanted = {key: value for key, value in preprocessing(config.backbone).items() if key not in overrides}
     own = found.strides
@@ -140,7 +141,7 @@ def parse_name(name: str, backbone: str | None) -> ModelConfig:
     Raises:
         ValueError: For an unknown name, with the closest ones.
     """
-    _check_name(name, backbone)
+    check_name(name, backbone)
     found = _parse(name, backbone)
     if found is None and load_plugins():
         found = _parse(name, backbone)
@@ -172,7 +173,7 @@ def _parse(name: str, backbone: str | None) -> ModelConfig | None:
         if name == prefix and backbone is None:
             raise ConfigError(f"Model {name!r} needs a backbone: create_model({name!r}, backbone='r50').")
         if name == prefix or name.startswith(f"{prefix}_"):
-            chosen = backbone or name.removeprefix(f"{prefix}_")
+            chosen = name.removeprefix(f"{prefix}_") if backbone is None else backbone
             try:
                 full = resolve_backbone_name(chosen)
             except ValueError:
@@ -237,7 +238,7 @@ def _categories(given: Sequence[Category | Mapping[str, Any] | str] | Mapping[in
     return tuple(c if isinstance(c, Category) else from_dict(Category, c, where="categories") for c in named)
 
 
-def _check_name(name: object, backbone: object) -> None:
+def check_name(name: object, backbone: object) -> None:
     """Refuse modules where names are expected.
 
     Raises:

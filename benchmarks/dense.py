@@ -14,8 +14,9 @@ and two of their own.
 ``--part torchvision`` sets ``maskrcnn_fpn_r50`` beside torchvision's Mask R-CNN with the same weights, with the masks
 of up to 100 and up to 1,000 objects, at the sizes that torchvision can do.
 
-Nuclei and model are those inside the package; ``--data`` names a COCO folder of others. ``--output`` keeps what the
-file holds of other parts.
+Nuclei and model are those inside the package; ``--data`` names a COCO folder of others, ``--cell`` and ``--scale`` the
+square that is taken of each image and the pixels of the network for one of these. ``--output`` keeps what the file
+holds of other parts, and is written after each size.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -54,6 +56,31 @@ GOALS = {"recall": 0.98, "memory": 2.0, "time": 1.15}
 
 Part = Literal["recall", "area", "torchvision"]
 Numbers = list[dict[str, Any]]
+Keep = Callable[[Numbers], None]
+"""Stores the numbers so far."""
+
+
+@dataclass(frozen=True)
+class Squares:
+    """Squares of annotated images that are put side by side.
+
+    Args:
+        data: COCO folder; None for the packaged nuclei.
+        cell: Pixels of a side.
+        scale: Pixels of the network for each.
+    """
+
+    data: Path | None = None
+    cell: int = CELL
+    scale: float = SCALE
+
+    def mosaic(self, across: int) -> Scene:
+        """Return ``across`` x ``across`` of them as one image."""
+        return mosaic(cells(self.data, self.cell), across, self.cell)
+
+    def parts(self, count: int) -> list[Scene]:
+        """Return the first ones alone."""
+        return [mosaic([scene], 1, self.cell) for scene in cells(self.data, self.cell)[:count]]
 
 
 @functools.cache
@@ -63,29 +90,29 @@ def predictor() -> Predictor:
 
 
 @functools.cache
-def cells(data: Path | None) -> list[Scene]:
+def cells(data: Path | None, cell: int) -> list[Scene]:
     """Images that fill a square of the mosaic, smallest first."""
-    scenes = [scene for scene in load_scenes(data) if min(scene.pixels.shape[1:]) >= CELL]
+    scenes = [scene for scene in load_scenes(data) if min(scene.pixels.shape[1:]) >= cell]
     return sorted(scenes, key=lambda scene: scene.pixels.shape[1] * scene.pixels.shape[2])
 
 
-def prepare_whole(across: int, data: Path | None, most: int) -> Callable[[], Any]:
+def prepare_whole(across: int, squares: Squares, most: int) -> Callable[[], Any]:
     """Predict a mosaic without tiles, objects of any score."""
-    scene = mosaic(cells(data), across, CELL)
-    return lambda: predictor().predict([scene.pixels], scale=SCALE, max_objects=most, score_threshold=0.0)
+    scene = squares.mosaic(across)
+    return lambda: predictor().predict([scene.pixels], scale=squares.scale, max_objects=most, score_threshold=0.0)
 
 
-def recall(sizes: list[int], data: Path | None) -> Numbers:
+def recall(sizes: list[int], squares: Squares, keep: Keep) -> Numbers:
     """Objects found of a whole over those found image by image."""
     numbers: Numbers = []
-    parts = [mosaic([scene], 1, CELL) for scene in cells(data)[: max(sizes) ** 2]]
-    results = [predictor().predict([part.pixels], scale=SCALE, max_objects=MOST)[0] for part in parts]
+    parts = squares.parts(max(sizes) ** 2)
+    results = [predictor().predict([part.pixels], scale=squares.scale, max_objects=MOST)[0] for part in parts]
     of_parts = [found_objects(list(result.rles or ()), part.rles) for result, part in zip(results, parts, strict=True)]
     for across in sizes:
-        whole = mosaic(cells(data), across, CELL)
+        whole = squares.mosaic(across)
         alone = sum(of_parts[number % len(parts)] for number in range(across**2))
         start = time.perf_counter()
-        (result,) = predictor().predict([whole.pixels], scale=SCALE, max_objects=MOST)
+        (result,) = predictor().predict([whole.pixels], scale=squares.scale, max_objects=MOST)
         seconds = time.perf_counter() - start
         found = found_objects(list(result.rles or ()), whole.rles)
         numbers.append(
@@ -99,9 +126,10 @@ def recall(sizes: list[int], data: Path | None) -> Numbers:
                 "seconds": seconds,
             }
         )
+        keep(numbers)
     across = sizes[len(sizes) // 2]
-    few, many = (_measure.peak_memory(prepare_whole, across, data, most) for most in (FEW, MOST))
-    detections = [len(prepare_whole(across, data, most)()[0]) for most in (FEW, MOST)]
+    few, many = (_measure.peak_memory(prepare_whole, across, squares, most) for most in (FEW, MOST))
+    detections = [len(prepare_whole(across, squares, most)()[0]) for most in (FEW, MOST)]
     rows = [
         [
             str(row["images"]),
@@ -115,7 +143,7 @@ def recall(sizes: list[int], data: Path | None) -> Numbers:
         for row in numbers
     ]
     _measure.print_table(
-        f"Images of {CELL} x {CELL} pixels side by side, seen at {SCALE:g} x, at most {MOST} objects",
+        f"Squares of {squares.cell} pixels side by side, seen at {squares.scale:g} x, at most {MOST} objects",
         ["images", "objects", "detections", "found whole / alone", "ratio", "time", "per object"],
         rows,
     )
@@ -126,12 +154,12 @@ def recall(sizes: list[int], data: Path | None) -> Numbers:
         f"{_measure.against(many / few, GOALS['memory'])}"
     )
     facts = {"exponent": slope, "bytes": many, "bytes_few": few, "detections": detections, "images": across**2}
-    return [*numbers, facts]
+    return [*numbers, {**facts, "cell": squares.cell, "scale": squares.scale}]
 
 
 def enlarged(side: int, data: Path | None) -> NDArray[np.uint8]:
     """(side, side, 3) pixels of a mosaic that is as fine as a slide."""
-    scene = mosaic(cells(data), math.ceil(side / CELL / ENLARGED), CELL)
+    scene = Squares(data).mosaic(math.ceil(side / CELL / ENLARGED))
     image = Image.fromarray(scene.array).resize((ENLARGED * scene.array.shape[1],) * 2, Image.Resampling.BILINEAR)
     return np.asarray(image)[:side, :side]
 
@@ -142,7 +170,7 @@ def prepare_slide(path: Path, workers: int, first: Path | None = None) -> Callab
     return lambda: predictor()(next(paths), tile=TILE, workers=workers, **SLIDE_OPTIONS)
 
 
-def area(sizes: list[int], data: Path | None) -> Numbers:
+def area(sizes: list[int], data: Path | None, keep: Keep) -> Numbers:
     """Slides of growing size in tiles."""
     import tifffile
 
@@ -177,6 +205,7 @@ def area(sizes: list[int], data: Path | None) -> Numbers:
                     "bytes": _measure.peak_memory(prepare_slide, path, 1, paths[0]),
                 }
             )
+            keep(numbers)
     rows = [
         [
             f"{row['megapixels']}",
@@ -213,7 +242,7 @@ def _seconds(value: float | None) -> str:
     return "" if value is None else f"{value:.2f} s"
 
 
-def beside_torchvision(sizes: list[int], rounds: int) -> Numbers:
+def beside_torchvision(sizes: list[int], rounds: int, keep: Keep) -> Numbers:
     """Our Mask R-CNN on ResNet-50 and torchvision's with the same weights."""
     numbers: Numbers = []
     rows = []
@@ -250,6 +279,7 @@ def beside_torchvision(sizes: list[int], rounds: int) -> Numbers:
                         f"{share:.2f}",
                     ]
                 )
+                keep(numbers)
     _measure.print_table(
         "maskrcnn_fpn_r50 beside torchvision with the same weights, masks as run lengths on either side",
         ["image", "objects", "torchvision", "ours", "time", "torchvision", "ours", "memory"],
@@ -287,6 +317,8 @@ def main(
             "512,768."
         ),
     ] = None,
+    cell: Annotated[int, typer.Option(help="recall: pixels of a side of the square of each image.", min=32)] = CELL,
+    scale: Annotated[float, typer.Option(help="recall: pixels of the network for one of an image.", min=0.1)] = SCALE,
     rounds: _measure.Rounds = 3,
     threads: _measure.Threads = 0,
     output: Annotated[Path | None, typer.Option(help="JSON file for the numbers.")] = None,
@@ -295,21 +327,27 @@ def main(
     """Measure images of many objects."""
     standard = {"recall": "3,5,7", "area": "1,4,16,64", "torchvision": "512,768"}
     fast = {"recall": "1,2", "area": "1,2", "torchvision": "128"}
-    measures: dict[str, Callable[[list[int]], Numbers]] = {
-        "recall": lambda chosen: recall(chosen, data),
-        "area": lambda chosen: area(chosen, data),
-        "torchvision": lambda chosen: beside_torchvision(chosen, 1 if quick else rounds),
+    squares = Squares(data, cell, scale)
+    measures: dict[str, Callable[[list[int], Keep], Numbers]] = {
+        "recall": lambda chosen, keep: recall(chosen, squares, keep),
+        "area": lambda chosen, keep: area(chosen, data, keep),
+        "torchvision": lambda chosen, keep: beside_torchvision(chosen, 1 if quick else rounds, keep),
     }
     if part is None and sizes is not None:
         raise typer.BadParameter("--sizes is of one part; give --part as well.")
     _measure.start(threads, rounds)
     document = json.loads(output.read_text(encoding="utf-8")) if output is not None and output.exists() else {}
-    for name in measures if part is None else [part]:
-        numbers = measures[name]([int(text) for text in (sizes or (fast if quick else standard)[name]).split(",")])
-        here = {"capability": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
-        document[name] = {**circumstances(torch.device("cpu")), **here, "rows": numbers}
+    here = {"capability": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
+    here |= circumstances(torch.device("cpu"))
+
+    def keep(name: str, numbers: Numbers) -> None:
+        document[name] = {**here, "rows": numbers}
         if output is not None:
             output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+    for name in measures if part is None else [part]:
+        chosen = [int(text) for text in (sizes or (fast if quick else standard)[name]).split(",")]
+        keep(name, measures[name](chosen, functools.partial(keep, name)))
 
 
 if __name__ == "__main__":

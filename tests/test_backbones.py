@@ -238,6 +238,8 @@ def test_sizes_that_cannot_be_are_an_error(name: str, size: int, message: str) -
         ("maxvit_tiny_tf_224", {}, {"size_divisor": 224, "min_size": 800}),
         ("maxvit_tiny_tf_224", {"size_divisor": 448}, {"size_divisor": 448}),
         ("mixer_s32_224", {}, {"size_divisor": 224, "min_size": 224, "max_size": 224}),
+        ("coat_tiny", {}, {"size_divisor": 448, "min_size": 448, "max_size": 448}),
+        ("efficientformer_l1", {}, {"size_divisor": 224, "min_size": 224, "max_size": 224}),
         ("mixer_s32_224", {"image_size": 448}, {"size_divisor": 448, "min_size": 448, "max_size": 448}),
     ],
 )

@@ -11,7 +11,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import a2fpn
-from a2fpn import cli
+from a2fpn.cli.app import app
 from a2fpn.cli.demo import DEMO_MODEL
 from a2fpn.cli.info import INFO_SIZE
 from a2fpn.config import Category
@@ -37,9 +37,7 @@ CATEGORIES = tuple(Category(index, f"shape {index}") for index in (7, 23, 90))
 
 def run(*arguments, code=0, env=None):
     """Runs the command line, checks its exit code and returns all it wrote."""
-    result = CliRunner().invoke(
-        cli.app, [str(argument) for argument in arguments], env={"COLUMNS": "200", **(env or {})}
-    )
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200", **(env or {})})
     assert result.exit_code == code, result.output
     return result.output
 
@@ -428,7 +426,7 @@ def test_the_packaged_demo(tmp_path):
 def test_errors_show_their_traceback_only_when_asked():
     assert "a2fpn: error" in run("list", "nonsense", code=2)
     for arguments, env in ((["--debug"], {}), ([], {"A2FPN_DEBUG": "1"})):
-        result = CliRunner().invoke(cli.app, [*arguments, "list", "nonsense"], env=env)
+        result = CliRunner().invoke(app, [*arguments, "list", "nonsense"], env=env)
         assert isinstance(result.exception, ValueError)
 
 
@@ -438,7 +436,7 @@ def test_bugs_keep_their_traceback(monkeypatch, error):
         raise error
 
     monkeypatch.setattr(a2fpn, "list_models", broken)
-    result = CliRunner().invoke(cli.app, ["list"])
+    result = CliRunner().invoke(app, ["list"])
     assert result.exception is error
     assert "a2fpn: error" not in result.output
 
@@ -454,6 +452,15 @@ def test_files_that_can_not_be_written_are_no_bug(checkpoint, data, tmp_path):
 def test_every_command_has_help_with_an_example(command):
     output = run(command, "--help")
     assert f"Example: a2fpn {command}" in output
+
+
+def test_an_interrupt_before_a_command_begins_ends_without_a_traceback(monkeypatch):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("a2fpn.cli.door.prepare_streams", interrupt)
+    with pytest.raises(SystemExit, match="130"):
+        a2fpn.cli.main(["list"])
 
 
 def test_wrong_usage(checkpoint, tmp_path):

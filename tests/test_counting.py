@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import a2fpn
-from a2fpn import cli
+from a2fpn.cli.app import app
 from a2fpn.config import Category
 from a2fpn.counting import calibrate_counts
 from a2fpn.errors import CheckpointError
@@ -89,7 +89,7 @@ def data(tmp_path_factory):
 
 
 def run(*arguments, code=0):
-    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
     assert result.exit_code == code, result.output
     return result.output
 

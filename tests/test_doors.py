@@ -4,8 +4,8 @@ import pytest
 from typer.testing import CliRunner
 
 import a2fpn
-from a2fpn.cli import app
 from a2fpn.cli import hub as publishing
+from a2fpn.cli.app import app
 from a2fpn.errors import A2FPNError, message_for_users
 from a2fpn.necks import NECKS, register_neck
 from a2fpn.training.cli import main as train

@@ -405,3 +405,16 @@ def test_backbones_come_by_name_and_option() -> None:
 def test_a_tagged_name_does_not_start_from_a_pretrained_backbone() -> None:
     with pytest.raises(ValueError, match=r"names trained weights\. Pass pretrained=True to load them, or leave"):
         a2fpn.create_model("maskrcnn_a2fpn_lite0.nuclei", pretrained_backbone=True)
+
+
+@pytest.mark.parametrize("name", [None, 50, b"maskrcnn_fpn_r50"])
+def test_a_name_of_another_kind_is_an_error(name):
+    with pytest.raises(TypeError, match=f"A model is named by text .*, got a {type(name).__name__}"):
+        a2fpn.create_model(name)
+    with pytest.raises(TypeError, match=f"A checkpoint is a folder, .*, got a {type(name).__name__}"):
+        a2fpn.from_pretrained(name)
+
+
+def test_an_empty_backbone_is_the_one_that_is_named():
+    with pytest.raises(ValueError, match="Unknown backbone ''"):
+        a2fpn.create_model("maskrcnn_fpn", backbone="")

@@ -312,6 +312,15 @@ def test_a_coordinate_over_the_edge_by_rounding_is_cut_off(tmp_path: Path) -> No
     assert annotations(tmp_path / "y")[0]["segmentation"] == [[0, 0, 60, 0, 60, 40, 0, 40]]
 
 
+def test_training_and_validation_on_the_same_images_lose_nothing(tmp_path: Path) -> None:
+    """As ultralytics' smallest sets do."""
+    root = yolo(tmp_path / "x", {"a": "0 .5 .5 .5 .5\n", "b": "1 .5 .5 .5 .5\n"}, names=None)
+    (root / "data.yaml").write_text("train: images\nval: images\nnames: [cat, dog]\n")
+    report = import_data(root, tmp_path / "y", strict=True)
+    assert (report.splits["train"].images, report.annotations, report.counts) == (2, 2, {})
+    assert report.notes == {"images that train and val both name, kept in train": 2}
+
+
 def test_images_and_labels_without_each_other(tmp_path: Path) -> None:
     root = yolo(tmp_path / "x", {"a": "0 .5 .5 .5 .5\n", "empty": "", "b": "0 .5 .5 .5 .5\n"})
     (root / "images" / "b.png").unlink()

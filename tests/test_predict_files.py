@@ -15,7 +15,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import a2fpn
-from a2fpn import cli
+from a2fpn.cli.app import app
 from a2fpn.cli.predictions import Job, PredictionFolder
 from a2fpn.inference import Predictor
 from a2fpn.training.lock import RunLock
@@ -51,7 +51,7 @@ def images(folder: Path, *names: str) -> Path:
 
 def predict(checkpoint: Path, *arguments: object, code: int = 0) -> str:
     command = ["predict", *map(str, arguments), "--model", str(checkpoint), "--score-threshold", "0"]
-    result = CliRunner().invoke(cli.app, command, env={"COLUMNS": "200"})
+    result = CliRunner().invoke(app, command, env={"COLUMNS": "200"})
     assert result.exit_code == code, result.output
     return result.output
 

@@ -13,7 +13,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import a2fpn
-from a2fpn import cli
+from a2fpn.cli.app import app
 from a2fpn.cli.tile_journal import TileJournal
 from a2fpn.data.slides import Slide
 from a2fpn.inference import Predictor, Result
@@ -112,7 +112,7 @@ def test_an_image_without_tiles_has_the_limit_of_pixels(checkpoint: Path, slide:
 
 def predict(checkpoint: Path, *arguments: object, code: int = 0) -> str:
     command = ["predict", *map(str, arguments), "--model", str(checkpoint), "--score-threshold", "0", "--tile", "96"]
-    result = CliRunner().invoke(cli.app, command, env={"COLUMNS": "200"})
+    result = CliRunner().invoke(app, command, env={"COLUMNS": "200"})
     assert result.exit_code == code, result.output
     return result.output
 
@@ -270,7 +270,7 @@ def test_slides_are_counted(checkpoint: Path, stack: Path, tmp_path: Path) -> No
     predict(checkpoint, stack, "--output", tmp_path / "out", "--format", "csv", *options)
     found = (tmp_path / "out" / "objects.csv").read_text().count("\n") - 1
     command = ["count", str(stack), "--model", str(checkpoint), "--score-threshold", "0", *options]
-    result = CliRunner().invoke(cli.app, command, env={"COLUMNS": "200"})
+    result = CliRunner().invoke(app, command, env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
     assert f"{found} objects in 1 image" in result.output
     assert found > 10

@@ -59,7 +59,7 @@ def test_new_data_do_not_have_the_licence_of_the_old(folder: Path, tmp_path: Pat
     assert metadata["license"] == "MIT"
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn])
 def test_tensors_of_another_kind_of_number_are_refused(dtype: torch.dtype) -> None:
     model = tiny_model("fasterrcnn_fpn")
     state = model.state_dict()

@@ -5,7 +5,6 @@ What a user got wrong ends with one line and exit code 2; a traceback means that
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -17,7 +16,7 @@ from a2fpn.cli.check_data import check_data
 from a2fpn.cli.compare import compare, gallery
 from a2fpn.cli.count import calibrate, count
 from a2fpn.cli.demo import demo
-from a2fpn.cli.door import SETTINGS, Debug, Door, prepare_streams
+from a2fpn.cli.door import SETTINGS, Debug, Door
 from a2fpn.cli.evaluate import evaluate
 from a2fpn.cli.export import export
 from a2fpn.cli.info import info
@@ -27,16 +26,6 @@ from a2fpn.cli.predict import predict
 from a2fpn.cli.train import train
 
 app = typer.Typer(name="a2fpn", cls=Door, **{**SETTINGS, "add_completion": True})
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line and exit.
-
-    Args:
-        argv: Arguments without the program's name; None takes ``sys.argv``.
-    """
-    prepare_streams()
-    app(args=argv, prog_name="a2fpn")
 
 
 def _print_version(wanted: bool) -> None:

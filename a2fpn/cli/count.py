@@ -132,6 +132,7 @@ def calibrate(
     overlap: Overlap = 0.2,
     nms_threshold: Nms = None,
     max_objects: MaxObjects = None,
+    gray_bits: GrayBits = 16,
     device: Device = None,
 ) -> None:
     """Choose the score from which `a2fpn count` counts, for the least count error, and store it in config.json.
@@ -155,6 +156,7 @@ def calibrate(
         max_objects=max_objects,
         tile=tile,
         overlap=overlap,
+        gray_bits=gray_bits,
     )
     scores: dict[tuple[int, int], list[float]] = defaultdict(list)
     for record in predict_annotated(predictor, dataset, images):

@@ -22,46 +22,15 @@ from a2fpn._words import RESULT
 from a2fpn.config import SCORE_THRESHOLD, Category
 from a2fpn.data.slides import SlideOptions, Thumbnail, open_slide
 from a2fpn.errors import A2FPNError, ConfigError, ConfigTypeError
-from a2fpn.masks.rle import Rle, decode_rle, decode_windows, encode_window
+from a2fpn.inference.found import FoundObject
+from a2fpn.inference.to_supervision import to_detections, to_keypoints
+from a2fpn.masks.rle import Rle, decode_rle, shrunk_masks
 
 if TYPE_CHECKING:
     import supervision
 
 _DRAWN = 2**26  # pixels of the largest image that is drawn on as it is
-
-
 _NOTEBOOK_SIDE = 1600  # pixels of a picture in a notebook
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class FoundObject:
-    """One object of a :class:`Result`.
-
-    Args:
-        box: (4,) float32, x0 y0 x1 y1 in pixels of the image.
-        score: In [0, 1].
-        label: Index into the categories of the result.
-        name: Of its class.
-        size: Height and width of the image.
-        rle: COCO run-length encoding; None if the model gives no masks.
-        keypoints: (K, 3) float32, x and y in pixels of the image and 1 for visible; None if the model gives none.
-    """
-
-    box: NDArray[np.float32]
-    score: float
-    label: int
-    name: str
-    size: tuple[int, int]
-    rle: Rle | None = None
-    keypoints: NDArray[np.float32] | None = None
-
-    def __repr__(self) -> str:
-        return f"<{self.name} {self.score:.2f} at {[round(side) for side in self.box.tolist()]}>"
-
-    @property
-    def mask(self) -> NDArray[np.bool_] | None:
-        """(H, W) bool, decoded anew at each access; None if the model gives no masks."""
-        return None if self.rle is None else decode_rle((self.rle,), size=self.size)[0]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -293,26 +262,15 @@ class Result:
         Masks are supervision's compact ones where the installed version has them, else dense. ``Detections`` have no
         place for keypoints: they are in ``data["keypoints"]``, and in :meth:`to_supervision_keypoints`.
         """
-        library = _supervision()
-        points = {} if self.keypoints is None else {"keypoints": self.keypoints}
-        detections: supervision.Detections = library.Detections(
-            xyxy=self.boxes,
-            mask=self._compact_masks(library),
-            confidence=self.scores,
-            class_id=self.labels,
-            data={"class_name": np.array(self.names, dtype=np.str_), **points},
+        return to_detections(
+            self.boxes,
+            self.scores,
+            self.labels,
+            names=self.names,
+            size=self.size,
+            rles=self.rles,
+            keypoints=self.keypoints,
         )
-        return detections
-
-    def _compact_masks(self, library: Any) -> Any:
-        """Masks as supervision keeps them: run lengths inside boxes, whose last pixels are in them; else dense ones."""
-        if self.rles is None or not hasattr(getattr(library, "CompactMask", None), "from_coco_rle"):
-            return self.masks
-        height, width = self.size
-        first, last = np.floor(self.boxes[:, :2]), np.ceil(self.boxes[:, 2:]) - 1
-        corners = np.concatenate([first, np.maximum(last, first)], 1)
-        inside = np.clip(corners, 0, [width - 1, height - 1, width - 1, height - 1])
-        return library.CompactMask.from_coco_rle(self.rles, inside, image_shape=self.size)
 
     def to_supervision_keypoints(self) -> supervision.KeyPoints:
         """Return supervision's ``KeyPoints``, which its annotators of keypoints draw.
@@ -322,17 +280,7 @@ class Result:
         """
         if self.keypoints is None:
             raise ConfigError("This result has no keypoints; they come from detectors such as keypointrcnn.")
-        library = _supervision()
-        keypoints: supervision.KeyPoints
-        if len(self):
-            keypoints = library.KeyPoints(
-                xy=self.keypoints[..., :2],
-                class_id=self.labels,
-                data={"class_name": np.array(self.names, dtype=np.str_)},
-            )
-        else:
-            keypoints = library.KeyPoints.empty()  # versions before 0.29 refuse arrays of no object
-        return keypoints
+        return to_keypoints(self.keypoints, self.labels, names=self.names)
 
     def load_image(self) -> NDArray[np.uint8]:
         """Return the (H, W, 3) uint8 image, read from ``path`` again unless it was given in memory.
@@ -401,7 +349,7 @@ class Result:
             self,
             boxes=self.boxes / np.float32(side),
             size=size,
-            rles=None if self.rles is None else tuple(_shrunk_masks(self.rles, side, size)),
+            rles=None if self.rles is None else tuple(shrunk_masks(self.rles, side, size)),
             keypoints=None
             if self.keypoints is None
             else self.keypoints * np.array([1 / side, 1 / side, 1], np.float32),
@@ -418,16 +366,6 @@ class Result:
             return slide.thumbnail()
 
 
-def _shrunk_masks(rles: Sequence[Rle], side: int, size: tuple[int, int]) -> Iterator[Rle]:
-    """Masks of squares of pixels, of which at least half are the object's, or as many as of any square."""
-    for window, (left, top, right, bottom) in decode_windows(rles):
-        first, last = (top // side, left // side), (-(-bottom // side), -(-right // side))
-        squares = np.zeros(((last[0] - first[0]) * side, (last[1] - first[1]) * side), np.float32)
-        squares[top - first[0] * side :, left - first[1] * side :][: window.shape[0], : window.shape[1]] = window
-        share = squares.reshape(last[0] - first[0], side, last[1] - first[1], side).mean((1, 3))
-        yield encode_window(share >= min(0.5, share.max(initial=0.0)), *first, size)
-
-
 def _as_rgb(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Colors to show channels (H, W, C) in: the first three, or the first as gray."""
     return pixels[..., :3] if pixels.shape[2] >= 3 else np.repeat(pixels[..., :1], 3, axis=2)
@@ -437,16 +375,3 @@ def to_array(image: Tensor) -> NDArray[np.uint8]:
     """(H, W, 3) uint8 array of a (3, H, W) tensor, uint8 or float in [0, 1]."""
     pixels = image if image.dtype == torch.uint8 else (image * 255).round().clamp(0, 255).to(torch.uint8)
     return np.asarray(pixels.detach().permute(1, 2, 0).cpu())
-
-
-def _supervision() -> Any:
-    """The library, which is an extra.
-
-    Raises:
-        ConfigError: If it is not installed.
-    """
-    try:
-        import supervision
-    except ModuleNotFoundError as error:
-        raise ConfigError('supervision is not installed: pip install "a2fpn[supervision]".') from error
-    return supervision

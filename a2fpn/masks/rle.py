@@ -289,3 +289,13 @@ def shorten(value: object) -> str:
     """Return a value as a message quotes it."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def shrunk_masks(rles: Sequence[Rle], side: int, size: tuple[int, int]) -> Iterator[Rle]:
+    """Masks of squares of pixels, of which at least half are the object's, or as many as of any square."""
+    for window, (left, top, right, bottom) in decode_windows(rles):
+        first, last = (top // side, left // side), (-(-bottom // side), -(-right // side))
+        squares = np.zeros(((last[0] - first[0]) * side, (last[1] - first[1]) * side), np.float32)
+        squares[top - first[0] * side :, left - first[1] * side :][: window.shape[0], : window.shape[1]] = window
+        share = squares.reshape(last[0] - first[0], side, last[1] - first[1], side).mean((1, 3))
+        yield encode_window(share >= min(0.5, share.max(initial=0.0)), *first, size)

@@ -322,9 +322,14 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def _kind(x: Tensor) -> str:
-    """Floating, complex, boolean or whole: numbers of one kind can be converted, others mean something else."""
+    """Floating, complex, boolean or whole: numbers of one kind can be converted, others mean something else.
+
+    Floating numbers of 8 bits are a kind of their own: they are read with a scale that stands elsewhere.
+    """
     if x.dtype == torch.bool:
         return "boolean"
+    if x.is_floating_point() and x.element_size() == 1:
+        return "scaled"
     return "floating" if x.is_floating_point() else "complex" if x.is_complex() else "whole"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -14,7 +15,7 @@ from torch import Tensor
 from a2fpn._registry import did_you_mean, match_names
 from a2fpn._words import advice_on_model
 from a2fpn.build import build_model, trained_backbone_fields
-from a2fpn.compose import compose, model_names, override, parse_name
+from a2fpn.compose import check_name, compose, model_names, override, parse_name
 from a2fpn.config import FORMAT_VERSION, ModelConfig
 from a2fpn.convert.graft import graft, graft_config
 from a2fpn.convert.torchvision_config import published_config
@@ -110,6 +111,7 @@ def create_model(
                 f"{argument} is True or False, got {value!r}. A checkpoint is loaded by from_pretrained(FOLDER), "
                 "weights of a backbone by backbone_weights=FILE."
             )
+    check_name(name, overrides.get("backbone"))
     given = _prefixed(name, load=pretrained)
     if given is not None:
         return _assemble(given, where=name, num_classes=num_classes, overrides=overrides)
@@ -163,6 +165,10 @@ def from_pretrained(
         CheckpointError: If the checkpoint is damaged, or not one of this package.
         HubError: If the Hub does not give it; its children say why.
     """
+    if not isinstance(source, str | os.PathLike):
+        raise ConfigTypeError(
+            f"A checkpoint is a folder, a repository of the Hub or a name, got a {type(source).__name__}."
+        )
     options: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
     options["local_files_only"] = local_files_only
     name = str(source)

@@ -198,11 +198,7 @@ class YoloImporter(Importer):
                 for path in self._resolve(str(value), key):
                     path = os.path.normpath(path)
                     if path in jobs and jobs[path] != (split_name(key) or key):
-                        self.log.add(
-                            "duplicate-image",
-                            self.yaml_path,
-                            f"{path} is in {jobs[path]} and {key}; {jobs[path]} has it",
-                        )
+                        self.log.note(f"images that {jobs[path]} and {key} both name, kept in {jobs[path]}")
                     jobs.setdefault(path, split_name(key) or key)
         if keys:
             return list(jobs.items())
