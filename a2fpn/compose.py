@@ -109,10 +109,11 @@ def attached(config: ModelConfig, overrides: Mapping[str, Any]) -> ModelConfig:
     backbone = config.backbone
     found = find_backbone_info(backbone.name.partition(".")[0])
     sides = [overrides[key] for key in ("min_size", "max_size") if key in overrides]
-    if sides and found.size is not None and found.resizable and backbone.image_size is None:
+    if found.size is not None and found.resizable and backbone.image_size is None:
         # Built for the largest image that the sizes allow, on the grid of the coarsest level.
-        backbone = dataclasses.replace(backbone, image_size=-(-max(sides) // _GRID) * _GRID)
-        overrides = {"min_size": max(sides), "max_size": max(sides), **overrides}
+        side = -(-max(sides) // _GRID) * _GRID if sides else found.usual_size
+        backbone = dataclasses.replace(backbone, image_size=side)
+        overrides = {**({"min_size": max(sides), "max_size": max(sides)} if sides else {}), **overrides}
         config = dataclasses.replace(config, backbone=backbone)
     wanted = {key: value for key, value in preprocessing(config.backbone).items() if key not in overrides}
     own = found.strides

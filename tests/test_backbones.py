@@ -1,8 +1,6 @@
 import copy
 import math
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -36,6 +34,7 @@ from tests.helpers import (
     with_zero_gradient,
     without_gradient,
 )
+from tests.processes import run_python
 
 # One of each kind: maps at stride 2, classifier parts to leave out, sizes rounded down, channels last (NHWC).
 FAMILIES = ["test_resnet", "test_efficientnet", "test_convnext", "test_mambaout", "test_byobnet"]
@@ -192,7 +191,7 @@ for _ in range(4):
     backbone(x)["c2"].square().mean().backward()
 print("alive")
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = run_python(code)
     assert done.stdout.strip() == "alive", done.stderr
 
 
@@ -239,6 +238,8 @@ def test_sizes_that_cannot_be_are_an_error(name: str, size: int, message: str) -
         ("maxvit_tiny_tf_224", {}, {"size_divisor": 224, "min_size": 800}),
         ("maxvit_tiny_tf_224", {"size_divisor": 448}, {"size_divisor": 448}),
         ("mixer_s32_224", {}, {"size_divisor": 224, "min_size": 224, "max_size": 224}),
+        ("coat_tiny", {}, {"size_divisor": 448, "min_size": 448, "max_size": 448}),
+        ("efficientformer_l1", {}, {"size_divisor": 224, "min_size": 224, "max_size": 224}),
         ("mixer_s32_224", {"image_size": 448}, {"size_divisor": 448, "min_size": 448, "max_size": 448}),
     ],
 )

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import a2fpn
 from a2fpn.backbones import BackboneInfo, TimmBackbone, UnsupportedBackboneError, attach, find_backbone_info
+from a2fpn.backbones.create import create_network
 from a2fpn.backbones.info import PYRAMID, TABLE, read_table
 from a2fpn.backbones.probe import measure, probe
 from a2fpn.config import BackboneConfig
@@ -189,6 +191,42 @@ def test_strides_are_measured(
 def test_what_is_no_pyramid_is_an_error(shapes: list[tuple[int, ...]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         measure([torch.zeros(shape) for shape in shapes], (64, 96), (8, 9))
+
+
+# Networks without values
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_mambaout", "test_vit_relpos", "pit_ti_224"])
+def test_networks_on_the_meta_device_are_timms_with_nothing_drawn(name: str) -> None:
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.add(func.overloadpacket)
+            return func(*args, **(kwargs or {}))
+
+    called: set[object] = set()
+    drawing = {torch.ops.aten.uniform_, torch.ops.aten.normal_, torch.ops.aten.erfinv_}
+    with torch.device("meta"), Recorder():
+        ours = create_network(name, features_only=True)
+    assert not called & drawing
+    with torch.device("meta"), Recorder():
+        theirs = timm.create_model(name, features_only=True)
+    assert called & drawing
+    facts = [
+        [
+            (key, x.shape, x.dtype, x.device, x.requires_grad)
+            for key, x in [*net.named_parameters(), *net.named_buffers()]
+        ]
+        for net in (ours, theirs)
+    ]
+    assert facts[0] == facts[1]
+
+
+def test_networks_elsewhere_are_drawn_as_timm_draws_them() -> None:
+    states = []
+    for create in (create_network, timm.create_model):
+        torch.manual_seed(0)
+        states.append(create("test_vit").state_dict())
+    assert all(torch.equal(x, states[1][key]) for key, x in states[0].items())
 
 
 # The sweep

@@ -2,8 +2,6 @@
 
 import itertools
 import math
-import subprocess
-import sys
 from collections import Counter
 
 import pytest
@@ -12,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from a2fpn.data import CocoDataset, aspect_ratio_groups, epoch_order, repeat_factors
+from tests.processes import run_python
 
 quick = settings(deadline=None, max_examples=80)
 order = st.fixed_dictionaries(
@@ -73,8 +72,7 @@ def test_the_order_depends_on_seed_and_epoch_and_on_nothing_else():
 
 def test_the_order_is_the_same_in_another_process_and_in_later_versions():
     code = "from a2fpn.data import epoch_order; print(epoch_order(seed=7, epoch=2, num_samples=9, batch_size=4))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[[2, 1, 8, 6], [7, 5, 3, 0]]"
+    assert run_python(code).stdout.strip() == "[[2, 1, 8, 6], [7, 5, 3, 0]]"
 
 
 def test_images_come_in_random_places():

@@ -1,16 +1,15 @@
 """docs/extending.md as it stands: the package that it makes registers a neck, a detector and a data source."""
 
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from tests.processes import run_a2fpn
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "extending.md"
 TINY = (
@@ -41,15 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(folder: Path, line: str, *further: str) -> str:
     command = shlex.split(line)
     assert command[0] == "a2fpn"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PAGE.parent.parent), str(folder)])}
-    result = subprocess.run(
-        [sys.executable, "-m", "a2fpn", *command[1:], *further],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env=environment,
-        check=False,
-    )
+    result = run_a2fpn(*command[1:], *further, cwd=folder, path=[folder])
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
 

@@ -462,6 +462,29 @@ def test_without_a_network_the_weights_of_a_backbone_are_told_at_once(
 # Fixed sizes
 
 
+@pytest.mark.parametrize(
+    ("name", "side"),
+    [
+        ("resnet18", None),
+        ("levit_128s", 448),
+        ("cait_s24_384", 768),
+        ("beit_large_patch16_512", 512),
+        ("cait_m36_384", 768),
+        ("cait_m48_448", 448),
+        ("test_coatnet", 640),
+        ("resmlp_12_224", 224),
+        ("efficientformer_l1", 224),
+    ],
+)
+def test_a_network_of_fixed_size_is_built_for_a_roomy_one(name: str, side: int | None) -> None:
+    config = a2fpn.compose.compose("fasterrcnn_fpn", backbone=name)
+    found = config.backbone.image_size or a2fpn.backbones.find_backbone_info(name).size
+    assert found == side
+    if side is not None:
+        assert config.preprocess.max_size == side
+    assert a2fpn.compose.compose("fasterrcnn_fpn", backbone=name) == config
+
+
 def test_a_size_builds_a_network_of_fixed_size_for_it_or_is_refused_at_once() -> None:
     built = a2fpn.create_model("fasterrcnn_fpn", backbone="levit_128s", num_classes=2, min_size=192, max_size=250)
     assert built.config.backbone.image_size == 256

@@ -1,9 +1,6 @@
 """Necks from packages outside: by --import, by an entry point, and in checkpoints."""
 
 import json
-import os
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -11,6 +8,7 @@ import pytest
 
 import a2fpn
 from tests.helpers import tiny_model
+from tests.processes import run_a2fpn, run_python
 
 PACKAGE = """
 import a2fpn
@@ -40,26 +38,21 @@ def site(tmp_path) -> Path:
     return folder.parent
 
 
-def python(*arguments: object, site: Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, check=False)
-
-
 def test_a_checkpoint_names_the_package_and_never_imports_it(site, tmp_path):
-    assert python("-c", SAVE, tmp_path / "saved", site=site).returncode == 0
+    saved = run_python(SAVE, tmp_path / "saved", path=[site])
+    assert saved.returncode == 0, saved.stderr
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["metadata"]["packages"] == [
         "necks_from_outside"
     ]
-    command = ("-m", "a2fpn", "info", tmp_path / "saved")
-    refused = python(*command, site=site)
+    command = ("info", tmp_path / "saved")
+    refused = run_a2fpn(*command, path=[site])
     assert refused.returncode == 2
     assert "needs necks_from_outside" in refused.stderr
     assert "--import necks_from_outside" in refused.stderr
-    imported = python("-m", "a2fpn", "--import", "necks_from_outside", *command[2:], site=site)
+    imported = run_a2fpn("--import", "necks_from_outside", *command, path=[site])
     assert imported.returncode == 0, imported.stderr
     assert "outside" in imported.stdout
-    missing = python("-m", "a2fpn", "--import", "necks_from_inside", *command[2:], site=site)
+    missing = run_a2fpn("--import", "necks_from_inside", *command, path=[site])
     assert (missing.returncode, missing.stdout) == (2, "")
     assert "--import necks_from_inside: there is no module 'necks_from_inside' here." in missing.stderr
 
@@ -76,7 +69,7 @@ def test_an_entry_point_is_found_when_its_name_is_asked_for(site):
         assert type(model.neck).__module__ == "necks_from_outside"
         assert "outside" in a2fpn.list_necks()
     """
-    done = python("-c", textwrap.dedent(code), site=site)
+    done = run_python(textwrap.dedent(code), path=[site])
     assert done.returncode == 0, done.stderr
     assert "no_such_module" in done.stderr  # a plugin that fails says so, once, and stops nobody
     assert done.stderr.count("The plugin broken") == 1

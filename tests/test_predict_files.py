@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from a2fpn.cli.app import app
 from a2fpn.cli.predictions import Job, PredictionFolder
 from a2fpn.inference import Predictor
 from a2fpn.training.lock import RunLock
+from tests.processes import run_a2fpn
 
 RUN = {"manifest.json", "predictions.json", "predictions.jsonl"}
 
@@ -234,9 +234,10 @@ def test_results_are_on_the_disk_as_they_come_and_one_bad_picture_is_skipped(
 def test_file_names_that_are_no_utf8(checkpoint: Path, tmp_path: Path) -> None:
     images(tmp_path / "photos", "a.png", "b.png")
     os.rename(tmp_path / "photos/a.png", os.fsencode(tmp_path / "photos") + b"/\xff.png")
-    command = [sys.executable, "-m", "a2fpn", "predict", "photos", "--model", str(checkpoint), "--output", "out"]
-    done = subprocess.run([*command, "--score-threshold", "0"], cwd=tmp_path, capture_output=True, check=True)
-    assert b"in 2 images" in done.stdout
+    command = ("predict", "photos", "--model", checkpoint, "--output", "out", "--score-threshold", 0)
+    done = run_a2fpn(*command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "in 2 images" in done.stdout
     names = {os.fsencode(record["file_name"]) for record in read(tmp_path / "out/predictions.json")}
     assert names == {b"photos/b.png", b"photos/\xff.png"}
 

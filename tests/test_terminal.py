@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from a2fpn.errors import ConfigError, message_for_users
+from tests.processes import run_a2fpn
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "a2fpn/assets/nuclei_demo/images/0208.jpg"
@@ -33,13 +34,13 @@ def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("a2fpn check-data --images . --annotations x.json --plot look", "--plot look: expected a name that ends in"),
-        ("a2fpn predict x.png --model maskrcnn_a2fpn_lite0.nuclei --device meta", "--device meta can't be used here"),
+        ("check-data --images . --annotations x.json --plot look", "--plot look: expected a name that ends in"),
+        ("predict x.png --model maskrcnn_a2fpn_lite0.nuclei --device meta", "--device meta can't be used here"),
     ],
 )
 def test_wrong_options_are_one_line(line: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "x.png").write_bytes(EXAMPLE.read_bytes())
-    result = shell(line, tmp_path)
+    result = run_a2fpn(*line.split(), cwd=tmp_path)
     assert result.returncode == 2
     assert message in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1

@@ -20,6 +20,7 @@ from torch import nn
 
 import a2fpn
 from a2fpn.data import write_shards
+from a2fpn.training import keeper
 from a2fpn.training.cli import main, parse
 from a2fpn.training.config import OptimSection, RunSection, TrainConfig
 from a2fpn.training.monitor import LossWindow
@@ -420,7 +421,24 @@ def test_validation_losses_fall_with_training_and_change_nothing(arguments, tmp_
     assert all(torch.equal(ours[name], value) for name, value in theirs.items())
 
 
-def test_a_run_leaves_pictures_a_plot_a_log_and_tracked_images(arguments, tmp_path):
+@pytest.fixture
+def plotted(monkeypatch):
+    """Numbers of epochs in the plots that are drawn."""
+    epochs = []
+    plot = keeper.plot_metrics
+    monkeypatch.setattr(
+        keeper, "plot_metrics", lambda records, path: (epochs.append(len(records)), plot(records, path))
+    )
+    return epochs
+
+
+def test_the_plot_is_drawn_after_each_evaluation_that_takes_its_time(arguments, plotted, monkeypatch):
+    monkeypatch.setattr(keeper, "PLOT_SECONDS", 0)
+    assert main([*arguments, "run.epochs=3", "run.evaluate_every=2", "run.pictures=0", "run.trackers=[]"]) == 0
+    assert plotted == [2, 3]
+
+
+def test_a_run_leaves_pictures_a_plot_a_log_and_tracked_images(arguments, tmp_path, plotted):
     assert main([*arguments, "run.epochs=2", "run.pictures=2"]) == 0
     for name, least in {
         "predictions/epoch_001.jpg": 300,
@@ -430,6 +448,7 @@ def test_a_run_leaves_pictures_a_plot_a_log_and_tracked_images(arguments, tmp_pa
         with Image.open(tmp_path / "run" / name) as picture:
             picture.load()
             assert picture.width > least
+    assert plotted == [2]  # of a short run once, at its end
     log = (tmp_path / "run" / "train.log").read_text()
     assert "images per step" in log
     assert "Epoch 2/2: loss" in log

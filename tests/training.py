@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests import processes
 from tests.coco_data import write_coco
 
 TINY_RECIPE = """
@@ -55,11 +54,7 @@ def metrics(output: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
-_CONTEXT = multiprocessing.get_context("forkserver")  # imports torch once, in a process of its own
-_CONTEXT.set_forkserver_preload(["tests.training", "a2fpn.training.trainer", "a2fpn.inference", "matplotlib.figure"])
-
-
-class Process:
+class Process(processes.Process):
     """A training in a process of its own.
 
     Args:
@@ -70,34 +65,13 @@ class Process:
 
     def __init__(self, arguments: Sequence[str], log: Path, before: Callable[[], None] | None = None) -> None:
         self.log = log
-        self._process = _CONTEXT.Process(target=_train, args=(list(arguments), str(log), before))
-        self._process.start()
-
-    @property
-    def pid(self) -> int:
-        assert self._process.pid is not None
-        return self._process.pid
-
-    def wait(self, seconds: float | None = 120) -> int | None:
-        """Its exit code, negative for a signal that killed it, or None if it is still running after so many seconds."""
-        self._process.join(seconds)
-        return self._process.exitcode
-
-    def kill(self, number: int = signal.SIGKILL) -> None:
-        os.kill(self.pid, number)
+        super().__init__(_train, (list(arguments), before), log)
 
 
-def _train(arguments: list[str], log: str, before: Callable[[], None] | None) -> None:
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
+def _train(arguments: list[str], before: Callable[[], None] | None) -> None:
     os.environ["ACCELERATE_USE_CPU"] = "true"
-    multiprocessing.set_start_method(None, force=True)  # loader processes as in a program of its own
-    import torch
-
     from a2fpn.training.cli import main
 
-    torch.set_num_threads(1)
     if before:
         before()
     sys.exit(main(arguments))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from a2fpn.backbones.attach import find_backbone_info
+from a2fpn.backbones.create import create_network
 from a2fpn.backbones.info import PYRAMID, BackboneInfo
 from a2fpn.backbones.names import resolve_backbone_name
 from a2fpn.config import BackboneConfig
@@ -99,7 +100,7 @@ def _create(name: str, source: dict[str, Any], options: dict[str, Any]) -> nn.Mo
     native = _load(name, source, {"num_classes": 0}).state_dict()
     own = ("features_only", "out_indices", "in_chans")
     with torch.device("meta"):
-        switched = timm.create_model(name, **{key: x for key, x in options.items() if key not in own}).state_dict()
+        switched = create_network(name, **{key: x for key, x in options.items() if key not in own}).state_dict()
     try:
         resized = {key: _resized(key, x, switched[key].shape) for key, x in native.items() if key in switched}
     except ValueError as error:
@@ -111,8 +112,7 @@ def _create(name: str, source: dict[str, Any], options: dict[str, Any]) -> nn.Mo
 
 
 def _load(name: str, source: dict[str, Any], options: dict[str, Any]) -> nn.Module:
-    body: nn.Module = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=source, **options)
-    return body
+    return create_network(name, pretrained=True, pretrained_cfg_overlay=source, **options)
 
 
 def _resized(name: str, x: Tensor, shape: torch.Size) -> Tensor:

@@ -22,6 +22,7 @@ import torch
 from timm.models import FeatureInfo
 from torch import Tensor, nn
 
+from a2fpn.backbones.create import create_network
 from a2fpn.backbones.info import BackboneInfo
 from a2fpn.pyramid import level_size
 
@@ -150,7 +151,7 @@ class _Probe:
 
     def _build(self, options: dict[str, Any]) -> nn.Module | None:
         with self._noted(f"its constructor with {options}"), torch.device(self.device):
-            body: nn.Module = timm.create_model(self.architecture, features_only=True, **options)
+            body = create_network(self.architecture, features_only=True, **options)
             # On meta they are unrolled step by step, for minutes.
             if self.device == "meta" and any(isinstance(module, nn.RNNBase) for module in body.modules()):
                 raise _NeedsValuesError

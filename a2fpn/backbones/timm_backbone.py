@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from timm.layers import LayerNorm2d
 from timm.models import group_parameters
@@ -19,6 +18,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from a2fpn.backbones.attach import find_backbone_info
+from a2fpn.backbones.create import create_network
 from a2fpn.backbones.freezing import contributors, convert_norms, drop_modules, drop_unused, freeze_parameters
 from a2fpn.backbones.info import PYRAMID, BackboneInfo
 from a2fpn.backbones.names import resolve_backbone_name
@@ -102,7 +102,7 @@ class TimmBackbone(nn.Module):
         if pretrained or weights is not None:
             self.body = create_with_weights(self.name, weights, options)
         else:
-            self.body = timm.create_model(self.name, **options)
+            self.body = create_network(self.name, **options)
         self._sources = [used.index(source) for source in sources]
         self._own_strides = [found.strides[i] for i in used]
         channels = feature_info(self.body).channels()
@@ -203,7 +203,7 @@ class TimmBackbone(nn.Module):
         recurrent = any(isinstance(module, nn.RNNBase) for module in self.body.modules())
         with torch.device("cpu" if recurrent else "meta"):
             options = {**self._switches(), "in_chans": self.config.in_chans}
-            whole = timm.create_model(self.name, features_only=True, out_indices=found.indices, **options)
+            whole = create_network(self.name, features_only=True, out_indices=found.indices, **options)
         names = {parameter: name for name, parameter in whole.named_parameters()}
         maps = contributors(self._example(whole))
         return {stride: {names[p] for p in behind} for stride, behind in zip(found.strides, maps, strict=True)}
@@ -254,7 +254,7 @@ class TimmBackbone(nn.Module):
             (0, 4)
         """
         with torch.device("meta"):
-            whole: Any = timm.create_model(self.name, **self._switches())
+            whole: Any = create_network(self.name, **self._switches())
         if hasattr(whole, "group_matcher"):
             groups = group_parameters(whole, whole.group_matcher(coarse=False), reverse=True)
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +31,9 @@ from a2fpn.training.sources import TrainingSet, credits_of
 from a2fpn.training.state import Plan, RunState, as_plain, code_version, read_metrics
 
 logger = get_logger(__name__)
+
+PLOT_SECONDS = 20.0
+"""Least time between two drawings of the plot: small data is evaluated more often than anybody looks."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,7 @@ class Keeper:
         self._source = on_main(accelerator, self._open)
         self._saved = -1  # the step of what the run can be gone on with from
         self._lines = ""  # of metrics.jsonl
+        self._to_plot, self._plotted = False, time.monotonic()
 
     def _open(self) -> Generation | None:
         self._folder = RunFolder(self._output, self._config.run.resume)
@@ -91,6 +96,8 @@ class Keeper:
     def close(self) -> None:
         """Give the folder back."""
         if self._folder:
+            if self._to_plot:
+                self._plot()
             self._folder.close()
 
     def check_data(self, train_set: TrainingSet, val_set: CocoDataset) -> None:
@@ -230,11 +237,9 @@ class Keeper:
             self._report(record, improved)
 
     def _report(self, record: Mapping[str, Any], improved: bool) -> None:
-        if self._parts.metrics[0] in record:
-            try:
-                plot_metrics(read_metrics(self._lines), self._output / "metrics.png")
-            except OSError as error:  # nothing is lost by it
-                logger.warning("metrics.png can't be written: %s", error)
+        self._to_plot |= self._parts.metrics[0] in record
+        if self._to_plot and time.monotonic() - self._plotted > PLOT_SECONDS:
+            self._plot()
         numbers = ", ".join(
             f"{name} {record[name]:.4f}" for name in ("bbox/ap", "segm/ap", "keypoints/ap") if name in record
         )
@@ -247,6 +252,13 @@ class Keeper:
             record["images_per_second"],
             " (best so far)" if improved else "",
         )
+
+    def _plot(self) -> None:
+        try:
+            plot_metrics(read_metrics(self._lines), self._output / "metrics.png")
+        except OSError as error:  # nothing is lost by it
+            logger.warning("metrics.png can't be written: %s", error)
+        self._to_plot, self._plotted = False, time.monotonic()
 
     def _metadata(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """Metadata of a checkpoint."""

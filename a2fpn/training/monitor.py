@@ -209,7 +209,9 @@ def plot_metrics(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    figure = Figure(figsize=(11, 4.2))
+    # Fixed: drawn anew after every evaluation, and finding out how much room labels need takes as long as drawing.
+    figure.subplots_adjust(left=0.05, right=0.99, bottom=0.12, top=0.92, wspace=0.12)
     losses, precision = figure.subplots(1, 2)
     steps = [record["step"] for record in records]
     for prefix, style in (("train/", "-"), ("val/", "--")):
