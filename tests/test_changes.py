@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
 
 from a2fpn.training import changes, trainer
 from a2fpn.training.cli import main, parse
@@ -242,6 +243,24 @@ def test_evaluations_that_do_not_compare_do_not_compete(again, tmp_path):
     assert "the best checkpoint is looked for anew" in log
     assert read_generation(tmp_path / "run" / "best.aside").state.step == first.state.step == 8
     assert read_generation(tmp_path / "run" / "best").state.best_epoch == 5
+
+
+@pytest.mark.parametrize(
+    ("setting", "anew"),
+    [("data.val_images={root}/others", True), ("data.val_images={root}/same", False), ("data.gray_bits=12", True)],
+)
+def test_evaluations_on_other_pixels_do_not_compete(again, tmp_path, setting, anew):
+    """The annotations are the same; the same images in another folder are the same images."""
+    assert again("run.epochs=4")[0] == 0
+    for name in ("same", "others"):
+        shutil.copytree(tmp_path / "val" / "images", tmp_path / name)
+    for path in (tmp_path / "others").iterdir():
+        with Image.open(path) as image:
+            Image.new("RGB", image.size).save(path)
+    code, _, log = again("run.epochs=5", setting.format(root=tmp_path))
+    assert code == 0
+    assert ("the best checkpoint is looked for anew" in log) == anew
+    assert (tmp_path / "run" / "best.aside").exists() == anew
 
 
 def test_a_run_goes_on_in_another_folder_and_leaves_the_first_alone(again, tmp_path):

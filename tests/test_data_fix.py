@@ -54,6 +54,13 @@ def coco(*annotations: Any, **lists: Any) -> dict[str, Any]:
             {"bbox": [0, 10, 45, 50], "segmentation": [], "area": 2250},
             ["box", "area"],
         ),
+        # The area is that of the whole box, of which a fifth is left.
+        (
+            {"bbox": [-5, 90, 50, 50], "segmentation": [], "area": 2500},
+            {"bbox": [0, 90, 45, 10], "segmentation": [], "area": 450},
+            ["box", "area"],
+        ),
+        ({"bbox": [-1e9, -1e9, 2e9, 2e9]}, {"bbox": [10, 10, 50, 50]}, ["box"]),
         ({"segmentation": [SQUARE, LINE]}, {"segmentation": [SQUARE]}, ["mask"]),
         ({"segmentation": [LINE]}, {"segmentation": []}, ["mask"]),
         ({"segmentation": {"size": [9, 9], "counts": [81]}}, {"segmentation": []}, ["mask"]),

@@ -314,3 +314,128 @@ def test_photographs_are_what_pil_makes_of_them(fast: list[bool]) -> None:
         assert torch.equal(read_image(path, size=(int(expected.shape[1]), int(expected.shape[2]))), expected), path
     assert fast == [True] * len(paths)
     assert len(paths) > 100
+
+
+# Values that PIL reads otherwise than they are meant
+
+
+def tiff(values: np.ndarray[Any, Any], photometric: int, *, order: str = "<", kind: int = 1, extra: int = 0) -> bytes:
+    """Return an uncompressed TIFF of one strip."""
+    samples, bits = values.shape[2] if values.ndim == 3 else 1, values.itemsize * 8
+    data = values.astype(values.dtype.newbyteorder(order)).tobytes()
+    height, width = values.shape[:2]
+    tags = {256: [width], 257: [height], 258: [bits] * samples, 259: [1], 262: [photometric], 273: [0]}
+    tags |= {277: [samples], 278: [height], 279: [len(data)]} | ({338: [extra]} if extra else {})
+    tags |= {339: [kind] * samples}
+    packed = {tag: struct.pack(f"{order}{len(value)}I", *value) for tag, value in tags.items()}
+    start = 8 + 2 + 12 * len(tags) + 4
+    end = start + sum(len(value) for value in packed.values() if len(value) > 4)
+    packed[273] = struct.pack(f"{order}I", end)
+    entries, blobs = b"", b""
+    for tag, value in packed.items():
+        place = value if len(value) == 4 else struct.pack(f"{order}I", start + len(blobs))
+        blobs += value if len(value) > 4 else b""
+        entries += struct.pack(f"{order}HHI", tag, 4, len(value) // 4) + place
+    magic = b"II*\0" if order == "<" else b"MM\0*"
+    head = magic + struct.pack(f"{order}IH", 8, len(tags))
+    return head + entries + bytes(4) + blobs + data
+
+
+CHANCE = np.random.default_rng(0)
+GRAY16 = CHANCE.integers(0, 65536, (5, 7), dtype=np.uint16)
+COLOR, ALPHA = CHANCE.integers(0, 256, (5, 7, 3), dtype=np.uint8), CHANCE.integers(0, 256, (5, 7), dtype=np.uint8)
+
+
+def shown(source: bytes, folder: Path, **options: Any) -> list[np.ndarray[Any, Any]]:
+    """Return the pixels (H, W, 3) that the whole file and, where it can be read so, its window give."""
+    path = folder / "a"
+    path.write_bytes(source)
+    with open_slide(path) as slide:
+        window = slide.read((0, 0, 7, 5))
+    return [np.array(x.permute(1, 2, 0)).astype(int) for x in (read_image(source, **options), window)]
+
+
+@pytest.mark.parametrize("values", [GRAY16, (GRAY16 >> 8).astype(np.uint8)], ids=["16 bits", "8 bits"])
+@pytest.mark.parametrize("photometric", [0, 1], ids=["0 is white", "0 is black"])
+def test_shades_of_a_tiff_may_be_upside_down(values: np.ndarray[Any, Any], photometric: int, tmp_path: Path) -> None:
+    share = values / np.iinfo(values.dtype).max
+    expected = np.round(255 * (share if photometric else 1 - share))[..., None].repeat(3, 2)
+    for pixels in shown(tiff(values, photometric), tmp_path):
+        np.testing.assert_array_equal(pixels, expected)
+
+
+def test_upside_down_values_of_12_bits_are_so_too() -> None:
+    pixels = np.array(read_image(tiff(GRAY16 >> 4, 0), gray_bits=12))[0]
+    np.testing.assert_array_equal(pixels, np.round(255 * (1 - (GRAY16 >> 4) / 4095)))
+
+
+def test_what_pil_turns_by_exif_stays_upside_down() -> None:
+    content = bytearray(tiff(GRAY16, 0))
+    place = content.index(struct.pack("<HHI", 277, 4, 1))  # SamplesPerPixel is 1 anyway
+    content[place : place + 12] = struct.pack("<HHIHH", 274, 3, 1, 6, 0)
+    pixels = np.array(read_image(bytes(content)))[0]
+    np.testing.assert_array_equal(pixels, np.rot90(np.round(255 * (1 - GRAY16 / 65535)), -1))
+
+
+@pytest.mark.parametrize("multiplied", [False, True])
+def test_transparency_of_a_tiff_lies_over_white_once(multiplied: bool, tmp_path: Path) -> None:
+    pytest.importorskip("tifffile")
+    alpha = ALPHA[..., None] / 255
+    stored = np.floor(COLOR * alpha).astype(np.uint8) if multiplied else COLOR
+    expected = (stored if multiplied else COLOR * alpha) + 255 * (1 - alpha)
+    content = tiff(np.concatenate([stored, ALPHA[..., None]], 2), 2, extra=1 if multiplied else 2)
+    for pixels in shown(content, tmp_path):
+        np.testing.assert_allclose(pixels, expected, atol=1.01)
+
+
+def png16(values: np.ndarray[Any, Any], key: tuple[int, ...] = ()) -> bytes:
+    """Return a PNG of 16 bits, with a color that is transparent."""
+    height, width, samples = values.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[samples], 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    if key:
+        chunks.insert(1, (b"tRNS", struct.pack(f">{len(key)}H", *key)))
+    made = b"\x89PNG\r\n\x1a\n"
+    for kind, data in chunks:
+        made += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return made
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_a_transparent_color_of_16_bits_is_white(samples: int) -> None:
+    values = CHANCE.integers(0, 65536, (5, 7, samples), dtype=np.uint16)
+    pixels = np.array(read_image(png16(values, tuple(int(value) for value in values[2, 3])))).transpose(1, 2, 0)
+    expected = np.broadcast_to(np.round(values / 257), (5, 7, 3)).copy()
+    expected[2, 3] = 255
+    assert np.abs(pixels - expected).max() <= (samples > 1)  # of colors the higher byte
+
+
+@pytest.mark.parametrize("samples", [2, 3, 4])
+def test_bits_of_gray_are_not_asked_for_of_colors_in_silence(samples: int, caplog: pytest.LogCaptureFixture) -> None:
+    values = CHANCE.integers(0, 4096, (5, 7, samples), dtype=np.uint16)
+    values[..., 3 if samples > 2 else 1 :] = 65535
+    with pytest.raises(ImageError, match=r"gray_bits=12 is for gray without transparency.*convert it to 8 bits"):
+        read_image(png16(values), gray_bits=12)
+    read_image(COLOR_PNG, gray_bits=12)  # of 8 bits: nothing to scale
+    read_image(png16(values), name="dark")
+    assert "dark: values of 16 bits that stay below 4096" in caplog.text
+
+
+def color_png() -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(COLOR).save(file, "PNG")
+    return file.getvalue()
+
+
+COLOR_PNG = color_png()
+
+
+def test_signed_bytes_are_refused_and_what_is_not_read_is_not_called_damaged() -> None:
+    with pytest.raises(ImageError, match="signed values of 8 bits have no agreed range; convert it to unsigned ones"):
+        read_image(tiff(COLOR[..., 0].view(np.int8), 1, kind=2))
+    for values in (GRAY16.astype(np.float64), np.stack([ALPHA, ALPHA], 2)):
+        with pytest.raises(
+            ImageError, match=r"no readable image .its kind of pixels is not read; convert it to 8 bits"
+        ):
+            read_image(tiff(values, 1, kind=3 if values.dtype == float else 1))

@@ -64,7 +64,7 @@ def test_the_checkpoint_whose_step_exploded_is_not_called_good(tmp_path, capsys,
     assert main(arguments) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert "/run/previous (step 2), from which run.resume=auto goes on; the one of step 3 holds the weights" in error
-    assert {path.name for path in (tmp_path / "run").iterdir()} >= {"previous", "last.aside"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} >= {"previous", "last.failed"}
     fresh()
     monkeypatch.undo()
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
@@ -166,7 +166,7 @@ def test_it_stops_the_run_otherwise(tmp_path, spoil, what, capsys):
     assert "is not finite in step 3" in error
     assert re.search(r"images with ids \d+, \d+\. Look at their annotations", error)
     assert f"last good checkpoint is {tmp_path / 'run' / 'previous'} (step 1)" in error
-    assert read_generation(tmp_path / "run" / "last.aside").state.step == 2
+    assert read_generation(tmp_path / "run" / "last.failed").state.step == 2
 
 
 def test_a_run_of_nothing_but_such_steps_stops(tmp_path, spoil, capsys):

@@ -285,7 +285,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(folder, whole)
         f"The last good checkpoint is {folder / 'nan' / 'previous'} (step 3), from which run.resume=auto" in last_line
     )
     assert read_generation(folder / "nan" / "previous").state.step == 3
-    assert read_generation(folder / "nan" / "last.aside").state.step == 4
+    assert read_generation(folder / "nan" / "last.failed").state.step == 4
     finish_log = Process(arguments(folder, "nan"), folder / "nan_again.log")
     assert finish_log.wait() == 0
     assert "Continuing after step 3" in finish_log.log.read_text()

@@ -5,7 +5,9 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,7 +28,7 @@ def model():
 
 @pytest.fixture
 def save(model):
-    def write(folder: RunFolder, step: int, *, value=None, best=False, average=False, known=None) -> None:
+    def write(folder: RunFolder, step: int, *, value=None, best=False, average=False, known=None, metrics=None) -> None:
         state = RunState(epoch=step, step=step, value=value)
         if known:
             state.best, state.best_epoch, state.best_step = known.best, known.best_epoch, known.best_step
@@ -36,7 +38,7 @@ def save(model):
         folder.save(
             Content(
                 record=Record(state=state, settings={"run": {"name": "x"}}, model=model.config),
-                metrics=f'{{"step": {step}}}\n',
+                metrics=metrics or f'{{"step": {step}}}\n',
                 save_model=lambda where: save_pretrained(model, where, metadata={"steps": step}),
                 change_model=lambda where: add_metadata(where, steps=step, value=list(value or ())),
                 optimizer=tensors,
@@ -227,6 +229,96 @@ def test_with_the_last_put_aside_the_one_before_goes_on(run_with_new_best):
     folder.close()
     _, state = opened(run)
     assert state.step == 2
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_a_kill_while_the_best_takes_the_place_of_a_damaged_last_loses_nothing(run_with_new_best, number, monkeypatch):
+    run = run_with_new_best
+    flip(run / "last" / FILES[1])
+    left = iter(range(number, -1, -1))
+    original = Path.rename
+
+    def rename(self, target):
+        if next(left, 0) == 0:
+            raise KeyboardInterrupt  # what follows is not done, as after a kill
+        return original(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename)
+        with contextlib.suppress(KeyboardInterrupt):
+            opened(run)
+    folder, state = opened(run)
+    folder.close()
+    assert state.step == 3
+    assert steps(run) == {"best": 3, "last": 3, "previous": 2}
+
+
+def test_going_back_again_and_again_keeps_all_that_was_left(run, save):
+    for number, metrics in enumerate(("a", "b", "c")):
+        folder, state = opened(run, str(run / "previous"))
+        assert state.step == 2
+        save(folder, 3, known=state, metrics=metrics)
+        folder.close()
+        assert (run / "last" / FILES[4]).read_text() == metrics
+        assert len(list(run.glob("last.aside*"))) == number + 1
+    assert [(run / f"last.aside{n}" / FILES[4]).read_text() for n in ("2", "3")] == ["a", "b"]
+
+
+def test_going_on_from_what_was_put_aside_keeps_it_and_what_came_after(run, save):
+    folder, state = opened(run, str(run / "previous"))
+    save(folder, 3, known=state, metrics="other")
+    save(folder, 4, known=state, metrics="further")
+    folder.close()
+    folder, state = opened(run, str(run / "last.aside"))
+    folder.close()
+    assert state.step == 3
+    assert (run / "metrics.jsonl").read_text() == (run / "last.aside" / FILES[4]).read_text() == '{"step": 3}\n'
+    assert {name: step for name, step in steps(run).items() if name != "best"} == {
+        **{"last": 3, "last.aside": 3, "last.aside2": 4, "previous.aside": 3}
+    }
+    folder, state = opened(run)  # killed before its next checkpoint
+    folder.close()
+    assert state.step == 3
+    assert (run / "metrics.jsonl").read_text() == '{"step": 3}\n'
+
+
+def test_of_weights_that_failed_the_newest_are_kept_beside_what_was_put_aside(run, save):
+    folder, state = opened(run, str(run / "previous"))
+    for metrics in ("a", "b"):
+        save(folder, 3, known=state, metrics=metrics)
+        assert "kept as last.failed" in folder.last_good(3)
+    folder.close()
+    assert steps(run) == {"best": 1, "last.aside": 3, "last.failed": 3, "previous": 2}
+    assert (run / "last.failed" / FILES[4]).read_text() == "b"
+
+
+def test_another_run_inside_the_folder_is_another_run(run, tmp_path):
+    inner = run / "inner"
+    shutil.copytree(run, tmp_path / "copy")
+    shutil.move(tmp_path / "copy", inner)
+    with pytest.raises(ConfigError, match="already holds a run"):
+        opened(run, str(inner))
+
+
+@pytest.mark.parametrize("name", ["nothing", "best/nothing", "last/model.safetensors"])
+def test_a_checkpoint_that_is_not_there_is_named(run, name):
+    with pytest.raises(
+        MissingFileError, match=re.escape(f"run.resume={run / name}: no such folder; expected auto, or")
+    ):
+        opened(run, str(run / name))
+
+
+@pytest.mark.parametrize(("content", "message"), [("[1]", "holds no record of a run, but a list"), ("{", "is no JSON")])
+def test_a_record_of_somebody_else_is_refused_whatever_its_hash(run, content, message):
+    (run / "last" / FILES[2]).write_text(content)
+    sums = (run / "last" / FILES[0]).read_text().splitlines()
+    digest = hashlib.sha256(content.encode()).hexdigest()
+    lines = [f"{digest}  {FILES[2]}" if line.endswith(FILES[2]) else line for line in sums]
+    (run / "last" / FILES[0]).write_text("\n".join(lines) + "\n")
+    folder, state = opened(run)
+    folder.close()
+    assert state.step == 2
+    assert any(message in note for note in folder.notes)
 
 
 def test_a_best_of_steps_that_a_run_left_does_not_go_on(run_with_new_best, save):

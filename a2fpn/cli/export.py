@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 MOST_VERIFIED = 20
 """Images of a folder that are compared."""
+MOST_CALIBRATED = 40
+"""Images of a folder that ranges are taken from."""
 
 
 def export(
@@ -41,6 +43,12 @@ def export(
         Path | None,
         typer.Option(help="Compare file and model on the images of a folder; a file that differs is deleted."),
     ] = None,
+    int8: Annotated[
+        Path | None,
+        typer.Option(
+            help="Turn features into int8; their ranges are taken from the images of a folder.", metavar="DIR"
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE if it exists.")] = False,
 ) -> None:
     """Write a model as one file that runs without this package: resizing, network, NMS and masks.
@@ -56,13 +64,19 @@ def export(
     fixed = _parse_size(size)
     if output.exists() and not overwrite:
         raise ExistingFileError(f"{output} exists; --overwrite replaces it.")
-    images = [] if verify is None else _images(verify)
+    if int8 is not None and verify is not None:
+        raise ConfigError("--verify: an int8 file isn't equal to the model. `a2fpn evaluate --model FILE` measures it.")
+    images = [] if verify is None else _images(verify, MOST_VERIFIED)
+    calibration = [] if int8 is None else _images(int8, MOST_CALIBRATED)
     detector = load_checkpoint(model)
-    check_export(detector, output, format=format, size=fixed, dtype=dtype)
+    if check_export(detector, output, format=format, size=fixed, dtype=dtype) != "onnx" and int8 is not None:
+        raise ConfigError("--int8 is for ONNX files; take a name that ends in .onnx.")
     try:
         with progress_bar() as progress:
             progress.add_task("exporting", total=None)
             export_model(detector, output, format=format, size=fixed, dtype=dtype)
+        if calibration:
+            _quantize(output, calibration, fixed)
         typer.echo(f"Wrote {output}, {output.stat().st_size / 1e6:.1f} MB.")
         if verify is not None:
             _keep_if_equal(detector, output, images, fixed)
@@ -93,13 +107,26 @@ def _parse_size(text: str | None) -> tuple[int, int] | None:
     return int(found[1]), int(found[2])
 
 
-def _images(folder: Path) -> list[Path]:
+def _images(folder: Path, most: int) -> list[Path]:
     from a2fpn.inference import list_images
 
     paths = list_images(folder)
     # Spread over the folder, since neighbors are often alike.
-    count = min(len(paths), MOST_VERIFIED)
+    count = min(len(paths), most)
     return [paths[i * len(paths) // count] for i in range(count)]
+
+
+def _quantize(path: Path, images: list[Path], size: tuple[int, int] | None) -> None:
+    """Turn a file into int8; where that fails nothing is left of it."""
+    from a2fpn.export import quantize
+
+    try:
+        with progress_bar() as progress:
+            opened = progress.track(_opened(images, size), total=len(images), description="calibrating")
+            quantize(path, (image for _, image in opened))
+    except BaseException:
+        path.unlink()
+        raise
 
 
 def _verify(detector: Detector, path: Path, images: list[Path], size: tuple[int, int] | None) -> bool:

@@ -29,6 +29,8 @@ _TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_TEXTS, _PNG_KEYS = (b"iTXt", b"zTXt", b"tEXt"), (b"XML:com.adobe.xmp", b"Raw profile type exif")
 _DARK = 2**12  # values that 12 bits hold
+_PHOTOMETRIC, _SAMPLE_FORMAT = 262, 339  # tags of a TIFF
+_INVERTED = "a2fpn inverted"  # of an opened image, beside what PIL says of it: 0 is white
 _RGB = 3  # torchvision.io.ImageReadMode.RGB
 _logger = logging.getLogger(__name__)
 
@@ -66,6 +68,8 @@ def _opened_by(decoder: _Decoder, file: Path | BinaryIO, max_pixels: int | None)
         # Not Image.open, which looks at a limit that all threads and libraries share.
         image: Image.Image = decoder.factory(str(file) if isinstance(file, Path) else file)
     except (SyntaxError, IndexError, TypeError, struct.error) as error:
+        if str(error) == "unknown pixel mode":  # a TIFF as whole as any other
+            raise OSError("its kind of pixels is not read; convert it to 8 bits of gray or RGB") from error
         raise OSError(f"damaged: {error}") from error
     if max_pixels is not None and math.prod(image.size) > max_pixels:
         image.close()
@@ -176,6 +180,7 @@ def read_image(
     - 16-bit gray: the full range 0..65535 becomes 0..255, by division by 257 and rounding, whatever range
       the image uses; one that stays below 4096 is nearly black then, and a warning names ``gray_bits``. So does 32-bit
       integer gray, if its values lie in that range. Floating-point images have no agreed range and are an error.
+    - 16-bit color, and gray with transparency: the higher byte of each value; ``gray_bits`` is an error then.
     - Transparency: composed over white.
     - Gray, palette, CMYK and the other color spaces: PIL's conversion.
     - Animations and multi-page files: the first frame, and a warning in the log.
@@ -208,6 +213,7 @@ def read_image(
             pixels = _decode_plain_jpeg(opened, content)
             if pixels is not None:
                 return tv_tensors.Image(pixels)
+            _mark_values(opened, gray_bits=gray_bits, name=name)
             if opened.format != "MPO" and getattr(opened, "is_animated", False):
                 frames = getattr(opened, "n_frames", "several")
                 _logger.warning("%s: %s frames or pages, of which the first is read.", name, frames)
@@ -221,6 +227,33 @@ def read_image(
     except Exception as error:  # PIL's decoders raise almost anything on a corrupt file
         reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
         raise ImageError(f"{name}: no readable image ({reason}).") from error
+
+
+def _mark_values(image: Image.Image, *, gray_bits: int, name: str) -> None:
+    """Note beside an opened image what PIL does not make of its values: shades upside down, a key of 16 bits.
+
+    Raises:
+        ValueError: If the values have no agreed range, or are not those that ``gray_bits`` is about.
+    """
+    tags = getattr(image, "tag_v2", {})
+    if image.mode in ("L", "RGB") and 2 in tags.get(_SAMPLE_FORMAT, ()):
+        raise ValueError("signed values of 8 bits have no agreed range; convert it to unsigned ones")
+    if image.mode.startswith("I"):
+        image.info[_INVERTED] = tags.get(_PHOTOMETRIC) == 0
+        return
+    if not any(";16" in str(tile[3]) for tile in getattr(image, "tile", ())):
+        return
+    if gray_bits != 16:
+        raise ValueError(
+            f"gray_bits={gray_bits} is for gray without transparency, and this has {len(image.getbands())} channels of "
+            "16 bits; convert it to 8 bits"
+        )
+    if image.mode == "RGB" and "transparency" in image.info:
+        image.info["transparency"] = tuple(value >> 8 for value in image.info["transparency"])
+    image.load()
+    values = np.asarray(image)[..., [band != "A" for band in image.getbands()]]
+    if 0 < values.max() < _DARK >> 8:
+        _logger.warning("%s: values of 16 bits that stay below %d, so it is nearly black; convert it.", name, _DARK)
 
 
 def _check_size(image: Image.Image, size: tuple[int, int] | None, name: str) -> None:
@@ -322,7 +355,11 @@ def to_rgb(image: Image.Image, *, gray_bits: int = 16, name: str = "the image") 
                 name,
                 values.max(),
             )
-        image = Image.fromarray(((2 * 255 * values + most) // (2 * most)).astype(np.uint8))
+        scaled = ((2 * 255 * values + most) // (2 * most)).astype(np.uint8)
+        scaled = 255 - scaled if image.info.get(_INVERTED) else scaled
+        if "transparency" in image.info:
+            scaled[values == image.info["transparency"]] = 255
+        image = Image.fromarray(scaled)
     elif image.mode == "F":
         raise ValueError("floating-point gray values have no agreed range; convert it to 8 bits")
     elif "A" in image.getbands() or "transparency" in image.info:

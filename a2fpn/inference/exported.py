@@ -111,11 +111,15 @@ class ExportedDetector(nn.Module):
         Returns:
             Its outputs by name, see :func:`a2fpn.export_model`.
         """
+        return self._run(self.to_input(images))
+
+    def to_input(self, images: Tensor) -> Tensor:
+        """Images, uint8, or float in [0, 1], in the type that the file takes."""
         if self.input_dtype == torch.uint8:
             images = images if images.dtype == torch.uint8 else (images * 255).round().clamp(0, 255).to(torch.uint8)
         else:
             images = images.float() if images.is_floating_point() else images.float() / 255
-        return self._run(images.contiguous())
+        return images.contiguous()
 
     def forward(
         self,
@@ -240,6 +244,8 @@ def _open_openvino(path: Path) -> tuple[Run, Mapping[str, str]]:
     try:
         network = core.read_model(path)
         facts = {key: value.astype(str) for key, value in network.get_rt_info()["framework"].items()}
+        if "precision" in facts:
+            raise ConfigError(f"{path.name} is an int8 file, with which OpenVINO finds nothing; ONNX Runtime runs it.")
         compiled = core.compile_model(network, "CPU")
     except (RuntimeError, KeyError) as error:
         _refuse(path, error)

@@ -14,7 +14,8 @@ from typing import Any
 from a2fpn._serialize import from_dict, migrate_keys, to_dict
 from a2fpn.config import ModelConfig
 from a2fpn.data import CocoDataset, ShardDataset
-from a2fpn.errors import ConfigError
+from a2fpn.data.images import image_path
+from a2fpn.errors import ConfigError, ImageError
 from a2fpn.pretrained.checkpoint import file_sha256
 from a2fpn.training.config import TrainConfig
 from a2fpn.training.generations import Generation
@@ -186,10 +187,22 @@ def changed_data(source: Generation, content: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def judged_by(config: TrainConfig, content: Mapping[str, Any], metric: str) -> str:
-    """Hash of what evaluations depend on besides the weights: only equal ones compare."""
-    parts = [metric, content["validation"], config.run.max_detections, config.data.oks_sigmas]
+def judged_by(config: TrainConfig, val_set: CocoDataset, metric: str) -> str:
+    """Hash of what evaluations depend on besides the weights: only equal ones compare.
+
+    Images are other images if one has another number of bytes, not if all lie in another folder.
+    """
+    sizes = [_bytes_of(val_set.root, entry.file_name) for entry in val_set.coco.images.values()]
+    parts = [metric, _hash_of(val_set), sizes, config.data.gray_bits, config.run.max_detections, config.data.oks_sigmas]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _bytes_of(root: Path, file_name: str) -> int:
+    """Size of an image file; -1 where it can't be had."""
+    try:
+        return image_path(root, file_name).stat().st_size
+    except (ImageError, OSError):
+        return -1
 
 
 def _hash_of(dataset: TrainingSet) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -35,7 +36,9 @@ from a2fpn.training.state import CONFIG_FILE, LOG_FILE, METRICS_FILE, RunState, 
 
 START_ANEW = "Start a new run in another run.output."
 ASIDE = ".aside"
-"""End of the name under which a generation is kept that the run does not go on from."""
+"""End of the name under which a generation is kept that the run does not go on from; a number follows the second."""
+FAILED = ".failed"
+"""End of the name of one whose weights failed; the newest alone is kept, as a run may fail again and again."""
 
 
 class CheckpointWriteError(RunError):
@@ -128,7 +131,12 @@ class RunFolder:
         own = self.output.resolve()
         start = own if resume in (True, "auto") else Path(str(resume)).resolve()
         start = start.parent if start.name == STATE_FOLDER else start
-        if own not in (start, start.parent):
+        if not start.is_dir():
+            raise MissingFileError(
+                f"run.resume={resume}: no such folder; expected auto, or the folder of a run or of one of its "
+                "checkpoints."
+            )
+        if start != own and not (start.parent == own and (start / STATE_FOLDER).exists()):
             self._refuse(*NAMES, METRICS_FILE)
         self._whole, self._damaged = read_generations(own)
         if (start / STATE_FOLDER).exists():
@@ -154,14 +162,15 @@ class RunFolder:
         if damaged:
             raise CheckpointError(f"No checkpoint of {start} is whole: {' '.join(damaged.values())} {START_ANEW}")
         if resume != "auto":
-            raise MissingFileError(f"run.resume: no training state in {start / 'last'}; start without run.resume.")
+            raise MissingFileError(f"run.resume: no training state in {start}; start without run.resume.")
         self._refuse(METRICS_FILE, or_else="remove it, as its checkpoints are")
         return None
 
     def settle(self, state: RunState) -> None:
         """Make the folder that of a run at this state: its metrics, its ``best``, and nothing newer.
 
-        If it goes on from ``best``, ``last`` becomes a copy: a kill before the next checkpoint changes nothing.
+        If it goes on from another than ``last`` and ``previous``, ``last`` becomes a copy: a kill before the next
+        checkpoint changes nothing.
 
         Args:
             state: That of ``source``, as it goes on; its best is corrected to what there is.
@@ -173,13 +182,17 @@ class RunFolder:
         if source is None:
             return
         self._steps = {name: generation.state.step for name, generation in self._whole.items()}
+        own = self.output.resolve()
+        foreign = source.folder not in [own / name for name in NAMES]  # what is here may not lead to it
+        copied = source.folder not in (own / "last", own / "previous")
         with self._writing():
             for name in ("last", "previous"):
-                newer = name in self._whole and self._whole[name].state.step > source.state.step
-                if newer or name in self._damaged:
+                newer = name in self._whole and (foreign or self._whole[name].state.step > source.state.step)
+                replaced = copied and name == "last"  # by the copy, in one go
+                if newer or (name in self._damaged and not replaced):
                     self._set_aside(name)
-            if source.folder == self.output.resolve() / "best" and not os.path.lexists(self.output / "last"):
-                self._copy(source, "last")
+            if copied and ("last" in self._damaged or not os.path.lexists(self.output / "last")):
+                self._copy(source, "last", keep=True)
             write_text(self.output / METRICS_FILE, source.metrics())
             self._settle_best(source, state)
 
@@ -239,16 +252,17 @@ class RunFolder:
         found = f"The last good checkpoint is {self.output / good} (step {self._steps[good]})"
         if failed != "last":
             return f"{found}."
-        aside = self._set_aside("last")
+        remove(self.output / f"last{FAILED}")
+        aside = self._set_aside("last", FAILED)
         return (
             f"{found}, from which run.resume=auto goes on; the one of step {step} holds the weights that failed and is "
             f"kept as {aside.name}."
         )
 
-    def _set_aside(self, name: str) -> Path:
-        aside = self.output / f"{name}{ASIDE}"
-        remove(aside)
-        (self.output / name).rename(aside)
+    def _set_aside(self, name: str, end: str = ASIDE, *, folder: Path | None = None) -> Path:
+        ends = itertools.chain([end], (f"{end}{number}" for number in itertools.count(2)))
+        aside = next(path for path in (self.output / f"{name}{end}" for end in ends) if not os.path.lexists(path))
+        (folder or self.output / name).rename(aside)
         self._steps.pop(name, None)
         self.notes.append(f"{self.output / name} is kept as {aside.name}; it can be deleted.")
         return aside
@@ -291,23 +305,25 @@ class RunFolder:
             if best:
                 self._copy(Generation(last, content.record), "best")
 
-    def _copy(self, source: Generation, name: str) -> None:
-        """Copy a generation to another name."""
+    def _copy(self, source: Generation, name: str, *, keep: bool = False) -> None:
+        """Copy a generation to another name; what has it is removed, or kept aside."""
         partial = self._hidden(name, "partial")
         remove(partial)
         put_files(source.folder, partial)
         sync_folder(partial)
-        self._put(partial, name)
+        self._put(partial, name, keep=keep)
         self._steps[name] = source.state.step
 
-    def _put(self, folder: Path, name: str) -> None:
-        """Give a folder the name of another, which is removed."""
+    def _put(self, folder: Path, name: str, *, keep: bool = False) -> None:
+        """Give a folder the name of another, which is removed, or kept aside; at a kill either is there whole."""
         old, target = self._hidden(name, "old"), self.output / name
         remove(old)
         if os.path.lexists(target):
             target.rename(old)
         folder.rename(target)
         sync(self.output)
+        if keep and os.path.lexists(old):
+            self._set_aside(name, folder=old)
         remove(old)
 
     def _hidden(self, name: str, kind: str) -> Path:

@@ -198,7 +198,12 @@ def _read_sums(folder: Path) -> dict[str, str]:
 
 
 def _read_record(path: Path) -> Record:
-    document = json.loads(path.read_text(encoding="utf-8"))  # whole, as its hash says
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # whole, as its hash says, but of somebody else
+        raise CheckpointError(f"{path} is no JSON: {error}.") from error
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{path} holds no record of a run, but a {type(document).__name__}.")
     version = document.get("format")
     if version != FORMAT:
         raise CheckpointError(

@@ -160,7 +160,7 @@ class Keeper:
     def _settle(self, state: RunState) -> RunState:
         assert self._folder is not None
         self._folder.settle(state)
-        judges = judged_by(self._config, self._content, self._parts.metrics[0])
+        judges = judged_by(self._config, self._datasets[1], self._parts.metrics[0])
         if state.judged_by not in ("", judges) and state.best is not None:
             self.notes.append("What is evaluated, or how, has changed: the best checkpoint is looked for anew.")
             self._folder.forget_best(state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import posixpath
@@ -161,9 +162,11 @@ class _Fixes:
         extents = table.of_masks(table.segmentations.extents)
         self.of_mask = np.concatenate([extents[:, :2], extents[:, 2:] - extents[:, :2]], axis=1)
         self.from_mask = (table.box != table.given_box).any(1) & ~np.isnan(table.box).any(1)
-        self.apart = apart(table)
         self.over = over_edge(table)
-        self.contradicted = contradicted_areas(table)
+        box = np.where(self.over[:, None], np.concatenate([table.corners[:, :2], table.inside], axis=1), table.box)
+        cut = dataclasses.replace(table, box=box)  # else the copy would have faults of its own
+        self.apart = apart(cut)
+        self.contradicted = contradicted_areas(cut)
         ids = [raw.get("id") for raw in table.entries]
         self.seen: set[int] = set()
         self.fresh = itertools.count(1 + max([0, *(int(value) for value in ids if is_whole(value))]))

@@ -89,11 +89,13 @@ class TiffSlide(Slide):
         """See :meth:`Slide.read`."""
         values = self._values(window)
         pixels = to_8_bit(values, self._limits, self.name, bits=self._options.gray_bits)
+        alpha = pixels[..., -1:].astype(np.float32) / 255
+        pixels = pixels[..., :-1] if self._alpha else pixels
         if self._inverted:
             pixels = 255 - pixels
         if self._alpha:
-            pixels, alpha = pixels[..., :-1], pixels[..., -1:].astype(np.float32) / 255
-            pixels = (pixels * alpha + 255 * (1 - alpha)).round().astype(np.uint8)
+            seen = pixels if self._multiplied else pixels * alpha
+            pixels = (seen + 255 * (1 - alpha)).round().clip(0, 255).astype(np.uint8)
         if pixels.shape[2] == 1:
             pixels = np.repeat(pixels, self._options.in_channels, axis=2)
         return torch.from_numpy(np.array(pixels.transpose(2, 0, 1), order="C"))
@@ -126,6 +128,7 @@ class TiffSlide(Slide):
         count = sum(plane.samples for plane in planes)
         extra = [getattr(kind, "name", str(kind)) for kind in page.extrasamples]
         self._alpha = bool(extra) and "ALPHA" in extra[-1] and self._options.channels is None
+        self._multiplied = self._alpha and extra[-1].startswith("ASSOC")  # by it, as PIL undoes
         self._inverted = shade == "miniswhite"
         self._chosen_planes = self._choose(planes, count, self._alpha)
         self.microns_per_pixel = microns_per_pixel(self._file)

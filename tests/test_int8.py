@@ -1,0 +1,115 @@
+"""Exported files in int8: which operators change, that they find nearly the same, and what is refused."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import a2fpn
+from a2fpn.data.images import read_image
+from a2fpn.errors import CheckpointError, ConfigError
+from a2fpn.export import quantize
+from a2fpn.inference.exported import ExportedDetector
+from tests.helpers import torch_from
+from tests.test_cli import fails, run
+from tests.test_export_model import detector, noise
+
+pytestmark = torch_from(2, 11, "the oldest whose exporter has been tried")
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+
+SIZE = (64, 96)
+"""Height and width: of any size the export takes three times as long."""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return a2fpn.save_pretrained(detector("maskrcnn_fpn"), tmp_path_factory.mktemp("int8") / "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    for seed in (1, 2, 3):
+        Image.fromarray(noise(SIZE, seed).permute(1, 2, 0).numpy()).save(folder / f"{seed}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def files(checkpoint: Path, photos: Path) -> tuple[Path, Path]:
+    """A model in float and in int8."""
+    floating = a2fpn.export_model(a2fpn.from_pretrained(checkpoint), checkpoint.parent / "float.onnx", size=SIZE)
+    images = [read_image(photo).as_subclass(torch.Tensor) for photo in sorted(photos.iterdir())]
+    return floating, quantize(floating, images, checkpoint.parent / "int8.onnx")
+
+
+def test_features_are_int8_and_predictors_float(files: tuple[Path, Path]) -> None:
+    program = onnx.load(files[1])
+    onnx.checker.check_model(program)
+    made = {name: node for node in program.graph.node for name in node.output}
+    integers = {
+        weight.name: weight for weight in program.graph.initializer if weight.data_type == onnx.TensorProto.INT8
+    }
+    kinds = Counter()
+    for node in program.graph.node:
+        if node.op_type == "Conv":
+            source = made.get(node.input[1])
+            quantized = source is not None and source.op_type == "DequantizeLinear"
+            name = source.input[0] if source is not None and quantized else node.input[1]
+            predicts = any(word in name for word in ("cls_logits", "bbox_pred", "mask_fcn_logits", "se.conv_expand"))
+            assert quantized != predicts, name
+            kinds[quantized] += 1
+            if source is not None and quantized:
+                scales = next(x for x in program.graph.initializer if x.name == source.input[1])
+                assert list(scales.dims) == [integers[name].dims[0]]  # one for each channel
+    assert min(kinds[True], kinds[False]) > 5
+    assert files[1].stat().st_size < files[0].stat().st_size
+    facts = {fact.key: fact.value for fact in program.metadata_props}
+    plain = {fact.key: fact.value for fact in onnx.load(files[0]).metadata_props}
+    assert facts == plain | {"precision": "int8"}
+
+
+def test_it_finds_nearly_the_same(files: tuple[Path, Path]) -> None:
+    image = noise(SIZE, 1)
+    expected, found = (ExportedDetector(file)([image])[0]["scores"] for file in files)
+    assert abs(len(expected) - len(found)) <= 0.5 * len(expected)
+    assert found[0] == pytest.approx(float(expected[0]), abs=0.1)
+    assert not torch.equal(expected[:3], found[:3])
+
+
+@pytest.mark.slow
+def test_the_command(files: tuple[Path, Path], checkpoint: Path, photos: Path, tmp_path: Path) -> None:
+    run("export", checkpoint, "--output", tmp_path / "model.onnx", "--size", "64x96", "--int8", photos)
+    expected, found = (
+        ExportedDetector(file)([noise(SIZE, 1)])[0]["scores"] for file in (files[1], tmp_path / "model.onnx")
+    )
+    assert torch.equal(expected, found)
+
+
+def test_openvino_is_refused_since_it_finds_nothing(files: tuple[Path, Path]) -> None:
+    pytest.importorskip("openvino")
+    with pytest.raises(ConfigError, match=r"int8\.onnx is an int8 file.*ONNX Runtime runs it"):
+        ExportedDetector(files[1], runtime="openvino")
+
+
+def test_images_that_show_no_object(files: tuple[Path, Path], tmp_path: Path) -> None:
+    target = tmp_path / "model.onnx"
+    with pytest.raises(ConfigError, match="no object was found in any image"):
+        quantize(files[0], [], target)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_refused(files: tuple[Path, Path], checkpoint: Path, photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model.pt2: int8 is made of .onnx files alone"):
+        quantize("model.pt2", [])
+    (tmp_path / "alien.onnx").write_bytes(b"alien")
+    with pytest.raises(CheckpointError, match="no file of a2fpn export"):
+        quantize(tmp_path / "alien.onnx", [])
+    out = tmp_path / "model.pt2"
+    assert "--int8 is for ONNX files" in fails("export", checkpoint, "--output", out, "--int8", photos)
+    out = tmp_path / "model.onnx"
+    text = fails("export", checkpoint, "--output", out, "--int8", photos, "--verify", photos)
+    assert "an int8 file isn't equal to the model" in text
+    assert not out.exists()
