@@ -1,15 +1,18 @@
-"""Properties of devices on which the form of a computation depends."""
+"""Properties of devices on which the form of a computation depends, and networks on the one without values."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 
 def runs_ahead(x: Tensor) -> bool:
@@ -110,3 +113,41 @@ def _runs_triton(device: torch.device) -> bool:
         and importlib.util.find_spec("triton") is not None
         and any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
     )
+
+
+@contextlib.contextmanager
+def without_values() -> Iterator[None]:
+    """Make tensors on the meta device, where they have a shape alone, and leave out what would fill them.
+
+    There torch computes shapes in Python for each of an initializer's operations: most of the time that the
+    construction of many networks takes.
+
+    Example:
+        >>> with without_values():
+        ...     layer = nn.Linear(2, 3)
+        >>> layer.weight.shape, layer.weight.is_meta
+        (torch.Size([3, 2]), True)
+    """
+    with torch.device("meta"), _WithoutFilling():
+        yield
+
+
+_FILLING = frozenset(
+    getattr(Tensor, name)
+    for name in ("add_", "clamp_", "div_", "erfinv_", "fill_", "mul_", "normal_", "sub_", "uniform_", "zero_")
+) | frozenset(getattr(nn.init, name) for name in dir(nn.init) if name.endswith("_") and not name.startswith("_"))
+"""What fills a tensor, or scales what fills it, and leaves its shape alone."""
+
+
+class _WithoutFilling(TorchFunctionMode):
+    """Within it numbers are not written to tensors on the meta device."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _FILLING:
+            given: list[Any] = [*args, *kwargs.values()]  # torch.nn.init hands on what it fills by name
+            filled, *others = given
+            # Of another tensor the result would depend, and a gradient has to reach it.
+            if filled.is_meta and not any(isinstance(x, Tensor) for x in others):
+                return filled
+        return func(*args, **kwargs)

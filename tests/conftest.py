@@ -10,8 +10,15 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests import processes
+
 # The tensors of the tests are tiny: threads cost more than they bring, above all beside other workers.
 torch.set_num_threads(1)
+
+
+def pytest_sessionstart() -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:  # a worker of the whole suite needs it sooner or later
+        processes.start_server()
 
 
 @pytest.fixture(autouse=True)

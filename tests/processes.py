@@ -16,13 +16,22 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    [
-        *("tests.training", "a2fpn.cli", "a2fpn.inference", "a2fpn.pretrained.load", "a2fpn.training.cli"),
-        *("a2fpn.training.trainer", "hotcoco", "matplotlib.backends.backend_agg", "torch.utils.tensorboard"),
-    ]
-)
+_PRELOADED = [
+    *("tests.training", "a2fpn.cli", "a2fpn.inference", "a2fpn.pretrained.load", "a2fpn.training.cli"),
+    *("a2fpn.training.trainer", "hotcoco", "matplotlib.backends.backend_agg", "torch.utils.tensorboard"),
+]
+_FORKS = "forkserver" in multiprocessing.get_all_start_methods()  # Windows spawns
+_CONTEXT = multiprocessing.get_context("forkserver" if _FORKS else "spawn")
+if _FORKS:
+    _CONTEXT.set_forkserver_preload(_PRELOADED)
+
+
+def start_server() -> None:
+    """Starts the process that others are forked from, and does not wait for it."""
+    if _FORKS:
+        from multiprocessing import forkserver
+
+        forkserver.ensure_running()
 
 
 class Process:

@@ -36,25 +36,45 @@ def address() -> Iterator[str]:
     page.close()
 
 
-@pytest.fixture
-def open_page(address: str, tmp_path: Path) -> Iterator[Callable[[], Any]]:
+@pytest.fixture(scope="module")
+def start_browser() -> Iterator[Callable[[], Any]]:
+    """A browser takes seconds to start: tests share one, and open the page anew."""
     browsers: list[Any] = []
 
-    def open_one() -> Any:
+    def start() -> Any:
         options = webdriver.ChromeOptions()
         options.binary_location = CHROMIUM
         for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1300,1500"):
             options.add_argument(argument)
         several = "profile.default_content_setting_values.automatic_downloads"
-        options.add_experimental_option("prefs", {"download.default_directory": str(tmp_path), several: 1})
+        options.add_experimental_option("prefs", {several: 1})
         browsers.append(webdriver.Chrome(options, webdriver.ChromeService(DRIVER)))
-        browsers[-1].get(address)
-        until(lambda: browsers[-1].find_elements(By.CSS_SELECTOR, "#pictures input[type=file]"))
         return browsers[-1]
 
-    yield open_one
+    yield start
     for browser in browsers:
         browser.quit()
+
+
+@pytest.fixture(scope="module")
+def shared_browser(start_browser: Callable[[], Any]) -> Any:
+    return start_browser()
+
+
+def opened(browser: Any, address: str, downloads: Path) -> Any:
+    """The browser at the page as a newcomer finds it."""
+    browser.execute_cdp_cmd(
+        "Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(downloads), "eventsEnabled": False}
+    )
+    browser.get("about:blank")
+    browser.get(address)
+    until(lambda: browser.find_elements(By.CSS_SELECTOR, "#pictures input[type=file]"))
+    return browser
+
+
+@pytest.fixture
+def browser(shared_browser: Any, address: str, tmp_path: Path) -> Any:
+    return opened(shared_browser, address, tmp_path)
 
 
 def until(condition: Callable[[], Any]) -> Any:
@@ -96,8 +116,7 @@ def shot(browser: Any, name: str) -> None:
         browser.save_screenshot(str(Path(folder) / f"{name}.png"))
 
 
-def test_upload_predict_slide_and_download(open_page: Callable[[], Any], tmp_path: Path) -> None:
-    browser = open_page()
+def test_upload_predict_slide_and_download(browser: Any, tmp_path: Path) -> None:
     shot(browser, "empty")
     upload(browser, PICTURES[0])
     click(browser, "#go button, button#go")
@@ -132,8 +151,7 @@ def test_upload_predict_slide_and_download(open_page: Callable[[], Any], tmp_pat
         assert len(list(csv.DictReader(file))) == every
 
 
-def test_a_broken_file_is_a_sentence_and_spares_the_others(open_page: Callable[[], Any], tmp_path: Path) -> None:
-    browser = open_page()
+def test_a_broken_file_is_a_sentence_and_spares_the_others(browser: Any, tmp_path: Path) -> None:
     broken = tmp_path / "broken.png"
     broken.write_bytes(PICTURES[0].read_bytes()[:300])
     upload(browser, broken)
@@ -151,8 +169,10 @@ def test_a_broken_file_is_a_sentence_and_spares_the_others(open_page: Callable[[
     assert "broken.png was left out" in text(browser, "#remarks")
 
 
-def test_two_people_see_their_own_pictures(open_page: Callable[[], Any]) -> None:
-    one, other = open_page(), open_page()
+def test_two_people_see_their_own_pictures(
+    browser: Any, start_browser: Callable[[], Any], address: str, tmp_path: Path
+) -> None:
+    one, other = browser, opened(start_browser(), address, tmp_path)
     upload(one, PICTURES[0])
     upload(other, PICTURES[2])
     click(one, "#go button, button#go")
@@ -164,8 +184,7 @@ def test_two_people_see_their_own_pictures(open_page: Callable[[], Any]) -> None
     assert PICTURES[0].name not in text(other, "#table")
 
 
-def test_several_pictures_are_counted_each_and_packed(open_page: Callable[[], Any], tmp_path: Path) -> None:
-    browser = open_page()
+def test_several_pictures_are_counted_each_and_packed(browser: Any, tmp_path: Path) -> None:
     upload(browser, *PICTURES[4:6])
     click(browser, "#go button, button#go")
     assert "in 2 pictures" in until(lambda: text(browser, "#status"))
@@ -180,8 +199,7 @@ def test_several_pictures_are_counted_each_and_packed(open_page: Callable[[], An
         assert packed.namelist() == [f"{p.stem}.png" for p in PICTURES[4:6]]
 
 
-def test_an_example_is_one_click(open_page: Callable[[], Any]) -> None:
-    browser = open_page()
+def test_an_example_is_one_click(browser: Any) -> None:
     buttons = until(lambda: browser.find_elements(By.CSS_SELECTOR, "#examples button img"))
     assert len(buttons) == len(PICTURES)
     browser.execute_script("arguments[0].click()", buttons[3])

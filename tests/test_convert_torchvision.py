@@ -26,6 +26,7 @@ from a2fpn.convert import from_torchvision, load_torchvision
 from a2fpn.convert.torchvision_config import backbone_config, published_config, torchvision_config
 from a2fpn.convert.torchvision_state import torchvision_state
 from a2fpn.detectors import Detector
+from a2fpn.device import without_values
 from a2fpn.heads import dense
 from a2fpn.pretrained.catalog import PRETRAINED, TorchvisionWeights
 from a2fpn.pretrained.checkpoint import read_checkpoint
@@ -105,7 +106,7 @@ def published_like(name: str, **options: Any) -> nn.Module:
     options = (ONE_STAGE if name.startswith(("retinanet", "fcos")) else RCNN) | options
     if not name.startswith("keypoint"):
         options.setdefault("num_classes", 6)
-    with torch.device("meta"):  # their own random numbers would be thrown away
+    with without_values():  # their own random numbers would be thrown away
         module = get_model_builder(name)(weights=None, weights_backbone=None, **options)
         if name.startswith("keypoint"):
             module.roi_heads.keypoint_head = tv.keypoint_rcnn.KeypointRCNNHeads(256, (32, 32))
@@ -318,7 +319,7 @@ def test_outputs_of_one_stage_detectors_are_taken_one_by_one(detector: type[nn.M
     ],
 )
 def test_categories_are_those_given(outputs: int, names: list[str] | None, expected: list[tuple[int, str]]) -> None:
-    with torch.device("meta"):
+    with without_values():
         config = torchvision_config(small(num_classes=outputs), categories=names)
     assert [(category.id, category.name) for category in config.categories] == expected
     assert config.num_classes == (len(expected) or outputs - 1)
@@ -349,7 +350,7 @@ def old_names(state: dict[str, Tensor], *, retinanet: bool) -> dict[str, Tensor]
 
 @pytest.mark.parametrize("name", ["maskrcnn_resnet50_fpn", "retinanet_resnet50_fpn"])
 def test_older_files_have_other_names(name: str) -> None:
-    with torch.device("meta"):
+    with without_values():
         module = get_model_builder(name)(weights=None, weights_backbone=None)
         freeze(module.backbone.body, 0.0)
     config = torchvision_config(module)
@@ -370,7 +371,7 @@ def test_published_weights_fit_what_torchvision_would_build_for_them(
     """torchvision's own builder is told that it has weights; only their loading is left out."""
     weights = PUBLISHED[name]
     monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", lambda *args, **kwargs: {})
-    with torch.device("meta"):
+    with without_values():
         with monkeypatch.context() as patch:
             patch.setattr(nn.Module, "load_state_dict", lambda *args, **kwargs: None)
             module = get_model_builder(weights.builder)(weights=weights.published, weights_backbone=None)
@@ -398,7 +399,7 @@ def test_a_state_of_another_model_is_an_error() -> None:
 
 @pytest.mark.parametrize("depth", [18, 34, 50, 101, 152])
 def test_resnets_are_told_apart(depth: int) -> None:
-    with torch.device("meta"):
+    with without_values():
         backbone = resnet_fpn_backbone(backbone_name=f"resnet{depth}", weights=None, trainable_layers=2)
         config = torchvision_config(tv.FasterRCNN(backbone, 3))
         assert config.backbone.name == f"resnet{depth}.tv_in1k"
@@ -409,7 +410,7 @@ def test_resnets_are_told_apart(depth: int) -> None:
 
 @pytest.mark.parametrize("name", ["resnext50_32x4d", "resnext101_32x8d", "wide_resnet50_2", "wide_resnet101_2"])
 def test_wider_resnets_are_told_apart(name: str) -> None:
-    with torch.device("meta"):
+    with without_values():
         backbone = resnet_fpn_backbone(backbone_name=name, weights=None, trainable_layers=5)
         config = torchvision_config(tv.FasterRCNN(backbone, 3))
         ours = TimmBackbone(config.backbone).body.state_dict()
@@ -497,7 +498,7 @@ def shorter(module: nn.Module) -> None:
     ],
 )
 def test_what_ours_lacks_is_an_error(damage: Callable[[nn.Module], None], message: str) -> None:
-    with torch.device("meta"):
+    with without_values():
         module = small()
     damage(module)
     with pytest.raises(ValueError, match=message):
@@ -505,7 +506,7 @@ def test_what_ours_lacks_is_an_error(damage: Callable[[nn.Module], None], messag
 
 
 def test_what_is_no_detector_of_torchvisions_is_an_error() -> None:
-    with torch.device("meta"):
+    with without_values():
         backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None)
         subclass, ssd = Subclass(backbone, 3), tv.ssd300_vgg16(weights=None, weights_backbone=None)
     for module, name in ((subclass, "Subclass"), (ssd, "SSD"), (nn.Linear(1, 1), "Linear")):
@@ -547,7 +548,7 @@ def test_a_mobilenet_is_frozen_as_torchvision_does(theirs: int, ours: int | None
 def test_pretrained_backbones_are_frozen_as_torchvision_does() -> None:
     assert ResNet50_Weights.IMAGENET1K_V1 is not None
     for trained, stages in itertools.product(range(6), ([1, 2, 3, 4], [2, 3, 4])):
-        with torch.device("meta"):
+        with without_values():
             backbone = resnet_fpn_backbone(
                 backbone_name="resnet18", weights=None, trainable_layers=trained, returned_layers=stages
             )

@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.training import metrics, tiny_run
+from tests.processes import run_python
+from tests.training import Process, metrics, tiny_run
 
 ROOT = Path(__file__).resolve().parent.parent
 # Samplers of anchors and boxes that take all there are draw nothing that could depend on the process.
@@ -58,10 +59,10 @@ def test_two_processes_with_two_images_learn_what_one_with_four_does(tmp_path, o
     tiny_run(tmp_path, size=(64, 64))
     arguments = [*overrides, *TAKE_ALL, "run.epochs=2", "optim.lr=1e-2", "run.pictures=0", "data.check_images=0"]
     arguments += ["data.transforms.color_jitter=0.5", "model.overrides.norm=frozen"]
-    one = launch(1, [*tiny_run(tmp_path, "one"), *arguments, "data.batch_size=4"])
     two = launch(2, [*tiny_run(tmp_path, "two"), *arguments, "data.batch_size=2"])
-    finish(one)
+    one = Process([*tiny_run(tmp_path, "one"), *arguments, "data.batch_size=4"], tmp_path / "one.log")
     finish(two)
+    assert one.wait() == 0, one.log.read_text()
     for ours, theirs in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
         for name in (name for name in theirs if name.startswith("train/")):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
@@ -125,18 +126,19 @@ def test_two_processes_hold_the_same_weights_and_find_what_one_finds_bit_for_bit
     assert len(together) == 30  # 10 per image
     # One process evaluates the same weights: resumed after its last step, it has nothing to do but that.
     probe = f"""
-import sys, torch
+import os, sys
+os.environ["ACCELERATE_USE_CPU"] = "true"
 sys.argv = ["{tmp_path}"]
 import a2fpn.training.validate, a2fpn.training.trainer
 from a2fpn.training.cli import parse
-torch.set_num_threads(1)
 trainer = a2fpn.training.trainer.Trainer(parse({[*arguments, "run.resume=auto", "data.batch_size=2"]!r}))
 metrics, _ = trainer.validator.evaluate(trainer.evaluated_model, lambda: None)
 losses = trainer.validator.losses(trainer.evaluated_model, lambda: None)
 import json
 print(json.dumps([metrics, losses]))
 """
-    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, env=ENVIRONMENT, check=True)
+    done = run_python(probe)
+    assert done.returncode == 0, done.stderr
     alone, losses = json.loads(done.stdout.splitlines()[-1])
     assert {name: record[name] for name in alone} == alone
     assert {name: record[name] for name in losses} == pytest.approx(losses, rel=1e-6)

@@ -61,7 +61,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         BUILDING | {"_atomic", "_plugins", "_version", "_words", "convert", "layers"},
         {"huggingface_hub", "safetensors", "torch", "torchvision"},
     ),
-    "convert": (BUILDING | {"layers", "pretrained"}, {"torch", "torchvision", "safetensors"}),
+    "convert": (BUILDING | {"device", "layers", "pretrained"}, {"torch", "torchvision", "safetensors"}),
     "data": (
         {"_atomic", "_registry", "config", "errors", "masks"},
         {

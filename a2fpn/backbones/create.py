@@ -1,4 +1,4 @@
-"""Networks by timm; on the meta device, where no tensor has values, none are drawn."""
+"""Networks by timm."""
 
 from __future__ import annotations
 
@@ -7,22 +7,13 @@ from typing import Any
 
 import timm
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import nn
 
-_METHODS = ("add_", "clamp_", "div_", "erfinv_", "fill_", "mul_", "normal_", "sub_", "uniform_", "zero_")
-_INITIALIZERS = frozenset(
-    [getattr(Tensor, name) for name in _METHODS]
-    + [getattr(nn.init, name) for name in dir(nn.init) if name.endswith("_") and not name.startswith("_")]
-)
-"""What fills a tensor, or scales what fills it, and leaves its shape alone."""
+from a2fpn.device import without_values
 
 
 def create_network(name: str, **options: Any) -> nn.Module:
-    """Build a network of timm.
-
-    On the meta device torch computes shapes in Python for each of an initializer's operations: for many networks most
-    of the time of their construction.
+    """Build a network of timm; on the meta device, where no tensor has values, none are drawn.
 
     Args:
         name: As timm knows it.
@@ -35,18 +26,6 @@ def create_network(name: str, **options: Any) -> nn.Module:
         (torch.Size([16, 3, 3, 3]), True)
     """
     on_meta = torch.empty(0).is_meta
-    with _WithoutInitialization() if on_meta else contextlib.nullcontext():
+    with without_values() if on_meta else contextlib.nullcontext():
         network: nn.Module = timm.create_model(name, **options)
     return network
-
-
-class _WithoutInitialization(TorchFunctionMode):
-    """Within it no operation fills a tensor on the meta device."""
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in _INITIALIZERS:
-            filled = args[0] if args else kwargs["tensor"]  # as torch.nn.init hands it on
-            if filled.is_meta:
-                return filled
-        return func(*args, **kwargs)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from a2fpn.build import build_model
 from a2fpn.compose import compose
 from a2fpn.config import ModelConfig
+from a2fpn.device import without_values
 from a2fpn.errors import ConfigError, MissingFileError
 from a2fpn.layers import positional_keys
 
@@ -256,7 +257,7 @@ def convert(
     """
     sizes = _sizes(state, name, layout)
     options = {"norm": "frozen", **pixels.overrides(), **sizes, **overrides}
-    with torch.device("meta"):
+    with without_values():
         model = build_model(compose(name, **options))
     if model.config.neck.name not in layout.necks:
         known = " or ".join(map(repr, layout.necks))

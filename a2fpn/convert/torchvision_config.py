@@ -7,7 +7,6 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 from torchvision.models import get_model_builder, get_model_weights
 from torchvision.models._utils import IntermediateLayerGetter
@@ -21,6 +20,7 @@ from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastL
 from a2fpn.backbones import ALIASES
 from a2fpn.config import STAGES, BackboneConfig, Category, ModelConfig, NeckConfig, PreprocessConfig, heads_type
 from a2fpn.detectors import DETECTORS
+from a2fpn.device import without_values
 from a2fpn.errors import ConfigError
 from a2fpn.pretrained.catalog import TorchvisionWeights
 
@@ -107,7 +107,7 @@ def published_config(weights: TorchvisionWeights) -> ModelConfig:
         >>> config.architecture, config.num_classes, config.backbone.norm, config.backbone.norm_eps
         ('maskrcnn_fpn_r50', 80, 'frozen', 0.0)
     """
-    with torch.device("meta"):
+    with without_values():
         module = get_model_builder(weights.builder)(weights=None, weights_backbone=None)
     config = torchvision_config(module)
     # What torchvision makes of a backbone only when weights are given.

@@ -6,13 +6,13 @@ import dataclasses
 import re
 from collections.abc import Callable, Mapping
 
-import torch
 from torch import Tensor
 from torchvision.models import mobilenet_v3_large
 
 from a2fpn.backbones import TimmBackbone
 from a2fpn.config import BackboneConfig, ModelConfig, RCNNConfig, RetinaNetConfig
 from a2fpn.detectors import DETECTORS
+from a2fpn.device import without_values
 from a2fpn.pyramid import level_names
 
 
@@ -42,7 +42,7 @@ def _strides(config: BackboneConfig) -> tuple[int, ...]:
     """Strides of a backbone's maps; those of taps are measured."""
     if not config.taps:
         return config.strides
-    with torch.device("meta"):
+    with without_values():
         return TimmBackbone(config).out_spec.strides
 
 
@@ -78,7 +78,7 @@ def _renaming(config: ModelConfig) -> Callable[[str], str]:
 
 def _mobilenet_names(config: BackboneConfig) -> dict[str, str]:
     """From torchvision's names to timm's of MobileNetV3's tensors: both make the same layers in the same order."""
-    with torch.device("meta"):
+    with without_values():
         ours = TimmBackbone(dataclasses.replace(config, norm="bn")).body.state_dict()
         theirs = mobilenet_v3_large(weights=None).features.state_dict()
     return {f"backbone.body.{their}": f"backbone.body.{our}" for their, our in zip(theirs, ours, strict=True)}
