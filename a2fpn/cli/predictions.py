@@ -293,9 +293,10 @@ class PredictionFolder:
         names = list(there)
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            effect = "starts anew and replaces it" if self._resumed else "replaces what is there"
             raise ExistingFileError(
-                f"{self.folder} holds {', '.join(names[:3])}{more}, {why}. {advice}--overwrite "
-                f"{'starts anew and replaces it' if self._resumed else 'replaces what is there'}; or give another --output."
+                f"{self.folder} holds {', '.join(names[:3])}{more}, {why}. {advice}--overwrite {effect}; or give another "
+                "--output."
             )
 
 
