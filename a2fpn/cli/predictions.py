@@ -295,8 +295,8 @@ class PredictionFolder:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             effect = "starts anew and replaces it" if self._resumed else "replaces what is there"
             raise ExistingFileError(
-                f"{self.folder} holds {', '.join(names[:3])}{more}, {why}. {advice}--overwrite {effect}; or give another "
-                "--output."
+                f"{self.folder} holds {', '.join(names[:3])}{more}, {why}. {advice}--overwrite {effect}; "
+                "or give another --output."
             )
 
 
