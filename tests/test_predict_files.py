@@ -171,6 +171,86 @@ def test_a_resumed_run_has_the_same_weights_and_images(checkpoint: Path, tmp_pat
     assert read(out / "predictions.json") == after
 
 
+@pytest.mark.parametrize(
+    ("name", "formats"),
+    [("c.png", "coco"), ("c.geojson", "geojson"), ("objects.csv", "csv"), ("labelme/a.json", "labelme")],
+)
+def test_going_on_replaces_nothing_of_a_stranger(checkpoint: Path, tmp_path: Path, name: str, formats: str) -> None:
+    photos, out = images(tmp_path / "photos", "a.png", "b.png"), tmp_path / "out"
+    predict(checkpoint, photos, "--output", out)
+    images(photos, "c.png")
+    (out / name).parent.mkdir(exist_ok=True)
+    (out / name).write_text("mine")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    command = (checkpoint, photos, "--output", out, "--format", f"overlay,{formats}")
+    output = predict(*command, "--resume", code=2)
+    assert (
+        f"out holds {name.partition('/')[0]}, not made by this run. --overwrite starts anew and replaces it" in output
+    )
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    predict(*command, "--overwrite")
+    assert not (out / name).exists() or (out / name).read_bytes() != b"mine"
+
+
+@pytest.mark.parametrize("change", ["edit", "add", "touch nothing"])
+def test_corrected_labels_are_not_replaced_by_going_on(checkpoint: Path, tmp_path: Path, change: str) -> None:
+    photos, out = images(tmp_path / "photos", "a.png"), tmp_path / "out"
+    command = (checkpoint, photos, "--output", out, "--format", "overlay,labelme")
+    predict(*command)
+    images(photos, "b.png")
+    label = out / "labelme" / "a.json"
+    assert label.exists()
+    if change == "edit":
+        label.write_text(label.read_text().replace('"shapes"', '"shapes" '))
+    elif change == "add":
+        (out / "labelme" / "notes.txt").write_text("mine")
+    if change == "touch nothing":
+        predict(*command, "--resume")
+        assert (out / "labelme" / "b.json").exists()
+        return
+    output = predict(*command, "--resume", code=2)
+    assert "out holds labelme, changed since this run wrote it. Leave its format out of --format" in output
+    predict(checkpoint, photos, "--output", out, "--format", "overlay", "--resume")
+    assert (out / "b.png").exists()
+    assert sorted(path.name for path in (out / "labelme").iterdir())[0] == "a.json"
+
+
+def test_a_file_that_came_between_a_stop_and_going_on_stays(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos, out = images(tmp_path / "photos", "a.png", "b.png", "c.png"), tmp_path / "out"
+    with monkeypatch.context() as patched:
+        interrupted(patched, after=1)
+        predict(checkpoint, photos, "--output", out, code=130)
+    (out / "c.png").write_text("mine")
+    assert "out holds c.png, not made by this run" in predict(checkpoint, photos, "--output", out, "--resume", code=2)
+    (out / "c.png").rename(out / "b.png")  # as a kill between picture and line of the first one leaves it
+    predict(checkpoint, photos, "--output", out, "--resume")
+    assert len(read(out / "predictions.json")) == 15
+
+
+@pytest.mark.parametrize("line", ["[1]", "{}", '{"file_name": "x"}', "7", "null"])
+def test_a_line_that_is_no_record_ends_what_is_done(checkpoint: Path, tmp_path: Path, line: str) -> None:
+    photos, out = images(tmp_path / "photos", "a.png", "b.png"), tmp_path / "out"
+    predict(checkpoint, photos, "--output", out)
+    whole = read(out / "predictions.json")
+    lines = (out / "predictions.jsonl").read_text().splitlines()
+    (out / "predictions.jsonl").write_text(f"{lines[0]}\n{line}\n{lines[1]}\n")
+    assert "1 image of 2 done before" in predict(checkpoint, photos, "--output", out, "--resume")
+    assert read(out / "predictions.json") == whole
+
+
+@pytest.mark.parametrize("options", [(), ("--overwrite",)])
+def test_a_folder_in_the_place_of_a_picture_is_an_error(
+    checkpoint: Path, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    photos, out = images(tmp_path / "photos", "a.png", "b.png"), tmp_path / "out"
+    (out / "a.png").mkdir(parents=True)
+    output = predict(checkpoint, photos, "--output", out, *options, code=2)
+    assert re.search(r"a\.png is a folder, where a file is to be written", output)
+    assert list(out.iterdir()) == [out / "a.png"]
+
+
 def test_where_nothing_can_be_read_nothing_else_is_removed(checkpoint: Path, tmp_path: Path) -> None:
     photos, out = tmp_path / "photos", tmp_path / "out"
     photos.mkdir()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from a2fpn._atomic import append_line, write_text
+from a2fpn.cli.own_files import OwnFiles
 from a2fpn.cli.tile_journal import TileJournal, done_tiles, whole_lines
 from a2fpn.config import Category
 from a2fpn.data.slides import SlideOptions, Window
@@ -24,6 +25,7 @@ from a2fpn.writers.coco import STREAM, to_line
 MANIFEST = "manifest.json"
 TILES = ".tiles.jsonl"
 STAMP = ("bytes", "changed")
+_LINE = {"file_name", "image_id", "stem", "height", "width", "microns_per_pixel", "results"}
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,13 @@ class Job:
 class PredictionFolder:
     """Folder of results of ``a2fpn predict``, written image by image.
 
-    ``manifest.json`` holds the settings and the table of images (id, file name as given, stem) from the start,
-    ``predictions.jsonl`` a line per image as soon as it is done. Formats with a file for each image are written then
-    as well, those with one file for all at the end, from the lines. One process at a time writes, until :meth:`close`.
+    ``manifest.json`` holds the settings, the table of images (id, file name as given, stem) and the names of the run's
+    files from the start, and at the end also how these were written. A run that goes on replaces no file of another
+    name, and none that somebody changed since.
+
+    ``predictions.jsonl`` gets a line per image as soon as it is done. Formats with a file for each image are written
+    then as well, those with one file for all at the end, from the lines. One process at a time writes, until
+    :meth:`close`.
 
     Args:
         folder: Made if need be.
@@ -64,7 +70,7 @@ class PredictionFolder:
     Raises:
         ConfigError: For an unknown format, if images are read from the folder, the run in it had other settings, or
             another process writes to it.
-        ExistingFileError: If a file of the same name is there and neither is wanted.
+        ExistingFileError: If a file is there that this run did not write, or was changed since, and would be replaced.
     """
 
     def __init__(
@@ -107,19 +113,39 @@ class PredictionFolder:
         self.changed = {name for name, stamp in stamps.items() if self._stamps.get(name, stamp) != stamp}
         self._stamps |= stamps
         self._resumed = resume and bool(known)
-        if resume and known:
+        if self._resumed:
             self._found = {line["file_name"]: len(line["results"]) for line in self._kept()}
             self.changed &= {line["file_name"] for line in self._lines()}
-        elif not overwrite:
-            self._refuse_existing(resume)
-        table = {**known, **{_name(job.path): job for job in self.jobs}}
-        images = [
-            {"id": job.image_id, "file_name": name, "stem": job.stem, **self._stamps.get(name, {})}
-            for name, job in table.items()
-        ]
-        write_text(folder / MANIFEST, json.dumps({"settings": self.settings, "images": images}, indent=1) + "\n")
+        else:
+            self._own = OwnFiles(folder)
+        self._refuse_folders()
+        if not overwrite:
+            if self._resumed:
+                self._refuse_replaced()
+            else:
+                self._refuse_existing(resume)
+        self._own.claim(self._all_names)
+        self._table = {**known, **{_name(job.path): job for job in self.jobs}}
+        self._write_manifest()
         # Anew, without the line that a kill has cut off; replacing a link instead of following it.
         write_text(folder / STREAM, "".join(json.dumps(line) + "\n" for line in self._kept()) if self._found else "")
+
+    def _write_manifest(self) -> None:
+        images = [
+            {"id": job.image_id, "file_name": name, "stem": job.stem, **self._stamps.get(name, {})}
+            for name, job in self._table.items()
+        ]
+        held = {"settings": self.settings, "images": images, "files": self._own.to_json()}
+        write_text(self.folder / MANIFEST, json.dumps(held, indent=1) + "\n")
+
+    def _names(self, jobs: Sequence[Job]) -> list[str]:
+        """Names of the files of each image."""
+        return [f"{job.stem}{form.suffix}" for form in self._each for job in jobs]
+
+    @property
+    def _all_names(self) -> list[str]:
+        """Names of the files and folders of all formats."""
+        return [*(form.file for form in self._whole), *self._names(self.jobs)]
 
     @property
     def pending(self) -> list[Job]:
@@ -169,6 +195,8 @@ class PredictionFolder:
             self._write_each(Job(Path(image.name), image.image_id, image.stem), image.result, missing=True)
         for form in self._whole:
             form.write(self._images(), self.categories, self.folder / form.file)
+            self._own.note(form.file)
+        self._write_manifest()
 
     def close(self) -> None:
         """Let other processes write to the folder."""
@@ -191,6 +219,7 @@ class PredictionFolder:
             path = self.folder / f"{job.stem}{form.suffix}"
             if not (missing and path.exists()):
                 form.write(result, path)
+                self._own.note(path.name)
 
     def _images(self) -> Iterator[ImageResult]:
         """The results, read from the disk one by one."""
@@ -215,6 +244,7 @@ class PredictionFolder:
             settings = dict(held["settings"])
             table = {row["file_name"]: Job(Path(row["file_name"]), row["id"], row["stem"]) for row in held["images"]}
             self._stamps = {row["file_name"]: {key: row[key] for key in STAMP if key in row} for row in held["images"]}
+            self._own = OwnFiles(self.folder, held.get("files"))
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{path} is no manifest of a2fpn predict; give another --output.") from error
         if any(Path(job.stem).name != job.stem for job in table.values()):
@@ -230,24 +260,44 @@ class PredictionFolder:
 
     def _lines(self) -> Iterator[dict[str, Any]]:
         """The lines of the images that are done, as far as they are whole."""
-        yield from whole_lines(self.folder / STREAM)
+        yield from itertools.takewhile(lambda line: line.keys() >= _LINE, whole_lines(self.folder / STREAM))
 
     def _kept(self) -> Iterator[dict[str, Any]]:
         """The lines of the images that are what they were."""
         return (line for line in self._lines() if line["file_name"] not in self.changed)
 
     def _refuse_existing(self, resume: bool) -> None:
-        suffixes = [*(form.suffix for form in self._each), TILES]
-        own = [f"{job.stem}{suffix}" for suffix in suffixes for job in self.jobs]
-        names = [MANIFEST, STREAM, *(form.file for form in self._whole), *own]
-        there = [name for name in names if os.path.lexists(self.folder / name)]
-        if not there:
-            return
-        advice = "" if resume else f"{'--resume continues that run, ' if MANIFEST in there else ''}"
-        raise ExistingFileError(
-            f"{self.folder} holds {', '.join(there[:3])}{f' and {len(there) - 3} more' if len(there) > 3 else ''}, "
-            f"not made by this run. {advice}--overwrite replaces what is there; or give another --output."
-        )
+        journals = [f"{job.stem}{TILES}" for job in self.jobs]
+        there = OwnFiles(self.folder).foreign([MANIFEST, STREAM, *self._all_names, *journals])
+        advice = "" if resume or MANIFEST not in there else "--resume continues that run, "
+        self._refuse(there, "not made by this run", advice)
+
+    def _refuse_replaced(self) -> None:
+        """Refuse to replace what the run that goes on did not write, or somebody changed since."""
+        pending = self.pending
+        # A kill between an image's own files and its line leaves the files of the first one.
+        unfinished = self._own.unfinished(self._names(pending[1:]))
+        self._refuse(dict.fromkeys([*self._own.foreign(self._all_names), *unfinished]), "not made by this run")
+        replaced = [*(form.file for form in self._whole), *self._names(pending)]
+        advice = "Leave its format out of --format; "
+        self._refuse(self._own.changed(replaced), "changed since this run wrote it", advice)
+
+    def _refuse_folders(self) -> None:
+        """Refuse folders in the place of an image's files: they are never replaced."""
+        paths = (self.folder / f"{job.stem}{form.suffix}" for form in self._each for job in self.jobs)
+        found = next((path for path in paths if path.is_dir() and not path.is_symlink()), None)
+        if found is not None:
+            raise ExistingFileError(f"{found} is a folder, where a file is to be written; give another --output.")
+
+    def _refuse(self, there: Iterable[str], why: str, advice: str = "") -> None:
+        names = list(there)
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            effect = "starts anew and replaces it" if self._resumed else "replaces what is there"
+            raise ExistingFileError(
+                f"{self.folder} holds {', '.join(names[:3])}{more}, {why}. {advice}--overwrite {effect}; "
+                "or give another --output."
+            )
 
 
 def _name(path: Path) -> str:

@@ -13,6 +13,8 @@ from a2fpn._atomic import append_line, write_text
 from a2fpn.data.slides import Window
 from a2fpn.inference.tiling import TileDetections
 
+_LINE = {"tile", "boxes", "scores", "labels", "masks"}
+
 
 class TileJournal:
     """File with a line of JSON for each tile of an image that is done.
@@ -34,7 +36,7 @@ class TileJournal:
         about = image.stat()
         head = {"bytes": about.st_size, "changed": about.st_mtime_ns, "tiles": [list(window) for window in windows]}
         lines = list(whole_lines(path))
-        known = lines[1:] if lines and lines[0] == head else []
+        known = [line for line in lines[1:] if line.keys() == _LINE] if lines and lines[0] == head else []
         self.tiles = {line["tile"]: _from_line(line, windows[line["tile"]]) for line in known}
         # Anew, without what a kill has cut off; replacing a link instead of following it.
         write_text(path, "".join(json.dumps(line) + "\n" for line in (head, *known)))
@@ -58,15 +60,18 @@ def done_tiles(path: Path) -> int:
 
 
 def whole_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the lines of a file as far as they are whole."""
+    """Yield the lines of a file as far as they are whole objects of JSON."""
     if not path.is_file() or path.is_symlink():
         return
     with path.open(encoding="utf-8") as file:
         for text in file:
             try:
-                yield json.loads(text)
+                line = json.loads(text)
             except ValueError:  # cut off
                 return
+            if not isinstance(line, dict):
+                return
+            yield line
 
 
 def _from_line(line: Mapping[str, Any], window: Window) -> TileDetections:

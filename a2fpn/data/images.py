@@ -250,7 +250,6 @@ def _mark_values(image: Image.Image, *, gray_bits: int, name: str) -> None:
         )
     if image.mode == "RGB" and "transparency" in image.info:
         image.info["transparency"] = tuple(value >> 8 for value in image.info["transparency"])
-    image.load()
     values = np.asarray(image)[..., [band != "A" for band in image.getbands()]]
     if 0 < values.max() < _DARK >> 8:
         _logger.warning("%s: values of 16 bits that stay below %d, so it is nearly black; convert it.", name, _DARK)

@@ -46,7 +46,7 @@ def log_start(run: Run) -> None:
             "Continuing after step %d: %d of %d epochs and %.1f %% of the run are done, %d images were seen.",
             state.step,
             state.epoch,
-            run.plan.epochs(state),
+            max(state.epoch, run.plan.epochs(state)),
             100 * state.share,
             state.images,
         )
