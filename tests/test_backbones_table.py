@@ -13,9 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import a2fpn
 from a2fpn.backbones import BackboneInfo, TimmBackbone, UnsupportedBackboneError, attach, find_backbone_info
 from a2fpn.backbones.create import create_network
+from a2fpn.backbones.freezing import contributors
 from a2fpn.backbones.info import PYRAMID, TABLE, read_table
 from a2fpn.backbones.probe import measure, probe
 from a2fpn.config import BackboneConfig
+from a2fpn.device import without_values
 from benchmarks import backbones as sweep
 
 same_timm = pytest.mark.skipif(
@@ -227,6 +229,15 @@ def test_networks_elsewhere_are_drawn_as_timm_draws_them() -> None:
         torch.manual_seed(0)
         states.append(create("test_vit").state_dict())
     assert all(torch.equal(x, states[1][key]) for key, x in states[0].items())
+
+
+def test_without_values_the_rest_is_computed() -> None:
+    with without_values():
+        weight = torch.nn.Parameter(torch.zeros(2))
+        # A gradient has to reach what is added.
+        assert contributors([torch.zeros(2).add_(weight)]) == [{weight}]
+        assert torch.zeros(2, device="cpu").fill_(3).tolist() == [3, 3]
+        assert torch.zeros(2).fill_(3).is_meta
 
 
 # The sweep
