@@ -100,6 +100,15 @@ def test_disagreement_shows_half_in_favor_of_each_and_says_so(scene: Any) -> Non
     assert chosen.rows == ("annotations", "A", "B")
 
 
+@pytest.mark.parametrize(("count", "how"), [(3, r"3 of 7 images, drawn at random \(seed 0\)"), (7, "All 7 images")])
+def test_models_that_nowhere_differ_are_shown_on_random_images(scene: Any, count: int, how: str) -> None:
+    coco, folder, paths = scene
+    last, best = (Knows(coco, folder, lambda _, result: result) for _ in range(2))
+    chosen = compare({"last": last, "best": best}, paths, coco=coco, folder=folder, count=count)
+    assert re.match(rf"last and best have the same AP in every image\. {how}\. AP over all images", chosen.note)
+    assert len(names(chosen)) == len(chosen.columns) == count
+
+
 def test_the_worst_images_have_the_lowest_ap(scene: Any) -> None:
     coco, folder, paths = scene
     bad = Knows(coco, folder, lambda i, r: first(r, 0) if i == 103 else r)

@@ -242,7 +242,7 @@ def test_a_source_without_splits_gets_them(tmp_path: Path) -> None:
     report = import_data(tmp_path / "x", tmp_path / "y", val=0.3, group_by=r"site_(\d)")
     assert {split: count.images for split, count in report.splits.items()} == {"train": 6, "val": 3}
     convert_data(write_set(tmp_path / "z"), tmp_path / "w", to="yolo")
-    with pytest.raises(DataError, match="the source has the splits train, val; leave val out"):
+    with pytest.raises(DataError, match=r"splits train, val; leave out val and test \(--val, --test\) to keep"):
         import_data(tmp_path / "w", tmp_path / "v", val=0.3)
 
 

@@ -18,6 +18,8 @@ FACTS = {
     "license": "MIT",
     "recipe": "cells_1x",
     "note": "mine",
+    "device": "a fast one",
+    "run_metrics": [{"step": 5, "bbox/ap": 0.4}],
 }
 
 
@@ -45,7 +47,9 @@ def test_what_was_measured_is_marked_when_it_no_longer_holds(change: str, folder
     metadata = read_checkpoint(a2fpn.save_pretrained(model, tmp_path / "x")).metadata
     assert "metrics" not in metadata
     assert "max_detections" not in metadata
+    assert metadata.keys().isdisjoint({"device", "run_metrics"})
     assert metadata["derived_from"]["metrics"] == {"bbox/ap": 0.5}
+    assert metadata["derived_from"]["device"] == FACTS["device"]
     assert {key: metadata[key] for key in ("data_license", "license", "recipe", "note")} == {
         key: FACTS[key] for key in ("data_license", "license", "recipe", "note")
     }
@@ -57,6 +61,18 @@ def test_new_data_do_not_have_the_licence_of_the_old(folder: Path, tmp_path: Pat
     assert metadata["data"] == "photos"
     assert metadata.keys().isdisjoint({"data_license", "recipe"})
     assert metadata["license"] == "MIT"
+
+
+def test_a_model_trained_on_names_the_data_of_its_origin_below_it(folder: Path, tmp_path: Path) -> None:
+    model = a2fpn.from_pretrained(folder, num_classes=7)
+    given = {"data": "photos", "device": "a slow one"}
+    trained = read_checkpoint(a2fpn.save_pretrained(model, tmp_path / "x", metadata=given))
+    assert trained.metadata.keys() >= given.keys()
+    assert trained.metadata["derived_from"]["data_license"] == FACTS["data_license"]
+    card = model_card(trained, "a/b")
+    assert "\n* data: photos\n" in card
+    assert "\n* derived_from:\n    * architecture: fasterrcnn_fpn\n" in card
+    assert f"\n    * data_license: {FACTS['data_license']}\n" in card
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn])

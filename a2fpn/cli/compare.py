@@ -11,7 +11,7 @@ import numpy as np
 import typer
 
 from a2fpn.cli.format import progress_bar
-from a2fpn.cli.options import Device, Threshold, Tile, build_predictor, load_detector, short_names
+from a2fpn.cli.options import Device, MaxObjects, Threshold, Tile, build_predictor, load_detector, short_names
 from a2fpn.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def compare(
     among: Among = None,
     columns: Columns = 4,
     score_threshold: Threshold = 0.5,
+    max_objects: MaxObjects = None,
     tile: Tile = None,
     seed: Seed = 0,
     device: Device = None,
@@ -80,7 +81,7 @@ def compare(
     folder, files, coco = _images(images, annotations)
     some = _drawn(files, among, seed)
     named = zip(short_names(models), models, strict=True)
-    predictors = {name: _predictor(model, device, tile) for name, model in named}
+    predictors = {name: _predictor(model, device, tile, max_objects) for name, model in named}
     comparison = compare_models(
         predictors,
         some,
@@ -115,6 +116,7 @@ def gallery(
     among: Among = None,
     columns: Columns = 4,
     score_threshold: Threshold = 0.5,
+    max_objects: MaxObjects = None,
     tile: Tile = None,
     seed: Seed = 0,
     device: Device = None,
@@ -129,7 +131,7 @@ def gallery(
     folder, files, coco = _images(images, annotations)
     some = _drawn(files, among, seed)
     comparison = compare_models(
-        {short_names([model])[0]: _predictor(model, device, tile)},
+        {short_names([model])[0]: _predictor(model, device, tile, max_objects)},
         some,
         coco=coco if pick == "worst" else None,
         folder=folder,
@@ -179,11 +181,12 @@ def _told(comparison: Comparison, some: Sequence[Path], files: Sequence[Path]) -
     return dataclasses.replace(comparison, note=comparison.note + drawn)
 
 
-def _predictor(model: str, device: str | None, tile: int | None) -> Predictor:
+def _predictor(model: str, device: str | None, tile: int | None, max_objects: int | None) -> Predictor:
     """A predictor of all that the model finds, since average precision takes objects of all scores."""
     detector = load_detector(model)
     own = detector.rule.score_threshold
-    return build_predictor(detector, device, optimize=False, dtype="float32", tile=tile, score_threshold=own)
+    options = {"tile": tile, "score_threshold": own, "max_objects": max_objects}
+    return build_predictor(detector, device, optimize=False, dtype="float32", **options)
 
 
 def _track(paths: Sequence[Path]) -> Iterator[Path]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from typing import Any
+
 from a2fpn.detectors import DETECTORS
 from a2fpn.pretrained.checkpoint import (
     Checkpoint,
@@ -102,10 +105,20 @@ def model_card(checkpoint: Checkpoint, repo_id: str) -> str:
         if sizes.resize == "none"
         else f"Images are resized by the rule `{sizes.resize}`, min_size {sizes.min_size}, max_size {sizes.max_size}.",
         results=f"\n| metric | value |\n| --- | --- |\n{table}\n" if table else "",
-        facts="\n".join(f"* {key}: {value}" for key, value in told.items()),
+        facts="\n".join(_bullets(told)),
         code_license=checkpoint.code_license,
         backbone_license="No license of backbone weights is recorded."
         if model.backbone.license is None
         else f"The weights of the backbone that training began with are under {model.backbone.license}.",
     )
     return f"---\n{data.to_yaml()}\n---\n{text}"
+
+
+def _bullets(facts: Mapping[str, Any], indent: str = "") -> Iterator[str]:
+    """Lines of a list of facts, with those of a former model below their key."""
+    for key, value in facts.items():
+        if isinstance(value, Mapping):
+            yield f"{indent}* {key}:"
+            yield from _bullets(value, indent + "    ")
+        else:
+            yield f"{indent}* {key}: {value}"

@@ -15,6 +15,11 @@ from a2fpn.detectors import Detector
 
 MEASURED = ("metrics", "max_detections", "count_threshold")
 """Facts that hold for the very weights and settings that they were measured with."""
+OF_RUN = (
+    *("settings", "version", "steps", "planned_steps", "epochs", "seed", "ema", "precision", "device", "torch"),
+    *("commit", "run_metrics"),
+)
+"""Facts of the run that made the very weights: a model trained on from them had another machine and other settings."""
 OF_DATA = ("data", "data_license", "recipe")
 """Facts that belong together: new data without a license do not have that of the old."""
 
@@ -36,14 +41,15 @@ class Provenance:
     def facts(self, model: Detector) -> dict[str, Any]:
         """Facts that still hold for a model.
 
-        With other weights, classes or settings than those of the checkpoint, what was measured moves to
-        ``derived_from``, so that nobody takes it for the model's own.
+        With other weights, classes or settings than those of the checkpoint, what was measured and how the weights
+        came about move to ``derived_from``, so that nobody takes them for the model's own.
         """
         if model.config == self.config and fingerprint(model.state_dict()) == self.fingerprint:
             return dict(self.metadata)
-        kept = {key: value for key, value in self.metadata.items() if key not in MEASURED}
-        measured = {key: self.metadata[key] for key in MEASURED if key in self.metadata}
-        origin = {"architecture": self.config.architecture, "num_classes": self.config.num_classes, **measured}
+        former = (*MEASURED, *OF_RUN)
+        kept = {key: value for key, value in self.metadata.items() if key not in former}
+        moved = {key: self.metadata[key] for key in former if key in self.metadata}
+        origin = {"architecture": self.config.architecture, "num_classes": self.config.num_classes, **moved}
         return {**kept, "derived_from": origin} if self.metadata else {}
 
 
@@ -53,7 +59,9 @@ def merged_metadata(model: Detector, given: Mapping[str, Any] | None) -> dict[st
     provenance = getattr(model, "provenance", None)  # an optimized model has none, and refuses to be saved
     known = provenance.facts(model) if isinstance(provenance, Provenance) else {}
     if any(key in given for key in OF_DATA):
-        known = {key: value for key, value in known.items() if key not in OF_DATA}
+        former = {key: known.pop(key) for key in OF_DATA if key in known}
+        if "derived_from" in known:
+            known["derived_from"] = {**known["derived_from"], **former}
     return {**known, **given}
 
 

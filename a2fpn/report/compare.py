@@ -122,8 +122,7 @@ def compare(
         for name, predictor in models.items():
             _check_categories(name, predictor, coco)
     ids = _image_ids(images, coco, folder) if coco is not None else list(range(len(images)))
-    drawn = np.random.default_rng(seed).permutation(len(images))[:count]
-    only = np.sort(drawn).tolist() if pick == "random" else list(range(len(images)))
+    only = _random(len(images), count, seed)[0] if pick == "random" else list(range(len(images)))
     results: dict[str, dict[int, Result]] = {name: {} for name in models}
     paths = {images[position]: position for position in only}
     for path in track(list(paths)):
@@ -218,9 +217,7 @@ def _pick(
     """Positions of the images to show, and the rule in words."""
     total, names = len(images), list(results)
     if pick == "random":
-        every = count >= total
-        how = f"All {total} images." if every else f"{count} of {total} images, drawn at random (seed {seed})."
-        return list(positions), how
+        return _random(total, count, seed)
     if quality is not None and pick == "worst":
         means = {p: mean(np.array([quality[name][1][p] for name in names])) for p in positions}
         order = sorted((p for p in positions if not np.isnan(means[p])), key=lambda p: means[p])
@@ -245,6 +242,9 @@ def _pick(
     gain = {p: value for p, value in gain.items() if not np.isnan(value)}
     ahead = sorted((p for p in gain if gain[p] > 0), key=lambda p: -gain[p])
     behind = sorted((p for p in gain if gain[p] < 0), key=lambda p: gain[p])
+    if not ahead and not behind:  # as for the last checkpoint of a run when it is the best
+        drawn, how = _random(total, count, seed)
+        return drawn, f"{first} and {last} have the same AP in every image. {how} {_overall(quality)}"
     half = count // 2
     for_last = ahead[: max(half, count - len(behind))]
     for_first = behind[: count - len(for_last)]
@@ -254,6 +254,14 @@ def _pick(
         f"{_overall(quality)}"
     )
     return for_first + for_last, note
+
+
+def _random(total: int, count: int, seed: int) -> tuple[list[int], str]:
+    """Positions of images drawn at random, in order, and the rule in words."""
+    if count >= total:
+        return list(range(total)), f"All {total} images."
+    drawn = np.random.default_rng(seed).permutation(total)[:count]
+    return np.sort(drawn).tolist(), f"{count} of {total} images, drawn at random (seed {seed})."
 
 
 def _overall(quality: Mapping[str, tuple[float, Mapping[int, float]]]) -> str:

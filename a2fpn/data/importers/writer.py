@@ -191,8 +191,8 @@ class CocoWriter:
         if rule.val or rule.test:
             if named - {"train"}:
                 raise DataError(
-                    f"the source has the splits {', '.join(sorted(named))}; leave val out to keep them, or import "
-                    "each of its folders alone."
+                    f"the source has the splits {', '.join(sorted(named))}; leave out val and test (--val, --test) "
+                    "to keep them, or import each of its folders alone."
                 )
             names = [entry.name for entry in entries]
             new = assign_splits(names, val=rule.val, test=rule.test, group_by=rule.group_by, seed=rule.seed)
