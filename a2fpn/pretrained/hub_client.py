@@ -174,7 +174,7 @@ def _translated(error: Exception, repo: Repo, files: Sequence[str]) -> HubError:
     wrappers = (errors.LocalEntryNotFoundError, errors.RevisionResolutionError, ValueError)
     cause = error.__cause__ if isinstance(error, wrappers) else error
     where = location(repo)
-    log_in = "give token= or run `hf auth login`"
+    log_in = "run `hf auth login`, set HF_TOKEN, or give token="
     if isinstance(cause, errors.GatedRepoError):
         return HubAccessError(f"{where} is gated: ask for access at {constants.ENDPOINT}/{repo.id}, then {log_in}.")
     if isinstance(cause, errors.RepositoryNotFoundError):

@@ -53,7 +53,7 @@ def log_start(run: Run) -> None:
     model = run.accelerator.unwrap_model(run.model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     logger.info(
-        "%s, %d classes, %.1f M parameters; %d training and %d validation images; %d steps in %d epochs.",
+        "%s, %d class(es), %.1f M parameters; %d training and %d validation images; %d steps in %d epochs.",
         config.model.name,
         len(train_set.categories),
         parameters / 1e6,
