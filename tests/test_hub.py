@@ -464,7 +464,7 @@ def test_killed_and_concurrent_downloads(hub, model, transfer, monkeypatch):
 
 def test_refused_pushes_publish_nothing(hub, published, model, tmp_path):
     for token, status in [("hf_bob", 403), ("hf_revoked", 401), (False, 403)]:
-        with pytest.raises(HubAccessError, match=rf"'alice/cells' .* \(the server answered {status}\): run `hf auth login`"):
+        with pytest.raises(HubAccessError, match=rf"'alice/cells' .* \(the server answered {status}\): run `hf auth"):
             push_to_hub(model, REPO, token=token)
     hub.fault("POST .*/commit/", status=500, times=99)
     with pytest.raises(HubServerError, match="answered 500"):
