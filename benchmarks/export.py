@@ -54,7 +54,7 @@ def build(case: str, *, quick: bool) -> tuple[Detector, Tensor]:
 
 
 def calls(model: Detector, image: Tensor, files: dict[str, ExportedDetector]) -> dict[str, Callable[[], object]]:
-    """What is timed, by side."""
+    """Return the calls that are timed, by side."""
     optimized = a2fpn.optimize_for_inference(model)
 
     def run(detector: Any) -> Callable[[], object]:

@@ -118,44 +118,6 @@ def dense_recall(document: Mapping[str, Any]) -> str:
     return f"{markdown(headings, rows)}\n\n{note} {_cpu(part)}"
 
 
-def dense_area(document: Mapping[str, Any]) -> str:
-    """Return times and memory of slides in tiles."""
-    part = document["area"]
-    rows = [
-        (
-            str(row["megapixels"]),
-            str(row["tiles"]),
-            f"{row['objects']:,}",
-            *(f"{row['seconds'][name]:.1f}" if name in row["seconds"] else "" for name in ("0", "1", "2")),
-            f"{row['seconds']['1'] / row['megapixels']:.2f}",
-            f"{1000 * row['seconds']['1'] / max(1, row['objects']):.0f}",
-            f"{row['ratio']:.2f}",
-            f"{row['bytes'] / 2**20:,.0f}",
-        )
-        for row in part["rows"]
-    ]
-    readers = ("s, read by none", "1 thread", "2 threads")
-    headings = ("MP", "tiles", "objects", *readers, "s/MP", "ms an object", "of the tiles' time", "peak MiB")
-    return f"{markdown(headings, rows)}\n\n{_cpu(part)}"
-
-
-def dense_torchvision(document: Mapping[str, Any]) -> str:
-    """Return times and memory of many masks beside torchvision's."""
-    part = document["torchvision"]
-    rows = [
-        (
-            f"{row['side']}×{row['side']}, {row['objects']:,} objects",
-            *(f"{row['seconds'][side]:.2f}" for side in ("torchvision", "a2fpn")),
-            f"{row['time']:.2f} ({row['range'][0]:.2f}–{row['range'][1]:.2f})",
-            *(f"{row['bytes'][side] / 2**20:,.0f}" for side in ("torchvision", "a2fpn")),
-            f"{row['memory']:.2f}",
-        )
-        for row in part["rows"]
-    ]
-    headings = ("image", "torchvision, s", "ours", "ratio", "torchvision, peak MiB", "ours", "ratio")
-    return f"{markdown(headings, rows)}\n\n{_cpu(part)}"
-
-
 def dense_tiles(document: Mapping[str, Any]) -> str:
     """Return seams, time and memory of tiles beside other slicers."""
     rows = [
@@ -186,11 +148,8 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "gpu-training": ("gpu_training.json", training),
     "gpu-throughput": ("throughput_h100.json", throughput),
     "cpu-inference": ("inference_cpu.json", cpu_inference),
-    "dense-area": ("dense_cpu.json", dense_area),
-    "dense-mushrooms": ("dense_mushrooms_cpu.json", dense_recall),
     "dense-recall": ("dense_cpu.json", dense_recall),
     "dense-tiles": ("tiles_cpu.json", dense_tiles),
-    "dense-torchvision": ("dense_cpu.json", dense_torchvision),
     "zoo": ("gpu_inference.json", zoo),
 }
 

@@ -95,7 +95,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     ),
     "export": (
         {"_atomic", "_serialize", "_version", "detectors", "errors", "heads", "inference", "masks"},
-        {"onnx", "onnxscript", "safetensors", "torch"},
+        {"onnx", "onnxruntime", "onnxscript", "safetensors", "torch"},
     ),
     "training": (
         {

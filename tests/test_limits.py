@@ -14,7 +14,7 @@ from torchvision.models.detection.image_list import ImageList
 from typer.testing import CliRunner
 
 import a2fpn
-from a2fpn import cli
+from a2fpn.cli.app import app
 from a2fpn.detectors import DETECTORS
 from a2fpn.heads.postprocess import PostprocessConfig
 from a2fpn.heads.proposals import LIKELY
@@ -118,7 +118,7 @@ def test_a_command_tells_of_limits(tmp_path: Path, caplog: pytest.LogCaptureFixt
     checkpoint = a2fpn.save_pretrained(tiny_model("fasterrcnn_fpn"), tmp_path / "model")
     Image.fromarray(IMAGE).save(tmp_path / "a.png")
     arguments = ["predict", tmp_path / "a.png", "--model", checkpoint, "--output", tmp_path / "out", "--format", "csv"]
-    done = CliRunner().invoke(cli.app, [*map(str, arguments), "--score-threshold", "0"])
+    done = CliRunner().invoke(app, [*map(str, arguments), "--score-threshold", "0"])
     assert done.exit_code == 0, done.output
     assert "a.png: there are 10 objects or more" in caplog.text
 
@@ -131,7 +131,7 @@ def test_evaluation_on_the_command_line_tells_of_limits(tmp_path: Path) -> None:
     command = ["evaluate", "--model", checkpoint, "--images", folder, "--annotations", annotations, "--quiet"]
 
     def said(*options: object) -> str:
-        done = CliRunner().invoke(cli.app, [str(x) for x in [*command, *options]], env={"COLUMNS": "200"})
+        done = CliRunner().invoke(app, [str(x) for x in [*command, *options]], env={"COLUMNS": "200"})
         assert done.exit_code == 0, done.output
         return done.output
 

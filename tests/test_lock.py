@@ -22,10 +22,13 @@ def own(folder: Path, ready, *, child: bool) -> None:
     """Owns a folder, in a process of its own, until it is killed."""
     held = RunLock(folder)
     if child:  # as a loader process does, which outlives its parent for a while
+        here, there = os.pipe()
         pid = os.fork()
         if pid == 0:
+            os.write(there, b".")
             time.sleep(60)
             os._exit(0)
+        os.read(here, 1)  # it runs, and has let go of the lock
         ready.send(pid)
     ready.send(os.getpid())
     time.sleep(60)

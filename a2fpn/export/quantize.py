@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from numpy.typing import NDArray
 from torch import Tensor
 
 from a2fpn._atomic import replaced_file
@@ -20,7 +19,7 @@ _READERS = {*_BETWEEN, "Conv", "Add", "RoiAlign"}
 _GATED = ({"Sigmoid", "Mul"}, {"HardSigmoid", "Mul"}, {"HardSwish"}, {"Erf", "Mul"}, {"Gelu"})
 """Operators of SiLU, Hardswish and GELU, which read features too; a sigmoid alone reads a prediction."""
 _PREPARED = ("onnx.quant.pre_process", "onnxruntime.quant")
-"""What ONNX Runtime looks for in the metadata before it warns that a model was not prepared."""
+"""Facts that ONNX Runtime looks for in the metadata before it warns that a model was not prepared."""
 
 
 def quantize(path: str | Path, images: Iterable[Tensor], output: str | Path | None = None) -> Path:
@@ -101,7 +100,7 @@ def _features(graph: Any) -> list[Any]:
 
 
 class _Reader:
-    """What ONNX Runtime takes the ranges of features from: an input for each image.
+    """Inputs, one for each image, of which ONNX Runtime takes the ranges of features.
 
     Args:
         detector: The file in float.
@@ -111,12 +110,12 @@ class _Reader:
     def __init__(self, detector: ExportedDetector, images: Iterable[Tensor]) -> None:
         self._inputs = self._read(detector, images)
 
-    def get_next(self) -> dict[str, NDArray[Any]] | None:
+    def get_next(self) -> dict[str, Any] | None:
         """Return the next input, None after the last."""
         return next(self._inputs, None)
 
     @staticmethod
-    def _read(detector: ExportedDetector, images: Iterable[Tensor]) -> Iterator[dict[str, NDArray[Any]]]:
+    def _read(detector: ExportedDetector, images: Iterable[Tensor]) -> Iterator[dict[str, Any]]:
         seen = False
         for image in images:
             # The heads of an image without objects show no ranges.
