@@ -136,7 +136,7 @@ _FILLING = frozenset(
     getattr(Tensor, name)
     for name in ("add_", "clamp_", "div_", "erfinv_", "fill_", "mul_", "normal_", "sub_", "uniform_", "zero_")
 ) | frozenset(getattr(nn.init, name) for name in dir(nn.init) if name.endswith("_") and not name.startswith("_"))
-"""What fills a tensor, or scales what fills it, and leaves its shape alone."""
+"""Functions that fill a tensor, or scale its values, and leave its shape alone."""
 
 
 class _WithoutFilling(TorchFunctionMode):

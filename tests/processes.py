@@ -77,7 +77,7 @@ def _redirected(call: Callable[..., object], arguments: tuple[Any, ...], output:
 
 
 class Done(NamedTuple):
-    """How a process ended, and all it wrote."""
+    """End of a process, and all it wrote."""
 
     returncode: int
     stdout: str

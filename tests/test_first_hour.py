@@ -482,7 +482,6 @@ def test_a_network_of_fixed_size_is_built_for_a_roomy_one(name: str, side: int |
     assert found == side
     if side is not None:
         assert config.preprocess.max_size == side
-    assert a2fpn.compose.compose("fasterrcnn_fpn", backbone=name) == config
 
 
 def test_a_size_builds_a_network_of_fixed_size_for_it_or_is_refused_at_once() -> None:

@@ -21,7 +21,7 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 SIZE = (64, 96)
-"""Height and width: of any size the export takes three times as long."""
+"""Height and width: an export for any size takes longer."""
 
 
 @pytest.fixture(scope="module")

@@ -15,14 +15,13 @@ from typing import Any
 import timm
 from timm.models import is_model_in_modules
 
+from a2fpn.config import PreprocessConfig
 from a2fpn.errors import ConfigError
 
 TABLE = "assets/backbones.csv"
 PYRAMID = (4, 8, 16, 32)
 """Strides that the necks take."""
 _UNKNOWN = "?"
-_ROOMY = 800
-"""Pixels of the shorter side of images that detectors of any size take by default."""
 
 
 class UnsupportedBackboneError(ConfigError):
@@ -93,11 +92,12 @@ class BackboneInfo:
         """Side of the images that a detector's backbone is built for unless another is asked for; None for any size.
 
         Objects are small in the 224 pixels that most such networks classify: it is their own size, doubled as long as
-        it is at most 800, where their weights can follow. Those of MLP-Mixers have one value for each place.
+        it is at most the 800 of other detectors, where their weights can follow. Those of MLP-Mixers have one value for
+        each place.
         """
         if self.size is None or not self.resizable or is_model_in_modules(self.architecture, {"mlp_mixer"}):
             return self.size
-        return self.size << int(math.log2(max(1, _ROOMY // self.size)))
+        return self.size << int(math.log2(max(1, PreprocessConfig.min_size // self.size)))
 
     def source(self, stride: int) -> int:
         """Position of the map that one of the given stride is made of: the same stride, or the nearest one."""
