@@ -1,16 +1,20 @@
 """Every detector on every neck into ONNX, compared with itself on real images: ``python -m benchmarks.export_sweep``.
 
-Weights are random but for heads that find something. Each line is a model: seconds of the export, nodes and size of the
-file, objects found, and the largest differences over all images, alone, in batches of two and without objects.
+Weights are random but for heads that find something. Each line is a model: processor seconds of the export, nodes and
+size of the file, objects found, and the largest differences over all images, alone, in batches of two and without
+objects. With ``--records`` it is also an entry of a JSON file, which is written after each model; models in it are not
+run again.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import onnx
 import torch
@@ -24,6 +28,7 @@ from a2fpn.errors import A2FPNError
 from a2fpn.export import verify
 from a2fpn.inference import list_images
 from a2fpn.inference.exported import ExportedDetector, Runtime
+from a2fpn.training.state import code_version
 
 NECKS = ("fpn", "pafpn", "a2fpn_lite", "a2fpn")
 _HEADS = ("rpn.", "roi_heads.", "head.")
@@ -48,22 +53,56 @@ def read(images: Path, most: int) -> Iterator[tuple[str, Tensor]]:
         yield path.name, read_image(path).as_subclass(Tensor)
 
 
-def sweep_one(name: str, images: Path, most: int, min_size: int, runtime: Runtime) -> str:
-    """Export and compare a model, and return its line."""
+def sweep_one(name: str, images: Path, most: int, min_size: int, runtime: Runtime) -> dict[str, Any]:
+    """Export and compare a model, and return what was measured."""
     model = make(name, min_size)
     with tempfile.TemporaryDirectory() as folder:
-        start = time.perf_counter()
+        start = time.process_time()
         path = a2fpn.export_model(model, Path(folder) / "model.onnx")
-        seconds, nodes = time.perf_counter() - start, len(onnx.load(path).graph.node)
+        seconds, nodes = time.process_time() - start, len(onnx.load(path).graph.node)
         results = list(verify(model, ExportedDetector(path, runtime=runtime), read(images, most)))
-        size = path.stat().st_size / 1e6
+        size = path.stat().st_size
     ious = [result.mask_iou for result in results if result.mask_iou is not None]
+    return {
+        "model": name,
+        "seconds": round(seconds, 1),
+        "nodes": nodes,
+        "bytes": size,
+        "found": sum(result.found for result in results),
+        "expected": sum(result.expected for result in results),
+        "box": max(result.box for result in results),
+        "score": max(result.score for result in results),
+        "mask_iou": min(ious, default=None),
+        "equal": sum(result.equal for result in results),
+        "comparisons": len(results),
+    }
+
+
+def line(row: dict[str, Any]) -> str:
+    """Return a model's measurements as a line."""
+    if "error" in row:
+        return f"{row['model']}: not exported: {row['error']}"
+    masks = "" if row["mask_iou"] is None else f", mask IoU {row['mask_iou']:.5f}"
     return (
-        f"{seconds:.0f} s, {nodes} nodes, {size:.0f} MB, {sum(r.found for r in results)} of "
-        f"{sum(r.expected for r in results)} objects, boxes {max(r.box for r in results):.1e} px, scores "
-        f"{max(r.score for r in results):.1e}{f', mask IoU {min(ious):.5f}' if ious else ''}; "
-        f"{sum(r.equal for r in results)} of {len(results)} equal"
+        f"{row['model']}: {row['seconds']:.0f} s, {row['nodes']} nodes, {row['bytes'] / 1e6:.0f} MB, {row['found']} of "
+        f"{row['expected']} objects, boxes {row['box']:.1e} px, scores {row['score']:.1e}{masks}; {row['equal']} of "
+        f"{row['comparisons']} equal"
     )
+
+
+def describe(images: Path, most: int, min_size: int, runtime: str) -> dict[str, Any]:
+    """Return what the models are compared on, and with."""
+    sizes = {tuple(pixels.shape[-2:]) for _, pixels in read(images, most)}
+    packages = ("torch", "torchvision", "onnx", "onnxscript", runtime)
+    return {
+        "commit": code_version(),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "runtime": runtime,
+        "images": len(list(read(images, most))),
+        "sizes": len(sizes),
+        "min_size": min_size,
+        "rows": [],
+    }
 
 
 def main(
@@ -77,17 +116,27 @@ def main(
     most: Annotated[int, typer.Option(help="Most images.", min=1)] = 20,
     min_size: Annotated[int, typer.Option(help="Short side of the network's input, pixels.", min=32)] = 800,
     runtime: Annotated[str, typer.Option(help="onnxruntime or openvino.")] = "onnxruntime",
+    records: Annotated[Path | None, typer.Option(help="JSON file to write, or to go on with.")] = None,
 ) -> None:
     """Export and compare models."""
+    document = describe(images, most, min_size, runtime)
+    if records is not None and records.exists():
+        document = json.loads(records.read_text(encoding="utf-8"))
+    done = {row["model"] for row in document["rows"]}
     for kind in detector or DETECTORS:
         for middle in neck or NECKS:
             for body in backbone or ("r18", "lite0"):
                 name = f"{kind}_{middle}_{body}"
+                if name in done:
+                    continue
                 try:
-                    line = sweep_one(name, images, most, min_size, runtime)  # type: ignore[arg-type]
+                    row = sweep_one(name, images, most, min_size, runtime)  # type: ignore[arg-type]
                 except A2FPNError as error:
-                    line = f"not exported: {error}"
-                typer.echo(f"{name}: {line}")
+                    row = {"model": name, "error": str(error)}
+                typer.echo(line(row))
+                document["rows"].append(row)
+                if records is not None:
+                    records.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

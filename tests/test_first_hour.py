@@ -351,7 +351,7 @@ def test_half_precision_weights_are_refused_with_what_to_do(dtype: torch.dtype) 
         half([torch.rand(3, 64, 64)])
 
 
-@pytest.mark.parametrize("word", ["predict", "val", "fit", "save", "export"])
+@pytest.mark.parametrize("word", ["predict", "val", "fit", "save", "export", "save_pretrained", "push_to_hub"])
 def test_methods_of_other_libraries_say_where_it_is_done(model: a2fpn.Detector, word: str) -> None:
     with pytest.raises(TypeError, match="a2fpn"):
         getattr(model, word)("image.jpg", data="coco.yaml")

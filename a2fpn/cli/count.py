@@ -11,8 +11,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from a2fpn._text import count_of
 from a2fpn.cli.evaluate import open_annotated, predict_annotated
-from a2fpn.cli.format import count_of, progress_bar, say, table, write_json
+from a2fpn.cli.format import progress_bar, say, table, write_json
 from a2fpn.cli.options import (
     Channels,
     Device,

@@ -13,7 +13,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from a2fpn.cli.format import ap_text, as_text, count_of, progress_bar, say, table, write_json
+from a2fpn._text import count_of
+from a2fpn.cli.format import ap_text, as_text, progress_bar, say, table, write_json
 from a2fpn.cli.options import (
     Device,
     GrayBits,

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from a2fpn.cli.format import count_of, progress_bar
+from a2fpn._text import count_of
+from a2fpn.cli.format import progress_bar
 from a2fpn.cli.options import load_checkpoint
 from a2fpn.errors import ConfigError, ExistingFileError
 

@@ -75,11 +75,6 @@ def write_json(value: Any, path: Path | None) -> None:
         path.write_text(text, encoding="utf-8")
 
 
-def count_of(number: int, noun: str) -> str:
-    """A number with its noun, in the plural unless it is 1."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
 def ap_text(metrics: CocoMetrics, kind: str, name: str = "ap") -> str:
     """A number of an evaluation for people; nothing for one that the kind of IoU doesn't have."""
     value = metrics.to_dict(per_class=True).get(f"{kind}/{name}")

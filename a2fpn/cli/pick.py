@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from a2fpn.cli.format import count_of, progress_bar
+from a2fpn._text import count_of
+from a2fpn.cli.format import progress_bar
 from a2fpn.cli.options import Device, Model, Output, Tile, build_predictor, load_detector
 from a2fpn.errors import ConfigError
 

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from a2fpn.cli.format import count_of, progress_bar, say, write_json
+from a2fpn._text import count_of
+from a2fpn.cli.format import progress_bar, say, write_json
 from a2fpn.cli.options import (
     Batch,
     Channels,

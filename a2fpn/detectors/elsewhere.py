@@ -38,6 +38,14 @@ class Elsewhere(nn.Module):
         """Say how a model is saved."""
         raise ConfigTypeError("A model is saved by a2fpn.save_pretrained(model, 'my_model').")
 
+    def save_pretrained(self, *_: Any, **__: Any) -> NoReturn:
+        """Say how a model is saved."""
+        self.save()
+
+    def push_to_hub(self, *_: Any, **__: Any) -> NoReturn:
+        """Say how a model is published."""
+        raise ConfigTypeError("A model is published by a2fpn.push_to_hub(model, 'org/name').")
+
     def train(self: ModuleT, mode: bool = True, **settings: Any) -> ModuleT:
         """Set the training mode, as every module does.
 

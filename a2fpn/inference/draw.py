@@ -23,6 +23,7 @@ from matplotlib.path import Path as Outline
 from numpy.typing import NDArray
 from PIL import Image
 
+from a2fpn._text import shorten
 from a2fpn.errors import ConfigError
 from a2fpn.inference.canvas import BLACK, RED, WHITE, Canvas, Colors, Entry
 from a2fpn.inference.labels import box_areas, place_labels
@@ -166,7 +167,7 @@ def draw(
     if labels:
         texts = [f"{score:.2f}" if scores else "" for score in result.scores.tolist()]
         if not (scores and one_class):
-            texts = [f"{_shorten(name)} {text}".rstrip() for name, text in zip(result.names, texts, strict=True)]
+            texts = [f"{shorten(name, 32)} {text}".rstrip() for name, text in zip(result.names, texts, strict=True)]
         places = place_labels(texts, result.boxes * scale, (width, height), 11.5 * unit)
         for text, place, color in zip(texts, places, colors, strict=True):
             if place is not None:
@@ -292,7 +293,7 @@ def _legend(result: Drawable, colors: Colors, *, scores: bool = True) -> list[En
     # Bytes that are no UTF-8 can't be drawn.
     title = os.fsencode(Path(result.path).name).decode("utf-8", "replace") if result.path else ""
     objects = f"{len(result)} object{'' if len(result) == 1 else 's'}"
-    entries = [Entry(np.empty((0, 3)), _shorten(title), f"{width} × {height} px, {objects}")]
+    entries = [Entry(np.empty((0, 3)), shorten(title, 32), f"{width} × {height} px, {objects}")]
     for label in np.unique(result.labels).tolist():
         chosen = result.labels == label
         low, high = (f"{score:.2f}" for score in (result.scores[chosen].min(), result.scores[chosen].max()))
@@ -300,7 +301,7 @@ def _legend(result: Drawable, colors: Colors, *, scores: bool = True) -> list[En
         note = f"{chosen.sum()}"
         if scores:
             note += f", score {low if low == high else f'{low}–{high}'}"
-        entries.append(Entry(swatches, _shorten(result.categories[label].name), note))
+        entries.append(Entry(swatches, shorten(result.categories[label].name, 32), note))
     return entries
 
 
@@ -315,8 +316,3 @@ def _wrap(entries: list[Entry], width: int, size: float) -> list[list[tuple[floa
         rows[-1].append((x, entry))
         x += entry.width(size)
     return rows
-
-
-def _shorten(text: str) -> str:
-    """Cut a name that would not fit."""
-    return text if len(text) <= 32 else f"{text[:31]}…"

@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from a2fpn._text import shorten
 from a2fpn.report.analysis import BINS, Analysis, Group
 from a2fpn.report.matching import Ints
 from a2fpn.report.precision import RECALLS
@@ -63,7 +64,7 @@ def confusion(matrix: Ints, names: Sequence[str]) -> str:
     order = np.argsort(-mistakes[:-1], kind="stable")[:_SHOWN_CLASSES]
     shown = np.append(np.sort(order), len(names))
     part = matrix[np.ix_(shown, shown)]
-    labels = [*(_short(names[label]) for label in shown[:-1]), "background"]
+    labels = [*(shorten(names[label], 18) for label in shown[:-1]), "background"]
     side = min(1.9 + 0.42 * len(labels), 10.0)
     figure, axes = _axes(side + 0.6, side)
     share = part / np.maximum(matrix.sum(1)[shown], 1)[:, None]
@@ -145,7 +146,3 @@ def _svg(figure: Figure) -> str:
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "a2fpn", "font.family": "DejaVu Sans"}):
         figure.savefig(file, format="svg", metadata={"Date": None}, transparent=True)
     return "data:image/svg+xml;base64," + base64.b64encode(file.getvalue().encode()).decode()
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= 18 else f"{name[:17]}…"

@@ -16,6 +16,7 @@ from matplotlib.path import Path as Outline
 from numpy.typing import NDArray
 from PIL import Image
 
+from a2fpn._text import shorten
 from a2fpn._version import __version__
 from a2fpn.data import read_image
 from a2fpn.errors import ConfigError
@@ -89,7 +90,7 @@ def draw_sheet(comparison: Comparison, *, columns: int = 4, names: bool = True) 
         x = margin
         for column in block:
             width = height * column.size[1] / column.size[0]
-            write(x, top + _NAME - 7, _shorten(column.path.name, width), size=6, color="#555555")
+            write(x, top + _NAME - 7, _fit(column.path.name, width), size=6, color="#555555")
             pixels = _pixels(column)
             for row, cell in enumerate(column.cells):
                 y = top + _NAME + row * (height + _CAPTION)
@@ -99,7 +100,7 @@ def draw_sheet(comparison: Comparison, *, columns: int = 4, names: bool = True) 
             x += width + _GAP
         for row, name in enumerate(comparison.rows if names else ()):
             y = top + _NAME + row * (height + _CAPTION) + height / 2
-            text = _shorten(name, height * 1.1)
+            text = _fit(name, height * 1.1)
             write(_MARGIN / 2, y, text, rotation=90, ha="center", va="center", size=8, weight="bold")
         top += used
     for number, line in enumerate(lines):
@@ -194,10 +195,9 @@ def _pixels(column: Column) -> NDArray[np.uint8]:
     return np.asarray(picture)
 
 
-def _shorten(text: str, room: float) -> str:
+def _fit(text: str, room: float) -> str:
     """Text cut to about ``room`` pixels at the size of the captions."""
-    most = max(6, int(room / 8))
-    return text if len(text) <= most else f"{text[: most - 1]}…"
+    return shorten(text, max(6, int(room / 8)))
 
 
 def _stem(output: str | Path) -> Path:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from accelerate import Accelerator
 
+from a2fpn._text import count_of
 from a2fpn.data import CocoDataset
 from a2fpn.training.config import TrainConfig
 from a2fpn.training.keeper import Keeper
@@ -53,24 +54,24 @@ def log_start(run: Run) -> None:
     model = run.accelerator.unwrap_model(run.model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     logger.info(
-        "%s, %d class(es), %.1f M parameters; %d training and %d validation images; %d steps in %d epochs.",
+        "%s, %s, %.1f M parameters; %d training and %d validation images; %s in %s.",
         config.model.name,
-        len(train_set.categories),
+        count_of(len(train_set.categories), "class"),
         parameters / 1e6,
         len(train_set),
         len(val_set),
-        run.plan.total_steps,
-        run.plan.epochs(state),
+        count_of(run.plan.total_steps, "step"),
+        count_of(run.plan.epochs(state), "epoch"),
     )
     log_odd_plans(config, model, run.datasets, steps=run.plan.total_steps)
     logger.info(
-        "%d images per step (%d per batch, %d process(es) on %s, %d batch(es) per step); "
+        "%s per step (%d per batch, %s on %s, %s per step); "
         "learning rate %.3g, which is %.3g for %d images, scaling: %s.",
-        run.batch_size,
+        count_of(run.batch_size, "image"),
         config.data.batch_size,
-        run.accelerator.num_processes,
+        count_of(run.accelerator.num_processes, "process"),
         run.accelerator.device,
-        config.run.grad_accumulation,
+        count_of(config.run.grad_accumulation, "batch"),
         scaled_lr(config.optim, run.batch_size),
         config.optim.lr,
         config.optim.lr_batch_size,

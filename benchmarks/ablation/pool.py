@@ -24,7 +24,7 @@ LEAST = 45.0  # seconds that must be left for a run to be started
 POLL = 0.5  # seconds
 _PR_SET_PDEATHSIG = 1
 _ASKED = (-signal.SIGTERM, 128 + signal.SIGTERM)  # what a training that was asked to stop ends with
-_LENGTH = re.compile(rb"(\d+) steps in \d+ epochs")
+_LENGTH = re.compile(rb"([\d,]+) steps? in ")
 _STEP = re.compile(rb"step (\d+)")
 
 
@@ -73,7 +73,7 @@ class Job:
             log.seek(self._start)
             text = log.read()
         length, steps = _LENGTH.findall(text), _STEP.findall(text)
-        return (int(steps[-1]) if steps else 0), (int(length[-1]) if length else 0)
+        return (int(steps[-1]) if steps else 0), (int(length[-1].replace(b",", b"")) if length else 0)
 
 
 def _end_with_parent() -> None:

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from a2fpn._text import count_of
 from a2fpn.data.annotation_table import LEAST_SIDE, AnnotationTable, Rows, any_column, given
 from a2fpn.data.check.problem import Problem
-from a2fpn.data.check.report import Finding, Severity, count_of, few
+from a2fpn.data.check.report import Finding, Severity, few
 from a2fpn.data.document import is_whole
 from a2fpn.data.rules import Fault, Outcome
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 
+from a2fpn._text import count_of
 from a2fpn.data.annotation_table import AnnotationTable
 from a2fpn.data.check.problem import names_of, used_categories
 from a2fpn.data.check.report import (
     Finding,
-    count_of,
     few,
     shorten,
 )

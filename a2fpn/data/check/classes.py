@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from a2fpn._text import count_of
 from a2fpn.data.annotation_table import AnnotationTable, Rows
 from a2fpn.data.check.categories import named
 from a2fpn.data.check.problem import names_of
@@ -14,7 +15,6 @@ from a2fpn.data.check.report import (
     PICTURED,
     ClassCount,
     Finding,
-    count_of,
     few,
 )
 from a2fpn.data.check.sizes import median_size

@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
+from a2fpn._text import count_of, shorten
 from a2fpn.config import MAX_PIXELS
-from a2fpn.data.check.report import PICTURED, Finding, Severity, Track, count_of, few, shorten
+from a2fpn.data.check.report import PICTURED, Finding, Severity, Track, few
 from a2fpn.data.document import CocoImage
 from a2fpn.data.images import image_path, open_image, orientation, read_image, shown_size, stored_size
 from a2fpn.errors import ImageError

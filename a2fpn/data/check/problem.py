@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from a2fpn._text import count_of
 from a2fpn.data.annotation_table import AnnotationTable, Rows
-from a2fpn.data.check.report import PICTURED, SHOWN, Finding, Severity, count_of, few
+from a2fpn.data.check.report import PICTURED, SHOWN, Finding, Severity, few
 from a2fpn.data.document import CocoDocument, is_whole
 
 

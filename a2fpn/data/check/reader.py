@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from a2fpn.data.check.report import PICTURED, Finding, Track, few, shorten
+from a2fpn._text import shorten
+from a2fpn.data.check.report import PICTURED, Finding, Track, few
 from a2fpn.data.document import CocoDocument, CocoImage, EntryFaults, NotCocoError, Source, source_name
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from a2fpn._text import count_of, shorten
 from a2fpn.config import Category
 from a2fpn.masks.rle import Rle
 
@@ -193,22 +194,6 @@ class DataReport:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
         return "\n".join("  ".join(line).rstrip() for line in lines)
-
-
-def count_of(number: int, noun: str) -> str:
-    """A number with its noun.
-
-    Example:
-        >>> count_of(1, "class"), count_of(2, "class"), count_of(1200, "image")
-        ('1 class', '2 classes', '1,200 images')
-    """
-    plural = noun if number == 1 else f"{noun}es" if noun.endswith("s") else f"{noun}s"
-    return f"{number:,} {plural}"
-
-
-def shorten(text: str, length: int) -> str:
-    """Cut a text that is longer than ``length`` characters."""
-    return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
 def few(names: Iterable[object], count: int) -> str:

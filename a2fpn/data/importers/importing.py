@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from a2fpn.data.check.report import Track, count_of
+from a2fpn._text import count_of
+from a2fpn.data.check.report import Track
 from a2fpn.data.importers.base import IMPORTERS, Importer, ImportOptions, detect, read_categories
 from a2fpn.data.importers.folder import REPORT_FILE, Folder
 from a2fpn.data.importers.writer import CocoWriter, Placing, SplitCount, SplitRule

@@ -1,0 +1,24 @@
+"""Words of messages: numbers with their nouns."""
+
+from __future__ import annotations
+
+
+def count_of(number: int, noun: str) -> str:
+    """A number with its noun, in the plural unless it is 1.
+
+    Example:
+        >>> count_of(1, "class"), count_of(2, "class"), count_of(1200, "image")
+        ('1 class', '2 classes', '1,200 images')
+    """
+    plural = noun if number == 1 else f"{noun}es" if noun.endswith(("s", "ch")) else f"{noun}s"
+    return f"{number:,} {plural}"
+
+
+def shorten(text: str, length: int) -> str:
+    """Cut a text that is longer than ``length`` characters.
+
+    Example:
+        >>> shorten("astrocyte", 9), shorten("astrocytes", 9)
+        ('astrocyte', 'astrocyt…')
+    """
+    return text if len(text) <= length else f"{text[: length - 1]}…"
