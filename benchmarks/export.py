@@ -70,9 +70,12 @@ def calls(model: Detector, image: Tensor, files: dict[str, ExportedDetector]) ->
 def report(case: str, *, rounds: int, quick: bool, int8: Path | None, folder: Path) -> dict[str, Any]:
     """Export, compare and time one case, and return its record."""
     model, image = build(case, quick=quick)
-    start = time.perf_counter()
-    path = a2fpn.export_model(model, folder / "model.onnx")
-    seconds, nodes = time.perf_counter() - start, len(onnx.load(path).graph.node)
+    path, seconds = folder / f"{case.replace(' ', '_')}.onnx", None
+    if not path.exists():
+        start = time.process_time()
+        a2fpn.export_model(model, path)
+        seconds = time.process_time() - start
+    nodes = len(onnx.load(path).graph.node)
     files = {str(runtime): ExportedDetector(path, runtime=runtime) for runtime in RUNTIMES}
     differences = {name: next(verify(model, file, [(case, image)])) for name, file in files.items()}
     if int8 is not None and case == NUCLEI:
@@ -91,7 +94,8 @@ def report(case: str, *, rounds: int, quick: bool, int8: Path | None, folder: Pa
         if side.endswith(", int8"):
             row["to_float"] = timings.ratio(side, side.removesuffix(", int8")).value
         rows.append(row)
-    title = f"{case}, one image of {image.shape[1]}x{image.shape[2]}; {nodes} nodes, exported in {seconds:.0f} s"
+    exported = "" if seconds is None else f", exported in {seconds:.0f} s of a processor"
+    title = f"{case}, one image of {image.shape[1]}x{image.shape[2]}; {nodes} nodes{exported}"
     columns = ["side", "time", "/ eager", "/ optimized", "goal", "objects", "/ float"]
     measure.print_table(title, columns, [cells(row) for row in rows])
     return {"case": case, "nodes": nodes, "export_s": seconds, "rows": rows}
@@ -145,6 +149,9 @@ def main(
     int8: Annotated[Path | None, typer.Option(help="Images to calibrate int8 on.", metavar="DIR")] = None,
     images: Annotated[Path | None, typer.Option(help="Images to measure int8 on.", metavar="DIR")] = None,
     annotations: Annotated[Path | None, typer.Option(help="Their annotations.", metavar="FILE")] = None,
+    files: Annotated[
+        Path | None, typer.Option(help="Folder of the exported files; what it has is not made anew.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="JSON file; figures of these cases are replaced.")] = None,
 ) -> None:
     """Time exported detectors, compare what they find, and measure int8."""
@@ -154,11 +161,12 @@ def main(
     for case in (NUCLEI, *RANDOM):
         if only and only not in case:
             continue
-        with tempfile.TemporaryDirectory() as folder:
-            record = report(case, rounds=rounds, quick=quick, int8=int8, folder=Path(folder))
+        with tempfile.TemporaryDirectory() as made:
+            folder = files or Path(made)
+            record = report(case, rounds=rounds, quick=quick, int8=int8, folder=folder)
             if int8 and images and annotations and case == NUCLEI:
-                for name in ("model", "int8"):
-                    record[f"{name}_ap"] = accuracy(Path(folder, f"{name}.onnx"), images, annotations)
+                for name in (NUCLEI, "int8"):
+                    record[f"{name}_ap"] = accuracy(folder / f"{name}.onnx", images, annotations)
                     measure.console().print(f"{name}: {record[f'{name}_ap']}")
         here = {"capability": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
         document[f"{case}, threads {here['threads']}"] = {
