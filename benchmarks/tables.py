@@ -142,6 +142,72 @@ def dense_tiles(document: Mapping[str, Any]) -> str:
     return f"{markdown(headings, rows)}\n\n{note} {_cpu(document)}"
 
 
+def export_sweep(document: Mapping[str, Any]) -> str:
+    """Return how many comparisons of exported detectors hold, with the largest differences."""
+    rows: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for row in document["rows"]:
+        detector, _, rest = row["model"].partition("_")
+        neck, _, backbone = rest.rpartition("_")
+        rows.setdefault(f"`{detector}`, `{backbone}`", {})[neck] = row
+    necks = list(dict.fromkeys(neck for row in rows.values() for neck in row))
+    cells = [
+        (name, *(f"{row[neck]['equal']} / {row[neck]['comparisons']}" if neck in row else "" for neck in necks))
+        for name, row in rows.items()
+    ]
+    every = document["rows"]
+    ious = [row["mask_iou"] for row in every if row["mask_iou"] is not None]
+    nodes, seconds = (sorted(row[name] for row in every) for name in ("nodes", "seconds"))
+    expected, found = (sum(row[name] for row in every) for name in ("expected", "found"))
+    note = (
+        f"Comparisons that hold, of {document['images']} images of {document['sizes']} sizes, whose short side is "
+        f"{document['min_size']} pixels in the network: of {expected:,} objects the files find {found:,}. Largest "
+        f"difference of boxes {max(row['box'] for row in every):.1g} pixels, of scores "
+        f"{max(row['score'] for row in every):.1g}; least IoU of masks {min(ious):.5f}. Nodes {nodes[0]:,} to "
+        f"{nodes[-1]:,}, processor seconds of an export {seconds[0]:.0f} to {seconds[-1]:.0f}."
+    )
+    versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
+    table = markdown(("", *(f"`{neck}`" for neck in necks)), cells)
+    return f"{table}\n\n{note} {versions}; commit `{document['commit'][:12]}`."
+
+
+def dense_area(document: Mapping[str, Any]) -> str:
+    """Return times and memory of slides in tiles."""
+    part = document["area"]
+    rows = [
+        (
+            str(row["megapixels"]),
+            str(row["tiles"]),
+            f"{row['objects']:,}",
+            *(f"{row['seconds'][name]:.1f}" if name in row["seconds"] else "" for name in ("0", "1", "2")),
+            f"{row['seconds']['1'] / row['megapixels']:.2f}",
+            f"{1000 * row['seconds']['1'] / max(1, row['objects']):.0f}",
+            f"{row['ratio']:.2f}",
+            f"{row['bytes'] / 2**20:,.0f}",
+        )
+        for row in part["rows"]
+    ]
+    readers = ("s, read by none", "1 thread", "2 threads")
+    headings = ("MP", "tiles", "objects", *readers, "s/MP", "ms an object", "of the tiles' time", "peak MiB")
+    return f"{markdown(headings, rows)}\n\n{_cpu(part)}"
+
+
+def dense_torchvision(document: Mapping[str, Any]) -> str:
+    """Return times and memory of many masks beside torchvision's."""
+    part = document["torchvision"]
+    rows = [
+        (
+            f"{row['side']}×{row['side']}, {row['objects']:,} objects",
+            *(f"{row['seconds'][side]:.2f}" for side in ("torchvision", "a2fpn")),
+            f"{row['time']:.2f} ({row['range'][0]:.2f}–{row['range'][1]:.2f})",
+            *(f"{row['bytes'][side] / 2**20:,.0f}" for side in ("torchvision", "a2fpn")),
+            f"{row['memory']:.2f}",
+        )
+        for row in part["rows"]
+    ]
+    headings = ("image", "torchvision, s", "ours", "ratio", "torchvision, peak MiB", "ours", "ratio")
+    return f"{markdown(headings, rows)}\n\n{_cpu(part)}"
+
+
 TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "gpu-inference": ("gpu_inference.json", inference),
     "gpu-inference-more": ("gpu_inference_more.json", inference),
