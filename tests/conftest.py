@@ -16,6 +16,19 @@ from tests import processes
 torch.set_num_threads(1)
 
 
+# Files of the longest tests, longest first: begun last, one of them would keep a worker busy after the others are done.
+LONG = (
+    *("export_model", "train", "resume", "convert_torchvision", "cli", "app", "backbones_table", "reassemble_triton"),
+    *("backbones", "distributed", "detectors", "weights", "predict_files", "streams", "changes", "necks", "hub"),
+    *("ablation", "house", "predict_tiles", "optimize", "data_check", "pure_predict", "benchmarks", "compiled"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {f"test_{name}": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
 def pytest_sessionstart() -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:  # a worker of the whole suite needs it sooner or later
         processes.start_server()

@@ -106,8 +106,12 @@ def click(browser: Any, selector: str) -> None:
 
 def objects(browser: Any) -> int:
     """Number of objects that the page tells of."""
-    words = until(lambda: text(browser, "#status")).split()
-    return int(words[0])
+
+    def told() -> str | None:
+        first = (text(browser, "#status").split() or [""])[0]
+        return first if first.isdigit() else None  # before that, Gradio's own words
+
+    return int(until(told))
 
 
 def shot(browser: Any, name: str) -> None:

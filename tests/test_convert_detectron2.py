@@ -332,6 +332,14 @@ def test_a_refused_pickle_leaves_the_reader_as_it_was(tmp_path: Path) -> None:
     assert load_array_pickle(tmp_path / "good.pkl")["a"].shape == (2, 3, 4)
 
 
+@pytest.mark.parametrize("put", [b"r\xff\xff\xff\x7f", b"p2147483647\n", b"p-1\n"])
+def test_a_pickle_of_few_bytes_takes_no_gigabytes(tmp_path: Path, put: bytes) -> None:
+    """The interpreter's own reader would make room for two thousand million objects."""
+    (tmp_path / "bad.pkl").write_bytes(b"}" + put + b".")
+    with pytest.raises(ValueError, match=r"it keeps an object at place (2,147,483,647|-1) after 1 step"):
+        load_array_pickle(tmp_path / "bad.pkl")
+
+
 @settings(deadline=None, database=None, max_examples=150, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_damaged_pickles_give_tensors_or_a_value_error(tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,14 +13,14 @@ from PIL import Image
 from torch import Tensor
 
 import a2fpn
-from a2fpn.config import Category
-from a2fpn.detectors import DETECTORS, Detector
+from a2fpn.detectors import DETECTORS
 from a2fpn.errors import CheckpointError, ConfigError
 from a2fpn.export import verify
 from a2fpn.export.trace import quiet
 from a2fpn.export.translate import translations
 from a2fpn.inference.exported import ExportedDetector
-from tests.helpers import randomize, tiny_model, torch_from
+from tests.exports import NOTHING, Exported, between, detector, exported_once, noise
+from tests.helpers import torch_from
 from tests.test_cli import fails, run
 
 pytestmark = torch_from(2, 11, "the oldest whose exporter has been tried")
@@ -28,59 +28,11 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 SIZES = [(190, 270), (64, 96), (33, 150), (1, 1), (97, 31)]
-CATEGORIES = tuple(Category(index, f"shape {index}") for index in (7, 23, 90))
-
-
-def detector(name: str, **overrides: Any) -> Detector:
-    """A small detector that finds something in noise."""
-    torch.manual_seed(0)
-    options = {"min_size": 64, "max_size": 200, "resize": "shortest_edge", "categories": CATEGORIES}
-    model = tiny_model(name, **(options | overrides)).eval().requires_grad_(False)
-    randomize(model, std=0.05)
-    for key, parameter in model.named_parameters():
-        if ("cls_score" in key or "cls_logits" in key) and parameter.ndim > 1:
-            parameter.mul_(20)  # scores that differ
-    return model
-
-
-def noise(size: tuple[int, int], seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    coarse = torch.rand(1, 3, 6, 6, generator=generator) * 255
-    return torch.nn.functional.interpolate(coarse, size=size, mode="bicubic")[0].clamp(0, 255).to(torch.uint8)
-
-
-NOTHING = torch.full((3, 64, 96), 128, dtype=torch.uint8)
-
-
-def between(model: Detector) -> float:
-    """A score that much in noise has and nothing in gray, or the least of images."""
-    with torch.no_grad():
-        images = [NOTHING, *(noise((64, 96), seed) for seed in range(6))]
-        best = [float(model([x], paste_masks=False)[0]["scores"][0]) for x in images]
-    return min(best) + 0.2 * (max(best) - min(best))
-
-
-class Exported(NamedTuple):
-    model: Detector
-    checkpoint: Path
-    photos: Path
-    path: Path
-    text: str
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    """A checkpoint, exported and compared by the command."""
-    folder = tmp_path_factory.mktemp("export")
-    model = detector("maskrcnn_fpn", score_threshold=between(detector("maskrcnn_fpn", score_threshold=0.0)))
-    checkpoint = a2fpn.save_pretrained(model, folder / "checkpoint")
-    (folder / "photos").mkdir()
-    for seed, (height, width) in enumerate([(64, 96), (50, 40)]):
-        picture = noise((height, width), seed + 1).permute(1, 2, 0).numpy()
-        Image.fromarray(picture).save(folder / "photos" / f"{seed}.png")
-    path = folder / "model.onnx"
-    text = run("export", checkpoint, "--output", path, "--verify", folder / "photos")
-    return Exported(model, checkpoint, folder / "photos", path, text)
+    return exported_once(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

@@ -5,44 +5,30 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
-import a2fpn
 from a2fpn.data.images import read_image
 from a2fpn.errors import CheckpointError, ConfigError
 from a2fpn.export import quantize
 from a2fpn.inference.exported import ExportedDetector
+from tests.exports import Exported, exported_once, noise
 from tests.helpers import torch_from
 from tests.test_cli import fails, run
-from tests.test_export_model import detector, noise
 
 pytestmark = torch_from(2, 11, "the oldest whose exporter has been tried")
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
-SIZE = (64, 96)
-"""Height and width: an export for any size takes longer."""
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    return exported_once(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return a2fpn.save_pretrained(detector("maskrcnn_fpn"), tmp_path_factory.mktemp("int8") / "checkpoint")
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("photos")
-    for seed in (1, 2, 3):
-        Image.fromarray(noise(SIZE, seed).permute(1, 2, 0).numpy()).save(folder / f"{seed}.png")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def files(checkpoint: Path, photos: Path) -> tuple[Path, Path]:
+def files(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A model in float and in int8."""
-    floating = a2fpn.export_model(a2fpn.from_pretrained(checkpoint), checkpoint.parent / "float.onnx", size=SIZE)
-    images = [read_image(photo).as_subclass(torch.Tensor) for photo in sorted(photos.iterdir())]
-    return floating, quantize(floating, images, checkpoint.parent / "int8.onnx")
+    images = [read_image(photo).as_subclass(torch.Tensor) for photo in sorted(exported.photos.iterdir())]
+    return exported.path, quantize(exported.path, images, tmp_path_factory.mktemp("int8") / "int8.onnx")
 
 
 def test_features_are_int8_and_predictors_float(files: tuple[Path, Path]) -> None:
@@ -72,7 +58,7 @@ def test_features_are_int8_and_predictors_float(files: tuple[Path, Path]) -> Non
 
 
 def test_it_finds_nearly_the_same(files: tuple[Path, Path]) -> None:
-    image = noise(SIZE, 1)
+    image = noise((64, 96), 1)
     expected, found = (ExportedDetector(file)([image])[0]["scores"] for file in files)
     assert abs(len(expected) - len(found)) <= 0.5 * len(expected)
     assert found[0] == pytest.approx(float(expected[0]), abs=0.1)
@@ -80,10 +66,10 @@ def test_it_finds_nearly_the_same(files: tuple[Path, Path]) -> None:
 
 
 @pytest.mark.slow
-def test_the_command(files: tuple[Path, Path], checkpoint: Path, photos: Path, tmp_path: Path) -> None:
-    run("export", checkpoint, "--output", tmp_path / "model.onnx", "--size", "64x96", "--int8", photos)
+def test_the_command(files: tuple[Path, Path], exported: Exported, tmp_path: Path) -> None:
+    run("export", exported.checkpoint, "--output", tmp_path / "model.onnx", "--int8", exported.photos)
     expected, found = (
-        ExportedDetector(file)([noise(SIZE, 1)])[0]["scores"] for file in (files[1], tmp_path / "model.onnx")
+        ExportedDetector(file)([noise((64, 96), 1)])[0]["scores"] for file in (files[1], tmp_path / "model.onnx")
     )
     assert torch.equal(expected, found)
 
@@ -101,15 +87,17 @@ def test_images_that_show_no_object(files: tuple[Path, Path], tmp_path: Path) ->
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_refused(files: tuple[Path, Path], checkpoint: Path, photos: Path, tmp_path: Path) -> None:
+def test_what_is_refused(exported: Exported, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model.pt2: int8 is made of .onnx files alone"):
         quantize("model.pt2", [])
     (tmp_path / "alien.onnx").write_bytes(b"alien")
     with pytest.raises(CheckpointError, match="no file of a2fpn export"):
         quantize(tmp_path / "alien.onnx", [])
     out = tmp_path / "model.pt2"
-    assert "--int8 is for ONNX files" in fails("export", checkpoint, "--output", out, "--int8", photos)
+    assert "--int8 is for ONNX files" in fails(
+        "export", exported.checkpoint, "--output", out, "--int8", exported.photos
+    )
     out = tmp_path / "model.onnx"
-    text = fails("export", checkpoint, "--output", out, "--int8", photos, "--verify", photos)
+    text = fails("export", exported.checkpoint, "--output", out, "--int8", exported.photos, "--verify", exported.photos)
     assert "an int8 file isn't equal to the model" in text
     assert not out.exists()

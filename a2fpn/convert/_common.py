@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 import pickle
+import pickletools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from a2fpn._text import count_of
 from a2fpn.build import build_model
 from a2fpn.compose import compose
 from a2fpn.config import ModelConfig
@@ -88,6 +90,8 @@ def load_array_pickle(path: str | Path) -> Any:
     """
     with Path(path).open("rb") as file:
         try:
+            _check_memo(file)
+            file.seek(0)
             return _tensors(_ArrayUnpickler(file, encoding="latin1").load())
         # Whatever a hostile pickle makes its stack machine stumble over.
         except Exception as error:
@@ -95,6 +99,13 @@ def load_array_pickle(path: str | Path) -> Any:
                 f"{str(path)!r} is no pickle of numpy arrays alone, and no other is loaded, since a pickle can run any "
                 f"code: {error}"
             ) from error
+
+
+def _check_memo(file: BinaryIO) -> None:
+    """Refuse places in the memo beyond what was written: the reader makes room for all places before one."""
+    for count, (opcode, place, _) in enumerate(pickletools.genops(file)):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and not 0 <= place <= count:
+            raise pickle.UnpicklingError(f"it keeps an object at place {place:,} after {count_of(count, 'step')}")
 
 
 class _ArrayUnpickler(pickle.Unpickler):
