@@ -95,7 +95,7 @@ def run_python(code: str, *arguments: object, cwd: Path | None = None, path: Ite
     """
     with tempfile.TemporaryDirectory() as folder:
         files = Path(folder, "out"), Path(folder, "err")
-        process = Process(_run, (code, [str(x) for x in arguments], cwd, [str(x) for x in path]), *files)
+        process = Process(run_code, (code, [str(x) for x in arguments], cwd, [str(x) for x in path]), *files)
         status = process.wait(300)
         if status is None:
             process.kill()
@@ -108,7 +108,8 @@ def run_a2fpn(*arguments: object, cwd: Path | None = None, path: Iterable[Path] 
     return run_python("from a2fpn.cli import main; main()", *arguments, cwd=cwd, path=path)
 
 
-def _run(code: str, arguments: list[str], cwd: Path | None, path: list[str]) -> None:
+def run_code(code: str, arguments: list[str], cwd: Path | None = None, path: Iterable[str] = ()) -> None:
+    """Run code in this process as ``python -c`` does."""
     sys.argv = ["-c", *arguments]
     sys.path[:0] = path
     importlib.invalidate_caches()

@@ -53,7 +53,7 @@ def test_a_frozen_norm_keeps_the_dtype_of_the_map(dtype: torch.dtype) -> None:
     torch.testing.assert_close(y.double(), wanted + norm.bias[:, None, None], rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("neck", ["fpn", "a2fpn", "bifpn"])
+@pytest.mark.parametrize("neck", ["fpn", "a2fpn", pytest.param("bifpn", marks=pytest.mark.slow)])
 def test_compiled_maps_give_the_same_losses_and_keep_the_state_dict(neck: str) -> None:
     targets = [random_target([[4.0, 4.0, 30.0, 40.0]], size) for size in ((64, 96), (64, 80))]
     images = [torch.rand(3, 64, 96), torch.rand(3, 64, 80)]

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,8 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests import processes
 from tests.processes import run_python
-from tests.training import Process, metrics, tiny_run
+from tests.training import Process, metrics, tiny_run, train
 
 ROOT = Path(__file__).resolve().parent.parent
 # Samplers of anchors and boxes that take all there are draw nothing that could depend on the process.
@@ -35,6 +37,25 @@ def launch(processes: int, arguments: list[str], *, restarts: int = 0, program: 
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT, start_new_session=True
     )
+
+
+def start_ranks(call, arguments, folder):
+    """Two processes of one training, forked: what starts them elsewhere takes seconds to import."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [processes.Process(_in_rank, (r, port, call, arguments), folder / f"rank{r}.log") for r in range(2)]
+
+
+def _in_rank(rank, port, call, arguments):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    call(*arguments)
+
+
+def finish_ranks(ranks, folder):
+    for number, rank in enumerate(ranks):
+        assert rank.wait(300) == 0, (folder / f"rank{number}.log").read_text()
 
 
 def finish(process: subprocess.Popen, code: int = 0) -> str:
@@ -59,9 +80,9 @@ def test_two_processes_with_two_images_learn_what_one_with_four_does(tmp_path, o
     tiny_run(tmp_path, size=(64, 64))
     arguments = [*overrides, *TAKE_ALL, "run.epochs=2", "optim.lr=1e-2", "run.pictures=0", "data.check_images=0"]
     arguments += ["data.transforms.color_jitter=0.5", "model.overrides.norm=frozen"]
-    two = launch(2, [*tiny_run(tmp_path, "two"), *arguments, "data.batch_size=2"])
+    two = start_ranks(train, ([*tiny_run(tmp_path, "two"), *arguments, "data.batch_size=2"],), tmp_path)
     one = Process([*tiny_run(tmp_path, "one"), *arguments, "data.batch_size=4"], tmp_path / "one.log")
-    finish(two)
+    finish_ranks(two, tmp_path)
     assert one.wait() == 0, one.log.read_text()
     for ours, theirs in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
         for name in (name for name in theirs if name.startswith("train/")):
@@ -98,21 +119,20 @@ class RecordKeys(a2fpn.training.stepping.Stepper):
 
 a2fpn.training.validate.evaluate_coco, a2fpn.training.trainer.Trainer = record_detections, RecordWeights
 a2fpn.training.trainer.Stepper = RecordKeys
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[2:]))
+sys.exit(main(sys.argv[2:]))
 """
 
 
 def test_two_processes_hold_the_same_weights_and_find_what_one_finds_bit_for_bit(tmp_path):
     """3 validation images, 2 to a batch; in the first step one process sees no object at all."""
-    (tmp_path / "ranks.py").write_text(RANKS)
     arguments = [*tiny_run(tmp_path), "run.epochs=1", "run.pictures=0", "data.check_images=0", "data.eval_batch_size=2"]
     document = json.loads((tmp_path / "train" / "annotations.json").read_text())
     ids = [image["id"] for image in document["images"]]
     document["annotations"] = [a for a in document["annotations"] if a["image_id"] in ids[:1]]
     (tmp_path / "train" / "annotations.json").write_text(json.dumps(document))
     more = ["data.batch_size=1", "run.val_loss=true"]
-    finish(launch(2, [str(tmp_path), *arguments, *more], program=str(tmp_path / "ranks.py")))
+    call = (RANKS, [str(tmp_path), *arguments, *more])
+    finish_ranks(start_ranks(processes.run_code, call, tmp_path), tmp_path)
 
     first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     assert all(torch.equal(second[name], value) for name, value in first.items())

@@ -65,10 +65,11 @@ class Process(processes.Process):
 
     def __init__(self, arguments: Sequence[str], log: Path, before: Callable[[], None] | None = None) -> None:
         self.log = log
-        super().__init__(_train, (list(arguments), before), log)
+        super().__init__(train, (list(arguments), before), log)
 
 
-def _train(arguments: list[str], before: Callable[[], None] | None) -> None:
+def train(arguments: list[str], before: Callable[[], None] | None = None) -> None:
+    """Train on the CPU and exit as the command does."""
     os.environ["ACCELERATE_USE_CPU"] = "true"
     from a2fpn.training.cli import main
 
