@@ -178,7 +178,7 @@ def dense_area(document: Mapping[str, Any]) -> str:
             str(row["megapixels"]),
             str(row["tiles"]),
             f"{row['objects']:,}",
-            *(f"{row['seconds'][name]:.1f}" if name in row["seconds"] else "" for name in ("0", "1", "2")),
+            *(f"{row['seconds'][name]:.1f}" if name in row["seconds"] else "" for name in ("tiles", "0", "1", "2")),
             f"{row['seconds']['1'] / row['megapixels']:.2f}",
             f"{1000 * row['seconds']['1'] / max(1, row['objects']):.0f}",
             f"{row['ratio']:.2f}",
@@ -186,7 +186,7 @@ def dense_area(document: Mapping[str, Any]) -> str:
         )
         for row in part["rows"]
     ]
-    readers = ("s, read by none", "1 thread", "2 threads")
+    readers = ("s, tiles one by one", "read by none", "1 thread", "2 threads")
     headings = ("MP", "tiles", "objects", *readers, "s/MP", "ms an object", "of the tiles' time", "peak MiB")
     return f"{markdown(headings, rows)}\n\n{_cpu(part)}"
 
@@ -215,6 +215,8 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "gpu-throughput": ("throughput_h100.json", throughput),
     "cpu-inference": ("inference_cpu.json", cpu_inference),
     "dense-recall": ("dense_cpu.json", dense_recall),
+    "dense-area": ("dense_cpu.json", dense_area),
+    "dense-torchvision": ("dense_cpu.json", dense_torchvision),
     "dense-tiles": ("tiles_cpu.json", dense_tiles),
     "zoo": ("gpu_inference.json", zoo),
 }

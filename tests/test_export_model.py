@@ -1,7 +1,6 @@
 """Whole detectors as files: what they hold, what they find, and what is said of those that can't be made."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,14 +9,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
 
 import a2fpn
 from a2fpn.detectors import DETECTORS
 from a2fpn.errors import CheckpointError, ConfigError
 from a2fpn.export import verify
-from a2fpn.export.trace import quiet
-from a2fpn.export.translate import translations
 from a2fpn.inference.exported import ExportedDetector
 from tests.exports import NOTHING, Exported, between, detector, exported_once, noise
 from tests.helpers import torch_from
@@ -187,53 +183,14 @@ def test_bad_requests(exported: Exported, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_bicubic_resizing(tmp_path: Path) -> None:
-    """It is written as sums of four rows: larger, smaller, and of single pixels."""
-    import onnxruntime
-
-    class Resize(torch.nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            size = (x.shape[-2] * 3, x.shape[-1] // 2 + 1)
-            return torch.nn.functional.interpolate(x, size=size, mode="bicubic", align_corners=False)
-
-    dynamic = torch.export.Dim.DYNAMIC
-    program = torch.export.export(
-        Resize(), (torch.rand(1, 2, 40, 50),), dynamic_shapes={"x": {2: dynamic, 3: dynamic}}, strict=False
-    )
-    with quiet():
-        converted: Any = torch.onnx.export(
-            program, dynamo=True, opset_version=18, verbose=False, custom_translation_table=translations()
-        )
-    converted.save(tmp_path / "resize.onnx")
-    session = onnxruntime.InferenceSession(tmp_path / "resize.onnx", providers=["CPUExecutionProvider"])
-    assert "Resize" not in {node.op_type for node in onnx.load(tmp_path / "resize.onnx").graph.node}
-    for size in ((40, 50), (7, 1), (1, 1), (31, 97)):
-        x = torch.rand(1, 2, *size, generator=torch.Generator().manual_seed(0))
-        (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-        np.testing.assert_allclose(got, Resize()(x).numpy(), atol=1e-5)
-
-
-@pytest.mark.slow
-def test_a_program_of_torch(tmp_path: Path) -> None:
-    model = detector("fasterrcnn_fpn", score_threshold=0.05)
-    file = a2fpn.export_model(model, tmp_path / "model.pt2", dtype="float32")
-    images = [(str(size), noise(size)) for size in ((64, 96), (1, 1))]
-    assert [result for result in verify(model, ExportedDetector(file), images) if not result.equal] == []
-    code = "import sys, torch, torchvision; print(*torch.export.load(sys.argv[1]).module()(torch.rand(1, 3, 64, 80)))"
-    text = subprocess.run([sys.executable, "-c", code, file], check=True, capture_output=True, text=True).stdout
-    assert text.split() == ["image_index", "boxes", "scores", "labels"]
-
-
 def test_a_comparison_that_fails_deletes_the_file(
     exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint = a2fpn.save_pretrained(detector("fasterrcnn_fpn", score_threshold=0.05), tmp_path / "checkpoint")
-    file = tmp_path / "model.pt2"
-    command = ["export", checkpoint, "--output", file, "--size", "64x96", "--verify", exported.photos]
-    assert "Compared on 2 images" in run(*command)
     # The same file again: what is exported does not change, and takes long.
-    kept = file.read_bytes()
+    kept, file = exported.path.read_bytes(), tmp_path / "model.onnx"
     monkeypatch.setattr(a2fpn.export, "export_model", lambda model, path, **options: path.write_bytes(kept))
+    command = ["export", exported.checkpoint, "--output", file, "--verify", exported.photos]
+    assert "Compared on 2 images" in run(*command)
     # By its module, which the package's function of the same name hides.
     monkeypatch.setattr(sys.modules["a2fpn.export.verify"], "BOX_TOLERANCE", -1.0)
     text = run(*command, "--overwrite", code=1)
