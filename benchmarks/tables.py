@@ -170,6 +170,32 @@ def export_sweep(document: Mapping[str, Any]) -> str:
     return f"{table}\n\n{note} {versions}; commit `{document['commit'][:12]}`."
 
 
+def export_times(document: Mapping[str, Any]) -> str:
+    """Return times of exported files beside the detectors that they were made of, and what they find."""
+    rows = []
+    for record in document.values():
+        sides = {row["side"]: row for row in record["rows"]}
+        files = [sides[runtime] for runtime in ("onnxruntime", "openvino")]
+        rows.append(
+            (
+                "`{}` {}".format(*record["case"].replace("x", "×").partition(" ")[::2]).rstrip(),
+                str(record["threads"]),
+                *(f"{sides[side]['ms']:.0f}" for side in ("eager", "optimized")),
+                *(f"{row['ms']:.0f} ({row['to_optimized']:.2f})" for row in files),
+                *(f"{row['objects']} / {row['expected']}" for row in files),
+                f"{record['nodes']:,}",
+            )
+        )
+    headings = (
+        *("one image to objects", "threads", "eager, ms", "optimized", "ONNX Runtime", "OpenVINO"),
+        *("objects, ONNX Runtime", "OpenVINO", "nodes"),
+    )
+    record = next(iter(document.values()))
+    versions = ", ".join(f"{name} {record['versions'][name]}" for name in ("torch", "torchvision"))
+    note = "In brackets the share of the optimized detector's time; the goal is 1.00."
+    return f"{markdown(headings, rows)}\n\n{note} {record['capability']}; {versions}; commit `{record['commit'][:12]}`."
+
+
 def dense_area(document: Mapping[str, Any]) -> str:
     """Return times and memory of slides in tiles."""
     part = document["area"]
@@ -215,6 +241,7 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "gpu-throughput": ("throughput_h100.json", throughput),
     "cpu-inference": ("inference_cpu.json", cpu_inference),
     "dense-recall": ("dense_cpu.json", dense_recall),
+    "export-times": ("export_cpu.json", export_times),
     "dense-area": ("dense_cpu.json", dense_area),
     "dense-torchvision": ("dense_cpu.json", dense_torchvision),
     "dense-tiles": ("tiles_cpu.json", dense_tiles),
