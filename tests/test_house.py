@@ -31,6 +31,7 @@ BUILDING = {
 MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "_plugins": ({"errors"}, set()),
     "_registry": ({"_plugins", "errors"}, set()),
+    "_text": (set(), set()),
     "_words": (set(), set()),
     "_atomic": (set(), set()),
     "device": (set(), {"torch"}),
@@ -61,9 +62,9 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         BUILDING | {"_atomic", "_plugins", "_version", "_words", "convert", "layers"},
         {"huggingface_hub", "safetensors", "torch", "torchvision"},
     ),
-    "convert": (BUILDING | {"device", "layers", "pretrained"}, {"torch", "torchvision", "safetensors"}),
+    "convert": (BUILDING | {"_text", "device", "layers", "pretrained"}, {"torch", "torchvision", "safetensors"}),
     "data": (
-        {"_atomic", "_registry", "config", "errors", "masks"},
+        {"_atomic", "_registry", "_text", "config", "errors", "masks"},
         {
             "datasets",
             "fsspec",
@@ -84,8 +85,8 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "counting": ({"errors"}, {"numpy"}),
     "inference": (
         {
-            *("_registry", "_serialize", "_words", "backbones", "config", "data", "detectors", "device", "errors"),
-            *("heads", "masks", "preprocess", "pyramid"),
+            *("_registry", "_serialize", "_text", "_words", "backbones", "config", "data", "detectors", "device"),
+            *("errors", "heads", "masks", "preprocess", "pyramid"),
         },
         {
             *("contourpy", "matplotlib", "numpy", "onnxruntime", "openvino", "PIL", "pycocotools", "supervision"),
@@ -103,6 +104,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
             "_plugins",
             "_registry",
             "_serialize",
+            "_text",
             "_version",
             "_words",
             "config",
@@ -128,7 +130,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         },
     ),
     "report": (
-        {"_version", "data", "detectors", "errors", "evaluation", "inference", "pretrained"},
+        {"_text", "_version", "data", "detectors", "errors", "evaluation", "inference", "pretrained"},
         {"contourpy", "jinja2", "markupsafe", "matplotlib", "numpy", "PIL", "pycocotools", "torch"},
     ),
     "writers": (
@@ -141,6 +143,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         | {
             "_atomic",
             "_plugins",
+            "_text",
             "_version",
             "_words",
             "convert",

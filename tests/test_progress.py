@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from accelerate import PartialState
+from PIL import Image
 from rich.console import Console
 
 from a2fpn.cli import main
@@ -119,7 +120,8 @@ def test_bars_show_a_rate(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_predict_is_quiet_or_speaks_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    common = ["predict", str(EXAMPLE), "--model", "maskrcnn_a2fpn_lite0.nuclei", "--tile", "256"]
+    Image.open(EXAMPLE).crop((0, 0, 256, 256)).save(tmp_path / "part.png")
+    common = ["predict", str(tmp_path / "part.png"), "--model", "maskrcnn_a2fpn_lite0.nuclei", "--tile", "256"]
     for number, options in enumerate((["--quiet"], ["--json", "-"], ["--json", str(tmp_path / "out.json"), "-q"])):
         with pytest.raises(SystemExit) as end:
             main([*common, "--output", str(tmp_path / str(number)), *options])

@@ -148,7 +148,7 @@ side = st.integers(1, 9)
 
 
 @marked(on_device)
-@settings(deadline=None, max_examples=5)
+@settings(deadline=None, max_examples=2 if INTERPRETED else 5)
 @given(h=side, w=side, height=side, width=side)
 def test_any_sizes(h: int, w: int, height: int, width: int) -> None:
     check(*inputs((h, w), (height, width), 3, channels=16), (height, width))
