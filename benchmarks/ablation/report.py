@@ -244,9 +244,10 @@ def circumstances(comparison: Comparison) -> str:
         f"Recipe `{example.plan['recipe']}`{f' with {shared}' if shared else ''}: {steps} steps of "
         f"{config['data']['batch_size']} images, {optim['name']}, learning rate {optim['lr']:g}, "
         f"schedule {optim['schedule']}, precision {run['mixed_precision']}, EMA {run['ema']:g}. "
-        f"Device {every('device')}; {every('jobs')} concurrent runs; commit {every('commit')}; {versions}. GMACs are for backbone and neck on one image of "
-        f"{side} × {side} pixels; s/step was measured while other runs shared the device. The {len(runs)} runs took "
-        f"{minutes:.0f} minutes in total, as if run one after another.{defined}"
+        f"Device {every('device')}; {every('jobs')} concurrent runs; commit {every('commit')}; {versions}. "
+        f"GMACs are for backbone and neck on one image of {side} × {side} pixels; s/step was measured while other runs "
+        f"shared the device. The {len(runs)} runs took {minutes:.0f} minutes in total, as if run one after another."
+        f"{defined}"
     )
 
 
