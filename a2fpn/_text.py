@@ -7,10 +7,10 @@ def count_of(number: int, noun: str) -> str:
     """A number with its noun, in the plural unless it is 1.
 
     Example:
-        >>> count_of(1, "class"), count_of(2, "class"), count_of(1200, "image")
-        ('1 class', '2 classes', '1,200 images')
+        >>> count_of(1, "class"), count_of(2, "class"), count_of(0, "batch"), count_of(1200, "epoch")
+        ('1 class', '2 classes', '0 batches', '1,200 epochs')
     """
-    plural = noun if number == 1 else f"{noun}es" if noun.endswith(("s", "ch")) else f"{noun}s"
+    plural = noun if number == 1 else f"{noun}es" if noun.endswith(("s", "tch")) else f"{noun}s"
     return f"{number:,} {plural}"
 
 
