@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 
 def _words(meanings: Mapping[str, str]) -> Mapping[str, str]:
-    """Meaning of each word, of the words with spaces between that each meaning has elsewhere."""
+    """Map each word to its meaning, from meanings with their space-separated words in other libraries."""
     return MappingProxyType({word: meaning for meaning, words in meanings.items() for word in words.split()})
 
 

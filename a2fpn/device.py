@@ -55,7 +55,7 @@ def is_traced() -> bool:
 
 
 def is_exported() -> bool:
-    """Return whether torch.export is recording, for runtimes that know standard operators alone."""
+    """Return whether torch.export is recording, for runtimes that support standard operators only."""
     exporting = getattr(torch.compiler, "is_exporting", None)  # from torch 2.7 on
     return exporting is not None and bool(exporting())
 

@@ -290,7 +290,7 @@ def evaluate_instances(
         Metrics by class name, for classes that occur in the ground truth or the detections.
 
     Raises:
-        DataError: If the ground truth is no COCO file.
+        DataError: If the ground truth is not a COCO file.
         ValueError: If the ground truth has no masks or no image, or a detection lacks a mask or names an unknown
             image or category.
     """

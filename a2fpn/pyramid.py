@@ -65,7 +65,7 @@ class PyramidSpec(Mapping[str, LevelSpec]):
         """Build a spec from channel counts; levels are named after the power of two of their stride.
 
         Raises:
-            ValueError: If the counts differ or a stride is no power of two.
+            ValueError: If the counts differ or a stride is not a power of two.
         """
         if len(channels) != len(strides):
             raise ConfigError(f"{len(channels)} channel counts were given for {len(strides)} strides {list(strides)}.")
@@ -105,7 +105,7 @@ def level_name(prefix: str, stride: int) -> str:
     """Name of a level by its stride.
 
     Raises:
-        ValueError: If the stride is no power of two.
+        ValueError: If the stride is not a power of two.
 
     Example:
         >>> level_name("p", 32)
@@ -120,7 +120,7 @@ def level_names(prefix: str, strides: Sequence[int]) -> tuple[str, ...]:
     """Names of levels by their strides.
 
     Raises:
-        ValueError: If a stride is no power of two.
+        ValueError: If a stride is not a power of two.
 
     Example:
         >>> level_names("c", [16, 32, 32])

@@ -31,7 +31,7 @@ class SimpleFPN(Neck):
         act_layer: Activation between two transposed convolutions (timm name), or None.
 
     Raises:
-        ValueError: For more than one input level, no stride, or a stride that is no power of two.
+        ValueError: For more than one input level, no stride, or a stride that is not a power of two.
 
     Example:
         >>> import torch
