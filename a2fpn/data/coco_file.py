@@ -219,7 +219,7 @@ def check_annotations(
     masks: bool = True,
     num_keypoints: int = 0,
 ) -> CheckedAnnotations:
-    """Check annotations as :func:`read_coco`, for sources that provide them image by image.
+    """Check annotations like :func:`read_coco`, for sources that provide them image by image.
 
     Args:
         entries: Entries of ``annotations`` as in a COCO file.

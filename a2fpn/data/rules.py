@@ -86,7 +86,7 @@ _NEEDED = "it needs image_id, category_id and bbox = [x, y, width, height]"
 
 
 def _box_faults(table: AnnotationTable) -> Iterator[Fault]:
-    """Boxes without area or outside the image."""
+    """Boxes that are malformed, without area, or outside the image."""
     entries = table.entries
 
     def malformed(row: int) -> str:

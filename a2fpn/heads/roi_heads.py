@@ -149,7 +149,7 @@ class DetectionRoIHeads(RoIHeads):  # type: ignore[misc]
         *,
         rule: PostprocessConfig | None = None,
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
-        """Detect objects or compute losses as torchvision; ``masks`` are :class:`~a2fpn.masks.InstanceMasks`.
+        """Detect objects or compute losses as in torchvision; ``masks`` are :class:`~a2fpn.masks.InstanceMasks`.
 
         Args:
             features: The pyramid.

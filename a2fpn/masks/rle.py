@@ -99,7 +99,7 @@ def decode_window(rle: Rle) -> tuple[NDArray[np.uint8], tuple[int, int, int, int
 
 
 def decode_windows(rles: Sequence[Rle]) -> Iterator[tuple[NDArray[np.uint8], tuple[int, int, int, int]]]:
-    """Decode many masks as :func:`decode_window`, in a fraction of the time."""
+    """Decode many masks like :func:`decode_window`, in a fraction of the time."""
     for rle, runs in zip(rles, _decoded(rles), strict=True):
         height = rle["size"][0]
         edges = runs.cumsum()

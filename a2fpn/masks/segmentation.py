@@ -288,7 +288,7 @@ def segmentation_to_rle(segmentation: object, height: int, width: int) -> Rle:
 
 
 def parse_segmentation(segmentation: object, height: int, width: int) -> Polygons | Rle:
-    """Check a COCO ``segmentation`` as :func:`segmentation_to_rle`, without rasterizing polygons.
+    """Check a COCO ``segmentation`` like :func:`segmentation_to_rle`, without rasterizing polygons.
 
     Raises:
         ValueError: As in :func:`segmentation_to_rle`.
@@ -300,7 +300,7 @@ def parse_segmentation(segmentation: object, height: int, width: int) -> Polygon
 
 
 def parse_segmentations(segmentations: Iterable[tuple[object, int, int]]) -> list[Polygons | Rle | ValueError]:
-    """Check many segmentations as :func:`parse_segmentation`, compressed run lengths in a fraction of the time.
+    """Check many segmentations like :func:`parse_segmentation`, compressed run lengths in a fraction of the time.
 
     Args:
         segmentations: Each with the height and width of its image, pixels.

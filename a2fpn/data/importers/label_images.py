@@ -79,7 +79,7 @@ class LabelImageImporter(Importer):
         yield from self.unlabeled(set(by_image))
 
     def _keys(self) -> dict[tuple[str | None, str], Path]:
-        """Images by split and stem; with None as the split if the stem is unique without it."""
+        """Images by split and stem, and the first of each stem with None as the split."""
         keys: dict[tuple[str | None, str], Path] = {}
         for path in self.images.files:
             name, split = self.images.name_and_split(path)
