@@ -60,8 +60,8 @@ __all__ = [
 ]
 
 
-# Names come with the module that defines them when they are first used: a shell that completes a command, `--help` and
-# a program that only reads data do not wait for torch, and building a model does not wait for pycocotools.
+# Names are imported on first use (PEP 562): shell completion, `--help` and programs that only read data do not wait for
+# torch, and building a model does not wait for pycocotools.
 _MODULES = {
     "backbones": ["list_backbones"],
     "build": ["create_backbone"],
@@ -82,7 +82,7 @@ _MODULES = {
 _SOURCES = {name: f"a2fpn.{module}" for module, names in _MODULES.items() for name in names}
 
 
-if not TYPE_CHECKING:  # a type checker would take any name for known
+if not TYPE_CHECKING:  # with it, type checkers would accept any name
 
     def __getattr__(name: str) -> Any:
         import importlib.util

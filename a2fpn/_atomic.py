@@ -1,4 +1,4 @@
-"""Files that are there whole, or as they were before."""
+"""Atomic writes: a file is complete, or as it was before."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 @contextmanager
 def replaced_file(path: Path) -> Iterator[Path]:
-    """Yield a path to write to; the file takes the place of ``path`` when the block ends without an error.
+    """Yield a path to write to; the file replaces ``path`` when the block ends without an error.
 
     Example:
         >>> import tempfile
@@ -33,20 +33,20 @@ def replaced_file(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file in UTF-8 that is there whole, or as it was before."""
+    """Write a text file in UTF-8 atomically."""
     with replaced_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append a line to a text file in UTF-8; never to what a link leads to."""
+    """Append a line to a text file in UTF-8; symbolic links are not followed."""
     flags = os.O_WRONLY | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
     with open(path, "a", encoding="utf-8", opener=lambda name, _: os.open(name, flags)) as file:
         file.write(line + "\n")
 
 
 def sync(path: Path) -> None:
-    """Make the system write a file's content, or a folder's list of names, to the disk."""
+    """Flush a file's content, or a folder's entries, to the disk (fsync)."""
     if os.name == "nt" and path.is_dir():  # Windows can't open a folder
         return
     descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)

@@ -1,7 +1,7 @@
-"""Packages from outside that register necks, detectors and backbones.
+"""Third-party packages that register necks, detectors and backbones.
 
-An installed package announces itself by an entry point in the group :data:`GROUP`, whose value names the module to
-import; it is imported when a name is asked for that the package itself does not know. Others are imported by the user.
+An installed package declares an entry point in the group :data:`GROUP` whose value names the module to import; it is
+imported when a2fpn itself does not know a requested name. Other modules are imported by the user.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def load_plugins() -> bool:
     """Import the modules of installed plugins, each once; one that fails is logged with its traceback.
 
     Returns:
-        Whether any was imported that had not been before.
+        Whether a module was newly imported.
     """
     fresh = [point for point in entry_points(group=GROUP) if point.value not in _tried]
     for point in fresh:
@@ -36,7 +36,7 @@ def load_plugins() -> bool:
 
 
 def import_package(name: str) -> None:
-    """Import a module that a command was given, also from the working directory.
+    """Import a module named on the command line, also from the working directory.
 
     Raises:
         ConfigError: If there is no such module.
@@ -47,5 +47,5 @@ def import_package(name: str) -> None:
         importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise  # something that it imports itself
+            raise  # one of its own imports is missing
         raise ConfigError(f"--import {name}: there is no module {error.name!r} here.") from error

@@ -22,8 +22,8 @@ def did_you_mean(name: str, known: Iterable[str], words: Mapping[str, str] = _NO
     Args:
         name: What the user wrote.
         known: The names that would have been accepted.
-        words: What the word, or its last part behind a dot, is elsewhere, see :mod:`a2fpn._words`; goes before what
-            is merely spelled alike.
+        words: Our names for words of other libraries, see :mod:`a2fpn._words`, looked up by the name or its part
+            after the last dot; preferred to names of similar spelling.
 
     Example:
         >>> did_you_mean("a2fnp", ["fpn", "a2fpn"])

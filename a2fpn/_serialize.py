@@ -1,4 +1,4 @@
-"""Frozen dataclasses <-> JSON-able built-ins, checked key by key and type by type."""
+"""Frozen dataclasses <-> JSON-serializable built-ins, with every key and type checked."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ RENAMED = {
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Turn a configuration into JSON-able built-ins.
+    """Convert a configuration to JSON-serializable built-ins.
 
     Example:
         >>> from a2fpn.config import Category
@@ -42,7 +42,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """A value with dicts and lists in the place of other mappings and of tuples."""
+    """Convert mappings to dicts and tuples to lists, recursively."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -51,7 +51,7 @@ def plain(value: Any) -> Any:
 
 
 def migrate_keys(data: Any) -> Any:
-    """Rename keys of older checkpoints and recipes, at any depth; where both names occur the current one counts.
+    """Rename keys of older checkpoints and recipes, at any depth; if both names occur, the current one wins.
 
     Args:
         data: Parsed JSON or YAML; not changed.
@@ -77,7 +77,7 @@ def from_dict(cls: type[ConfigT], data: Any, *, where: str = "config") -> Config
         where: Name of the place in messages.
 
     Raises:
-        ValueError: For an unknown or missing key, or a value out of its choices.
+        ValueError: For an unknown or missing key, or a value that is not one of the choices.
         TypeError: For a value of the wrong type.
 
     Example:
@@ -110,15 +110,15 @@ def from_dict(cls: type[ConfigT], data: Any, *, where: str = "config") -> Config
 
 
 def check_fields(config: Any, where: str, **bounds: tuple[float, float]) -> None:
-    """Check the fields of a frozen dataclass, for its ``__post_init__``; lists become tuples, integers floats.
+    """Validate a frozen dataclass in its ``__post_init__``; lists become tuples, integers floats.
 
     Args:
         config: The dataclass.
         where: Name of the place in messages.
-        bounds: Per field the least and the largest number, for tuples of each item; None passes.
+        bounds: Minimum and maximum per field, for tuples of each item; None is always valid.
 
     Raises:
-        ConfigError: For a number out of its bounds, or a value out of its choices.
+        ConfigError: For a number out of bounds, or a value that is not one of the choices.
         ConfigTypeError: For a value of the wrong type.
     """
     for name, hint in typing.get_type_hints(type(config)).items():
@@ -127,14 +127,14 @@ def check_fields(config: Any, where: str, **bounds: tuple[float, float]) -> None
     for name, (least, largest) in bounds.items():
         value = getattr(config, name)
         for number in value if isinstance(value, tuple) else (value,):
-            if number is not None and not least <= number <= largest:  # NaN is out as well
+            if number is not None and not least <= number <= largest:  # NaN is out of bounds too
                 low = f"at least {least}" if least != POSITIVE[0] else "more than 0"
                 high = "" if largest == math.inf else f" and at most {largest}"
                 raise ConfigError(f"{where}.{name} must be {low}{high}, got {number}.")
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
-    """Check a JSON value against a type hint and return it in the dataclass's own types."""
+    """Check a JSON value against a type hint and convert it to the dataclass's types."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         return (

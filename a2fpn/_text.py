@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def count_of(number: int, noun: str) -> str:
-    """A number with its noun, in the plural unless it is 1.
+    """Format a number with its noun, in the plural unless it is 1.
 
     Example:
         >>> count_of(1, "class"), count_of(2, "class"), count_of(0, "batch"), count_of(1200, "epoch")
@@ -15,7 +15,7 @@ def count_of(number: int, noun: str) -> str:
 
 
 def shorten(text: str, length: int) -> str:
-    """Cut a text that is longer than ``length`` characters.
+    """Truncate a text to ``length`` characters.
 
     Example:
         >>> shorten("astrocyte", 9), shorten("astrocytes", 9)

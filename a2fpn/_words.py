@@ -1,6 +1,6 @@
-"""Words of ultralytics, torchvision, detectron2 and mmdetection, and what is said to people who type them here.
+"""Vocabulary of ultralytics, torchvision, detectron2 and mmdetection, mapped to advice for people who type it here.
 
-A word leads to a name of ours or to a sentence; :func:`a2fpn._registry.did_you_mean` makes a question of the former.
+A word maps to one of our names or to a sentence; :func:`a2fpn._registry.did_you_mean` turns a name into a question.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 
 def _words(meanings: Mapping[str, str]) -> Mapping[str, str]:
-    """Meaning of each word, of the words with spaces between that each meaning has elsewhere."""
+    """Map each word to its meaning, from meanings with their space-separated words in other libraries."""
     return MappingProxyType({word: meaning for meaning, words in meanings.items() for word in words.split()})
 
 
@@ -203,7 +203,7 @@ _ABSENT = re.compile(
 
 
 def advice_on_model(name: str) -> str | None:
-    """Answer to the name of a model of another library; None for a name that is of none.
+    """Advice on the name of another library's model; None for any other name.
 
     Example:
         >>> advice_on_model("maskrcnn_resnet50_fpn_v2"), advice_on_model("mask-rcnn_r101_fpn_1x_coco")
@@ -219,7 +219,7 @@ def advice_on_model(name: str) -> str | None:
     detector = next(filter(flat.startswith, _DETECTORS), None)
     resnet = re.search(r"(?<![a-z])(?:resnet|r)[-_]?(18|34|50|101)(?!\d)", text)
     mobile = "mobilenet_v3_large" in text
-    # There the backbone comes first, here the neck.
+    # Other libraries name the backbone first, we name the neck first.
     if detector is None or not (resnet or mobile) or "fpn" not in text[resnet.end() if resnet else 0 :]:
         return None
     neck = next((neck for neck in ("pafpn", "bifpn", "carafe") if neck in text), "fpn").replace("carafe", "carafe_fpn")

@@ -1,4 +1,4 @@
-"""A page in the browser to try a model: drop pictures, move sliders, take the results along.
+"""Web page to try a model: upload images, move sliders, download the results.
 
 ``a2fpn app`` opens it. The same file is the ``app.py`` of a Space on the Hub, where ``A2FPN_MODEL`` names the model.
 """
@@ -36,11 +36,11 @@ def build(predictor: Predictor, name: str, *, examples: Sequence[Path] = ()) -> 
 
     Args:
         predictor: The model; it runs one request at a time, others wait.
-        name: Of the model, for the heading.
+        name: Name of the model, for the heading.
         examples: Images that can be tried with a click.
     """
     classes = [category.name for category in predictor.categories]
-    written = tempfile.TemporaryDirectory(prefix="a2fpn_")  # gone when the page is
+    written = tempfile.TemporaryDirectory(prefix="a2fpn_")  # deleted with the page
 
     def predict(files: list[str] | None, tile: float) -> tuple[list[Result], str]:
         """Predict the pictures whole; sliders then choose among all objects."""
@@ -121,7 +121,7 @@ def build(predictor: Predictor, name: str, *, examples: Sequence[Path] = ()) -> 
             )
         chosen = [found, threshold, smallest, kept]
         shown = [pictures, table, status, downloads]
-        # The model is one for all visitors and takes one request at a time.
+        # All visitors share one model, which handles one request at a time.
         alone: Any = {"concurrency_limit": 1, "concurrency_id": "model"}
         go.click(predict, [files, tile], [found, remarks], **alone).success(show, chosen, shown)
         if examples:
@@ -134,12 +134,12 @@ def build(predictor: Predictor, name: str, *, examples: Sequence[Path] = ()) -> 
 
 
 def select(result: Result, threshold: float, smallest: float, names: Sequence[str]) -> Result:
-    """Objects of some classes that score enough and are not too small.
+    """Filter objects by score, box size and class.
 
     Args:
         result: All objects.
-        threshold: Least score.
-        smallest: Least root of the box's area in pixels.
+        threshold: Minimum score.
+        smallest: Minimum square root of the box's area, in pixels.
         names: The classes to keep.
     """
     sides = result.boxes[:, 2:] - result.boxes[:, :2]
@@ -157,14 +157,14 @@ def select(result: Result, threshold: float, smallest: float, names: Sequence[st
 
 
 def draw(result: Result) -> Image.Image:
-    """The picture with its objects, not larger than a page can show."""
+    """Draw the objects on the image, downscaled to what a page can show."""
     picture = result.plot(score_threshold=0)
     picture.thumbnail((_SHOWN, _SHOWN))
     return picture
 
 
 def write_files(results: Sequence[Result], parent: str | Path) -> list[Path]:
-    """Write pictures, COCO, GeoJSON and CSV to a new folder; what is one file per picture goes into a zip.
+    """Write images, COCO, GeoJSON and CSV to a new folder; formats with one file per image are zipped.
 
     Args:
         results: One for each picture, at least one.
@@ -195,14 +195,14 @@ def launch(
         host: Address to listen on; "0.0.0.0" for every one.
         port: None takes the first free one from 7860 on.
         device: Where to run.
-        **options: More for Gradio's ``launch``.
+        **options: Further arguments of Gradio's ``launch``.
     """
     detector = a2fpn.from_pretrained(model)
-    # Sliders choose among all that the model finds.
+    # The sliders filter everything that the model finds.
     predictor = Predictor(detector, device=device, score_threshold=detector.rule.score_threshold)
     fits = model == MODEL
     page: gr.Blocks = build(predictor, Path(model).name, examples=sorted(EXAMPLES.glob("*.jpg")) if fits else ())
-    fonts = ["system-ui", "sans-serif"]  # none that would be fetched
+    fonts = ["system-ui", "sans-serif"]  # system fonts, so that none is downloaded
     page.launch(
         server_name=host,
         server_port=port,
@@ -232,7 +232,7 @@ def _name(result: Result) -> str:
 
 
 def _sentence(error: Exception, file: str) -> str:
-    """A message without the place where the server keeps the picture."""
+    """Return the error's message without the server's path of the image."""
     return str(error).replace(f"{file}: ", "").replace(file, Path(file).name)
 
 

@@ -1,4 +1,4 @@
-"""Configurations to modules: :class:`~a2fpn.config.ModelConfig` to detector."""
+"""Building of modules from configurations: :class:`~a2fpn.config.ModelConfig` to detector."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def create_backbone(
 
     Args:
         name: An alias or a timm name, with or without a tag; see :func:`a2fpn.list_backbones`.
-        levels: Strides of the maps, increasing powers of two. What the network lacks is made from its nearest map.
-        pretrained: Whether to load the weights that timm has for the name; batch norm is then frozen unless ``norm``
-            says otherwise.
+        levels: Strides of the maps, increasing powers of two. Strides that the network lacks are resampled from its
+            nearest map.
+        pretrained: Whether to load timm's weights; batch norm is then frozen unless ``norm`` says otherwise.
         weights: A local file of weights to load instead.
         **options: Fields of :class:`a2fpn.config.BackboneConfig`.
 
@@ -51,7 +51,7 @@ def create_backbone(
 
 
 def trained_backbone_fields(backbone: str) -> dict[str, Any]:
-    """Fields of a backbone that come with pretrained weights, unless they are set."""
+    """Default fields of a backbone with pretrained weights, for those that are not set."""
     return {"norm": "frozen", "license": weights_license(backbone)}
 
 
@@ -61,7 +61,7 @@ def build_model(
     """Build the detector of a configuration.
 
     Args:
-        config: Its description.
+        config: Configuration of the detector.
         pretrained_backbone: Whether to load timm's weights of the backbone.
         backbone_weights: A local file of backbone weights to load instead.
     """
@@ -72,10 +72,10 @@ def build_model(
 
 
 def _check_sizes(config: ModelConfig) -> None:
-    """Refuse a resize rule that gives larger images than a backbone of fixed size takes.
+    """Refuse a resize rule whose images are larger than a backbone of fixed size accepts.
 
     Raises:
-        ValueError: With what is possible.
+        ValueError: With the sizes that are possible.
     """
     name, rule = config.backbone.name, config.preprocess
     found = find_backbone_info(name.partition(".")[0])

@@ -1,4 +1,4 @@
-"""Model names and overrides to configurations; nothing is built or read here."""
+"""Configurations from model names and overrides; nothing is built or read here."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _register_narrow() -> None:
 
 
 def _neck_args(detector: str, neck: str) -> dict[str, Any]:
-    """Return a detector's arguments for its neck, of those that the neck has."""
+    """Return those of a detector's neck arguments that the neck accepts."""
     accepted = keyword_arguments(NECKS[neck])
     return {key: value for key, value in DETECTORS[detector].neck_args.items() if key in accepted}
 
@@ -77,7 +77,7 @@ def _identity(config: ModelConfig) -> ModelConfig:
 
 
 def _composable_necks() -> list[str]:
-    """Necks for backbones that give several levels, as every alias does."""
+    """Necks for backbones with several levels, as every alias has."""
     return [name for name in NECKS if getattr(NECKS[name], "fuses_levels", True)]
 
 
@@ -105,12 +105,12 @@ _GRID = 32  # pixels, the stride of the coarsest map
 
 
 def attached(config: ModelConfig, overrides: Mapping[str, Any]) -> ModelConfig:
-    """A config with what its backbone wants of images and gives to a neck, but for what was asked for."""
+    """Adapt a config's image sizes, preprocessing and strides to its backbone, except for what was overridden."""
     backbone = config.backbone
     found = find_backbone_info(backbone.name.partition(".")[0])
     sides = [overrides[key] for key in ("min_size", "max_size") if key in overrides]
     if found.size is not None and found.resizable and backbone.image_size is None:
-        # Built for the largest image that the sizes allow, on the grid of the coarsest level.
+        # The largest size asked for, rounded up to the stride of the coarsest level.
         side = -(-max(sides) // _GRID) * _GRID if sides else found.usual_size
         backbone = dataclasses.replace(backbone, image_size=side)
         overrides = {**({"min_size": max(sides), "max_size": max(sides)} if sides else {}), **overrides}
@@ -126,7 +126,7 @@ def compose(name: str, *, backbone: str | None = None, num_classes: int | None =
     """Configuration of a model by name, with flat overrides as in :func:`a2fpn.create_model`.
 
     Raises:
-        ValueError: For an unknown name or override, with the closest ones.
+        ValueError: For an unknown name or override, with the closest known ones.
 
     Example:
         >>> compose("fasterrcnn_fpn", backbone="test_resnet", num_classes=3, min_size=320).preprocess.min_size
@@ -139,7 +139,7 @@ def parse_name(name: str, backbone: str | None) -> ModelConfig:
     """Configuration of ``<detector>_<neck>_<backbone>``, of ``<detector>_<neck>`` and a backbone, or a registered name.
 
     Raises:
-        ValueError: For an unknown name, with the closest ones.
+        ValueError: For an unknown name, with the closest known ones.
     """
     check_name(name, backbone)
     found = _parse(name, backbone)
@@ -191,7 +191,7 @@ def _parse(name: str, backbone: str | None) -> ModelConfig | None:
 
 
 def override(config: ModelConfig, num_classes: int | None, overrides: Mapping[str, Any]) -> ModelConfig:
-    """A config with flat overrides applied to the part that has a field of that name."""
+    """Apply flat overrides, each to the part of the config that has a field of that name."""
     _check_kinds(num_classes, overrides)
     sections: dict[str, Any] = {"backbone": config.backbone, "preprocess": config.preprocess, "heads": config.heads}
     owner = {f.name: key for key, part in sections.items() for f in dataclasses.fields(part) if f.name != "name"}
@@ -207,7 +207,7 @@ def override(config: ModelConfig, num_classes: int | None, overrides: Mapping[st
             raise ConfigError(f"Unknown argument {key!r} of a model. {did_you_mean(key, known, MODEL)}")
     points = getattr(config.heads, "num_keypoints", None)
     if changed["heads"].get("num_keypoints", points) != points:
-        changed["heads"].setdefault("keypoint_names", ())  # they named the old ones
+        changed["heads"].setdefault("keypoint_names", ())  # the old names are for the old number of keypoints
     parts = {
         key: from_dict(type(part), dataclasses.asdict(part) | changed[key], where=key) for key, part in sections.items()
     }
@@ -223,13 +223,13 @@ def override(config: ModelConfig, num_classes: int | None, overrides: Mapping[st
     elif num_classes != config.num_classes and "categories" not in overrides:
         categories = ()
     if num_classes != config.num_classes and isinstance(parts["heads"], RCNNConfig):
-        # They stood for what the old classes left out.
+        # The unused outputs belonged to the old classes.
         parts["heads"] = dataclasses.replace(parts["heads"], unused_outputs=overrides.get("unused_outputs", 0))
     return dataclasses.replace(config, neck=neck, num_classes=num_classes, categories=categories, **parts)
 
 
 def _categories(given: Sequence[Category | Mapping[str, Any] | str] | Mapping[int, str]) -> tuple[Category, ...]:
-    """Categories as people have them: records of COCO, names (whose ids count from 1), or names by id."""
+    """Convert COCO records, names (with ids from 1), or names by id to categories."""
     if isinstance(given, Mapping):
         given = [{"id": key, "name": name} for key, name in given.items()]
     if isinstance(given, str) or not isinstance(given, Sequence):
@@ -242,7 +242,7 @@ def check_name(name: object, backbone: object) -> None:
     """Refuse modules where names are expected.
 
     Raises:
-        TypeError: With what to do.
+        TypeError: With advice.
     """
     if not isinstance(name, str):
         raise ConfigTypeError(f"A model is named by text such as 'maskrcnn_a2fpn_r50', got a {type(name).__name__}.")
@@ -257,7 +257,7 @@ def _check_kinds(num_classes: object, overrides: Mapping[str, Any]) -> None:
     """Refuse classes and modules where names and numbers are expected.
 
     Raises:
-        TypeError: With what to do.
+        TypeError: With advice.
     """
     neck = overrides.get("neck", "")
     if not isinstance(neck, str):

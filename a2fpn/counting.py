@@ -1,4 +1,4 @@
-"""The score from which objects are counted, chosen on annotated images instead of guessed."""
+"""Calibration of the score threshold for counting, on annotated images."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from a2fpn.errors import ConfigError
 
 @dataclass(frozen=True)
 class CountCalibration:
-    """Score threshold with the least count error, and that error.
+    """Score threshold with the smallest count error, and that error.
 
     Args:
-        threshold: The score from which objects count, in [0, 1].
-        mae: Mean absolute difference between found and true counts, of all images and classes.
-        bias: Mean of found minus true counts.
-        mae_at_half: ``mae`` from a score of 0.5 on.
-        bias_at_half: ``bias`` from a score of 0.5 on.
-        counts: How many counts were compared.
+        threshold: Minimum score of counted objects, in [0, 1].
+        mae: Mean absolute difference between predicted and true counts, over all images and classes.
+        bias: Mean of predicted minus true counts.
+        mae_at_half: ``mae`` at a threshold of 0.5.
+        bias_at_half: ``bias`` at a threshold of 0.5.
+        counts: Number of counts compared.
     """
 
     threshold: float
@@ -33,16 +33,16 @@ class CountCalibration:
 
 
 def calibrate_counts(scores: Sequence[Sequence[float]], counts: Sequence[int]) -> CountCalibration:
-    """Find the score threshold with the least mean absolute count error.
+    """Find the score threshold with the smallest mean absolute count error.
 
-    Where several steps from score to score are equally good, it is in the middle of the widest.
+    If several intervals between neighboring scores are equally good, it is the midpoint of the widest.
 
     Args:
-        scores: For each image (or image and class) the scores of what was found, in [0, 1].
-        counts: For each how many objects there are.
+        scores: Scores of the detections in [0, 1], per image (or image and class).
+        counts: True number of objects for each.
 
     Raises:
-        ValueError: Without an image, for other numbers of scores and counts, or a score outside [0, 1].
+        ValueError: Without an image, if scores and counts differ in number, or for a score outside [0, 1].
 
     Example:
         >>> calibrate_counts([[0.9, 0.8, 0.3], [0.95, 0.2]], [2, 1]).threshold
@@ -54,7 +54,7 @@ def calibrate_counts(scores: Sequence[Sequence[float]], counts: Sequence[int]) -
     every = np.unique(np.concatenate(ascending))
     if not ((every >= 0) & (every <= 1)).all():
         raise ConfigError("Scores must lie in [0, 1].")
-    # The threshold of a score counts its object; all thresholds down to the next score below count the same.
+    # A threshold equal to a score counts its object, as do all thresholds down to the next lower score.
     edges = every if len(every) and every[-1] == 1 else np.append(every, 1.0)
     errors = _errors(ascending, counts, edges)
     mae = np.abs(errors).mean(0)
@@ -76,7 +76,7 @@ def calibrate_counts(scores: Sequence[Sequence[float]], counts: Sequence[int]) -
 def _errors(
     ascending: Sequence[NDArray[np.float64]], counts: Sequence[int], thresholds: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """Found minus true counts, (images, thresholds)."""
+    """Return predicted minus true counts, (images, thresholds)."""
     return np.array(
         [
             len(own) - np.searchsorted(own, thresholds, side="left") - count

@@ -1,4 +1,4 @@
-"""Properties of devices on which the form of a computation depends, and networks on the one without values."""
+"""Properties of devices and tracers that decide how something is computed, and networks on the meta device."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from torch.overrides import TorchFunctionMode
 
 
 def runs_ahead(x: Tensor) -> bool:
-    """Return whether a tensor's device runs asynchronously, so that reading values makes the host wait.
+    """Return whether a tensor's device runs asynchronously, so that reading a value synchronizes with the host.
 
-    Every value that the host wants stops both, and every operation takes the host as long as a large one: code for
-    such a device has shapes that no value decides and few, large operations. On the CPU small ones cost nothing.
-    While a model is traced for export there are no values at all, whatever the device, and the same code serves.
+    Every read stalls both, and launching a small operation costs the host as much as a large one. Code for such a
+    device has static shapes and few, large operations; on the CPU small ones are cheap. While a model is traced there
+    are no values on any device, so the same code serves.
 
     Args:
         x: Any tensor.
@@ -34,9 +34,9 @@ def runs_ahead(x: Tensor) -> bool:
 
 
 def is_on_accelerator(x: Tensor) -> bool:
-    """Return whether a tensor lies on a GPU or the like, whatever is recorded.
+    """Return whether a tensor is on a GPU or another accelerator, traced or not.
 
-    A form of computation that a comparison of sizes chooses asks this: a tracer's sizes have no value to compare.
+    For code that picks an implementation by comparing sizes, which a tracer's symbolic sizes do not allow.
 
     Args:
         x: Any tensor.
@@ -50,23 +50,22 @@ def is_on_accelerator(x: Tensor) -> bool:
 
 
 def is_traced() -> bool:
-    """Return whether a tracer records what runs, with sizes that stand for many."""
+    """Return whether a tracer is recording, with symbolic sizes."""
     return torch.compiler.is_compiling()
 
 
 def is_exported() -> bool:
-    """Return whether what runs is recorded as a program that leaves torch, where an operator is what others know."""
+    """Return whether torch.export is recording, for runtimes that support standard operators only."""
     exporting = getattr(torch.compiler, "is_exporting", None)  # from torch 2.7 on
     return exporting is not None and bool(exporting())
 
 
 def new_size(size: int, most: int | None = None) -> int:
-    """Return a size; a tracer's, which is a formula of others, as a new unknown, so that what follows has short ones.
+    """Return a size; a tracer's symbolic expression becomes a new symbol, which keeps later expressions short.
 
     Args:
-        size: At least 1. A tracer takes it for 8 or more, so that no level is taken for the single pixel that behaves
-            in its own way.
-        most: What it does not pass.
+        size: At least 1. A tracer assumes 8 or more, so that no level is specialized to a single pixel.
+        most: Its upper bound.
     """
     if isinstance(size, int):
         return size
@@ -79,10 +78,10 @@ def new_size(size: int, most: int | None = None) -> int:
 
 
 def is_known(condition: bool) -> bool:
-    """Return whether a comparison of sizes holds; of a tracer's, whether it does for all that they stand for.
+    """Return whether a comparison of sizes holds; of symbolic sizes, whether it holds for all their values.
 
     Args:
-        condition: The comparison, not yet asked for its value.
+        condition: The comparison, a bool or symbolic.
     """
     if isinstance(condition, bool):
         return condition
@@ -117,10 +116,10 @@ def _runs_triton(device: torch.device) -> bool:
 
 @contextlib.contextmanager
 def without_values() -> Iterator[None]:
-    """Make tensors on the meta device, where they have a shape alone, and leave out what would fill them.
+    """Create tensors on the meta device, with a shape but no values, and skip their initialization.
 
-    There torch computes shapes in Python for each of an initializer's operations: most of the time that the
-    construction of many networks takes.
+    On the meta device torch computes shapes in Python for each of an initializer's operations, which takes most of the
+    construction time of many networks.
 
     Example:
         >>> with without_values():
@@ -136,18 +135,18 @@ _FILLING = frozenset(
     getattr(Tensor, name)
     for name in ("add_", "clamp_", "div_", "erfinv_", "fill_", "mul_", "normal_", "sub_", "uniform_", "zero_")
 ) | frozenset(getattr(nn.init, name) for name in dir(nn.init) if name.endswith("_") and not name.startswith("_"))
-"""Functions that fill a tensor, or scale its values, and leave its shape alone."""
+"""Functions that change a tensor's values in place and keep its shape."""
 
 
 class _WithoutFilling(TorchFunctionMode):
-    """Within it numbers are not written to tensors on the meta device."""
+    """Context in which in-place initialization of meta tensors is a no-op."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _FILLING:
-            given: list[Any] = [*args, *kwargs.values()]  # torch.nn.init hands on what it fills by name
+            given: list[Any] = [*args, *kwargs.values()]  # torch.nn.init passes the tensor by keyword
             filled, *others = given
-            # Of another tensor the result would depend, and a gradient has to reach it.
+            # With another tensor involved the result depends on it, and its gradient is needed.
             if filled.is_meta and not any(isinstance(x, Tensor) for x in others):
                 return filled
         return func(*args, **kwargs)

@@ -1,7 +1,7 @@
 """Errors about input: configurations, data, checkpoints, the Hub.
 
-Commands turn these into one line, and what the operating system says of a file; everything else keeps its traceback.
-Each has the built-in class that fits it as a second base.
+Commands print these, and the operating system's errors about files, as one line; everything else keeps its traceback.
+Each also derives from the built-in exception that fits it.
 """
 
 from __future__ import annotations
@@ -32,67 +32,67 @@ class ConfigTypeError(ConfigError, TypeError):
 
 
 class MissingFileError(A2FPNError, FileNotFoundError):
-    """A file that was named and does not exist."""
+    """A named file that does not exist."""
 
 
 class ExistingFileError(A2FPNError, FileExistsError):
-    """A file that would be replaced without being asked for."""
+    """A file that would be overwritten without permission."""
 
 
 class DataError(A2FPNError, ValueError):
-    """A COCO file can't be used; the message names the file and the annotation."""
+    """A COCO file that can't be used; the message names the file and the annotation."""
 
 
 class ImageError(A2FPNError, ValueError):
-    """An image can't be used; the message names the file."""
+    """An image that can't be used; the message names the file."""
 
 
 class CheckpointError(A2FPNError, ValueError):
-    """A checkpoint that is missing, damaged, or not what it says it is."""
+    """A checkpoint that is missing, damaged, or not what it claims to be."""
 
 
 class ExportError(A2FPNError, ValueError):
-    """A detector that can't be written in a format; the message says why and what can be done."""
+    """A detector that can't be exported to a format; the message says why and what can be done."""
 
 
 class RunError(A2FPNError, RuntimeError):
-    """A training run that failed on the way for a reason that its owner can mend."""
+    """A training run that failed for a reason that the user can fix."""
 
     exit_code = 1
 
 
 class HubError(A2FPNError, OSError):
-    """Something that went wrong between here and the Hub."""
+    """A failed exchange with the Hub."""
 
 
 class HubNotFoundError(HubError):
-    """A repository, revision or file that does not exist, or that this user may not know of."""
+    """A repository, revision or file that does not exist or is private."""
 
 
 class HubAccessError(HubError):
-    """A token that is wrong or not enough, or a gated repository."""
+    """A token that is invalid or lacks permission, or a gated repository."""
 
 
 class HubOfflineError(HubError):
-    """Files that are not in the cache while there is no network, or none is wanted."""
+    """Files that are not in the cache, offline or in offline mode."""
 
 
 class HubServerError(HubError):
-    """A server that failed, or a connection that broke or was too slow."""
+    """A server error, a lost connection, or a timeout."""
 
 
 class HubCacheError(HubError):
-    """A cache that cannot be written to, because the disk is full above all."""
+    """A cache that cannot be written to, mostly because the disk is full."""
 
 
 class HubIntegrityError(HubError):
-    """A file that is still not the Hub's after it was downloaded again."""
+    """A file that differs from the Hub's even after a second download."""
 
 
 def message_for_users(error: BaseException) -> str | None:
-    """The line that a command shows in place of a traceback; None for what is no error about input.
+    """Return the line that a command shows in place of a traceback; None if the error is not about input.
 
-    With the environment variable ``A2FPN_DEBUG`` set to anything but 0, nothing is.
+    With the environment variable ``A2FPN_DEBUG`` set to anything but 0, it is None for every error.
 
     Example:
         >>> message_for_users(ConfigError("Unknown neck 'fpm'."))
@@ -107,7 +107,7 @@ def message_for_users(error: BaseException) -> str | None:
 
 
 def printable(text: str) -> str:
-    r"""Return text in which control characters, such as those of a file's name, are written out.
+    r"""Escape the control characters of a text, such as a file's name.
 
     Example:
         >>> print(printable("a\x1b[31m.png"))

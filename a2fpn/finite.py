@@ -1,4 +1,4 @@
-"""Finds the module that made the first NaN or infinity."""
+"""Search for the module that produced the first NaN or infinity."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from torch import Tensor, nn
 
 
 class NonFiniteError(FloatingPointError):
-    """A module gave NaN or infinity."""
+    """A module with NaN or infinity in its output."""
 
 
 @contextlib.contextmanager
 def check_finite(model: nn.Module) -> Iterator[None]:
-    """Within it, a forward pass stops at the first module whose output has a NaN or an infinity, and names it.
+    """Context in which a forward pass raises at the first module whose output has a NaN or an infinity.
 
-    Every output of every module is read, and on a GPU waited for: this is for finding an error, not for every day.
-    A value that plain functions between modules made is reported by the next module that it enters, or by the
-    module around them.
+    Every output of every module is read, which synchronizes with a GPU: this is for debugging. A value from a plain
+    function between modules is reported at the next module that receives it, or at the enclosing module.
 
     Args:
         model: Any module: a detector, a neck, a backbone.
 
     Raises:
-        NonFiniteError: From the forward pass: the module's name and class, and whether it got or made the value.
+        NonFiniteError: From the forward pass: the module's name and class, and whether it received or produced the
+            value.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
@@ -46,13 +46,13 @@ def check_finite(model: nn.Module) -> Iterator[None]:
 
 
 class _Check:
-    """A hook that reads what goes into a module or comes out of it."""
+    """Hook that reads a module's inputs or outputs."""
 
     def __init__(self, label: str, what: str) -> None:
         self.label, self.what = label, what
 
     def __call__(self, module: nn.Module, *values: object) -> None:
-        # A forward hook is given inputs and output, and the inputs were read when they went in.
+        # A forward hook receives inputs and output; the pre-hook has read the inputs.
         for tensor in _tensors(values if self.what == "input" else values[-1]):
             bad = int((~tensor.isfinite()).sum())
             if bad:

@@ -1,10 +1,10 @@
-"""Metrics of people who count and outline objects: cells, particles, trees. Label images and one score threshold.
+"""Metrics for counting and segmenting instances (cells, particles, trees) on label images, at one score threshold.
 
-COCO's AP ranks detections and never asks for a threshold. Here a threshold is chosen first, objects become a label
-image, in which each pixel belongs to one object, and label images are compared.
+COCO's AP ranks detections and needs no threshold. Here a threshold is chosen first, the objects above it become a
+label image, in which each pixel belongs to at most one object, and label images are compared.
 
-A pair of objects *matches* at a threshold ``t`` if its IoU is above ``t``, as the Data Science Bowl counts. From 0.5
-on, no object of a label image matches two.
+A pair of objects *matches* at a threshold ``t`` if its IoU is above ``t``, as in the Data Science Bowl. From 0.5 on,
+an object matches at most one other.
 
 Shape shorthand: ``G`` objects of the ground truth and ``P`` predicted ones of an image, ``H`` x ``W`` pixels.
 """
@@ -33,23 +33,23 @@ IOU_THRESHOLDS = tuple(percent / 100 for percent in range(50, 100, 5))
 def label_image(
     rles: Sequence[Rle], size: tuple[int, int], *, scores: Sequence[float] | None = None, min_visible: float = 0.0
 ) -> NDArray[np.int32]:
-    """Masks as one image, in which each pixel belongs to one object.
+    """Merge masks into a label image, in which each pixel belongs to at most one object.
 
-    Objects take their pixels one after the other, the best first (without scores, or between equal ones, the
-    smallest); pixels that are taken stay so. An object of which too little is left takes none, the rule of
-    panoptic segmentation (Kirillov et al., "Panoptic segmentation", CVPR 2019, section 7).
+    Objects claim their free pixels in order of descending score (without scores, or at equal ones, of ascending
+    size). An object with too small a visible share is dropped, the rule of panoptic segmentation (Kirillov et al.,
+    "Panoptic segmentation", CVPR 2019, section 7).
 
     Args:
         rles: ``N`` masks.
         size: (H, W), pixels.
         scores: ``N`` scores.
-        min_visible: Share of an object's pixels that must be left for it, in [0, 1].
+        min_visible: Minimum share of an object's pixels that are still free, in [0, 1].
 
     Returns:
-        ``(H, W)``, ``i + 1`` where object ``i`` is, 0 where none is. An object that is wholly covered is not in it.
+        ``(H, W)``, ``i + 1`` for object ``i``, 0 for background. A fully covered object is not in it.
 
     Raises:
-        ValueError: If there is not one score per mask, a mask is of another size, or a share is out of its range.
+        ValueError: If there is not one score per mask, a mask is of another size, or the share is out of range.
 
     Example:
         >>> from a2fpn.masks.rle import encode_masks
@@ -85,8 +85,8 @@ class Overlap:
     """Overlaps between the objects of two label images.
 
     Args:
-        truth: ``(G,)`` pixels of each object of the ground truth.
-        found: ``(P,)`` pixels of each predicted object.
+        truth: ``(G,)`` area of each object of the ground truth, pixels.
+        found: ``(P,)`` area of each predicted object, pixels.
         pairs: ``(K, 2)`` indices of the pairs that share pixels, ascending.
         shared: ``(K,)`` pixels that each pair shares.
     """
@@ -98,7 +98,7 @@ class Overlap:
 
     @classmethod
     def of(cls, truth: NDArray[Any], found: NDArray[Any]) -> Overlap:
-        """Compare two label images ``(H, W)`` of integers, 0 where no object is; any other numbers are objects.
+        """Compare two integer label images ``(H, W)``; 0 is background, any other number an object.
 
         Raises:
             ValueError: If the images are of different sizes.
@@ -108,7 +108,7 @@ class Overlap:
         (true_ids, true_index), (found_ids, found_index) = (
             np.unique(labels, return_inverse=True) for labels in (truth, found)
         )
-        # Pixels of every pair that occurs, the background's too; in the order of the objects of the truth.
+        # Pixels of every pair that occurs, background included, sorted by the ground truth's objects.
         cells, counts = np.unique(true_index.reshape(-1) * len(found_ids) + found_index.reshape(-1), return_counts=True)
         rows, columns = np.divmod(cells, len(found_ids))
         true_sizes, found_sizes = (
@@ -116,7 +116,7 @@ class Overlap:
             for index, ids in ((rows, true_ids), (columns, found_ids))
         )
         objects = (true_ids[rows] != 0) & (found_ids[columns] != 0)
-        # Object numbers, without the background's.
+        # Indices of the objects, not counting the background.
         pairs = np.stack([(np.cumsum(ids != 0) - 1)[x] for x, ids in ((rows, true_ids), (columns, found_ids))], 1)
         return cls(true_sizes, found_sizes, pairs[objects], counts[objects])
 
@@ -128,7 +128,7 @@ class Overlap:
         return ratios
 
     def matches(self, thresholds: Sequence[float] = IOU_THRESHOLDS) -> list[int]:
-        """Pairs with an IoU above each threshold.
+        """Number of pairs with an IoU above each threshold.
 
         Raises:
             ValueError: For a threshold below 0.5, at which an object may match two.
@@ -141,8 +141,8 @@ class Overlap:
     def aggregated_jaccard(self) -> float:
         """AJI (Kumar et al., IEEE Transactions on Medical Imaging 2017, Algorithm 1); 1 if both images are empty.
 
-        Each object of the ground truth takes the prediction with the highest IoU, which several may take; what
-        nobody takes counts as union.
+        Each object of the ground truth is matched to the prediction with the highest IoU, which several may share;
+        unmatched predictions count toward the union.
         """
         shared, union = 0, 0
         taken = np.zeros(len(self.found), bool)
@@ -164,13 +164,13 @@ class Overlap:
 class InstanceMetrics:
     """Detection, segmentation and counting metrics of one class at one score threshold.
 
-    Those by IoU threshold are of all images' objects together. In an image without objects in which none were found,
-    ``bowl_score``, ``average_f1`` and ``aji`` are 1. NaN is what can't be measured, such as the precision of nothing.
+    Metrics per IoU threshold pool the objects of all images. For an image without objects and without predictions,
+    ``bowl_score``, ``average_f1`` and ``aji`` are 1. Undefined metrics, such as precision without predictions, are NaN.
 
     Args:
-        images: Images that were compared.
-        objects: Objects of the ground truth.
-        found: Predicted objects.
+        images: Number of images.
+        objects: Number of objects of the ground truth.
+        found: Number of predicted objects.
         precision: By IoU threshold, TP / (TP + FP).
         recall: By IoU threshold, TP / (TP + FN).
         f1: By IoU threshold, 2 TP / (2 TP + FP + FN).
@@ -181,9 +181,9 @@ class InstanceMetrics:
         sq: Mean IoU of the pairs that match at 0.5.
         rq: F1 at 0.5.
         aji: Aggregated Jaccard index, mean over the images.
-        count_bias: Mean of found minus true counts per image.
-        count_mae: Mean absolute difference of the counts.
-        count_r2: Share of the counts' variance that the found ones explain: 1 if all are equal.
+        count_bias: Mean of predicted minus true counts per image.
+        count_mae: Mean absolute error of the counts.
+        count_r2: Coefficient of determination of the predicted counts: 1 if all are right.
     """
 
     images: int
@@ -215,7 +215,7 @@ class InstanceMetrics:
 
 
 def instance_metrics(overlaps: Iterable[Overlap], *, thresholds: Sequence[float] = IOU_THRESHOLDS) -> InstanceMetrics:
-    """Sum up the images of a data set.
+    """Aggregate the metrics over the images of a data set.
 
     Args:
         overlaps: One per image.
@@ -255,7 +255,7 @@ def instance_metrics(overlaps: Iterable[Overlap], *, thresholds: Sequence[float]
         **{name: dict(zip(thresholds, values.tolist(), strict=True)) for name, values in by_iou.items()},
         bowl_score=float(_ratio(hits, either, empty=1.0).mean()),
         average_f1=float(_ratio(2 * hits, (true + found)[:, None], empty=1.0).mean()),
-        # Without a match nothing is segmented: 0, unless there was nothing to find.
+        # Without a match PQ is 0, or undefined if there are no objects either.
         pq=sq * rq if matched else rq,
         sq=sq,
         rq=rq,
@@ -276,21 +276,21 @@ def evaluate_instances(
 ) -> dict[str, InstanceMetrics]:
     """Compare detections with a COCO ground truth as label images, class by class.
 
-    Overlapping detections are cut by :func:`label_image`, the better on top. Annotated crowds are no objects, and
-    detections that lie in them by more than half are left out (Kirillov et al., CVPR 2019, of void).
+    Overlapping detections are resolved by :func:`label_image`, higher scores on top. Crowd annotations are ignored, as
+    are detections with more than half their area in them (Kirillov et al., CVPR 2019, on void regions).
 
     Args:
         ground_truth: See :func:`a2fpn.evaluation.evaluate_coco`.
         detections: COCO results with ``segmentation``.
-        score_threshold: Detections that score less are left out.
-        min_visible: Share of a detection's pixels that better ones must leave; those with less are left out.
+        score_threshold: Detections with a lower score are dropped.
+        min_visible: Minimum visible share of a detection's pixels; others are dropped.
         thresholds: Ascending IoU thresholds, from 0.5 on.
 
     Returns:
-        The metrics by class name, of the classes that the ground truth or the detections have.
+        Metrics by class name, for classes that occur in the ground truth or the detections.
 
     Raises:
-        DataError: If the ground truth is no COCO file.
+        DataError: If the ground truth is not a COCO file.
         ValueError: If the ground truth has no masks or no image, or a detection lacks a mask or names an unknown
             image or category.
     """
@@ -344,7 +344,7 @@ def _compare(
 
 
 def _ratio(numerator: Any, denominator: Any, *, empty: float = math.nan) -> NDArray[np.float64]:
-    """Element by element, ``empty`` where the denominator is 0."""
+    """Elementwise ratio, ``empty`` where the denominator is 0."""
     numerator, denominator = np.broadcast_arrays(np.asarray(numerator, np.float64), denominator)
     result = np.full(numerator.shape, empty)
     np.divide(numerator, denominator, out=result, where=denominator != 0)

@@ -1,4 +1,4 @@
-"""Preprocessing of images and its inverse for boxes: one object for training, evaluation and use."""
+"""Preprocessing of images and its inverse for boxes, shared by training, evaluation and inference."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from a2fpn.device import new_size
 from a2fpn.errors import ConfigError, ConfigTypeError
 
 _ROUNDING, _OVERSHOOT = 1e-3, 0.5
-"""By how much a float image may pass its range as it comes, and after a bicubic resize."""
+"""Tolerance of a float image's value range: as given, and after a bicubic resize."""
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class Batch:
     """Images ready for a backbone.
 
     Args:
-        tensor: ``(B, C, H, W)`` float32, normalized, zero beyond each image; H and W are multiples of the divisor.
-        sizes: Height and width of each image inside the tensor, pixels; a single pair where all images have one size.
-        original_sizes: Height and width of each image as it came, pixels, likewise.
+        tensor: ``(B, C, H, W)`` float32, normalized, zero-padded; H and W are multiples of the divisor.
+        sizes: Height and width of each image inside the tensor, pixels; a single pair if all images have one size.
+        original_sizes: Height and width of each input image, pixels, likewise.
     """
 
     tensor: Tensor
@@ -34,7 +34,7 @@ class Batch:
 
 
 class Preprocess(nn.Module):
-    """Normalizes, resizes and pads images; nothing here depends on what came before.
+    """Normalizes, resizes and pads images; stateless.
 
     Args:
         config: The rule.
@@ -65,7 +65,7 @@ class Preprocess(nn.Module):
         Args:
             height: Pixels.
             width: Pixels.
-            min_size: Takes the place of the rule's; the rule's ``max_size`` stays.
+            min_size: Replaces the rule's; the rule's ``max_size`` stays.
 
         Raises:
             ValueError: For an image without pixels.
@@ -74,12 +74,12 @@ class Preprocess(nn.Module):
             raise ConfigError(f"Expected an image with H, W >= 1, got {height} x {width}.")
         if self.config.resize == "none":
             return height, width
-        # A tracer's sizes know these alone.
+        # The only minimum and maximum that symbolic sizes support.
         least, most = torch.sym_min, torch.sym_max
         short, long = least(height, width), most(height, width)
 
         def scaled(side: int) -> int:
-            # In whole numbers, since 97 * (800 / 97) is 799.99... in floating point.
+            # Integer arithmetic, since 97 * (800 / 97) is 799.99... in floating point.
             size: Any = side * (min_size or self.config.min_size) // short
             if self.config.resize == "at_least":
                 size = most(size, side)
@@ -93,7 +93,7 @@ class Preprocess(nn.Module):
 
         Args:
             images: ``(C, H, W)`` each, float in [0, 1] or uint8 in [0, 255], any sizes.
-            resize: Whether to apply the resize rule; False when the images come resized already.
+            resize: Whether to apply the resize rule; False for images that are resized already.
 
         Raises:
             ValueError: For a wrong number of dimensions or channels, an image without pixels, or a float image with
@@ -110,7 +110,7 @@ class Preprocess(nn.Module):
         return Batch(batch, sizes, [(int(image.shape[-2]), int(image.shape[-1])) for image in images])
 
     def stack(self, images: Tensor) -> Batch:
-        """Make a batch of images of one size, by operations that a tracer can record for any number and size.
+        """Make a batch of images of one size, by operations that can be traced for any batch and image size.
 
         Args:
             images: ``(B, C, H, W)``, float in [0, 1] or uint8 in [0, 255]; values are not checked.
@@ -120,7 +120,7 @@ class Preprocess(nn.Module):
         x = self._normalize(images)
         if self.config.resize != "none":
             x = F.interpolate(x, size=size, mode=self.config.interpolation, align_corners=False)
-        # No division of negative numbers, which ONNX rounds to zero.
+        # Ceiling division without negative numbers: ONNX rounds toward zero.
         height, width = (new_size((side + self.divisor - 1) // self.divisor) * self.divisor for side in size)
         return Batch(F.pad(x, (0, width - size[1], 0, height - size[0])), [size], [original])
 
@@ -137,7 +137,7 @@ class Preprocess(nn.Module):
         if image.is_floating_point():
             low, high = (float(x) for x in image.detach().aminmax())
             slack = _ROUNDING if resize else _OVERSHOOT
-            if not (low >= -slack and high <= 1 + slack):  # NaN is neither
+            if not (low >= -slack and high <= 1 + slack):  # NaN fails as well
                 raise ConfigError(
                     f"Expected a float image in [0, 1] or a uint8 image in [0, 255], got {image.dtype} values from "
                     f"{low:g} to {high:g}. Divide by the largest value of its format (255 for 8 bits), or pass uint8; "
@@ -162,10 +162,10 @@ def resize_boxes(boxes: Tensor, old: tuple[int, int], new: tuple[int, int]) -> T
 
 
 def resize_target(target: Mapping[str, Any], old: tuple[int, int], new: tuple[int, int]) -> dict[str, Any]:
-    """A training target moved from one image size (height, width) to another.
+    """Resize a training target from one image size (height, width) to another.
 
-    Its ``masks``, if any, are :class:`~a2fpn.masks.InstanceMasks`; each new pixel takes the old one under its upper
-    left corner, as in torchvision.
+    Its ``masks``, if any, are :class:`~a2fpn.masks.InstanceMasks`; they are resized by nearest-neighbor sampling at
+    each pixel's upper left corner, as in torchvision.
     """
     if old == new:
         return dict(target)

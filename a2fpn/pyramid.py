@@ -1,8 +1,8 @@
 """Feature pyramids between backbone, neck and heads: named maps with declared channels and strides.
 
 Shape shorthand used everywhere: ``B`` batch, ``C`` channels, ``H`` and ``W`` height and width of a map in
-pixels of that map. A level's name says its stride: backbone ``cK`` and neck ``pK`` have stride ``2**K``; of several
-levels of one stride the later ones get a letter, ``c5`` and ``c5b``.
+pixels of that map. A level's name gives its stride: backbone ``cK`` and neck ``pK`` have stride ``2**K``; of several
+levels with the same stride, later ones get a letter, ``c5`` and ``c5b``.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class PyramidSpec(Mapping[str, LevelSpec]):
         levels: The levels; strides must not decrease.
 
     Raises:
-        ValueError: If there is no level, or strides decrease.
+        ValueError: If there are no levels, or strides decrease.
 
     Example:
         >>> spec = PyramidSpec.from_channels([64, 128], strides=[8, 16])
@@ -65,7 +65,7 @@ class PyramidSpec(Mapping[str, LevelSpec]):
         """Build a spec from channel counts; levels are named after the power of two of their stride.
 
         Raises:
-            ValueError: If the counts differ or a stride is no power of two.
+            ValueError: If the counts differ or a stride is not a power of two.
         """
         if len(channels) != len(strides):
             raise ConfigError(f"{len(channels)} channel counts were given for {len(strides)} strides {list(strides)}.")
@@ -105,7 +105,7 @@ def level_name(prefix: str, stride: int) -> str:
     """Name of a level by its stride.
 
     Raises:
-        ValueError: If the stride is no power of two.
+        ValueError: If the stride is not a power of two.
 
     Example:
         >>> level_name("p", 32)
@@ -120,7 +120,7 @@ def level_names(prefix: str, strides: Sequence[int]) -> tuple[str, ...]:
     """Names of levels by their strides.
 
     Raises:
-        ValueError: If a stride is no power of two.
+        ValueError: If a stride is not a power of two.
 
     Example:
         >>> level_names("c", [16, 32, 32])
@@ -134,14 +134,14 @@ def level_names(prefix: str, strides: Sequence[int]) -> tuple[str, ...]:
 
 
 def check_features(features: Mapping[str, Tensor], spec: PyramidSpec) -> None:
-    """Check that maps are what a spec promises: names, order, channels, one batch size.
+    """Check that feature maps match a spec: names, order, channels, and a common batch size.
 
     Args:
         features: The maps, each ``(B, C, H, W)``.
-        spec: What was declared.
+        spec: The declared levels.
 
     Raises:
-        ValueError: With expected and got.
+        ValueError: With what was expected and found.
     """
     if not isinstance(features, Mapping):
         raise ConfigTypeError(
@@ -155,13 +155,13 @@ def check_features(features: Mapping[str, Tensor], spec: PyramidSpec) -> None:
         if len(shape) != 4 or shape[1] != level.channels:
             raise ConfigError(f"Level {name}: expected a map (B, {level.channels}, H, W), got {shape}.")
     batches = {name: x.shape[0] for name, x in features.items()}
-    # Compared, not counted: a tracer's sizes stand for many and have no hash.
+    # Compared instead of collected in a set: symbolic sizes are not hashable.
     if any(batch != features[spec.names[0]].shape[0] for batch in batches.values()):
         raise ConfigError(f"All levels must have the same batch size, got {batches}.")
 
 
 def _described(value: object) -> str:
-    """Type and shapes of what is no mapping, in a few words."""
+    """Describe the type and shapes of a value that is not a mapping."""
     if isinstance(value, Tensor):
         return f"a tensor {tuple(value.shape)}"
     if isinstance(value, (list, tuple)):
@@ -171,19 +171,19 @@ def _described(value: object) -> str:
 
 
 def check_pyramid(pyramid: Sequence[Tensor], spec: PyramidSpec, maps: Sequence[Tensor], strides: Sequence[int]) -> None:
-    """Check that a neck's levels are what it declares: channels, and sizes that fit their strides.
+    """Check that a neck's levels match its spec: channels, and sizes that fit their strides.
 
     Args:
         pyramid: The levels, finest first.
-        spec: What the neck declares.
-        maps: What it was given.
-        strides: Strides of these.
+        spec: The levels that the neck declares.
+        maps: Its input maps.
+        strides: Their strides.
 
     Raises:
-        ValueError: With the level, expected and got.
+        ValueError: With the level, and what was expected and found.
     """
     for (name, level), x in zip(spec.items(), pyramid, strict=True):
-        # The nearest map that is no coarser; sizes may have been rounded on the way from one to the other.
+        # The coarsest input that is not coarser than the level; sizes in between may have been rounded.
         source = max((i for i, stride in enumerate(strides) if stride <= level.stride), default=0)
         sides = [side * strides[source] / level.stride for side in maps[source].shape[-2:]]
         fits = all(abs(got - wanted) < 1 for got, wanted in zip(x.shape[-2:], sides, strict=True))
@@ -202,5 +202,5 @@ def level_size(size: tuple[int, int], stride: int) -> tuple[int, int]:
         >>> level_size((33, 64), 32)
         (2, 2)
     """
-    # No division of negative numbers, which ONNX rounds to zero.
+    # Ceiling division without negative numbers: ONNX rounds toward zero.
     return (size[0] + stride - 1) // stride, (size[1] + stride - 1) // stride

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 _PRELOADED = [
     *("tests.training", "a2fpn.cli", "a2fpn.inference", "a2fpn.pretrained.load", "a2fpn.training.cli"),
-    *("a2fpn.training.trainer", "hotcoco", "matplotlib.backends.backend_agg", "torch.utils.tensorboard"),
+    *("a2fpn.training.trainer", "a2fpn.inference.draw", "hotcoco", "matplotlib.backends.backend_agg"),
+    *("matplotlib.figure", "torch.utils.tensorboard"),
 ]
 _FORKS = "forkserver" in multiprocessing.get_all_start_methods()  # Windows spawns
 _CONTEXT = multiprocessing.get_context("forkserver" if _FORKS else "spawn")

@@ -37,7 +37,7 @@ data:
   val_annotations: val/annotations.json
   workers: 0
 optim: {name: adamw, lr: 1.0e-3, lr_batch_size: 2, warmup_steps: 2, schedule: cosine, clip_norm: 1.0}
-run: {name: tiny, epochs: 2, log_every: 1, seed: 3}
+run: {name: tiny, epochs: 2, log_every: 1, seed: 3, pictures: 0}
 """
 
 

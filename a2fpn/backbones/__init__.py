@@ -1,4 +1,4 @@
-"""Any timm network as a backbone: maps chosen by stride, NCHW, frozen parts that stay frozen.
+"""timm networks as backbones: NCHW feature maps by stride, with frozen parts that stay in evaluation mode.
 
 The only part of the package that calls :func:`timm.create_model`.
 """

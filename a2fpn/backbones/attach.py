@@ -1,4 +1,4 @@
-"""Architectures that make a backbone, from the table or probed."""
+"""Architectures that can serve as a backbone, from the table or probed."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from a2fpn.backbones.probe import probe
 
 
 def list_backbones(pattern: str = "", *, pyramid: bool = False) -> list[str]:
-    """Architectures of timm that make a backbone; each also with any of its weights tags.
+    """Architectures of timm that can serve as a backbone, each with any of its weight tags.
 
     Args:
         pattern: A wildcard pattern, or a part of the name.
-        pyramid: Whether to list only those with maps of stride 4, 8, 16 and 32 of their own. For the others some are
-            made from the nearest stride, as a simple feature pyramid does.
+        pyramid: Whether to list only those with native maps of stride 4, 8, 16 and 32. For the others missing levels
+            are resampled from the nearest stride, as in a simple feature pyramid.
 
     Example:
         >>> list_backbones("resnet18*")
@@ -38,10 +38,10 @@ def list_backbones(pattern: str = "", *, pyramid: bool = False) -> list[str]:
 
 @functools.cache
 def find_backbone_info(architecture: str) -> BackboneInfo:
-    """Return how an architecture is adapted: from the table, or probed for another version of timm than the table's.
+    """Look up the adaptation of an architecture; it is probed if the table is of another version of timm.
 
     Raises:
-        UnsupportedBackboneError: If there is no way, with the reason and three near architectures that work.
+        UnsupportedBackboneError: If it can't be adapted, with the reason and three similar architectures that work.
 
     Example:
         >>> find_backbone_info("test_vit").adaptations, find_backbone_info("test_vit").strides

@@ -1,4 +1,4 @@
-"""Networks by timm."""
+"""Construction of timm networks."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from a2fpn.device import without_values
 
 
 def create_network(name: str, **options: Any) -> nn.Module:
-    """Build a network of timm; on the meta device, where no tensor has values, none are drawn.
+    """Build a timm network; on the meta device, initialization is skipped.
 
     Args:
-        name: As timm knows it.
-        **options: Of ``timm.create_model``.
+        name: timm's name.
+        **options: Arguments of ``timm.create_model``.
 
     Example:
         >>> with torch.device("meta"):

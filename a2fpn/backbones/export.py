@@ -1,4 +1,4 @@
-"""A detector's backbone as a folder that timm loads."""
+"""Export of a detector's backbone to a folder that timm loads."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ _logger = logging.getLogger(__name__)
 def export_backbone(
     backbone: TimmBackbone, directory: str | Path, *, preprocess: PreprocessConfig | None = None
 ) -> Path:
-    """Write ``config.json`` and ``model.safetensors`` in timm's own form, without this package's necks and heads.
+    """Write ``config.json`` and ``model.safetensors`` in timm's own format, without this package's necks and heads.
 
-    ``timm.create_model("local-dir:DIRECTORY", pretrained=True, features_only=True)`` then gives the same maps; after
-    ``hf upload org/name DIRECTORY`` so does ``hf-hub:org/name``. Layers that a detector has no use for, such as a last
-    norm, are left out where timm loads the rest without them. Elsewhere they are as timm's constructor makes them, and
-    a log line names them.
+    ``timm.create_model("local-dir:DIRECTORY", pretrained=True, features_only=True)`` then returns the same maps; after
+    ``hf upload org/name DIRECTORY`` so does ``hf-hub:org/name``. Layers that a detector does not use, such as a final
+    norm, are omitted if timm loads the rest without them. Otherwise they are written untrained, and a log line names
+    them.
 
     Args:
         backbone: The backbone of a detector, trained or not.
-        directory: Made if it does not exist.
-        preprocess: Whose mean, standard deviation and interpolation are stored; None stores those of timm's weights.
+        directory: Created if it does not exist.
+        preprocess: Source of the stored mean, standard deviation and interpolation; None for those of timm's weights.
 
     Returns:
         The directory.
 
     Raises:
-        ValueError: If the network is one that timm's constructor cannot make.
+        ValueError: If timm's constructor cannot build the network.
 
     Example:
         >>> import tempfile
@@ -55,7 +55,7 @@ def export_backbone(
         raise ConfigError(f"timm's {backbone.name!r} has no option for {option}, so it cannot load this backbone.")
     options = {**backbone._switches(), "in_chans": config.in_chans}
     whole = timm.create_model(backbone.name, num_classes=0, **options)
-    # timm's wrappers put a prefix before names, and some join two parts by an underscore.
+    # timm's wrappers add a prefix to names, and some join two parts with an underscore.
     flat = {key.replace(".", "_"): key for key in whole.state_dict()}
     state: dict[str, Tensor] = {}
     for name, x in backbone.body.state_dict().items():
@@ -63,7 +63,7 @@ def export_backbone(
         state[key] = x.detach().cpu().contiguous()
         module, _, tensor = name.rpartition(".")
         if tensor == "running_var":
-            # timm's constructors keep their own epsilon: what ours has more or less goes into the variance.
+            # timm's constructors use their own epsilon: the variance absorbs the difference to ours.
             ours: Any = backbone.body.get_submodule(module)
             theirs: Any = whole.get_submodule(key.rpartition(".")[0])
             state[key] = state[key] + (ours.eps - theirs.eps)
@@ -75,7 +75,7 @@ def export_backbone(
     try:
         timm.create_model(f"local-dir:{directory}", pretrained=True, features_only=True)
     except RuntimeError:
-        # Most constructors want every tensor, used or not.
+        # Most constructors require every tensor, used or not.
         rest = {key: x for key, x in whole.state_dict().items() if key not in state}
         _save(state | rest, directory)
         _logger.warning(

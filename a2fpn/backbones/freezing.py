@@ -1,4 +1,4 @@
-"""Freezing of parts of a network, and removal of parameters that no output depends on."""
+"""Freezing of parts of a network, and removal of parameters that do not affect its outputs."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ Norm = Literal["bn", "frozen", "sync", "gn"]
 
 
 def convert_norms(body: nn.Module, norm: Norm) -> nn.Module:
-    """Turn the batch norms of a network into another kind.
+    """Convert the batch norms of a network to another kind.
 
-    By timm's own converters, since torch's drop the activations that timm's norms hold. Other norms stay as they are.
+    Uses timm's converters, since torch's drop the activations inside timm's norms. Other norms are kept.
 
     Args:
-        body: The network; it is changed.
-        norm: ``"bn"`` changes nothing. ``"frozen"`` makes fixed affine maps of the 2-D ones. ``"sync"`` shares
-            statistics between processes (it trains on an accelerator only). ``"gn"`` makes group norms of at most 32
-            groups that keep the affine weights (Wu and He, "Group Normalization", ECCV 2018).
+        body: The network; it is modified.
+        norm: ``"bn"`` changes nothing. ``"frozen"`` turns 2-D batch norms into frozen ones. ``"sync"`` synchronizes
+            statistics between processes (trains on an accelerator only). ``"gn"`` converts to group norms of at most
+            32 groups that keep the affine weights (Wu and He, "Group Normalization", ECCV 2018).
 
     Returns:
         The network.
     """
     if norm == "bn":
         return body
-    # timm takes some maps by hooks on norms, which a converted one would not have.
+    # timm collects some maps by hooks on norms, which conversion would lose.
     hooked = {name: module for name, module in body.named_modules() if isinstance(module, _BatchNorm)}
     if norm == "frozen":
         body = fuse_frozen_norms(freeze_batch_norm_2d(body))  # type: ignore[no-untyped-call]
@@ -66,7 +66,7 @@ def _to_group_norm(module: nn.Module) -> None:
 
 
 def contributors(maps: Sequence[Tensor]) -> list[set[nn.Parameter]]:
-    """The parameters that each of several maps depends on, found by walking back what autograd recorded.
+    """Find the parameters that each map depends on, by walking the autograd graph.
 
     Example:
         >>> first, second = nn.Linear(2, 2), nn.Linear(2, 2)
@@ -94,14 +94,14 @@ def _leaves(x: Tensor) -> set[nn.Parameter]:
 
 
 def freeze_parameters(module: nn.Module, parameters: Collection[nn.Parameter]) -> Iterator[nn.Module]:
-    """Stop the training of parameters.
+    """Freeze parameters.
 
     Args:
-        module: Where they are.
-        parameters: What to freeze.
+        module: Module that contains them.
+        parameters: The parameters to freeze.
 
     Yields:
-        The largest modules of which all parameters are among them; these have to stay in evaluation mode.
+        The largest modules that are completely frozen; they have to stay in evaluation mode.
     """
     own = list(module.parameters())
     if own and all(parameter in parameters for parameter in own):
@@ -116,14 +116,14 @@ def freeze_parameters(module: nn.Module, parameters: Collection[nn.Parameter]) -
 
 
 def drop_unused(body: nn.Module, run: Callable[[], list[Tensor]]) -> tuple[str, ...]:
-    """Remove parameters that none of a network's maps depends on, heads and last norms above all.
+    """Remove parameters that do not affect a network's maps, mostly heads and final norms.
 
-    A module that holds nothing else is removed. Where the network can't run without it, its parameters are frozen
-    instead, as single parameters are.
+    Modules that are completely unused are removed. If the network can't run without one, its parameters are frozen
+    instead, like single unused parameters.
 
     Args:
-        body: The network; it is changed.
-        run: Runs it, in evaluation mode and with gradients, and gives its maps.
+        body: The network; it is modified.
+        run: Runs it in evaluation mode with gradients and returns its maps.
 
     Returns:
         Names of the removed modules and of the frozen parameters, for :func:`drop_modules`.
@@ -133,7 +133,7 @@ def drop_unused(body: nn.Module, run: Callable[[], list[Tensor]]) -> tuple[str, 
     unused = {parameter for parameter in body.parameters() if parameter.requires_grad} - alive
     shapes = [x.shape for x in maps]
     removed = []
-    # From the last on: later modules expect the channels of removed ones.
+    # In reverse order, since later modules expect the channels of removed ones.
     for name in reversed(list(_unused_modules(body, unused))):
         parent, _, child = name.rpartition(".")
         holder = body.get_submodule(parent)
@@ -152,8 +152,8 @@ def drop_modules(body: nn.Module, names: Iterable[str]) -> None:
     """Remove modules from a network, and freeze parameters.
 
     Args:
-        body: The network; it is changed.
-        names: Of modules and parameters.
+        body: The network; it is modified.
+        names: Names of modules and parameters.
 
     Example:
         >>> body = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
@@ -181,7 +181,7 @@ def _unused_modules(module: nn.Module, unused: Collection[nn.Parameter], prefix:
 
 
 def _runs(run: Callable[[], list[Tensor]], shapes: list[torch.Size]) -> bool:
-    # What a network raises with a part missing can't be foreseen.
+    # A network with a missing part may raise any exception.
     try:
         return [x.shape for x in run()] == shapes
     except Exception:

@@ -1,4 +1,4 @@
-"""Adaptation of timm architectures to maps of declared strides, and the table of it that ships."""
+"""Adaptations of timm architectures to feature maps of declared strides, and the table of them in the package."""
 
 from __future__ import annotations
 
@@ -20,35 +20,35 @@ from a2fpn.errors import ConfigError
 
 TABLE = "assets/backbones.csv"
 PYRAMID = (4, 8, 16, 32)
-"""Strides that the necks take."""
+"""Strides that the necks expect."""
 _UNKNOWN = "?"
 
 
 class UnsupportedBackboneError(ConfigError):
-    """A timm model that cannot serve as a backbone; the message has the reason and similar models that can."""
+    """A timm model that cannot serve as a backbone; the message gives the reason and similar models that can."""
 
 
 @dataclass(frozen=True)
 class BackboneInfo:
-    """Maps that an architecture gives, and the adaptations that it needs to give them at declared strides.
+    """Feature maps of an architecture, and the adaptations needed to get them at declared strides.
 
     Args:
         architecture: timm's name without a tag.
-        strides: Strides of its own maps, increasing: the deepest map of each.
+        strides: Strides of its native maps, increasing; of several maps with one stride, the deepest.
         channels: Channels of these maps.
-        indices: Their indices among the features that timm offers.
-        options: Switches that its constructor gets.
-        divisor: It gets images padded to a multiple of this.
-        size: Side of the only square image that it takes, unless built for another; None for any size.
+        indices: Their indices among timm's features.
+        options: Arguments passed to its constructor.
+        divisor: Images are padded to a multiple of this.
+        size: Side of the only square image it accepts, unless built for another; None for any size.
         resizable: Whether it can be built for another fixed size.
         channels_last: Whether its maps are ``(B, H, W, C)``.
-        resized: Whether its maps are only nearly of their strides, and resized to them.
+        resized: Whether its maps match their strides only approximately and are resized.
         unused: Modules that no map of stride 4 to 32 depends on, which are removed, and such parameters, which are
-            frozen since the network does not run without them. None where that was not determined.
-        unused_from_8: The same for the maps of stride 8 to 32, which one-stage detectors take.
-        parameters: Parameters, in millions.
+            frozen since the network does not run without them. None if unknown.
+        unused_from_8: The same for the maps of stride 8 to 32, which one-stage detectors use.
+        parameters: Number of parameters, in millions.
         reason: Why it can't be attached; empty if it can.
-        timm: Version of timm that this was found with.
+        timm: Version of timm that was probed.
     """
 
     architecture: str
@@ -69,11 +69,11 @@ class BackboneInfo:
 
     @property
     def adaptations(self) -> str:
-        """In words joined by ``+``, of which ``native`` means that nothing had to be done.
+        """Keywords joined by ``+``; ``native`` if no adaptation is needed.
 
         ``permuted`` (channels last), ``switched`` (constructor switches), ``padded`` (to more than multiples of 32),
-        ``fixed`` (one image size), ``resized`` (maps), ``simple_fpn`` (one stride, the others are made from it),
-        ``completed`` (some strides are made from the nearest one), or ``unsupported``.
+        ``fixed`` (one image size), ``resized`` (maps), ``simple_fpn`` (one stride, the others are resampled from it),
+        ``completed`` (some strides are resampled from the nearest one), or ``unsupported``.
         """
         missing = not set(PYRAMID) <= set(self.strides)
         words = {
@@ -89,31 +89,31 @@ class BackboneInfo:
 
     @property
     def usual_size(self) -> int | None:
-        """Side of the images that a detector's backbone is built for unless another is asked for; None for any size.
+        """Default image side of a detector's backbone; None for any size.
 
-        Objects are small in the 224 pixels that most such networks classify: it is their own size, doubled as long as
-        it is at most the 800 of other detectors, where their weights can follow. Those of MLP-Mixers have one value for
-        each place.
+        Objects are small at the 224 pixels of most such classifiers, so their own size is doubled while it stays at
+        most 800, the size of other detectors, if the weights can be resized. MLP-Mixers keep theirs: they have weights
+        per position.
         """
         if self.size is None or not self.resizable or is_model_in_modules(self.architecture, {"mlp_mixer"}):
             return self.size
         return self.size << int(math.log2(max(1, PreprocessConfig.min_size // self.size)))
 
     def source(self, stride: int) -> int:
-        """Position of the map that one of the given stride is made of: the same stride, or the nearest one."""
+        """Position of the map from which a given stride is taken or resampled: the same stride, or the nearest one."""
         distances = [abs(math.log2(own / stride)) for own in self.strides]
-        # Of two equally near ones the coarser, which knows more.
+        # Of two equally near ones the coarser, which has more semantics.
         return max(i for i, distance in enumerate(distances) if distance == min(distances))
 
     def unused_by(self, sources: Collection[int]) -> tuple[str, ...] | None:
-        """``unused`` for maps at the given positions; None where it is not known."""
+        """``unused`` for maps at the given positions; None if unknown."""
         for strides, unused in ((PYRAMID, self.unused), (PYRAMID[1:], self.unused_from_8)):
             if set(sources) == {self.source(stride) for stride in strides}:
                 return unused
         return None
 
     def to_row(self) -> dict[str, str]:
-        """As text for the table."""
+        """Convert to text for the table."""
         return {
             "architecture": self.architecture,
             "adaptations": self.adaptations,
@@ -123,7 +123,7 @@ class BackboneInfo:
 
     @classmethod
     def from_row(cls, row: Mapping[str, str]) -> BackboneInfo:
-        """Back from :meth:`to_row`; columns that are not its own are left alone."""
+        """Convert back from :meth:`to_row`; other columns are ignored."""
         readers: dict[str, Callable[[str], Any]] = {
             "options": json.loads,
             "divisor": int,
@@ -146,6 +146,6 @@ def _text(value: Any) -> str:
 
 @functools.cache
 def read_table() -> dict[str, BackboneInfo]:
-    """The shipped table by architecture."""
+    """Read the packaged table, by architecture."""
     text = importlib.resources.files("a2fpn").joinpath(TABLE).read_text(encoding="utf-8")
     return {row["architecture"]: BackboneInfo.from_row(row) for row in csv.DictReader(text.splitlines())}

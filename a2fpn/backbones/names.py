@@ -20,7 +20,7 @@ ALIASES = {
     "mobilenetv2_100": "mobilenetv2_100.ra_in1k",
     "lite0": "tf_efficientnet_lite0.in1k",
 }
-"""Short names of backbones, each with its weights tag pinned: the tag alone moves AP by points."""
+"""Short names of backbones, each with a pinned weight tag: the tag alone changes AP by points."""
 
 
 @functools.cache
@@ -28,7 +28,7 @@ def resolve_backbone_name(name: str) -> str:
     """Full timm name for an alias or a timm name.
 
     Raises:
-        ValueError: If neither knows it, with the closest names.
+        ValueError: For an unknown name, with the closest known ones.
 
     Example:
         >>> resolve_backbone_name("r50")

@@ -1,4 +1,4 @@
-"""Weights that timm loads, and what they expect of an image."""
+"""Loading of timm's weights, and their preprocessing."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from a2fpn.errors import ConfigError, HubOfflineError, MissingFileError
 
 _logger = logging.getLogger(__name__)
 
-# Absolute embeddings, tables by distance, and tables by offset along both axes or one.
+# Absolute position embeddings, bias tables by distance, and bias tables by offset along both axes or one.
 _POSITIONS = re.compile(r"pos_embed\w*$|attention_biases$|relative_position_bias_table$|(height|width)_rel$")
 _PERMISSIVE = {"apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0"}
 
@@ -36,12 +36,12 @@ _PERMISSIVE = {"apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0"}
 def create_with_weights(name: str, weights: str | Path | None, options: dict[str, Any]) -> nn.Module:
     """Build a network with timm's weights, or those of a local file.
 
-    timm adapts them to other image channels, and those of most families to switches of the constructor; position
-    embeddings, tables of attention biases and patches that it leaves as they are, are resized here.
+    timm adapts weights to other numbers of image channels and, for most families, to constructor switches; position
+    embeddings, attention bias tables and patch embeddings that it does not adapt are resized here.
 
     Args:
         name: Full timm name.
-        weights: A local file that timm's loader reads; None downloads those that the name says.
+        weights: A local file that timm's loader reads; None downloads those of the name.
         options: Arguments of the constructor.
 
     Raises:
@@ -54,16 +54,16 @@ def create_with_weights(name: str, weights: str | Path | None, options: dict[str
 
 
 def _downloaded(name: str) -> dict[str, Any]:
-    """Source of the weights that timm has for a name: in the Hub's cache, or on the Hub if that can be reached.
+    """Locate timm's weights for a name: in the Hub's cache, or on the Hub if it is reachable.
 
-    timm asks for every file with retries, for half a minute in all where there is no network.
+    Checked first because timm retries every file, which takes half a minute without a network.
 
     Raises:
         HubOfflineError: If they are not in the cache and the Hub can't be reached.
     """
     config = timm.get_pretrained_cfg(name)
     if config is None or not config.hf_hub_id:
-        return {}  # from an address, which timm reports in one line
+        return {}  # from a URL: timm reports errors in one line
     repo = config.hf_hub_id
     names = [config.hf_hub_filename] if config.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
     for file in names:
@@ -73,10 +73,10 @@ def _downloaded(name: str) -> dict[str, Any]:
     try:
         HfApi(library_name="a2fpn").model_info(repo, timeout=_CONNECT_SECONDS)
     except Exception as error:
-        # Classes of the client's HTTP library, by name: which library that is has changed before.
+        # Exception classes of the client's HTTP library, by name since the library has changed before.
         kinds = {kind.__name__ for kind in type(error).__mro__}
         if not kinds & {"TransportError", "ConnectionError", "Timeout", "OfflineModeIsEnabled"}:
-            return {}  # the Hub answers, and timm says what is wrong
+            return {}  # the Hub responds, and timm reports the error
         offline = constants.is_offline_mode()
         reason = "offline mode is on (HF_HUB_OFFLINE)" if offline else f"it cannot be reached ({error})"
         raise HubOfflineError(
@@ -96,7 +96,7 @@ def _create(name: str, source: dict[str, Any], options: dict[str, Any]) -> nn.Mo
     except RuntimeError as error:
         if "size mismatch" not in str(error):
             raise
-    # As timm builds it they fit; from there on names are the same whatever file it was.
+    # They fit timm's default network, whose parameter names do not depend on the file's format.
     native = _load(name, source, {"num_classes": 0}).state_dict()
     own = ("features_only", "out_indices", "in_chans")
     with torch.device("meta"):
@@ -118,10 +118,10 @@ def _load(name: str, source: dict[str, Any], options: dict[str, Any]) -> nn.Modu
 def _resized(name: str, x: Tensor, shape: torch.Size) -> Tensor:
     """Interpolate a parameter that holds one value per position.
 
-    The positions are two axes, or one: a grid row by row behind what belongs to no position (class tokens), or a line.
+    Positions are two axes, or one: a row-major grid after prefix tokens (class tokens), or a line.
 
     Raises:
-        ValueError: If it holds something else.
+        ValueError: For any other parameter.
     """
     if x.shape == shape:
         return x
@@ -141,23 +141,23 @@ def _resized(name: str, x: Tensor, shape: torch.Size) -> Tensor:
         side = math.isqrt(moved.shape[-1])
         others = moved.shape[-1] - side**2
         grid, size = moved[..., others:].reshape(*moved.shape[:-1], side, side), [math.isqrt(size[0] - others)] * 2
-        # A table of distances begins with 0 in a corner, which stays there.
+        # A bias table by distance starts with distance 0 in a corner, which must stay there.
         grid = _interpolated(grid, size, align_corners=name.endswith("attention_biases"))
         moved = torch.cat([moved[..., :others], grid.flatten(-2)], dim=-1)
     return moved.movedim(last, axes).contiguous()
 
 
 def _interpolated(x: Tensor, size: list[int], *, align_corners: bool = False) -> Tensor:
-    """The last two axes in another size."""
+    """Interpolate the last two axes to another size."""
     planes = x.reshape(1, -1, *x.shape[-2:])
     return F.interpolate(planes, size=size, mode="bicubic", align_corners=align_corners).reshape(*x.shape[:-2], *size)
 
 
 def _create_from_file(name: str, weights: Path, options: dict[str, Any]) -> nn.Module:
-    """Make sure that the weights arrived.
+    """Build a network from a weights file, and verify that the weights were loaded.
 
-    timm loads feature extractors without looking at what is missing, since the classifier always is. Its loaders may
-    also rename and reshape. So what is compared is what the tensors hold, not what they are called.
+    timm loads feature extractors non-strictly, since the classifier is always missing, and may rename and reshape
+    tensors. Tensors are therefore compared by their values, not by name.
     """
     if not weights.is_file():
         raise MissingFileError(f"Backbone weights {str(weights)!r} do not exist.")
@@ -177,7 +177,7 @@ def _content(x: Tensor) -> tuple[int, float]:
 
 
 def pretrained_statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of the input that a network's weights expect, in the unit range.
+    """Mean and standard deviation of the input of a network's weights, for images in [0, 1].
 
     Example:
         >>> pretrained_statistics("lite0")
@@ -192,11 +192,11 @@ def pretrained_statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ..
 def preprocessing(config: BackboneConfig, *, info: BackboneInfo | None = None) -> dict[str, Any]:
     """Return the preprocessing of a backbone's weights, as fields of :class:`a2fpn.config.PreprocessConfig`.
 
-    Statistics and interpolation are those of its weights; sizes are those that it runs at.
+    Statistics and interpolation are those of the weights; sizes are those that the network runs at.
 
     Args:
         config: The backbone.
-        info: Its maps and adaptations, if they are known better than from the table.
+        info: Its maps and adaptations; None looks them up.
 
     Example:
         >>> preprocessing(BackboneConfig("lite0"))
@@ -220,7 +220,7 @@ def preprocessing(config: BackboneConfig, *, info: BackboneInfo | None = None) -
 
 
 def weights_license(name: str) -> str | None:
-    """License of a network's weights as timm states it, None where it states none; a restrictive one is said once.
+    """License of a network's weights as stated by timm, or None; a restrictive license is logged once.
 
     Example:
         >>> weights_license("r50")

@@ -1,9 +1,9 @@
-"""Adaptation of timm architectures to maps of declared strides: measured, never believed.
+"""Probing of timm architectures for the strides of their feature maps and the image sizes they accept.
 
-timm declares strides and channels, but not at which image sizes a network runs, nor what it does to other sizes. So a
-network is built on the meta device, where it costs neither memory nor arithmetic, and run at two sizes. What was found
-for every architecture ships as a table (``python -m benchmarks.backbones`` makes it); any other is probed when it is
-asked for.
+timm declares strides and channels, but not at which image sizes a network runs, nor what it does with other sizes. So
+a network is built on the meta device, which takes neither memory nor computation, and run at two sizes. The results
+for all architectures are packaged as a table (written by ``python -m benchmarks.backbones``); any other is probed on
+demand.
 """
 
 from __future__ import annotations
@@ -26,21 +26,22 @@ from a2fpn.backbones.create import create_network
 from a2fpn.backbones.info import BackboneInfo
 from a2fpn.pyramid import level_size
 
-# Constructor switches that make a network take any image size; the first that does is taken.
+# Constructor switches that may let a network accept any image size; the first that works is used.
 _SWITCHES: tuple[dict[str, Any], ...] = ({}, {"strict_img_size": False}, {"dynamic_img_size": True})
-# Patches of 12 or 14 pixels give strides that no pyramid has; timm resamples their weights to 16.
+# Patches of 12 or 14 pixels give strides that are no powers of two; timm resamples their weights to 16.
 _PATCH_16: tuple[dict[str, Any], ...] = ({"patch_size": 16, "dynamic_img_size": True}, {"patch_size": 16})
-# Image sizes are tried as multiples of these, small ones with every switch first: 28 to 384 are windows of one family.
+# Image sizes are tried as multiples of these, common ones with every switch first; the rare ones, 28 to 384, are window
+# sizes of one family.
 _DIVISORS = (1, 32, 64)
 _RARE_DIVISORS = (28, 56, 96, 128, 224, 256, 384)
 
-# Not square, and each side of one at least 1.4 times that of the other: a network that resizes its input inside, and
-# so gives maps of one size, is found out.
+# Not square, with sides that differ by a factor of at least 1.4: detects networks that resize their input internally
+# and so always return maps of one size.
 _SIZES = ((200, 333), (445, 230))
 
 
 def probe(architecture: str) -> BackboneInfo:
-    """Find out how an architecture is attached; ``reason`` says why if it can't be.
+    """Determine the adaptations of an architecture; ``reason`` says why if there are none.
 
     Example:
         >>> found = probe("test_resnet")
@@ -50,20 +51,20 @@ def probe(architecture: str) -> BackboneInfo:
     try:
         return _Probe(architecture, "meta").run()
     except _NeedsValuesError:
-        # Networks that look at values can't run without any.
+        # Networks with value-dependent code can't run on the meta device.
         return _Probe(architecture, "cpu").run()
 
 
 class _NeedsValuesError(Exception):
-    """A network can't be run on the meta device."""
+    """A network that can't run on the meta device."""
 
 
 @dataclass(frozen=True)
 class _Maps:
     """Strides and channels of a network's maps at one or more image sizes.
 
-    ``strides`` are to the nearest power of two, ``ratios`` as they are. ``exact`` maps have sizes by these strides,
-    ``even`` ones keep their ratios at every size.
+    ``strides`` are rounded to the nearest power of two, ``ratios`` are not. Maps are ``exact`` if their sizes match the
+    strides, and ``even`` if their ratios are the same at every size.
     """
 
     strides: tuple[int, ...]
@@ -75,7 +76,7 @@ class _Maps:
 
 
 class _Probe:
-    """Tries switches and divisors until a network runs, on one device."""
+    """Search for switches and a divisor with which a network runs, on one device."""
 
     def __init__(self, architecture: str, device: str) -> None:
         self.architecture = architecture
@@ -89,7 +90,7 @@ class _Probe:
         if body is None:
             return BackboneInfo(self.architecture, reason=self.reasons[0])
         every = feature_info(body).get_dicts(idx=list(range(len(feature_info(body)))))
-        # timm can't take a map that no module gives.
+        # timm can't extract a map that is not the output of a module.
         indices = tuple(i for i, level in enumerate(every) if level["module"])
         reductions = [every[i]["reduction"] for i in indices]
         if len(set(reductions)) == 1:
@@ -115,7 +116,7 @@ class _Probe:
             sizes = [tuple(math.ceil(side / divisor) * divisor for side in size) for size in _SIZES]
             maps = None if body is None else self._measure(body, [(h, w) for h, w in sizes])
             if maps is not None and divisor == 1 and not maps.exact:
-                # Padding may make it exact.
+                # A larger divisor may make it exact.
                 continue
             if maps is not None and (maps.exact or maps.even or nearly is None):
                 nearly, evenly = self._info(maps, indices, options=switches[i], divisor=divisor), maps.even
@@ -152,7 +153,7 @@ class _Probe:
     def _build(self, options: dict[str, Any]) -> nn.Module | None:
         with self._noted(f"its constructor with {options}"), torch.device(self.device):
             body = create_network(self.architecture, features_only=True, **options)
-            # On meta they are unrolled step by step, for minutes.
+            # On the meta device they are unrolled step by step, which takes minutes.
             if self.device == "meta" and any(isinstance(module, nn.RNNBase) for module in body.modules()):
                 raise _NeedsValuesError
             return body.eval()
@@ -180,7 +181,7 @@ class _Probe:
 
     @contextlib.contextmanager
     def _noted(self, what: str) -> Iterator[None]:
-        """Swallow what a network raises: any exception may come from code that was made for another size."""
+        """Record exceptions of a network, of any kind: its code may be written for another size."""
         try:
             yield
         except _NeedsValuesError:
@@ -192,15 +193,15 @@ class _Probe:
 
 
 def measure(maps: Sequence[Tensor], size: tuple[int, int], channels: Sequence[int]) -> _Maps:
-    """Strides of maps that an image of the given height and width gave.
+    """Measure the strides of maps of an image with the given height and width.
 
     Args:
-        maps: As timm gives them.
+        maps: timm's maps.
         size: Height and width of the image.
-        channels: What timm declares.
+        channels: Channels that timm declares.
 
     Raises:
-        ValueError: For maps that are no grids, channels that are not as declared, or a stride that differs between
+        ValueError: For maps that are not 2-D grids, channels that are not as declared, or strides that differ between
             height and width.
     """
     if len(maps) != len(channels) or any(x.ndim != 4 for x in maps):
@@ -224,5 +225,5 @@ def measure(maps: Sequence[Tensor], size: tuple[int, int], channels: Sequence[in
 
 
 def feature_info(body: nn.Module) -> FeatureInfo:
-    """Return timm's description of a network's maps, with the type that ``nn.Module`` hides."""
+    """Return timm's description of a network's maps, typed."""
     return typing.cast(FeatureInfo, body.feature_info)

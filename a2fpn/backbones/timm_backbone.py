@@ -1,4 +1,4 @@
-"""A timm network as a backbone: maps by stride, channels first, frozen parts that stay frozen."""
+"""timm network as a backbone: NCHW feature maps by stride, with frozen parts that stay in evaluation mode."""
 
 from __future__ import annotations
 
@@ -37,27 +37,27 @@ _logger = logging.getLogger(__name__)
 class TimmBackbone(nn.Module):
     """Features of a timm network at given strides.
 
-    Strides that the network has no map of are made from the nearest one it has: finer ones by transposed convolutions,
-    coarser ones by max pooling. Where it has one stride only, as plain vision transformers do, each level also gets a
-    norm, since these maps are sums that nothing normalized; this is the pyramid of Li et al. (ECCV 2022) without its
-    last convolutions, which the neck has.
+    Strides that the network lacks are resampled from its nearest map: finer ones by transposed convolutions, coarser
+    ones by max pooling. If it has a single stride, as plain vision transformers do, each level also gets a norm, since
+    the residual stream is not normalized; this is the pyramid of Li et al. (ECCV 2022) without its final convolutions,
+    which are in the neck.
 
     Args:
-        config: Which network, and what of it is trained.
-        pretrained: Whether to load its weights through timm.
+        config: The network, and which parts of it are trained.
+        pretrained: Whether to load timm's weights.
         weights: A local weights file that timm's loader reads instead of downloading.
-        strides: The strides wanted, increasing; None takes those of the config.
+        strides: Strides of the maps, increasing; None for those of the config.
         info: Maps and adaptations of the network; None looks them up.
 
     Attributes:
         info: Maps and adaptations of the network.
         body: timm's network.
         unused: Names of removed modules and frozen parameters that no output depends on.
-        made: Modules that make missing levels.
+        made: Modules that resample missing levels.
         out_spec: Names, channels and strides of the maps.
 
     Raises:
-        ValueError: For an option that the network doesn't have, or weights of another network.
+        ValueError: For an option that the network doesn't support, or weights of another network.
         UnsupportedBackboneError: If the network can't be attached; a ValueError.
         FileNotFoundError: If there is no such weights file.
 
@@ -71,7 +71,7 @@ class TimmBackbone(nn.Module):
         PyramidSpec(c2: 16 x stride 4, c3: 32 x stride 8, c4: 64 x stride 16, c5: 64 x stride 32)
     """
 
-    # In inference mode the parameters would be such that autograd could not tell which of them matter.
+    # Parameters created in inference mode can't be traced by autograd, which finds the unused ones.
     @torch.inference_mode(False)
     def __init__(
         self,
@@ -91,7 +91,7 @@ class TimmBackbone(nn.Module):
         if not strides:
             raise ConfigError(f"Backbone {config.name!r} needs at least one stride, got none.")
         sources = [found.source(stride) for stride in strides]
-        # Ascending, since timm returns maps in network order whatever was asked.
+        # Ascending, since timm returns maps in network order, not in the requested one.
         used = sorted(set(sources))
         options: dict[str, Any] = {
             **self._switches(),
@@ -129,7 +129,7 @@ class TimmBackbone(nn.Module):
         pad_in_whole_numbers(self.body)
         self._frozen: list[nn.Module] = []
         if config.norm == "frozen":
-            # timm leaves those of vectors as they were.
+            # timm does not convert 1-D batch norms.
             self._freeze({p for m in self.body.modules() if isinstance(m, _BatchNorm) for p in m.parameters()})
         if config.trainable_layers is not None and config.trainable_layers < STAGES:
             self._freeze(self._early_parameters(STAGES - config.trainable_layers))
@@ -137,9 +137,9 @@ class TimmBackbone(nn.Module):
             self._checkpoint()
 
     def _make_levels(self, strides: Sequence[int], channels: Sequence[int]) -> PyramidSpec:
-        """Fill ``made`` with what makes the levels of maps with so many channels."""
+        """Fill ``made`` with modules that resample levels from maps with the given channels."""
         out_channels = [channels[source] for source in self._sources]
-        # One level alone is for a neck that makes the others, and normalizes.
+        # A single level is for a neck that builds the others and normalizes.
         norm = len(self.info.strides) == 1 and len(strides) > 1 and not self.config.taps
         for i, (stride, source) in enumerate(zip(strides, self._sources, strict=True)):
             modules, out_channels[i] = resample(out_channels[i], self._own_strides[source], stride)
@@ -150,7 +150,7 @@ class TimmBackbone(nn.Module):
         return PyramidSpec.from_channels(out_channels, strides=strides)
 
     def _fixed_size(self) -> int | None:
-        """Side of the only image that the network takes, None for any."""
+        """Side of the only image that the network accepts; None for any."""
         found, wanted = self.info, self.config.image_size
         if found.size is None:
             if wanted is not None:
@@ -189,17 +189,17 @@ class TimmBackbone(nn.Module):
         if reached and all(fine <= coarse for fine, coarse in itertools.pairwise(reached.values())):
             names = set().union(*(found for stride, found in reached.items() if stride <= 1 << stages))
         else:
-            # There are no stages, or their branches run side by side: of the layers as many, in proportion.
+            # Without sequential stages, freeze the same proportion of the layers.
             ids = {name.removeprefix("body."): layer for name, layer in self.layer_ids().items()}
             last = max(ids[name] for name in named)
             names = {name for name in named if ids[name] < last * stages / STAGES}
         return {named[name] for name in names & set(named)}
 
     def _reached(self) -> dict[int, set[str]]:
-        """Per stride of all maps that the network has, the names of the parameters behind the map."""
+        """Names of the parameters that each of the network's maps depends on, by stride."""
         found = self.info
-        # The body makes only the maps that were asked for. Recurrent layers would be unrolled on the meta device, for
-        # minutes.
+        # A new network, since the body returns requested maps only. On the meta device recurrent layers would be
+        # unrolled, which takes minutes.
         recurrent = any(isinstance(module, nn.RNNBase) for module in self.body.modules())
         with torch.device("cpu" if recurrent else "meta"):
             options = {**self._switches(), "in_chans": self.config.in_chans}
@@ -209,7 +209,7 @@ class TimmBackbone(nn.Module):
         return {stride: {names[p] for p in behind} for stride, behind in zip(found.strides, maps, strict=True)}
 
     def _checkpoint(self) -> None:
-        # The wrappers of timm hold the network as one of these, or are the network.
+        # timm's wrappers store the network in one of these, or are the network.
         held = (getattr(self.body, name, None) for name in ("model", "body"))
         inner: Any = next((module for module in held if module is not None), self.body)
         try:
@@ -221,7 +221,7 @@ class TimmBackbone(nn.Module):
 
     @torch.enable_grad()
     def _example(self, body: nn.Module | None = None) -> list[Tensor]:
-        """The network's own maps of a small black image, as in evaluation mode."""
+        """Run the network on a small black image in evaluation mode and return its native maps."""
         body = body or self.body
         mode, device = body.training, next(body.parameters()).device
         maps = self._run(body.eval(), torch.zeros(1, self.config.in_chans, *self._example_size(), device=device))
@@ -233,19 +233,19 @@ class TimmBackbone(nn.Module):
         return self.padded_size(side, side)
 
     def _measure_taps(self) -> tuple[list[int], tuple[int, ...]]:
-        """Channels and strides of the maps that ``taps`` name, which timm knows nothing of."""
+        """Measure channels and strides of the maps named by ``taps``, which timm does not declare."""
         maps = self._example()
         return [x.shape[1] for x in maps], tuple(self._example_size()[1] // x.shape[-1] for x in maps)
 
     def layer_ids(self) -> dict[str, int]:
-        """Depth of every parameter, for learning rates that decay towards the image.
+        """Layer index of every parameter, for layer-wise learning rate decay.
 
-        By timm's ``group_matcher``, that is blocks, not stages. What was added to the network counts as its last layer.
+        Layers are the blocks of timm's ``group_matcher``, not stages. Modules added to the network form its last layer.
 
-        Where timm has no groups, a parameter's layer is the first map that depends on it.
+        If timm has no groups, a parameter's layer is the first map that depends on it.
 
         Returns:
-            Parameter name, as in ``named_parameters``, to layer: 0 next to the image, without gaps; so there are
+            Parameter name, as in ``named_parameters``, to layer: 0 next to the image, without gaps; there are
             ``1 + max(ids.values())`` layers.
 
         Example:
@@ -258,9 +258,9 @@ class TimmBackbone(nn.Module):
         if hasattr(whole, "group_matcher"):
             groups = group_parameters(whole, whole.group_matcher(coarse=False), reverse=True)
         else:
-            # The first map counts, and is written last.
+            # In reverse order, so that the first map overwrites later ones.
             groups = {name: i for i, behind in reversed([*enumerate(self._reached().values())]) for name in behind}
-        # timm's wrappers put a prefix before names, and some join two parts by an underscore.
+        # timm's wrappers add a prefix to names, and some join two parts with an underscore.
         flat = {name.replace(".", "_"): layer for name, layer in groups.items()}
         own: dict[str, int] = {}
         for name, _ in self.body.named_parameters():
@@ -271,7 +271,7 @@ class TimmBackbone(nn.Module):
         return ids | {f"made.{name}": len(order) for name, _ in self.made.named_parameters()}
 
     def train(self, mode: bool = True) -> TimmBackbone:
-        """Set training mode everywhere but in the frozen part."""
+        """Set the training mode of all but the frozen modules."""
         super().train(mode)
         for module in self._frozen:
             module.eval()
@@ -281,7 +281,7 @@ class TimmBackbone(nn.Module):
         """Maps images ``(B, in_chans, H, W)`` to features named as in ``out_spec``, each ``ceil(H / stride)`` high.
 
         Raises:
-            ValueError: If the network has a fixed size that the images pass.
+            ValueError: If the images exceed the network's fixed size.
         """
         height, width = x.shape[-2:]
         padded = self.padded_size(height, width)
@@ -303,10 +303,10 @@ class TimmBackbone(nn.Module):
         return features
 
     def padded_size(self, height: int, width: int) -> tuple[int, int]:
-        """Size of an image after padding to what the network takes.
+        """Size of an image after padding for the network.
 
         Raises:
-            ValueError: If the network has a fixed size that the image passes.
+            ValueError: If the image exceeds the network's fixed size.
         """
         divisor = self.info.divisor
         if self._size is None:
@@ -329,7 +329,7 @@ class TimmBackbone(nn.Module):
 def _run_tapped(body: nn.Module, x: Tensor, taps: Sequence[str]) -> list[Tensor]:
     """Run a network and return the outputs of the named modules."""
     maps: list[Tensor] = []
-    # Hooks that outlived the call would still feed this list from a deep copy of the network.
+    # Hooks are removed, since a deep copy of the network would keep them and append to this list.
     with contextlib.ExitStack() as stack:
         for name in taps:
             try:
@@ -356,7 +356,7 @@ def _crashes_channels_last(module: nn.Module) -> bool:
 
 
 def _move_strides(body: nn.Module, name: str) -> None:
-    """Give the strides of bottlenecks to their first convolution, as in Caffe's ResNets."""
+    """Move the strides of bottlenecks to their first convolution, as in Caffe's ResNets."""
     blocks = [module for module in body.modules() if isinstance(module, Bottleneck)]
     if not blocks:
         raise ConfigError(f"Backbone {name!r} has no ResNet bottlenecks; leave stride_in_1x1 at False.")

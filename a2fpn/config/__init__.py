@@ -1,6 +1,6 @@
-"""Model configuration as plain data: frozen, typed, JSON-able dataclasses, validated key by key.
+"""Model configuration as plain data: frozen, typed, JSON-serializable dataclasses, validated key by key.
 
-A :class:`ModelConfig` travels with every checkpoint in ``config.json`` and is enough to rebuild the
+A :class:`ModelConfig` is stored with every checkpoint in ``config.json`` and is sufficient to rebuild the
 model. Unknown keys, wrong types and unsupported format versions are errors, never warnings.
 """
 

@@ -1,4 +1,4 @@
-"""Bounds of numbers in a configuration, which may come from anyone, and their checks."""
+"""Bounds of numbers in a configuration, which may be untrusted, and their checks."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any, Literal
 from a2fpn.errors import ConfigError
 
 MAX_PIXELS = 2**28
-"""Pixels above which a file is not decoded unless asked for: in RGB these take 805 MB."""
+"""Default limit of pixels above which a file is not decoded: in RGB these take 805 MB."""
 
 SCORE_THRESHOLD = 0.5
-"""Objects that score less are left out unless told otherwise: by a Predictor, and by the commands."""
+"""Default score threshold of a Predictor and of the commands."""
 
 MOST_LAYERS = 100
 LARGEST_IMAGE = 8192
@@ -35,15 +35,15 @@ def check_layers(*, least: int = 0, **counts: int) -> None:
 
 
 def check_range(least: float, most: float, **values: float) -> None:
-    """Check numbers that would hurt only at the first image."""
+    """Check numbers that would otherwise fail only at the first image."""
     for name, value in values.items():
-        # Written so that NaN is bad as well.
+        # The negation also rejects NaN.
         if not least <= value <= most:
             raise ConfigError(f"{name} must be between {least} and {most}, got {value}.")
 
 
 def check_thresholds(**names: tuple[float, float]) -> None:
-    """Check an IoU from which a box is positive against that under which it is negative."""
+    """Check that the IoU threshold of positives is not below that of negatives."""
     for name, (positive, negative) in names.items():
         check_range(0, 1, **{f"{name}fg_iou": positive, f"{name}bg_iou": negative})
         if negative > positive:
@@ -60,7 +60,7 @@ def check_anchors(sizes: tuple[tuple[int, ...], ...] | None, ratios: tuple[float
 
 
 def check_choices(config: Any) -> None:
-    """Check fields of named choices, which Python itself does not look at."""
+    """Check ``Literal`` fields, which Python does not enforce."""
     for name, choices in _choices(config.__class__).items():
         value = getattr(config, name)
         if value not in choices:

@@ -12,11 +12,11 @@ class HeadsConfig:
     """Fields that the heads of all detectors have in common.
 
     Args:
-        legacy_anchors: Whether anchors lie as in torchvision, which takes ``image size // grid size`` for the stride
-            of a level; on sizes that are no multiple of it they drift. For detectors that were trained so.
+        legacy_anchors: Whether anchors are placed as in torchvision, with ``image size // grid size`` as the stride of
+            a level; they drift on sizes that are not a multiple of it. For detectors that were trained so.
         score_threshold: Detections below this score are dropped.
-        nms_threshold: IoU above which the per-class NMS removes a detection.
-        detections_per_image: Most detections returned for an image.
+        nms_threshold: IoU threshold of the per-class NMS.
+        detections_per_image: Maximum number of detections per image.
     """
 
     legacy_anchors: bool = False

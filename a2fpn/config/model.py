@@ -14,7 +14,7 @@ from a2fpn.config.two_stage import CascadeConfig, HTCConfig, KeypointRCNNConfig,
 from a2fpn.errors import ConfigError, ConfigTypeError
 
 FORMAT_VERSION = 2
-"""In 2, levels in state dicts have names (``neck.lateral.p3``), where 1 had positions (``neck.lateral.1``)."""
+"""Version 2 has level names in state dicts (``neck.lateral.p3``), version 1 positions (``neck.lateral.1``)."""
 
 HEADS: dict[str, type[HeadsConfig]] = {
     "cascadercnn": CascadeConfig,
@@ -24,11 +24,11 @@ HEADS: dict[str, type[HeadsConfig]] = {
     "keypointrcnn": KeypointRCNNConfig,
     "retinanet": RetinaNetConfig,
 }
-"""Detectors whose heads are described by something else than :class:`RCNNConfig`."""
+"""Detectors whose heads are not configured by :class:`RCNNConfig`."""
 
 
 def heads_type(detector: object) -> type[HeadsConfig]:
-    """The class that describes a detector's heads.
+    """Configuration class of a detector's heads.
 
     Example:
         >>> heads_type("htc").__name__, heads_type("maskrcnn").__name__
@@ -42,18 +42,18 @@ class ModelConfig:
     """Everything needed to build a detector.
 
     Args:
-        architecture: The name the model was created under, e.g. ``maskrcnn_a2fpn_r50``.
+        architecture: The name the model was created with, e.g. ``maskrcnn_a2fpn_r50``.
         detector: A registered detector name, e.g. ``maskrcnn``.
-        backbone: The feature extractor.
-        neck: The pyramid.
+        backbone: The backbone.
+        neck: The neck.
         num_classes: Number of object classes, without a background class.
         preprocess: Resizing and normalization.
-        heads: Anchors, thresholds and the heads' sizes; of the class that :func:`heads_type` gives for the detector.
-        categories: Ids and names of the classes in the order of the labels; empty when unknown.
+        heads: Anchors, thresholds and sizes of the heads; an instance of :func:`heads_type` of the detector.
+        categories: Ids and names of the classes in the order of the labels; empty if unknown.
 
     Raises:
         TypeError: If ``heads`` is the configuration of another kind of detector.
-        ValueError: If the numbers of classes and categories, or of channels and statistics, disagree.
+        ValueError: If the numbers of classes and categories, or of channels and statistics, differ.
     """
 
     architecture: str
@@ -86,10 +86,10 @@ class ModelConfig:
 
     @classmethod
     def field_types(cls, data: Mapping[str, Any]) -> dict[str, type]:
-        """The class of the heads that a configuration's detector has."""
+        """Type of ``heads`` for a configuration's detector."""
         return {"heads": heads_type(data.get("detector"))}
 
     @property
     def labeled_categories(self) -> tuple[Category, ...]:
-        """The categories, or ``Category(label + 1, "class <label>")`` where the model has none."""
+        """The categories, or ``Category(label + 1, "class <label>")`` if the model has none."""
         return self.categories or tuple(Category(label + 1, f"class {label}") for label in range(self.num_classes))

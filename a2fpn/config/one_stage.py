@@ -22,10 +22,9 @@ class OneStageConfig(HeadsConfig):
     """Fields common to the heads of one-stage detectors, besides those of :class:`HeadsConfig`.
 
     Args:
-        top_levels: Coarser levels made from the pyramid by strided convolutions, p6 and p7 on a pyramid that ends at
-            p5.
-        top_source: What the first of them is made from: the neck's coarsest level, or the backbone's.
-        candidates_per_level: Most detections of a level that take part in the NMS.
+        top_levels: Number of coarser levels added by strided convolutions, p6 and p7 on a pyramid that ends at p5.
+        top_source: Source of the first of them: the neck's coarsest level, or the backbone's.
+        candidates_per_level: Maximum number of detections per level before NMS.
 
     Raises:
         ValueError: For a negative number of levels.
@@ -45,16 +44,16 @@ class OneStageConfig(HeadsConfig):
 class RetinaNetConfig(OneStageConfig):
     """Head of RetinaNet; the defaults are torchvision's.
 
-    Its second version has ``top_source="backbone"``, ``head_norm="gn"`` and ``box_loss="giou"``. The fields of
-    :class:`OneStageConfig`, and:
+    torchvision's second version has ``top_source="backbone"``, ``head_norm="gn"`` and ``box_loss="giou"``. The fields
+    of :class:`OneStageConfig`, and:
 
     Args:
-        anchor_sizes: One tuple of anchor sizes in pixels per pyramid level; None derives 4 x stride times 1,
+        anchor_sizes: One tuple of anchor sizes in pixels per pyramid level; None for 4 x stride times 1,
             ``2**(1/3)`` and ``2**(2/3)``, in whole pixels.
         anchor_ratios: Height / width of the anchors, the same on every level.
-        fg_iou: IoU from which an anchor is positive.
-        bg_iou: IoU under which an anchor is negative.
-        head_norm: ``"gn"`` puts group norm behind the head's convolutions.
+        fg_iou: Minimum IoU of positive anchors.
+        bg_iou: IoU below which an anchor is negative.
+        head_norm: ``"gn"`` adds group norm after the head's convolutions.
         box_loss: Kind of the box loss.
     """
 
@@ -79,7 +78,7 @@ class FCOSConfig(OneStageConfig):
     The fields of :class:`OneStageConfig`, and:
 
     Args:
-        center_radius: A location is positive up to this many strides from the center of an object.
+        center_radius: Radius of center sampling, in strides.
         head_layers: Number of 3x3 convolutions of each branch.
     """
 

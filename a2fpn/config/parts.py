@@ -1,4 +1,4 @@
-"""Configurations of what comes before the heads: backbone, neck, preprocessing."""
+"""Configurations of backbone, neck and preprocessing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from a2fpn.config.bounds import (
 from a2fpn.errors import ConfigError, ConfigTypeError
 
 STAGES = 5
-"""Stages of a backbone, of stride 2 to 32: as a ResNet's stem and its four layers."""
+"""Stages of a backbone, of stride 2 to 32: a ResNet's stem and its four layers."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Category:
     """One class of objects.
 
     Args:
-        id: The id that the annotations use; any integer, need not be contiguous.
-        name: The name shown to people.
+        id: The id in the annotations; any integer, not necessarily contiguous.
+        name: The display name.
     """
 
     id: int
@@ -39,32 +39,32 @@ class Category:
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """The timm model that extracts features.
+    """Configuration of the backbone, a timm network.
 
     Args:
-        name: Full timm name with the weights tag pinned, e.g. ``resnet50.tv_in1k``.
+        name: Full timm name with a pinned weight tag, e.g. ``resnet50.tv_in1k``.
         in_chans: Channels of the input image.
-        norm: ``"bn"`` trains batch norm, ``"frozen"`` turns it into a fixed affine map, ``"sync"`` shares its
-            statistics between processes, ``"gn"`` puts group norm in its place.
+        norm: ``"bn"`` trains batch norm, ``"frozen"`` freezes its statistics and weights, ``"sync"`` synchronizes its
+            statistics between processes, ``"gn"`` replaces it by group norm.
         stride_in_1x1: Whether a ResNet's bottlenecks have their strides in the first 1x1 convolution (Caffe's and
             detectron2's MSRA weights) instead of in the 3x3 convolution.
-        strides: Strides of the maps that the neck gets, increasing.
-        trainable_layers: How many of the five stages, counted from the deepest, are trained, as torchvision counts
-            them, whatever levels are taken: 3 trains the stages that end at strides 8, 16 and 32 (``layer2`` to
+        strides: Strides of the maps passed to the neck, increasing.
+        trainable_layers: Number of trained stages out of five, counted from the deepest as in torchvision,
+            independently of the levels used: 3 trains the stages that end at strides 8, 16 and 32 (``layer2`` to
             ``layer4`` of a ResNet), 4 also that of stride 4, 5 and None all, 0 none. Networks without one stage per
             stride train the last ``trainable_layers / 5`` of their layers. Layers added for missing strides are always
             trained.
         norm_eps: Epsilon of every batch norm, 0 or more; None keeps timm's. torchvision's older COCO detectors were
-            trained with 0: with another value their detections are others.
-        taps: Modules whose outputs are the maps, in network order, in place of the deepest map of each stride. Several
-            may have one stride.
-        image_size: Side of the square image that a network of fixed size is built for; None takes the size of its
-            weights. Most networks take any size.
+            trained with 0; another value changes their detections.
+        taps: Modules whose outputs are the maps, in network order, instead of the deepest map of each stride. Several
+            may have the same stride.
+        image_size: Side of the square image that a network of fixed size is built for; None for the size of its
+            weights. Most networks accept any size.
         grad_checkpointing: Whether the backbone uses activation checkpointing in training.
-        license: License of the weights that training began with, as timm states it; None if it began with none.
+        license: License of the weights that training started from, as stated by timm; None for random weights.
 
     Raises:
-        ValueError: If ``norm_eps`` is negative, ``trainable_layers`` out of 0..5, or ``image_size`` out of 1..8192.
+        ValueError: If ``norm_eps`` is negative, ``trainable_layers`` not in 0..5, or ``image_size`` not in 1..8192.
     """
 
     name: str
@@ -84,7 +84,7 @@ class BackboneConfig:
             check_range(1, LARGEST_IMAGE, image_size=self.image_size)
         if self.trainable_layers is not None:
             check_range(0, STAGES, trainable_layers=self.trainable_layers)
-        # Written so that NaN is bad as well.
+        # The negation also rejects NaN.
         if self.norm_eps is not None and not self.norm_eps >= 0:
             raise ConfigError(f"norm_eps must be 0 or more, got {self.norm_eps}.")
         check_choices(self)
@@ -95,15 +95,15 @@ class BackboneConfig:
 
 @dataclass(frozen=True)
 class NeckConfig:
-    """The neck that turns backbone features into a pyramid.
+    """Configuration of the neck, which turns backbone features into a pyramid.
 
     Args:
         name: A registered neck name, see :func:`a2fpn.list_necks`.
         args: Keyword arguments of the neck's constructor (JSON values only).
 
     Raises:
-        TypeError: If an argument could not be saved as JSON.
-        ValueError: If a number is above all that a neck could use: it would fill the memory.
+        TypeError: If an argument can't be saved as JSON.
+        ValueError: If a number is larger than any neck could use and would exhaust the memory.
     """
 
     name: str
@@ -119,7 +119,7 @@ class NeckConfig:
                 ) from None
             if isinstance(value, (int, float)):
                 check_range(-MOST_CHANNELS, MOST_CHANNELS, **{key: value})
-        # Lists where tuples were given: a config equals the one that comes back from its file.
+        # Tuples become lists, so that a config equals the one read back from its file.
         object.__setattr__(self, "args", plain(self.args))
 
 
@@ -128,18 +128,18 @@ class PreprocessConfig:
     """Preprocessing of images; the same in training, evaluation and prediction.
 
     Args:
-        resize: ``"shortest_edge"`` brings the short side to ``min_size`` unless the long side would pass
+        resize: ``"shortest_edge"`` resizes the short side to ``min_size`` unless the long side would exceed
             ``max_size`` (torchvision's and detectron2's rule). ``"at_least"`` only enlarges small images
-            and only shrinks those whose long side passes ``max_size``. ``"none"`` keeps the size.
+            and only shrinks those whose long side exceeds ``max_size``. ``"none"`` keeps the size.
         min_size: Target of the short side, pixels.
         max_size: Limit of the long side, pixels.
-        mean: Per-channel mean of the input in the unit range.
-        std: Per-channel standard deviation of the input in the unit range.
-        size_divisor: The padded size is a multiple of this; None takes the model's coarsest RoI stride.
-        interpolation: How pixels between pixels are found in resizing.
+        mean: Per-channel mean of the input, for images in [0, 1].
+        std: Per-channel standard deviation of the input, for images in [0, 1].
+        size_divisor: The padded size is a multiple of this; None for the model's coarsest RoI stride.
+        interpolation: Interpolation mode of resizing.
 
     Raises:
-        ValueError: If a size is out of range, or mean and std are not one positive std per channel.
+        ValueError: If a size is out of range, mean and std differ in length, or a std is not positive.
     """
 
     resize: Literal["shortest_edge", "at_least", "none"] = "shortest_edge"

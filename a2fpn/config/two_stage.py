@@ -27,7 +27,7 @@ class RCNNConfig(HeadsConfig):
     The fields of :class:`HeadsConfig`, and:
 
     Args:
-        anchor_sizes: One tuple of anchor sizes in pixels per pyramid level; None derives 8 x stride.
+        anchor_sizes: One tuple of anchor sizes in pixels per pyramid level; None for 8 x stride.
         anchor_ratios: Height / width of the anchors, the same on every level.
         anchor_rounding: Whether anchors are rounded to whole pixels, as torchvision's are; detectron2's and
             mmdetection's are not.
@@ -35,41 +35,41 @@ class RCNNConfig(HeadsConfig):
         rpn_pre_nms_top_n_test: The same in evaluation.
         rpn_post_nms_top_n_train: Proposals kept per image after NMS in training.
         rpn_post_nms_top_n_test: The same in evaluation.
-        rpn_nms_threshold: IoU above which the RPN's NMS removes a proposal.
-        rpn_fg_iou: IoU from which an anchor is positive.
-        rpn_bg_iou: IoU under which an anchor is negative.
+        rpn_nms_threshold: IoU threshold of the RPN's NMS.
+        rpn_fg_iou: Minimum IoU of positive anchors.
+        rpn_bg_iou: IoU below which an anchor is negative.
         rpn_batch_size: Anchors sampled per image for the RPN loss.
         rpn_positive_fraction: Share of positives among them.
         rpn_score_threshold: Proposals below this objectness are dropped.
         rpn_layers: Number of the RPN's 3x3 convolutions; torchvision's second version of the detectors has 2.
         box_channels: Width of the box head's fully connected layers.
-        box_layers: Number of 3x3 convolutions of the box head, one fully connected layer follows; 0 gives two
+        box_layers: Number of 3x3 convolutions of the box head, followed by one fully connected layer; 0 for two
             fully connected layers. torchvision's second version has 4.
         box_pool_size: Output size of the box head's RoI pooling.
-        box_fg_iou: IoU from which a proposal is positive.
+        box_fg_iou: Minimum IoU of positive proposals.
         box_batch_size: Proposals sampled per image for the box loss.
         box_positive_fraction: Share of positives among them.
-        mask_upsample: How the mask head doubles its maps: by a ``"deconvolution"``, or by ``"carafe"`` as in
-            mmdetection's published CARAFE detectors.
+        mask_upsample: Upsampling of the mask head: ``"deconvolution"``, or ``"carafe"`` as in mmdetection's published
+            CARAFE detectors.
         mask_channels: Width of the mask head's convolutions.
         mask_layers: Number of the mask head's convolutions.
         mask_pool_size: Output size of the mask head's RoI pooling; masks have twice this size. 28 gives masks of
             56 x 56, at four times the mask branch's cost.
         mask_boundary_weight: Weight of the mask loss at the edge of an object relative to the rest, see
             :func:`a2fpn.masks.targets.mask_loss`; 1 is the plain mean.
-        head_norm: ``"bn"`` puts batch norm behind the convolutions of the box and mask heads, as torchvision's second
-            version does.
+        head_norm: ``"bn"`` adds batch norm after the convolutions of the box and mask heads, as in torchvision's second
+            version.
         mask_paste: ``"exact"`` samples masks at pixel centers; ``"torchvision"`` rounds boxes to whole pixels first,
             for the same pixels as torchvision's detectors.
-        roi_sampling_ratio: Samples per bin side in RoI pooling; 0 takes one per map pixel (detectron2, mmdetection).
+        roi_sampling_ratio: Samples per bin side in RoI pooling; 0 for one per map pixel (detectron2, mmdetection).
         roi_aligned: Whether RoI pooling, of features and of mask targets, shifts by half a pixel (detectron2's
             ``aligned=True``).
         unused_outputs: Outputs of the box predictor without a class. They take part in the softmax and in
-            post-processing, and their detections are dropped. torchvision's COCO detectors have ten, for the ids that
-            COCO does not use: without them scores would differ.
+            post-processing, and their detections are dropped. torchvision's COCO detectors have ten, for ids that COCO
+            does not use; without them scores would differ.
 
     Raises:
-        ValueError: For a size or weight out of its range.
+        ValueError: For a size or weight out of range.
     """
 
     anchor_sizes: tuple[tuple[int, ...], ...] | None = None
@@ -110,7 +110,7 @@ class RCNNConfig(HeadsConfig):
         shares = ("rpn_nms_threshold", "rpn_positive_fraction", "rpn_score_threshold")
         check_range(0, 1, **{name: getattr(self, name) for name in (*shares, "box_fg_iou", "box_positive_fraction")})
         tops = [f"rpn_{when}_nms_top_n_{phase}" for when in ("pre", "post") for phase in ("train", "test")]
-        tops.remove("rpn_post_nms_top_n_train")  # with 0 the box heads train on the objects' own boxes
+        tops.remove("rpn_post_nms_top_n_train")  # with 0 the box heads train on the ground-truth boxes
         check_range(0, MOST_BOXES, rpn_post_nms_top_n_train=self.rpn_post_nms_top_n_train)
         check_range(1, MOST_BOXES, **{name: getattr(self, name) for name in tops})
         check_range(1, MOST_BOXES, rpn_batch_size=self.rpn_batch_size, box_batch_size=self.box_batch_size)
@@ -129,22 +129,22 @@ class CascadeConfig(RCNNConfig):
 
     Args:
         roi_aligned: Whether RoI pooling shifts by half a pixel, as in the published cascades.
-        stage_ious: Per stage the IoU from which a box is positive; takes the place of ``box_fg_iou``.
-        stage_box_weights: Per stage the factors of a box's dx, dy, dw, dh as regression targets.
-        stage_loss_weights: Per stage the factor of its losses.
-        stage_average: What is averaged over the stages for the scores: ``"probabilities"`` (the paper's code,
+        stage_ious: Minimum IoU of positives per stage; replaces ``box_fg_iou``.
+        stage_box_weights: Weights of dx, dy, dw, dh as regression targets, per stage.
+        stage_loss_weights: Loss weight per stage.
+        stage_average: Quantity averaged over the stages for the scores: ``"probabilities"`` (the paper's code,
             detectron2) or ``"logits"`` (mmdetection).
         stage_masks: ``"all"`` gives every stage a mask head and averages the masks (mmdetection). ``"first"`` gives
-            one to the first alone, trained on the proposals and used for all (detectron2).
-        stage_resampling: Whether every stage samples anew from the boxes it gets and the objects; False keeps the
-            sample of the first (detectron2).
+            only the first stage one, trained on the proposals and used for all (detectron2).
+        stage_resampling: Whether every stage resamples from its input boxes and the ground truth; False keeps the
+            samples of the first stage (detectron2).
         scale_gradients: Whether the box heads' gradients into the pyramid are divided by the number of stages
             (detectron2, where the loss weights are 1).
-        box_loss_beta: Where the box loss turns from L2 to L1, in regression targets; 0 is plain L1 (detectron2).
+        box_loss_beta: Beta of the smooth L1 box loss, in regression targets; 0 is plain L1 (detectron2).
 
     Raises:
-        ValueError: If the three don't name the same stages, a box weight has not four values, ``box_loss_beta`` is
-            negative, or ``box_fg_iou`` is set, which a cascade doesn't read.
+        ValueError: If the three don't have the same number of stages, a box weight does not have four values,
+            ``box_loss_beta`` is negative, or ``box_fg_iou`` is set, which a cascade doesn't use.
     """
 
     roi_aligned: bool = True
@@ -174,7 +174,7 @@ class CascadeConfig(RCNNConfig):
             raise ConfigError(f"stage_box_weights must be four numbers per stage, got {self.stage_box_weights}.")
         if self.box_fg_iou != RCNNConfig.box_fg_iou:
             raise ConfigError(f"box_fg_iou={self.box_fg_iou} has no use in a cascade; set stage_ious.")
-        # Written so that NaN is bad as well.
+        # The negation also rejects NaN.
         if not self.box_loss_beta >= 0:
             raise ConfigError(f"box_loss_beta must be 0 or more, got {self.box_loss_beta}.")
 
@@ -185,15 +185,15 @@ class HTCConfig(CascadeConfig):
 
     Args:
         stage_average: See :class:`CascadeConfig`; HTC's own code averages logits.
-        semantic: False leaves the semantic branch out. ``"things"`` trains it on a map made of the instance masks,
+        semantic: False for no semantic branch. ``"things"`` trains it on a map built from the instance masks,
             ``"stuff"`` on the target's own map ``semantic`` (H, W).
         semantic_classes: Classes of the map with ``semantic="stuff"``; 255 in a map is ignored.
         semantic_channels: Width of the semantic branch.
         semantic_layers: Number of its 3x3 convolutions.
-        semantic_loss_weight: Factor of its loss.
+        semantic_loss_weight: Weight of its loss.
 
     Raises:
-        ValueError: See :class:`CascadeConfig`; also if not every stage samples anew and has a mask head.
+        ValueError: See :class:`CascadeConfig`; also unless every stage resamples and has a mask head.
     """
 
     stage_average: Literal["probabilities", "logits"] = "logits"
@@ -224,13 +224,13 @@ class KeypointRCNNConfig(RCNNConfig):
 
     Args:
         num_keypoints: Keypoints of every object.
-        keypoint_names: Their names; empty when unknown.
+        keypoint_names: Their names; empty if unknown.
         keypoint_channels: Width of the keypoint head's convolutions.
         keypoint_layers: Number of the keypoint head's 3x3 convolutions.
         keypoint_pool_size: Output size of the keypoint head's RoI pooling; heatmaps have four times this size.
 
     Raises:
-        ValueError: For a count that makes no head, or another number of names.
+        ValueError: For an invalid count, or a different number of names.
     """
 
     num_keypoints: int = 17

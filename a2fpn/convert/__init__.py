@@ -1,4 +1,4 @@
-"""State dicts in, state dicts out: foreign checkpoints to ours, and an FPN detector to an A2-FPN detector."""
+"""Conversion of state dicts: third-party checkpoints to ours, and FPN detectors to A2-FPN detectors."""
 
 from a2fpn.convert._common import load_array_pickle, read_state_dict
 from a2fpn.convert.detectron2 import from_detectron2

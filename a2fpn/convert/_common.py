@@ -1,4 +1,4 @@
-"""Common parts of the converters: safe reading of files, renaming of tensors, classes in our order."""
+"""Common parts of the converters: safe file reading, renaming of tensors, reordering of classes."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ from a2fpn.errors import ConfigError, MissingFileError
 from a2fpn.layers import positional_keys
 
 POOLING = {"roi_aligned": True, "roi_sampling_ratio": 0, "anchor_rounding": False}
-"""RoI pooling and anchors as detectron2 and mmdetection have them."""
+"""RoI pooling and anchors of detectron2 and mmdetection."""
 WRAPPERS = ("model", "state_dict")
-"""Under these keys training frameworks keep the state dict in their files."""
+"""Keys under which training frameworks store the state dict in their files."""
 _TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 _TRACKED = ".num_batches_tracked"
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Read a state dict from a file of a foreign framework, without running any code of it.
+    """Read a state dict from a file of another framework, without executing code in it.
 
     Args:
         path: ``.pth``, ``.pt``, ``.bin`` or ``.ckpt``, read by ``torch.load(weights_only=True)``; ``.pkl``, a pickle
-            of numpy arrays as detectron2 publishes them, read by :func:`load_array_pickle`; or ``.safetensors``.
+            of numpy arrays as published by detectron2, read by :func:`load_array_pickle`; or ``.safetensors``.
 
     Returns:
-        The tensors, from under ``model`` or ``state_dict`` where the file has that.
+        The tensors, from ``model`` or ``state_dict`` if the file has such a key.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: For another kind of file, or one that holds anything but plain data.
+        ValueError: For another kind of file, or one with anything but plain data.
     """
     path = Path(path)
     if not path.is_file():
@@ -80,10 +80,10 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
 
 def load_array_pickle(path: str | Path) -> Any:
-    """Read a pickle that holds nothing but numpy arrays, text, numbers and containers of them.
+    """Read a pickle of numpy arrays, text, numbers and containers of them only.
 
-    No name in the pickle is ever looked up: the few that numpy writes for an array stand for functions of this
-    module, which make tensors, and any other is an error.
+    No name in the pickle is ever imported: the few that numpy uses for arrays are mapped to functions of this module
+    that build tensors, and any other is an error.
 
     Raises:
         ValueError: For any other content.
@@ -93,7 +93,7 @@ def load_array_pickle(path: str | Path) -> Any:
             _check_memo(file)
             file.seek(0)
             return _tensors(_ArrayUnpickler(file, encoding="latin1").load())
-        # Whatever a hostile pickle makes its stack machine stumble over.
+        # A malicious pickle can make the unpickler raise any exception.
         except Exception as error:
             raise ConfigError(
                 f"{str(path)!r} is no pickle of numpy arrays alone, and no other is loaded, since a pickle can run any "
@@ -120,7 +120,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 class _Array:
-    """An array while it is being unpickled; only numpy's own state makes a tensor of it."""
+    """An array during unpickling, which numpy's state turns into a tensor."""
 
     __slots__ = ("tensor",)
 
@@ -133,7 +133,7 @@ class _Array:
 
 
 class _DType:
-    """A dtype while it is being unpickled: its code, and the byte order that comes later."""
+    """A dtype during unpickling: its code, followed by its byte order."""
 
     __slots__ = ("code",)
 
@@ -149,7 +149,7 @@ class _DType:
 
 @dataclass(frozen=True)
 class _Meaning:
-    """Inert stand-in for a name of numpy's: it can be called, and nothing else can be done to it."""
+    """Inert stand-in for one of numpy's names, which supports calls only."""
 
     call: Callable[..., Any]
 
@@ -199,13 +199,13 @@ _MEANINGS = {
     ("numpy", "dtype"): _Meaning(lambda code, *_: _DType(code)),
     ("collections", "OrderedDict"): _Meaning(lambda *_: {}),
     ("_codecs", "encode"): _Meaning(_encode),
-    # How protocols below 3 write no bytes at all; it takes no argument.
+    # Empty bytes in protocols below 3, called without arguments.
     ("__builtin__", "bytes"): _Meaning(lambda: b""),
 }
 
 
 def _tensors(value: Any) -> Any:
-    """Tensors in place of arrays, inside dictionaries."""
+    """Replace arrays by tensors, inside dictionaries."""
     if isinstance(value, dict):
         return {key: _tensors(item) for key, item in value.items()}
     return value.tensor if isinstance(value, _Array) else value
@@ -217,9 +217,9 @@ class Layout:
 
     Args:
         framework: Its name in messages.
-        rename: From a name in our state dict, with the levels' positions, to the framework's.
-        ignored: Beginnings or endings of names that carry no weights.
-        necks: Necks that it has, by our names.
+        rename: Maps a name in our state dict, with the levels' positions, to the framework's.
+        ignored: Prefixes or suffixes of names without weights.
+        necks: Its necks, by our names.
     """
 
     framework: str
@@ -230,12 +230,12 @@ class Layout:
 
 @dataclass(frozen=True)
 class Pixels:
-    """Pixel format that the source's network expects.
+    """Pixel format of the source's network.
 
     Args:
-        mean: Per channel in the source's order, in 0..255.
-        std: The same.
-        bgr: Whether the source's order is blue, green, red.
+        mean: Mean per channel in the source's order, in 0..255.
+        std: Standard deviation likewise.
+        bgr: Whether the source's order is BGR.
     """
 
     mean: tuple[float, ...]
@@ -243,7 +243,7 @@ class Pixels:
     bgr: bool
 
     def overrides(self) -> dict[str, tuple[float, ...]]:
-        """Mean and std for :func:`a2fpn.create_model`: in the unit range, red first."""
+        """Mean and std for :func:`a2fpn.create_model`: for images in [0, 1], in RGB order."""
         step = -1 if self.bgr else 1
         return {"mean": tuple(x / 255 for x in self.mean)[::step], "std": tuple(x / 255 for x in self.std)[::step]}
 
@@ -251,20 +251,20 @@ class Pixels:
 def convert(
     state: Mapping[str, Tensor], name: str, layout: Layout, pixels: Pixels, overrides: Mapping[str, Any]
 ) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Turn a foreign state dict into a configuration and a state dict of ours.
+    """Convert another framework's state dict to a configuration and a state dict of ours.
 
-    Sizes (classes, widths, layers) are read from the tensors. The background class moves from the end to the
-    beginning; where the source has none (boxes per class, masks), it gets zeros, which nothing reads.
+    Sizes (classes, widths, layers) are inferred from the tensors. The background class moves from the last to the first
+    position; if the source has none (per-class boxes, masks), it is filled with zeros, which are not used.
 
     Args:
-        state: The source's tensors; not changed.
-        name: The model to make, ``<detector>_<neck>_<backbone>``.
+        state: The source's tensors; not modified.
+        name: The model to build, ``<detector>_<neck>_<backbone>``.
         layout: The source's names.
         pixels: The source's input.
-        overrides: As in :func:`a2fpn.create_model`; they win over what is read from the tensors.
+        overrides: As in :func:`a2fpn.create_model`; they take precedence over sizes inferred from the tensors.
 
     Raises:
-        ValueError: For tensors that are missing, left over or of another shape, by the source's names.
+        ValueError: For missing, unexpected or mismatched tensors, with the source's names.
     """
     sizes = _sizes(state, name, layout)
     options = {"norm": "frozen", **pixels.overrides(), **sizes, **overrides}
@@ -300,7 +300,7 @@ def convert(
 
 
 def _reorder(key: str, x: Tensor, own: Tensor, pixels: Pixels) -> Tensor:
-    """A tensor with the background class, and the colors, where we have them."""
+    """Reorder the background class and the color channels of a tensor to ours."""
     if key == "backbone.body.conv1.weight":
         return x.flip(1) if pixels.bgr else x
     if "box_predictor.cls_score." in key:

@@ -1,7 +1,7 @@
 """State dicts of detectron2's Faster, Mask, Cascade and Cascade Mask R-CNN with an FPN -> ours.
 
 Names and conventions are those of https://github.com/facebookresearch/detectron2 (Apache-2.0).
-``python -m benchmarks.parity --source detectron2`` compares both sides where detectron2 is installed.
+``python -m benchmarks.parity --source detectron2`` compares both sides if detectron2 is installed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _RULES = (
     (r"rpn\.head\.conv\.0\.0\.", "proposal_generator.rpn_head.conv."),
     (r"rpn\.head\.cls_logits\.", "proposal_generator.rpn_head.objectness_logits."),
     (r"rpn\.head\.bbox_pred\.", "proposal_generator.rpn_head.anchor_deltas."),
-    # One mask head, whatever the number of stages.
+    # A single mask head for any number of stages.
     (r"roi_heads\.stages\.0\.(mask_\w+\.)", r"roi_heads.\1"),
     (r"roi_heads\.stages\.(\d+)\.(\w+)\.", r"roi_heads.\2.\1."),
     (r"box_head\.(.*)fc6\.", r"box_head.\1fc1."),
@@ -50,18 +50,18 @@ def from_detectron2(
     pixel_std: tuple[float, ...] = (1.0, 1.0, 1.0),
     **overrides: Any,
 ) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Turn a state dict of detectron2 into one of ours.
+    """Convert a state dict of detectron2 to one of ours.
 
-    The defaults are those of detectron2's configurations. Colors are swapped in the first convolution and the
-    statistics expressed in the configuration, so that the network sees the same numbers.
+    The defaults are those of detectron2's configurations. Color channels are swapped in the first convolution, and the
+    statistics converted in the configuration, so that the network computes the same.
 
     Args:
-        state: The tensors, as ``model.state_dict()`` or
-            :func:`~a2fpn.convert.read_state_dict` gives them; not changed.
-        name: The model to make: ``fasterrcnn_fpn_r50``, ``maskrcnn_fpn_r101``, ``cascademaskrcnn_fpn_r50``, ...
-        stride_in_1x1: ``MODEL.RESNETS.STRIDE_IN_1X1``. The state dict doesn't tell.
+        state: The tensors of ``model.state_dict()`` or
+            :func:`~a2fpn.convert.read_state_dict`; not modified.
+        name: The model to build: ``fasterrcnn_fpn_r50``, ``maskrcnn_fpn_r101``, ``cascademaskrcnn_fpn_r50``, ...
+        stride_in_1x1: ``MODEL.RESNETS.STRIDE_IN_1X1``, which the state dict does not contain.
         input_format: ``INPUT.FORMAT``.
-        pixel_mean: ``MODEL.PIXEL_MEAN``, in the order of ``input_format``; not read where the state dict has its own.
+        pixel_mean: ``MODEL.PIXEL_MEAN``, in the order of ``input_format``; ignored if the state dict has its own.
         pixel_std: ``MODEL.PIXEL_STD``, likewise.
         **overrides: As in :func:`a2fpn.create_model` (``categories``, ``min_size``, ...).
 
@@ -69,8 +69,7 @@ def from_detectron2(
         Configuration and state dict.
 
     Raises:
-        ValueError: For another kind of detector, or tensors that are missing, left over or of another shape, by
-            detectron2's names.
+        ValueError: For another kind of detector, or missing, unexpected or mismatched tensors, with detectron2's names.
     """
     if not name.startswith(_DETECTORS):
         raise ConfigError(f"{name!r} has no counterpart in detectron2; take a name that begins with {_DETECTORS}.")
@@ -99,5 +98,5 @@ def _rename(key: str) -> str:
     if key.startswith("neck."):
         _, kind, level, _, tensor = key.split(".")
         return f"backbone.fpn_{kind}{int(level) + 2}.{tensor}"
-    # Convolutions of the mask head count from 1.
+    # Convolutions of the mask head are numbered from 1.
     return re.sub(r"mask_head\.(\d+)\.0\.", lambda match: f"mask_head.mask_fcn{int(match[1]) + 1}.", key)

@@ -1,19 +1,19 @@
-"""Warm start: a detector with a new neck that begins as, or close to, the FPN detector it was grafted on.
+"""Warm start: a detector with a new neck, initialized to compute the same as, or close to, an FPN detector.
 
 The function is exactly the same for ``pafpn`` and ``pafpn_mgc``, and nearly so for necks with content-aware upsampling.
 
-Laterals and output convolutions are taken over. What the new neck adds starts so that it changes nothing:
+Laterals and output convolutions are copied. The additions of the new neck are initialized to have no effect:
 
-* global context (MGC) gives zero and gates are one, as in any fresh neck;
+* global context (MGC) is zero and gates are one, as in any new neck;
 * the bottom-up path's last convolution before the addition is zero, and its output convolution a Dirac delta.
-  A zero factor behind a random convolution would be as exact, but leave that convolution without a gradient;
-* content-aware upsampling starts with the logit ``center_bias`` on the nearest source pixel. This is the one part
-  that is not exact: a softmax never gives all its weight to one pixel. Kernels of the bottom-up path keep their own
-  start, which learns faster; what they reassemble cannot be seen yet. CARAFE has zeros beyond the border and no such
-  scale, as its authors have it: it is a little further from the FPN there, and learns more slowly.
+  A zero factor after a random convolution would be as exact, but leave that convolution without a gradient;
+* content-aware upsampling starts with the logit ``center_bias`` at the nearest source pixel. Only this part is
+  not exact: a softmax never assigns all its weight to one pixel. Kernels of the bottom-up path keep their default
+  initialization, which learns faster; they do not affect the output yet. CARAFE is zero-padded and has no such
+  scale, as in its paper: it is slightly further from the FPN at borders, and learns more slowly.
 
 The default ``center_bias`` of 8 puts 99.2 % of the weight on the nearest pixel. ``python -m benchmarks.graft``
-measures what that does to a trained detector, and that the predictor still learns from there, thanks to the fixed
+measures the effect on a trained detector, and that the predictor still learns from this start, thanks to the fixed
 scale of :class:`~a2fpn.layers.fusion.KernelPredictor`.
 """
 
@@ -40,7 +40,7 @@ from a2fpn.pretrained.checkpoint import load_weights
 from a2fpn.pyramid import PyramidSpec
 
 TARGETS = ("a2fpn", "a2fpn_lite", "carafe_fpn", "pafpn", "pafpn_mgc")
-"""Necks that can begin as an FPN."""
+"""Necks that can be initialized to an FPN."""
 
 
 def graft(
@@ -51,24 +51,24 @@ def graft(
     seed: int = 0,
     **options: Any,
 ) -> dict[str, Tensor]:
-    """Turn the state dict of an FPN detector into that of the same detector with another neck.
+    """Convert the state dict of an FPN detector to that of the same detector with another neck.
 
     Args:
-        state: State dict of a detector with neck ``fpn``; not changed.
+        state: State dict of a detector with neck ``fpn``; not modified.
         target: One of :data:`TARGETS`.
-        center_bias: Initial logit of the nearest source pixel over its neighbors in content-aware upsampling; more
-            is closer to the FPN and learns more slowly.
-        seed: Of the new parts' random weights, which cannot be seen in the output yet.
+        center_bias: Initial logit of the nearest source pixel relative to its neighbors in content-aware upsampling; a
+            higher value is closer to the FPN and learns more slowly.
+        seed: Seed of the new parts' random weights, which do not affect the output yet.
         **options: The target neck's own arguments (``attention``, ``nodes``, ...), and ``norm_layer`` and
             ``act_layer`` if the FPN has them; ``out_channels`` is read from the state.
 
     Returns:
-        State dict of the new detector. Tensors that it has in common with ``state`` are shared, not copied; new ones
-        have their dtype and device.
+        State dict of the new detector. Common tensors are shared with ``state``, not copied; new ones have their dtype
+        and device.
 
     Raises:
-        ValueError: For an unknown target, a state that is no FPN detector's, or a norm or activation behind the
-            bottom-up path, which no convolution in front of it can undo.
+        ValueError: For an unknown target, a state that is not of an FPN detector, or a norm or activation after the
+            bottom-up path, which no preceding convolution can undo.
 
     Example:
         >>> from a2fpn import create_model
@@ -90,7 +90,7 @@ def graft(
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)
         neck = create_neck(target, spec, **{**options, "out_channels": laterals[0].shape[0]})
-    assert isinstance(neck, PyramidNeck)  # as all of TARGETS
+    assert isinstance(neck, PyramidNeck)  # like all of TARGETS
     new = _begin_as_fpn(neck, center_bias).to(laterals[0]).state_dict()
     expected = {key: x.shape for key, x in new.items() if key.startswith(("lateral.", "output."))}
     difference = expected.items() ^ {key: x.shape for key, x in fpn.items()}.items()
@@ -103,17 +103,17 @@ def graft(
 def graft_model(
     model: Detector, *, target: str = "a2fpn", center_bias: float = 8.0, seed: int = 0, **options: Any
 ) -> Detector:
-    """Build the detector that :func:`graft` gives the weights of.
+    """Build the detector with the weights of :func:`graft`.
 
     Args:
-        model: A detector with neck ``fpn``; not changed, and nothing is shared with it.
+        model: A detector with neck ``fpn``; not modified, and nothing is shared with it.
         target: One of :data:`TARGETS`.
         center_bias: See :func:`graft`.
         seed: See :func:`graft`.
-        **options: The target neck's own arguments, beside those of the FPN.
+        **options: The target neck's own arguments, in addition to those of the FPN.
 
     Returns:
-        The detector, on the same device, in the same mode and with the same parts frozen.
+        The detector, on the same device, in the same mode and with the same frozen parts.
 
     Raises:
         ValueError: See :func:`graft`.
@@ -134,12 +134,12 @@ def graft_model(
 
 
 def graft_config(config: ModelConfig, *, target: str = "a2fpn", **options: Any) -> ModelConfig:
-    """The configuration of the detector that :func:`graft` gives the weights of.
+    """Configuration of the detector with the weights of :func:`graft`.
 
     Args:
-        config: That of a detector with neck ``fpn``.
+        config: Configuration of a detector with neck ``fpn``.
         target: One of :data:`TARGETS`.
-        **options: The target neck's own arguments, beside those of the FPN.
+        **options: The target neck's own arguments, in addition to those of the FPN.
 
     Example:
         >>> from a2fpn.config import BackboneConfig
@@ -164,7 +164,7 @@ def _not_an_fpn(found: str) -> ValueError:
 
 
 def _begin_as_fpn(neck: PyramidNeck, center_bias: float) -> PyramidNeck:
-    """Set the parts that an FPN lacks so that they change nothing, and return the neck."""
+    """Initialize the parts that an FPN lacks to have no effect, and return the neck."""
     for module in neck.top_down.modules():
         if isinstance(module, KernelPredictor):
             module.reset_center(center_bias)

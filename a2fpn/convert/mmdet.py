@@ -1,7 +1,7 @@
 """State dicts of mmdetection's Faster, Mask, Cascade and Cascade Mask R-CNN and HTC -> ours, with FPN or FPN_CARAFE.
 
 Names and conventions are those of https://github.com/open-mmlab/mmdetection (Apache-2.0), version 2 and newer.
-``python -m benchmarks.parity --source mmdet`` compares both sides where mmdetection is installed.
+``python -m benchmarks.parity --source mmdet`` compares both sides if mmdetection is installed.
 """
 
 from __future__ import annotations
@@ -54,19 +54,18 @@ def from_mmdet(
     std: tuple[float, ...] = (58.395, 57.12, 57.375),
     **overrides: Any,
 ) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Turn a state dict of mmdetection into one of ours.
+    """Convert a state dict of mmdetection to one of ours.
 
-    The defaults are those of mmdetection's configurations ``*_r50_fpn_*``. Colors are swapped in the first
-    convolution where need be, and the statistics expressed in the configuration.
+    The defaults are those of mmdetection's configurations ``*_r50_fpn_*``. Color channels are swapped in the first
+    convolution if necessary, and the statistics converted in the configuration.
 
     Args:
-        state: The tensors, as ``model.state_dict()`` or :func:`~a2fpn.convert.read_state_dict` gives them; not
-            changed.
-        name: The model to make: ``fasterrcnn_fpn_r50``, ``maskrcnn_fpn_r101``, ``cascademaskrcnn_fpn_r50``,
+        state: The tensors of ``model.state_dict()`` or :func:`~a2fpn.convert.read_state_dict`; not modified.
+        name: The model to build: ``fasterrcnn_fpn_r50``, ``maskrcnn_fpn_r101``, ``cascademaskrcnn_fpn_r50``,
             ``htc_fpn_r50``, ...; ``maskrcnn_carafe_fpn_r50`` for ``mask_rcnn_r50_fpn_carafe_1x_coco``.
-        style: ``style`` of the source's ResNet. The state dict doesn't tell.
+        style: ``style`` of the source's ResNet, which the state dict does not contain.
         bgr_to_rgb: ``bgr_to_rgb`` of its data preprocessor.
-        mean: Its ``mean``, in the order that the network sees.
+        mean: Its ``mean``, in the order of the network's input.
         std: Its ``std``, likewise.
         **overrides: As in :func:`a2fpn.create_model` (``categories``, ``min_size``, ...).
 
@@ -74,8 +73,8 @@ def from_mmdet(
         Configuration and state dict.
 
     Raises:
-        ValueError: For another kind of detector, or tensors that are missing, left over or of another shape, by
-            mmdetection's names.
+        ValueError: For another kind of detector, or missing, unexpected or mismatched tensors, with mmdetection's
+            names.
     """
     if not name.startswith(_DETECTORS):
         raise ConfigError(f"{name!r} has no counterpart in mmdetection; take a name that begins with {_DETECTORS}.")
@@ -97,7 +96,7 @@ def from_mmdet(
 
 
 _STAGE_STDS = ((0.1, 0.2), (0.05, 0.1), (0.033, 0.067))
-"""Per stage the ``target_stds`` of a box's center and of its size."""
+"""``target_stds`` of a box's center and size, per stage."""
 
 
 def _rename(key: str) -> str:

@@ -1,13 +1,12 @@
-"""torchvision's detectors turned into ours: same weights, same detections.
+"""Conversion of torchvision's detectors to ours, with the same weights and detections.
 
-torchvision and timm name the tensors of a ResNet alike, and the heads are torchvision's own; what has to be translated
-is the pyramid's names, MobileNet's names, and the names that the older files use. What a state dict does not hold is in
-the configuration: the epsilon of the frozen batch norm, the rule that places anchors, the rule that pastes masks, the
-kind of the box loss.
+torchvision and timm use the same names for the tensors of a ResNet, and the heads are torchvision's own. The names of
+the pyramid, of MobileNet, and of older files are mapped. The configuration has everything that a state dict lacks: the
+epsilon of the frozen batch norm, the anchor placement, the mask pasting method, the kind of box loss.
 
-torchvision's COCO detectors have 91 outputs: background, 80 categories, and ten ids that COCO left out. Ours have the
-80 categories as labels 0 to 79, with COCO's ids. In the R-CNN heads the ten outputs stay, since they take part in the
-softmax (``unused_outputs``); RetinaNet's and FCOS's outputs do not see each other, and the ten are dropped.
+torchvision's COCO detectors have 91 outputs: background, 80 categories, and ten ids that COCO does not use. Ours have
+the 80 categories as labels 0 to 79, with COCO's ids. The R-CNN heads keep the ten outputs, since they take part in the
+softmax (``unused_outputs``); the outputs of RetinaNet and FCOS are independent, and the ten are dropped.
 """
 
 from __future__ import annotations
@@ -32,23 +31,23 @@ from a2fpn.pretrained.checkpoint import load_weights
 
 
 def from_torchvision(module: nn.Module, *, categories: Sequence[str] | None = None) -> Detector:
-    """Turn a torchvision detector into one of ours that gives the same detections.
+    """Convert a torchvision detector to one of ours with the same detections.
 
-    Labels then start at 0 without background. Sizes whose resize torchvision's floating point makes a pixel smaller
-    (97 to 799 instead of 800) are the exception.
+    Labels then start at 0 without background. Detections differ only for image sizes that torchvision resizes to one
+    pixel less because of floating-point rounding (97 to 799 instead of 800).
 
     Args:
         module: A ``FasterRCNN``, ``MaskRCNN``, ``KeypointRCNN``, ``RetinaNet`` or ``FCOS`` of torchvision on a ResNet
-            with FPN, or a ``FasterRCNN`` on MobileNetV3-Large with FPN; not changed, and nothing is shared with it.
-        categories: Names of its outputs, as in ``weights.meta["categories"]``; those called ``"N/A"`` or
-            ``"__background__"`` are no categories. None takes COCO's names if it has as many outputs as COCO's
-            detectors, an empty list none.
+            with FPN, or a ``FasterRCNN`` on MobileNetV3-Large with FPN; not modified, and nothing is shared with it.
+        categories: Names of its outputs, as in ``weights.meta["categories"]``; ``"N/A"`` and ``"__background__"`` are
+            not categories. None for COCO's names if it has as many outputs as COCO's detectors, an empty list for no
+            names.
 
     Returns:
         The detector, on the same device and in the same mode.
 
     Raises:
-        ValueError: If it has parts that ours lack.
+        ValueError: If it has unsupported parts.
 
     Example:
         >>> from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn
@@ -68,20 +67,20 @@ def from_torchvision(module: nn.Module, *, categories: Sequence[str] | None = No
 def load_torchvision(
     state: Mapping[str, Tensor], builder: str, *, norm_eps: float | None = None, **options: Any
 ) -> nn.Module:
-    """Build the torchvision detector that a state dict belongs to, for :func:`from_torchvision`.
+    """Build the torchvision detector of a state dict, for :func:`from_torchvision`.
 
     Args:
-        state: Its tensors; numbers of classes and keypoints are read from them.
-        builder: The function of ``torchvision.models.detection`` that made it, such as ``fasterrcnn_resnet50_fpn``.
-        norm_eps: Epsilon of the backbone's batch norm, which no file says. torchvision has 0 where training began with
-            the older COCO weights of a ResNet-50, and 1e-5 elsewhere; where both can be, it must be given.
-        **options: Other arguments that the builder was called with, ``min_size`` and so on.
+        state: Its tensors; the numbers of classes and keypoints are inferred from them.
+        builder: The function of ``torchvision.models.detection`` that built it, such as ``fasterrcnn_resnet50_fpn``.
+        norm_eps: Epsilon of the backbone's batch norm, which files do not contain. torchvision uses 0 if training
+            started from the older COCO weights of a ResNet-50, otherwise 1e-5; required if both are possible.
+        **options: Other arguments of the builder, such as ``min_size``.
 
     Returns:
         The detector in evaluation mode.
 
     Raises:
-        ValueError: For an unknown builder, tensors of another detector, or a ``norm_eps`` that is missing.
+        ValueError: For an unknown builder, tensors of another detector, or a missing ``norm_eps``.
     """
     known = {w.builder: w for w in PRETRAINED.values() if isinstance(w, TorchvisionWeights)}
     if builder not in known:
@@ -99,7 +98,7 @@ def load_torchvision(
     ).eval()
     arguments = inspect.signature(type(module)).parameters
     for name in options:
-        # torchvision itself swallows any.
+        # torchvision itself accepts any name.
         if name not in arguments:
             raise ConfigError(f"{builder} has no argument {name!r}. {did_you_mean(name, arguments)}")
     body = module.get_submodule("backbone.body")

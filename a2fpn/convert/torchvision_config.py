@@ -24,7 +24,7 @@ from a2fpn.device import without_values
 from a2fpn.errors import ConfigError
 from a2fpn.pretrained.catalog import TorchvisionWeights
 
-# Blocks, channels and groups' width of the first block's second convolution, and its number of convolutions.
+# Number of blocks, channels and group width of the first block's second convolution, and its number of convolutions.
 _RESNETS = {
     (8, 64, 64, 2): "resnet18",
     (16, 64, 64, 2): "resnet34",
@@ -39,13 +39,13 @@ _RESNETS = {
 _MOBILENET = "mobilenetv3_large_100"
 # Two maps of stride 32: after the first block of the last stage, and after the last convolution.
 _MOBILENET_TAPS = {("13", "16"): ("blocks.5.0", "blocks.6")}
-_MOBILENET_STAGES = (0, 2, 4, 7, 13, 17)  # layers with which the strides 2, 4, 8, 16 and 32 begin, and the end
+_MOBILENET_STAGES = (0, 2, 4, 7, 13, 17)  # first layers of strides 2, 4, 8, 16 and 32, and the end
 _ONE_STAGE = ("retinanet", "fcos")
 _UNNAMED = ("N/A", "__background__")
 
 
 def torchvision_config(module: nn.Module, *, categories: Sequence[str] | None = None) -> ModelConfig:
-    """The configuration of the detector that :func:`from_torchvision` gives.
+    """Configuration of the detector built by :func:`from_torchvision`.
 
     Args:
         module: See :func:`from_torchvision`; may be on the meta device.
@@ -61,7 +61,7 @@ def torchvision_config(module: nn.Module, *, categories: Sequence[str] | None = 
         RetinaNet: ("retinanet", _retinanet),
         FCOS: ("fcos", _fcos),
     }
-    # Not isinstance: a subclass may do anything.
+    # Not isinstance: a subclass may compute anything.
     if type(module) not in kinds:
         known = ", ".join(kind.__name__ for kind in kinds)
         raise ConfigError(f"A {type(module).__name__} cannot be converted, but torchvision's {known} can.")
@@ -83,7 +83,7 @@ def torchvision_config(module: nn.Module, *, categories: Sequence[str] | None = 
     num_classes = len(found) or (outputs if one_stage else outputs - 1)
     if not one_stage:
         options["unused_outputs"] = outputs - 1 - num_classes
-    if detector == "keypointrcnn" and found and categories is None:  # what makes the classes COCO's
+    if detector == "keypointrcnn" and found and categories is None:  # which identifies COCO's classes
         published = _published(detector)["keypoint_names"]
         options["keypoint_names"] = tuple(published) if len(published) == options["num_keypoints"] else ()
     short = next((alias for alias, full in ALIASES.items() if full == backbone.name), backbone.name)
@@ -100,7 +100,7 @@ def torchvision_config(module: nn.Module, *, categories: Sequence[str] | None = 
 
 
 def published_config(weights: TorchvisionWeights) -> ModelConfig:
-    """The configuration of a detector that torchvision has published weights of; nothing is fetched.
+    """Configuration of a detector with published torchvision weights, without network access.
 
     Example:
         >>> config = published_config(TorchvisionWeights("maskrcnn_resnet50_fpn", frozen_eps=0.0))
@@ -110,11 +110,11 @@ def published_config(weights: TorchvisionWeights) -> ModelConfig:
     with without_values():
         module = get_model_builder(weights.builder)(weights=None, weights_backbone=None)
     config = torchvision_config(module)
-    # What torchvision makes of a backbone only when weights are given.
+    # torchvision sets these only if weights are given.
     changes: dict[str, Any] = {}
     if weights.frozen_eps is not None:
         changes |= {"norm": "frozen", "norm_eps": weights.frozen_eps}
-    # torchvision counts three of MobileNet's stages too, of which the last is a single layer.
+    # torchvision trains three of MobileNet's stages too, the last of which is a single layer.
     changes["trainable_layers"] = 2 if config.backbone.taps else 3
     return dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, **changes))
 
@@ -152,7 +152,7 @@ def backbone_config(body: IntermediateLayerGetter) -> BackboneConfig:
 
 
 def _trained(stages: Sequence[nn.Module]) -> int | None:
-    """Return how many of the stages from the deepest on have anything to train; None for all."""
+    """Return the number of trained stages, counted from the deepest; None for all."""
     frozen = itertools.takewhile(lambda stage: not any(p.requires_grad for p in stage.parameters()), stages)
     trained = STAGES - len(list(frozen))
     return None if trained == STAGES else trained
@@ -234,7 +234,7 @@ def _box_head(head: TwoMLPHead | FastRCNNConvFCHead) -> dict[str, Any]:
 
 
 def _head_norm(convs: Iterable[nn.Module]) -> dict[str, Any]:
-    """Return whether batch norm follows the convolutions of a head."""
+    """Return the ``head_norm`` override of a head with batch norm after its convolutions, else nothing."""
     return {"head_norm": "bn"} if any(isinstance(m, nn.BatchNorm2d) for conv in convs for m in conv.modules()) else {}
 
 
@@ -320,11 +320,11 @@ def _published(detector: str) -> Mapping[str, Any]:
 
 
 def _categories(detector: str, outputs: int, names: Sequence[str] | None) -> tuple[Category, ...]:
-    """The outputs that are categories; the number of an output is the category's id, as in COCO."""
+    """Categories of the outputs; the index of an output is the category's id, as in COCO."""
     if names is None:
         published = _published(detector)["categories"]
         names = published if len(published) == outputs else []
     if names and len(names) != outputs:
         raise ConfigError(f"{len(names)} categories were given for a detector with {outputs} outputs.")
-    first = 0 if detector in _ONE_STAGE else 1  # behind the background
+    first = 0 if detector in _ONE_STAGE else 1  # after the background
     return tuple(Category(i, name) for i, name in enumerate(names) if i >= first and name not in _UNNAMED)

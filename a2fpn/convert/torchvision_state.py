@@ -1,4 +1,4 @@
-"""State dicts of torchvision's detectors with our names."""
+"""Conversion of torchvision detectors' state dicts to our names."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from a2fpn.pyramid import level_names
 
 
 def torchvision_state(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Turn the state dict of a torchvision detector into that of ours.
+    """Convert the state dict of a torchvision detector to that of ours.
 
     Args:
-        state: Names of any version of torchvision; not changed, its tensors are shared where they stay as they are.
+        state: State dict of any version of torchvision; not modified, unchanged tensors are shared.
         config: The configuration, from :func:`torchvision_config`.
 
     Returns:
-        The state dict. What it cannot place it leaves in, for a strict load to name.
+        The state dict. Unknown tensors are kept, to be reported by a strict load.
     """
     rename = _renaming(config)
     tracked = "num_batches_tracked"
@@ -39,7 +39,7 @@ def torchvision_state(state: Mapping[str, Tensor], config: ModelConfig) -> dict[
 
 
 def _strides(config: BackboneConfig) -> tuple[int, ...]:
-    """Strides of a backbone's maps; those of taps are measured."""
+    """Strides of a backbone's maps, measured for taps."""
     if not config.taps:
         return config.strides
     with without_values():
@@ -69,7 +69,7 @@ def _renaming(config: ModelConfig) -> Callable[[str], str]:
         if match := re.fullmatch(r"roi_heads\.mask_head\.mask_fcn(\d+)\.(weight|bias)", key):
             return f"roi_heads.mask_head.{int(match[1]) - 1}.0.{match[2]}"
         if config.detector == "retinanet" and (match := re.fullmatch(r"(head\.\w+\.conv)\.(\d+)\.(weight|bias)", key)):
-            # Older files count the activations as layers.
+            # Older files count activations as layers.
             return f"{match[1]}.{int(match[2]) // 2}.0.{match[3]}"
         return key
 
@@ -77,7 +77,7 @@ def _renaming(config: ModelConfig) -> Callable[[str], str]:
 
 
 def _mobilenet_names(config: BackboneConfig) -> dict[str, str]:
-    """From torchvision's names to timm's of MobileNetV3's tensors: both make the same layers in the same order."""
+    """Map torchvision's names of MobileNetV3's tensors to timm's, as both have the same layers in the same order."""
     with without_values():
         ours = TimmBackbone(dataclasses.replace(config, norm="bn")).body.state_dict()
         theirs = mobilenet_v3_large(weights=None).features.state_dict()
@@ -85,7 +85,7 @@ def _mobilenet_names(config: BackboneConfig) -> dict[str, str]:
 
 
 def _select(key: str, x: Tensor, config: ModelConfig) -> Tensor:
-    """The outputs of a class-dependent tensor in the order of our labels."""
+    """Select the outputs of a class-dependent tensor in the order of our labels."""
     ids = [category.id for category in config.categories]
     if not ids or not key.startswith(DETECTORS[config.detector].class_dependent):
         return x
@@ -99,6 +99,6 @@ def _select(key: str, x: Tensor, config: ModelConfig) -> Tensor:
         ids = [0, *ids]
         ids += [i for i in range(outputs) if i not in ids]
     if len(x) != groups * outputs * numbers or outputs <= max(ids):
-        return x  # of another model; a strict load says so
+        return x  # of another model, which a strict load reports
     rest = x.shape[1:]
     return x.reshape(groups, outputs, numbers, *rest)[:, ids].reshape(-1, *rest)

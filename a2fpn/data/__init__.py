@@ -1,4 +1,4 @@
-"""Reading COCO-format data, augmenting it for training, and keeping masks small."""
+"""Data sets in COCO format: reading, checks, augmentation and conversion."""
 
 from a2fpn.data.check import check_data
 from a2fpn.data.check.fix import Change, FixedData, fix_data

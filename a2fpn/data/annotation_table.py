@@ -1,4 +1,4 @@
-"""Annotations as columns, so that rules look at all of them at once.
+"""Annotations as columns, for vectorized checks.
 
 Shape shorthand: N annotations, one row each, in the order of the file. Boxes are float64, in pixels.
 """
@@ -18,8 +18,8 @@ from a2fpn.data.document import CocoImage, is_whole
 from a2fpn.masks.segmentation import Segmentations
 
 Rows = NDArray[np.bool_]
-UNKNOWN, NO_ID = -1, -2  # in the place of an index: an id that the file lacks; no whole number
-LEAST_SIDE = 0.01  # pixels inside the image; less may vanish when float32 holds the corners in a large image
+UNKNOWN, NO_ID = -1, -2  # instead of an index: an id that is not in the file; not an integer
+LEAST_SIDE = 0.01  # pixels inside the image; less may vanish in float32 corners of a large image
 _NO_BOX = (np.nan,) * 4
 _CROWD: dict[object, bool] = {
     **dict.fromkeys((0, "0", "false", "no", "n", "f", "", None), False),
@@ -32,19 +32,19 @@ class AnnotationTable:
     """Annotations as columns.
 
     Args:
-        entries: As in the file; empty in the place of what is no object.
+        entries: As in the file; an empty object replaces an entry that is not a JSON object.
         image: (N,) index of the image, ``UNKNOWN`` or ``NO_ID``.
         category: (N,) index of the category, ``UNKNOWN`` or ``NO_ID``.
-        crowd: (N,); false where it can't be told.
-        odd_crowd: (N,) ``iscrowd`` that is neither yes nor no.
-        given_box: (N, 4) x, y, width, height as in the file; NaN where these are not four finite numbers.
-        box: (N, 4) likewise, of the mask where the file has no box that holds anything.
-        limits: (N, 2) width and height of the image; NaN where it is unknown.
-        area: (N,) pixels as in the file; NaN where it is no number.
-        segmentations: Those that are given.
-        mask: (N,) index of the usable segmentation, or -1.
-        broken: Index of each segmentation that can't be used, by row.
-        has_masks: Whether masks are read at all, and any can be used.
+        crowd: (N,); False if undefined.
+        odd_crowd: (N,) whether ``iscrowd`` is neither yes nor no.
+        given_box: (N, 4) x, y, width, height as in the file; NaN unless these are four finite numbers.
+        box: (N, 4) likewise, computed from the mask if the file has no box with an area.
+        limits: (N, 2) width and height of the image; NaN if unknown.
+        area: (N,) pixels as in the file; NaN if it is not a number.
+        segmentations: The given segmentations.
+        mask: (N,) index of the valid segmentation, or -1.
+        broken: Index of each invalid segmentation, by row.
+        has_masks: Whether masks are read and any is valid.
         num_keypoints: Keypoints of every object; 0 for none.
     """
 
@@ -75,7 +75,7 @@ class AnnotationTable:
         masks: bool = True,
         track: Callable[..., Iterable[Any]] | None = None,
     ) -> AnnotationTable:
-        """Make the table of what stands in ``annotations``.
+        """Build the table from ``annotations``.
 
         Args:
             entries: The annotations.
@@ -84,7 +84,7 @@ class AnnotationTable:
             categories: Ids of the categories, in their order.
             num_keypoints: Keypoints of every object; 0 for none.
             masks: Whether masks are read.
-            track: Called as ``track(items, description, total)`` around the long loops.
+            track: Called as ``track(items, description, total)`` around long loops.
         """
         track = track or _untracked
         category_index = {category_id: position for position, category_id in enumerate(categories)}
@@ -102,7 +102,7 @@ class AnnotationTable:
             box, end = raw.get("bbox"), len(boxes)
             try:
                 boxes.extend(box if isinstance(box, (list, tuple, np.ndarray)) and len(box) == 4 else _NO_BOX)
-            except (TypeError, ValueError, OverflowError):  # no numbers, or an integer that no float holds
+            except (TypeError, ValueError, OverflowError):  # not numbers, or an integer too large for a float
                 del boxes[end:]
                 boxes.extend(_NO_BOX)
         given_box = np.array(boxes, dtype=np.float64).reshape(-1, 4)
@@ -138,7 +138,7 @@ class AnnotationTable:
 
     @property
     def corners(self) -> NDArray[np.float64]:
-        """(N, 4) boxes as xyxy, cut off at the image's border."""
+        """(N, 4) boxes as xyxy, clipped to the image."""
         low, sides = self.box[:, :2], self.box[:, 2:]
         return np.concatenate([np.maximum(low, 0), np.minimum(low + sides, self.limits)], axis=1)
 
@@ -150,25 +150,25 @@ class AnnotationTable:
         return inside
 
     def of_masks(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Spread values of the segmentations, (M, ...), over the annotations, (N, ...); NaN where there is no mask."""
+        """Map values of the segmentations, (M, ...), to the annotations, (N, ...); NaN without a mask."""
         nothing = np.full((1, *values.shape[1:]), np.nan)
         spread: NDArray[np.float64] = np.concatenate([values, nothing])[self.mask]
         return spread
 
 
 def any_column(cells: NDArray[np.bool_]) -> Rows:
-    """Return which rows of (N, C) hold a true value."""
+    """Return a mask of the rows of (N, C) with a true value."""
     rows: Rows = np.logical_or.reduce(cells, axis=1)
     return rows
 
 
 def given(value: object) -> bool:
-    """Return whether a value is there: not null, and no empty list, text or object."""
+    """Return whether a value is given: not null, and not an empty list, text or object."""
     return value is not None and not (isinstance(value, (list, tuple, str, Mapping, np.ndarray)) and len(value) == 0)
 
 
 def crowd_flag(value: object) -> bool | None:
-    """Return what ``iscrowd`` says, in any spelling; None where that can't be told.
+    """Parse ``iscrowd`` in any spelling; None if undefined.
 
     Example:
         >>> [crowd_flag(value) for value in (None, 0, 1.0, "0", "True", "maybe", 2)]
@@ -197,11 +197,11 @@ def _number(value: object) -> float:
 def _with_masks(
     given_box: NDArray[np.float64], limits: NDArray[np.float64], drawn: Sequence[int], segmentations: Segmentations
 ) -> tuple[NDArray[np.float64], NDArray[np.int64], dict[int, int]]:
-    """Return boxes, taken from masks where needed; of each row the usable mask; and the unusable ones by row."""
+    """Return boxes, computed from masks if missing; the valid mask of each row; and the invalid ones by row."""
     rows = np.array(drawn, dtype=np.int64)
     extents = segmentations.extents
     low, high = np.maximum(extents[:, :2], 0), np.minimum(extents[:, 2:], limits[rows])
-    bad = any_column(high <= low)  # nothing inside the image
+    bad = any_column(high <= low)  # outside the image
     bad[list(segmentations.errors)] = True
     mask = np.full(len(given_box), -1, dtype=np.int64)
     mask[rows[~bad]] = np.flatnonzero(~bad)

@@ -1,4 +1,4 @@
-"""COCO-format data sets: samples of images and the annotations of a checked file."""
+"""COCO-format data sets: samples from images and the annotations of a checked file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from a2fpn.masks.outlines import Outlines
 
 logger = logging.getLogger(__name__)
 Sample = tuple[tv_tensors.Image, dict[str, Any]]
-_UNREADABLE_IN_A_ROW = 16  # after so many, the folder is wrong rather than an image
+_UNREADABLE_IN_A_ROW = 16  # with so many, the folder is wrong rather than single images
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class SkipReport:
     """Images and annotations that a dataset skipped.
 
     Args:
-        annotations: One message for each annotation left out.
-        images: The files that could not be read so far.
+        annotations: One message for each dropped annotation.
+        images: Unreadable files so far.
 
     Example:
         >>> str(SkipReport(annotations=("a.json: annotation 7: its image 5 is not in the file",), images=()))
@@ -47,15 +47,15 @@ class SkipReport:
 
 @dataclass(frozen=True)
 class SampleMaker:
-    """Turns an image and its annotations, wherever they come from, into a sample as :class:`CocoDataset` gives it.
+    """Converts an image and its annotations from any source to a sample of :class:`CocoDataset`.
 
     Args:
         categories: The classes in the order of their labels.
-        has_masks: Whether targets have masks; an object without one then has an empty one, see ``has_mask`` of
+        has_masks: Whether targets have masks; objects without one then get an empty one, see ``has_mask`` of
             :class:`CocoDataset`.
-        num_keypoints: Keypoints of every object; 0 for targets without.
-        keep_crowd: Whether crowds appear among the objects, marked in ``iscrowd``.
-        gray_bits: Bits that gray values of image files use, see :func:`read_image`.
+        num_keypoints: Keypoints of every object; 0 for targets without keypoints.
+        keep_crowd: Whether to keep crowds among the objects, marked in ``iscrowd``.
+        gray_bits: Bits used by gray values of image files, see :func:`read_image`.
 
     Example:
         >>> import io
@@ -77,7 +77,7 @@ class SampleMaker:
 
     @functools.cached_property
     def labels(self) -> dict[int, int]:
-        """The label of each category id."""
+        """Label of each category id."""
         return {category.id: label for label, category in enumerate(self.categories)}
 
     def __call__(
@@ -92,12 +92,12 @@ class SampleMaker:
         """Make a sample.
 
         Args:
-            entry: The image's entry; its size must be the image's.
+            entry: The image's entry; its size must match the image.
             annotations: Its checked annotations, e.g. of :func:`read_coco`; their categories are among the classes.
             image: The image file or its content.
             semantic: Its semantic map likewise, see :class:`CocoDataset`.
-            transforms: Called as ``transforms(image, target)``; masks are :class:`Outlines` there and become pixels
-                afterwards, at the size they have then.
+            transforms: Called as ``transforms(image, target)`` with masks as :class:`Outlines`, which are rasterized
+                afterwards, at their final size.
 
         Returns:
             Image and target, see :class:`CocoDataset`.
@@ -144,41 +144,41 @@ class CocoDataset(Dataset[Sample]):
     - ``image_id``: int, as in the file,
     - ``boxes``: ``tv_tensors.BoundingBoxes`` float32 (N, 4), xyxy in pixels, clipped to the image,
     - ``labels``: int64 (N,) in 0..len(categories) - 1; there is no background label,
-    - ``masks``: :class:`~a2fpn.masks.InstanceMasks`, whose ``dense()`` gives (N, H, W); absent if the file has no
-      masks at all,
-    - ``has_mask``: bool (N,), only in an image with objects that have no mask in a file with masks; theirs are empty,
-      and mask heads learn nothing from them,
+    - ``masks``: :class:`~a2fpn.masks.InstanceMasks`, whose ``dense()`` is (N, H, W); absent if the file has no
+      masks,
+    - ``has_mask``: bool (N,), only in an image with objects without a mask in a file with masks; their masks are
+      empty and ignored by mask heads,
     - ``keypoints``: float32 (N, K, 3), x, y in pixels and visibility (0: not labeled); absent if the file has none,
     - ``semantic``: ``tv_tensors.Mask`` uint8 (H, W) of classes, only with ``semantic``,
     - ``iscrowd``: int64 (N,), only with ``keep_crowd=True``.
 
-    N may be 0. In the place of an unreadable image (missing, corrupt, of another size than the file says)
-    stands the next readable one, so that training goes on; its name is logged and counted once, over all
+    N may be 0. An unreadable image (missing, corrupt, or of another size than in the file) is replaced by
+    the next readable one, so that training continues; its name is logged and counted once, over all
     workers. An evaluation must keep one prediction per ``image_id``, or use ``strict=True``.
 
     Args:
         images: The image folder.
         annotations: The JSON file or its content, see :func:`read_coco`.
-        transforms: Called as ``transforms(image, target)``, e.g. :func:`a2fpn.data.train_transforms`. Masks are
-            :class:`Outlines` there. torchvision's own transforms pass them by; where they move anything, put
-            ``tv_tensors.Mask(target["masks"].to_pixels().dense())`` in their place first.
+        transforms: Called as ``transforms(image, target)``, e.g. :func:`a2fpn.data.train_transforms`, with masks as
+            :class:`Outlines`. torchvision's own transforms ignore them; before geometric ones, replace them by
+            ``tv_tensors.Mask(target["masks"].to_pixels().dense())``.
         categories: The classes in the order of their labels, usually a model's; matched by id. By default
             the file's own, sorted by id.
-        keep_crowd: Whether crowds appear among the objects, marked in ``iscrowd``.
+        keep_crowd: Whether to keep crowds among the objects, marked in ``iscrowd``.
         semantic: A folder of maps, each an 8-bit PNG (palette or gray) of classes with the name of its image and the
-            suffix ``.png``; 255 marks pixels to ignore. COCO's ``stuffthingmaps`` are such.
-        gray_bits: Bits that gray values of image files use, see :func:`read_image`.
-        strict: Whether bad annotations and unreadable images are errors.
+            suffix ``.png``; 255 is ignored. COCO's ``stuffthingmaps`` have this format.
+        gray_bits: Bits used by gray values of image files, see :func:`read_image`.
+        strict: Whether invalid annotations and unreadable images are errors.
 
     Attributes:
         coco: The checked file.
         categories: The classes in the order of their labels.
         image_ids: Ids in the order of the samples.
-        make_sample: What makes a sample of an image and its annotations.
+        make_sample: Converts an image and its annotations to a sample.
 
     Raises:
-        DataError: If the folder is missing, the JSON is no COCO file, an annotation has a category that is
-            not among ``categories``, or, if ``strict``, any annotation is unusable.
+        DataError: If the folder is missing, the JSON is not a COCO file, an annotation has a category that is
+            not among ``categories``, or, if ``strict``, any annotation is invalid.
         ImageError: From indexing, if 16 images in a row are unreadable or, if ``strict``, one is.
     """
 
@@ -215,7 +215,7 @@ class CocoDataset(Dataset[Sample]):
         )
         self._check_categories()
         self._unreadable = torch.zeros(len(self.image_ids), dtype=torch.bool)
-        self._unreadable.share_memory_()  # one for all workers
+        self._unreadable.share_memory_()  # shared by all workers
 
     @property
     def name(self) -> str:
@@ -224,7 +224,7 @@ class CocoDataset(Dataset[Sample]):
 
     @property
     def keypoint_names(self) -> tuple[str, ...]:
-        """Names of the keypoints, if the file gives them."""
+        """Names of the keypoints, if the file has them."""
         return self.coco.keypoint_names
 
     @property
@@ -234,7 +234,7 @@ class CocoDataset(Dataset[Sample]):
 
     @property
     def target_keys(self) -> tuple[str, ...]:
-        """Keys of the targets; a detector that needs others reports so before training starts."""
+        """Keys of the targets, checked against those of the detector before training."""
         optional = {
             "masks": self.coco.has_masks,
             "keypoints": bool(self.coco.num_keypoints),

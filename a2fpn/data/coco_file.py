@@ -1,8 +1,8 @@
-"""The JSON of a COCO data set, read and checked once.
+"""Reading and validation of the JSON of a COCO data set.
 
-Label problems are found when the file is read, not in the middle of an epoch. By default they are skipped,
-logged once and counted; with ``strict=True`` the first one is an error. What can't be read as a COCO file
-at all is always an error. The rules are those of :mod:`a2fpn.data.rules`.
+Label problems are found when the file is read, not in the middle of an epoch. By default invalid labels are skipped,
+logged once and counted; with ``strict=True`` the first one is an error. A file that is not a COCO file is always an
+error. The rules are those of :mod:`a2fpn.data.rules`.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ class Annotation:
 
     Args:
         category_id: Id of the class, as in the file.
-        bbox: x, y, width, height in pixels, as in the file; positive width and height. Where the file has none that
-            holds anything, the box around the mask.
-        mask: The mask, or None for an object that has none.
-        area: Pixels; as in the file where that is above 0, else of the mask, else of the box.
+        bbox: x, y, width, height in pixels, as in the file; positive width and height. If the file has no box with an
+            area, the bounding box of the mask.
+        mask: The mask, or None for an object without one.
+        area: Pixels; as in the file if positive, else of the mask, else of the box.
         iscrowd: Whether it marks a group, which is ignored in training and evaluation.
         keypoints: x, y in pixels and visibility (0: not labeled, 1: hidden, 2: visible) of each keypoint; empty in a
-            file without keypoints, and in one with them for an object that has none.
+            file without keypoints, and for an object without any.
     """
 
     category_id: int
@@ -53,14 +53,14 @@ class Annotation:
 
     @property
     def rle(self) -> Rle | None:
-        """The mask as run lengths; polygons are filled on each call, about 20 µs."""
+        """Mask as RLE; polygons are rasterized on each access, about 20 µs."""
         return self.mask.to_rle() if isinstance(self.mask, Polygons) else self.mask
 
     def region(self, image: CocoImage) -> Rle:
-        """The mask as run lengths, or the box as one for an object that has no mask.
+        """Return the mask as RLE, or the box if the object has no mask.
 
         Args:
-            image: In which it lies.
+            image: Its image.
         """
         if (rle := self.rle) is not None:
             return rle
@@ -71,19 +71,19 @@ class Annotation:
 
 @dataclass(frozen=True)
 class CocoFile:
-    """A COCO file, checked.
+    """A checked COCO file.
 
     Args:
         name: The file, for messages.
         images: By image id, in the file's order.
         categories: Sorted by id.
         annotations: By image id; every image has an entry.
-        has_masks: Whether any annotation has a mask; true for a file without annotations.
-        problems: One message for each annotation that was left out.
-        num_keypoints: Keypoints of every object; 0 if no annotation of the file has any.
-        keypoint_names: Their names, if the categories give them.
-        losses: One message for each annotation that is kept without its mask, a part of it or its keypoints.
-        info: What the file says of itself; empty if it says nothing readable.
+        has_masks: Whether any annotation has a mask; True for a file without annotations.
+        problems: One message for each dropped annotation.
+        num_keypoints: Keypoints of every object; 0 if no annotation has any.
+        keypoint_names: Their names, if the categories have them.
+        losses: One message for each annotation kept without its mask, a part of it or its keypoints.
+        info: ``info`` of the file; empty if there is none or it is invalid.
         licenses: Likewise.
     """
 
@@ -100,14 +100,14 @@ class CocoFile:
     licenses: Sequence[Mapping[str, Any]] = ()
 
     def count_masks(self) -> tuple[int, int]:
-        """Return how many objects have a mask, and how many there are; crowds are none."""
+        """Return the number of objects with a mask, and of all objects, without crowds."""
         objects = [a for annotations in self.annotations.values() for a in annotations if not a.iscrowd]
         return sum(a.mask is not None for a in objects), len(objects)
 
     def with_all_masks(self) -> CocoFile:
-        """Return the file for a comparison of masks: objects without one are crowds as large as their boxes.
+        """Return the file for an evaluation of masks, in which objects without one become crowds of their boxes.
 
-        What lies there can be found neither rightly nor wrongly.
+        Detections in them are ignored.
         """
         annotations = {
             image_id: [
@@ -120,12 +120,12 @@ class CocoFile:
 
 
 class CheckedAnnotations(NamedTuple):
-    """Annotations after the check.
+    """Result of checking annotations.
 
     Args:
-        usable: By image id, with an entry for every image.
-        problems: One message for each annotation that was left out.
-        losses: One for each that is kept without its mask, a part of it or its keypoints.
+        usable: Valid annotations by image id, with an entry for every image.
+        problems: One message for each dropped annotation.
+        losses: One message for each annotation kept without its mask, a part of it or its keypoints.
         has_masks: Whether any has a mask.
     """
 
@@ -138,20 +138,19 @@ class CheckedAnnotations(NamedTuple):
 def read_coco(source: str | Path | Mapping[str, Any] | CocoFile, *, strict: bool = False) -> CocoFile:
     """Read and check a COCO file.
 
-    Annotation ids may be 0, repeated or missing: nothing depends on them. A missing ``iscrowd`` is 0, yes and no may
-    be spelled in any way, an ``area`` that is missing or not above 0 is computed, and a missing or empty ``bbox`` is
-    that of the mask.
+    Annotation ids may be 0, repeated or missing: nothing depends on them. A missing ``iscrowd`` is 0, and its spelling
+    is free; a missing or non-positive ``area`` is computed, and a missing or empty ``bbox`` is computed from the mask.
 
-    Masks and boxes are read each for themselves: an object without a usable mask keeps its box, one with some unusable
-    polygons keeps the others, and one with wrong keypoints is kept without them.
+    Masks and boxes are checked independently: an object with an invalid mask keeps its box, one with some invalid
+    polygons keeps the others, and one with invalid keypoints is kept without them.
 
     Args:
-        source: The JSON file, or its content. A :class:`CocoFile` is returned as it is.
-        strict: Whether an unusable annotation (unknown image or category, a box without area or outside
-            the image), mask, part of a mask or list of keypoints is an error instead of being left out.
+        source: The JSON file, or its content. A :class:`CocoFile` is returned unchanged.
+        strict: Whether an invalid annotation (unknown image or category, a box without area or outside
+            the image), mask, part of a mask or list of keypoints is an error instead of being dropped.
 
     Raises:
-        DataError: If the source is no COCO file; if ``strict``, for the first thing that would be left out.
+        DataError: If the source is not a COCO file; if ``strict``, for the first item that would be dropped.
 
     Example:
         >>> coco = read_coco({
@@ -220,12 +219,12 @@ def check_annotations(
     masks: bool = True,
     num_keypoints: int = 0,
 ) -> CheckedAnnotations:
-    """Check annotations as :func:`read_coco` does, for sources that give them image by image.
+    """Check annotations like :func:`read_coco`, for sources that provide them image by image.
 
     Args:
-        entries: What stands in ``annotations`` of a COCO file.
-        images: By image id.
-        categories: By category id.
+        entries: Entries of ``annotations`` as in a COCO file.
+        images: Images by id.
+        categories: Categories by id.
         masks: Whether masks are read.
         num_keypoints: Keypoints of every object; 0 for none.
     """
@@ -256,7 +255,7 @@ def check_annotations(
 
 
 def _messages(entries: Sequence[Any], rows: Any, faults: Sequence[Fault]) -> list[str]:
-    """One message for each of the rows that has one of the faults: the first."""
+    """Return one message for each of the rows with any of the faults, that of the first."""
     firsts: dict[int, Fault] = {}
     for fault in reversed(faults):
         firsts |= dict.fromkeys(np.flatnonzero(fault.rows & rows).tolist(), fault)
@@ -274,6 +273,6 @@ def _area(mask: Polygons | Rle | None, box: Sequence[float]) -> float:
 
 
 def _triples(values: Any) -> tuple[tuple[float, float, float], ...]:
-    """Keypoints of an annotation; none where they are left out."""
+    """Group keypoints into triples; none if they are missing."""
     numbers = [float(value) for value in (() if values is None else values)]
     return tuple(zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True))

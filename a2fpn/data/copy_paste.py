@@ -17,20 +17,20 @@ from a2fpn.masks import InstanceMasks
 
 
 class CopyPaste(Dataset[Sample]):
-    """Pastes objects of a random other sample onto a sample, both as their own transforms have left them.
+    """Pastes objects of a random other sample onto a sample, both after their own transforms.
 
-    Each object that has a mask and is no crowd is taken with a probability of a half, and pasted where it is in its
-    own image; what lies outside the other image is lost. What the pasted objects cover is taken from the masks below,
-    whose boxes shrink with them. Random numbers are torch's.
+    Each object with a mask that is not a crowd is selected with probability 0.5 and pasted at its own position; parts
+    outside the image are lost. Pasted objects occlude the masks below, whose boxes shrink accordingly. Random numbers
+    are torch's.
 
     Args:
         dataset: Samples with masks, augmented, e.g. a :class:`CocoDataset` with :func:`train_transforms`.
-        probability: That a sample gets objects of another one.
-        min_visible: Objects of whose pixels less than this share is left uncovered are dropped; in [0, 1].
-        min_box_size: Pasted and covered objects whose box is less wide or high are dropped, pixels.
+        probability: Probability that objects are pasted onto a sample.
+        min_visible: Objects with a smaller visible share of their pixels are dropped; in [0, 1].
+        min_box_size: Minimum width and height of pasted and occluded objects, pixels; others are dropped.
 
     Raises:
-        ValueError: For an argument out of its range, or samples without masks.
+        ValueError: For an argument out of range, or samples without masks.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class CopyPaste(Dataset[Sample]):
 
 
 def paste(sample: Sample, source: Sample, *, min_visible: float = 0.1, min_box_size: float = 1.0) -> Sample:
-    """A sample with all objects of another one that have masks on top, see :class:`CopyPaste`."""
+    """Paste all objects with masks of one sample onto another, see :class:`CopyPaste`."""
     (image, target), (other, pasted) = sample, source
     height, width = (min(a, b) for a, b in zip(image.shape[-2:], other.shape[-2:], strict=True))
     size = (image.shape[-2], image.shape[-1])
@@ -106,7 +106,7 @@ def _union(masks: InstanceMasks) -> Tensor:
 
 
 def _uncovered(target: Target, covered: Tensor, *, min_visible: float, min_box_size: float) -> Target:
-    """Return the objects without the pixels (H, W) bool; boxes are fitted anew to those that lost some."""
+    """Remove covered pixels (H, W) bool from the objects; boxes of occluded objects are refitted."""
     masks: InstanceMasks = target["masks"]
     free = (~covered).to(torch.uint8)
     crops = [
@@ -121,7 +121,7 @@ def _uncovered(target: Target, covered: Tensor, *, min_visible: float, min_box_s
     target = {**target, "masks": left_over, "boxes": tv_tensors.wrap(boxes, like=target["boxes"])}
     if "keypoints" in target:
         target["keypoints"] = _hidden(target["keypoints"], covered)
-    if "has_mask" in target:  # of the others the box stands for the mask
+    if "has_mask" in target:  # for the others the box replaces the mask
         bare = ~target["has_mask"]
         before, after = before.double(), after.double()
         before[bare], after[bare] = _box_pixels(boxes[bare], free)
@@ -130,7 +130,7 @@ def _uncovered(target: Target, covered: Tensor, *, min_visible: float, min_box_s
 
 
 def _box_pixels(boxes: Tensor, free: Tensor) -> tuple[Tensor, Tensor]:
-    """Pixels of boxes (N, 4), and those of them that are free, (H, W) of {0, 1}; float64."""
+    """Pixel counts of boxes (N, 4), in total and free by the map (H, W) of {0, 1}; float64."""
     windows = torch.cat([boxes[:, :2].floor(), boxes[:, 2:].ceil()], 1).long().tolist()
     parts = [free[top:bottom, left:right] for left, top, right, bottom in windows]
     counts = [(part.numel(), int(part.sum())) for part in parts]
@@ -139,7 +139,7 @@ def _box_pixels(boxes: Tensor, free: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _hidden(keypoints: Tensor, covered: Tensor) -> Tensor:
-    """Keypoints (N, K, 3) of which those under covered pixels are hidden: visibility 1 instead of 2."""
+    """Mark keypoints (N, K, 3) on covered pixels as hidden: visibility 1 instead of 2."""
     limit = torch.tensor([covered.shape[1], covered.shape[0]]) - 1
     x, y = torch.minimum(keypoints[..., :2].long().clamp(min=0), limit).unbind(-1)
     visibility = torch.where(covered[y, x], keypoints[..., 2].clamp(max=1), keypoints[..., 2])

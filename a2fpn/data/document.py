@@ -1,6 +1,6 @@
-"""A COCO file as it stands: its usable images and categories, and what is wrong with the others.
+"""Lenient parsing of a COCO file: valid images and categories, and the faults of the others.
 
-The reader refuses a file with such faults, the checker reports them all; both read it here.
+The reader refuses a file with such faults, the checker reports them all; both use this module.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _LARGEST_SIDE = 10**6  # pixels
 
 
 class NotCocoError(DataError):
-    """Something that is no COCO file.
+    """Input that is not a COCO file.
 
     Args:
         message: The error.
-        what: What the file is or lacks, to be put behind its name.
+        what: Predicate that follows the file's name in a message.
     """
 
     def __init__(self, message: str, what: str) -> None:
@@ -58,9 +58,9 @@ class EntryFaults:
 
     Args:
         kind: ``"image"`` or ``"category"``.
-        bad: Positions of entries that lack something.
-        repeated: Ids that several entries have.
-        count: All entries.
+        bad: Positions of invalid entries.
+        repeated: Ids shared by several entries.
+        count: Number of entries.
         first: Entry that the first message is about.
     """
 
@@ -71,7 +71,7 @@ class EntryFaults:
     first: object = None
 
     def message(self) -> str:
-        """The first fault; empty if there is none."""
+        """Message of the first fault; empty if there is none."""
         if self.bad:
             return f"{_NEEDED[self.kind]}, got {self.first}"
         return f"{self.kind} {self.repeated[0]} is listed twice; ids must be unique" if self.repeated else ""
@@ -89,16 +89,16 @@ class CocoDocument:
 
     Args:
         name: For messages.
-        images: Usable entries, in the file's order.
+        images: Valid entries, in the file's order.
         index: Position in ``images`` by id, the first of each id.
-        categories: Usable entries by id, sorted by id; the first of each id.
-        entries: The annotations as they are.
+        categories: Valid entries by id, sorted by id; the first of each id.
+        entries: The annotations, unchanged.
         num_keypoints: Keypoints of every object; 0 if no annotation has any.
-        keypoint_names: Their names, if the categories give them.
-        info: As in the file; empty if it is no object.
-        licenses: As in the file, those that are objects.
-        faults: Of images and of categories.
-        content: All of it, as in the file.
+        keypoint_names: Their names, if the categories have them.
+        info: As in the file; empty if it is not a JSON object.
+        licenses: As in the file, those that are JSON objects.
+        faults: Faults of images and of categories.
+        content: The whole content, as in the file.
     """
 
     name: str
@@ -115,11 +115,11 @@ class CocoDocument:
 
     @classmethod
     def read(cls, source: Source) -> CocoDocument:
-        """Read a file, or take its content.
+        """Parse a file or its content.
 
         Raises:
             DataError: If there is no such file.
-            NotCocoError: If it is no COCO file.
+            NotCocoError: If it is not a COCO file.
         """
         name = source_name(source)
         data: Any = source
@@ -163,7 +163,7 @@ def source_name(source: Source) -> str:
 
 
 def is_whole(value: object) -> TypeGuard[int]:
-    """Return whether a value can be an id or a side: a whole number of 64 bits, and not true or false."""
+    """Return whether a value is a valid id or size: a 64-bit integer that is not a bool."""
     return (type(value) is int and -(2**63) <= value < 2**63) or isinstance(value, np.integer)
 
 
@@ -192,9 +192,9 @@ def _parse_category(raw: Any) -> Category | None:
 
 
 def _keypoints(categories: Iterable[Any], annotations: Iterable[Any]) -> tuple[int, tuple[str, ...]]:
-    """Return number and names of the keypoints that most annotations have, whatever comes first in the file.
+    """Return the most frequent number of keypoints among the annotations, and their names.
 
-    Where categories name keypoints, these say how many there may be.
+    If categories name keypoints, only their numbers are candidates.
     """
     names_of = {
         raw["id"]: tuple(map(str, raw["keypoints"]))

@@ -1,9 +1,9 @@
-"""Near-duplicate images across splits: a scene that is in training and in validation makes the numbers too good.
+"""Near-duplicate images across splits, which leak training scenes into validation and inflate its metrics.
 
 The hash is the perceptual one of Zauner (Implementation and Benchmarking of Perceptual Image Hash Functions, 2010): the
-signs of the 8 x 8 lowest frequencies of the image at 32 x 32 gray pixels, each against their median. It changes by few
-bits where an image is scaled, compressed or brightened. What it takes for alike is compared once more by the
-correlation of the 32 x 32 pixels, since pictures with little structure have close hashes.
+8 x 8 lowest DCT frequencies of the image at 32 x 32 gray pixels, each thresholded at their median. Scaling, compression
+and brightness changes flip only a few bits. Candidates are verified by the correlation of the 32 x 32 pixels, since
+images with little structure have similar hashes.
 
 Shape shorthand: N images.
 """
@@ -24,20 +24,20 @@ from a2fpn.data.check.report import Finding, Track, few
 from a2fpn.data.images import image_path, open_image
 
 _SIDE, _LOW = 32, 8  # pixels of the small image, frequencies of the hash
-_BITS = 12  # of 64 that may differ; those of other pictures differ by 16 and more
-_CORRELATION = 0.7  # least of the small images
+_BITS = 12  # of 64 that may differ; different images differ by 16 or more
+_CORRELATION = 0.7  # minimum correlation of the small images
 _ROWS = 1024  # images compared at once
 
 
 @dataclass(frozen=True)
 class NearDuplicate:
-    """Two images that show nearly the same.
+    """Two nearly identical images.
 
     Args:
-        first: The image of the one set.
-        second: The image of the other.
-        bits: In how many of 64 bits their hashes differ.
-        correlation: Of their small versions, in [-1, 1].
+        first: The image of the first set.
+        second: The image of the second set.
+        bits: Hamming distance of their 64-bit hashes.
+        correlation: Correlation of their small versions, in [-1, 1].
     """
 
     first: str
@@ -49,16 +49,16 @@ class NearDuplicate:
 def near_duplicates(
     first: Sequence[str], second: Sequence[str], roots: tuple[Path, Path], track: Track
 ) -> list[NearDuplicate]:
-    """Find pairs of images, one of each set, that show nearly the same.
+    """Find pairs of nearly identical images, one of each set.
 
     Args:
-        first: Names of the images of one set, relative to its folder.
-        second: Those of the other.
+        first: Names of the images of the first set, relative to its folder.
+        second: Names of the images of the second set.
         roots: The two folders.
         track: Shows the progress.
 
     Returns:
-        The pairs, the closest first. Files that can't be read are left out; the check of files names them.
+        The pairs, the closest first. Unreadable files are skipped; the check of files reports them.
     """
     names, hashes, small = [], [], []
     for root, files in zip(roots, (first, second), strict=True):
@@ -80,7 +80,7 @@ def near_duplicates(
 def duplicate_findings(
     first: Mapping[int, str], second: Sequence[str], roots: tuple[Path, Path], track: Track
 ) -> Iterator[Finding]:
-    """Say which images of a set are nearly the same as images of another, as a finding of the data check.
+    """Report images of one set that are nearly identical to images of another, as a finding of the data check.
 
     Args:
         first: File names by image id.
@@ -137,9 +137,9 @@ def _small(image: Image.Image) -> NDArray[np.float64]:
 
 
 def _hash(pixels: NDArray[np.float64]) -> tuple[int, NDArray[np.float32]]:
-    """The hash, and the pixels with mean 0 and length 1."""
+    """Compute the hash, and the pixels with zero mean and unit norm."""
     low = (_COSINES @ pixels @ _COSINES.T).ravel()
-    low[0] = 0  # the mean says nothing of what is shown
+    low[0] = 0  # the mean carries no structure
     bits = low > np.median(low)
     value = int.from_bytes(np.packbits(bits).tobytes(), "big")
     centered = pixels - pixels.mean()
@@ -147,7 +147,7 @@ def _hash(pixels: NDArray[np.float64]) -> tuple[int, NDArray[np.float32]]:
 
 
 def _cosines() -> NDArray[np.float64]:
-    """The lowest rows of the discrete cosine transform, (8, 32)."""
+    """Lowest rows of the DCT matrix, (8, 32)."""
     frequency, place = np.arange(_LOW)[:, None], np.arange(_SIDE)[None]
     return np.asarray(np.cos(np.pi * frequency * (2 * place + 1) / (2 * _SIDE)), dtype=np.float64)
 
@@ -156,7 +156,7 @@ _COSINES = _cosines()
 
 
 def _count_bits(values: NDArray[np.uint64]) -> NDArray[np.uint8]:
-    """The number of ones of each value."""
+    """Count the set bits of each value."""
     octets = np.ascontiguousarray(values)[..., None].view(np.uint8)
     counts: NDArray[np.uint8] = _ONES[octets].sum(-1, dtype=np.uint8)
     return counts

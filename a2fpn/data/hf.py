@@ -1,4 +1,4 @@
-"""Detection data sets of the Hugging Face ``datasets`` library, streamed or on the disk."""
+"""Detection data sets of the Hugging Face ``datasets`` library, streamed or on disk."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _TO_XYWH: dict[BoxFormat, Callable[[float, float, float, float], list[float]]] =
     "xyxy": lambda left, top, right, bottom: [left, top, right - left, bottom - top],
     "cxcywh": lambda x, y, width, height: [x - width / 2, y - height / 2, width, height],
 }
-_CATEGORY = ("category_id", "category", "label", "labels")  # what data sets call it
+_CATEGORY = ("category_id", "category", "label", "labels")  # its names in data sets
 
 
 class HfDataset(StreamDataset):
@@ -36,7 +36,7 @@ class HfDataset(StreamDataset):
     - ``objects``: a list of objects, or an object of lists, with ``bbox`` in pixels, ``category_id`` or ``category``,
       and optionally ``area``, ``iscrowd``, ``id``, ``keypoints`` and ``segmentation``: polygons, a run-length encoding,
       or either of them as JSON text,
-    - optionally ``image_id``, by default the place in the epoch, and ``width`` and ``height``, by default the file's.
+    - optionally ``image_id``, by default the position in the epoch, ``width`` and ``height``, by default the file's.
 
     The samples are those of :class:`CocoDataset` for the same images and annotations. See :class:`StreamDataset` for
     iterating, and :meth:`read` for the order of an epoch.
@@ -46,20 +46,20 @@ class HfDataset(StreamDataset):
             ``datasets.load_dataset(..., split="train", streaming=True)``.
         transforms: Called as ``transforms(image, target)`` when iterating.
         categories: The classes in the order of their labels, usually a model's, or those of a COCO file to evaluate on;
-            matched by name where the category is a ``ClassLabel`` or text, else by id. By default those of the
+            matched by name if the category is a ``ClassLabel`` or text, else by id. By default those of the
             ``ClassLabel``, with ids from 0.
-        num_samples: Number of rows; by default what the data set says.
-        bbox_format: What ``bbox`` holds: x, y, width and height as in COCO, two corners, or center and size.
+        num_samples: Number of rows; by default as stated by the data set.
+        bbox_format: Format of ``bbox``: x, y, width and height as in COCO, two corners, or center and size.
         num_keypoints: Keypoints of every object; 0 does not read any.
-        keypoint_names: Their names, which a flip needs.
-        keep_crowd: Whether crowds appear among the objects, marked in ``iscrowd``.
-        shuffle_buffer: Rows that are held in memory and shuffled, of a streamed data set.
+        keypoint_names: Their names, required for flips.
+        keep_crowd: Whether to keep crowds among the objects, marked in ``iscrowd``.
+        shuffle_buffer: Size of the shuffle buffer of a streamed data set, in rows.
         split_by_file: Whether each process reads its own files of a streamed data set, instead of reading all and
             keeping its part; the number of files must be a multiple of that of processes, all with as many rows.
-        strict: Whether bad annotations and unreadable images are errors.
+        strict: Whether invalid annotations and unreadable images are errors.
 
     Raises:
-        DataError: If the columns are others, the number of rows is unknown, or ``categories`` lacks a class.
+        DataError: If columns are missing, the number of rows is unknown, or ``categories`` lacks a class.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class HfDataset(StreamDataset):
             raise DataError(
                 f"{name}: the classes {', '.join(unknown)} are not among the given ones, {', '.join(by_name)}."
             )
-        # A ClassLabel's numbers are places in its list of names; other numbers are the ids themselves.
+        # A ClassLabel's values are indices into its list of names; other values are the ids themselves.
         self._ids: dict[Any, int] = by_name if names is None else {n: by_name[label] for n, label in enumerate(names)}
         if num_samples is None and isinstance(dataset, library.Dataset):
             num_samples = len(dataset)
@@ -136,12 +136,12 @@ class HfDataset(StreamDataset):
 
     @classmethod
     def load(cls, path: str, *, options: Mapping[str, Any] | None = None, **arguments: Any) -> HfDataset:
-        """Open a data set of the Hub, of files or of a folder that ``save_to_disk`` wrote; all but the last streamed.
+        """Open a data set from the Hub or files, streamed, or from a folder written by ``save_to_disk``.
 
         Args:
-            path: What ``datasets.load_dataset`` takes, or the folder.
+            path: First argument of ``datasets.load_dataset``, or the folder.
             options: Its further arguments, such as ``split``, ``revision`` and ``data_files``.
-            **arguments: See the class.
+            **arguments: Arguments of the class.
         """
         library = _library()
         if Path(path, "state.json").is_file():
@@ -161,12 +161,12 @@ class HfDataset(StreamDataset):
         """See :meth:`StreamDataset.read`.
 
         A streamed data set is shuffled by ``datasets``: the order of its files, and a buffer of rows. Every process
-        reads all rows up to its last one and keeps those of its part, so the order does not depend on the number of
-        processes; to begin at a later step, the rows before it are read again without being decoded. With
-        ``split_by_file`` this holds for a process's own files, and the order depends on the number of processes. A data
-        set on the disk is shuffled as a whole, and every process reads its own rows only.
+        reads all rows up to its last one and keeps its part, so the order does not depend on the number of processes;
+        to start at a later step, the preceding rows are read again without decoding. With ``split_by_file`` this holds
+        for a process's own files, and the order depends on the number of processes. A data set on disk is fully
+        shuffled, and every process reads only its own rows.
 
-        Where ``datasets`` reads parquet files by threads it waits five seconds when a shuffled pass ends, see
+        If ``datasets`` reads parquet files by threads it waits five seconds at the end of a shuffled pass, see
         ``datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN``.
         """
         library = _library()
@@ -204,7 +204,7 @@ class HfDataset(StreamDataset):
             yield samples
 
     def _raw(self, row: Mapping[str, Any], position: int) -> RawSample:
-        """Bring a row into COCO's form."""
+        """Convert a row to COCO's format."""
         content, file = _content(row["image"])
         image_id = row.get("image_id", position)
         size = {key: row.get(key) for key in ("width", "height")}
@@ -213,7 +213,7 @@ class HfDataset(StreamDataset):
                 with open_image(io.BytesIO(content), max_pixels=None) as image:
                     size = dict(zip(("height", "width"), shown_size(image), strict=True))
             except (OSError, ValueError):
-                pass  # told when it is decoded
+                pass  # reported on decoding
         objects = row["objects"]
         if isinstance(objects, Mapping):
             if len({len(values) for values in objects.values()}) > 1:
@@ -231,7 +231,7 @@ class HfDataset(StreamDataset):
         category = raw[self._category_key]
         box, segmentation = raw["bbox"], raw.get("segmentation")
         if isinstance(segmentation, str):
-            with contextlib.suppress(ValueError):  # told when the annotation is checked
+            with contextlib.suppress(ValueError):  # reported when the annotation is checked
                 segmentation = json.loads(segmentation)
         return {
             **raw,
@@ -255,7 +255,7 @@ def _content(image: Any) -> tuple[bytes, str]:
     """Return the content of an image file, and its name if it has one."""
     if isinstance(image, bytes):
         return image, ""
-    if isinstance(image, Image.Image):  # from rows that were made by a function
+    if isinstance(image, Image.Image):  # from rows built by a function
         file = io.BytesIO()
         image.save(file, "png")
         return file.getvalue(), ""
@@ -264,13 +264,13 @@ def _content(image: Any) -> tuple[bytes, str]:
 
 
 def _innermost(feature: Any) -> Any:
-    """Return what a list, or a list of lists, holds."""
+    """Return the element type of a list, or of a list of lists."""
     while (inner := getattr(feature, "feature", None)) is not None:
         feature = inner
     return feature[0] if isinstance(feature, list) else feature
 
 
 def _fields(feature: Any) -> Mapping[str, Any]:
-    """Return the features of an object, whether there is a list of objects or an object of lists."""
+    """Return the features of an object, for a list of objects or an object of lists."""
     inner = _innermost(feature)
     return inner if isinstance(inner, Mapping) else {}

@@ -1,4 +1,4 @@
-"""Image files and their content as 8-bit RGB tensors."""
+"""Reading of image files as 8-bit RGB tensors."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from a2fpn.config import MAX_PIXELS
 from a2fpn.errors import ImageError
 
 SUFFIXES = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-"""Suffixes of image files; AVIF and HEIC are read where their decoders are installed."""
+"""Suffixes of image files; AVIF and HEIC are read if their decoders are installed."""
 FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF", "AVIF", "HEIF")
-"""PIL's names of the formats that are read: PIL knows others, of which some start programs."""
+"""PIL's names of the allowed formats: some of PIL's other formats start external programs."""
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_TEXTS, _PNG_KEYS = (b"iTXt", b"zTXt", b"tEXt"), (b"XML:com.adobe.xmp", b"Raw profile type exif")
-_DARK = 2**12  # values that 12 bits hold
+_DARK = 2**12  # number of 12-bit values
 _PHOTOMETRIC, _SAMPLE_FORMAT = 262, 339  # tags of a TIFF
-_INVERTED = "a2fpn inverted"  # of an opened image, beside what PIL says of it: 0 is white
+_INVERTED = "a2fpn inverted"  # key in ``info`` of an opened image: 0 is white
 _RGB = 3  # torchvision.io.ImageReadMode.RGB
 _logger = logging.getLogger(__name__)
 
@@ -39,11 +39,11 @@ def open_image(file: Path | BinaryIO, *, max_pixels: int | None = MAX_PIXELS) ->
     """Open an image of one of :data:`FORMATS` without decoding it.
 
     Args:
-        file: The file, or what reads from it, which stays the caller's to close.
-        max_pixels: Most pixels it may have; None sets no limit. PIL's own limit, of the whole process, does not count.
+        file: The file, or a file object, which the caller closes.
+        max_pixels: Maximum number of pixels; None for no limit. PIL's own process-wide limit is not used.
 
     Raises:
-        ValueError: If it is of no such format, or too large.
+        ValueError: If the format is not allowed, or it is too large.
         OSError: If it can't be read.
     """
     Image.init()
@@ -56,7 +56,7 @@ def open_image(file: Path | BinaryIO, *, max_pixels: int | None = MAX_PIXELS) ->
     reason = ""
     for decoder in filter(None, map(_decoder, FORMATS)):
         accepted = decoder.accept(head)
-        if isinstance(accepted, str):  # the right format, without its library
+        if isinstance(accepted, str):  # an allowed format whose library is missing
             reason = accepted
         elif accepted:
             return _opened_by(decoder, file, max_pixels)
@@ -65,10 +65,10 @@ def open_image(file: Path | BinaryIO, *, max_pixels: int | None = MAX_PIXELS) ->
 
 def _opened_by(decoder: _Decoder, file: Path | BinaryIO, max_pixels: int | None) -> Image.Image:
     try:
-        # Not Image.open, which looks at a limit that all threads and libraries share.
+        # Not Image.open, which uses a process-wide limit.
         image: Image.Image = decoder.factory(str(file) if isinstance(file, Path) else file)
     except (SyntaxError, IndexError, TypeError, struct.error) as error:
-        if str(error) == "unknown pixel mode":  # a TIFF as whole as any other
+        if str(error) == "unknown pixel mode":  # an intact TIFF in an unsupported mode
             raise OSError("its kind of pixels is not read; convert it to 8 bits of gray or RGB") from error
         raise OSError(f"damaged: {error}") from error
     if max_pixels is not None and math.prod(image.size) > max_pixels:
@@ -86,7 +86,7 @@ class _Decoder(NamedTuple):
 
 
 def _decoder(name: str) -> _Decoder | None:
-    """Return the decoder of a format and its test of the first 16 bytes; None where no decoder is installed."""
+    """Return the decoder of a format and its test of the first 16 bytes; None if no decoder is installed."""
     if name in Image.OPEN:
         return _Decoder(*Image.OPEN[name])
     if name == "HEIF" and importlib.util.find_spec("pillow_heif"):
@@ -97,15 +97,15 @@ def _decoder(name: str) -> _Decoder | None:
 
 
 def image_path(folder: Path, file_name: str) -> Path:
-    """The file of an image of a data set.
+    """Return the path of an image of a data set.
 
     Args:
         folder: The image folder.
-        file_name: What the annotations say: a path relative to the folder, or an absolute one that leads into it.
+        file_name: Name in the annotations: a path relative to the folder, or an absolute one inside it.
 
     Raises:
-        ImageError: If the path leaves the folder, by its words; links inside the folder are its owner's choice. Or if
-            its folders are parted by backslashes, and a file lies where slashes would lead.
+        ImageError: If the path leads out of the folder, without resolving symlinks, which are the owner's choice. Or if
+            it has backslashes, and the file exists under the path with slashes.
     """
     path = folder / file_name
     if ".." in path.parts or os.path.isabs(file_name):
@@ -124,38 +124,38 @@ def image_path(folder: Path, file_name: str) -> Path:
 
 
 def orientation(image: Image.Image) -> int:
-    """The EXIF orientation of an opened image, 1 to 8; 1, as stored, where there is none or a broken one."""
+    """EXIF orientation of an opened image, 1 to 8; 1, as stored, if it is missing or invalid."""
     try:
-        # PIL decodes a PNG to look for tags behind its pixels.
+        # PIL would decode a PNG to look for tags after its pixels.
         plain = image.format == "PNG" and not _has_tags_behind_pixels(image)
         exif = Image.Image.getexif(image) if plain else image.getexif()
         value = exif.get(ExifTags.Base.Orientation, 1)
-    except Exception:  # whatever PIL raises on a broken tag
+    except Exception:  # PIL raises almost anything on a broken tag
         return 1
     return value if value in range(1, 9) else 1
 
 
 def stored_size(image: Image.Image) -> tuple[int, int]:
-    """Height and width of an opened image's pixels as they are stored; PIL says the turned ones of a TIFF."""
+    """Stored height and width of an opened image; for a TIFF, PIL reports the rotated ones."""
     width, height = getattr(image, "_tile_size", image.size)
     return height, width
 
 
 def shown_size(image: Image.Image) -> tuple[int, int]:
-    """Height and width of an opened image as its EXIF orientation shows it."""
+    """Height and width of an opened image after applying its EXIF orientation."""
     height, width = stored_size(image)
     return (width, height) if orientation(image) in _TURNED else (height, width)
 
 
 def _has_tags_behind_pixels(png: Any) -> bool:
-    """Return whether chunks that may hold an orientation follow the pixels of an opened PNG, which stays undecoded."""
+    """Return whether an opened PNG has chunks with a possible orientation after its pixels, without decoding it."""
     file = png.fp
     place, behind = file.tell(), False
     try:
         file.seek(len(_PNG_SIGNATURE))
         while len(head := file.read(8)) == 8:
             length, kind = struct.unpack(">I4s", head)
-            following = file.tell() + length + 4  # behind the checksum
+            following = file.tell() + length + 4  # after the checksum
             behind |= kind == b"IDAT"
             if behind and (kind == b"eXIf" or (kind in _PNG_TEXTS and file.read(21).startswith(_PNG_KEYS))):
                 return True
@@ -173,14 +173,14 @@ def read_image(
     max_pixels: int | None = MAX_PIXELS,
     gray_bits: int = 16,
 ) -> tv_tensors.Image:
-    """Read a PNG, JPEG, WebP, TIFF, BMP or GIF as 8-bit RGB; AVIF and HEIC where their decoders are installed.
+    """Read a PNG, JPEG, WebP, TIFF, BMP or GIF as 8-bit RGB; AVIF and HEIC if their decoders are installed.
 
-    - EXIF orientation: applied, in training and evaluation as in prediction. With ``size``, a picture that has this
-      size only as stored is an error, since the annotations then fit another picture than people are shown.
-    - 16-bit gray: the full range 0..65535 becomes 0..255, by division by 257 and rounding, whatever range
-      the image uses; one that stays below 4096 is nearly black then, and a warning names ``gray_bits``. So does 32-bit
-      integer gray, if its values lie in that range. Floating-point images have no agreed range and are an error.
-    - 16-bit color, and gray with transparency: the higher byte of each value; ``gray_bits`` is an error then.
+    - EXIF orientation: applied in training, evaluation and prediction alike. With ``size``, an image that has this
+      size only as stored is an error, since the annotations then do not match the displayed image.
+    - 16-bit gray: the full range 0..65535 is scaled to 0..255, by division by 257 and rounding, whatever range
+      the image uses; one that stays below 4096 becomes nearly black, and a warning names ``gray_bits``. 32-bit
+      integer gray in that range likewise. Floating-point images have no defined range and are an error.
+    - 16-bit color, and gray with transparency: the high byte of each value; ``gray_bits`` is an error then.
     - Transparency: composed over white.
     - Gray, palette, CMYK and the other color spaces: PIL's conversion.
     - Animations and multi-page files: the first frame, and a warning in the log.
@@ -188,16 +188,16 @@ def read_image(
     Args:
         source: The image file, or its content.
         size: (H, W) that the image must have, pixels.
-        name: What messages call an image given by its content.
-        max_pixels: Most pixels that are decoded; None sets no limit.
-        gray_bits: Bits that gray values of more than 8 bits use, 9 to 16: the full range of so many becomes 0..255.
-            12 for a camera whose 12-bit values stand in a 16-bit file.
+        name: Name in messages of an image given by its content.
+        max_pixels: Maximum number of pixels; None for no limit.
+        gray_bits: Bits used by gray values of more than 8 bits, 9 to 16, whose full range is scaled to 0..255.
+            12 for a 12-bit camera that writes 16-bit files.
 
     Returns:
         uint8 (3, H, W) in [0, 255].
 
     Raises:
-        ImageError: If the file is missing, no image of these formats, corrupt, too large, or not of the size.
+        ImageError: If the file is missing, not an image of these formats, corrupt, too large, or not of the size.
 
     Example:
         >>> read_image("missing.png")
@@ -208,7 +208,7 @@ def read_image(
     name, file = _opened(source, name)
     content = bytearray(file.read_bytes() if isinstance(file, Path) else file.getbuffer())
     try:
-        with open_image(io.BytesIO(content), max_pixels=max_pixels) as opened:  # reads the header alone
+        with open_image(io.BytesIO(content), max_pixels=max_pixels) as opened:  # reads only the header
             _check_size(opened, size, name)
             pixels = _decode_plain_jpeg(opened, content)
             if pixels is not None:
@@ -217,7 +217,7 @@ def read_image(
             if opened.format != "MPO" and getattr(opened, "is_animated", False):
                 frames = getattr(opened, "n_frames", "several")
                 _logger.warning("%s: %s frames or pages, of which the first is read.", name, frames)
-            if hasattr(opened, "_tile_size"):  # a TIFF, before whose allocation PIL looks at its own limit once more
+            if hasattr(opened, "_tile_size"):  # a TIFF, for which PIL checks its own limit again before allocating
                 opened.im = Image.core.new(  # type: ignore[attr-defined]
                     opened.mode, opened._tile_size
                 )
@@ -230,10 +230,10 @@ def read_image(
 
 
 def _mark_values(image: Image.Image, *, gray_bits: int, name: str) -> None:
-    """Note beside an opened image what PIL does not make of its values: shades upside down, a key of 16 bits.
+    """Record or convert properties of values that PIL does not handle: inverted gray, 16-bit color keys.
 
     Raises:
-        ValueError: If the values have no agreed range, or are not those that ``gray_bits`` is about.
+        ValueError: If the values have no defined range, or ``gray_bits`` does not apply to them.
     """
     tags = getattr(image, "tag_v2", {})
     if image.mode in ("L", "RGB") and 2 in tags.get(_SAMPLE_FORMAT, ()):
@@ -256,7 +256,7 @@ def _mark_values(image: Image.Image, *, gray_bits: int, name: str) -> None:
 
 
 def _check_size(image: Image.Image, size: tuple[int, int] | None, name: str) -> None:
-    """Compare an opened image, as its EXIF orientation shows it, with the (H, W) of its annotations."""
+    """Compare the oriented size of an opened image with the (H, W) of its annotations."""
     shown = shown_size(image)
     if size is None or shown == size:
         return
@@ -271,24 +271,24 @@ def _check_size(image: Image.Image, size: tuple[int, int] | None, name: str) -> 
 
 
 def _decode_plain_jpeg(opened: Image.Image, content: bytearray) -> Tensor | None:
-    """Decode a JPEG in 0.7 of PIL's time, where the pixels are the same; None elsewhere.
+    """Decode a JPEG in 0.7 of PIL's time if the pixels are identical, else return None.
 
-    That is a gray or three-channel image that no EXIF turns.
+    They are for a gray or three-channel image without EXIF rotation.
     """
     if opened.format != "JPEG" or opened.mode not in ("L", "RGB"):
         return None
     if orientation(opened) != 1:
         return None
     try:
-        # torchvision's operator; its function warns from 0.29 on that both will go one day.
+        # torchvision's operator, since its function warns of deprecation from 0.29 on.
         pixels: Tensor = torch.ops.image.decode_jpeg(torch.frombuffer(content, dtype=torch.uint8), _RGB, False)
-    except (AttributeError, RuntimeError):  # no operator, or PIL says better what is wrong
+    except (AttributeError, RuntimeError):  # no operator, or PIL reports the error better
         return None
     return pixels if tuple(pixels.shape[:0:-1]) == opened.size else None
 
 
 def _opened(source: str | Path | bytes, name: str, hint: str = "") -> tuple[str, Path | io.BytesIO]:
-    """Return the name of an image in messages, and what PIL can open.
+    """Return the name of an image for messages, and an object that PIL can open.
 
     Raises:
         ImageError: If there is no such file.
@@ -307,13 +307,13 @@ def read_labels(source: str | Path | bytes, size: tuple[int, int], *, name: str)
     Args:
         source: An 8-bit palette or gray image, the file or its content.
         size: (H, W) that it must have, pixels.
-        name: The image's name, for messages about content.
+        name: Name of the image in messages, for content.
 
     Returns:
         uint8 (H, W).
 
     Raises:
-        ImageError: If the file is missing, no such map, or not of the size.
+        ImageError: If the file is missing, not such a map, or not of the size.
     """
     name, file = _opened(source, f"the semantic map of {name}", "; every image needs a semantic map of its name")
     try:
@@ -335,11 +335,11 @@ def to_rgb(image: Image.Image, *, gray_bits: int = 16, name: str = "the image") 
 
     Args:
         image: The image.
-        gray_bits: Bits that gray values of more than 8 bits use.
-        name: Of the image, in messages.
+        gray_bits: Bits used by gray values of more than 8 bits.
+        name: Name of the image in messages.
 
     Raises:
-        ValueError: If its values have no agreed range, or don't fit ``gray_bits``.
+        ValueError: If its values have no defined range, or don't fit ``gray_bits``.
     """
     if image.mode.startswith("I"):
         values, most = np.asarray(image).astype(np.int64), 2**gray_bits - 1

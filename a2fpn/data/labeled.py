@@ -1,6 +1,6 @@
-"""Labeled images as every format sees them: what importers give and exporters write.
+"""Format-independent labeled images: the output of importers and input of exporters.
 
-A COCO file is one format among others; :class:`LabeledImage` is what lies between any two of them.
+COCO is one format among others; every conversion goes through :class:`LabeledImage`.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from a2fpn.masks.rle import Rle
 Segmentation = list[list[float]] | Rle
 Box = tuple[float, float, float, float]
 
-_REMEMBERED = 10_000  # losses that are kept with their place; all are counted
+_REMEMBERED = 10_000  # losses that are kept in detail; all are counted
 _SHOWN = 3  # examples of a kind in the summary
 
 
 @dataclass(frozen=True)
 class CategoryInfo:
-    """A class with what formats say of it.
+    """A class with its metadata.
 
     Args:
         name: Its name.
-        id: Its id in a COCO file; None to number it.
+        id: Its id in a COCO file; None to assign one.
         supercategory: As in a COCO file.
         keypoints: Names of its keypoints, in their order.
-        skeleton: Pairs of keypoints, counted from 1, that a limb joins.
+        skeleton: Pairs of keypoints, counted from 1, joined by an edge.
 
     Example:
         >>> CategoryInfo("nucleus", 7).to_coco(7)
@@ -72,13 +72,13 @@ class LabeledObject:
 
     Args:
         category: The name of its class.
-        bbox: x, y, width, height in pixels; None takes the mask's.
+        bbox: x, y, width, height in pixels; None for the mask's.
         segmentation: Polygons ``[[x, y, x, y, ...], ...]`` in pixels, whose union is the object, or an RLE of the
-            image's size; None for an object that has only a box. Holes need an RLE.
+            image's size; None for an object with a box only. Holes require an RLE.
         iscrowd: Whether it marks a group.
         keypoints: x, y in pixels and visibility (0: not labeled, 1: hidden, 2: visible) of each; empty for none.
-        score: Of a prediction.
-        line: Where it stands in its file, for messages.
+        score: Score of a prediction.
+        line: Its line in the file, for messages.
     """
 
     category: str
@@ -95,14 +95,14 @@ class LabeledImage:
     """An image file with its objects.
 
     Args:
-        path: The file; None for an image that is only named.
+        path: The file; None if only the name is known.
         name: Its name in a data set: a relative path with forward slashes.
         height: Pixels.
         width: Pixels.
         objects: In the order of the source.
         split: ``"train"``, ``"val"``, ``"test"`` or another name; empty if the source has no splits.
         source: The file with its labels, for messages.
-        id: Its id in a COCO file; None to number it.
+        id: Its id in a COCO file; None to assign one.
     """
 
     path: Path | None
@@ -117,13 +117,13 @@ class LabeledImage:
 
 @dataclass(frozen=True)
 class Loss:
-    """Something of a source that did not survive.
+    """Something of a source that was lost in conversion.
 
     Args:
         kind: A stable name, such as ``"unknown-class"``.
         file: The file.
-        place: Where in it, such as ``"line 3"``; may be empty.
-        detail: What was lost and why.
+        place: The position in it, such as ``"line 3"``; may be empty.
+        detail: The loss and its reason.
     """
 
     kind: str
@@ -136,7 +136,7 @@ class Loss:
 
 
 class LossLog:
-    """Collects losses; all are counted, the first 10,000 remembered.
+    """Collects losses; all are counted, the first 10,000 kept in detail.
 
     Args:
         strict: Whether the first loss is an error.
@@ -156,7 +156,7 @@ class LossLog:
         self.files: dict[str, Counter[str]] = {}
 
     def add(self, kind: str, file: str | Path, detail: str, *, place: str = "") -> None:
-        """Note a loss.
+        """Record a loss.
 
         Raises:
             DataError: If ``strict``.
@@ -170,7 +170,7 @@ class LossLog:
             self.losses.append(loss)
 
     def add_error(self, kind: str, file: Path, error: Exception) -> None:
-        """Note the error that reading a file raised, which names the file and perhaps a line."""
+        """Record an error from reading a file, which names the file and perhaps a line."""
         text = str(error).removeprefix(str(file)).lstrip(",: ")
         place, colon, detail = text.partition(": ")
         if colon and place.startswith("line "):
@@ -179,7 +179,7 @@ class LossLog:
             self.add(kind, file, text)
 
     def note(self, what: str, count: int = 1) -> None:
-        """Count something that is worth knowing and no loss."""
+        """Count something noteworthy that is not a loss."""
         self.notes[what] += count
 
     def summary(self) -> str:
@@ -193,7 +193,7 @@ class LossLog:
 
 
 def split_name(name: str) -> str:
-    """Return the common name of a split, or an empty text for what names none.
+    """Return the canonical name of a split, or an empty text for any other name.
 
     Example:
         >>> split_name("valid"), split_name("train2017"), split_name("cats")
@@ -236,7 +236,7 @@ def polygon_box(polygons: Sequence[Sequence[float]]) -> Box:
 
 
 def polygon_area(polygons: Sequence[Sequence[float]]) -> float:
-    """Return the area of polygons in pixels, each by the shoelace formula, as COCO's own files have it.
+    """Return the area of polygons in pixels, each by the shoelace formula, as in COCO's own files.
 
     Example:
         >>> polygon_area([[1, 1, 3, 1, 3, 4]])
@@ -252,12 +252,12 @@ def polygon_area(polygons: Sequence[Sequence[float]]) -> float:
 
 
 def grouped(objects: Sequence[tuple[object, LabeledObject]]) -> Iterator[LabeledObject]:
-    """Join shapes that the source says belong together: same group, same class.
+    """Merge shapes of the same group and class into objects.
 
-    Polygons become the parts of one object; a box, a mask and keypoints the properties of one.
+    Polygons become the parts of one object; a box, a mask and keypoints its properties.
 
     Args:
-        objects: Each with the key of its group; None for a shape that stands alone.
+        objects: Each with the key of its group; None for a separate shape.
     """
     members: dict[tuple[object, str], list[LabeledObject]] = {}
     order: list[LabeledObject | tuple[object, str]] = []

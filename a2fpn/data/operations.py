@@ -1,6 +1,6 @@
-"""COCO files split, merged, cut down and renamed: JSON in, JSON out, every other field kept.
+"""Operations on COCO files: split, merge, subset and rename, with every other field kept.
 
-All functions take the content of a file, or its path, and return new content; nothing that was given is changed.
+All functions take the content of a file, or its path, and return new content; inputs are not modified.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def load_coco(source: Source) -> dict[str, Any]:
     """Load the content of a COCO file.
 
     Raises:
-        DataError: If it is none, or an id is missing or repeated where it is needed.
+        DataError: If it is not a COCO file, or a required id is missing or repeated.
     """
     name = "the given mapping" if isinstance(source, Mapping) else str(source)
     data = source if isinstance(source, Mapping) else read_json(Path(source))
@@ -49,10 +49,10 @@ def load_coco(source: Source) -> dict[str, Any]:
 
 
 def save_coco(data: Coco, path: str | Path, *, overwrite: bool = False) -> None:
-    """Write a COCO file, with the folders it needs.
+    """Write a COCO file, creating folders.
 
     Raises:
-        DataError: If there is one and ``overwrite`` is off.
+        DataError: If the file exists and ``overwrite`` is off.
     """
     path = Path(path)
     if path.exists() and not overwrite:
@@ -64,7 +64,7 @@ def save_coco(data: Coco, path: str | Path, *, overwrite: bool = False) -> None:
 def split_coco(
     source: Source, *, val: float = 0.2, test: float = 0.0, group_by: str = "", seed: int = 0
 ) -> dict[str, dict[str, Any]]:
-    """Split a COCO file by images; categories stay in every part.
+    """Split a COCO file by images; every part keeps all categories.
 
     Args:
         source: The file or its content.
@@ -72,10 +72,10 @@ def split_coco(
         test: Share for testing.
         group_by: A regular expression that finds the group in an image's name, see
             :func:`a2fpn.data.splits.assign_splits`.
-        seed: For another split.
+        seed: Seed of the split.
 
     Returns:
-        The content of each part by name: ``"train"``, ``"val"`` and, if asked for, ``"test"``.
+        The content of each part by name: ``"train"``, ``"val"`` and, if requested, ``"test"``.
 
     Example:
         >>> images = [{"id": i, "file_name": f"{i}.png", "height": 4, "width": 4} for i in range(10)]
@@ -97,18 +97,18 @@ def split_coco(
 def merge_coco(
     sources: Sequence[Source], *, rename: Mapping[str, str] | None = None, prefixes: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Merge COCO files: classes of one name become one, images and annotations are numbered anew where ids clash.
+    """Merge COCO files: classes with the same name are merged, and conflicting image and annotation ids renumbered.
 
     Args:
         sources: Two or more files.
         rename: New names of classes by their old ones, applied before classes are compared.
-        prefixes: What is put before the file names of each source, such as its folder; none by default.
+        prefixes: Prefixes of the file names of each source, such as its folder; none by default.
 
     Returns:
-        The merged content; ids of the first file stay.
+        The merged content; ids of the first file are kept.
 
     Raises:
-        DataError: If two images have one file name, or classes of one name other keypoints.
+        DataError: If two images have the same file name, or classes with the same name have different keypoints.
 
     Example:
         >>> def one_image(name, category):
@@ -169,19 +169,19 @@ def subset_coco(
     min_size: float = 0.0,
     drop_empty: bool = False,
 ) -> dict[str, Any]:
-    """Keep a part of a COCO file.
+    """Select a part of a COCO file.
 
     Args:
         source: The file or its content.
-        categories: Names of the classes to keep; None keeps all.
-        images: File names, or patterns such as ``"site_1/*"``, of the images to keep; None keeps all.
-        number: So many images, chosen by the hash of their names, so that 50 hold the 25.
-        seed: For other images.
-        min_size: Least square root of a box's area, pixels.
-        drop_empty: Whether images without an object go.
+        categories: Names of the classes to keep; None for all.
+        images: File names, or patterns such as ``"site_1/*"``, of the images to keep; None for all.
+        number: Number of images, chosen by the hash of their names, so that a subset of 50 contains that of 25.
+        seed: Seed of the choice.
+        min_size: Minimum square root of a box's area, pixels.
+        drop_empty: Whether to drop images without objects.
 
     Raises:
-        DataError: For a class or an image that the file doesn't list, or more images than it has.
+        DataError: For a class or an image that is not in the file, or more images than it has.
     """
     data = load_coco(source)
     if categories is not None:
@@ -215,7 +215,7 @@ def subset_coco(
 
 
 def rename_categories(source: Source, names: Mapping[str, str], *, missing_ok: bool = False) -> dict[str, Any]:
-    """Rename classes; classes that get one name become one, under the first one's id.
+    """Rename classes; classes that get the same name are merged under the first one's id.
 
     Args:
         source: The file or its content.
@@ -223,7 +223,7 @@ def rename_categories(source: Source, names: Mapping[str, str], *, missing_ok: b
         missing_ok: Whether an old name may be missing.
 
     Raises:
-        DataError: For an old name that the file doesn't list.
+        DataError: For an old name that is not in the file.
 
     Example:
         >>> data = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "car"}, {"id": 2, "name": "van"}]}
@@ -248,7 +248,7 @@ def rename_categories(source: Source, names: Mapping[str, str], *, missing_ok: b
 
 
 def _only(data: Coco, keep: Callable[[Mapping[str, Any]], bool]) -> dict[str, Any]:
-    """The images for which ``keep`` holds, with their annotations."""
+    """Select the images for which ``keep`` holds, with their annotations."""
     images = [raw for raw in data["images"] if keep(raw)]
     ids = {raw["id"] for raw in images}
     annotations = [raw for raw in data["annotations"] if raw["image_id"] in ids]
@@ -256,7 +256,7 @@ def _only(data: Coco, keep: Callable[[Mapping[str, Any]], bool]) -> dict[str, An
 
 
 def _merged_category(raw: Mapping[str, Any], by_name: dict[str, dict[str, Any]], listed: list[dict[str, Any]]) -> int:
-    """The id of a class among those listed, to which it is added if need be."""
+    """Return the id of a class among those listed, adding it if necessary."""
     known = by_name.get(raw["name"])
     if known is None:
         taken = {other["id"] for other in listed}

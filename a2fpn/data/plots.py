@@ -1,4 +1,4 @@
-"""Histograms of a data set: classes, sizes of objects, objects in an image."""
+"""Histograms of a data set: classes, object sizes, objects per image."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def draw_stats(stats: DataStats, path: str | Path, *, title: str = "") -> None:
     """Draw the histograms of a data set.
 
     Args:
-        stats: What it holds.
-        path: The picture; its suffix, such as ``.png`` or ``.svg``, says its kind.
-        title: Above them.
+        stats: Its statistics.
+        path: The output file; its suffix, such as ``.png`` or ``.svg``, selects the format.
+        title: Title of the figure.
 
     Raises:
-        DataError: If the suffix names no kind of picture.
+        DataError: If the suffix is not a known format.
     """
     figure = Figure(figsize=(15, 5), layout="constrained")
     classes, sizes, densities = figure.subplots(1, 3)
@@ -37,7 +37,7 @@ def draw_stats(stats: DataStats, path: str | Path, *, title: str = "") -> None:
         edges = np.geomspace(low, high, _BINS) if high > low else 1
         sizes.hist(positive, bins=edges)
         sizes.set_xscale("log")
-    for edge in (32, 96):  # COCO's bounds of small, medium and large
+    for edge in (32, 96):  # COCO's limits of small, medium and large
         sizes.axvline(edge, color="black", linestyle=":", linewidth=1)
     sizes.set(title="sizes of objects", xlabel="square root of the box's area, pixels (dotted: 32 and 96)")
     if stats.densities:

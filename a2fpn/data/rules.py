@@ -1,6 +1,6 @@
-"""Rules by which annotations are read: what is left out, what is kept without its mask, and why.
+"""Rules for reading annotations: those dropped, those kept without their mask, and the reasons.
 
-One set of them: the reader applies them (:func:`a2fpn.data.read_coco`), the checker reports them.
+The reader (:func:`a2fpn.data.read_coco`) applies the same rules that the checker reports.
 
 Shape shorthand: N annotations, one row each, in the order of the file.
 """
@@ -26,9 +26,9 @@ class Fault:
 
     Args:
         code: A stable name, such as ``"box-outside"``.
-        rows: (N,) which annotations.
-        outcome: What the reader does with them.
-        reason: What is the matter with the annotation of a row, in words.
+        rows: (N,) mask of the annotations.
+        outcome: The reader's treatment of them.
+        reason: Function from a row to a description of its fault.
     """
 
     code: str
@@ -38,12 +38,12 @@ class Fault:
 
 
 def find_faults(table: AnnotationTable) -> list[Fault]:
-    """Return everything that the reader stumbles over, those first that it names first; none is empty."""
+    """Return the faults found by the reader, in its order of reporting, without empty ones."""
     return [fault for fault in _faults(table) if fault.rows.any()]
 
 
 def usable_rows(count: int, faults: Iterable[Fault]) -> Rows:
-    """Return the rows that the reader does not leave out."""
+    """Return a mask of the rows that the reader keeps."""
     usable = np.ones(count, dtype=np.bool_)
     for fault in faults:
         if fault.outcome == "left out":
@@ -86,7 +86,7 @@ _NEEDED = "it needs image_id, category_id and bbox = [x, y, width, height]"
 
 
 def _box_faults(table: AnnotationTable) -> Iterator[Fault]:
-    """Boxes that hold nothing, or lie elsewhere."""
+    """Boxes that are malformed, without area, or outside the image."""
     entries = table.entries
 
     def malformed(row: int) -> str:
@@ -107,7 +107,7 @@ def _box_faults(table: AnnotationTable) -> Iterator[Fault]:
 
 
 def _mask_faults(table: AnnotationTable) -> Iterator[Fault]:
-    """Masks that can't be used, or only in part."""
+    """Invalid or partly invalid masks."""
     found = table.segmentations
     rows = {code: np.zeros(len(table), dtype=np.bool_) for code in ("bad-polygon", "bad-mask", "empty-mask")}
     for row, number in table.broken.items():
@@ -140,7 +140,7 @@ def _is_list(table: AnnotationTable, row: int) -> bool:
 
 
 def _keypoint_fault(table: AnnotationTable) -> Fault:
-    """Keypoints that are not three numbers for each of those that the file has."""
+    """Keypoints that are not three numbers for each keypoint of the file."""
     count = table.num_keypoints
 
     def reason(row: int) -> str:
@@ -165,7 +165,7 @@ def _length(values: object) -> int | None:
 
 
 def _are_numbers(values: object, count: int) -> bool:
-    """Return whether a value is a list of so many finite numbers."""
+    """Return whether a value is a list of ``count`` finite numbers."""
     if _length(values) != count:
         return False
     try:

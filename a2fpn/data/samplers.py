@@ -1,4 +1,4 @@
-"""The order of an epoch as pure functions: nothing here has a state, so a run can stop and go on anywhere.
+"""Order of an epoch as pure functions, so that a run can be resumed anywhere without stored state.
 
 Shape shorthand: ``N`` samples of a data set.
 """
@@ -19,7 +19,7 @@ LANDSCAPE, PORTRAIT = 0, 1
 
 
 def aspect_ratio_groups(dataset: CocoDataset) -> list[int]:
-    """The group of each sample: 0 for wide and square images, 1 for upright ones.
+    """Aspect-ratio group of each sample: 0 for landscape and square images, 1 for portrait ones.
 
     Batches of one group need less padding.
 
@@ -34,14 +34,14 @@ def aspect_ratio_groups(dataset: CocoDataset) -> list[int]:
 
 
 def repeat_factors(dataset: CocoDataset, *, threshold: float) -> Tensor:
-    """Repeat factors of the images of an epoch, after LVIS: Gupta et al., CVPR 2019.
+    """Repeat factors of images, as in LVIS: Gupta et al., CVPR 2019.
 
-    A class c that is on a share f(c) of the images gets max(1, sqrt(t / f(c))), an image the highest of its classes'
-    factors, or 1 without objects. Crowds don't count, since training ignores them.
+    The factor of a class c on a share f(c) of the images is max(1, sqrt(t / f(c))), that of an image the highest of its
+    classes' factors, or 1 without objects. Crowds don't count, since training ignores them.
 
     Args:
         dataset: N samples.
-        threshold: Share t of the images below which a class is rare, above 0 and at most 1; LVIS takes 0.001.
+        threshold: Share t of the images below which a class is rare, above 0 and at most 1; LVIS uses 0.001.
 
     Returns:
         ``(N,)`` float64, at least 1.
@@ -69,21 +69,20 @@ def epoch_order(
     repeats: Tensor | None = None,
     drop_last: bool = True,
 ) -> list[list[int]]:
-    """The batches of an epoch in a random order that depends on the arguments alone.
+    """Batches of an epoch in a random order that depends only on the arguments.
 
     Args:
         seed: The run's seed.
-        epoch: From 0.
+        epoch: Index of the epoch.
         num_samples: N.
-        batch_size: Images of a batch, over all processes.
-        groups: Group of each sample; a batch has images of one group. None is one group.
-        repeats: ``(N,)`` how often each sample should appear. A fraction is the probability of appearing once more,
-            drawn anew for each epoch. None is once.
-        drop_last: Whether to leave out the batches, at most one for each group, that are not full; otherwise they come
-            last.
+        batch_size: Images per batch, over all processes.
+        groups: Group of each sample; a batch has images of one group. None for a single group.
+        repeats: ``(N,)`` repeat factors. A fraction is the probability of one more repetition, drawn for each epoch.
+            None for no repetition.
+        drop_last: Whether to drop the incomplete batches, at most one for each group; otherwise they come last.
 
     Returns:
-        Batches of indices of samples.
+        Batches of sample indices.
 
     Raises:
         ValueError: If ``groups`` or ``repeats`` have another length than N, or the batch size is below 1.
@@ -98,7 +97,7 @@ def epoch_order(
     for name, values in (("groups", groups), ("repeats", repeats)):
         if values is not None and len(values) != num_samples:
             raise ConfigError(f"{name} must have one entry for each of the {num_samples} samples, got {len(values)}.")
-    # A digest, so that neighboring seeds and epochs give unrelated orders on every machine.
+    # A digest, so that neighboring seeds and epochs give uncorrelated orders, the same on every machine.
     digest = hashlib.sha256(f"order of epoch {epoch} with seed {seed}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 

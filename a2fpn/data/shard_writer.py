@@ -1,4 +1,4 @@
-"""Shards written from a COCO-format set."""
+"""Writing of shards from a COCO-format data set."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from a2fpn.data.streams import random_order
 from a2fpn.data.text_files import read_json
 from a2fpn.errors import ConfigError, DataError, ExistingFileError, ImageError
 
-_MISSING_IN_A_ROW = 16  # after so many at the beginning, the folder is wrong rather than an image
+_MISSING_IN_A_ROW = 16  # with so many at the start, the folder is wrong rather than single images
 _PATTERN = "shard-{:06d}.tar"
 
 
@@ -37,28 +37,28 @@ def write_shards(
     force: bool = False,
     progress: Callable[[int], None] = lambda total: None,
 ) -> ShardIndex:
-    """Write a COCO-format set as shards; the same set and arguments give the same bytes.
+    """Write a COCO-format data set as shards; the same data and arguments give the same bytes.
 
-    A shard appears under its name when it is whole and on the disk, the index after the last of them.
+    A shard gets its final name when it is complete and synced, and the index is written after the last shard.
 
     Args:
         images: The image folder.
         annotations: The JSON file.
-        output: The folder of the shards, made if missing.
+        output: The folder of the shards, created if missing.
         semantic: A folder of semantic maps, see :class:`CocoDataset`.
-        samples_per_shard: Largest number of images in a shard; None sets no limit.
-        shard_size: Largest size of a shard in bytes, if it has more than one image.
+        samples_per_shard: Maximum number of images per shard; None for no limit.
+        shard_size: Maximum size of a shard in bytes, if it has more than one image.
         seed: Seed of a random order; None keeps the file's.
-        strict: Whether an unusable annotation or a missing image is an error. Otherwise the annotation is written as it
-            is, to be left out by the reader, and the image is left out.
-        force: Whether shards in the folder are replaced.
-        progress: Called for each image with the number of all.
+        strict: Whether an invalid annotation or a missing image is an error. Otherwise the annotation is written
+            unchanged, to be dropped by the reader, and the image is skipped.
+        force: Whether to replace shards in the folder.
+        progress: Called for each image with the total number.
 
     Returns:
         The index.
 
     Raises:
-        DataError: If the set can't be read, or ``strict`` finds something.
+        DataError: If the data set can't be read, or ``strict`` finds a problem.
         ValueError: If a limit is not positive.
         FileExistsError: If there are shards in the folder already, unless ``force``.
         OSError: If they can't be written.
@@ -133,7 +133,7 @@ def write_shards(
                     )
                 ):
                     for member, data in sample:
-                        header = tarfile.TarInfo(member)  # owner, mode and time are the same everywhere
+                        header = tarfile.TarInfo(member)  # default owner, mode and time, for reproducible bytes
                         header.size = len(data)
                         tar.addfile(header, io.BytesIO(data))
                     offsets.append(tar.offset)
@@ -160,7 +160,7 @@ def write_shards(
 
 
 class _HashedFile:
-    """A file that keeps the hash and the size of what is written to it."""
+    """A file that tracks the hash and the size of written data."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -174,10 +174,10 @@ class _HashedFile:
 
 
 def _content(path: Path) -> bytes:
-    """Read a file of finite length: no device, no pipe.
+    """Read a regular file, not a device or a pipe.
 
     Raises:
-        OSError: If it is none, or can't be read.
+        OSError: If it is not a regular file, or can't be read.
     """
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "no regular file", str(path))
@@ -185,6 +185,6 @@ def _content(path: Path) -> bytes:
 
 
 def _tar_size(offset: int, sample: Sequence[tuple[str, bytes]]) -> int:
-    """Bytes of a tar file that ends with these files, which begin at ``offset``."""
+    """Size in bytes of a tar file that ends with these files, which start at ``offset``."""
     end = offset + sum(tarfile.BLOCKSIZE * (1 + -(-len(data) // tarfile.BLOCKSIZE)) for _, data in sample)
     return -(-(end + 2 * tarfile.BLOCKSIZE) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE

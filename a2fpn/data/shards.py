@@ -1,9 +1,9 @@
-"""COCO-format data in WebDataset shards: tar files that are read in long runs, from a disk or over the network.
+"""COCO-format data in WebDataset shards: tar files for sequential reads, from a disk or over the network.
 
-A shard holds, one after the other for each image, ``<key>.<suffix>`` with the image file's own bytes,
-``<key>.semantic.png`` where the set has semantic maps, and ``<key>.json`` with ``{"image": ..., "annotations": [...]}``
-as the COCO file has them. The key is the image id. ``index.json`` beside the shards says what each holds, and where in
-it each sample begins; so any stretch of any shard can be read without the rest.
+For each image a shard has ``<key>.<suffix>`` with the bytes of the image file, ``<key>.semantic.png`` if the data set
+has semantic maps, and ``<key>.json`` with ``{"image": ..., "annotations": [...]}`` as in the COCO file. The key is the
+image id. ``index.json`` next to the shards lists their content and the offset of each sample, so that any range of a
+shard can be read on its own.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Shard:
         name: The file's name.
         samples: Number of images.
         bytes: Size of the file.
-        sha256: Of the file, in hexadecimal.
-        offsets: Where each sample begins, and where the last one ends, in bytes.
+        sha256: Hex digest of the file.
+        offsets: Start of each sample, and end of the last one, in bytes.
     """
 
     name: str
@@ -54,10 +54,10 @@ class ShardIndex:
     """Content of ``index.json``.
 
     Args:
-        info: What the COCO file says of its origin.
+        info: ``info`` of the COCO file.
         licenses: Likewise.
-        categories: The classes as the COCO file has them.
-        used_categories: Ids of the classes that have an object.
+        categories: The classes as in the COCO file.
+        used_categories: Ids of the classes with objects.
         has_masks: Whether the objects have masks.
         num_keypoints: Keypoints of every object; 0 for none.
         has_semantic: Whether the images have semantic maps.
@@ -83,7 +83,7 @@ def read_index(location: str | Path) -> ShardIndex:
         location: The folder or its URL.
 
     Raises:
-        DataError: If there is no index, or none of this version.
+        DataError: If there is no index, or it has another version.
     """
     path = _join(location, INDEX_FILE)
     try:
@@ -108,7 +108,7 @@ def check_shards(location: str | Path) -> Iterator[tuple[Shard, str | None]]:
         location: The folder or its URL.
 
     Yields:
-        Each shard, and what is wrong with it or None.
+        Each shard, and its problem or None.
 
     Raises:
         DataError: If there is no index.
@@ -130,23 +130,23 @@ def check_shards(location: str | Path) -> Iterator[tuple[Shard, str | None]]:
 
 
 class ShardDataset(StreamDataset):
-    """COCO-format data in WebDataset shards, as ``a2fpn data shard`` and :func:`write_shards` write them.
+    """COCO-format data in WebDataset shards, as written by ``a2fpn data shard`` and :func:`write_shards`.
 
-    The samples are those of :class:`CocoDataset` for the same set. See :class:`StreamDataset` for iterating, and
+    The samples are those of :class:`CocoDataset` for the same data. See :class:`StreamDataset` for iteration, and
     :meth:`read` for the order of an epoch.
 
     Args:
-        location: The folder of the shards, or its URL: ``http(s)://``, or whatever fsspec knows.
+        location: The folder of the shards, or its URL: ``http(s)://``, or any that fsspec supports.
         transforms: Called as ``transforms(image, target)`` when iterating.
         categories: The classes in the order of their labels, usually a model's; matched by id. By default the
-            set's own, sorted by id.
-        keep_crowd: Whether crowds appear among the objects, marked in ``iscrowd``.
-        shuffle_buffer: Images, over all processes, that are held as files in memory and shuffled.
-        strict: Whether bad annotations, unreadable images and bad shards are errors. Otherwise they are counted and
-            left out when iterating; in training, which takes as many steps, others stand in for what can't be read.
+            data set's own, sorted by id.
+        keep_crowd: Whether to keep crowds among the objects, marked in ``iscrowd``.
+        shuffle_buffer: Size of the shuffle buffer over all processes, in undecoded images.
+        strict: Whether invalid annotations, unreadable images and damaged shards are errors. Otherwise they are counted
+            and skipped in iteration, and replaced by other samples in training, whose number of steps is fixed.
 
     Attributes:
-        index: What ``index.json`` says.
+        index: Content of ``index.json``.
 
     Raises:
         DataError: If there is no index, an annotation has a category that is not among ``categories`` or, if
@@ -202,10 +202,10 @@ class ShardDataset(StreamDataset):
     ) -> Iterator[list[RawSample]]:
         """See :meth:`StreamDataset.read`.
 
-        The shards in random order are one long row, which is cut into ``batch`` lanes of equal length; step k takes the
-        k-th sample of each lane. Within a lane, stretches of ``shuffle_buffer / batch`` samples are read at a time, and
-        shuffled. So a step has images from many shards, every process reads but its own lanes, and neither the number
-        of processes nor the step at which reading begins changes the order.
+        The shards are concatenated in random order and divided into ``batch`` lanes of equal length; step k takes the
+        k-th sample of each lane. Within a lane, chunks of ``shuffle_buffer / batch`` samples are read at a time and
+        shuffled. So a step has images from many shards, every process reads only its own lanes, and the order depends
+        neither on the number of processes nor on the first step.
         """
         steps = self.steps(batch)
         shards = self.index.shards
@@ -232,7 +232,7 @@ class ShardDataset(StreamDataset):
     ) -> Iterator[RawSample]:
         """Yield the samples of one lane from a step on."""
         length = math.ceil(self._shuffle_buffer / batch)
-        # Lanes begin with stretches of different lengths, so that they don't all read at the same step.
+        # The first chunks of lanes differ in length, so that not all lanes read at the same step.
         bounds = [max(begin, 0) for begin in range(-(lane * length // batch), steps, length)]
         for number, (begin, end) in enumerate(zip(bounds, [*bounds[1:], steps], strict=True)):
             if end > start:
@@ -242,10 +242,10 @@ class ShardDataset(StreamDataset):
                 yield from (samples[place] for place in order[max(start - begin, 0) :])
 
     def _stretch(self, row: Sequence[tuple[Shard, int]], begin: int, size: int, *, whole: bool) -> list[RawSample]:
-        """Read a stretch of the row of shards; unless strict, what can't be read is counted.
+        """Read a chunk of the concatenated shards; unless strict, unreadable samples are counted.
 
-        If ``whole``, unreadable samples are replaced by readable ones from the same stretch, or from the next one that
-        has any; otherwise they are returned empty.
+        If ``whole``, they are replaced by readable ones from the same chunk, or from the next one with any; otherwise
+        they are returned empty.
         """
         for place in (*range(begin, self.num_samples, size), *range(0, begin, size)):
             samples: list[RawSample] = []
@@ -267,7 +267,7 @@ class ShardDataset(StreamDataset):
         raise DataError(f"{self.name}: none of {self.num_samples} images can be read.")
 
     def _read(self, shard: Shard, samples: range) -> list[RawSample]:
-        """Read some samples of a shard in one go."""
+        """Read a range of samples of a shard in one request."""
         begin, end = samples.start, samples.stop
         path = _join(self._location, shard.name)
         data = read_bytes(path, shard.offsets[begin], shard.offsets[end])
@@ -285,11 +285,11 @@ class ShardDataset(StreamDataset):
         return found
 
     def _names(self, shard: Shard, samples: range) -> list[str]:
-        """Return the names under which unreadable samples are counted."""
+        """Return the names of unreadable samples for counting."""
         return [f"{_join(self._location, shard.name)}: image {number}" for number in samples]
 
     def _check_size(self, shard: Shard) -> None:
-        """Find out before any training whether a local shard is there and has its size."""
+        """Check up front that a local shard exists and has its size."""
         path = Path(_join(self._location, shard.name))
         if not path.is_file():
             problem = f"{path}: no such file; the index says that it holds {shard.samples} images."
@@ -306,10 +306,10 @@ class ShardDataset(StreamDataset):
 
 
 def _samples(path: str, data: bytes) -> list[RawSample]:
-    """Return the whole samples in a part of a tar file; cut off ones at its end are left out.
+    """Return the complete samples in a part of a tar file; a truncated one at its end is dropped.
 
     Raises:
-        DataError: If it is no tar file, or a sample's JSON can't be read.
+        DataError: If it is not a tar file, or a sample's JSON can't be read.
     """
     groups: dict[str, dict[str, bytes]] = {}
     try:
@@ -319,7 +319,7 @@ def _samples(path: str, data: bytes) -> list[RawSample]:
                 file = tar.extractfile(member)
                 groups.setdefault(key, {})[suffix] = file.read() if file else b""
     except tarfile.ReadError:
-        pass  # what was read so far is counted by the caller
+        pass  # the caller counts the samples read so far
     samples = []
     for key, files in groups.items():
         label, semantic = files.pop("json", None), files.pop("semantic.png", None)

@@ -1,4 +1,4 @@
-"""Splits that depend on names alone: the same whatever the order of files, on any machine."""
+"""Deterministic splits by name, independent of the order of files and the machine."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ def assign_splits(
 ) -> list[str]:
     r"""Assign images to ``"train"``, ``"val"`` and ``"test"``, all images of a group to the same.
 
-    Groups are ordered by the SHA-256 of their name and the seed. In this order each goes to validation if that comes
-    nearer to the share of images, then likewise to testing; the rest is for training.
+    Groups are ordered by the SHA-256 of their name and the seed. In this order each is assigned to validation if that
+    brings it closer to the share of images, then likewise to testing; the rest is for training.
 
     Args:
         names: Names of the images.
         val: Share of the images for validation, in (0, 1).
         test: Share for testing, in [0, 1).
-        group_by: A regular expression; what its first group (or all of it) matches names the group, such as
-            ``site_(\d+)``. Empty puts each image into a group of its own.
-        seed: For another split.
+        group_by: A regular expression whose first capturing group (or whole match) is the name of the group, such as
+            ``site_(\d+)``. Empty puts each image into its own group.
+        seed: Seed of the split.
 
     Returns:
         The split of each image.
 
     Raises:
-        DataError: For shares out of range, an expression that is none or matches no name, or a single group.
+        DataError: For shares out of range, an expression that is invalid or does not match a name, or a single group.
 
     Example:
         >>> assign_splits(["site_1/a", "site_1/b", "site_2/a"], val=0.3, group_by=r"site_(\d+)")

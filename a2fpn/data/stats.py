@@ -1,4 +1,4 @@
-"""Counts of classes, sizes and objects in the images of a COCO file."""
+"""Statistics of a COCO file: classes, object sizes and objects per image."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class DataStats:
 
     Args:
         images: Number of images.
-        annotations: Number of annotations that are no crowds.
+        annotations: Number of annotations, without crowds.
         crowds: Number of crowds.
-        classes: Annotations by the name of their class, the most frequent first; crowds don't count.
+        classes: Number of annotations by class name, without crowds, the most frequent first.
         sizes: Square root of each box's area, pixels.
-        densities: Annotations of each image.
+        densities: Number of annotations of each image.
     """
 
     images: int
@@ -31,7 +31,7 @@ class DataStats:
     densities: tuple[int, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON-able built-ins: counts, and quantiles of sizes and densities."""
+        """Return JSON-serializable built-ins: counts, and quantiles of sizes and densities."""
         shares = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
         return {
             "images": self.images,
@@ -44,7 +44,7 @@ class DataStats:
 
 
 def coco_stats(source: Source) -> DataStats:
-    """Count what a COCO file holds.
+    """Compute the statistics of a COCO file.
 
     Example:
         >>> coco_stats({
@@ -71,7 +71,7 @@ def coco_stats(source: Source) -> DataStats:
 
 
 def _quantile(values: Sequence[float], share: float) -> float | None:
-    """The value below which a share of the values lies; None without values."""
+    """Quantile of the values; None without values."""
     if not values:
         return None
     ordered = sorted(values)

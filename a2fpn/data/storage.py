@@ -1,4 +1,4 @@
-"""Parts of files by fsspec, wherever they are: a folder, a web server, an object store."""
+"""Partial reads of files by fsspec, from a folder, a web server or an object store."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 from a2fpn.errors import DataError
 
 logger = logging.getLogger(__name__)
-_WAITS = (0.5, 2.0, 8.0)  # seconds before a network read is tried again
-_BUSY = (408, 425, 429)  # of the 4xx answers, those that are worth another try
+_WAITS = (0.5, 2.0, 8.0)  # seconds before each retry of a network read
+_BUSY = (408, 425, 429)  # the 4xx responses worth a retry
 
 
 def is_remote(location: str | Path) -> bool:
@@ -20,14 +20,14 @@ def is_remote(location: str | Path) -> bool:
 
 
 def read_bytes(location: str | Path, start: int = 0, end: int | None = None) -> bytes:
-    """Read a file, or the part from byte ``start`` up to ``end``; what lies beyond the file is left out.
+    """Read a file, or its bytes from ``start`` to ``end``, clipped to its size.
 
-    Network reads that fail for a reason that may pass are tried again three times, within about ten seconds.
+    Network reads that fail for a transient reason are retried three times, within about ten seconds.
 
     Args:
-        location: A path, or any URL that fsspec knows, such as ``https://``, ``s3://`` and ``hf://``.
+        location: A path, or any URL that fsspec supports, such as ``https://``, ``s3://`` and ``hf://``.
         start: First byte.
-        end: Byte after the last one; None reads to the end.
+        end: End, exclusive; None for the end of the file.
 
     Raises:
         DataError: If the file is missing or can't be read; the message names it.
@@ -41,7 +41,7 @@ def read_bytes(location: str | Path, start: int = 0, end: int | None = None) -> 
     import fsspec
 
     web = str(location).startswith(("http://", "https://"))
-    options: dict[str, Any] = {"client_kwargs": {"trust_env": True}} if web else {}  # proxies of the environment
+    options: dict[str, Any] = {"client_kwargs": {"trust_env": True}} if web else {}  # use proxies of the environment
     limits = {"start": start, "end": end} if start or end is not None else {}
     waits = iter(_WAITS if is_remote(location) else ())
     while True:
@@ -50,7 +50,7 @@ def read_bytes(location: str | Path, start: int = 0, end: int | None = None) -> 
             data: bytes = filesystem.cat_file(path, **limits)
         except FileNotFoundError:
             raise DataError(f"{location}: no such file.") from None
-        except Exception as error:  # each file system has errors of its own
+        except Exception as error:  # each file system has its own errors
             wait = next(waits, None)
             status = getattr(error, "status", 500)
             passing = not isinstance(error, (ValueError, ImportError)) and (status >= 500 or status in _BUSY)
@@ -59,5 +59,5 @@ def read_bytes(location: str | Path, start: int = 0, end: int | None = None) -> 
             logger.warning("%s: can't be read (%s); trying again in %g s", location, error, wait)
             time.sleep(wait)
         else:
-            # A server that knows no ranges sends the whole file.
+            # A server without range requests sends the whole file.
             return data if end is None or len(data) <= end - start else data[start:end]

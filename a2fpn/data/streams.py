@@ -1,8 +1,8 @@
-"""Samples that arrive in a stream, for data sets that are not files on a disk.
+"""Streamed samples, for data sets that are not files on a disk.
 
-A source reads, in the order of an epoch, what is stored: an image file's bytes and its annotations as COCO writes them,
-a :class:`RawSample`. Whoever decodes it, in whatever process, gets the very sample that :class:`CocoDataset` makes of
-the same file. The order of an epoch depends on the seed and the epoch, not on who reads or how fast.
+A source reads the bytes of image files and their annotations in COCO's format, as :class:`RawSample`, in the order of
+an epoch. Decoding, in any process, gives the same sample as :class:`CocoDataset` for the same file. The order of an
+epoch depends only on the seed and the epoch, not on the processes or their speed.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ _PROBLEMS_SHOWN = 10
 
 @dataclass(frozen=True)
 class RawSample:
-    """An image file and its annotations as they are stored; cheap to hand to another process.
+    """An undecoded image file and its annotations, cheap to send to another process.
 
     Args:
-        name: What messages call it: where it stands and the name of the image.
-        entry: The image as ``images`` of a COCO file has it; id, height and width are used.
-        annotations: Its objects as ``annotations`` of a COCO file has them.
+        name: Its name in messages: its location and the name of the image.
+        entry: The image as in ``images`` of a COCO file; id, height and width are used.
+        annotations: Its objects as in ``annotations`` of a COCO file.
         image: The content of the image file.
-        semantic: The content of its semantic map, if the set has any.
-        position: Its place in the epoch.
+        semantic: The content of its semantic map, if there is one.
+        position: Its position in the epoch.
     """
 
     name: str
@@ -50,12 +50,12 @@ class RawSample:
 
 @dataclass(frozen=True)
 class SampleDecoder:
-    """Makes samples of raw ones; pickled to loader processes in place of the source.
+    """Decodes raw samples; pickled to loader processes instead of the source.
 
     Args:
-        make_sample: What makes a sample of checked annotations.
+        make_sample: Converts an image and checked annotations to a sample.
         categories: The source's classes by id.
-        strict: Whether an unusable annotation is an error instead of being left out.
+        strict: Whether an invalid annotation is an error instead of being dropped.
     """
 
     make_sample: SampleMaker
@@ -63,11 +63,11 @@ class SampleDecoder:
     strict: bool = False
 
     def __call__(self, raw: RawSample, transforms: Callable[..., Any] | None = None) -> tuple[Sample, list[str]]:
-        """Return the sample and one message for each annotation that was left out, or kept in part.
+        """Return the sample and one message for each annotation that was dropped or partly kept.
 
         Raises:
-            ImageError: If the image can't be read, or its entry has no id and size or another size.
-            DataError: If ``strict``, for the first unusable annotation.
+            ImageError: If the image can't be read, or its entry lacks an id or the right size.
+            DataError: If ``strict``, for the first invalid annotation.
         """
         match raw.entry:
             case {"id": int(image_id), "height": int(height), "width": int(width)} if min(height, width) > 0:
@@ -92,30 +92,30 @@ class SampleDecoder:
 class StreamDataset(IterableDataset[Sample]):
     """Base class of streamed data sets.
 
-    Iterating gives every sample once, as :class:`CocoDataset` makes it, in the stored order; in loader processes each
-    takes its share. An unreadable image is left out, logged and counted, or an error if ``strict``. Training reads with
-    :meth:`read` instead, which knows about steps, processes and shuffling.
+    Iteration yields every sample once, as in :class:`CocoDataset`, in the stored order; loader processes take a share
+    each. An unreadable image is skipped, logged and counted, or an error if ``strict``. Training uses :meth:`read`
+    instead, which handles steps, processes and shuffling.
 
     Args:
         name: The source, for messages.
-        source_categories: The classes that the annotations name.
+        source_categories: The classes of the annotations.
         used_categories: Ids of those that may occur.
-        num_samples: Images.
+        num_samples: Number of images.
         categories: The classes in the order of their labels, usually a model's; matched by id. By default the
             source's own, sorted by id.
         has_masks: Whether objects have masks.
         num_keypoints: Keypoints of every object; 0 for none.
         has_semantic: Whether every image has a semantic map.
         transforms: Called as ``transforms(image, target)`` when iterating.
-        keep_crowd: Whether crowds appear among the objects, marked in ``iscrowd``.
-        strict: Whether bad annotations and unreadable images are errors.
+        keep_crowd: Whether to keep crowds among the objects, marked in ``iscrowd``.
+        strict: Whether invalid annotations and unreadable images are errors.
 
     Attributes:
         name: The source, for messages.
         categories: The classes in the order of their labels.
-        num_samples: Images.
-        keypoint_names: Names of the keypoints, if the source gives them.
-        decoder: What makes samples of raw ones.
+        num_samples: Number of images.
+        keypoint_names: Names of the keypoints, if the source has them.
+        decoder: Decoder of raw samples.
 
     Raises:
         DataError: If a used category is not among ``categories``.
@@ -177,11 +177,11 @@ class StreamDataset(IterableDataset[Sample]):
 
     @property
     def skipped(self) -> SkipReport:
-        """Samples skipped so far, as far as this process knows."""
+        """Samples skipped so far that this process knows of."""
         return SkipReport(tuple(self._skipped_annotations), tuple(self._skipped_images))
 
     def note_annotations(self, problems: Iterable[str]) -> None:
-        """Count annotations that were left out, or kept in part, by their messages, and log the first few."""
+        """Count annotations that were dropped or partly kept, by their messages, and log the first few."""
         for problem in problems:
             if problem not in self._skipped_annotations:
                 self._skipped_annotations[problem] = None
@@ -189,17 +189,17 @@ class StreamDataset(IterableDataset[Sample]):
                     logger.warning("skipped an annotation: %s", problem)
 
     def note_images(self, names: Iterable[str], reason: str) -> None:
-        """Count images that were left out, by their names, and log the reason unless all are known."""
+        """Count skipped images by name, and log the reason unless all are known."""
         new = [name for name in names if name not in self._skipped_images]
         if new:
             self._skipped_images |= dict.fromkeys(new)
             logger.warning("skipped %s: %s", "an image" if len(new) == 1 else f"{len(new)} images", reason)
 
     def steps(self, batch: int) -> int:
-        """Steps of an epoch, each of ``batch`` images over all processes; what does not fill one is left for the next.
+        """Number of steps of an epoch, each of ``batch`` images over all processes; a remainder is dropped.
 
         Raises:
-            DataError: If there are fewer images than one step takes.
+            DataError: If there are fewer images than one step.
         """
         if batch > self.num_samples:
             raise DataError(f"{self.name}: has {self.num_samples} images, fewer than the {batch} of one step.")
@@ -218,13 +218,13 @@ class StreamDataset(IterableDataset[Sample]):
     ) -> Iterator[list[RawSample]]:
         """Read one process's part of every step of an epoch.
 
-        No sample is read twice in an epoch, by whichever process.
+        No sample is read twice in an epoch, by any process.
 
         Args:
             batch: Images of one step over all processes; a multiple of ``world_size``.
-            seed: What the order depends on, with the epoch; None reads in the stored order.
-            epoch: From 0.
-            start: The step to begin with; the order from there on is as if it had begun with 0.
+            seed: Determines the order together with the epoch; None for the stored order.
+            epoch: Index of the epoch.
+            start: The first step; the order from there on is the same as when starting at 0.
             rank: Index of this process.
             world_size: Number of processes.
 
@@ -255,7 +255,7 @@ class StreamDataset(IterableDataset[Sample]):
 
 
 def random_order(count: int, *parts: int) -> list[int]:
-    """A permutation of 0..count - 1 that depends on the parts alone.
+    """Return a permutation of 0..count - 1 that depends only on the parts.
 
     Example:
         >>> sorted(random_order(4, 0, 1)), random_order(9, 0, 1) == random_order(9, 0, 1)
@@ -266,5 +266,5 @@ def random_order(count: int, *parts: int) -> list[int]:
 
 
 def random_generator(*parts: int) -> np.random.Generator:
-    """A generator that depends on the parts, which may be negative, alone."""
+    """Return a generator seeded by the parts, which may be negative."""
     return np.random.default_rng([part % 2**64 for part in parts])

@@ -1,4 +1,4 @@
-"""Text and JSON files in the encodings in which people have them."""
+"""Reading of text and JSON files in common encodings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from a2fpn.errors import DataError
 
 
 class UnreadableTextError(DataError):
-    """A file that is there and holds no text, or no JSON."""
+    """An existing file that is not text, or not JSON."""
 
 
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -43,7 +43,7 @@ def read_text(path: Path) -> str:
 
     Raises:
         DataError: If it can't be read.
-        UnreadableTextError: If it is no such text.
+        UnreadableTextError: If it is not such text.
     """
     content = read_bytes(path)
     encoding = "utf-16" if content.startswith(_UTF16) else "utf-8-sig"
@@ -59,7 +59,7 @@ def read_json(path: Path) -> Any:
 
     Raises:
         DataError: If there is no such file.
-        UnreadableTextError: If it is no JSON; the message names the line.
+        UnreadableTextError: If it is not JSON; the message names the line.
     """
     text = read_text(path)
     if not text.strip():
@@ -67,7 +67,7 @@ def read_json(path: Path) -> Any:
     try:
         return orjson.loads(text)
     except orjson.JSONDecodeError:
-        pass  # the standard library reads NaN too, and says better what is wrong
+        pass  # the standard library accepts NaN, and has better error messages
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:

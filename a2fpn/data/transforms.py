@@ -1,8 +1,8 @@
 """Augmentation for training: random scale, crop, flips, rotations and colors, from torch's random numbers.
 
-Shape shorthand: ``N`` objects, ``H`` x ``W`` pixels. Every transform takes and returns ``(image, target)`` as
-:class:`a2fpn.data.CocoDataset` gives them, the masks as outlines or as pixels, and works for N = 0. Evaluation uses
-none of them: the model itself resizes and normalizes.
+Shape shorthand: ``N`` objects, ``H`` x ``W`` pixels. Every transform takes and returns ``(image, target)`` of
+:class:`a2fpn.data.CocoDataset`, with masks as outlines or as pixels, and supports N = 0. Evaluation uses none of them:
+the model itself resizes and normalizes.
 """
 
 from __future__ import annotations
@@ -46,40 +46,40 @@ def train_transforms(
 ) -> Callable[..., Any]:
     """Return the training augmentation for a model.
 
-    An image is cropped, resized to the model's own size for it times a random factor, cropped again, recolored (before
-    it is resized where that is less work), flipped and turned; it is never padded, which is the model's part. The
-    boxes are then those of what is left of the masks, if there are masks, and objects of which too little is left are
-    dropped; so an image may end up without objects. Train on the result with ``model(images, targets, resize=False)``:
-    the sizes are already the network's.
+    An image is cropped, resized to the model's own size times a random factor, cropped again, color-jittered (before
+    resizing if that is cheaper), flipped and rotated; it is never padded, which the model does. If there are masks,
+    boxes are refitted to the remaining masks, and objects with too little left are dropped; so an image may end up
+    without objects. Train on the result with ``model(images, targets, resize=False)``: images already have the
+    network's input size.
 
     Args:
-        target_size: ``(H, W) -> (H, W)``, the size at which the model sees an image: its
-            ``model.preprocess.target_size``. It also takes ``min_size=``, if ``min_sizes`` are given.
-        min_sizes: Multi-scale training: of these short sides, in pixels, one is drawn in the place of the model's
-            own; the model's ``max_size`` stays. Empty takes the model's own.
-        scale_range: The lowest and highest factor on that size, drawn uniformly on a logarithmic scale.
-        large_scale_jitter: The lowest and highest factor of large-scale jitter (Ghiasi et al., CVPR 2021: 0.1 and
-            2): the longest side becomes ``crop_size`` times a factor drawn uniformly, in the place of the model's
+        target_size: ``(H, W) -> (H, W)``, the model's input size of an image: its
+            ``model.preprocess.target_size``. It must accept ``min_size=`` if ``min_sizes`` are given.
+        min_sizes: Multi-scale training: short sides in pixels, one of which is drawn instead of the model's
+            own; the model's ``max_size`` is kept. Empty for the model's own.
+        scale_range: Minimum and maximum factor on that size, drawn log-uniformly.
+        large_scale_jitter: Minimum and maximum factor of large-scale jitter (Ghiasi et al., CVPR 2021: 0.1 and
+            2): the longest side becomes ``crop_size`` times a uniformly drawn factor, instead of the model's
             size and ``scale_range``. None is off.
-        crop_range: The lowest and highest share of each side that the first random crop keeps, drawn uniformly for
+        crop_range: Minimum and maximum share of each side kept by the first random crop, drawn uniformly for
             each side.
         crop_size: Longest side of the second random crop, pixels after resizing; smaller images are not padded.
-            None doesn't crop.
+            None for no crop.
         horizontal_flip: Probability.
         vertical_flip: Probability.
-        rotate90: Probability of a turn by 90, 180 or 270 degrees.
+        rotate90: Probability of a rotation by 90, 180 or 270 degrees.
         color_jitter: Brightness, contrast and saturation change by a factor of at most 1 +- this, the hue
             by at most a tenth of this times 360 degrees; in [0, 1].
-        min_box_size: Objects whose box is less wide or high are dropped, pixels after resizing.
-        keypoint_names: Names of the keypoints, usually the data set's ``coco.keypoint_names``; a flip exchanges
-            left and right, see :func:`mirrored_keypoints`. Images with keypoints whose names don't tell which these
-            are, are never flipped. None drops keypoints.
+        min_box_size: Minimum width and height of objects, pixels after resizing; others are dropped.
+        keypoint_names: Names of the keypoints, usually the data set's ``coco.keypoint_names``; a flip swaps
+            left and right, see :func:`mirrored_keypoints`. Images with keypoints are never flipped if the names don't
+            define the pairs. None drops keypoints.
 
     Returns:
-        A callable ``(image, target) -> (image, target)``; it can be pickled if ``target_size`` can.
+        A callable ``(image, target) -> (image, target)``; picklable if ``target_size`` is.
 
     Raises:
-        ValueError: For an argument out of its range.
+        ValueError: For an argument out of range.
 
     Example:
         >>> augment = train_transforms(lambda height, width: (2 * height, 2 * width), crop_size=64)
@@ -131,7 +131,7 @@ def train_transforms(
 
 @dataclass(frozen=True)
 class _ModelScale:
-    """Draws the size of an image about the one at which a model sees it."""
+    """Draws the size of an image around the model's own."""
 
     target_size: Callable[..., tuple[int, int]]
     min_sizes: tuple[int, ...]
@@ -148,7 +148,7 @@ class _ModelScale:
 
 @dataclass(frozen=True)
 class _LargeScaleJitter:
-    """Draws the size of an image whose longest side would fill a canvas."""
+    """Draws the size of an image relative to a canvas filled by its longest side."""
 
     factors: tuple[float, float]
     canvas: int
@@ -164,9 +164,9 @@ def _uniform(low: float, high: float) -> float:
 
 @dataclass(frozen=True)
 class _RandomScaleCrop:
-    """Crops, resizes and crops; the crops come first, so that only what is left is ever resized.
+    """Crops, resizes and crops; both crops are applied first, so that only the final region is resized.
 
-    Colors change at the smaller of both sizes: for each pixel on its own, it makes little difference when.
+    Color jitter is applied at the smaller of the two sizes, since for a per-pixel operation the order hardly matters.
     """
 
     scale: Callable[[int, int], Sequence[float]]
@@ -180,7 +180,7 @@ class _RandomScaleCrop:
         corner = [int(torch.randint(n - s + 1, ())) for n, s in zip(full, size, strict=True)]
         scaled = [max(1, round(side)) for side in self.scale(*size)]
         crop = [min(side, self.crop_size or side) for side in scaled]
-        # The window of native pixels that becomes the crop; whole pixels, so the factor is off by < 1 pixel.
+        # The window in native pixels of the final crop, rounded, so that the scale is off by less than a pixel.
         window = [max(1, round(n * c / s)) for n, c, s in zip(size, crop, scaled, strict=True)]
         top, left = (
             start + int(torch.randint(n - w + 1, ())) for start, n, w in zip(corner, size, window, strict=True)
@@ -195,12 +195,12 @@ class _RandomScaleCrop:
 
 
 def cut(target: Target, window: tuple[int, int, int, int], size: tuple[int, int]) -> Target:
-    """A target inside a window of its image, which is resized; objects whose boxes lie outside are dropped.
+    """Crop a target to a window of its image and resize it; objects with boxes outside are dropped.
 
     Args:
-        target: Of an image.
+        target: The target.
         window: Top, left, height and width, pixels.
-        size: (H, W) that the window becomes.
+        size: (H, W) of the resized window.
     """
     top, left, height, width = window
     factor = torch.tensor([size[1] / width, size[0] / height]).repeat(2)
@@ -223,7 +223,7 @@ def cut(target: Target, window: tuple[int, int, int, int], size: tuple[int, int]
 
 @dataclass(frozen=True)
 class _RandomFlip:
-    """Mirrors the image along an axis (0 is x), and exchanges keypoints; without knowing which, it leaves both."""
+    """Flips the image along an axis (0 is x) and swaps keypoints; no flip if the keypoint pairs are unknown."""
 
     axis: int
     probability: float
@@ -244,10 +244,10 @@ class _RandomFlip:
 
 
 def mirrored_keypoints(names: Sequence[str]) -> tuple[int, ...] | None:
-    """For each keypoint the index of the one that is in its place in a mirror; None where the names don't tell.
+    """Index of each keypoint's mirror image; None if the names don't define it.
 
-    Two names are a pair if they differ in the words left and right, or l and r, in any case and anywhere. Names that
-    say left or right need a partner.
+    Two names are a pair if they differ only in the words left and right, or l and r, in any case and position. Names
+    with left or right need a partner.
 
     Example:
         >>> mirrored_keypoints(["Nose", "LeftEye", "RightEye"]), mirrored_keypoints(["left_eye", "brightness"])
@@ -269,13 +269,13 @@ def _drop_keypoints(image: Tensor, target: Target) -> tuple[Tensor, Target]:
 
 
 def _hide(keypoints: Tensor) -> Tensor:
-    """Keypoints (N, K, 3) with zeros for those that are not labeled, as COCO has them."""
+    """Set keypoints (N, K, 3) that are not labeled to zero, as in COCO."""
     return keypoints * (keypoints[..., 2:] > 0)
 
 
 @dataclass(frozen=True)
 class _RandomRotate90:
-    """Turns by 90, 180 or 270 degrees without interpolation."""
+    """Rotates by 90, 180 or 270 degrees without interpolation."""
 
     probability: float
 
@@ -301,16 +301,16 @@ class _RandomRotate90:
 
 @dataclass(frozen=True)
 class FitObjects:
-    """Makes pixels of the masks, fits the boxes to them and drops the objects of which too little is left.
+    """Rasterizes the masks, refits the boxes to them and drops objects with too little left.
 
     Args:
-        min_box_size: Pixels.
+        min_box_size: Minimum width and height of a box, pixels.
     """
 
     min_box_size: float
 
     def __call__(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:
-        """The image as it is, and the target with pixels for masks."""
+        """Return the image unchanged, and the target with rasterized masks."""
         if "masks" in target:
             masks = target["masks"]
             masks = masks.to_pixels() if isinstance(masks, Outlines) else masks.tight()
@@ -325,10 +325,10 @@ class FitObjects:
 
 
 def select(target: Target, keep: Tensor) -> Target:
-    """Some of the objects of a target.
+    """Select objects of a target.
 
     Args:
-        target: With N objects.
+        target: Target with N objects.
         keep: ``(N,)`` bool.
     """
     if keep.all():

@@ -1,4 +1,4 @@
-"""Detectors: torchvision heads wired from the neck's pyramid. Importing this package registers every detector."""
+"""Detectors: torchvision heads configured from the neck's pyramid. Importing this package registers every detector."""
 
 from a2fpn.detectors import cascade_rcnn, faster_rcnn, fcos, htc, keypoint_rcnn, mask_rcnn, retinanet
 from a2fpn.detectors.detector import DETECTORS, Detector, register_detector

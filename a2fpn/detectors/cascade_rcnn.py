@@ -19,7 +19,7 @@ from a2fpn.necks import Neck
 
 @register_detector("cascadercnn")
 class CascadeRCNN(RCNN):
-    """Box heads in stages of rising IoU, each starting from the boxes of the one before."""
+    """Box heads in stages of increasing IoU thresholds, each refining the boxes of the previous one."""
 
     def __init__(self, config: ModelConfig, backbone: TimmBackbone, neck: Neck) -> None:
         super().__init__(config, backbone, neck)
@@ -33,7 +33,7 @@ class CascadeRCNN(RCNN):
         return typing.cast(CascadeConfig, self.config.heads)
 
     def build_roi_heads(self, pooled: Mapping[str, int]) -> nn.Module:
-        """The stages."""
+        """Build the stages."""
         return CascadeRoIHeads(self.stages(pooled), rules=self.rules)
 
     @property
@@ -51,7 +51,7 @@ class CascadeRCNN(RCNN):
         )
 
     def stages(self, pooled: Mapping[str, int]) -> list[RoIHeads]:
-        """Heads that differ in IoU and box weights and share no parameter."""
+        """Build heads that differ in IoU threshold and box weights and share no parameters."""
         heads = self.cascade
         stages = [
             self.stage(pooled, fg_iou=iou, box_weights=weights, class_agnostic=True)
@@ -65,6 +65,6 @@ class CascadeRCNN(RCNN):
 
 @register_detector("cascademaskrcnn")
 class CascadeMaskRCNN(CascadeRCNN, MaskRCNN):
-    """Cascade R-CNN with a mask head per stage, whose masks are averaged, or with one."""
+    """Cascade R-CNN with a mask head per stage, whose masks are averaged, or with a single one."""
 
     box_only_variant = "cascadercnn"

@@ -1,4 +1,4 @@
-"""Base class of detectors: images in, results or losses out; backbone -> neck -> heads in between.
+"""Base class of detectors: images to results or losses, by backbone -> neck -> heads.
 
 Shape shorthand: ``B`` images, ``N`` objects of an image, ``M`` side of a predicted mask.
 """
@@ -30,25 +30,25 @@ Detection = dict[str, Tensor]
 
 
 class Detector(Elsewhere, ABC):
-    """Base of the detectors: preprocessing, checks of targets, grouping of images.
+    """Base of the detectors: preprocessing, validation of targets, grouping of images.
 
     Subclasses add heads and implement :meth:`losses` and :meth:`objects`. Everything that depends on a stride comes
     from :attr:`spec`. Labels are ``0..num_classes - 1`` in training and in results.
 
     Args:
-        config: What was built, kept for saving.
-        backbone: Features.
-        neck: Pyramid.
+        config: Configuration of the model, kept for saving.
+        backbone: The backbone.
+        neck: The neck.
 
     Attributes:
         preprocess: The resize, normalization and padding rule.
         has_masks: Whether it trains on masks and predicts them.
         box_only_variant: Box-only counterpart, suggested in error messages.
-        target_keys: What it reads of a target.
-        class_dependent: How the names of the tensors begin that depend on the number of classes.
-        strides: Strides of the backbone's maps, unless the model's configuration says otherwise.
-        neck_args: Arguments of the neck, likewise.
-        provenance: What the checkpoint that it was loaded from says of it, see :mod:`a2fpn.pretrained.provenance`;
+        target_keys: Keys that it reads from a target.
+        class_dependent: Name prefixes of the tensors that depend on the number of classes.
+        strides: Default strides of the backbone's maps.
+        neck_args: Default arguments of the neck.
+        provenance: Provenance stored in the checkpoint it was loaded from, see :mod:`a2fpn.pretrained.provenance`;
             None for a model without one.
     """
 
@@ -63,7 +63,7 @@ class Detector(Elsewhere, ABC):
         super().__init__()
         self.config = config
         self.provenance: object | None = None
-        # Levels that only serve proposals, or that the detector adds, need not be covered by padding.
+        # Padding need not cover levels that are used for proposals only or added by the detector.
         coarsest = max(neck.out_spec[name].stride for name in neck.roi_levels)
         self.preprocess = Preprocess(config.preprocess, divisor=coarsest)
         self.backbone = backbone
@@ -71,33 +71,33 @@ class Detector(Elsewhere, ABC):
 
     @property
     def spec(self) -> PyramidSpec:
-        """The levels that the heads work on."""
+        """Levels that the heads run on."""
         return self.neck.out_spec
 
     @property
     @abstractmethod
     def dense_head(self) -> nn.Module:
-        """The dense head (RPN or one-stage); takes the list of feature maps."""
+        """Dense head (RPN or one-stage), called with the list of feature maps."""
 
     @abstractmethod
     def losses(self, features: Features, batch: Batch, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The heads' losses, with the same keys on every step.
+        """Compute the heads' losses, with the same keys on every step.
 
         Args:
             features: The pyramid.
             batch: The images.
-            targets: Per image what :attr:`target_keys` names, in pixels of the batch.
+            targets: Per image the entries of :attr:`target_keys`, in pixels of the batch.
         """
 
     @property
     def rule(self) -> PostprocessConfig:
-        """The model's own post-processing, as configured."""
+        """Post-processing of the model as configured."""
         heads = self.config.heads
         return PostprocessConfig(heads.score_threshold, heads.nms_threshold, heads.detections_per_image)
 
     @abstractmethod
     def objects(self, features: Features, batch: Batch, *, rule: PostprocessConfig) -> Detection:
-        """The detections of the whole batch, in pixels of the batch, image by image, best first.
+        """Detect objects in the whole batch, in pixels of the batch, grouped by image, by descending score.
 
         Args:
             features: The pyramid.
@@ -105,23 +105,23 @@ class Detector(Elsewhere, ABC):
             rule: Post-processing of this call.
 
         Returns:
-            ``images`` (N,), the index of the image of each, ``boxes`` (N, 4), ``scores`` (N,), ``labels`` (N,) from 0,
-            and what else the detector gives.
+            ``images`` (N,), the image index of each, ``boxes`` (N, 4), ``scores`` (N,), ``labels`` (N,) from 0, and
+            further outputs of the detector.
         """
 
     def detect(self, features: Features, batch: Batch, *, rule: PostprocessConfig) -> list[Detection]:
-        """Per image the detections, see :meth:`objects`."""
+        """Detections per image, see :meth:`objects`."""
         return split_images(self.objects(features, batch, rule=rule), batch.tensor.shape[0])
 
     def detect_stack(self, images: Tensor) -> Detection:
-        """Detect objects in images of one size, by operations that a tracer can record for any number and size.
+        """Detect objects in images of one size, by operations that can be traced for any batch and image size.
 
         Args:
             images: ``(B, C, H, W)``, float in [0, 1] or uint8 in [0, 255]; values are not checked.
 
         Returns:
-            The detections of the batch, see :meth:`objects`, with boxes in the images' own pixels, masks and heatmaps
-            as they were predicted inside each box.
+            The detections of the batch, see :meth:`objects`, with boxes in pixels of the original images, and masks
+            and heatmaps relative to their boxes.
         """
         batch = self.preprocess.stack(images)
         found = self.objects(self.features(batch), batch, rule=self.rule)
@@ -141,22 +141,22 @@ class Detector(Elsewhere, ABC):
         Args:
             images: ``(C, H, W)`` each, float in [0, 1] or uint8 in [0, 255], any sizes; or a batch ``(B, C, H, W)``.
             targets: In training mode, per image ``boxes`` (N, 4) float xyxy pixels, ``labels`` (N,) int64 in
-                ``0..num_classes - 1``, whatever else :attr:`target_keys` names (``masks``
+                ``0..num_classes - 1``, the other entries of :attr:`target_keys` (``masks``
                 :class:`~a2fpn.masks.InstanceMasks`, or dense (N, H, W) in {0, 1}, ``keypoints`` (N, K, 3)), optionally
-                ``has_mask`` (N,) bool, false for objects that train boxes alone, and ``image_id``.
-            resize: Whether images (and targets) are resized by the model's rule; False when they come resized.
-            paste_masks: Whether masks are pasted into the image, ``(N, 1, H, W)``, or returned as they were
-                predicted inside each box, ``(N, 1, M, M)``.
-            rule: Post-processing of this call alone; None takes :attr:`rule`, the model's own.
+                ``has_mask`` (N,) bool, False for objects that train boxes only, and ``image_id``.
+            resize: Whether to resize images (and targets) by the model's rule; False if they are resized already.
+            paste_masks: Whether to paste masks into the image, ``(N, 1, H, W)``, or to return them relative to their
+                boxes, ``(N, 1, M, M)``.
+            rule: Post-processing of this call; None for :attr:`rule`, the model's own.
 
         Returns:
             In training mode a dict of scalar losses, with the same keys on every step. Otherwise per image
-            ``boxes`` (N, 4) float32 xyxy in the image's own pixels, ``scores`` (N,) descending, ``labels`` (N,),
+            ``boxes`` (N, 4) float32 xyxy in pixels of the original image, ``scores`` (N,) descending, ``labels`` (N,),
             for mask detectors ``masks`` as float32 probabilities, for keypoint detectors ``keypoints`` (N, K, 3).
 
         Raises:
-            ValueError: For images, boxes, labels, masks or keypoints that break the contract.
-            TypeError: For what is no tensor.
+            ValueError: For invalid images, boxes, labels, masks or keypoints.
+            TypeError: For values that are not tensors.
         """
         images = self._as_list(images)
         if not images:
@@ -168,7 +168,7 @@ class Detector(Elsewhere, ABC):
         return self._detect(images, resize, paste_masks, self.rule if rule is None else rule)
 
     def _as_list(self, images: Any) -> Sequence[Tensor]:
-        """Images one by one, whose kind is checked, and whether the model can compute with them."""
+        """Return images as a list, after checks of their type and of the model's ability to process them."""
         if isinstance(images, Tensor):
             if images.ndim != 4:
                 raise ConfigError(
@@ -194,27 +194,27 @@ class Detector(Elsewhere, ABC):
         return images
 
     def features(self, batch: Batch) -> Features:
-        """The pyramid of a batch, named as in :attr:`spec`."""
+        """Compute the pyramid of a batch, named as in :attr:`spec`."""
         maps = self.backbone(batch.tensor)
         return self.add_levels(maps, self.neck(maps, batch.sizes))
 
     def add_levels(self, maps: Features, pyramid: Features) -> Features:
-        """The neck's pyramid with what the detector adds to it; nothing here.
+        """Add the detector's own levels to the neck's pyramid; none by default.
 
         Args:
-            maps: What the backbone gives.
-            pyramid: What the neck gives.
+            maps: Output of the backbone.
+            pyramid: Output of the neck.
         """
         return pyramid
 
     def compile_maps(self, **options: Any) -> None:
-        """Compile what makes maps - backbone, neck and dense head - by torch's compiler, in place.
+        """Compile backbone, neck and dense head by :func:`torch.compile`, in place.
 
-        Weights and state dict stay as they are. The first step of each kind of batch, and the first evaluation, take
-        minutes; image sizes that change are compiled once more, with sizes left open.
+        Weights and state dict do not change. The first step of each kind of batch, and the first evaluation, take
+        minutes; varying image sizes trigger one recompilation with dynamic shapes.
 
         Args:
-            **options: Of :func:`torch.compile`, e.g. ``mode``.
+            **options: Arguments of :func:`torch.compile`, e.g. ``mode``.
         """
         for part in (self.backbone, self.neck, self.dense_head):
             part.compile(**options)
@@ -227,19 +227,19 @@ class Detector(Elsewhere, ABC):
     def normalize_losses_globally(self, *, enabled: bool = True) -> None:
         """Normalize losses over all ranks, see :class:`~a2fpn.heads.GlobalLossNormalizer`.
 
-        Every process then has to compute losses at the same time, as it does in training.
+        Every process then has to compute losses in step, as in training.
         """
         normalize_losses_globally(self, enabled=enabled)
 
     def check_data(self, name: str, keys: Collection[str]) -> None:
-        """Check, before anything is trained, that a data set has what the detector trains on.
+        """Check before training that a data set has the targets that the detector needs.
 
         Args:
             name: The data set, for messages.
-            keys: What its targets hold, e.g. :attr:`a2fpn.data.CocoDataset.target_keys`.
+            keys: Keys of its targets, e.g. :attr:`a2fpn.data.CocoDataset.target_keys`.
 
         Raises:
-            ValueError: That names the detector to use instead.
+            ValueError: With the detector to use instead.
         """
         for key in self.target_keys:
             if key not in keys:
@@ -266,7 +266,7 @@ class Detector(Elsewhere, ABC):
         return {**self.losses(self.features(batch), batch, inner), **self.neck.losses()}
 
     def _inner_target(self, target: dict[str, Any], old: tuple[int, int], new: tuple[int, int]) -> dict[str, Any]:
-        """A checked target as the heads want it, moved from one image size (height, width) to another."""
+        """Convert a checked target for the heads, from one image size (height, width) to another."""
         return resize_target(target, old, new)
 
     def _check_targets(self, images: Sequence[Tensor], targets: Sequence[Mapping[str, Any]]) -> None:
@@ -321,8 +321,8 @@ class Detector(Elsewhere, ABC):
     def _groups(self, images: Sequence[Tensor], resize: bool) -> Iterator[list[int]]:
         """Indices of images that pad to the same size.
 
-        Images of different padded sizes never share a batch: padding beyond the divisor would reach the features
-        through convolutions, and a prediction would depend on its neighbors in the batch.
+        Images of different padded sizes never share a batch: padding beyond the divisor would influence the features
+        through convolutions, and predictions would depend on the other images of the batch.
         """
         groups: dict[tuple[int, ...], list[int]] = {}
         for index, image in enumerate(images):
@@ -332,17 +332,17 @@ class Detector(Elsewhere, ABC):
         yield from groups.values()
 
     def _result(self, raw: Detection, size: tuple[int, int], original: tuple[int, int], paste: bool) -> Detection:
-        """A detection in pixels of the batch moved into the image as it came; sizes are (height, width)."""
+        """Map a detection from pixels of the batch to those of the original image; sizes are (height, width)."""
         return {**raw, "boxes": resize_boxes(raw["boxes"], size, original)}
 
 
 def _plain(value: Any) -> Any:
-    """A tensor of a subclass, e.g. of torchvision's, as a tensor."""
+    """Convert a tensor subclass, such as torchvision's, to a plain tensor."""
     return value.as_subclass(Tensor) if isinstance(value, Tensor) else value
 
 
 def place(target: Mapping[str, Any], index: int) -> str:
-    """Return the name of a batch's image in messages."""
+    """Return the name of an image of the batch for messages."""
     return f"image_id {target['image_id']}" if "image_id" in target else f"image {index} of the batch"
 
 
@@ -357,7 +357,7 @@ def register_detector(
 
     Args:
         name: First part of the names of its models.
-        heads: What describes its heads; None takes what is known of the name, or else
+        heads: Configuration class of its heads; None for the one known for the name, or else
             :class:`~a2fpn.config.RCNNConfig`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Methods that other libraries' models have, each of which says where that is here."""
+"""Methods of other libraries' models, each of which raises with the equivalent of this package."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _TRAINING = "A model is trained by a2fpn train --config finetune_folder data.roo
 
 
 class Elsewhere(nn.Module):
-    """Words that people type on a model, answered in a sentence."""
+    """Mixin of methods known from other libraries, answered with advice."""
 
     def predict(self, *_: Any, **__: Any) -> NoReturn:
         """Say how images are predicted."""
@@ -47,14 +47,14 @@ class Elsewhere(nn.Module):
         raise ConfigTypeError("A model is published by a2fpn.push_to_hub(model, 'org/name').")
 
     def train(self: ModuleT, mode: bool = True, **settings: Any) -> ModuleT:
-        """Set the training mode, as every module does.
+        """Set the training mode, as of every module.
 
         Args:
-            mode: Whether to train.
-            **settings: Settings of a training run, which is not started by this.
+            mode: Whether to set training mode.
+            **settings: Settings of a training run, which this method does not start.
 
         Raises:
-            TypeError: If there are settings.
+            TypeError: If settings are given.
         """
         if settings or not isinstance(mode, bool):
             raise ConfigTypeError(_TRAINING)

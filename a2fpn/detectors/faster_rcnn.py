@@ -8,4 +8,4 @@ from a2fpn.detectors.rcnn import RCNN
 
 @register_detector("fasterrcnn")
 class FasterRCNN(RCNN):
-    """Boxes and classes; torchvision's RPN and two-layer box head on any neck."""
+    """Faster R-CNN: torchvision's RPN and two-layer box head on any neck."""

@@ -18,10 +18,10 @@ from a2fpn.pyramid import Features
 
 @register_detector("fcos")
 class FCOS(OneStage):
-    """Boxes, classes and centerness at every location; torchvision's head and losses on any neck.
+    """Anchor-free prediction of boxes, classes and centerness; torchvision's head and losses on any neck.
 
     The losses are ``loss_classifier`` (focal), ``loss_box_reg`` (GIoU) and ``loss_centerness``. The stride of a level
-    is the unit of center sampling, of the range of sizes that a level is responsible for, and of the boxes.
+    is the unit of center sampling, of the level's size range, and of box regression.
     """
 
     head: Float32FCOSHead
@@ -33,7 +33,7 @@ class FCOS(OneStage):
         return typing.cast(FCOSConfig, self.config.heads)
 
     def build_anchors(self) -> StrideAnchors:
-        """One square per location, as large as the stride: what torchvision's head takes for a point."""
+        """Build one square per location with the stride as its side, torchvision's form of a point."""
         strides = self.spec.strides
         return StrideAnchors([(stride,) for stride in strides], (1.0,), strides, legacy=self.fcos.legacy_anchors)
 
@@ -50,7 +50,7 @@ class FCOS(OneStage):
         ]
         losses = self.head.compute_loss(targets, outputs, anchors, matches)
         names = {"classification": "classifier", "bbox_regression": "box_reg", "bbox_ctrness": "centerness"}
-        # Counting waits for the device.
+        # Counting synchronizes with the device.
         positives = sum(int((match >= 0).sum()) for match in matches) if self.head.normalizer.enabled else 0
         return {f"loss_{ours}": self.head.normalizer(losses[theirs], positives) for theirs, ours in names.items()}
 

@@ -22,8 +22,8 @@ from a2fpn.necks import Neck
 class HTC(CascadeMaskRCNN):
     """Cascade Mask R-CNN with interleaved stages, mask information flow and an optional semantic branch.
 
-    With ``semantic="stuff"`` a target also has ``semantic``, a map (H, W) of classes ``0..semantic_classes - 1`` in
-    which 255 is ignored.
+    With ``semantic="stuff"`` a target also has ``semantic``, a map (H, W) of classes ``0..semantic_classes - 1``; 255
+    is ignored.
     """
 
     def __init__(self, config: ModelConfig, backbone: TimmBackbone, neck: Neck) -> None:
@@ -40,11 +40,11 @@ class HTC(CascadeMaskRCNN):
 
     @property
     def semantic_level(self) -> int:
-        """Index of the pyramid level at whose size the semantic branch works: the second finest."""
+        """Index of the pyramid level at which the semantic branch runs: the second finest."""
         return min(1, len(self.neck.out_spec) - 1)
 
     def build_roi_heads(self, pooled: Mapping[str, int]) -> nn.Module:
-        """The stages, what flows between them, and the semantic branch."""
+        """Build the stages, their mask information flow, and the semantic branch."""
         heads, spec, channels = self.cascade, self.neck.out_spec, self.neck.out_channels
         branch = SemanticBranch(
             channels,
@@ -66,7 +66,7 @@ class HTC(CascadeMaskRCNN):
         )
 
     def roi_pool(self, pooled: Mapping[str, int], output_size: int) -> nn.Module:
-        """RoI pooling of the pyramid, plus that of the semantic embedding where there is one."""
+        """Build the RoI pooling of the pyramid and of the semantic embedding, if any."""
         pool = super().roi_pool(pooled, output_size)
         if not self.cascade.semantic or not isinstance(pool, StrideRoIAlign):
             return pool

@@ -19,11 +19,11 @@ from a2fpn.heads.keypoints import Float32KeypointPredictor, find_keypoints
 
 @register_detector("keypointrcnn")
 class KeypointRCNN(RCNN):
-    """Faster R-CNN plus the keypoints of every object; torchvision's heads on any neck.
+    """Faster R-CNN with a keypoint branch; torchvision's heads on any neck.
 
-    A target also has ``keypoints`` (N, K, 3) float: x, y in pixels and visibility, of which 0 means not labeled.
-    Results have ``keypoints`` (N, K, 3) float32, x, y in pixels and 1, and ``keypoint_scores`` (N, K): the height of
-    the heatmap, which is a logit.
+    A target also has ``keypoints`` (N, K, 3) float: x, y in pixels and visibility, where 0 means not labeled. Results
+    have ``keypoints`` (N, K, 3) float32, x, y in pixels and 1, and ``keypoint_scores`` (N, K), the logits of the
+    heatmap maxima.
     """
 
     target_keys: tuple[str, ...] = ("boxes", "labels", "keypoints")

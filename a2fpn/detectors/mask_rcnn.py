@@ -15,7 +15,7 @@ from a2fpn.masks.paste import PasteRule
 
 @register_detector("maskrcnn")
 class MaskRCNN(RCNN):
-    """Faster R-CNN plus a mask for every object; torchvision's heads on any neck."""
+    """Faster R-CNN with a mask branch; torchvision's heads on any neck."""
 
     has_masks = True
     target_keys: tuple[str, ...] = ("boxes", "labels", "masks")

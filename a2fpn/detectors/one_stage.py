@@ -29,16 +29,16 @@ from a2fpn.pyramid import Features, PyramidSpec
 class OneStage(Detector):
     """Base of the one-stage detectors.
 
-    By default the neck gives the strides 8, 16 and 32 and no extra level (stride 4 would hold most of the anchors),
-    and the detector adds p6 and p7. Both are settings: ``strides``, ``neck_args`` and ``top_levels``.
+    By default the neck has strides 8, 16 and 32 and no extra level (stride 4 would have most of the anchors), and the
+    detector adds p6 and p7. Both are settings: ``strides``, ``neck_args`` and ``top_levels``.
 
     Args:
-        config: What was built, kept for saving.
-        backbone: Features.
-        neck: Pyramid.
+        config: Configuration of the model, kept for saving.
+        backbone: The backbone.
+        neck: The neck.
 
     Raises:
-        ValueError: If levels are to be made of a backbone map that is not as coarse as the pyramid.
+        ValueError: If levels are to be computed from a backbone map that is not as coarse as the pyramid.
     """
 
     strides = (8, 16, 32)
@@ -62,19 +62,19 @@ class OneStage(Detector):
 
     @abstractmethod
     def build_anchors(self) -> StrideAnchors:
-        """The anchors of :attr:`spec`."""
+        """Build the anchors of :attr:`spec`."""
 
     @abstractmethod
     def build_head(self) -> nn.Module:
-        """Build the head, which maps the list of maps to a dict of outputs ``(B, N, ...)``, float32."""
+        """Build the head, from a list of maps to a dict of float32 outputs ``(B, N, ...)``."""
 
     @abstractmethod
     def scores(self, outputs: dict[str, Tensor]) -> Tensor:
-        """Return the scores of each class from the head's outputs, ``(B, N, K)`` in [0, 1]."""
+        """Compute class scores ``(B, N, K)`` in [0, 1] from the head's outputs."""
 
     @abstractmethod
     def decode(self, deltas: Tensor, anchors: Tensor) -> Tensor:
-        """Boxes ``(n, 4)`` of deltas and anchors ``(n, 4)``."""
+        """Decode boxes ``(n, 4)`` from deltas and anchors ``(n, 4)``."""
 
     @property
     def one_stage(self) -> OneStageConfig:
@@ -92,7 +92,7 @@ class OneStage(Detector):
         return self.head
 
     def add_levels(self, maps: Features, pyramid: Features) -> Features:
-        """See :meth:`Detector.add_levels`; the coarse levels."""
+        """See :meth:`Detector.add_levels`; adds the top levels."""
         source = pyramid if self.one_stage.top_source == "neck" else maps
         added: Features = self.top(list(source.values())[-1])
         return pyramid | added

@@ -1,4 +1,4 @@
-"""The two-stage detector: backbone -> neck -> proposals -> RoI heads -> results."""
+"""Two-stage detector: backbone -> neck -> proposals -> RoI heads -> results."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from a2fpn.pyramid import Features
 class RCNN(Detector):
     """Base of the two-stage detectors (Ren et al., NeurIPS 2015; Lin et al., CVPR 2017).
 
-    Anchors and RoI pooling come from the neck's pyramid. The background class exists only inside the heads.
+    Anchors and RoI pooling are configured from the neck's pyramid. The background class exists only inside the heads.
 
     The losses are ``loss_objectness`` and ``loss_rpn_box_reg`` of the proposals, ``loss_classifier`` and
     ``loss_box_reg`` of the box heads, and those of the detector's other branches: ``loss_mask``, ``loss_keypoint``,
@@ -37,7 +37,7 @@ class RCNN(Detector):
         super().__init__(config, backbone, neck)
         heads = self.rcnn
         strides = neck.out_spec.strides
-        # The coarsest level only serves the RPN when the neck added it by subsampling.
+        # Extra levels, which the neck adds by subsampling, are used by the RPN only.
         pooled = {name: neck.out_spec[name].stride for name in neck.roi_levels}
         sizes = heads.anchor_sizes or tuple((8 * stride,) for stride in strides)
         anchors = StrideAnchors(
@@ -75,12 +75,12 @@ class RCNN(Detector):
 
     @property
     def rule(self) -> PostprocessConfig:
-        """See :attr:`Detector.rule`; thresholds set on the heads, as with torchvision's, count."""
+        """See :attr:`Detector.rule`; respects thresholds set on the heads, as with torchvision's."""
         rule: PostprocessConfig = getattr(self.roi_heads, "rule", super().rule)
         return rule
 
     def build_roi_heads(self, pooled: Mapping[str, int]) -> nn.Module:
-        """Build the RoI heads, called like torchvision's ``RoIHeads``; with ``objects`` for whole batches of RoIs.
+        """Build the RoI heads, called like torchvision's ``RoIHeads``; their ``objects`` takes the RoIs of a batch.
 
         Args:
             pooled: Name and stride of the levels that RoIs are pooled from.
@@ -96,13 +96,13 @@ class RCNN(Detector):
         box_weights: Sequence[float] | None = None,
         class_agnostic: bool = False,
     ) -> RoIHeads:
-        """One round of box (and mask) heads.
+        """Build one stage of box (and mask) heads.
 
         Args:
             pooled: Name and stride of the levels that RoIs are pooled from.
-            fg_iou: IoU from which a box is positive.
-            box_weights: Factors of dx, dy, dw, dh as regression targets; None takes torchvision's.
-            class_agnostic: Whether boxes are regressed once for all classes.
+            fg_iou: Minimum IoU of positives.
+            box_weights: Weights of dx, dy, dw, dh as regression targets; None for torchvision's.
+            class_agnostic: Whether box regression is class-agnostic.
         """
         heads, classes = self.rcnn, self.num_outputs
         return DetectionRoIHeads(
@@ -123,7 +123,7 @@ class RCNN(Detector):
         )
 
     def box_head(self) -> nn.Module:
-        """Build the module that maps pooled features to ``box_channels`` numbers per RoI."""
+        """Build the module that maps pooled features to ``box_channels`` features per RoI."""
         heads, channels = self.rcnn, self.neck.out_channels
         if not heads.box_layers:
             mlp: nn.Module = TwoMLPHead(channels * heads.box_pool_size**2, heads.box_channels)
@@ -136,7 +136,7 @@ class RCNN(Detector):
 
     @property
     def norm_layer(self) -> type[nn.Module] | None:
-        """The norm behind the convolutions of the box and mask heads."""
+        """Norm after the convolutions of the box and mask heads."""
         return nn.BatchNorm2d if self.rcnn.head_norm == "bn" else None
 
     def branches(self, pooled: Mapping[str, int]) -> dict[str, nn.Module]:

@@ -21,7 +21,7 @@ from a2fpn.pyramid import Features
 
 @register_detector("retinanet")
 class RetinaNet(OneStage):
-    """Boxes and classes from anchors at every location; torchvision's head and losses on any neck.
+    """Dense anchor-based prediction of boxes and classes; torchvision's head and losses on any neck.
 
     The losses are ``loss_classifier`` (focal) and ``loss_box_reg``.
     """
@@ -40,7 +40,7 @@ class RetinaNet(OneStage):
         return typing.cast(RetinaNetConfig, self.config.heads)
 
     def build_anchors(self) -> StrideAnchors:
-        """Nine anchors per location, unless configured otherwise."""
+        """Build the anchors, nine per location by default."""
         heads, strides = self.retinanet, self.spec.strides
         sizes = heads.anchor_sizes or [[int(4 * stride * 2 ** (i / 3)) for i in range(3)] for stride in strides]
         return StrideAnchors(sizes, heads.anchor_ratios, strides, legacy=heads.legacy_anchors)

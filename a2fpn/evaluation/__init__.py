@@ -1,14 +1,14 @@
-"""COCO metrics for boxes, masks and keypoints, fast, and spared from pycocotools' traps.
+"""Fast COCO metrics for boxes, masks and keypoints, without the pitfalls of pycocotools.
 
-pycocotools takes an annotation with id 0 for unmatched, crashes on an empty list of detections and on a
-missing ``iscrowd`` or ``area``, never returns from some broken run lengths, prints to the terminal, and its
-summary knows only 100 detections per image. None of this happens here. The matching and the numbers are its
-own, but for one thing: whether a detected mask is small or large is decided by the mask, as in detectron2, not
-by the box that comes with it.
+pycocotools treats a match with annotation id 0 as unmatched, crashes on an empty list of detections and on a
+missing ``iscrowd`` or ``area``, never returns on some broken run lengths, prints to the terminal, and its
+summary supports only 100 detections per image. None of this happens here. Matching and metrics are those of
+pycocotools, with one exception: the size of a detected mask (small, medium, large) is its area, as in
+detectron2, not that of its box.
 
-Two libraries count alike, to the last bits of a float64: hotcoco is the default and many times as fast,
-pycocotools the reference. Whichever counts, the order in which the images' detections come does not matter:
-equal scores count in the order of the image ids and, within an image, in the order given.
+Two backends agree to the last bits of a float64: hotcoco is the default and many times as fast, pycocotools is
+the reference. With both, the order of the images does not matter: detections with equal scores are sorted by
+image id and, within an image, keep their order.
 """
 
 from __future__ import annotations

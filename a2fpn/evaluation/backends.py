@@ -1,4 +1,4 @@
-"""Libraries that count, with one interface."""
+"""Evaluation backends with a common interface."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BACKENDS: tuple[str, ...] = typing.get_args(Backend)
 
 @functools.cache
 def load_library(backend: Backend) -> tuple[Any, Any]:
-    """Return the classes ``COCO`` and ``COCOeval`` of a library; both have pycocotools' interface."""
+    """Return the classes ``COCO`` and ``COCOeval`` of a backend, with pycocotools' interface."""
     if backend not in BACKENDS:
         raise ConfigError(f"Unknown backend {backend!r}; expected one of {', '.join(BACKENDS)}.")
     if backend == "pycocotools":
@@ -36,7 +36,7 @@ def load_library(backend: Backend) -> tuple[Any, Any]:
 
 
 def _silent_pycocotools() -> tuple[Any, Any]:
-    """Pycocotools' classes without their progress messages, which nothing else turns off."""
+    """Pycocotools' classes without their progress messages, which have no off switch."""
 
     def silent(function: Any) -> Any:
         namespace = {**function.__globals__, "print": lambda *_: None}

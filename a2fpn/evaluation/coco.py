@@ -20,7 +20,7 @@ COCO_SIGMAS = tuple(
     tenth / 10
     for tenth in (0.26, 0.25, 0.25, 0.35, 0.35, 0.79, 0.79, 0.72, 0.72, 0.62, 0.62, 1.07, 1.07, 0.87, 0.87, 0.89, 0.89)
 )
-"""Standard deviations with which people place COCO's 17 keypoints, nose first as in its files; see ``oks_sigmas``."""
+"""Standard deviations of the annotation of COCO's 17 keypoints, nose first as in its files; see ``oks_sigmas``."""
 
 
 def evaluate_coco(
@@ -33,36 +33,35 @@ def evaluate_coco(
     oks_sigmas: Sequence[float] = COCO_SIGMAS,
     backend: Backend = "auto",
 ) -> CocoMetrics:
-    """Compare detections with a COCO ground truth.
+    """Evaluate detections against a COCO ground truth.
 
-    All images of the ground truth count, also those without a detection. Annotations that
-    :func:`a2fpn.data.read_coco` finds unusable are left out and logged; crowds stay, as regions in which
-    detections count neither for nor against. So do objects without a mask, by their boxes, where masks are compared.
+    All images of the ground truth are evaluated, including those without detections. Annotations that
+    :func:`a2fpn.data.read_coco` finds invalid are dropped and logged. Crowds are kept as ignored regions: detections
+    matched to them are neither true nor false positives. For masks, so are the boxes of objects without a mask.
 
     Args:
-        ground_truth: A COCO file, its content, or what ``read_coco`` returned for it (``dataset.coco``),
+        ground_truth: A COCO file, its content, or the result of ``read_coco`` (``dataset.coco``),
             which saves reading it again.
         detections: COCO results: dicts of ``image_id``, ``category_id`` (the file's own ids), ``score``,
             ``bbox`` (x, y, width, height in pixels), ``segmentation`` (RLE, as in ``Result.to_coco()``) and
-            ``keypoints`` (x, y, visibility of each one after the other; the last is not looked at).
-            Only what the asked-for ``iou_types`` need; a missing ``bbox`` is taken from the mask. They are
-            not changed. All other arguments are checked before the first is taken, so that a generator that
-            predicts does not predict in vain.
+            ``keypoints`` (x, y, visibility of each, concatenated; visibility is ignored).
+            Only the fields required by ``iou_types`` are needed; a missing ``bbox`` is computed from the mask. They
+            are not modified. All other arguments are checked before the first detection is consumed, so that a
+            generator does not predict in vain.
         iou_types: Any of ``"bbox"``, ``"segm"`` and ``"keypoints"``.
-        max_detections: How many of the best detections per image and class count, of boxes and masks. COCO
-            says 100, which is too few for images with more objects; say so where you publish numbers with
-            another value.
-        max_keypoint_detections: The same of keypoints; COCO says 20.
-        oks_sigmas: For each keypoint of the file the standard deviation with which people place it, in units of
-            the object's size (the root of its area); COCO's 17 by default.
-        backend: Which library counts. They agree; ``"auto"`` takes hotcoco, or pycocotools with a line in the
-            log where hotcoco can't be imported.
+        max_detections: Maximum number of detections per image and class, for boxes and masks. COCO uses 100, which is
+            too few for images with more objects; state it when publishing results with another value.
+        max_keypoint_detections: The same for keypoints; COCO uses 20.
+        oks_sigmas: Standard deviation of the annotation of each keypoint, relative to the object's size (the square
+            root of its area); None for COCO's 17.
+        backend: The evaluation library. Both agree; ``"auto"`` uses hotcoco, or pycocotools with a log line if hotcoco
+            can't be imported.
 
     Raises:
-        DataError: If the ground truth is no COCO file.
-        ValueError: If a detection names an unknown image or category or lacks a needed value, if masks or
-            keypoints are asked for and the ground truth has none, if there is not one sigma per keypoint, if
-            the backend is not installed, or for an argument out of its range.
+        DataError: If the ground truth is not a COCO file.
+        ValueError: If a detection has an unknown image or category or lacks a required value, if masks or
+            keypoints are requested and the ground truth has none, if there is not one sigma per keypoint, if
+            the backend is not installed, or for an argument out of range.
 
     Example:
         >>> ground_truth = {
@@ -99,11 +98,11 @@ def evaluate_coco(
 
 
 def common_iou_types(ground_truth: CocoFile, keys: Collection[str]) -> list[str]:
-    """Return what can be evaluated: what a detector predicts and a file has annotated.
+    """Return the IoU types that can be evaluated: predicted by a detector and annotated in a file.
 
     Args:
         ground_truth: The file.
-        keys: What the detector predicts, e.g. ``detector.target_keys``.
+        keys: Outputs of the detector, e.g. ``detector.target_keys``.
 
     Example:
         >>> coco = read_coco({"images": [], "annotations": [], "categories": []})
@@ -116,12 +115,11 @@ def common_iou_types(ground_truth: CocoFile, keys: Collection[str]) -> list[str]
 
 
 def annotations_as_detections(ground_truth: str | Path | Mapping[str, Any] | CocoFile) -> list[dict[str, Any]]:
-    """Return the objects of a ground truth, crowds left out, as perfect detections with score 1.
+    """Convert the objects of a ground truth, without crowds, to perfect detections with score 1.
 
-    In a file with keypoints, those of an object without a labeled one lie in the middle of its box, where they count
-    neither way.
+    In a file with keypoints, objects without labeled ones get keypoints at the center of their box, which are ignored.
 
-    Evaluated against the same file they reach AP 1, which checks a data set and its ids from end to end.
+    Evaluated against the same file they reach AP 1, which checks a data set and its ids end to end.
 
     Example:
         >>> annotations_as_detections({
@@ -210,6 +208,6 @@ def _keypoint_metrics(
 
 
 def _mean(values: NDArray[np.float64]) -> float:
-    """Return the mean over what was measured; what was not is marked with -1."""
+    """Return the mean of the defined values; undefined ones are -1."""
     measured = values[values > -1]
     return float(measured.mean()) if measured.size else -1.0

@@ -1,4 +1,4 @@
-"""Ground truth and detections as the libraries take them: checked, and renumbered."""
+"""Validation and renumbering of ground truth and detections for the evaluation backends."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _MASKS_AT_ONCE = 255  # pycocotools' area raises OverflowError for more
 
 @dataclass(frozen=True)
 class EvalInputs:
-    """Ground truth and detections, renumbered with ids that both libraries accept.
+    """Ground truth and detections, renumbered with ids that both backends accept.
 
-    Images, in the order of their ids, categories and objects are numbered from 1: an object with id 0 counts as no
-    match, and hotcoco takes no negative ids.
+    Images, in the order of their ids, categories and objects are numbered from 1: a match with object id 0 counts as
+    unmatched, and hotcoco rejects negative ids.
 
     Args:
-        kind: The kind of IoU.
+        kind: The IoU type.
         images: Number, height and width of each.
         labels: Names of the categories, all different.
         truth: Annotations.
@@ -42,7 +42,7 @@ class EvalInputs:
 
     @classmethod
     def of(cls, coco: CocoFile, detections: Sequence[Mapping[str, Any]], kind: str) -> EvalInputs:
-        """Numbers everything and checks the detections."""
+        """Renumber everything and check the detections."""
         coco = coco.with_all_masks() if kind == "segm" else coco
         image_numbers = {image_id: number for number, image_id in enumerate(sorted(coco.images), start=1)}
         category_numbers = {category.id: number for number, category in enumerate(coco.categories, start=1)}
@@ -53,7 +53,7 @@ class EvalInputs:
                 "bbox": list(annotation.bbox),
                 "area": annotation.area,
                 "iscrowd": int(annotation.iscrowd),
-                **({"segmentation": annotation.rle} if kind == "segm" else {}),  # polygons become one at each access
+                **({"segmentation": annotation.rle} if kind == "segm" else {}),  # polygons are converted on each access
                 **(truth_keypoints(annotation, coco) if kind == "keypoints" else {}),
             }
             for image_id, annotations in coco.annotations.items()
@@ -71,7 +71,7 @@ class EvalInputs:
             except (ValueError, TypeError) as error:
                 failure = ValueError(f"detection {len(found)}: {error}")
                 break
-        _check_masks(found, images, kind)  # of those before the failure, as the first is the one to report
+        _check_masks(found, images, kind)  # those before the failure, so that the first error is reported
         if failure:
             raise failure
         found.sort(key=lambda detection: int(detection["image_id"]))  # stable: equal scores keep their order
@@ -85,7 +85,7 @@ class EvalInputs:
     def compare(
         self, library: tuple[Any, Any], limits: list[int], sigmas: Sequence[float] | None = None
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Let a library count.
+        """Run a backend.
 
         Args:
             library: Its ``COCO`` and ``COCOeval``.
@@ -94,7 +94,7 @@ class EvalInputs:
 
         Returns:
             Precision (IoU threshold, recall, class, area, limit) and recall (IoU threshold, class, area, limit); -1
-            where there is nothing to find.
+            without ground truth.
         """
         new_index, new_evaluator = library
         categories = [{"id": number, "name": label} for number, label in enumerate(self.labels, start=1)]
@@ -122,7 +122,7 @@ def _checked(
     category_numbers: Mapping[int, int],
     kind: str,
 ) -> dict[str, Any]:
-    """A detection as an annotation; what comes from the mask is left to :func:`_check_masks`.
+    """Convert a detection to an annotation; values derived from the mask are added by :func:`_check_masks`.
 
     Raises:
         ValueError: If it can't be evaluated.
@@ -162,12 +162,12 @@ def _checked(
 
 
 def _check_masks(detections: Sequence[dict[str, Any]], images: Sequence[Mapping[str, Any]], kind: str) -> None:
-    """Check the masks of detections, many at once, and take boxes and areas from them.
+    """Check the masks of detections in batches, and compute boxes and areas from them.
 
     Args:
-        detections: Those with masks are completed in place.
-        images: In the order of their numbers.
-        kind: The kind of IoU.
+        detections: Detections; those with masks are completed in place.
+        images: Images in the order of their numbers.
+        kind: The IoU type.
 
     Raises:
         ValueError: If one can't be evaluated.
@@ -200,7 +200,7 @@ def _numbers(values: Any, count: int, wanted: str) -> list[float]:
 
 
 def truth_keypoints(annotation: Annotation, coco: CocoFile) -> dict[str, Any]:
-    """The keypoints one after the other, zeros for an object that has none, and how many are labeled."""
+    """Flattened keypoints, zeros for an object without any, and the number of labeled ones."""
     points = annotation.keypoints or ((0.0, 0.0, 0.0),) * coco.num_keypoints
     return {
         "keypoints": [value for point in points for value in point],

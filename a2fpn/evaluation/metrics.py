@@ -1,4 +1,4 @@
-"""COCO's numbers, by name."""
+"""COCO metrics by name."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ IOU_TYPES = ("bbox", "segm", "keypoints")
 
 @dataclass(frozen=True)
 class BoxMaskMetrics:
-    """The 12 COCO numbers of one kind of IoU, in [0, 1]; -1 where the ground truth has no such object.
+    """The 12 COCO metrics of one IoU type, in [0, 1]; -1 if the ground truth has no such objects.
 
     Precision and recall are means over the classes. "Small" objects have an area below 32² pixels, "large"
-    ones above 96². All numbers but ``ar1`` and ``ar10`` use the ``max_detections`` best detections per image
-    and class (COCO's definition says 100).
+    ones above 96². All metrics but ``ar1`` and ``ar10`` use the ``max_detections`` best detections per image
+    and class (100 in COCO's definition).
 
     Args:
         ap: Average precision, the mean over the IoU thresholds 0.50, 0.55, ..., 0.95.
@@ -26,7 +26,7 @@ class BoxMaskMetrics:
         ap_large: For large objects.
         ar1: Average recall with 1 detection per image and class.
         ar10: With 10.
-        ar100: With ``max_detections``; 100 in the COCO definition, hence the name.
+        ar100: With ``max_detections``, which is 100 in COCO's definition, hence the name.
         ar_small: As ``ar100``, for small objects.
         ar_medium: For medium objects.
         ar_large: For large objects.
@@ -50,11 +50,11 @@ class BoxMaskMetrics:
 
 @dataclass(frozen=True)
 class KeypointMetrics:
-    """The 10 COCO numbers of keypoints, in [0, 1]; -1 where the ground truth has no such object.
+    """The 10 COCO metrics of keypoints, in [0, 1]; -1 if the ground truth has no such objects.
 
-    The object keypoint similarity (OKS) takes the place of the IoU: the mean over an object's labeled keypoints
-    of ``exp(-d² / (8 area sigma²))``, d the distance in pixels. Objects without a labeled keypoint count neither
-    way, and neither do small ones.
+    The object keypoint similarity (OKS) replaces the IoU: the mean over an object's labeled keypoints
+    of ``exp(-d² / (8 area sigma²))``, d the distance in pixels. Objects without labeled keypoints and small
+    objects are ignored.
 
     Args:
         ap: Average precision, the mean over the OKS thresholds 0.50, 0.55, ..., 0.95.
@@ -88,10 +88,10 @@ class CocoMetrics:
     """The result of an evaluation.
 
     Args:
-        bbox: For boxes, or None if not asked for.
-        segm: For masks, or None if not asked for.
-        max_detections: How many detections per image and class counted, of boxes and masks.
-        keypoints: For keypoints, or None if not asked for.
+        bbox: For boxes, or None if not requested.
+        segm: For masks, or None if not requested.
+        max_detections: Maximum number of detections per image and class, for boxes and masks.
+        keypoints: For keypoints, or None if not requested.
     """
 
     bbox: BoxMaskMetrics | None
@@ -101,12 +101,12 @@ class CocoMetrics:
 
     @property
     def measured(self) -> dict[str, BoxMaskMetrics | KeypointMetrics]:
-        """Metrics that were asked for, by kind of IoU."""
+        """Requested metrics, by IoU type."""
         found = {kind: getattr(self, kind) for kind in IOU_TYPES}
         return {kind: metrics for kind, metrics in found.items() if metrics is not None}
 
     def to_dict(self, *, per_class: bool = False) -> dict[str, float]:
-        """Return the numbers by name, e.g. ``"segm/ap"``; with ``per_class`` also ``"segm/ap/<class>"``."""
+        """Return the metrics by name, e.g. ``"segm/ap"``; with ``per_class`` also ``"segm/ap/<class>"``."""
         flat: dict[str, float] = {}
         for kind, metrics in self.measured.items():
             values = dataclasses.asdict(metrics)

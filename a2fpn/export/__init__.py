@@ -1,4 +1,4 @@
-"""Detectors as files that run without this package: ONNX, and torch's exported programs."""
+"""Export of detectors to files that run without this package: ONNX and torch.export programs."""
 
 from a2fpn.export.file import FORMATS, export_model
 from a2fpn.export.quantize import quantize

@@ -1,4 +1,4 @@
-"""A detector into a file."""
+"""Export of a detector to a file."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from a2fpn.inference.eval_view import eval_view
 Format = Literal["onnx", "torch"]
 FORMATS: tuple[str, ...] = typing.get_args(Format)
 OPSET = 18
-"""ONNX operators that ONNX Runtime knows since 1.14 and OpenVINO as well."""
+"""ONNX opset, supported by ONNX Runtime since 1.14 and by OpenVINO."""
 OLDEST_TORCH = (2, 11)
-"""The oldest version whose exporter has been tried."""
+"""Oldest version whose exporter has been tested."""
 _LARGEST = 2**31 - 2**24
-"""Bytes that one ONNX file can hold, with some room for what is no weight."""
+"""Maximum size of the weights in one ONNX file, in bytes, with room for the rest."""
 
 
 def export_model(
@@ -35,28 +35,28 @@ def export_model(
     size: tuple[int, int] | None = None,
     dtype: Literal["uint8", "float32"] = "uint8",
 ) -> Path:
-    """Write a detector with its preprocessing and its postprocessing as one file.
+    """Export a detector with its preprocessing and post-processing to one file.
 
-    The input is ``images`` (N, C, H, W), RGB, uint8 in 0..255 or float32 in [0, 1]; N, H and W are free. The outputs
+    The input is ``images`` (N, C, H, W), RGB, uint8 in 0..255 or float32 in [0, 1]; N, H and W are dynamic. The outputs
     are ``image_index`` (M,) int64, ascending, ``boxes`` (M, 4) float32 xyxy in pixels of the images, ``scores`` (M,)
-    descending within an image, ``labels`` (M,) int64, indices into the metadata's ``categories``, and ``masks``
-    (M, S, S) float32, probabilities inside the boxes, or ``heatmaps`` (M, K, S, S), logits of keypoints there, where
-    the detector has them. The metadata hold categories, thresholds, the configuration and the sha256 of the weights.
+    descending within an image, ``labels`` (M,) int64, indices into the metadata's ``categories``, and, depending on the
+    detector, ``masks`` (M, S, S) float32, probabilities inside the boxes, or ``heatmaps`` (M, K, S, S), keypoint logits
+    inside the boxes. The metadata contain categories, thresholds, the configuration and the sha256 of the weights.
 
     Args:
-        model: A detector of :func:`a2fpn.create_model` or :func:`a2fpn.from_pretrained`; it stays as it is.
+        model: A detector of :func:`a2fpn.create_model` or :func:`a2fpn.from_pretrained`; not modified.
         path: The file, replaced if it exists.
-        format: ``"onnx"``, for ONNX Runtime, OpenVINO and browsers, or ``"torch"``, a program that
-            ``torch.export.load`` reads; None goes by the name's end, ``.onnx`` or ``.pt2``.
-        size: Height and width of all images, for runtimes that want them fixed; None leaves them free.
-        dtype: Type of the images.
+        format: ``"onnx"``, for ONNX Runtime, OpenVINO and browsers, or ``"torch"``, a program for
+            ``torch.export.load``; None for the one of the suffix, ``.onnx`` or ``.pt2``.
+        size: Height and width of all images, for runtimes that require static shapes; None for dynamic sizes.
+        dtype: Dtype of the images.
 
     Returns:
         The path.
 
     Raises:
-        TypeError: If the model is none of this package's detectors, or an optimized one.
-        ValueError: For an unknown format, size or type, or a detector that can't be exported (:class:`ExportError`).
+        TypeError: If the model is not one of this package's detectors, or an optimized one.
+        ValueError: For an unknown format, size or dtype, or a detector that can't be exported (:class:`ExportError`).
 
     Example:
         >>> import a2fpn
@@ -86,7 +86,7 @@ def export_model(
 def check_export(
     model: Detector, path: Path, *, format: str | None = None, size: tuple[int, int] | None = None, dtype: str = "uint8"
 ) -> str:
-    """Check what can be known before any work, and return the format.
+    """Validate the arguments before any work, and return the format.
 
     Raises:
         ConfigError: See :func:`export_model`.
@@ -131,10 +131,10 @@ def _check_onnx(model: Detector) -> None:
 
 
 def _to_onnx(program: torch.export.ExportedProgram, facts: dict[str, str], outputs: list[str]) -> Any:
-    """Convert a program of torch into one of ONNX.
+    """Convert a torch.export program to ONNX.
 
     Raises:
-        ExportError: If there is no ONNX operator for something in it.
+        ExportError: If an operator has no ONNX equivalent.
     """
     from onnxscript.ir.passes import common
 
@@ -148,11 +148,11 @@ def _to_onnx(program: torch.export.ExportedProgram, facts: dict[str, str], outpu
             external_data=False,
             custom_translation_table=translations(),
         )
-    except Exception as error:  # torch raises anything
+    except Exception as error:  # torch raises errors of any type
         reason = str(error.__cause__ or error).strip().partition("\n")[0]
         raise ExportError(f"The detector has no form in ONNX ({reason}); take format='torch'.") from error
     fold_shapes(converted.model)
-    # Places in the source code, with the paths of this machine.
+    # They contain source locations with local paths.
     common.ClearMetadataAndDocStringPass()(converted.model)
     converted.model.metadata_props.update(facts)
     converted.model.producer_name = "a2fpn"

@@ -1,4 +1,4 @@
-"""Metadata of an exported file: what is in it."""
+"""Metadata of an exported file."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from a2fpn.inference.exported import FACTS, METADATA_VERSION
 
 
 def describe(detector: Detector, *, dtype: str, outputs: Sequence[str]) -> dict[str, str]:
-    """Metadata of a file: plain text, and JSON where there is more than one value.
+    """Build the metadata of a file: plain text, or JSON for several values.
 
-    ``categories`` are the names in the order of the labels; ``config`` is what rebuilds the detector;
+    ``categories`` are the names in the order of the labels; ``config`` is the configuration of the detector;
     ``weights_sha256`` is the hash of its state dict as a safetensors file.
 
     Args:
-        detector: What is exported.
-        dtype: Type of the input.
+        detector: The exported detector.
+        dtype: Dtype of the input.
         outputs: Names of the outputs.
     """
     config, rule = detector.config, detector.rule

@@ -1,4 +1,4 @@
-"""Exported files in int8: convolutions, and what lies between them, as 8-bit operators of ONNX's QDQ form."""
+"""Quantization of exported files to int8: convolutions, and operators between them, in ONNX's QDQ format."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from a2fpn.errors import ConfigError
 from a2fpn.inference.exported import ExportedDetector
 
 _BETWEEN = ("Relu", "Clip", "MaxPool", "Resize")
-"""Operators that stay in int8 if their input is."""
+"""Operators that run in int8 if their input does."""
 _READERS = {*_BETWEEN, "Conv", "Add", "RoiAlign"}
-"""Operators that read features. A convolution that none of these reads predicts something, and stays in float."""
+"""Operators that consume features. A convolution without such a consumer is a predictor and stays in float."""
 _GATED = ({"Sigmoid", "Mul"}, {"HardSigmoid", "Mul"}, {"HardSwish"}, {"Erf", "Mul"}, {"Gelu"})
-"""Operators of SiLU, Hardswish and GELU, which read features too; a sigmoid alone reads a prediction."""
+"""Operators of SiLU, Hardswish and GELU, which consume features too; a sigmoid alone consumes a prediction."""
 _PREPARED = ("onnx.quant.pre_process", "onnxruntime.quant")
-"""Facts that ONNX Runtime looks for in the metadata before it warns that a model was not prepared."""
+"""Metadata entry without which ONNX Runtime warns that a model was not pre-processed."""
 
 
 def quantize(path: str | Path, images: Iterable[Tensor], output: str | Path | None = None) -> Path:
-    """Turn the features of an exported detector into int8, weights per channel.
+    """Quantize the features of an exported detector to int8, with per-channel weights.
 
-    The ranges of the features are the widest that some images show. Convolutions that predict scores, boxes, masks or
-    kernels, linear layers and all that follows stay in float. Weights take 7 of the 8 bits, since processors without
-    VNNI or AMX overflow with 8.
+    Activation ranges are the minima and maxima over calibration images. Convolutions that predict scores, boxes, masks
+    or kernels, linear layers and everything after them stay in float. Weights use 7 of the 8 bits, since 8 would
+    overflow on processors without VNNI or AMX.
 
     Args:
         path: An ``.onnx`` file of :func:`a2fpn.export_model`.
-        images: ``(C, H, W)`` uint8, or float in [0, 1], like those that the detector will see; some twenty to fifty.
+        images: ``(C, H, W)`` uint8, or float in [0, 1], representative of the detector's use; about twenty to fifty.
         output: The file to write; None replaces ``path``.
 
     Returns:
-        The file that was written.
+        The written file.
 
     Raises:
-        ConfigError: If ONNX Runtime or onnx are not installed, the file is not ONNX, or no image shows an object.
-        CheckpointError: If it is no file of :func:`a2fpn.export_model`.
+        ConfigError: If ONNX Runtime or onnx are not installed, the file is not ONNX, or no object is detected.
+        CheckpointError: If it is not a file of :func:`a2fpn.export_model`.
     """
     path = Path(path)
     if path.suffix != ".onnx":
@@ -76,7 +76,7 @@ def quantize(path: str | Path, images: Iterable[Tensor], output: str | Path | No
 
 
 def _features(graph: Any) -> list[Any]:
-    """Nodes that make features: convolutions with a reader of features, and what lies between them."""
+    """Select nodes that compute features: convolutions with a consumer of features, and operators between them."""
     readers: dict[str, set[str]] = {}
     for node in graph.node:
         for name in node.input:
@@ -100,10 +100,10 @@ def _features(graph: Any) -> list[Any]:
 
 
 class _Reader:
-    """Inputs, one for each image, of which ONNX Runtime takes the ranges of features.
+    """Calibration data reader of ONNX Runtime, with one input per image.
 
     Args:
-        detector: The file in float.
+        detector: The float file.
         images: See :func:`quantize`.
     """
 
@@ -118,7 +118,7 @@ class _Reader:
     def _read(detector: ExportedDetector, images: Iterable[Tensor]) -> Iterator[dict[str, Any]]:
         seen = False
         for image in images:
-            # The heads of an image without objects show no ranges.
+            # Images without objects do not calibrate the heads.
             seen = seen or bool(len(detector.run(image[None])["scores"]))
             yield {"images": detector.to_input(image[None]).numpy()}
         if not seen:

@@ -1,4 +1,4 @@
-"""A whole detector as one program of torch, for any number of images and, unless fixed, any size of them."""
+"""Tracing of a whole detector to one program, for any batch size and, unless fixed, any image size."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from a2fpn.errors import ExportError
 from a2fpn.inference.folding import fold_norms
 
 COLUMNS = ("image_index", "boxes", "scores", "labels", "masks", "heatmaps")
-"""Names of the outputs, of which a detector has some."""
+"""Names of all possible outputs."""
 DTYPES = {"uint8": torch.uint8, "float32": torch.float32}
-"""Types of the input by name."""
+"""Dtypes of the input by name."""
 
 _SIZE = (190, 270)
-"""Height and width of the images that a detector is traced with; nothing special about them."""
+"""Arbitrary height and width of the images that a detector is traced with."""
 
 
 class Stacked(nn.Module):
-    """A detector that takes images as one tensor and gives its detections as one table.
+    """Detector with a batch tensor as input and one table of detections as output.
 
     Args:
-        detector: In evaluation mode.
+        detector: A detector in evaluation mode.
     """
 
     def __init__(self, detector: Detector) -> None:
@@ -50,9 +50,9 @@ def trace(
     """Trace a detector.
 
     Args:
-        detector: On the CPU, in evaluation mode.
-        size: Height and width of all images; None takes any.
-        dtype: Type of the images.
+        detector: A detector on the CPU, in evaluation mode.
+        size: Height and width of all images; None for any.
+        dtype: Dtype of the images.
 
     Raises:
         ExportError: If torch can't trace it.
@@ -64,14 +64,14 @@ def trace(
     images = torch.zeros(2, config.backbone.in_chans, height, width, dtype=dtype)
     dynamic = torch.export.Dim.DYNAMIC
     shape = {0: dynamic} if size else {0: dynamic, 2: dynamic, 3: dynamic}
-    # Of tensors whose sizes are unknown a cache costs more than it finds.
+    # With symbolic shapes the fake tensor cache costs more than it saves.
     with torch.no_grad(), quiet(), tracer.patch(fake_tensor_cache_enabled=False):
-        # A tracer takes as long for a norm as for a convolution.
+        # Tracing a norm takes as long as tracing a convolution.
         folded = copy.deepcopy(detector).requires_grad_(False)
         fold_norms(folded, fuse=False)
         try:
             return torch.export.export(Stacked(folded), (images,), dynamic_shapes={"images": shape}, strict=False)
-        except Exception as error:  # torch raises anything for what it can't trace
+        except Exception as error:  # torch raises errors of any type if it can't trace
             advice = "" if size else " One size for all images (size, --size HxW) is easier to trace."
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             name = f"{config.architecture!r} on the backbone {config.backbone.name!r}"
@@ -79,7 +79,7 @@ def trace(
 
 
 def drop_checks(program: torch.export.ExportedProgram) -> None:
-    """Take the checks of sizes out of a program: these are limits of the tracer, and smaller images run as well."""
+    """Remove size assertions from a program: they are assumptions of the tracer, and smaller images work as well."""
     graph = program.graph
     for node in list(graph.nodes):
         if node.target is torch.ops.aten._assert_scalar.default:
@@ -90,7 +90,7 @@ def drop_checks(program: torch.export.ExportedProgram) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep torch's remarks on its own deprecations, and its exporter's progress, from the user's screen."""
+    """Suppress torch's deprecation warnings and the exporter's progress messages."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

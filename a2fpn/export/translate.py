@@ -1,7 +1,7 @@
-"""ONNX operators in the place of longer translations by torch's exporter, and shapes that need no computing.
+"""Shorter ONNX translations than those of torch's exporter, and constant folding of shapes.
 
-The exporter writes shapes as sums and products of sizes, and attention and indexing in their most general forms: two
-nodes of three would be about nothing but that.
+The exporter computes shapes from sums and products of sizes, and writes attention and indexing in their most general
+forms, which would account for two of three nodes.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from typing import Any
 import torch
 
 _UNKNOWN = re.compile(r"\bu\d")
-"""Sizes that values decide, by the names that torch gives them."""
+"""Names of data-dependent sizes in torch."""
 _CUBIC = [[-0.75, 1.25, -1.25, 0.75], [1.5, -2.25, 1.5, -0.75], [-0.75, 0.0, 0.75, 0.0]]
-"""Weights of the four pixels around a place, by the third, second and first power of how far it is from the second."""
+"""Cubic weights of the four nearest pixels, by the third, second and first power of the distance from the second."""
 
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Functions that write an operator of torch in ONNX, for ``torch.onnx.export(custom_translation_table=)``."""
+    """Return functions that translate torch operators, for ``torch.onnx.export(custom_translation_table=)``."""
     from onnxscript import ir, opset18
     from onnxscript.function_libs.torch_lib.ops import core, nn
 
     op: Any = opset18
 
     def at_most(a: Any, b: Any) -> Any:
-        # torch's limits for sums of sizes that it doesn't know pass the largest integer there is.
+        # torch's bounds on sums of data-dependent sizes exceed int64.
         return op.LessOrEqual(a, min(b, 2**63 - 1) if isinstance(b, int) else b)
 
     def index(x: Any, indices: Sequence[Any]) -> Any:
@@ -60,7 +60,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         return op.Identity(x)
 
     def quotient(a: Any, b: Any) -> Any:
-        # Of indices and sizes, which are not negative.
+        # Integers are indices and sizes, which are never negative.
         return op.Div(a, b) if a.dtype.is_integer() else core.aten_floor_divide(a, b)
 
     def roi_align(
@@ -78,8 +78,8 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         )
 
     def bicubic(x: Any, size: Sequence[Any], *_: Any) -> Any:
-        # ONNX Runtime takes over ten times as long for a Resize of this kind.
-        for wanted in size:  # of the rows; then the map is turned, so that columns are
+        # ONNX Runtime's cubic Resize takes over ten times as long.
+        for wanted in size:  # resizes the rows, then transposes, so that columns are next
             x = op.Transpose(weighted_rows(x, wanted), perm=[0, 1, 3, 2])
         return x
 
@@ -110,10 +110,10 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
 
 
 def fold_shapes(model: Any) -> None:
-    """Give reshapes of a model constant shapes where one size at most is not known or copied.
+    """Make the shapes of a model's reshapes constant if at most one size is neither known nor copied.
 
     Args:
-        model: An ``onnxscript.ir.Model``; changed.
+        model: An ``onnxscript.ir.Model``; modified in place.
     """
     from onnxscript import ir
     from onnxscript.ir.passes import common
@@ -125,7 +125,7 @@ def fold_shapes(model: Any) -> None:
         if old is None or new is None:
             continue
         sizes = [_size(side, old[i] if i < len(old) else None) for i, side in enumerate(new)]
-        # Beside the number of objects, which may be none, nothing can be inferred.
+        # If the number of objects is 0, Reshape can't infer another size.
         may_be_empty = any(size == 0 and _UNKNOWN.search(str(side)) for size, side in zip(sizes, new, strict=True))
         if sizes.count(-1) > (0 if may_be_empty else 1):
             continue
@@ -133,13 +133,13 @@ def fold_shapes(model: Any) -> None:
         shape.const_value = ir.tensor(sizes, dtype=ir.DataType.INT64, name=shape.name)
         model.graph.register_initializer(shape)
         node.replace_input_with(1, shape)
-        node.attributes.pop("allowzero", None)  # 0 is to mean "as it is"
+        node.attributes.pop("allowzero", None)  # 0 means to copy the input's size
     for clean in (common.RemoveUnusedNodesPass(), common.CommonSubexpressionEliminationPass()):
         clean(model)
 
 
 def _size(new: Any, old: Any) -> int:
-    """A size as Reshape takes it: a number, 0 for that of the input, -1 for the rest."""
+    """Return a size for Reshape: a number, 0 for that of the input, -1 to infer it."""
     if isinstance(new, int):
         return new
     return 0 if old is not None and not isinstance(old, int) and str(new) == str(old) and new.value is not None else -1

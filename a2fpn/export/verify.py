@@ -1,4 +1,4 @@
-"""An exported file against the detector that it was made from, on images."""
+"""Comparison of an exported file with its detector on images."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from a2fpn.inference.exported import ExportedDetector
 from a2fpn.masks.paste import mask_windows
 
 BOX_TOLERANCE = 1e-2
-"""Largest difference of a box's edge, pixels."""
+"""Maximum difference of a box's edge, pixels."""
 SCORE_TOLERANCE = 1e-4
-"""Largest difference of a score."""
+"""Maximum difference of a score."""
 MASK_IOU = 0.999
-"""Least IoU of the masks of an image's objects, their pixels taken together."""
+"""Minimum IoU of the masks of an image's objects, with their pixels pooled."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A file and its detector on one image.
+    """Comparison of a file and its detector on one image.
 
     Args:
-        name: What was compared.
-        expected: Objects that the detector finds.
-        found: Objects that the file finds.
-        box: Largest difference of a box's edge, pixels.
-        score: Largest difference of a score.
-        mask_iou: IoU of the masks, the pixels of all objects taken together; None without masks or objects.
+        name: The compared image.
+        expected: Number of objects from the detector.
+        found: Number of objects from the file.
+        box: Maximum difference of a box's edge, pixels.
+        score: Maximum difference of a score.
+        mask_iou: IoU of the masks, with the pixels of all objects pooled; None without masks or objects.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Comparison:
 
     @property
     def equal(self) -> bool:
-        """True where both are the same up to rounding."""
+        """True if both are equal up to rounding."""
         return (
             self.expected == self.found
             and self.box <= BOX_TOLERANCE
@@ -55,10 +55,10 @@ class Comparison:
 def verify(
     detector: Detector, exported: ExportedDetector, images: Iterable[tuple[str, Tensor]]
 ) -> Iterator[Comparison]:
-    """Compare a file with its detector: on each image alone, beside its mirror image, and on one without any object.
+    """Compare a file with its detector: on each image alone, batched with its mirror image, and without any object.
 
     Args:
-        detector: In evaluation mode, on the CPU.
+        detector: A detector in evaluation mode, on the CPU.
         exported: The file.
         images: Names and ``(C, H, W)`` uint8 images.
 
@@ -75,7 +75,7 @@ def verify(
 
 
 def _ramp(like: Tensor) -> Tensor:
-    """An image of the size of another that darkens from corner to corner: all alike, scores would be equal."""
+    """Create an image that darkens from corner to corner, since on a uniform image scores would be equal."""
     rows, columns = (torch.linspace(0, 90, side) for side in like.shape[-2:])
     return (rows[:, None] + columns + 30).to(torch.uint8).expand_as(like)
 
@@ -114,7 +114,7 @@ def _differences(
 
 
 def _partners(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> Tensor:
-    """Rows of the file's objects in the order of the detector's: equal scores may stand in another order."""
+    """Match the file's objects to the detector's, since equal scores may be in another order."""
     distance = torch.cdist(expected["boxes"], got["boxes"], p=float("inf"))
     distance = distance + (expected["scores"][:, None] - got["scores"]).abs()
     distance = distance + (expected["labels"][:, None] != got["labels"]) * 1e6
@@ -128,7 +128,7 @@ def _partners(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> Tens
 
 
 def _areas(a: tuple[Tensor, int, int], b: tuple[Tensor, int, int]) -> tuple[int, int]:
-    """Pixels in both and in either of two masks, each a window of probabilities with its first row and column."""
+    """Intersection and union of two masks, each a window of probabilities with its first row and column."""
     (first, top, left), (second, above, before) = a, b
     rows = max(top + first.shape[0], above + second.shape[0]) - min(top, above)
     columns = max(left + first.shape[1], before + second.shape[1]) - min(left, before)

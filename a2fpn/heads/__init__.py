@@ -1,4 +1,4 @@
-"""Heads beyond torchvision's: anchors and RoI pooling from declared strides, cascades, exact pasting of masks."""
+"""Extensions of torchvision's heads: anchors and RoI pooling from declared strides, cascades, exact mask pasting."""
 
 from a2fpn.heads.anchors import StrideAnchors
 from a2fpn.heads.cascade import CascadeRoIHeads, CascadeRules

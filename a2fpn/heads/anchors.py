@@ -1,7 +1,7 @@
 """Anchors from declared strides.
 
-torchvision computes strides as ``image size // grid size``; on sizes that are no multiple of the coarsest stride its
-anchor centers drift by up to tens of pixels, and under bf16 autocast its anchors are made in bf16.
+torchvision computes strides as ``image size // grid size``; on sizes that are not a multiple of the coarsest stride its
+anchor centers drift by up to tens of pixels, and under bf16 autocast its anchors are computed in bf16.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from a2fpn import device
 from a2fpn.errors import ConfigError
 
 _KEPT = 8
-"""Image sizes whose anchors a module keeps on a device that the host runs ahead of."""
+"""Image sizes whose anchors a module caches on an asynchronous device."""
 
 
 class StrideAnchors(AnchorGenerator):  # type: ignore[misc]
@@ -28,11 +28,11 @@ class StrideAnchors(AnchorGenerator):  # type: ignore[misc]
         sizes: Per level the anchor sizes in pixels.
         aspect_ratios: Height / width, the same on every level.
         strides: Per level the stride in pixels.
-        rounded: Whether the sides are rounded so that corners lie on whole pixels, as in torchvision.
-        legacy: Whether to take torchvision's strides all the same, for a detector that was trained with them.
+        rounded: Whether sides are rounded so that corners lie on whole pixels, as in torchvision.
+        legacy: Whether to use torchvision's computed strides, for a detector that was trained with them.
 
     Raises:
-        ValueError: If the number of size tuples is not the number of levels, or tuples differ in length.
+        ValueError: If the size tuples do not match the levels in number, or differ in length.
 
     Example:
         >>> anchors = StrideAnchors([(8,), (16,)], (1.0,), (4, 8))
@@ -59,7 +59,7 @@ class StrideAnchors(AnchorGenerator):  # type: ignore[misc]
             )
         if len({len(s) for s in sizes}) > 1:
             raise ConfigError(f"Every level needs the same number of anchor sizes, got {[tuple(s) for s in sizes]}.")
-        # The base class makes its anchors in its constructor.
+        # The base class computes its anchors in its constructor.
         self.rounded = rounded
         super().__init__(tuple(tuple(s) for s in sizes), (tuple(aspect_ratios),) * len(sizes))
         self.strides = tuple(strides)
@@ -73,7 +73,7 @@ class StrideAnchors(AnchorGenerator):  # type: ignore[misc]
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
     ) -> Tensor:
-        """Anchors around the origin, ``(A, 4)``, ratio by ratio."""
+        """Anchors around the origin, ``(A, 4)``, ordered by ratio."""
         if self.rounded:
             rounded: Tensor = super().generate_anchors(scales, aspect_ratios, dtype, device)
             return rounded
@@ -83,7 +83,7 @@ class StrideAnchors(AnchorGenerator):  # type: ignore[misc]
         return torch.cat([-half, half], 1)
 
     def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
-        """Anchors of each image, ``(A, 4)`` xyxy float32 in pixels of the batch, level by level."""
+        """Anchors of each image, ``(A, 4)`` xyxy float32 in pixels of the batch, ordered by level."""
         place = feature_maps[0].device
         grids = [tuple(x.shape[-2:]) for x in feature_maps]
         if not device.runs_ahead(feature_maps[0]) or device.is_traced():
@@ -91,17 +91,17 @@ class StrideAnchors(AnchorGenerator):  # type: ignore[misc]
         key = (place, *grids, *(image_list.tensors.shape[-2:] if self.legacy else ()))
         made = self._made.get(key)
         if made is None:
-            # What is made here may serve a training step later.
+            # Cached anchors may be reused in a training step.
             with torch.inference_mode(False):
                 made = self._make(grids, image_list, place)
-            # Replaced whole, since other threads may read it.
+            # Replaced instead of modified, since other threads may read it.
             self._made = {**dict(list(self._made.items())[1 - _KEPT :]), key: made}
         return [made] * len(image_list.image_sizes)
 
     def picker(self, image_list: ImageList, feature_maps: list[Tensor]) -> Callable[[int, Tensor], Tensor]:
-        """Return a function for the few anchors that are wanted, of whatever image; see :meth:`forward`.
+        """Return a function that computes selected anchors only, which are the same for every image.
 
-        It takes the index of a level and the indices of anchors of that level, of any shape, and returns these anchors,
+        It takes the index of a level and anchor indices of that level, of any shape, and returns these anchors,
         ``(*shape, 4)``.
         """
         if device.runs_ahead(feature_maps[0]) and not device.is_traced():

@@ -1,6 +1,6 @@
-"""Objects of all images of a batch in one table, each with the index of its image.
+"""Batched operations on the objects of all images in one table, each with its image index.
 
-So a batch takes as many operations as an image, and a tracer can record them for any number of images.
+A batch takes as many operations as a single image, and they can be traced for any batch size.
 
 Shape shorthand: ``N`` objects of the batch.
 """
@@ -17,33 +17,33 @@ from torchvision.ops import batched_nms, nms
 from a2fpn import device
 
 Sizes = Sequence[tuple[int, int]]
-"""Height and width of each image, or of one where all images have the same."""
+"""Height and width of each image, or a single pair if all images have one size."""
 
 
 _ACROSS = 9
-"""Classes that NMS has side by side; more are in several rows."""
+"""Maximum number of classes that NMS offsets along x alone; more are arranged in rows."""
 
 
 def clip(boxes: Tensor, images: Tensor, sizes: Sizes) -> Tensor:
-    """Boxes inside their images.
+    """Clip boxes to their images.
 
     Args:
         boxes: ``(N, 4)`` xyxy.
-        images: ``(N,)`` index of the image of each.
-        sizes: Of the images.
+        images: ``(N,)`` image index of each.
+        sizes: Sizes of the images.
 
     Example:
         >>> clip(torch.tensor([[-1.0, 2.0, 7.0, 9.0]]), torch.tensor([1]), [(3, 3), (5, 6)])
         tensor([[0., 2., 6., 5.]])
     """
-    # Filled and not copied there, which a device would be waited for.
+    # new_full instead of a copy from the host, which would synchronize.
     limits = torch.stack([boxes.new_full((), side) for height, width in sizes for side in (width, height)])
     limits = limits if len(sizes) == 1 else limits.view(-1, 1, 2)[images]
     return boxes.reshape(-1, 2, 2).clamp(min=0).minimum(limits).reshape(-1, 4)
 
 
 def largest(sizes: Sizes) -> tuple[int, int]:
-    """Height and width that no image passes."""
+    """Maximum height and width of the images."""
     return sizes[0] if len(sizes) == 1 else (max(height for height, _ in sizes), max(width for _, width in sizes))
 
 
@@ -57,16 +57,16 @@ def nms_of_each(
     classes: int,
     size: tuple[int, int],
 ) -> Tensor:
-    """Rows that NMS keeps of each class of each image, best first.
+    """Rows kept by NMS within each class of each image, by descending score.
 
     Args:
         boxes: ``(N, 4)`` xyxy, inside the size.
         scores: ``(N,)``.
         labels: ``(N,)`` in ``0..classes - 1``.
-        images: ``(N,)`` index of the image of each.
-        iou_threshold: IoU above which a better box removes one.
+        images: ``(N,)`` image index of each.
+        iou_threshold: IoU above which a box is suppressed by one with a higher score.
         classes: Number of classes.
-        size: Height and width that no image passes.
+        size: Maximum height and width of the images.
 
     Example:
         >>> boxes = torch.tensor([[0.0, 0.0, 4.0, 4.0]]).repeat(3, 1)
@@ -77,7 +77,7 @@ def nms_of_each(
     if not device.runs_ahead(boxes):
         kept: Tensor = batched_nms(boxes, scores, images * classes + labels, iou_threshold)
         return kept
-    # A place of its own for each class of each image, on a grid, where coordinates stay small and so exact.
+    # Boxes of each class and image are offset to their own cell of a grid, which keeps coordinates small and so exact.
     column, row = labels, images
     if classes > _ACROSS:
         across = math.isqrt(classes - 1) + 1
@@ -88,19 +88,19 @@ def nms_of_each(
 
 
 def first_of_each(images: Tensor, count: int, limit: int) -> Tensor:
-    """Rows of the first objects of each image, image by image, in the order they have.
+    """Rows of the first objects of each image, grouped by image, in their given order.
 
     Args:
-        images: ``(N,)`` index of the image of each.
+        images: ``(N,)`` image index of each.
         count: Number of images.
-        limit: Most objects of an image.
+        limit: Maximum number of objects per image.
 
     Example:
         >>> first_of_each(torch.tensor([1, 0, 1, 1, 0]), 2, 2)
         tensor([1, 4, 0, 2])
     """
     place = torch.arange(images.shape[0], device=images.device)
-    # Keys that all differ, since ONNX knows no stable sort.
+    # Unique keys, since ONNX has no stable sort.
     order = (images * images.shape[0] + place).argsort()
     numbers = (images[:, None] == torch.arange(count, device=images.device)).sum(0)
     first = numbers.cumsum(0) - numbers
@@ -109,7 +109,7 @@ def first_of_each(images: Tensor, count: int, limit: int) -> Tensor:
 
 
 def split_images(found: dict[str, Tensor], count: int) -> list[dict[str, Tensor]]:
-    """Per image the table without the column ``images``, which must be in ascending order."""
+    """Split a table by its column ``images``, which must be ascending."""
     columns = dict(found)
     images = columns.pop("images")
     numbers = (images[:, None] == torch.arange(count, device=images.device)).sum(0).tolist()

@@ -1,4 +1,4 @@
-"""torchvision's coding of boxes, with the same values and no constant that has to travel to the device."""
+"""torchvision's box coder, with the same values and without copies of constants to the device."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torchvision.models.detection import _utils
 
 
 class BoxCoder(_utils.BoxCoder):  # type: ignore[misc]
-    """Boxes as offsets from other boxes (Girshick et al., "R-CNN", CVPR 2014, Appendix C); arguments as torchvision's.
+    """Box coder for R-CNN's deltas (Girshick et al., CVPR 2014, Appendix C); arguments as torchvision's.
 
     Example:
         >>> coder = BoxCoder((1.0, 1.0, 1.0, 1.0))
@@ -20,7 +20,7 @@ class BoxCoder(_utils.BoxCoder):  # type: ignore[misc]
     """
 
     def encode_single(self, reference_boxes: Tensor, proposals: Tensor) -> Tensor:
-        """Offsets ``(n, 4)`` dx, dy, dw, dh of boxes from proposals, ``(n, 4)`` xyxy both."""
+        """Encode boxes relative to proposals, both ``(n, 4)`` xyxy, as ``(n, 4)`` dx, dy, dw, dh."""
         sides = proposals[:, 2:] - proposals[:, :2]
         centers = proposals[:, :2] + 0.5 * sides
         own_sides = reference_boxes[:, 2:] - reference_boxes[:, :2]
@@ -36,7 +36,7 @@ class BoxCoder(_utils.BoxCoder):  # type: ignore[misc]
         return torch.stack(columns, 1)
 
     def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
-        """Boxes ``(n, 4 K)`` xyxy of K offsets each, ``(n, 4 K)``, from boxes ``(n, 4)``."""
+        """Decode K deltas per box, ``(n, 4 K)``, relative to boxes ``(n, 4)``, to boxes ``(n, 4 K)`` xyxy."""
         boxes = boxes.to(rel_codes.dtype)[:, None]
         sides = boxes[..., 2:] - boxes[..., :2]
         centers = boxes[..., :2] + 0.5 * sides
@@ -49,7 +49,7 @@ class BoxCoder(_utils.BoxCoder):  # type: ignore[misc]
 
 
 def _divide(x: Tensor, a: float, b: float) -> Tensor:
-    """Quotients of the columns of ``(..., 2)`` by two numbers."""
+    """Divide the columns of ``(..., 2)`` by two numbers."""
     if a == b:
         return x / a if a != 1 else x
     return torch.stack([x[..., 0] / a, x[..., 1] / b], -1)

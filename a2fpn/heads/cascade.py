@@ -1,8 +1,8 @@
 """Cascaded RoI heads: Cai & Vasconcelos, "Cascade R-CNN", CVPR 2018, with a mask head per stage.
 
-Each stage is one of torchvision's ``RoIHeads``, of which it uses the sampling, the box coder and the post-processing.
-Boxes are regressed once for all classes, and each stage starts from the boxes of the one before. The published
-implementations differ; what they differ in is :class:`CascadeRules`.
+Each stage is a torchvision ``RoIHeads``, whose sampling, box coder and post-processing are used. Box regression is
+class-agnostic, and each stage refines the boxes of the previous one. Published implementations differ in the choices of
+:class:`CascadeRules`.
 
 Shape shorthand: ``R`` RoIs of the batch, ``K`` classes without background, ``M`` side of a predicted mask.
 """
@@ -36,15 +36,15 @@ class CascadeRules:
     """Choices in which published Cascade R-CNNs differ; defaults follow mmdetection except ``average``.
 
     Args:
-        loss_weights: Per stage the factor of its losses.
-        box_loss_beta: Where the box loss turns from L2 to L1, in regression targets; 0 is plain L1 (detectron2).
-        average: What is averaged over the stages at test time: ``"probabilities"`` (the paper's code, detectron2) or
+        loss_weights: Loss weight per stage.
+        box_loss_beta: Beta of the smooth L1 box loss, in regression targets; 0 is plain L1 (detectron2).
+        average: Quantity averaged over the stages at test time: ``"probabilities"`` (the paper's code, detectron2) or
             ``"logits"`` (mmdetection).
-        resample: Whether every stage samples anew from the boxes it gets and the objects; False keeps the first
-            stage's sample, objects included, and only labels it anew (detectron2).
+        resample: Whether every stage resamples from its input boxes and the ground truth; False keeps the first
+            stage's samples, ground truth included, and only relabels them (detectron2).
         scale_gradients: Whether the box heads' gradients into the pyramid are divided by the number of stages
             (detectron2, with loss weights of 1).
-        aligned: Whether mask targets are cut out with RoIAlign's shift by half a pixel, as the features are.
+        aligned: Whether mask targets are cropped with RoIAlign's shift by half a pixel, as the features are.
         mask_boundary_weight: See :func:`~a2fpn.masks.targets.mask_loss`.
     """
 
@@ -58,18 +58,18 @@ class CascadeRules:
 
 
 class CascadeRoIHeads(nn.Module):
-    """Stages of box heads, and of mask heads where the stages have them; called like torchvision's ``RoIHeads``.
+    """Stages of box heads and optional mask heads, called like torchvision's ``RoIHeads``.
 
     Losses are summed over the stages. At test time scores and masks are averaged over the stages that have them.
 
     Args:
-        stages: torchvision's heads with class-agnostic box predictors; their matchers, box coders and predictors
-            differ, and none shares a parameter with another. Mask heads are in all of them, in the first, or in none.
-        rules: How they work together.
+        stages: torchvision's heads with class-agnostic box predictors; matchers, box coders and predictors differ, and
+            no parameters are shared. All of them, only the first, or none have mask heads.
+        rules: Choices in which implementations differ.
     """
 
     interleaved = False
-    """True where a stage's mask head sees the boxes that the stage's box head gives, not those that it gets."""
+    """True if a stage's mask head receives the boxes refined by the stage's box head, not its input boxes."""
 
     stages: Sequence[RoIHeads]
 
@@ -85,7 +85,7 @@ class CascadeRoIHeads(nn.Module):
 
     @property
     def rule(self) -> PostprocessConfig:
-        """Post-processing of calls that come without: the last stage's."""
+        """Default post-processing: the last stage's."""
         rule: PostprocessConfig = self.stages[-1].rule
         return rule
 
@@ -111,7 +111,7 @@ class CascadeRoIHeads(nn.Module):
             proposals: Per image ``(P, 4)`` xyxy in pixels of the batch.
             image_sizes: Per image height and width without padding.
             targets: In training mode per image ``boxes``, ``labels`` from 1 and, with mask heads, ``masks``.
-            rule: Post-processing of this call; None takes the last stage's.
+            rule: Post-processing of this call; None for the last stage's.
 
         Returns:
             Per image ``boxes``, ``scores``, ``labels`` from 1 and ``masks`` (N, 1, M, M), or nothing in training; and
@@ -124,7 +124,7 @@ class CascadeRoIHeads(nn.Module):
     def losses(
         self, features: Features, proposals: list[Tensor], image_sizes: Sizes, targets: Targets
     ) -> dict[str, Tensor]:
-        """Losses of all stages, weighted and summed."""
+        """Compute the weighted sum of the losses of all stages."""
         totals: dict[str, Tensor] = {}
         rules = self.rules
         scale = 1 / len(self.stages) if rules.scale_gradients else 1.0
@@ -153,7 +153,7 @@ class CascadeRoIHeads(nn.Module):
     def detect(
         self, features: Features, proposals: list[Tensor], image_sizes: Sizes, rule: PostprocessConfig | None = None
     ) -> list[dict[str, Tensor]]:
-        """Per image the boxes of the last stage, with scores and masks averaged over the stages."""
+        """Detect objects per image: boxes of the last stage, with scores and masks averaged over the stages."""
         return split_images(self.objects(features, join_rois(proposals), image_sizes, rule), len(proposals))
 
     def objects(
@@ -188,9 +188,9 @@ class CascadeRoIHeads(nn.Module):
         """Return the input of a stage's mask predictor, ``(R, C, S, S)``.
 
         Args:
-            index: Number of the stage, from 0.
+            index: Index of the stage.
             x: Pooled features of the RoIs.
-            previous: Mask features of the stage before for the same RoIs; unused here.
+            previous: Mask features of the previous stage for the same RoIs; unused here.
         """
         y: Tensor = self.stages[index].mask_head(x)
         return y
@@ -243,7 +243,7 @@ def _box_outputs(
 
 
 def _label(stage: RoIHeads, proposals: list[Tensor], targets: Targets) -> Samples:
-    """All boxes as samples, matched to the ground truth by the stage's IoU."""
+    """Match all boxes to the ground truth with the stage's IoU threshold, without sampling."""
     boxes = [target["boxes"].to(proposals[0]) for target in targets]
     objects, labels = stage.assign_targets_to_proposals(proposals, boxes, [target["labels"] for target in targets])
     matched = [
@@ -254,7 +254,7 @@ def _label(stage: RoIHeads, proposals: list[Tensor], targets: Targets) -> Sample
 
 
 def _box_losses(logits: Tensor, deltas: Tensor, samples: Samples, *, beta: float) -> dict[str, Tensor]:
-    """Cross entropy, and smooth L1 over the positives; both per sample, and zero without samples."""
+    """Cross-entropy, and smooth L1 over the positives, both normalized by the number of samples; zero without any."""
     labels, wanted = torch.cat(samples.labels), torch.cat(samples.deltas)
     count = max(1, len(labels))
     positive = torch.where(labels > 0)[0]
@@ -265,15 +265,15 @@ def _box_losses(logits: Tensor, deltas: Tensor, samples: Samples, *, beta: float
 
 
 def _refine(stage: RoIHeads, deltas: Tensor, boxes: list[Tensor], sizes: Sizes) -> list[Tensor]:
-    """The boxes as a stage corrects them, clipped to their images; no gradient passes."""
+    """Refine boxes by a stage's deltas and clip them to their images, without gradient."""
     refined = stage.box_coder.decode_single(deltas.detach(), torch.cat(boxes)).split([len(b) for b in boxes])
     return [clip_boxes_to_image(b, size) for b, size in zip(refined, sizes, strict=True)]
 
 
 def _refine_samples(stage: RoIHeads, deltas: Tensor, samples: Samples, sizes: Sizes, *, objects: bool) -> list[Tensor]:
-    """Refined training boxes, without degenerate ones and, unless asked for, those that were objects themselves.
+    """Refine training boxes; degenerate ones and, by default, ground-truth boxes among the samples are dropped.
 
-    Where objects join the proposals anew at each stage, refining them would flood later stages with near copies.
+    If each stage adds the ground truth to its proposals, refined ground-truth boxes would only add near duplicates.
     """
     proposals = []
     for image, boxes in enumerate(_refine(stage, deltas, samples.boxes, sizes)):

@@ -1,4 +1,4 @@
-"""Heads of the one-stage detectors: torchvision's, with float32 outputs, and what turns their outputs into boxes.
+"""Heads of the one-stage detectors, torchvision's with float32 outputs, and the decoding of their outputs.
 
 Shape shorthand: ``B`` images, ``N`` anchors of all levels, ``K`` classes.
 """
@@ -22,13 +22,13 @@ from a2fpn.heads.loss_normalizer import GlobalLossNormalizer
 from a2fpn.heads.postprocess import PostprocessConfig, is_large, suppress_each
 
 _GROUPS = 32
-"""Groups of the heads' group norm, where the channels allow it."""
+"""Groups of the heads' group norm, if they divide the channels."""
 
 
 class TopLevels(nn.ModuleDict):
     """Coarser levels by 3x3 convolutions of stride 2 (Lin et al., "Focal Loss", ICCV 2017).
 
-    The first is made from a given map, each other from the one before, behind a ReLU.
+    The first is computed from a given map, each other from the previous level after a ReLU.
 
     Args:
         in_channels: Channels of the given map.
@@ -51,7 +51,7 @@ class TopLevels(nn.ModuleDict):
             in_channels = out_channels
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """The levels by name, from a map ``(B, C, H, W)``."""
+        """Compute the levels, by name, from a map ``(B, C, H, W)``."""
         levels: dict[str, Tensor] = {}
         for name, conv in self.items():
             x = conv(F.relu(x) if levels else x)
@@ -66,7 +66,7 @@ class Float32RetinaNetHead(RetinaNetHead):  # type: ignore[misc]
         in_channels: Channels of the pyramid.
         num_anchors: Anchors per location.
         num_classes: Classes; there is no background class.
-        group_norm: Whether group norm follows the convolutions.
+        group_norm: Whether the convolutions are followed by group norm.
         box_loss: ``"l1"``, ``"smooth_l1"``, ``"giou"``, ``"diou"`` or ``"ciou"``.
     """
 
@@ -92,7 +92,7 @@ class Float32FCOSHead(FCOSHead):  # type: ignore[misc]
     """
 
     def __init__(self, in_channels: int, num_classes: int, *, num_layers: int = 4) -> None:
-        # Not torchvision's constructor: it takes 32 groups whatever the channels.
+        # Skips torchvision's constructor, which hard-codes 32 groups.
         nn.Module.__init__(self)
         norm = _group_norm(in_channels)
         self.box_coder = BoxLinearCoder(normalize_by_size=True)
@@ -107,7 +107,7 @@ class Float32FCOSHead(FCOSHead):  # type: ignore[misc]
 
 def _group_norm(channels: int) -> Callable[..., nn.Module]:
     groups = math.gcd(_GROUPS, channels)
-    # A group of one channel has no variance on a map of one pixel.
+    # With one channel per group, the variance on a single-pixel map would be zero.
     return functools.partial(nn.GroupNorm, max(1, groups // 2) if groups == channels else groups)
 
 
@@ -121,7 +121,7 @@ class LevelOutputs(NamedTuple):
     Args:
         scores: ``(B, n, K)`` in [0, 1].
         deltas: ``(B, n, 4)``.
-        anchors: Function that gives the anchors ``(N, 4)`` xyxy of indices ``(N,)``.
+        anchors: Function from indices ``(N,)`` to anchors ``(N, 4)`` xyxy.
     """
 
     scores: Tensor
@@ -137,16 +137,17 @@ def dense_detections(
     rule: PostprocessConfig,
     candidates_per_level: int,
 ) -> dict[str, Tensor]:
-    """Detections of a batch from a one-stage head, image by image, best first.
+    """Detections of a batch from a one-stage head, grouped by image, by descending score.
 
-    torchvision's rule, but that what lies beyond the image (on padding) is dropped, not clipped to a line.
+    Post-processing as in torchvision, except that boxes outside the image (on padding) are dropped instead of clipped
+    to zero area.
 
     Args:
         levels: The head's outputs.
         decode: ``(deltas, anchors) -> boxes``, all ``(N, 4)``.
-        sizes: Height and width of the images without padding, pixels; boxes are clipped to it.
-        rule: What makes a detection of a candidate.
-        candidates_per_level: Most candidates of a level and image.
+        sizes: Height and width of the images without padding, pixels; boxes are clipped to them.
+        rule: The post-processing.
+        candidates_per_level: Maximum number of candidates per level and image.
 
     Returns:
         ``boxes`` (N, 4) xyxy, ``scores`` (N,), ``labels`` (N,) from 0 and ``images`` (N,).

@@ -1,7 +1,7 @@
 """Hybrid Task Cascade: Chen et al., CVPR 2019.
 
-Boxes and masks are interleaved, mask features flow from stage to stage, and a semantic branch may add context to what
-the box and mask heads see. Layers are those of mmdetection's HTC.
+Box and mask branches are interleaved, mask features flow from stage to stage, and an optional semantic branch adds
+context to the features of the box and mask heads. Layers are those of mmdetection's HTC.
 
 Shape shorthand: ``B`` images, ``R`` RoIs of the batch, ``C`` pyramid channels, ``S`` side of a pooled RoI.
 """
@@ -25,7 +25,7 @@ from a2fpn.masks import InstanceMasks, nearest_pixels
 from a2fpn.pyramid import Features, level_size
 
 SEMANTIC = "semantic"
-"""Under this name the semantic embedding travels with the pyramid."""
+"""Key of the semantic embedding among the pyramid's maps."""
 IGNORE = 255
 """Label of pixels that the semantic loss ignores."""
 
@@ -36,7 +36,7 @@ class SemanticBranch(nn.Module):
     Args:
         channels: Channels ``C`` of the pyramid, and of the embedding.
         levels: Names of the levels of the pyramid.
-        level: Index of the level whose size the branch works at.
+        level: Index of the level at whose size the branch runs.
         width: Channels inside the branch.
         layers: Number of 3x3 convolutions.
         classes: Number of classes of the map.
@@ -66,14 +66,14 @@ class SemanticBranch(nn.Module):
 
 
 class SemanticRoIPool(nn.Module):
-    """RoI features of the pyramid plus those of the semantic embedding.
+    """RoI pooling of the pyramid plus the semantic embedding.
 
-    The embedding is always pooled at mask resolution and averaged down, as in mmdetection.
+    The embedding is always pooled at mask resolution and then average-pooled, as in mmdetection.
 
     Args:
         pyramid: Pooling of the pyramid.
         stride: Stride of the embedding.
-        size: Side at which the embedding is pooled.
+        size: Side of the pooled embedding.
     """
 
     def __init__(self, pyramid: StrideRoIAlign, *, stride: int, size: int) -> None:
@@ -97,13 +97,13 @@ class HTCRoIHeads(CascadeRoIHeads):
 
     Args:
         stages: As in :class:`~a2fpn.heads.cascade.CascadeRoIHeads`, all with mask heads.
-        rules: How they work together.
+        rules: Choices in which implementations differ.
         pooled_channels: Channels of pooled RoI features.
-        mask_channels: Channels that the mask heads give.
+        mask_channels: Output channels of the mask heads.
         semantic: The semantic branch, or None.
         semantic_stride: Input pixels per pixel of its map.
-        semantic_loss_weight: Factor of its loss.
-        things: Whether its target is made of the instance masks (class 0 is background); otherwise it is the target's
+        semantic_loss_weight: Weight of its loss.
+        things: Whether its target is built from the instance masks (class 0 is background) instead of the target's
             ``semantic`` map.
     """
 
@@ -155,7 +155,7 @@ class HTCRoIHeads(CascadeRoIHeads):
         return super().objects(features, rois, sizes, rule)
 
     def mask_features(self, index: int, x: Tensor, previous: Tensor | None) -> Tensor:
-        """Add what flows in from the stage before; see :meth:`CascadeRoIHeads.mask_features`."""
+        """Add the mask features of the previous stage; see :meth:`CascadeRoIHeads.mask_features`."""
         if previous is not None:
             x = x + self.mask_flow[index - 1](previous)
         return super().mask_features(index, x, None)
@@ -168,7 +168,7 @@ class HTCRoIHeads(CascadeRoIHeads):
         return y
 
     def _semantic_loss(self, logits: Tensor, targets: Targets, image_sizes: Sizes) -> Tensor:
-        """Mean cross entropy over the labeled pixels; zero where there are none."""
+        """Mean cross-entropy over the labeled pixels; zero if there are none."""
         wanted = torch.full((len(logits), *logits.shape[2:]), IGNORE, dtype=torch.long, device=logits.device)
         for canvas, target, size in zip(wanted, targets, image_sizes, strict=True):
             height, width = level_size(size, self.semantic_stride)
@@ -190,14 +190,14 @@ class HTCRoIHeads(CascadeRoIHeads):
 
 
 def things_map(masks: InstanceMasks, labels: Tensor) -> Tensor:
-    """A semantic map made of instance masks; where instances overlap, the smaller one is on top.
+    """Build a semantic map from instance masks; where instances overlap, the smaller one is on top.
 
     Args:
         masks: N masks.
         labels: ``(N,)`` from 1.
 
     Returns:
-        ``(H, W)`` with the label of the instance at each pixel, 0 where there is none.
+        ``(H, W)`` with the label of the instance at each pixel, 0 for background.
 
     Example:
         >>> masks = InstanceMasks.from_dense(torch.tensor([[[0, 1, 1]], [[1, 1, 1]]]))
@@ -213,10 +213,10 @@ def things_map(masks: InstanceMasks, labels: Tensor) -> Tensor:
 
 
 def ignore_boxes(semantic: Tensor, boxes: Tensor) -> None:
-    """Mark the background inside boxes of objects without a mask: which of it is object is not known.
+    """Set background inside the boxes of objects without a mask to ignored, since its true label is unknown.
 
     Args:
-        semantic: ``(H, W)`` of labels; changed in place.
+        semantic: ``(H, W)`` labels; modified in place.
         boxes: ``(N, 4)`` xyxy in its pixels.
     """
     for left, top, right, bottom in torch.cat([boxes[:, :2].floor(), boxes[:, 2:].ceil()], 1).long().tolist():

@@ -11,7 +11,7 @@ from torchvision.models.detection.roi_heads import keypointrcnn_inference
 
 
 class Float32KeypointPredictor(KeypointRCNNPredictor):  # type: ignore[misc]
-    """Keypoint predictor with float32 outputs under autocast: keypoints are positions of heatmap maxima."""
+    """Keypoint predictor with float32 outputs under autocast, since keypoints are the maxima of its heatmaps."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Heatmaps ``(R, K, S, S)`` from features ``(R, C, S / 4, S / 4)``, float32."""
@@ -20,14 +20,14 @@ class Float32KeypointPredictor(KeypointRCNNPredictor):  # type: ignore[misc]
 
 
 def find_keypoints(heatmaps: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """Keypoints from heatmaps inside boxes: the maximum of each, resized to its box.
+    """Decode keypoints as the maxima of heatmaps resized to their boxes.
 
     Args:
         heatmaps: ``(R, K, S, S)`` logits.
         boxes: ``(R, 4)`` xyxy, pixels of the network's input.
 
     Returns:
-        ``(R, K, 3)``: x, y and 1, and the heights of the maxima, ``(R, K)``.
+        ``(R, K, 3)``: x, y and 1, and the values of the maxima, ``(R, K)``.
     """
     (points,), (heights,) = keypointrcnn_inference(heatmaps, [boxes])
     return points, heights

@@ -9,10 +9,10 @@ from torch import Tensor, distributed, nn
 class GlobalLossNormalizer(nn.Module):
     """Normalizes a loss by the number of terms on all ranks instead of on this one.
 
-    Data-parallel training averages gradients over ranks. Where ranks divide their losses by different numbers (of
+    Data-parallel training averages gradients over ranks. If ranks divide their losses by different counts (of
     positives, of proposals), the average of their means is not the mean over the whole batch. With ``enabled`` all
-    divide by the average number (mmdetection's ``reduce_mean(avg_factor)``); every rank then has to compute the same
-    losses at the same time.
+    divide by the average count (mmdetection's ``reduce_mean(avg_factor)``); every rank then has to compute the same
+    losses in step.
 
     Attributes:
         enabled: False by default: losses equal torchvision's.

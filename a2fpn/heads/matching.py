@@ -1,9 +1,9 @@
 """Target assignment for anchors, proposals and FCOS locations, chunked to bound memory.
 
 The rules are torchvision's: IoU with low-quality matches (Ren et al., "Faster R-CNN", NeurIPS 2015) and center
-sampling (Tian et al., "FCOS", TPAMI 2020). torchvision compares every object with every anchor at once; 2,000 objects
-and 250,000 anchors then take 10 GB. Above :data:`PAIRS_AT_ONCE` the same comparisons run over one chunk of anchors
-after the other, with the same results.
+sampling (Tian et al., "FCOS", TPAMI 2020). torchvision builds the IoU matrix of all objects and anchors at once, which
+takes 10 GB for 2,000 objects and 250,000 anchors. Above :data:`PAIRS_AT_ONCE` the matrix is computed in chunks of
+anchors, with the same results.
 
 Shape shorthand: ``G`` objects and ``N`` anchors, proposals or locations of an image.
 """
@@ -19,7 +19,7 @@ from torchvision.models.detection._utils import Matcher
 from torchvision.ops import box_iou
 
 PAIRS_AT_ONCE = 2**23
-"""Pairs of an object and an anchor that are compared at once; each takes about 32 bytes."""
+"""Maximum number of object-anchor pairs per chunk; each takes about 32 bytes."""
 
 BACKGROUND = -1
 """Match index of a negative."""
@@ -29,7 +29,7 @@ IGNORED = -2
 
 
 class BoxPairs(NamedTuple):
-    """Boxes to be matched, in the place of the matrix of their IoUs.
+    """Boxes to match, passed in place of their IoU matrix.
 
     Args:
         objects: ``(G, 4)`` xyxy.
@@ -43,9 +43,9 @@ class BoxPairs(NamedTuple):
 class ChunkedMatcher(Matcher):  # type: ignore[misc]
     """torchvision's ``Matcher``, called with :class:`BoxPairs` instead of a matrix.
 
-    An anchor gets the object of the highest IoU if that reaches ``high_threshold``, is background below
-    ``low_threshold``, and is ignored between. With ``allow_low_quality_matches``, every anchor that no other surpasses
-    in IoU with some object gets its own best object all the same.
+    An anchor is matched to the object of the highest IoU if that reaches ``high_threshold``, is background below
+    ``low_threshold``, and is ignored in between. With ``allow_low_quality_matches``, an anchor with the highest IoU of
+    all anchors for some object is always matched to its own best object.
 
     Example:
         >>> objects = torch.tensor([[0.0, 0.0, 10.0, 10.0]])
@@ -58,10 +58,10 @@ class ChunkedMatcher(Matcher):  # type: ignore[misc]
         """Match boxes.
 
         Args:
-            pairs: What is matched; no object makes everything background.
+            pairs: The boxes; without objects all are background.
 
         Returns:
-            Per box the index of its object, :data:`BACKGROUND` or :data:`IGNORED`, ``(N,)`` int64.
+            Index of the matched object of each box, :data:`BACKGROUND` or :data:`IGNORED`, ``(N,)`` int64.
         """
         objects, boxes = pairs
         if not len(objects) or not len(boxes):
@@ -71,7 +71,7 @@ class ChunkedMatcher(Matcher):  # type: ignore[misc]
             value, candidates = iou.max(0)
             unsurpassed = (iou == iou.amax(1)[:, None]).any(0) if self.allow_low_quality_matches else None
             return self._decide(value, candidates, unsurpassed)
-        # Filled in place: small results kept between large ones would pin the allocator's memory.
+        # Preallocated: small tensors allocated between large ones would fragment the allocator's memory.
         highest, value = objects.new_zeros(len(objects)), boxes.new_empty(len(boxes))
         candidates = torch.empty(len(boxes), dtype=torch.int64, device=boxes.device)
         for rows, iou in _iou_chunks(pairs):
@@ -80,20 +80,20 @@ class ChunkedMatcher(Matcher):  # type: ignore[misc]
         if not self.allow_low_quality_matches:
             return self._decide(value, candidates, None)
         unsurpassed = torch.empty(len(boxes), dtype=torch.bool, device=boxes.device)
-        # A second round of comparisons costs time; keeping the first one's would cost the memory.
+        # IoUs are computed twice, since keeping them would take the memory that chunks save.
         for rows, iou in _iou_chunks(pairs):
             unsurpassed[rows] = (iou == highest[:, None]).any(0)
         return self._decide(value, candidates, unsurpassed)
 
     def _decide(self, value: Tensor, candidates: Tensor, unsurpassed: Tensor | None) -> Tensor:
-        """The matches by the IoU of each box with its best object; nothing here waits for a device."""
+        """Assign matches by the IoU of each box with its best object, without synchronizing with a device."""
         below = torch.where(value < self.low_threshold, BACKGROUND, IGNORED)
         good = value >= self.high_threshold
         return torch.where(good if unsurpassed is None else good | unsurpassed, candidates, below)
 
 
 def _iou_chunks(pairs: BoxPairs) -> Iterator[tuple[slice, Tensor]]:
-    """Some of the boxes after the other, and their IoU with all objects, ``(G, n)``."""
+    """Yield chunks of the boxes and their IoU with all objects, ``(G, n)``."""
     step = max(1, PAIRS_AT_ONCE // len(pairs.objects))
     for start in range(0, len(pairs.boxes), step):
         rows = slice(start, start + step)
@@ -101,21 +101,21 @@ def _iou_chunks(pairs: BoxPairs) -> Iterator[tuple[slice, Tensor]]:
 
 
 def match_locations(objects: Tensor, anchors: Tensor, *, per_level: Sequence[int], radius: float) -> Tensor:
-    """Objects for the locations of FCOS.
+    """Match FCOS locations to objects.
 
-    A location belongs to an object if it lies inside its box, at most ``radius`` strides from its center, and the
+    A location is matched to an object if it is inside its box, at most ``radius`` strides from its center, and the
     farthest side of the box is between 4 and 8 strides away; below 8 on the finest, above 4 on the coarsest level. Of
-    several objects it takes the smallest. (torchvision compares ``1e8 - area`` in float32, to which areas that differ
-    by less than 8 square pixels may be equal.)
+    several objects the smallest wins. (torchvision compares ``1e8 - area`` in float32, which can't tell areas apart
+    that differ by less than 8 square pixels.)
 
     Args:
         objects: Boxes ``(G, 4)`` xyxy.
         anchors: Squares ``(N, 4)`` xyxy around the locations, as large as the stride, level by level.
         per_level: Number of locations on each level.
-        radius: In strides.
+        radius: Radius of center sampling, in strides.
 
     Returns:
-        Per location the index of its object or :data:`BACKGROUND`, ``(N,)`` int64.
+        Index of the matched object of each location or :data:`BACKGROUND`, ``(N,)`` int64.
 
     Example:
         >>> anchors = torch.tensor([[4.0, 4.0, 12.0, 12.0], [28.0, 4.0, 36.0, 12.0]])
@@ -129,7 +129,7 @@ def match_locations(objects: Tensor, anchors: Tensor, *, per_level: Sequence[int
     nearest[: per_level[0]] = 0
     farthest[len(anchors) - per_level[-1] :] = torch.inf
     rows = torch.stack([*((anchors[:, :2] + anchors[:, 2:]) / 2).unbind(1), stride, nearest, farthest], 1)
-    # Twice as many numbers per pair as an IoU takes.
+    # A pair takes twice as much memory as for the IoU.
     chunks = torch.split(rows, max(1, PAIRS_AT_ONCE // 2 // len(objects)))
     return torch.cat([_match_locations(objects, chunk, radius) for chunk in chunks])
 

@@ -1,7 +1,7 @@
 """Non-maximum suppression of many groups of boxes at once, in Triton.
 
-torchvision's CUDA kernel takes one group, decides its boxes one after the other on a single processor, and lets the
-host wait for their number. Here every group has a processor of its own, and the host waits for nothing.
+torchvision's CUDA kernel takes one group, processes its boxes sequentially on a single multiprocessor, and synchronizes
+with the host for their number. Here every group has its own multiprocessor, and nothing synchronizes.
 
 Shape shorthand: ``G`` groups, ``n`` boxes of a group, ``W = ceil(n / 32)`` words of 32 bits.
 """
@@ -14,18 +14,18 @@ import triton.language as tl
 from torch import Tensor
 
 _ROWS = 64
-"""Boxes of a program that compares them with 32 others."""
+"""Boxes of a program, which are compared with 32 others."""
 
 
 def nms_of_groups(boxes: Tensor, threshold: float) -> Tensor:
-    """Suppress boxes that overlap a better one of their group that is kept itself.
+    """Run non-maximum suppression within each group.
 
     Args:
-        boxes: ``(G, n, 4)`` float32 xyxy on a CUDA device, best first; empty ones suppress nothing.
+        boxes: ``(G, n, 4)`` float32 xyxy on a CUDA device, by descending score; empty ones suppress nothing.
         threshold: IoU above which a box is suppressed.
 
     Returns:
-        ``(G, n)`` bool, True where a box is kept; the same as :func:`torchvision.ops.nms` keeps of each group.
+        ``(G, n)`` bool, True for kept boxes; the same as :func:`torchvision.ops.nms` for each group.
     """
     groups, n, _ = boxes.shape
     words = triton.cdiv(n, 32)
@@ -42,7 +42,7 @@ def nms_of_groups(boxes: Tensor, threshold: float) -> Tensor:
 def _overlaps(
     boxes: tl.tensor, overlaps: tl.tensor, n: tl.tensor, words: tl.tensor, threshold: tl.tensor, rows: tl.constexpr
 ) -> None:
-    """Bits of a word: whether a row's box overlaps each of 32 later boxes of its group too much."""
+    """Compute one word per box: a bit for each of 32 later boxes of its group whose IoU is above the threshold."""
     row, word, group = tl.program_id(0) * rows + tl.arange(0, rows), tl.program_id(1), tl.program_id(2)
     column = word * 32 + tl.arange(0, 32)
     first = boxes + group.to(tl.int64) * n * 4
@@ -54,7 +54,7 @@ def _overlaps(
     height = tl.minimum(y2[:, None], v2[None]) - tl.maximum(y1[:, None], v1[None])
     shared = tl.maximum(width, 0.0) * tl.maximum(height, 0.0)
     union = ((x2 - x1) * (y2 - y1))[:, None] + ((u2 - u1) * (v2 - v1))[None] - shared
-    # Rounded as torchvision rounds it; two empty boxes are no number, which is not above.
+    # Rounded as in torchvision; the IoU of two empty boxes is NaN, which compares as not above.
     over = (tl.div_rn(shared, union) > threshold) & (column[None] > row[:, None])
     bits = tl.sum(tl.where(over, 1 << tl.arange(0, 32)[None], 0), 1)
     tl.store(overlaps + (group.to(tl.int64) * n + row) * words + word, bits, row < n)
@@ -62,7 +62,7 @@ def _overlaps(
 
 @triton.jit(do_not_specialize=("n", "words"))
 def _decide(overlaps: tl.tensor, kept: tl.tensor, n: tl.tensor, words: tl.tensor, block: tl.constexpr) -> None:
-    """Go through the boxes of a group, best first."""
+    """Process the boxes of a group sequentially, by descending score."""
     group = tl.program_id(0).to(tl.int64)
     word = tl.arange(0, block)
     suppressed = tl.zeros((block,), tl.int32)

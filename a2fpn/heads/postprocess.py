@@ -1,4 +1,4 @@
-"""Candidates to detections of an image: score threshold, NMS and soft-NMS.
+"""Post-processing of candidates to detections: score threshold, NMS and soft-NMS.
 
 Shape shorthand: ``N`` candidates of an image.
 """
@@ -27,17 +27,17 @@ class PostprocessConfig:
     """Score threshold, NMS and maximum number of detections.
 
     Args:
-        score_threshold: Candidates that do not score more are dropped, between 0 and 1.
-        nms_threshold: IoU above which a better candidate of the same class removes one, between 0 and 1. With linear
-            soft-NMS, the IoU from which it lowers its score; gaussian soft-NMS doesn't read it.
-        detections_per_image: Most detections of an image, at least 1.
-        soft_nms: Lowers the scores of candidates that overlap instead of removing them; None removes.
-        soft_nms_sigma: Width of the gaussian, above 0.
-        candidates: Most candidates on the way to detections, at least 1: proposals of a level and of an image, boxes of
-            a level of a one-stage head. The model's own limits stay where they are higher; None leaves them.
+        score_threshold: Candidates with a score not above it are dropped, between 0 and 1.
+        nms_threshold: IoU above which a candidate is suppressed by a better one of its class, between 0 and 1. With
+            linear soft-NMS, the IoU from which its score is lowered; gaussian soft-NMS ignores it.
+        detections_per_image: Maximum number of detections per image, at least 1.
+        soft_nms: Kind of soft-NMS, which lowers the scores of overlapping candidates; None for plain NMS.
+        soft_nms_sigma: Sigma of the gaussian, above 0.
+        candidates: Maximum number of candidates before NMS, at least 1: proposals per level and per image, boxes per
+            level of a one-stage head. The model's own limits apply if they are higher; None keeps them.
 
     Raises:
-        ValueError: For a value out of its range.
+        ValueError: For a value out of range.
 
     Example:
         >>> PostprocessConfig(soft_nms="gauss")
@@ -55,7 +55,7 @@ class PostprocessConfig:
 
     def __post_init__(self) -> None:
         for name in ("score_threshold", "nms_threshold"):
-            # Written so that NaN is bad as well.
+            # The negation also rejects NaN.
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} must be between 0 and 1, got {getattr(self, name)}.")
         if self.detections_per_image < 1:
@@ -69,16 +69,16 @@ class PostprocessConfig:
 
 
 def suppress(boxes: Tensor, scores: Tensor, labels: Tensor, rule: PostprocessConfig) -> tuple[Tensor, Tensor]:
-    """The detections among the candidates of an image that score more than the threshold, class by class.
+    """Apply NMS or soft-NMS per class to the candidates of an image.
 
     Args:
         boxes: ``(N, 4)`` xyxy.
         scores: ``(N,)`` above the rule's threshold.
         labels: ``(N,)``.
-        rule: What makes a detection.
+        rule: The post-processing.
 
     Returns:
-        Their rows, and their scores in descending order, which soft-NMS has lowered.
+        Rows of the detections, and their scores in descending order, lowered by soft-NMS.
     """
     if rule.soft_nms is None:
         kept = batched_nms(boxes, scores, labels, rule.nms_threshold)[: rule.detections_per_image]
@@ -108,21 +108,21 @@ def soft_nms(
 ) -> tuple[Tensor, Tensor]:
     r"""Soft-NMS per class (Bodla et al., "Soft-NMS: Improving Object Detection With One Line of Code", ICCV 2017).
 
-    The best box is taken, the scores of the others of its class fall with their IoU, and so on. ``"linear"`` (Eq. 2)
-    multiplies by :math:`1 - IoU` from the threshold on, ``"gaussian"`` (Eq. 3) by :math:`e^{-IoU^2 / \sigma}`.
+    Repeatedly selects the best box and lowers the scores of the others of its class by their IoU with it. ``"linear"``
+    (Eq. 2) multiplies by :math:`1 - IoU` from the threshold on, ``"gaussian"`` (Eq. 3) by :math:`e^{-IoU^2 / \sigma}`.
 
     Args:
         boxes: ``(N, 4)`` xyxy.
         scores: ``(N,)``, 0 or more.
         labels: ``(N,)``.
-        kind: How scores fall.
-        iou_threshold: IoU from which they do, for ``"linear"``.
-        sigma: Width of the gaussian.
+        kind: Decay function of the scores.
+        iou_threshold: IoU from which scores decay, for ``"linear"``.
+        sigma: Sigma of the gaussian.
         score_threshold: Boxes whose score does not stay above it are dropped.
-        limit: Most boxes taken; None takes all.
+        limit: Maximum number of boxes; None for all.
 
     Returns:
-        Rows of the boxes taken, and their new scores, descending.
+        Rows of the selected boxes, and their new scores, descending.
 
     Example:
         >>> boxes = torch.tensor([[0.0, 0.0, 4.0, 4.0], [0.0, 0.0, 4.0, 3.0], [9.0, 9.0, 10.0, 10.0]])
@@ -130,7 +130,7 @@ def soft_nms(
         (tensor([0, 2, 1]), tensor([0.8000, 0.3000, 0.1000]))
     """
     device = boxes.device
-    # One small step after the other: a GPU would only wait.
+    # Many small sequential steps, which are slower on a GPU.
     boxes, remaining, labels = boxes.detach().float().cpu(), scores.detach().float().cpu().clone(), labels.cpu()
     kept: list[int] = []
     lowered: list[float] = []
@@ -151,12 +151,12 @@ def soft_nms(
 def suppress_each(
     found: dict[str, Tensor], rule: PostprocessConfig, *, classes: int, count: int, sizes: Sizes
 ) -> dict[str, Tensor]:
-    """The detections among the candidates of a batch, image by image, best first.
+    """Apply NMS or soft-NMS to the candidates of a batch; detections are grouped by image, by descending score.
 
     Args:
         found: ``boxes`` (N, 4) xyxy, ``scores`` (N,) above the rule's threshold, ``labels`` (N,) in
-            ``0..classes - 1`` and ``images`` (N,), the index of the image of each.
-        rule: What makes a detection.
+            ``0..classes - 1`` and ``images`` (N,), the image index of each.
+        rule: The post-processing.
         classes: Number of classes.
         count: Number of images.
         sizes: Height and width of the images.
@@ -177,21 +177,21 @@ def suppress_each(
 
 
 def is_large(boxes: Tensor) -> Tensor:
-    """Tell which of the boxes ``(N, 4)`` have sides that count, ``(N,)`` bool; others lie beyond the image."""
+    """Return a mask ``(N,)`` of boxes ``(N, 4)`` that are not degenerate; others lie outside the image."""
     return ((boxes[:, 2:] - boxes[:, :2]) >= _SMALLEST).all(1)
 
 
 def box_detections(
     boxes: Tensor, scores: Tensor, images: Tensor, sizes: Sizes, rule: PostprocessConfig, *, count: int
 ) -> dict[str, Tensor]:
-    """Detections of a batch, image by image, best first; labels are from 1.
+    """Detections of a batch, grouped by image, by descending score; labels start at 1.
 
     Args:
-        boxes: ``(R, K + 1, 4)`` of each RoI and class, the background first.
+        boxes: ``(R, K + 1, 4)`` of each RoI and class, background first.
         scores: ``(R, K + 1)``.
-        images: ``(R,)`` index of the image of each RoI.
+        images: ``(R,)`` image index of each RoI.
         sizes: Height and width of the images.
-        rule: What makes a detection.
+        rule: The post-processing.
         count: Number of images.
 
     Returns:
@@ -200,12 +200,12 @@ def box_detections(
     classes = scores.shape[1] - 1
     flat, every = scores[:, 1:].flatten(), boxes[:, 1:].flatten(0, 1)
     if device.runs_ahead(scores) and not device.is_traced():
-        # One wait for the device instead of two.
+        # One synchronization with the device instead of two.
         clipped = clip(every, images.repeat_interleave(classes), sizes)
         rows = torch.where((flat > rule.score_threshold) & is_large(clipped))[0]
         found = clipped[rows]
     else:
-        # The threshold first of all, since few are left: what comes later is then done for them alone.
+        # The score threshold comes first, since it leaves few boxes for the following steps.
         rows = (flat > rule.score_threshold).nonzero()[:, 0]
         found = clip(every[rows], images[rows // classes], sizes)
         large = is_large(found).nonzero()[:, 0]

@@ -1,7 +1,7 @@
-"""Predictors with float32 outputs, torchvision's above all: decoded in bf16, boxes are off by pixels.
+"""Predictors with float32 outputs, since boxes decoded in bf16 are off by pixels.
 
-They start as detectron2's: small normal weights without bias, so that the first losses are those of an uninformed guess
-(0.69 for masks). torchvision's mask logits start with a standard deviation near 1 and a loss above 10.
+Initialization follows detectron2: small normal weights and zero biases, so that the first losses are those of an
+uninformed guess (0.69 for masks). torchvision's mask logits start with a standard deviation near 1 and a loss above 10.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Float32BoxPredictor(FastRCNNPredictor):  # type: ignore[misc]
     Args:
         in_channels: Channels of the input.
         num_classes: Classes, background included.
-        class_agnostic: Whether there is one set of deltas for all classes.
+        class_agnostic: Whether all classes share one set of deltas.
     """
 
     def __init__(self, in_channels: int, num_classes: int, *, class_agnostic: bool = False) -> None:
@@ -59,7 +59,7 @@ class Float32MaskPredictor(MaskRCNNPredictor):  # type: ignore[misc]
 
 
 class CARAFEMaskPredictor(nn.Module):
-    """Mask predictor that doubles maps by content-aware upsampling; no activation follows it.
+    """Mask predictor that upsamples by CARAFE, without a subsequent activation.
 
     Source: Wang et al., "CARAFE", ICCV 2019, and mmdetection's mask head with ``upsample_cfg=dict(type="carafe")``.
 
@@ -75,7 +75,7 @@ class CARAFEMaskPredictor(nn.Module):
         _start(self.mask_fcn_logits, std=0.001)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Mask logits ``(R, K + 1, 2 M, 2 M)`` of maps ``(R, C, M, M)``, float32."""
+        """Mask logits ``(R, K + 1, 2 M, 2 M)`` from maps ``(R, C, M, M)``, float32."""
         doubled = self.upsample.upsample(x, (2 * x.shape[-2], 2 * x.shape[-1]))
         logits: Tensor = self.mask_fcn_logits(doubled).float()
         return logits

@@ -1,8 +1,8 @@
-"""torchvision's region proposals, with matching in little memory and losses that can be shared among processes.
+"""torchvision's region proposal network, with memory-bounded matching and losses normalized over processes.
 
-In evaluation boxes are decoded after the best of each level are chosen. On a GPU the images of a batch are treated
-together, in shapes that no value decides: a detector's step is as long as the host takes to start its kernels, and
-every question the host asks the device stops both.
+In evaluation boxes are decoded after the top-k of each level are selected. On a GPU the images of a batch are processed
+together, with shapes that do not depend on values: the time of a detector's step is that of launching its kernels, and
+every read from the device stalls both.
 
 Shape shorthand: ``B`` images, ``A`` anchors of an image, ``n`` candidates of an image.
 """
@@ -31,16 +31,16 @@ from a2fpn.heads.sampling import draw
 from a2fpn.pyramid import Features
 
 LIKELY = 0.01
-"""Objectness of proposals that are worth a look where a limit is raised.
+"""Minimum objectness of the additional proposals when a limit is raised.
 
-On nine images of nuclei side by side 0.01 and 0.05 find the same 117 of 118 objects, in 11.3 and 9.1 s. The lower one
-is for objects that are less like those of the training.
+On nine tiled images of nuclei 0.01 and 0.05 find the same 117 of 118 objects, in 11.3 and 9.1 s. The lower value is for
+objects that are less similar to the training data.
 """
-_BETA = 1 / 9  # where torchvision's box loss turns from L2 to L1
+_BETA = 1 / 9  # beta of torchvision's smooth L1 box loss
 
 
 class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
-    """torchvision's ``RegionProposalNetwork``; it takes the same arguments and gives the same."""
+    """Drop-in replacement of torchvision's ``RegionProposalNetwork`` with the same arguments and results."""
 
     proposal_matcher: ChunkedMatcher
 
@@ -59,15 +59,15 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
     def forward(
         self, images: ImageList, features: Features, targets: list[dict[str, Any]] | None = None
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """Proposals and, in training mode, losses.
+        """Compute proposals and, in training mode, losses.
 
         Args:
-            images: The batch, of which the sizes count.
+            images: The batch, of which only the sizes are used.
             features: The pyramid.
             targets: Per image ``boxes`` (G, 4) xyxy.
 
         Returns:
-            Per image boxes ``(P, 4)`` xyxy, best first; the losses, none in evaluation.
+            Per image boxes ``(P, 4)`` xyxy, by descending score; the losses, empty in evaluation.
         """
         if device.runs_ahead(images.tensors):
             return self.forward_at_once(images, features, targets)
@@ -79,13 +79,13 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
         return [own["boxes"] for own in split_images(table, len(images.image_sizes))], {}
 
     def rois(self, images: ImageList, features: Features, *, candidates: int | None = None) -> Tensor:
-        """Proposals of all images in evaluation, ``(R, 5)``: index of the image and box, image by image, best first.
+        """Proposals of all images in evaluation, ``(R, 5)``: image index and box, by image and descending score.
 
         Args:
             images: The batch; its sizes may be one pair for all images.
             features: The pyramid.
-            candidates: Raises the limits of a level and of an image to this. Beyond the own ones are only proposals of
-                an objectness of :data:`LIKELY`, so that their number grows with the objects and not with the limit.
+            candidates: Raises the limits per level and per image to this. Additional proposals must have an objectness
+                of at least :data:`LIKELY`, so that their number grows with the objects, not with the limit.
         """
         if candidates is None and device.runs_ahead(images.tensors) and not device.is_traced():
             return join_rois(self.forward_at_once(images, features)[0])
@@ -136,7 +136,7 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
     def forward_at_once(
         self, images: ImageList, features: Features, targets: list[dict[str, Any]] | None = None
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """:meth:`forward` for all images together."""
+        """Run :meth:`forward` for all images in one batch."""
         maps = list(features.values())
         by_level: tuple[list[Tensor], list[Tensor]] = self.head(maps)
         anchors = self.anchor_generator(images, maps)[0]  # the same for every image
@@ -167,7 +167,7 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
         chosen = deltas.gather(1, index[..., None].expand(-1, -1, 4))
         boxes = self.box_coder.decode_single(chosen.flatten(0, 1), anchors[index.flatten()]).view(*index.shape, 4)
         boxes = torch.stack([_clip(image, size) for image, size in zip(boxes, sizes, strict=True)])
-        # Small and unlikely ones stay, as empty boxes that suppress nothing and come last.
+        # Small and unlikely boxes are kept as empty boxes, which suppress nothing and sort last.
         sides = boxes[..., 2:] - boxes[..., :2]
         valid = (sides >= self.min_size).all(2) & (scores >= self.score_thresh)
         boxes, scores = boxes * valid[..., None], torch.where(valid, scores, -1.0)
@@ -183,7 +183,7 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
         return [b[k[:number]] for b, k, number in zip(boxes, rows, found, strict=True)]
 
     def _suppress(self, boxes: Tensor, widths: Sequence[int]) -> Tensor:
-        """Non-maximum suppression of boxes ``(B, n, 4)`` within each image and level; ``(B, n)``, True where kept."""
+        """Non-maximum suppression of boxes ``(B, n, 4)`` within each image and level; ``(B, n)``, True if kept."""
         from a2fpn.heads.nms_triton import nms_of_groups
 
         most = max(widths)
@@ -204,7 +204,7 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
             for boxes, match in zip(objects, matches.gather(1, positive), strict=True)
         ]
         wanted = self.box_coder.encode_single(torch.cat(own), anchors[positive.flatten()]).view(*positive.shape, 4)
-        # What stands where nothing was drawn is no box, and its logarithms no numbers.
+        # Unused slots hold arbitrary values, whose regression targets may be NaN.
         wanted = torch.where(is_positive[..., None], wanted, 0)
         got = deltas.gather(1, positive[..., None].expand(-1, -1, 4))
         sampled = is_positive.sum() + drawn.is_negative.sum()
@@ -224,7 +224,7 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
     def compute_loss(
         self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor], regression_targets: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """As torchvision's, per sampled anchor.
+        """Compute torchvision's losses, normalized by the number of sampled anchors.
 
         Args:
             objectness: ``(B * A, 1)`` logits of all anchors.
@@ -236,13 +236,13 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
         if not self.normalizer.enabled:
             return losses[0], losses[1]
         sampler, sampled = self.fg_bg_sampler, 0
-        for label in labels:  # how many the sampler takes; which ones is its secret
+        for label in labels:  # the sampler's counts; its choice is not exposed
             positives = min(int((label >= 1).sum()), int(sampler.batch_size_per_image * sampler.positive_fraction))
             sampled += positives + min(int((label == 0).sum()), sampler.batch_size_per_image - positives)
         return self.normalizer(losses[0], sampled), self.normalizer(losses[1], sampled)
 
 
 def _clip(boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Boxes ``(n, 4)`` inside an image of a height and width."""
+    """Clip boxes ``(n, 4)`` to an image of a height and width."""
     x, y = boxes[:, 0::2].clamp(0, size[1]), boxes[:, 1::2].clamp(0, size[0])
     return torch.stack([x, y], 2).flatten(1)

@@ -27,7 +27,7 @@ from a2fpn.masks.targets import mask_loss
 from a2fpn.pyramid import Features
 
 BOXES_AT_ONCE, MASKS_AT_ONCE = 4096, 1024
-"""RoIs whose pooled features are held at once: 200 MB with 256 channels."""
+"""Maximum number of RoIs whose pooled features are in memory at once: 200 MB with 256 channels."""
 
 
 class Samples(NamedTuple):
@@ -35,8 +35,8 @@ class Samples(NamedTuple):
 
     Args:
         boxes: ``(S, 4)`` xyxy.
-        objects: ``(S,)`` index of the ground-truth object matched to each box.
-        labels: ``(S,)`` its class, 0 for background.
+        objects: ``(S,)`` index of the ground-truth object that each box is matched to.
+        labels: ``(S,)`` class, 0 for background.
         deltas: ``(S, 4)`` regression targets.
     """
 
@@ -46,12 +46,12 @@ class Samples(NamedTuple):
     deltas: list[Tensor]
 
     def positives(self) -> Samples:
-        """The boxes that are matched to an object."""
+        """Select the boxes that are matched to an object."""
         keep = positive_rows(self.labels)
         return self._rows(keep)
 
     def with_masks(self, targets: Sequence[Mapping[str, Any]]) -> Samples:
-        """The boxes, all matched to objects, whose objects have masks; see ``has_mask`` of the targets."""
+        """Select positives whose objects have masks; see ``has_mask`` of the targets."""
         if not any("has_mask" in target for target in targets):
             return self
         every = zip(targets, self.objects, strict=True)
@@ -62,14 +62,14 @@ class Samples(NamedTuple):
 
 
 def positive_rows(labels: Sequence[Tensor]) -> list[Tensor]:
-    """Per image the rows, ascending, of the boxes that are matched to an object.
+    """Rows of the boxes that are matched to an object, per image, ascending.
 
     Args:
         labels: Per image ``(S,)``.
     """
     if not device.runs_ahead(labels[0]):
         return [torch.where(own > 0)[0] for own in labels]
-    # A device is waited for once instead of once per image.
+    # Synchronizes with the device once instead of once per image.
     counts = torch.stack([(own > 0).sum() for own in labels]).tolist()
     order = [(own > 0).to(torch.uint8).argsort(descending=True, stable=True) for own in labels]
     return [rows[:count] for rows, count in zip(order, counts, strict=True)]
@@ -78,13 +78,13 @@ def positive_rows(labels: Sequence[Tensor]) -> list[Tensor]:
 class DetectionRoIHeads(RoIHeads):  # type: ignore[misc]
     """torchvision's ``RoIHeads`` with :class:`ChunkedMatcher` and a :class:`PostprocessConfig` per call.
 
-    The thresholds of calls without one stay where torchvision keeps them.
+    Calls without one use the thresholds in torchvision's attributes.
 
     Args:
-        *args: torchvision's.
-        aligned: Whether mask targets are cut out with RoIAlign's shift by half a pixel, as the features are.
+        *args: torchvision's arguments.
+        aligned: Whether mask targets are cropped with RoIAlign's shift by half a pixel, as the features are.
         mask_boundary_weight: See :func:`~a2fpn.masks.targets.mask_loss`.
-        **kwargs: torchvision's.
+        **kwargs: torchvision's arguments.
     """
 
     box_coder: BoxCoder
@@ -101,13 +101,13 @@ class DetectionRoIHeads(RoIHeads):  # type: ignore[misc]
 
     @property
     def rule(self) -> PostprocessConfig:
-        """Post-processing of calls that come without."""
+        """Default post-processing."""
         return PostprocessConfig(self.score_thresh, self.nms_thresh, self.detections_per_img)
 
     def assign_targets_to_proposals(
         self, proposals: list[Tensor], gt_boxes: list[Tensor], gt_labels: list[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Objects and labels for proposals.
+        """Match proposals to objects.
 
         Args:
             proposals: Per image ``(N, 4)`` xyxy.
@@ -115,8 +115,8 @@ class DetectionRoIHeads(RoIHeads):  # type: ignore[misc]
             gt_labels: Per image ``(G,)`` from 1.
 
         Returns:
-            Per image the index of each proposal's object, 0 where it has none, and its label: 0 is background, -1 is
-            ignored; ``(N,)`` int64 both.
+            Per image the index of each proposal's matched object, 0 if unmatched, and its label: 0 is background, -1
+            is ignored; ``(N,)`` int64 both.
         """
         indices, labels = [], []
         for boxes, objects, classes in zip(proposals, gt_boxes, gt_labels, strict=True):
@@ -129,10 +129,10 @@ class DetectionRoIHeads(RoIHeads):  # type: ignore[misc]
         return indices, labels
 
     def subsample(self, labels: list[Tensor]) -> list[Tensor]:
-        """Rows of the proposals that are learned from.
+        """Sample proposals for the losses and return their rows.
 
         Args:
-            labels: Per image ``(N,)``: from 1 on an object's class, 0 background, -1 ignored.
+            labels: Per image ``(N,)``: 1 and up is the object's class, 0 background, -1 ignored.
         """
         if not device.runs_ahead(labels[0]):
             rows: list[Tensor] = super().subsample(labels)
@@ -149,14 +149,14 @@ class DetectionRoIHeads(RoIHeads):  # type: ignore[misc]
         *,
         rule: PostprocessConfig | None = None,
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
-        """As torchvision's; ``masks`` of a target are :class:`~a2fpn.masks.InstanceMasks`, the losses are the same.
+        """Detect objects or compute losses as in torchvision; ``masks`` are :class:`~a2fpn.masks.InstanceMasks`.
 
         Args:
             features: The pyramid.
             proposals: Per image ``(P, 4)`` xyxy.
             image_shapes: Per image height and width without padding.
-            targets: In training mode per image ``boxes``, ``labels`` from 1 and what the mask or keypoint head needs.
-            rule: Post-processing of this call; None takes torchvision's attributes.
+            targets: In training mode per image ``boxes``, ``labels`` from 1 and targets of the mask or keypoint head.
+            rule: Post-processing of this call; None for torchvision's attributes.
         """
         if targets is None:
             return self.detect(features, proposals, image_shapes, rule), {}
@@ -185,11 +185,11 @@ class DetectionRoIHeads(RoIHeads):  # type: ignore[misc]
             losses["loss_mask"] = self.normalizer(loss, sum(map(len, masked.labels)))
         if self.has_keypoint():
             pooled = self.keypoint_head(self.keypoint_roi_pool(features, positives.boxes, image_shapes))
-            logits = self.keypoint_predictor(pooled).contiguous()  # torchvision's loss takes views of it
+            logits = self.keypoint_predictor(pooled).contiguous()  # torchvision's loss calls view()
             keypoints = [target["keypoints"] for target in targets]
             loss = keypointrcnn_loss(logits, positives.boxes, keypoints, positives.objects)
             visible = 0
-            if self.normalizer.enabled:  # counting waits for the device
+            if self.normalizer.enabled:  # counting synchronizes with the device
                 images = zip(keypoints, positives.boxes, positives.objects, strict=True)
                 visible = sum(int(keypoints_to_heatmap(k[i], b, logits.shape[-1])[1].sum()) for k, b, i in images)
             losses["loss_keypoint"] = self.normalizer(loss, visible)
@@ -202,7 +202,7 @@ class DetectionRoIHeads(RoIHeads):  # type: ignore[misc]
         image_shapes: list[tuple[int, int]],
         rule: PostprocessConfig | None = None,
     ) -> list[dict[str, Tensor]]:
-        """Per image ``boxes``, ``scores``, ``labels`` from 1, and what the mask or keypoint head gives.
+        """Detect objects: per image ``boxes``, ``scores``, ``labels`` from 1, and masks or keypoint heatmaps.
 
         Args:
             features: The pyramid.
@@ -215,17 +215,16 @@ class DetectionRoIHeads(RoIHeads):  # type: ignore[misc]
     def objects(
         self, features: Features, rois: Tensor, sizes: Sizes, rule: PostprocessConfig | None = None
     ) -> dict[str, Tensor]:
-        """Detections of a batch, image by image, best first.
+        """Detect objects in a batch, grouped by image, by descending score.
 
         Args:
             features: The pyramid.
-            rois: ``(R, 5)``: index of the image and box.
-            sizes: Height and width of the images without padding, one pair where all have the same.
+            rois: ``(R, 5)``: image index and box.
+            sizes: Height and width of the images without padding, a single pair if all have one size.
             rule: As in :meth:`forward`.
 
         Returns:
-            ``boxes`` (N, 4), ``scores`` (N,), ``labels`` (N,) from 1, ``images`` (N,), and what the mask or keypoint
-            head gives.
+            ``boxes`` (N, 4), ``scores`` (N,), ``labels`` (N,) from 1, ``images`` (N,), and masks or keypoint heatmaps.
         """
         logits, deltas = in_parts(
             lambda part: self.box_predictor(self.box_head(self.box_roi_pool(features, part, sizes))), rois
@@ -248,20 +247,20 @@ class DetectionRoIHeads(RoIHeads):  # type: ignore[misc]
         return found
 
     def mask_probabilities(self, x: Tensor, labels: Tensor) -> Tensor:
-        """Masks ``(N, 1, M, M)`` of the given classes ``(N,)``, from what the mask head gives."""
+        """Mask probabilities ``(N, 1, M, M)`` of the given classes ``(N,)``, from the mask head's output."""
         return masks_of_classes(self.mask_predictor(x), labels)
 
 
 def in_parts(
     compute: Callable[..., tuple[Tensor, ...]], rois: Tensor, *columns: Tensor, most: int = BOXES_AT_ONCE
 ) -> tuple[Tensor, ...]:
-    """Compute outputs of many RoIs part by part, so that memory grows with the outputs and not with pooled features.
+    """Compute outputs of many RoIs in chunks, which bounds the memory of pooled features.
 
     Args:
-        compute: Gives ``(R, ...)`` tensors of the RoIs and the columns of a part.
+        compute: Maps the RoIs and columns of a chunk to ``(R, ...)`` tensors.
         rois: ``(R, 5)``.
-        *columns: ``(R, ...)`` what else it takes.
-        most: RoIs of a part.
+        *columns: ``(R, ...)`` further arguments.
+        most: Maximum number of RoIs in a chunk.
     """
     if device.is_traced() or len(rois) <= most:
         return compute(rois, *columns)
@@ -270,7 +269,7 @@ def in_parts(
 
 
 def rois_of(found: Mapping[str, Tensor]) -> Tensor:
-    """RoIs ``(N, 5)`` of a batch's detections."""
+    """RoIs ``(N, 5)`` from a batch's detections."""
     boxes = found["boxes"]
     return torch.cat([found["images"][:, None].to(boxes.dtype), boxes], 1)
 
@@ -282,7 +281,7 @@ def masks_of_classes(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _box_losses(logits: Tensor, deltas: Tensor, samples: Samples) -> tuple[Tensor, Tensor]:
-    """Losses of torchvision; on a GPU without asking it which samples are positive."""
+    """Compute torchvision's losses; on a GPU without synchronizing for the positives."""
     if not device.runs_ahead(logits):
         losses: tuple[Tensor, Tensor] = fastrcnn_loss(logits, deltas, samples.labels, samples.deltas)
         return losses
@@ -294,7 +293,7 @@ def _box_losses_at_once(logits: Tensor, deltas: Tensor, samples: Samples) -> tup
     positive = (labels > 0)[:, None]
     own = (labels.clamp(min=0)[:, None, None]).expand(-1, 1, 4)
     chosen = deltas.view(len(labels), -1, 4).gather(1, own)[:, 0]
-    # The others' targets are differences from no object, which need not be numbers.
+    # Regression targets of negatives are arbitrary and may be NaN.
     wanted = torch.where(positive, wanted, 0)
     loss = F.smooth_l1_loss(chosen, wanted, beta=1 / 9, reduction="none")
     return F.cross_entropy(logits, labels), (loss * positive).sum() / labels.numel()

@@ -1,8 +1,8 @@
-"""RoI pooling over a pyramid whose strides are declared, never guessed.
+"""RoI pooling over a pyramid with declared strides.
 
-torchvision's ``MultiScaleRoIAlign`` infers scales from the first batch it sees and keeps them; it guesses wrong when
-an image is much smaller than its padded canvas. Level assignment is the rule of Lin et al., "Feature Pyramid
-Networks", CVPR 2017, Eq. 1; sampling is RoIAlign of He et al., "Mask R-CNN", ICCV 2017.
+torchvision's ``MultiScaleRoIAlign`` infers scales from the first batch and keeps them; they are wrong if an image is
+much smaller than its padded canvas. Level assignment follows Lin et al., "Feature Pyramid Networks", CVPR 2017, Eq. 1;
+sampling is RoIAlign of He et al., "Mask R-CNN", ICCV 2017.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from a2fpn import device
 from a2fpn.pyramid import Features
 
 _MOST_SAMPLES = 256
-"""Per bin; boxes far larger than their level is for go to torchvision's kernel, which stores none of them."""
+"""Maximum samples per bin; boxes far too large for their level use torchvision's kernel, which stores no samples."""
 
 
 def roi_align(x: Tensor, rois: Tensor, *, output_size: int, stride: int, sampling_ratio: int, aligned: bool) -> Tensor:
     """RoIAlign of one level.
 
-    On the CPU the same sampling is written as a weighted gather over channels-last features, which uses every core;
-    torchvision's kernel runs on one. Values are equal up to rounding. With deterministic algorithms the gather runs
-    everywhere, since the gradients of torchvision's kernels are summed in any order.
+    On the CPU the sampling is computed as a weighted gather over channels-last features, which uses every core;
+    torchvision's kernel runs on one. Values are equal up to rounding. With deterministic algorithms the gather is used
+    on every device, since torchvision's kernels accumulate gradients in nondeterministic order.
 
     Args:
         x: Features ``(B, C, H, W)``.
         rois: ``(R, 5)``: image index in the batch, then xyxy in input pixels.
         output_size: Side ``S`` of the output.
         stride: Input pixels per map pixel.
-        sampling_ratio: Samples per bin side; 0 takes one per map pixel.
+        sampling_ratio: Samples per bin side; 0 for one per map pixel.
         aligned: Whether to shift by half a pixel (detectron2's ``aligned=True``).
 
     Returns:
@@ -57,10 +57,10 @@ def roi_align(x: Tensor, rois: Tensor, *, output_size: int, stride: int, samplin
 
 
 def _adaptive_roi_align(x: Tensor, rois: Tensor, size: int, scale: float, aligned: bool) -> Tensor:
-    """RoIAlign with a sample per map pixel: RoIs that take equally many samples are pooled together."""
+    """RoIAlign with one sample per map pixel: RoIs with the same number of samples are pooled together."""
     _, lengths = _on_map(rois, scale, aligned)
     ratios = torch.ceil(lengths / size).long().clamp(min=0)
-    # Boxes without samples are zero.
+    # The result of boxes without samples is zero.
     pooled = x.new_zeros(len(rois), size, size, x.shape[1])
     for ratio in torch.unique(ratios[(ratios > 0).all(1)], dim=0):
         rows = torch.where((ratios == ratio).all(1))[0]
@@ -71,7 +71,7 @@ def _adaptive_roi_align(x: Tensor, rois: Tensor, size: int, scale: float, aligne
             of_ratio = torchvision.ops.roi_align(x, rois[rows].to(x.dtype), size, scale, 0, aligned)
         pooled.index_copy_(0, rows, of_ratio.permute(0, 2, 3, 1))
     if x.requires_grad and torch.is_grad_enabled() and not pooled.requires_grad:
-        # Nothing was pooled: zeros that belong to the graph of the features all the same.
+        # Nothing was pooled: connects the zeros to the autograd graph of the features.
         pooled = pooled + x[:0].sum()
     return pooled.permute(0, 3, 1, 2)
 
@@ -80,7 +80,7 @@ def _on_map(rois: Tensor, scale: float, aligned: bool) -> tuple[Tensor, Tensor]:
     """Start and lengths of RoIs along y and x in map pixels, ``(R, 2)`` each."""
     corners = rois[:, 1:].float() * scale - (0.5 if aligned else 0.0)
     starts, ends = corners[:, [1, 0]], corners[:, [3, 2]]
-    # Unaligned RoIAlign treats boxes of less than one map pixel as one pixel.
+    # Unaligned RoIAlign enlarges boxes of less than one map pixel to one pixel.
     return starts, (ends - starts).clamp(min=-math.inf if aligned else 1.0)
 
 
@@ -108,7 +108,7 @@ def _samples(start: Tensor, length: Tensor, bins: int, ratio: int, limit: int) -
     """Positions and weights of the bilinear taps along one axis: ``(R, bins, 2 * ratio)`` each."""
     bin_index = torch.arange(bins, dtype=start.dtype, device=start.device)[:, None]
     sample_index = torch.arange(ratio, dtype=start.dtype, device=start.device)
-    # In torchvision's order: a sample on the border counts, one beyond it by rounding does not.
+    # Same order of operations as torchvision: rounding decides whether a sample at the border is inside.
     side = length[:, None, None] / bins
     center = (start[:, None, None] + bin_index * side + (sample_index + 0.5) * side / ratio).flatten(1)
     inside = (center >= -1) & (center <= limit)
@@ -123,15 +123,15 @@ def _samples(start: Tensor, length: Tensor, bins: int, ratio: int, limit: int) -
 class StrideRoIAlign(nn.Module):
     """RoIAlign over a pyramid; drop-in for torchvision's ``MultiScaleRoIAlign`` inside its RoI heads.
 
-    A box goes to level ``floor(canonical_level + log2(sqrt(area) / canonical_scale))``, clamped to the levels.
+    A box is assigned to level ``floor(canonical_level + log2(sqrt(area) / canonical_scale))``, clamped to the levels.
 
     Args:
-        strides: Stride per level name, each twice the one before.
+        strides: Stride per level name, each twice the previous one.
         output_size: Side of the output.
         sampling_ratio: Samples per bin side.
         aligned: Whether to shift by half a pixel.
-        canonical_scale: Side of the box that goes to the canonical level, pixels.
-        canonical_level: Level of that box, as a power of two of its stride.
+        canonical_scale: Side of a box assigned to the canonical level, pixels.
+        canonical_level: The canonical level, as log2 of its stride.
 
     Raises:
         ValueError: If strides don't double from level to level.
@@ -168,7 +168,7 @@ class StrideRoIAlign(nn.Module):
         """Pool boxes.
 
         Args:
-            features: Maps; levels without a declared stride here are ignored.
+            features: Maps; levels without a declared stride are ignored.
             boxes: Per image ``(R_i, 4)`` xyxy in input pixels, or RoIs of the whole batch, see :func:`join_rois`.
             image_shapes: Unused; part of torchvision's signature, which guesses scales from it.
 
@@ -190,7 +190,7 @@ class StrideRoIAlign(nn.Module):
             for x, stride, rows in zip(maps, self.strides.values(), chosen, strict=True)
         ]
         if device.is_traced():
-            # How many boxes a level has is no number that a tracer knows; how many there are, it does.
+            # The number of boxes per level is unknown to a tracer, unlike their total number.
             rows = torch.cat(chosen)
             places = rows.new_zeros(rois.shape[0]).scatter(0, rows, torch.ones_like(rows).cumsum(0) - 1)
             return torch.cat(pooled)[places]
@@ -201,21 +201,21 @@ class StrideRoIAlign(nn.Module):
         count = len(self.strides)
         if not device.runs_ahead(levels) or device.is_traced():
             return [(levels == level).nonzero()[:, 0] for level in range(count)]
-        # A device is waited for once instead of once per level.
+        # Synchronizes with the device once instead of once per level.
         sizes = (levels[:, None] == torch.arange(count, device=levels.device)).sum(0)
         return list(levels.argsort(stable=True).split(sizes.tolist()))
 
     def assign_levels(self, boxes: Tensor) -> Tensor:
         """Index into the levels for each box ``(R, 4)``, ``(R,)`` int64."""
         area = (boxes[:, 2:] - boxes[:, :2]).prod(1).float()
-        # The small constant keeps exact powers of two on their level, as in torchvision and detectron2.
+        # Epsilon keeps exact powers of two on their level, as in torchvision and detectron2.
         level = torch.floor(self.canonical_level + torch.log2(area.sqrt() / self.canonical_scale) + 1e-6)
         finest = next(iter(self.strides.values())).bit_length() - 1
         return (level - finest).clamp(0, len(self.strides) - 1).long()
 
 
 def join_rois(boxes: Sequence[Tensor]) -> Tensor:
-    """RoIs of a batch, ``(R, 5)``: the index of an image and a box, from the boxes ``(R_i, 4)`` of each image.
+    """Concatenate the boxes ``(R_i, 4)`` of each image to RoIs ``(R, 5)``: image index and box.
 
     Example:
         >>> join_rois([torch.zeros(1, 4), torch.ones(1, 4)])
@@ -227,7 +227,7 @@ def join_rois(boxes: Sequence[Tensor]) -> Tensor:
 
 
 def _in_order(parts: list[Tensor], places: list[Tensor]) -> Tensor:
-    """Rows of several tensors ``(R_i, C, S, S)`` at their places in one, laid out in memory as the largest."""
+    """Scatter the rows of tensors ``(R_i, C, S, S)`` to one tensor with the memory format of the largest."""
     largest = max(parts, key=len)
     nhwc = largest.is_contiguous(memory_format=torch.channels_last)
     whole = torch.empty(

@@ -1,7 +1,7 @@
-"""Random samples of anchors and boxes for all images of a batch at once, in shapes that depend on no value.
+"""Random sampling of anchors and boxes for all images of a batch at once, with static shapes.
 
-torchvision's ``BalancedPositiveNegativeSampler`` asks, image by image, how many there are to choose from; each time a
-GPU is waited for. Here every candidate draws a number and the highest are taken, which is the same distribution.
+torchvision's ``BalancedPositiveNegativeSampler`` counts positives and negatives image by image, which synchronizes with
+the GPU each time. Here every candidate gets a random number and the top-k are taken, which has the same distribution.
 
 Shape shorthand: ``B`` images, ``N`` candidates of an image.
 """
@@ -16,12 +16,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 
 class Sampled(NamedTuple):
-    """Candidates of a batch that were drawn.
+    """Sampled candidates of a batch.
 
     Args:
-        positive: ``(B, P)`` int64, indices of those that are matched to an object.
-        negative: ``(B, Q)`` int64, of background.
-        is_positive: ``(B, P)`` bool, which of them are meant: there may be fewer than P.
+        positive: ``(B, P)`` int64, indices of positives.
+        negative: ``(B, Q)`` int64, indices of negatives.
+        is_positive: ``(B, P)`` bool, which of them are valid: there may be fewer than P.
         is_negative: ``(B, Q)`` bool.
     """
 
@@ -31,7 +31,7 @@ class Sampled(NamedTuple):
     is_negative: Tensor
 
     def rows(self) -> list[Tensor]:
-        """Per image the indices, positives first; the device is waited for once."""
+        """Indices per image, positives first, with one synchronization."""
         counts = torch.stack([self.is_positive.sum(1), self.is_negative.sum(1)], 1).tolist()
         return [
             torch.cat([positive[:p], negative[:n]])
@@ -40,12 +40,12 @@ class Sampled(NamedTuple):
 
 
 def draw(labels: Tensor, *, size: int, positive_fraction: float) -> Sampled:
-    """Samples of every image.
+    """Draw samples for every image.
 
     Args:
-        labels: ``(B, N)``; from 1 on positive, 0 negative, less is not drawn.
-        size: Most samples of an image.
-        positive_fraction: Most positives among them, as a share of the size.
+        labels: ``(B, N)``; 1 and up is positive, 0 negative, below is ignored.
+        size: Maximum number of samples per image.
+        positive_fraction: Maximum share of positives in the size.
 
     Example:
         >>> drawn = draw(torch.tensor([[1, 0, 0, -1, 1], [0, 0, -1, -1, -1]]), size=4, positive_fraction=0.25)
@@ -63,6 +63,6 @@ def draw(labels: Tensor, *, size: int, positive_fraction: float) -> Sampled:
 
 
 def draw_rows(labels: list[Tensor], *, size: int, positive_fraction: float) -> list[Tensor]:
-    """Per image the rows that :func:`draw` takes; images may have different numbers of candidates."""
+    """Rows drawn by :func:`draw` per image, for images with different numbers of candidates."""
     padded = pad_sequence(labels, batch_first=True, padding_value=-1.0)
     return draw(padded, size=size, positive_fraction=positive_fraction).rows()

@@ -1,4 +1,4 @@
-"""Prediction: results, tiles, test-time augmentation, optimized models and pictures."""
+"""Inference: results, tiling, test-time augmentation, optimized models and visualization."""
 
 from a2fpn.inference.found import FoundObject
 from a2fpn.inference.options import PredictOptions

@@ -24,20 +24,20 @@ _DPI = 64  # a power of two, so that inches x dpi gives back whole pixels
 
 
 class Entry(NamedTuple):
-    """A part of the legend: colored squares, a name, a remark in gray."""
+    """An entry of the legend: colored squares, a name, a remark in gray."""
 
     colors: Colors
     name: str
     note: str
 
     def width(self, size: float) -> float:
-        """Pixels from the first square to where the next entry may start, for letters of ``size`` pixels."""
+        """Width including the gap to the next entry, for letters of ``size`` pixels."""
         squares = (len(self.colors) * 0.8 + 0.5) * size if len(self.colors) else 0
         return squares + text_width(self.name, size, bold=True) + text_width(self.note, size) + 2.5 * size
 
 
 class Canvas:
-    """A white figure to draw on in its own pixels, y downwards.
+    """White figure with pixel coordinates, y pointing down.
 
     Args:
         width: Pixels.
@@ -50,7 +50,7 @@ class Canvas:
         self.clip = self.figure.bbox
 
     def paste(self, picture: Image.Image, left: int = 0, top: int = 0) -> None:
-        """Put a picture's top left corner at (left, top); outlines are cut off at its border."""
+        """Paste a picture with its top left corner at (left, top); outlines are clipped to it."""
         bottom = self.height - top - picture.height
         self.figure.figimage(np.asarray(picture), xo=left, yo=bottom, origin="upper")
         self.clip = Bbox.from_extents(left, bottom, left + picture.width, bottom + picture.height)
@@ -67,7 +67,7 @@ class Canvas:
     ) -> None:
         """Stroke and fill outlines, given in pixels / ``scale``, with lines of ``line`` pixels.
 
-        ``opacity`` is the lines', ``fill`` the areas'.
+        ``opacity`` is that of the lines, ``fill`` that of the areas.
         """
         self.figure.add_artist(
             PathCollection(
@@ -118,7 +118,7 @@ class Canvas:
         self.text(x, y, entry.note, size, GRAY)
 
     def image(self) -> Image.Image:
-        """The finished picture."""
+        """Render the picture."""
         canvas: Any = FigureCanvasAgg(self.figure)
         canvas.draw()
         return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
@@ -136,6 +136,6 @@ def text_width(text: str, size: float, *, bold: bool = False) -> float:
 
 @functools.cache
 def _renderer() -> Any:
-    """Measure text."""
+    """Return a renderer for measuring text."""
     canvas: Any = FigureCanvasAgg(Figure(figsize=(1, 1), dpi=_DPI))
     return canvas.get_renderer()

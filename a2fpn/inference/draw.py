@@ -1,7 +1,7 @@
-"""Detections or annotations drawn on an image: masks, boxes, scores, and a legend that never hides the picture.
+"""Drawing of detections or annotations on an image: masks, boxes, scores, and a legend outside the picture.
 
-Everything is drawn by matplotlib's anti-aliased Agg canvas, in pixels of the output. Small images are enlarged
-by a whole factor first, and text is only written where it covers neither objects nor other text, so that a
+Everything is drawn by matplotlib's anti-aliased Agg canvas, in pixels of the output. Small images are first enlarged
+by an integer factor, and text is only written where it covers neither objects nor other text, so that a
 photograph with three objects and a micrograph with four hundred both stay readable.
 
 Shape shorthand: N objects, K colors, an image of H x W pixels. Boxes are (N, 4), xyxy; colors (N, 3) in [0, 1].
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 class Drawable(Protocol):
-    """Protocol of results that can be drawn: the fields of :class:`a2fpn.Result`, which is documented there."""
+    """Protocol of results that can be drawn, with the fields of :class:`a2fpn.Result`."""
 
     @property
     def boxes(self) -> NDArray[np.float32]: ...
@@ -64,12 +64,12 @@ class Drawable(Protocol):
 
 
 _COLORS: Colors = to_rgba_array(PALETTE)[:, :3]
-_MIN_SIDE = 768  # pixels the picture's long side has at least
-_MIN_OBJECT = 16  # pixels the side of a typical object has, unless the picture then passes _MAX_ENLARGED
+_MIN_SIDE = 768  # minimum long side of the picture, pixels
+_MIN_OBJECT = 16  # minimum side of a typical object, pixels, unless the picture would exceed _MAX_ENLARGED
 _MAX_ENLARGED = 2560
-_MAX_SIDE, _MAX_AREA = 2**15, 2**26  # beyond these the picture is shrunk; Agg's own limit is 2**16 a side
+_MAX_SIDE, _MAX_AREA = 2**15, 2**26  # larger pictures are shrunk; Agg's own limit is 2**16 per side
 _MIN_WIDTH = 480  # pixels the legend needs to be readable
-_MAX_LABELED = 40  # objects; above that scores are noise, and the legend gives their range
+_MAX_LABELED = 40  # objects; with more, scores are clutter, and the legend gives their range
 _INSET = 0.7  # white left of the legend in letter sizes
 _LINE = 1.9  # distance of the legend's lines in letter sizes
 _LIMBS = (
@@ -78,9 +78,9 @@ _LIMBS = (
     + ("left_hip left_knee", "left_knee left_ankle", "right_hip right_knee", "right_knee right_ankle")
     + ("nose left_eye", "nose right_eye", "left_eye left_ear", "right_eye right_ear")
 )
-"""Limbs of the skeleton, by COCO's names of keypoints."""
+"""Edges of the skeleton, by COCO's keypoint names."""
 
-_CELL = (640, 480)  # pixels that an image of a grid may take
+_CELL = (640, 480)  # maximum size of an image in a grid, pixels
 _CAPTION, _GAP = 14, 24  # pixels: letters under an image of a grid, white around it
 
 
@@ -94,30 +94,30 @@ def draw(
     scores: bool = True,
     fit: tuple[int, int] | None = None,
 ) -> Image.Image:
-    """Draw a result on its image; :meth:`a2fpn.Result.plot` is the usual way to call it.
+    """Draw a result on its image; usually called through :meth:`a2fpn.Result.plot`.
 
-    With one class each object has another color than its neighbors; with more, each class has its own, the
-    same in every picture as far as the palette reaches. An image whose long side is under 768 pixels, or whose
-    typical object is smaller than 16 pixels, is enlarged by a whole factor; one of more than 64 megapixels is
+    With one class, neighboring objects have different colors; with more, each class has its own color, the same in
+    every picture as far as the palette suffices. An image whose long side is under 768 pixels, or whose
+    typical object is smaller than 16 pixels, is enlarged by an integer factor; one of more than 64 megapixels is
     shrunk.
 
     Args:
-        result: The detections to draw, all of them.
+        result: The detections, all of which are drawn.
         image: (H, W, 3) uint8, RGB.
-        boxes: Whether to draw the boxes; None draws them unless there are masks and more than 40 objects.
-        labels: Whether to write class and score beside the objects that have room for it; None does for up to
+        boxes: Whether to draw boxes; None draws them unless there are masks and more than 40 objects.
+        labels: Whether to write class and score next to objects that have room for it; None does for up to
             40 objects, if they differ in either.
-        legend: Whether to add a strip with the classes, their counts and ranges of score: under the picture, or
+        legend: Whether to add a strip with the classes, their counts and score ranges: below the picture, or
             beside it if it is narrow.
-        scores: Whether labels and legend tell scores; annotations have none.
-        fit: Width and height in pixels that the picture is scaled to fit into, without its legend; None enlarges
-            small images as said above.
+        scores: Whether labels and legend show scores; annotations have none.
+        fit: Width and height in pixels that the picture, without its legend, is scaled to fit into; None enlarges
+            small images as described above.
 
     Returns:
         An RGB image, at least 480 pixels wide if it has a legend.
 
     Raises:
-        ValueError: If the image has another type or size than the result says.
+        ValueError: If the image's type is wrong or its size differs from the result's.
     """
     if image.dtype != np.uint8 or image.shape != (*result.size, 3):
         raise ConfigError(
@@ -131,7 +131,7 @@ def draw(
     room = () if fit is None else zip(fit, result.size[::-1], strict=True)
     scale = min((most / side for most, side in room), default=_scale(result))
     width, height = (max(1, round(side * scale)) for side in result.size[::-1])
-    unit = min(max(math.sqrt(width * height) / 1024, 1.0), 2.5)  # lines and letters grow with the picture
+    unit = min(max(math.sqrt(width * height) / 1024, 1.0), 2.5)  # lines and letters scale with the picture
 
     rows: list[list[tuple[float, Entry]]] = []
     left = top = 0.0
@@ -147,7 +147,7 @@ def draw(
     resampling = Image.Resampling.BICUBIC if scale > 1 else Image.Resampling.BOX
     canvas.paste(Image.fromarray(image).resize((width, height), resampling))
 
-    order = np.argsort(-box_areas(result.boxes), kind="stable")  # small objects lie on large ones
+    order = np.argsort(-box_areas(result.boxes), kind="stable")  # small objects are drawn on top
     if result.rles is not None:
         outlines = [_mask_outline(result.rles[index]) for index in order]
         halo = WHITE if image.mean() > 128 else BLACK
@@ -179,12 +179,12 @@ def draw(
 
 
 def draw_grid(results: Sequence[Drawable], notes: Sequence[str], *, columns: int = 3) -> Image.Image:
-    """Draw annotated images side by side, each with its name, a remark and its classes under it; no scores.
+    """Draw a grid of annotated images, each with its name, a remark and its classes below, without scores.
 
     Args:
         results: The images with their objects.
-        notes: A remark on each image, such as what is wrong with it; may be empty.
-        columns: Images in a row.
+        notes: A remark on each image, such as its problems; may be empty.
+        columns: Images per row.
 
     Returns:
         An RGB picture; its cells are 640 pixels wide and hold images of up to 640 x 480 pixels.
@@ -224,7 +224,7 @@ def draw_grid(results: Sequence[Drawable], notes: Sequence[str], *, columns: int
 
 
 def _scale(result: Drawable) -> float:
-    """Output pixels per image pixel: a whole number for small images or objects, 1, or less for enormous images."""
+    """Output pixels per image pixel: an integer, above 1 for small images or objects, or below 1 for huge images."""
     height, width = result.size
     side = max(height, width)
     scale = -(-_MIN_SIDE // side)
@@ -235,7 +235,7 @@ def _scale(result: Drawable) -> float:
 
 
 def _class_colors(labels: NDArray[np.int64]) -> dict[int, Colors]:
-    """The color of each class: its own of the palette, or the next free one if another class has that already."""
+    """Color of each class: its own in the palette, or the next free one if that is taken."""
     free = list(range(len(_COLORS)))
     colors = {}
     for label in np.unique(labels).tolist():
@@ -247,21 +247,21 @@ def _class_colors(labels: NDArray[np.int64]) -> dict[int, Colors]:
 
 
 def _mask_outline(rle: Rle) -> Outline:
-    """The border of a mask, its steps smoothed a little."""
+    """Outline of a mask, slightly smoothed."""
     rings = [smooth_points(ring) for ring in mask_rings(rle)]
     return _together([Outline(np.vstack([ring, ring[:1]]), closed=True) for ring in rings])
 
 
 def _box_outline(box: NDArray[np.float32]) -> Outline:
-    """The border of a box."""
+    """Outline of a box."""
     x0, y0, x1, y1 = box
     return Outline([(x0, y0), (x1, y0), (x1, y1), (x0, y1), (x0, y0)], closed=True)
 
 
 def _skeleton(result: Drawable, index: int, radius: float) -> tuple[Outline, Outline]:
-    """The limbs between an object's keypoints, as far as their names tell, and a circle around each keypoint.
+    """Skeleton edges between an object's keypoints, if their names are COCO's, and a circle for each keypoint.
 
-    Those are left out that are not labeled, or of which the model is not sure.
+    Keypoints that are not labeled or not confident are omitted.
     """
     assert result.keypoints is not None
     sure = result.keypoints[index, :, 2] > 0
@@ -275,12 +275,12 @@ def _skeleton(result: Drawable, index: int, radius: float) -> tuple[Outline, Out
 
 
 def _together(outlines: list[Outline]) -> Outline:
-    """One outline of several, or of none."""
+    """Concatenate outlines, possibly none."""
     return Outline.make_compound_path(*outlines) if outlines else Outline(np.empty((0, 2)))
 
 
 def _object_colors(result: Drawable) -> tuple[Colors, bool]:
-    """The color of each object, and whether all objects are of one class."""
+    """Color of each object, and whether all objects are of one class."""
     by_class = _class_colors(result.labels)
     if len(by_class) <= 1:
         return _COLORS[neighbor_colors(result.boxes)], True
@@ -290,7 +290,7 @@ def _object_colors(result: Drawable) -> tuple[Colors, bool]:
 def _legend(result: Drawable, colors: Colors, *, scores: bool = True) -> list[Entry]:
     """Return the lines of the legend: the picture's name and size, then each class."""
     height, width = result.size
-    # Bytes that are no UTF-8 can't be drawn.
+    # Bytes that are not UTF-8 can't be drawn.
     title = os.fsencode(Path(result.path).name).decode("utf-8", "replace") if result.path else ""
     objects = f"{len(result)} object{'' if len(result) == 1 else 's'}"
     entries = [Entry(np.empty((0, 3)), shorten(title, 32), f"{width} × {height} px, {objects}")]
@@ -306,7 +306,7 @@ def _legend(result: Drawable, colors: Colors, *, scores: bool = True) -> list[En
 
 
 def _wrap(entries: list[Entry], width: int, size: float) -> list[list[tuple[float, Entry]]]:
-    """Set entries in rows no wider than ``width``, the first alone, each with its x."""
+    """Wrap entries into rows of at most ``width``, the first on its own row, each with its x."""
     rows: list[list[tuple[float, Entry]]] = []
     x = math.inf
     for index, entry in enumerate(entries):

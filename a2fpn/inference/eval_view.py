@@ -1,4 +1,4 @@
-"""A model in evaluation mode beside the model itself: same tensors, other flags."""
+"""Views of a model in evaluation mode that share its tensors but not its flags."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def eval_view(model: ModuleT) -> ModuleT:
-    """A view of a model in evaluation mode, which shares every parameter and buffer and moves none.
+    """Create a view of a model in evaluation mode that shares every parameter and buffer.
 
     Args:
-        model: The model; its training flags stay as they are.
+        model: The model; its training flags are not changed.
 
     Returns:
-        The model itself where it is in evaluation mode and keeps nothing of a call; otherwise a copy of its modules
+        The model itself if it is in evaluation mode and calls leave no state in it; otherwise a copy of its modules
         with the same tensors.
 
     Example:
@@ -39,10 +39,10 @@ def eval_view(model: ModuleT) -> ModuleT:
 
 
 class EvalViews:
-    """Views of a model that are kept for later calls; each is lent to one call at a time.
+    """Pool of views of a model; each is lent to one call at a time.
 
-    A view is built when none is free, or when the model is no longer what the view was made of: another module, tensor
-    or hook, another value of a module's attribute. So threads share nothing, and calls one after the other build one.
+    A view is built if none is free, or if the model has changed since: another module, tensor or hook, another value of
+    a module's attribute. So threads share no view, and sequential calls build only one.
     """
 
     def __init__(self) -> None:
@@ -50,11 +50,11 @@ class EvalViews:
 
     @contextlib.contextmanager
     def lend(self, model: ModuleT) -> Iterator[ModuleT]:
-        """Give :func:`eval_view` of a model for the time of a ``with`` statement."""
+        """Lend an :func:`eval_view` of a model for the duration of a ``with`` statement."""
         parts = _parts(model)
         view = self._taken(parts) or eval_view(model)
         yield view
-        if parts:  # not after an error, which may leave maps of the call in the view
+        if parts:  # not after an error, which may leave feature maps in the view
             self._free.append((parts, view))
 
     def _taken(self, parts: list[Any]) -> Any:
@@ -73,7 +73,7 @@ class EvalViews:
 
 
 def _parts(model: nn.Module) -> list[Any]:
-    """Everything that a model's modules hold, but for their training flags; empty if it needs no view."""
+    """Attributes of all modules of a model except their training flags; empty if it needs no view."""
     modules = list(model.modules())
     if not any(module.training or _keeps_maps(module) for module in modules):
         return []
@@ -88,7 +88,7 @@ def _parts(model: nn.Module) -> list[Any]:
 
 
 def _keeps_maps(module: nn.Module) -> bool:
-    """Check whether a backbone collects its maps by hooks, into an object that all calls share."""
+    """Check whether a backbone collects its maps by hooks in an object shared by all calls."""
     taps = isinstance(module, TimmBackbone) and bool(module.config.taps)
     return taps or any(map(_is_timms, module._forward_hooks.values()))
 
@@ -99,7 +99,7 @@ def _is_timms(hook: Any) -> bool:
 
 
 def _kept(model: nn.Module) -> Iterator[Any]:
-    """Yield what a view shares with its model: all tensors, and hooks that are not part of the network."""
+    """Yield the objects that a view shares with its model: all tensors, and hooks that are not part of the network."""
     for module in model.modules():
         yield from module._parameters.values()
         yield from module._buffers.values()

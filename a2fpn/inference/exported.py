@@ -1,4 +1,4 @@
-"""Detectors in files of ``a2fpn export``, run by ONNX Runtime, OpenVINO or torch."""
+"""Detectors exported by ``a2fpn export``, run by ONNX Runtime, OpenVINO or torch."""
 
 from __future__ import annotations
 
@@ -26,40 +26,40 @@ from a2fpn.preprocess import Preprocess, resize_boxes
 Runtime = Literal["onnxruntime", "openvino", "torch"]
 RUNTIMES: tuple[str, ...] = typing.get_args(Runtime)
 SUFFIXES = {".onnx": ("onnxruntime", "openvino"), ".pt2": ("torch",)}
-"""Ends of the names of exported files, and what runs them, the default first."""
+"""File name suffixes of exported files, and their runtimes, the default first."""
 METADATA_VERSION = 1
-"""Newest version of the metadata that is read."""
+"""Newest supported version of the metadata."""
 FACTS = (
     *("a2fpn_export", "a2fpn_version", "architecture", "categories", "category_ids", "config", "detections_per_image"),
     *("input", "mask_paste", "nms_threshold", "outputs", "score_threshold", "weights_sha256"),
 )
-"""Names of what the metadata of a file hold."""
+"""Keys of a file's metadata."""
 
 Columns = dict[str, Tensor]
 Run = Callable[[Tensor], Columns]
 
 
 def is_exported(source: object) -> bool:
-    """Return whether something names a file of ``a2fpn export``, by its end."""
+    """Return whether a source is a file of ``a2fpn export``, by its suffix."""
     return isinstance(source, (str, os.PathLike)) and Path(source).suffix in SUFFIXES
 
 
 class ExportedDetector(nn.Module):
-    """A detector in a file: called like a detector in evaluation mode, and nothing else.
+    """An exported detector, called like a detector in evaluation mode.
 
     Args:
         path: An ``.onnx`` or ``.pt2`` file of :func:`a2fpn.export_model`.
-        runtime: What runs it; None takes ONNX Runtime for ``.onnx`` and torch for ``.pt2``. On CPUs, with as many
-            threads as torch has.
+        runtime: The runtime; None for ONNX Runtime for ``.onnx`` and torch for ``.pt2``. It runs on the CPU, with
+            torch's number of threads.
 
     Attributes:
-        config: What was exported.
+        config: Configuration of the exported model.
         facts: The file's metadata.
         rule: Its post-processing, which is fixed.
 
     Raises:
         MissingFileError: If there is no such file.
-        CheckpointError: If it is no file of :func:`a2fpn.export_model`.
+        CheckpointError: If it is not a file of :func:`a2fpn.export_model`.
         ConfigError: For a runtime that is unknown, not installed, or not for this kind of file.
     """
 
@@ -92,7 +92,7 @@ class ExportedDetector(nn.Module):
 
     @property
     def target_keys(self) -> tuple[str, ...]:
-        """Keys of a target that hold what it finds, see :attr:`a2fpn.detectors.Detector.target_keys`."""
+        """Keys of a target that it predicts, see :attr:`a2fpn.detectors.Detector.target_keys`."""
         outputs = json.loads(self.facts["outputs"])
         kinds = {"boxes": "boxes", "labels": "labels", "masks": "masks", "keypoints": "heatmaps"}
         return tuple(key for key, output in kinds.items() if output in outputs)
@@ -106,7 +106,7 @@ class ExportedDetector(nn.Module):
         """Run the file on images of one size.
 
         Args:
-            images: ``(N, C, H, W)``, uint8, or float in [0, 1]; turned into what the file takes.
+            images: ``(N, C, H, W)``, uint8, or float in [0, 1]; converted to the file's input type.
 
         Returns:
             Its outputs by name, see :func:`a2fpn.export_model`.
@@ -114,7 +114,7 @@ class ExportedDetector(nn.Module):
         return self._run(self.to_input(images))
 
     def to_input(self, images: Tensor) -> Tensor:
-        """Images, uint8, or float in [0, 1], in the type that the file takes."""
+        """Convert images, uint8 or float in [0, 1], to the file's input type."""
         if self.input_dtype == torch.uint8:
             images = images if images.dtype == torch.uint8 else (images * 255).round().clamp(0, 255).to(torch.uint8)
         else:
@@ -132,8 +132,8 @@ class ExportedDetector(nn.Module):
         """Detect objects; see :meth:`a2fpn.detectors.Detector.forward`.
 
         Raises:
-            ConfigError: For what is fixed in the file: the size that images are resized to, the threshold of NMS, and
-                a score threshold below or a number of detections above its own.
+            ConfigError: For options that are fixed in the file: the resized image size, the NMS threshold, a lower
+                score threshold, or a higher number of detections.
         """
         if not resize:
             raise ConfigError(
@@ -180,10 +180,10 @@ class ExportedDetector(nn.Module):
                 )
 
     def train(self, mode: bool = True) -> ExportedDetector:
-        """Stays in evaluation mode.
+        """Refuse training mode.
 
         Raises:
-            ConfigError: If training is asked for.
+            ConfigError: If training mode is requested.
         """
         if mode:
             raise ConfigError("An exported detector can't be trained; train the checkpoint that it was made from.")
@@ -205,7 +205,7 @@ def _config(facts: Mapping[str, str], path: Path) -> ModelConfig:
 
 
 def _refuse(path: Path, error: Exception) -> NoReturn:
-    """Raise the error for a file that is none of ours."""
+    """Raise the error for a file that was not written by this package."""
     reason = " ".join(str(error).split())[:200]
     raise CheckpointError(
         f"{path} is no file of a2fpn export, or a damaged one ({type(error).__name__}: {reason}). Make one with "
@@ -220,10 +220,10 @@ def _open_onnxruntime(path: Path) -> tuple[Run, Mapping[str, str]]:
         raise ConfigError('onnxruntime is not installed: pip install "a2fpn[onnx]".') from error
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3  # warnings are about nothing that a user can change
+    options.log_severity_level = 3  # errors only: a user can't act on the warnings
     try:
         session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its errors have no common base
+    except Exception as error:  # its errors have no common base class
         _refuse(path, error)
     names = [output.name for output in session.get_outputs()]
 
@@ -263,7 +263,7 @@ def _open_torch(path: Path) -> tuple[Run, Mapping[str, str]]:
     try:
         with path.open("rb") as file:
             program = torch.export.load(file, extra_files=facts)
-    except Exception as error:  # torch raises anything
+    except Exception as error:  # torch raises errors of any type
         _refuse(path, error)
     module = program.module()
 

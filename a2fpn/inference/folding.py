@@ -1,4 +1,4 @@
-"""Batch norms folded into the convolutions before them, and activations into these."""
+"""Folding of batch norms and activations into the preceding convolutions."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from a2fpn.pyramid import Features
 _BATCH_NORMS = (nn.BatchNorm2d, BatchNormAct2d, FrozenBatchNorm2d, FrozenBatchNormAct2d)
 _ACTIVATIONS = (nn.ReLU, nn.ReLU6)
 _SAMPLE_SIDE = 64  # pixels
-_TOLERANCE = 1e-3  # of the largest activation: far above rounding, far below the effect of a norm left out
+_TOLERANCE = 1e-3  # relative to the largest activation: far above rounding, far below the effect of a missing norm
 
 
 # Batch norms and activations into convolutions
 class _Step(NamedTuple):
-    """One call of a module during the recording.
+    """A recorded call of a module.
 
     Args:
         module: The module.
-        source: The tensor it was given.
-        result: The tensor it gave; the same one if it works in place.
-        used_before: How often the source had been used before.
-        used_then: How often it had been used right after.
+        source: Id of the input tensor.
+        result: Id of the output tensor; the same if the module works in place.
+        used_before: Number of uses of the source before the call.
+        used_then: Number of uses of the source right after the call.
     """
 
     module: nn.Module
@@ -47,9 +47,9 @@ class _Step(NamedTuple):
 
 
 class _Recording(TorchFunctionMode):
-    """Records which module made which tensor, and how often every tensor is used.
+    """Records the inputs and outputs of modules, and how often every tensor is used.
 
-    Modules alone don't tell: what a convolution gives may also be added to something else, which no module sees.
+    Module calls are not enough: the output of a convolution may also be used by functions, such as a residual sum.
     """
 
     def __init__(self) -> None:
@@ -57,7 +57,7 @@ class _Recording(TorchFunctionMode):
         self.uses: Counter[int] = Counter()
         self.steps: list[_Step] = []
         self._before: list[int] = []
-        self._alive: list[Tensor] = []  # an id may be given again once its tensor is gone
+        self._alive: list[Tensor] = []  # keeps tensors alive, since ids of freed ones are reused
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -70,25 +70,25 @@ class _Recording(TorchFunctionMode):
         return result
 
     def enter(self, _: nn.Module, args: tuple[Any, ...]) -> None:
-        """A hook before the call of a module."""
+        """Forward pre-hook."""
         self._before.append(self.uses[id(args[0])] if args else 0)
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
-        """A hook after the call of a module."""
+        """Forward hook."""
         before = self._before.pop()
         if len(args) == 1 and isinstance(args[0], Tensor) and isinstance(result, Tensor):
             self._alive += [args[0], result]
             self.steps.append(_Step(module, id(args[0]), id(result), before, self.uses[id(args[0])]))
 
     def only_reader(self, module: nn.Module) -> nn.Module | None:
-        """The module that alone reads what a module gives, and reads nothing else; None if there is no such."""
+        """Return the only module that uses a module's output, if that is its only input; else None."""
         readers = []
         for place, made in enumerate(self.steps):
             if made.module is module:
                 reader = next((step for step in self.steps[place + 1 :] if step.source == made.result), None)
                 if reader is None or reader.used_before:
                     return None
-                # What is changed in place is read as it was by nobody after.
+                # After an in-place operation nobody else reads the original values.
                 if reader.result != reader.source and self.uses[reader.source] != reader.used_then:
                     return None
                 readers.append(reader.module)
@@ -101,8 +101,8 @@ def fold_norms(detector: Detector, *, fuse: bool = True) -> None:
     """Fold batch norms into the convolutions before them.
 
     Args:
-        detector: In evaluation mode; changed.
-        fuse: Whether convolutions then apply the activation that follows, and residual blocks are written anew.
+        detector: A detector in evaluation mode; modified in place.
+        fuse: Whether to fuse activations and residual sums into convolutions as well.
     """
     hooked = {module for module in detector.modules() if module._forward_hooks or module._forward_pre_hooks}
     sample = _sample(detector)
@@ -136,7 +136,7 @@ def _fold_one(detector: Detector, conv: nn.Conv2d, recording: _Recording, hooked
         activation = getattr(follower, "act", None) or nn.Identity()
         _fold_norm(conv, follower)
         replace_module(detector, follower, activation)
-        # An activation inside the norm is no step of its own.
+        # An activation inside the norm is not recorded separately.
         follower = activation if hasattr(follower, "act") else recording.only_reader(follower)
     if fuse and is_fusible(conv) and type(follower) in _ACTIVATIONS and follower not in hooked:
         replace_module(detector, conv, ActivatedConv(conv, follower))
@@ -154,7 +154,7 @@ def _pyramid(detector: Detector, sample: list[Tensor]) -> Features:
 
 
 def _fold_norm(conv: nn.Conv2d, norm: Any) -> None:
-    """Change weight and bias so that the convolution alone gives what the norm would make of it."""
+    """Fold a norm into a convolution's weight and bias, in place."""
     mean, variance = norm.running_mean.double(), norm.running_var.double()
     scale = (variance + norm.eps).rsqrt()
     if norm.weight is not None:
@@ -168,7 +168,7 @@ def _fold_norm(conv: nn.Conv2d, norm: Any) -> None:
 
 
 def replace_module(detector: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put a module in the place of another, wherever that is registered."""
+    """Replace a module by another wherever it is registered."""
     for parent in list(detector.modules()):
         for name, child in parent.named_children():
             if child is old:

@@ -1,4 +1,4 @@
-"""One of the objects that were found in an image."""
+"""A single detected object."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class FoundObject:
         box: (4,) float32, x0 y0 x1 y1 in pixels of the image.
         score: In [0, 1].
         label: Index into the categories of the result.
-        name: Of its class.
+        name: Name of its class.
         size: Height and width of the image.
-        rle: COCO run-length encoding; None if the model gives no masks.
-        keypoints: (K, 3) float32, x and y in pixels of the image and 1 for visible; None if the model gives none.
+        rle: COCO run-length encoding; None if the model predicts no masks.
+        keypoints: (K, 3) float32, x and y in pixels of the image and 1 for visible; None if it predicts none.
     """
 
     box: NDArray[np.float32]
@@ -37,5 +37,5 @@ class FoundObject:
 
     @property
     def mask(self) -> NDArray[np.bool_] | None:
-        """(H, W) bool, decoded anew at each access; None if the model gives no masks."""
+        """(H, W) bool, decoded on each access; None if the model predicts no masks."""
         return None if self.rle is None else decode_rle((self.rle,), size=self.size)[0]

@@ -1,4 +1,4 @@
-"""Convolutions that apply what follows them, an activation or a residual sum, while their result is in the cache."""
+"""Convolutions fused with the following activation or residual sum, applied while their output is in the cache."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 class ActivatedConv(nn.Module):
-    """A convolution that applies its activation while the result is in the cache.
+    """A convolution fused with its activation.
 
     Args:
         conv: The convolution.
@@ -42,7 +42,7 @@ class ActivatedConv(nn.Module):
 
 
 def is_plain(block: nn.Module) -> bool:
-    """Return whether a folded residual block is nothing but convolutions, a sum and a ReLU."""
+    """Return whether a folded residual block consists of convolutions, a sum and a ReLU only."""
     *_, last = (module for module in _body(block) if type(module) is not nn.Identity)
     return (
         block.se is None
@@ -71,11 +71,11 @@ def is_fusible(conv: nn.Module) -> bool:
 
 
 class ResidualBlock(nn.Module):
-    """A residual block of timm whose last convolution adds the shortcut while its result is in the cache.
+    """A timm residual block whose last convolution is fused with the residual sum.
 
     Args:
-        block: The block, folded, and plain by :func:`is_plain`.
-        own_input: Whether nothing else reads what the block is given, which it may then write into.
+        block: The folded block, for which :func:`is_plain` holds.
+        own_input: Whether nothing else uses the block's input, which may then be overwritten.
     """
 
     def __init__(self, block: Any, *, own_input: bool) -> None:

@@ -1,4 +1,4 @@
-"""Images in memory as people have them: PIL images, arrays, tensors."""
+"""Conversion of images in memory: PIL images, arrays, tensors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ImageInMemory = Image.Image | NDArray[np.uint8] | Tensor | bytes
 
 
 def to_tensor(image: ImageInMemory) -> Tensor:
-    """(3, H, W) tensor of an image, uint8 or float in [0, 1]."""
+    """Convert an image to a tensor (3, H, W), uint8 or float in [0, 1]."""
     if isinstance(image, Image.Image):
         image = np.asarray(to_rgb(image))
     if isinstance(image, np.ndarray):

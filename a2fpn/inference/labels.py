@@ -1,4 +1,4 @@
-"""Labels where they cover neither objects nor each other."""
+"""Placement of labels so that they cover neither objects nor each other."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from a2fpn.inference.canvas import text_width
 
-_MAX_COVERED = 0.2  # share of any object's box that a label may cover
+_MAX_COVERED = 0.2  # maximum share of any object's box that a label covers
 
 
 def box_areas(boxes: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -20,7 +20,7 @@ def box_areas(boxes: NDArray[np.float32]) -> NDArray[np.float32]:
 def place_labels(
     texts: Sequence[str], boxes: NDArray[np.float32], picture: tuple[int, int], size: float
 ) -> list[NDArray[np.float64] | None]:
-    """Find room for labels: on the box, in its corner or under it, or nowhere.
+    """Place labels above the box, in its corner or below it, or omit them.
 
     Args:
         texts: N texts, the most important first.
@@ -58,7 +58,7 @@ def place_labels(
 
 
 def _overlap(rect: NDArray[np.float64], boxes: NDArray[np.floating]) -> NDArray[np.floating]:
-    """(N,) areas that a rectangle shares with boxes."""
+    """(N,) intersection areas of a rectangle with boxes."""
     sides = np.minimum(rect[2:], boxes[:, 2:]) - np.maximum(rect[:2], boxes[:, :2])
     areas: NDArray[np.floating] = sides.clip(0).prod(1)
     return areas

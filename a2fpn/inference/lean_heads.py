@@ -1,4 +1,4 @@
-"""Heads that do no more than results need."""
+"""Heads without redundant computation for inference."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from a2fpn.heads import DetectionRoIHeads
 
 
 def replace_heads(detector: Detector) -> None:
-    """Put lean heads in the place of those that have one."""
+    """Replace a detector's heads by their lean variants, if any."""
     for module in list(detector.modules()):
         if isinstance(module, RoIHeads):
             if type(module.box_head) is TwoMLPHead:
@@ -25,7 +25,7 @@ def replace_heads(detector: Detector) -> None:
 
 
 class _BoxHead(nn.Module):
-    """The two-layer box head for features that lie in memory as NHWC, which are then not copied.
+    """The two-layer box head for channels-last features, which are not copied.
 
     Args:
         head: The head.
@@ -35,7 +35,7 @@ class _BoxHead(nn.Module):
     def __init__(self, head: TwoMLPHead, size: int) -> None:
         super().__init__()
         weight = head.fc6.weight
-        # From (channel, row, column) to (row, column, channel).
+        # Permutes weights from (channel, row, column) to (row, column, channel).
         order = torch.arange(weight.shape[1]).view(-1, size, size).permute(1, 2, 0).flatten()
         self.fc6, self.fc7 = head.fc6, head.fc7
         self.fc6.weight = nn.Parameter(weight[:, order.to(weight.device)], requires_grad=False)
@@ -47,7 +47,7 @@ class _BoxHead(nn.Module):
 
 
 class Float32Predictor(nn.Module):
-    """A box predictor that computes in float32 whatever the rest does: it decides, and costs little.
+    """A box predictor in float32 regardless of autocast: it decides the results and costs little.
 
     Args:
         predictor: The predictor.
@@ -65,7 +65,7 @@ class Float32Predictor(nn.Module):
 
 
 class _MaskRoIHeads(DetectionRoIHeads):
-    """RoI heads that predict masks of the classes found instead of all classes."""
+    """RoI heads that predict masks only for the detected class instead of all classes."""
 
     def mask_probabilities(self, x: Tensor, labels: Tensor) -> Tensor:
         """See :meth:`DetectionRoIHeads.mask_probabilities`."""

@@ -1,8 +1,7 @@
-"""A detector made ready to run: the same results up to rounding, in less time, and nothing to save or to train.
+"""Optimization of a detector for inference: equal results up to rounding, in less time, not for saving or training.
 
-What is done was measured on CPUs, in the order of what it gains: convolutions and what follows them on NHWC memory,
-batch norms folded into convolutions, activations and shortcuts applied while a convolution's result is still in the
-cache, masks predicted only for the class that was found.
+The optimizations, by their measured gain on CPUs: channels-last convolutions and following layers, batch norms folded
+into convolutions, activations and residual sums fused into convolutions, masks predicted only for the detected class.
 """
 
 from __future__ import annotations
@@ -25,15 +24,15 @@ from a2fpn.preprocess import Preprocess
 
 
 class OptimizedDetector(nn.Module):
-    """Result of :func:`optimize_for_inference`: a detector for inference alone.
+    """Result of :func:`optimize_for_inference`: a detector for inference only.
 
     Args:
-        detector: A detector of its own, already changed.
-        dtype: The type in which convolutions and matrix products are computed.
+        detector: A separate, optimized copy of the detector.
+        dtype: Dtype of convolutions and matrix products.
 
     Attributes:
-        detector: What runs.
-        dtype: The type in which it does.
+        detector: The optimized detector.
+        dtype: Dtype of convolutions and matrix products.
     """
 
     def __init__(self, detector: Detector, dtype: torch.dtype) -> None:
@@ -44,7 +43,7 @@ class OptimizedDetector(nn.Module):
 
     @property
     def config(self) -> ModelConfig:
-        """The configuration of the model that was optimized."""
+        """The configuration of the original model."""
         return self.detector.config
 
     @property
@@ -84,10 +83,10 @@ class OptimizedDetector(nn.Module):
             )
 
     def train(self, mode: bool = True) -> OptimizedDetector:
-        """Stays in evaluation mode.
+        """Refuse training mode.
 
         Raises:
-            ValueError: If training is asked for.
+            ValueError: If training mode is requested.
         """
         if mode:
             raise ConfigError("An optimized detector can't be trained; train the model that it was made from.")
@@ -114,19 +113,19 @@ class OptimizedDetector(nn.Module):
 
 
 def optimize_for_inference(model: Detector, *, dtype: torch.dtype = torch.float32) -> OptimizedDetector:
-    """Make a detector ready to run, in a copy; the model itself stays as it is and is the one to save and to train.
+    """Optimize a copy of a detector for inference; save and train the original, which is not modified.
 
     Args:
-        model: A detector of :func:`a2fpn.create_model` or :func:`a2fpn.from_pretrained`, on the device it is to run on.
-        dtype: ``torch.float32`` gives the same results up to rounding. ``torch.bfloat16`` computes convolutions and
-            matrix products in bfloat16, and proposals, boxes, scores and NMS in float32: twice as fast on processors
-            that know it, and not the same results.
+        model: A detector of :func:`a2fpn.create_model` or :func:`a2fpn.from_pretrained`, on the device it will run on.
+        dtype: ``torch.float32`` gives equal results up to rounding. ``torch.bfloat16`` computes convolutions and matrix
+            products in bfloat16, and proposals, boxes, scores and NMS in float32: twice as fast on processors that
+            support it, with different results.
 
     Returns:
         The detector, for :class:`a2fpn.Predictor` or to be called with images.
 
     Raises:
-        TypeError: If the model is none of this package's detectors, or is optimized already.
+        TypeError: If the model is not one of this package's detectors, or is optimized already.
         ValueError: For another dtype.
 
     Example:
@@ -142,7 +141,7 @@ def optimize_for_inference(model: Detector, *, dtype: torch.dtype = torch.float3
     if dtype not in DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}.")
     place = next(model.parameters()).device
-    # On the CPU no convolution rounds as TF32 does, which would look like a wrong fold.
+    # On the CPU, since TF32 rounding on a GPU would look like a folding error.
     detector = copy.deepcopy(model).eval().requires_grad_(False).cpu().to(memory_format=torch.channels_last)
     with torch.inference_mode(False), torch.no_grad():
         fold_norms(detector)
@@ -155,7 +154,7 @@ def optimize_for_inference(model: Detector, *, dtype: torch.dtype = torch.float3
 
 # Types
 def _convert_weights(detector: Detector, dtype: torch.dtype) -> None:
-    """Store the weights in the type that autocast would otherwise convert them to in every call."""
+    """Store the weights in autocast's dtype, which saves the cast in every call."""
     decide = {
         part for module in detector.modules() if isinstance(module, Float32Predictor) for part in module.modules()
     }

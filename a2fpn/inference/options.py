@@ -16,39 +16,39 @@ from a2fpn.inference.tiling import tile_windows
 from a2fpn.inference.tta import Augmentation
 
 CANDIDATES = 16
-"""Candidates for each object that may be found: proposals of one object are many."""
+"""Candidates per object of ``max_objects``, since each object has many proposals."""
 _LARGEST_SCALE = 64.0
 
 
 @dataclass(frozen=True)
 class PredictOptions:
-    """Options of prediction; None leaves a limit to the model's own configuration.
+    """Options of prediction; None for the model's own limit.
 
     Args:
-        score_threshold: Objects that score less are dropped, between 0 and 1. None takes 0.5, or what the model was
-            configured with where that is 0 or more than 0.05; and for :meth:`Predictor.predict`, which is for
-            evaluation, always the model's own. Below that there are more objects than the model gives by itself.
-        nms_threshold: IoU above which an object removes a worse one of its class, between 0 and 1.
-        max_objects: Most objects of an image, or of a tile. The limits on the way follow: proposals of a level and of
-            the image, candidates of one-stage detectors.
-        soft_nms: ``"linear"`` or ``"gaussian"`` lowers the scores of objects that overlap better ones, where NMS
-            removes them; see :func:`a2fpn.heads.soft_nms`. False removes.
+        score_threshold: Objects with a lower score are dropped, between 0 and 1. None for 0.5, or the model's own
+            threshold if that is 0 or more than 0.05; for :meth:`Predictor.predict`, which is for evaluation, always the
+            model's own. A lower value gives more objects than the model does by default.
+        nms_threshold: IoU above which an object is suppressed by a better one of its class, between 0 and 1.
+        max_objects: Maximum number of objects per image or tile. Limits of earlier steps are raised accordingly:
+            proposals per level and per image, candidates of one-stage detectors.
+        soft_nms: ``"linear"`` or ``"gaussian"`` lowers the scores of objects that overlap better ones instead of
+            suppressing them, see :func:`a2fpn.heads.soft_nms`. False for plain NMS.
         tile: Side in pixels of the overlapping tiles in which larger images are predicted, and whose objects are
-            merged; None predicts images whole. Each tile is resized by the model's own rule. Keypoints can't be
-            merged, nor fused by ``tta``: with a detector of keypoints both are errors.
-        overlap: Least share of a tile that the next one shows too. Objects up to this size are seen whole.
-        batch: Tiles predicted at once. On a CPU one by one takes least memory and no more time.
-        workers: Threads that read and decode tiles of a file ahead; with 0 nothing is read ahead.
-        tta: True sees each image, or tile, at three sizes and mirrored, and fuses what is found; an
-            :class:`~a2fpn.inference.tta.Augmentation` says which views to take. Takes several times as long.
-        scale: Pixels that the network sees per pixel of the image, in place of the model's own rule of resizing.
-        microns_per_pixel: What a pixel that the network sees measures, in place of ``scale``; the file has to say what
-            its own pixels measure.
-        channels: Channels of a TIFF file that the model gets, see :class:`~a2fpn.data.slides.SlideOptions`.
+            merged; None predicts images whole. Each tile is resized by the model's own rule. Keypoints can be neither
+            merged nor fused by ``tta``: with a keypoint detector both are errors.
+        overlap: Minimum share of a tile that overlaps the next. Objects up to this size are whole in some tile.
+        batch: Tiles per batch. On a CPU a batch of one takes the least memory and no more time.
+        workers: Threads that read and decode tiles of a file ahead; 0 disables reading ahead.
+        tta: True predicts each image or tile at three sizes and flipped, and fuses the detections; an
+            :class:`~a2fpn.inference.tta.Augmentation` selects the views. Takes several times as long.
+        scale: Network input pixels per image pixel, instead of the model's own resize rule.
+        microns_per_pixel: Size of a network input pixel, instead of ``scale``; the file must state the size of its own
+            pixels.
+        channels: Channels of a TIFF file passed to the model, see :class:`~a2fpn.data.slides.SlideOptions`.
         intensity: Values of a TIFF file that become black and white, see there.
 
     Raises:
-        ValueError: For a value out of its range.
+        ValueError: For a value out of range.
     """
 
     score_threshold: float | None = None
@@ -74,7 +74,7 @@ class PredictOptions:
             raise ConfigError(f"batch must be at least 1 and workers 0, got {self.batch} and {self.workers}.")
         for name in ("scale", "microns_per_pixel"):
             value = getattr(self, name)
-            # Written so that NaN is bad as well.
+            # The negation also rejects NaN.
             if value is not None and not 1 / _LARGEST_SCALE <= value <= _LARGEST_SCALE:
                 raise ConfigError(f"{name} must be between {1 / _LARGEST_SCALE} and {_LARGEST_SCALE}, got {value}.")
         if self.scale is not None and self.microns_per_pixel is not None:
@@ -83,7 +83,7 @@ class PredictOptions:
 
     @property
     def changes(self) -> dict[str, Any]:
-        """The fields of the model's rule that are replaced."""
+        """Replaced fields of the model's post-processing."""
         limits = {
             "score_threshold": self.score_threshold,
             "nms_threshold": self.nms_threshold,
@@ -101,24 +101,24 @@ class PredictOptions:
         return (Augmentation() if self.tta else None) if isinstance(self.tta, bool) else self.tta
 
     def reading(self, **choices: Any) -> SlideOptions:
-        """Choices of reading a file, with those of the predictor."""
+        """Options of reading a file, combined with the predictor's."""
         return SlideOptions(channels=self.channels, intensity=self.intensity, **choices)
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> PredictOptions:
-        """Options by name.
+        """Build options from keyword arguments.
 
         Raises:
-            TypeError: For an unknown one, with the one that was meant.
+            TypeError: For an unknown option, with a suggestion.
         """
         _check_names(given)
         return cls(**given)
 
     def but(self, changes: Mapping[str, Any]) -> PredictOptions:
-        """Options with some of them changed.
+        """Return a copy with some options changed.
 
         Raises:
-            TypeError: For an unknown one, with the one that was meant.
+            TypeError: For an unknown option, with a suggestion.
         """
         _check_names(changes)
         return replace(self, **changes)
@@ -137,7 +137,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def with_options(function: _Function) -> _Function:
-    """Show the options in a function's signature in the place of ``**options``: for Tab and ``help()``."""
+    """Replace ``**options`` in a function's signature by the options, for completion and ``help()``."""
     plain = inspect.signature(function)
     own = [p for p in plain.parameters.values() if p.kind is not p.VAR_KEYWORD]
     options = [

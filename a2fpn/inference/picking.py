@@ -1,9 +1,9 @@
-"""Choice of images to label next: those of which a model is least sure, and which are least alike.
+"""Active learning: selection of the images to label next, by uncertainty and diversity.
 
-Two stages, as in Yang et al., "Plug and Play Active Learning for Object Detection" (CVPR 2024): the least sure images
-make a pool, of which the least alike are taken. How sure a model is of an image, is the sum over its objects of the
+Two stages, as in Yang et al., "Plug and Play Active Learning for Object Detection" (CVPR 2024): the most uncertain
+images form a pool, from which a diverse subset is selected. Uncertainty is the sum over an image's objects of the
 squared 1-vs-2 margin of Brust et al., "Active Learning for Deep Object Detection" (VISAPP 2019), between an object's
-score and its complement. What is least alike, is the greedy k-center of Sener and Savarese, "Active Learning for
+score and its complement. Diversity is the greedy k-center of Sener and Savarese, "Active Learning for
 Convolutional Neural Networks: A Core-Set Approach" (ICLR 2018), on means of the backbone's coarsest map.
 
 Shape shorthand: N images, C channels.
@@ -29,7 +29,7 @@ from a2fpn.inference.result import Result
 
 logger = logging.getLogger(__name__)
 POOL = 4
-"""The least sure images from which one is taken each."""
+"""Images in the pool per picked image."""
 
 Track = Callable[[Sequence[Path], str], Iterable[Path]]
 
@@ -40,9 +40,9 @@ class PickedImage:
 
     Args:
         path: The file.
-        uncertainty: Sum over the objects found; an object of score 0.5 counts 1, a sure one 0.
-        distance: From the nearest image that is labeled or was picked before, in [0, 2]; infinite for the first.
-        result: What the model finds.
+        uncertainty: Sum over the detections; a score of 0.5 counts 1, a score of 0 or 1 counts 0.
+        distance: Distance to the nearest labeled or previously picked image, in [0, 2]; infinite for the first.
+        result: The model's detections.
     """
 
     path: Path
@@ -63,21 +63,20 @@ def pick_images(
 
     Args:
         predictor: The model.
-        images: Files to choose from; unreadable ones are logged and left out.
-        number: How many.
-        labeled: Images with labels; what is like them is picked last.
+        images: Files to choose from; unreadable ones are logged and skipped.
+        number: Number of images to pick.
+        labeled: Images with labels; similar ones are picked last.
         track: Called as ``track(paths, description)`` around long loops.
 
     Returns:
-        The images in the order in which they were picked; the one that the model is least sure of comes first if
-        nothing is labeled.
+        The images in the order of picking; without labeled images the most uncertain one comes first.
 
     Raises:
-        ConfigError: If fewer images than wanted can be read.
+        ConfigError: If fewer than ``number`` images can be read.
     """
     if not 1 <= number <= len(images):
         raise ConfigError(f"number must lie in 1 to {len(images)}, the images to choose from; got {number}.")
-    pool: list[tuple[float, int, Result]] = []  # a heap of the least sure
+    pool: list[tuple[float, int, Result]] = []  # a heap of the most uncertain
     for position, path in enumerate(track(images, "predicting")):
         try:
             (result,) = predictor([path])
@@ -110,7 +109,7 @@ def uncertainty(scores: NDArray[np.float32]) -> float:
 
 
 def embedding(predictor: Predictor, path: Path) -> NDArray[np.float32]:
-    """Mean of the backbone's coarsest map over an image, of length 1; (C,)."""
+    """Mean of the backbone's coarsest map over an image, L2-normalized; (C,)."""
     model = eval_view(predictor.model)
     image = read_image(path, max_pixels=predictor.max_pixels).to(next(model.parameters()).device)
     with torch.inference_mode():
@@ -126,15 +125,15 @@ def embedding(predictor: Predictor, path: Path) -> NDArray[np.float32]:
 
 
 def farthest_first(points: NDArray[np.float32], centers: NDArray[np.float32], number: int) -> list[tuple[int, float]]:
-    """Take points one by one, each the farthest from the centers and those taken: greedy k-center.
+    """Select points by greedy k-center: each is the farthest from the centers and the points selected before.
 
     Args:
-        points: (N, C), the first of which is taken first if there is no center.
+        points: (N, C); without centers the first point is selected first.
         centers: (M, C).
-        number: How many, at most N.
+        number: Number of points, at most N.
 
     Returns:
-        Rows with their distances when they were taken.
+        Rows with their distances at selection.
 
     Example:
         >>> farthest_first(np.array([[0.0], [1.0], [5.0]], np.float32), np.empty((0, 1), np.float32), 2)

@@ -1,4 +1,4 @@
-"""Images in, detections out: files, folders, PIL images, arrays and tensors.
+"""Prediction on files, folders, PIL images, arrays and tensors.
 
 Shape shorthand: N objects of K keypoints, an image of H x W pixels, C = 3 channels in the order R, G, B.
 """
@@ -38,33 +38,33 @@ if TYPE_CHECKING:
     from a2fpn.inference.optimize import OptimizedDetector
 
 
-_CANDIDATES = 4  # for an object; where there are fewer, some objects have none
+_CANDIDATES = 4  # per object; with fewer, some objects may have none
 _logger = logging.getLogger(__name__)
-_MOST_PIXELS = 2**32 - 1  # of an image in tiles: pycocotools counts runs of a mask in 32 bits
+_MOST_PIXELS = 2**32 - 1  # of a tiled image: pycocotools counts run lengths in 32 bits
 
 
 class Predictor:
-    """Runs a detector on images as people have them: files, folders, PIL images, arrays, tensors.
+    """Runs a detector on images: files, folders, PIL images, arrays, tensors.
 
-    A call keeps nothing: its options are its own, and it changes neither the predictor nor the model, whose training
-    flags and buffers stay as they are, also in the midst of training. So threads may share a predictor, and predictors
-    a model; each call gives what it gives alone. Building one moves the model to ``device``, it is not copied.
+    Calls are stateless: their options apply to that call only, and they modify neither the predictor nor the model,
+    whose training flags and buffers are kept, even during training. So threads may share a predictor, and predictors a
+    model, without affecting results. The model is moved to ``device``, not copied.
 
     Args:
         model: A detector of :func:`a2fpn.create_model`, :func:`a2fpn.from_pretrained` or
             :func:`a2fpn.optimize_for_inference`; or a file of :func:`a2fpn.export_model`, whose thresholds are fixed.
-        device: Where to run, for example ``"cuda"``; None leaves the model where it is. Files run on the CPU.
-        runtime: What runs a file: ``"onnxruntime"``, ``"openvino"`` or ``"torch"``; None goes by the file.
-        max_pixels: Most pixels of an image file that is decoded whole; None sets no limit. TIFF and large PNG files
-            that are predicted in tiles are not.
-        gray_bits: Bits that gray values of image files use, see :func:`a2fpn.data.read_image`.
-        channels_last: Whether to lay out the model's weights for convolutions on NHWC memory, which is faster on
-            CPUs and on tensor cores, with the same results up to rounding.
-        **options: Fields of :class:`PredictOptions`, for every call that doesn't say otherwise: ``score_threshold``,
-            ``nms_threshold``, ``max_objects``, ``tile`` and others.
+        device: Device to run on, for example ``"cuda"``; None keeps the model's. Files run on the CPU.
+        runtime: Runtime of a file: ``"onnxruntime"``, ``"openvino"`` or ``"torch"``; None for the file's default.
+        max_pixels: Maximum number of pixels of an image file that is decoded whole; None for no limit. Tiled TIFF and
+            large PNG files are not decoded whole.
+        gray_bits: Bits used by gray values of image files, see :func:`a2fpn.data.read_image`.
+        channels_last: Whether to convert the model to channels-last, which is faster on CPUs and tensor cores, with
+            equal results up to rounding.
+        **options: Default fields of :class:`PredictOptions` for all calls: ``score_threshold``, ``nms_threshold``,
+            ``max_objects``, ``tile`` and others.
 
     Raises:
-        TypeError: If the model is none of this package's detectors, or for an unknown option.
+        TypeError: If the model is not one of this package's detectors, or for an unknown option.
         ValueError: If an option is out of range.
 
     Example:
@@ -126,24 +126,23 @@ class Predictor:
     def __call__(
         self, images: ImageInMemory | ImagePath | Sequence[ImageInMemory | ImagePath], **options: Any
     ) -> Result | list[Result]:
-        """Detect objects, one image after the other.
+        """Detect objects in images, one by one.
 
-        Objects that score less than 0.5 are left out unless ``score_threshold`` says otherwise, here or when the
-        predictor was made.
+        Objects with a score below 0.5 are dropped unless ``score_threshold`` is set, here or in the constructor.
 
         Args:
-            images: An image, a folder (its images in order of their names, without sub-folders), a pattern such as
-                ``photos/*.jpg``, or a sequence of images. An image is a path, a PIL image (taken as it is; EXIF
-                orientation is applied to files), a uint8 array (H, W, 3) in RGB order or (H, W) in gray (OpenCV reads
-                BGR: pass ``image[..., ::-1]``), a tensor (3, H, W), uint8 or float in [0, 1], or the bytes of a file.
+            images: An image, a folder (its images sorted by name, without subfolders), a pattern such as
+                ``photos/*.jpg``, or a sequence of images. An image is a path, a PIL image (EXIF orientation is applied
+                to files only), a uint8 array (H, W, 3) in RGB order or (H, W) in gray (OpenCV reads BGR: pass
+                ``image[..., ::-1]``), a tensor (3, H, W), uint8 or float in [0, 1], or the bytes of a file.
             **options: Fields of :class:`PredictOptions` for this call, e.g. ``tile=1024``.
 
         Returns:
             A result for one image, a list of results for a folder, a pattern or a sequence.
 
         Raises:
-            ValueError: If a file is no readable image, a folder holds none, or an array has another shape or type.
-            TypeError: If something else is given.
+            ValueError: If a file is not a readable image, a folder has none, or an array has another shape or type.
+            TypeError: For any other type.
             OSError: If there is no such file.
         """
         if isinstance(images, (str, os.PathLike)):
@@ -156,9 +155,9 @@ class Predictor:
 
     @with_options
     def predict(self, images: Sequence[Tensor], **options: Any) -> list[Result]:
-        """Detect objects in a batch of tensors: the call for evaluation and training.
+        """Detect objects in a batch of tensors, for evaluation and training.
 
-        Without a ``score_threshold`` the model's own holds: average precision takes objects of all scores.
+        The default ``score_threshold`` is the model's own, since average precision uses objects of all scores.
 
         Args:
             images: (3, H, W) tensors of any sizes, float32 in [0, 1] or uint8 in [0, 255].
@@ -168,7 +167,7 @@ class Predictor:
             A result per image, without image and path.
 
         Raises:
-            ValueError: For an option out of its range, or one that a detector of keypoints has no answer to.
+            ValueError: For an option out of range, or one that a keypoint detector does not support.
         """
         chosen = self.options.but(options)
         if chosen.tile is not None:
@@ -179,17 +178,17 @@ class Predictor:
     def tiles(
         self, slide: Slide, *, skip: Collection[int] = (), **options: Any
     ) -> Iterator[tuple[int, TileDetections]]:
-        """Detect objects tile by tile, for what takes long: each tile's detections can be kept as they come.
+        """Detect objects tile by tile, so that the detections of long runs can be saved as they are produced.
 
-        :func:`~a2fpn.inference.tiling.merge_tiles` makes one result of all.
+        :func:`~a2fpn.inference.tiling.merge_tiles` merges them into one result.
 
         Args:
             slide: An image of :func:`a2fpn.data.slides.open_slide`.
-            skip: Numbers of tiles that are done.
-            **options: Fields of :class:`PredictOptions` for this call; ``tile`` is needed.
+            skip: Indices of finished tiles.
+            **options: Fields of :class:`PredictOptions` for this call; ``tile`` is required.
 
         Yields:
-            The number of a tile, counted along rows from 0, and what was found in it.
+            Index of a tile, row-major from 0, and its detections.
         """
         chosen = self.options.but(options)
         windows = dict(enumerate(self.windows(slide, **options)))
@@ -211,12 +210,12 @@ class Predictor:
             _logger.warning("%s: in %s of %s tiles %s", slide.name, number, len(windows), limit)
 
     def windows(self, slide: Slide, **options: Any) -> list[Window]:
-        """Tiles of a slide in the order of their numbers: :meth:`tiles` gives a detection of each."""
+        """Tiles of a slide in the order of their indices in :meth:`tiles`."""
         chosen = self.options.but(options)
         return tile_windows(slide.size, chosen.tile or max(*slide.size, 16), chosen.overlap)
 
     def join(self, slide: Slide, tiles: Sequence[TileDetections]) -> Result:
-        """Return what was found in all tiles of a slide as one result."""
+        """Merge the detections of all tiles of a slide into one result."""
         merged = merge_tiles(tiles, slide.size)
         return Result(
             boxes=merged.boxes,
@@ -229,7 +228,7 @@ class Predictor:
         )
 
     def reading(self, **options: Any) -> SlideOptions:
-        """Return how image files are read, as the model and the options want it."""
+        """Return the options for reading image files, from the model and the call's options."""
         chosen, channels = self.options.but(options), self.model.config.backbone.in_chans
         return chosen.reading(
             in_channels=channels,
@@ -239,11 +238,11 @@ class Predictor:
         )
 
     def open(self, path: ImagePath, **options: Any) -> Slide:
-        """Open an image file to be read window by window, as the model and the options want it.
+        """Open an image file for reading by windows, with the options of the model and the call.
 
         Raises:
-            ValueError: If the file is no readable image, has other channels than the model, or is too large: without
-                tiles for the limit of pixels, in tiles for run lengths of 32 bits.
+            ValueError: If the file is not a readable image, its channels don't match the model's, or it is too large:
+                for ``max_pixels`` without tiles, for run lengths of 32 bits with tiles.
         """
         chosen = self.options.but(options)
         slide = open_slide(Path(path), self.reading(**options))
@@ -261,7 +260,7 @@ class Predictor:
         """Detect objects in each image, by the model alone or by fusing its views."""
         changes = options.changes
         if "score_threshold" in changes:
-            # The heads keep what scores more than their threshold, a result what scores no less.
+            # The heads keep scores above their threshold, a result scores at or above it.
             below = float(np.nextafter(np.float32(changes["score_threshold"]), np.float32(-1)))
             changes["score_threshold"] = max(0.0, below)
         rule = replace(self.model.rule, **changes)
@@ -295,7 +294,7 @@ class Predictor:
         chosen = {field.name: getattr(options, field.name) for field in fields(options)}
         windows = self.windows(slide, **chosen)
         if len(windows) == 1:
-            # As it is, with keypoints.
+            # A single window needs no merging, so keypoints are possible.
             (output,) = self._detect([slide.read(windows[0])], options, slide)
             for limit in self._limits(output, options):
                 _logger.warning("%s: %s", slide.name, limit)
@@ -318,7 +317,7 @@ class Predictor:
             return replace(self._tiled(slide, chosen), path=os.fspath(image), reading=self.reading(**options))
 
     def _limits(self, output: Mapping[str, Tensor], options: PredictOptions) -> Iterator[str]:
-        """Yield what kept an image from having more objects."""
+        """Yield warnings about limits that may have dropped objects."""
         count, heads = len(output["scores"]), self.model.config.heads
         most = options.max_objects or self.model.rule.detections_per_image
         own = getattr(heads, "rpn_post_nms_top_n_test", 0) or getattr(heads, "candidates_per_level", 0)
@@ -349,21 +348,21 @@ class Predictor:
 
 
 def _shown_threshold(configured: float) -> float | None:
-    """Threshold of what people are shown; None for the configured one.
+    """Default threshold for display; None for the configured one.
 
-    Models are configured to keep nearly everything for average precision, with 0.05 or less; another value is a choice.
+    Models are configured with 0.05 or less to keep nearly everything for average precision; others are deliberate.
     """
     return SCORE_THRESHOLD if 0 < configured <= HeadsConfig.score_threshold else None
 
 
 def _as_tile(result: Result) -> TileDetections:
-    """A tile's result in pixels of the tile."""
+    """Convert a tile's result, in pixels of the tile."""
     height, width = result.size
     return TileDetections((0, 0, width, height), result.boxes, result.scores, result.labels, result.rles)
 
 
 def _scale(options: PredictOptions, slide: Slide | None) -> float | None:
-    """Pixels that the network sees per pixel of the image; None for the model's own rule."""
+    """Network input pixels per image pixel; None for the model's own rule."""
     if options.microns_per_pixel is None:
         return options.scale
     if slide is None or slide.microns_per_pixel is None:

@@ -1,4 +1,4 @@
-"""Pictures of a data check."""
+"""Visualization of a data check."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 
 def draw_report(report: DataReport, images: str | Path) -> Image.Image:
-    """Draw the examples of a check of data, with the codes of what was found in each.
+    """Draw the examples of a data check, with the codes of their problems.
 
-    Where an image can't be read its annotations are drawn on gray.
+    Annotations of unreadable images are drawn on gray.
 
     Args:
-        report: Of :func:`a2fpn.data.check_data` with ``examples``.
+        report: Report of :func:`a2fpn.data.check_data` with ``examples``.
         images: The image folder.
 
     Returns:
@@ -37,7 +37,7 @@ def draw_report(report: DataReport, images: str | Path) -> Image.Image:
 
     if not report.examples:
         raise ConfigError(f"{report.name}: no image to draw.")
-    # As in the report, with escapes in the place of what can't be written.
+    # As in the report, with escaped control characters.
     classes = [replace(count.category, name=repr(count.category.name)[1:-1]) for count in report.classes]
     categories = (*classes, *(replace(category, name=f"{category.name} (crowd)") for category in classes))
     results = []
@@ -45,7 +45,7 @@ def draw_report(report: DataReport, images: str | Path) -> Image.Image:
         try:
             path = image_path(Path(images), example.file_name)
             pixels = np.asarray(read_image(path, size=example.size)).transpose(1, 2, 0)
-        except (ImageError, OSError):  # the latter for a name that no file system takes
+        except (ImageError, OSError):  # OSError for invalid file names
             pixels = np.full((*example.size, 3), 200, dtype=np.uint8)
         results.append(
             Result(

@@ -29,35 +29,35 @@ from a2fpn.masks.rle import Rle, decode_rle, shrunk_masks
 if TYPE_CHECKING:
     import supervision
 
-_DRAWN = 2**26  # pixels of the largest image that is drawn on as it is
+_DRAWN = 2**26  # maximum pixels of an image that is drawn on at full size
 _NOTEBOOK_SIDE = 1600  # pixels of a picture in a notebook
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Result:
-    """The objects found in one image, best first.
+    """Detections of one image, by descending score.
 
-    ``result[0]`` is the best object, and a loop goes over all. ``result[:5]``, ``result["cat"]`` and
-    ``result[result.scores > 0.9]`` are results with some of the objects. A notebook shows the picture.
+    ``result[0]`` is the best object, and iteration goes over all. ``result[:5]``, ``result["cat"]`` and
+    ``result[result.scores > 0.9]`` are results with a subset of the objects. A notebook displays the picture.
 
-    Masks are run-length encoded: four hundred objects of a large image take kilobytes.
+    Masks are run-length encoded: those of four hundred objects in a large image take kilobytes.
 
     Args:
         boxes: (N, 4) float32, x0 y0 x1 y1 in pixels of the image.
         scores: (N,) float32 in [0, 1], descending.
         labels: (N,) int64, indices into ``categories``.
         size: Height and width of the image.
-        categories: The classes the model knows, in the order of the labels.
-        rles: A COCO run-length encoding per object; None if the model gives no masks.
+        categories: The model's classes, in the order of the labels.
+        rles: A COCO run-length encoding per object; None if the model predicts no masks.
         image: (H, W, 3) uint8 RGB; None if the image was read from ``path`` and can be read again.
         path: The file the image was read from, if any.
-        keypoints: (N, K, 3) float32, x and y in pixels of the image and 1 for visible; None if the model gives none.
-        keypoint_scores: (N, K) float32, the height of each keypoint's heatmap, a logit: above 0 the model is sure.
-        keypoint_names: K names, or empty if the model doesn't know them.
-        score_threshold: Score from which objects were kept; None if none was chosen.
-        microns_per_pixel: As the image file says; None where it doesn't.
-        reading: How the file was read; None for the usual way.
-        thumbnail: Of a slide, see :meth:`a2fpn.data.slides.Slide.thumbnail`; what :meth:`plot` draws on if it is there.
+        keypoints: (N, K, 3) float32, x and y in pixels of the image and 1 for visible; None if it predicts none.
+        keypoint_scores: (N, K) float32, logit of each keypoint's heatmap maximum; above 0 it counts as confident.
+        keypoint_names: K names, or empty if unknown.
+        score_threshold: Minimum score of the objects; None if not set.
+        microns_per_pixel: Pixel size stated by the image file; None if it states none.
+        reading: Options with which the file was read; None for the defaults.
+        thumbnail: Thumbnail of a slide, see :meth:`a2fpn.data.slides.Slide.thumbnail`, which :meth:`plot` draws on.
 
     Example:
         >>> result = Result(
@@ -129,7 +129,7 @@ class Result:
             keypoints=None if self.keypoints is None else self.keypoints[index],
         )
 
-    if not TYPE_CHECKING:  # a type checker would take any name for known
+    if not TYPE_CHECKING:  # with it, type checkers would accept any name
 
         def __getattr__(self, name: str) -> Any:
             known = [*(field.name for field in fields(self)), *(n for n in vars(Result) if not n.startswith("_"))]
@@ -137,7 +137,7 @@ class Result:
             raise AttributeError(f"A Result has no attribute {name!r}.{advice}")
 
     def _repr_png_(self) -> bytes | None:
-        """Give a notebook the picture, or nothing where there is no image to draw on."""
+        """Return the picture for a notebook, or None without an image to draw on."""
         try:
             picture = self.plot()
         except (A2FPNError, OSError):
@@ -154,7 +154,7 @@ class Result:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The class name of each object."""
+        """Class name of each object."""
         return tuple(self.categories[label].name for label in self.labels.tolist())
 
     @property
@@ -164,14 +164,14 @@ class Result:
 
     @property
     def masks(self) -> NDArray[np.bool_] | None:
-        """(N, H, W) bool, decoded anew at each access; None if the model gives no masks."""
+        """(N, H, W) bool, decoded on each access; None if the model predicts no masks."""
         return None if self.rles is None else decode_rle(self.rles, size=self.size)
 
     def above(self, score_threshold: float) -> Result:
-        """Return the result without the objects that score less.
+        """Return the objects with at least the given score.
 
         Args:
-            score_threshold: Between 0, which keeps all, and 1.
+            score_threshold: Minimum score in [0, 1].
         """
         kept = self._kept(np.flatnonzero(self.scores >= score_threshold))
         return replace(kept, score_threshold=score_threshold)
@@ -188,10 +188,10 @@ class Result:
         )
 
     def to_coco(self, image_id: int) -> list[dict[str, Any]]:
-        """Return COCO results records, as pycocotools' ``loadRes`` and COCO's servers read them.
+        """Return COCO result records, as read by pycocotools' ``loadRes`` and COCO's servers.
 
         Args:
-            image_id: The id that the annotations give this image.
+            image_id: The image's id in the annotations.
 
         Returns:
             Per object image_id, category_id (the original id of its category), bbox (x, y, width, height in
@@ -221,17 +221,17 @@ class Result:
         path: str | None = None,
         microns_per_pixel: float | None = None,
     ) -> Result:
-        """Return the result of an image of which :meth:`to_coco` gave the records.
+        """Build a result from records of :meth:`to_coco`.
 
         Args:
-            records: Best first.
+            records: Records by descending score.
             size: Height and width of the image.
             categories: The classes, in the order of the labels.
             path: The image file.
             microns_per_pixel: As in the result.
 
         Raises:
-            ValueError: If a record is of a class that is not among them.
+            ValueError: If the class of a record is not among them.
 
         Example:
             >>> record = {"category_id": 7, "bbox": [2.0, 2.0, 4.0, 3.0], "score": 0.75}
@@ -259,8 +259,8 @@ class Result:
     def to_supervision(self) -> supervision.Detections:
         """Return supervision's ``Detections``, with the names as ``data["class_name"]``.
 
-        Masks are supervision's compact ones where the installed version has them, else dense. ``Detections`` have no
-        place for keypoints: they are in ``data["keypoints"]``, and in :meth:`to_supervision_keypoints`.
+        Masks are compact if the installed version supports it, else dense. ``Detections`` have no field for keypoints:
+        they are in ``data["keypoints"]``, and in :meth:`to_supervision_keypoints`.
         """
         return to_detections(
             self.boxes,
@@ -273,27 +273,27 @@ class Result:
         )
 
     def to_supervision_keypoints(self) -> supervision.KeyPoints:
-        """Return supervision's ``KeyPoints``, which its annotators of keypoints draw.
+        """Return supervision's ``KeyPoints``, for its keypoint annotators.
 
         Raises:
-            ValueError: If the model gives no keypoints.
+            ValueError: If the model predicts no keypoints.
         """
         if self.keypoints is None:
             raise ConfigError("This result has no keypoints; they come from detectors such as keypointrcnn.")
         return to_keypoints(self.keypoints, self.labels, names=self.names)
 
     def load_image(self) -> NDArray[np.uint8]:
-        """Return the (H, W, 3) uint8 image, read from ``path`` again unless it was given in memory.
+        """Return the (H, W, 3) uint8 image, read again from ``path`` unless it was given in memory.
 
         Raises:
             ValueError: If there is neither an image nor a path.
-            OSError: If the file is gone.
+            OSError: If the file no longer exists.
         """
         if self.image is not None:
             return self.image
         if self.path is None:
             raise ConfigError("This result holds neither the image nor its path; give the image to plot(image=...).")
-        # What made the result has read the file before, under a limit of its own.
+        # The file was already read under the predictor's own limit.
         reading = replace(self.reading or SlideOptions(whole=True), max_pixels=None)
         with open_slide(self.path, reading) as slide:
             return _as_rgb(to_array(slide.read((0, 0, *slide.size[::-1]))))
@@ -307,21 +307,21 @@ class Result:
         labels: bool | None = None,
         legend: bool = True,
     ) -> Image.Image:
-        """Draw the objects on the image, enlarging small images by a whole factor.
+        """Draw the objects on the image, enlarging small images by an integer factor.
 
-        Keypoints that the model is sure of are drawn, and joined to a skeleton where they have the names of COCO's.
+        Confident keypoints are drawn, with a skeleton if they have COCO's names.
 
         Args:
-            image: (H, W, 3) uint8 RGB; None takes the image of the result, or reads its path.
-            score_threshold: Objects that score less are left out. None draws all objects of a result that was made
-                with a threshold, and else those from 0.5 on.
-            boxes: Whether to draw boxes; None leaves them out where there are masks and more than 40 objects.
-            labels: Whether to write class and score beside objects that have room for it; None does so for up
+            image: (H, W, 3) uint8 RGB; None for the image of the result, or that of its path.
+            score_threshold: Objects with a lower score are omitted. None draws all objects of a result that was made
+                with a threshold, otherwise those from 0.5 on.
+            boxes: Whether to draw boxes; None omits them if there are masks and more than 40 objects.
+            labels: Whether to write class and score next to objects that have room for it; None does so for up
                 to 40 objects.
-            legend: Whether to add a strip under the picture with the classes, counts and ranges of score.
+            legend: Whether to add a strip below the picture with the classes, counts and score ranges.
 
         Returns:
-            An RGB picture; ``.save("overlay.png")`` writes it, a notebook shows it.
+            An RGB picture; ``.save("overlay.png")`` writes it, a notebook displays it.
 
         Raises:
             ValueError: If there is no image, or one of another type or size.
@@ -339,10 +339,10 @@ class Result:
         return draw(shown, image, boxes=boxes, labels=labels, legend=legend)
 
     def shrunk(self, side: int) -> Result:
-        """Return the result in an image of which squares of pixels have become pixels.
+        """Return the result downscaled by an integer factor.
 
         Args:
-            side: Of the squares, pixels.
+            side: The factor.
         """
         size = (-(-self.size[0] // side), -(-self.size[1] // side))
         return replace(
@@ -359,7 +359,7 @@ class Result:
         )
 
     def _small(self) -> Thumbnail | None:
-        """A thumbnail of the file, if it is too large to be drawn on."""
+        """Thumbnail of the file if it is too large to be drawn on."""
         if self.path is None or self.size[0] * self.size[1] <= _DRAWN:
             return None
         with open_slide(self.path, replace(self.reading or SlideOptions(), max_pixels=None, whole=False)) as slide:
@@ -367,11 +367,11 @@ class Result:
 
 
 def _as_rgb(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Colors to show channels (H, W, C) in: the first three, or the first as gray."""
+    """Convert channels (H, W, C) to RGB: the first three, or the first as gray."""
     return pixels[..., :3] if pixels.shape[2] >= 3 else np.repeat(pixels[..., :1], 3, axis=2)
 
 
 def to_array(image: Tensor) -> NDArray[np.uint8]:
-    """(H, W, 3) uint8 array of a (3, H, W) tensor, uint8 or float in [0, 1]."""
+    """Convert a tensor (3, H, W), uint8 or float in [0, 1], to a uint8 array (H, W, 3)."""
     pixels = image if image.dtype == torch.uint8 else (image * 255).round().clamp(0, 255).to(torch.uint8)
     return np.asarray(pixels.detach().permute(1, 2, 0).cpu())

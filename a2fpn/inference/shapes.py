@@ -1,4 +1,4 @@
-"""Outlines of objects and their colors, for pictures of every format.
+"""Outlines and colors of objects, for all picture formats.
 
 Shape shorthand: N objects. Points are x, y in image pixels.
 """
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Ring = NDArray[np.float64]
 
-# Okabe and Ito's colors, which people with color blindness tell apart, then others in between.
+# Okabe and Ito's colors, safe for color blindness, then others in between.
 PALETTE = (
     *("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#D55E00", "#CC79A7", "#0072B2"),
     *("#AADD55", "#AA4499", "#44DDCC", "#BB5566", "#7788FF"),
@@ -28,7 +28,7 @@ PALETTE = (
 
 
 def mask_rings(rle: Rle) -> list[Ring]:
-    """Border lines of a mask, holes and separate parts included, each (P, 2) and closed.
+    """Contours of a mask, including holes and separate parts, each (P, 2) and closed.
 
     Example:
         >>> from a2fpn.masks.rle import encode_masks
@@ -39,29 +39,29 @@ def mask_rings(rle: Rle) -> list[Ring]:
     window, (left, top, _, _) = decode_window(rle)
     inside = np.pad(window, 1).astype(np.float32)
     lines = contourpy.contour_generator(z=inside, line_type=contourpy.LineType.Separate).lines(0.5)
-    # From the centers of the padded window's pixels to image coordinates.
+    # From pixel centers of the padded window to image coordinates.
     return [np.asarray(line) + (left - 0.5, top - 0.5) for line in lines]
 
 
 def smooth_points(ring: Ring) -> Ring:
-    """Points of a closed ring, the last one left out, with the steps between pixels smoothed a little.
+    """Points of a closed ring without the last one, slightly smoothed.
 
-    A single pixel stays as it is: it would lose half its sides.
+    A single pixel is not smoothed, since it would shrink visibly.
     """
     points = ring[:-1]
     return points if len(points) <= 4 else (np.roll(points, 1, axis=0) + 2 * points + np.roll(points, -1, axis=0)) / 4
 
 
 def box_ring(box: NDArray[np.floating]) -> Ring:
-    """Border of a box x, y, width, height, (5, 2), closed."""
+    """Closed ring (5, 2) of a box x, y, width, height."""
     x, y, width, height = (float(side) for side in box)
     return np.array([(x, y), (x + width, y), (x + width, y + height), (x, y + height), (x, y)])
 
 
 def neighbor_colors(boxes: NDArray[np.floating]) -> list[int]:
-    """A number of the palette for each box xyxy, (N, 4), that none of the nearest boxes before it has.
+    """Palette index for each box xyxy, (N, 4), different from those of the nearest preceding boxes.
 
-    Among more than 256 boxes the nearest are sought in a grid, so that those of a slide take seconds.
+    With more than 256 boxes, neighbors are searched in a grid, so that those of a slide take seconds.
     """
     count = len(boxes)
     centers = (boxes[:, :2] + boxes[:, 2:]) / 2

@@ -1,4 +1,4 @@
-"""Files, folders and patterns of images, as people name them."""
+"""Image sources: files, folders and patterns."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ImagePath = str | os.PathLike[str]
 
 
 def list_images(source: ImagePath) -> list[Path]:
-    """Return the image files of a folder or pattern in order of their names, without those of sub-folders.
+    """List the image files of a folder or pattern sorted by name, without subfolders.
 
     Raises:
         ValueError: If there are none.
@@ -37,7 +37,7 @@ def list_images(source: ImagePath) -> list[Path]:
 
 
 def is_pattern(source: ImagePath) -> bool:
-    """Return whether a path is a pattern such as ``photos/*.jpg``; a file of that very name is none."""
+    """Return whether a path is a pattern such as ``photos/*.jpg`` and not the name of an existing file."""
     return any(character in os.fspath(source) for character in "*?[") and not os.path.exists(source)
 
 
@@ -45,10 +45,10 @@ _VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
 
 
 def check_source(source: ImagePath) -> None:
-    """Refuse what people give and no file holds: addresses and videos.
+    """Refuse URLs and videos.
 
     Raises:
-        ValueError: With what to do instead.
+        ValueError: With advice.
     """
     text = os.fspath(source)
     scheme = re.match(r"(https?|s3|gs|ftp|rtsp|data):", text, flags=re.IGNORECASE)

@@ -1,4 +1,4 @@
-"""Prediction tile by tile: tiles read ahead, several at once, what each shows in pixels of the image."""
+"""Tiled prediction: tiles are read ahead and batched, and detections are in pixels of the image."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Value = TypeVar("Value")
 
 
 class MemorySlide(Slide):
-    """A tensor (C, H, W), read like a file."""
+    """A tensor (C, H, W) with the interface of a slide."""
 
     def __init__(self, pixels: Tensor) -> None:
         if pixels.ndim < 2:
@@ -36,12 +36,12 @@ class MemorySlide(Slide):
 
 
 def read_ahead(read: Callable[[Item], Value], items: Iterable[Item], workers: int) -> Iterator[Value]:
-    """Yield what ``read`` gives for each item, in their order, read by threads before it is asked for.
+    """Yield ``read(item)`` for each item in order, read ahead by threads.
 
     Args:
         read: Called from several threads.
-        items: Read as far ahead as there are threads.
-        workers: Threads; 0 reads when asked.
+        items: Items, read ahead by as many as there are threads.
+        workers: Number of threads; 0 reads on demand.
 
     Example:
         >>> list(read_ahead(lambda x: x * x, range(5), workers=2))
@@ -71,14 +71,14 @@ def detect_tiles(
     batch: int,
     workers: int,
 ) -> Iterator[tuple[int, TileDetections]]:
-    """Yield the number and the detections of each tile.
+    """Yield the index and the detections of each tile.
 
     Args:
-        detect: Gives detections of images.
-        encode: Makes of a tile's detections and its (height, width) what is kept of them, in pixels of the tile.
+        detect: Returns the detections of images.
+        encode: Converts a tile's detections, given its (height, width), to the stored form, in pixels of the tile.
         slide: The image.
-        windows: Tiles by number, read in this order.
-        batch: Tiles that are given to ``detect`` at once.
+        windows: Tiles by index, read in this order.
+        batch: Tiles passed to ``detect`` at once.
         workers: Threads that read ahead.
 
     Raises:

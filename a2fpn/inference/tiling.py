@@ -1,6 +1,6 @@
-"""Large images in tiles that overlap: where they lie, and how what they show becomes one result.
+"""Overlapping tiles of large images: their positions, and merging of their detections.
 
-Shape shorthand: ``n`` detections. A window is ``(x0, y0, x1, y1)`` in whole pixels of the image, ends excluded.
+Shape shorthand: ``n`` detections. A window is ``(x0, y0, x1, y1)`` in whole pixels of the image, ends exclusive.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from a2fpn.errors import ConfigError
 from a2fpn.masks.rle import Rle, decode_windows, encode_window
 
 SAME = 0.5
-"""Share of overlap from which two detections of different tiles are one object."""
+"""Minimum overlap of two detections of different tiles that are the same object."""
 
-_COVERED = 0.9  # share of a part without an equal from which it belongs to the one that covers it
-_MARGIN = 1 / 128  # of a tile: a box that ends this close to its border may go on behind it
+_COVERED = 0.9  # minimum share of an unmatched part that is covered by the detection it belongs to
+_MARGIN = 1 / 128  # of a tile: a box that ends this close to its border may be truncated
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,8 +48,8 @@ def tile_windows(size: tuple[int, int], tile: int, overlap: float = 0.2) -> list
 
     Args:
         size: Height and width of the image, pixels.
-        tile: Side of a tile, pixels; smaller sides of the image are covered by one.
-        overlap: Least share of a tile that the next one shows too. Objects up to this size are whole in some tile.
+        tile: Side of a tile, pixels; smaller sides of the image are covered by one tile.
+        overlap: Minimum share of a tile that overlaps the next. Objects up to this size are whole in some tile.
 
     Raises:
         ValueError: For a tile below 16 pixels or an overlap outside [0, 0.9].
@@ -75,14 +75,14 @@ def _starts(side: int, tile: int, overlap: float) -> list[int]:
 
 
 def merge_tiles(tiles: Sequence[TileDetections], size: tuple[int, int]) -> TileDetections:
-    """Detections of all tiles as those of one image, without duplicates, best first.
+    """Merge the detections of all tiles, without duplicates, by descending score.
 
-    Two detections of one class from two tiles are compared in the part of the image that both tiles show, by their
-    masks, or by their boxes where there are none. They are the same object if their IoU is at least :data:`SAME`. One
-    that is cut off by its tile's border is also the same as a whole one that covers that share of it, and as a cut one
-    that covers nearly all of it, if nothing resembles it more. Of the same object the best whole detection stays.
-    Where there is none, since the object is larger than the overlap, its parts become one: the union of boxes and
-    masks, with the best score.
+    Two detections of one class from two tiles are compared in the overlap of the tiles, by their masks, or by their
+    boxes without masks. They are the same object if their IoU is at least :data:`SAME`. A detection truncated by its
+    tile's border is also the same as a whole one that covers that share of it, and as a truncated one that covers
+    nearly all of it, if it has no other match. Of detections of the same object the best whole one is kept. If all are
+    truncated, since the object is larger than the overlap, they are merged: the union of boxes and masks, with the
+    best score.
 
     Args:
         tiles: The detections of every tile.
@@ -117,7 +117,7 @@ def merge_tiles(tiles: Sequence[TileDetections], size: tuple[int, int]) -> TileD
 
 
 def _neighbors(windows: Sequence[Window]) -> Iterator[tuple[int, int]]:
-    """Yield pairs of windows that have pixels in common."""
+    """Yield pairs of windows that overlap."""
     order = sorted(range(len(windows)), key=lambda number: windows[number][1])
     for place, a in enumerate(order):
         for b in itertools.islice(order, place + 1, None):
@@ -128,7 +128,7 @@ def _neighbors(windows: Sequence[Window]) -> Iterator[tuple[int, int]]:
 
 
 def _is_cut(tile: TileDetections, size: tuple[int, int]) -> NDArray[np.bool_]:
-    """Return which boxes touch a border of the tile that is not the image's."""
+    """Return a mask of boxes that touch a border of the tile inside the image."""
     x0, y0, x1, y1 = tile.window
     margin = max(x1 - x0, y1 - y0) * _MARGIN
     inner = np.array([x0 > 0, y0 > 0, x1 < size[1], y1 < size[0]])
@@ -143,7 +143,7 @@ def _same_objects(
     first_whole: NDArray[np.bool_],
     second_whole: NDArray[np.bool_],
 ) -> Iterator[tuple[int, int]]:
-    """Yield rows of detections of two tiles that are the same object."""
+    """Yield pairs of rows of two tiles' detections that are the same object."""
     common = (
         *(max(a, b) for a, b in zip(first.window[:2], second.window[:2], strict=True)),
         *(min(a, b) for a, b in zip(first.window[2:], second.window[2:], strict=True)),
@@ -164,7 +164,7 @@ def _same_objects(
 
 
 def _inside(boxes: NDArray[np.float32], window: Sequence[int]) -> NDArray[np.intp]:
-    """Rows of the boxes that have a part inside a window."""
+    """Rows of the boxes that overlap a window."""
     x0, y0, x1, y1 = window
     return np.flatnonzero((boxes[:, 0] < x1) & (boxes[:, 1] < y1) & (boxes[:, 2] > x0) & (boxes[:, 3] > y0))
 
@@ -176,7 +176,7 @@ def _overlaps(
     columns: NDArray[np.intp],
     window: Sequence[int],
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Areas that detections (n) of one and (m) of another tile have in common inside a window, (n, m), (n,), (m,)."""
+    """Intersections (n, m) and areas (n,), (m,) of the detections of two tiles inside a window."""
     x0, y0, x1, y1 = window
     a, b = (
         np.concatenate([np.maximum(boxes[:, :2], [x0, y0]), np.minimum(boxes[:, 2:], [x1, y1])], 1).astype(np.float64)
@@ -201,7 +201,7 @@ class _Mask(NamedTuple):
 
 
 def _cut_out(tile: TileDetections, rows: NDArray[np.intp], window: Sequence[int]) -> list[_Mask]:
-    """The parts of masks inside a window."""
+    """Crop masks to a window."""
     return [_crop(mask, window) for mask in _masks(tile, rows.tolist())]
 
 
@@ -230,7 +230,7 @@ def _common_pixels(a: _Mask, b: _Mask) -> int:
 def _joined_masks(
     tiles: Sequence[TileDetections], offsets: Sequence[int], objects: Sequence[Sequence[int]], size: tuple[int, int]
 ) -> tuple[Rle, ...]:
-    """Masks of the image's size, each the union of those of its rows."""
+    """Masks of the image's size, each the union of an object's rows."""
     owner = {row: number for number, rows in enumerate(objects) for row in rows}
     parts: dict[int, list[_Mask]] = {}
     joined: list[Rle] = [Rle(size=list(size), counts="")] * len(objects)
@@ -261,7 +261,7 @@ def _union(masks: Sequence[_Mask], size: tuple[int, int]) -> Rle:
 
 
 def _groups(same: dict[int, set[int]]) -> Iterator[list[int]]:
-    """Detections that are the same object, directly or through others."""
+    """Yield connected components of detections that are the same object."""
     seen: set[int] = set()
     for start in same:
         if start not in seen:
@@ -278,10 +278,10 @@ def _groups(same: dict[int, set[int]]) -> Iterator[list[int]]:
 def _one_of_each(
     group: list[int], whole: NDArray[np.bool_], scores: NDArray[np.float32], same: dict[int, set[int]]
 ) -> Iterator[list[int]]:
-    """The rows that make up each object of a group: the best whole ones, or all parts together."""
+    """Yield the rows of each object in a group: the best whole detections, or all truncated ones together."""
     kept: list[int] = []
     for row in sorted((row for row in group if whole[row]), key=lambda row: (-scores[row], row)):
-        # A part may have joined two objects, each of which is whole in another tile.
+        # A truncated detection may have connected two objects that are whole in other tiles.
         if not same[row] & set(kept):
             kept.append(row)
     yield from ([row] for row in kept) if kept else [group]

@@ -1,4 +1,4 @@
-"""Detections as the types of supervision, an extra."""
+"""Conversion of detections to supervision's types, an extra."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def to_detections(
     rles: Sequence[Rle] | None,
     keypoints: NDArray[np.float32] | None,
 ) -> supervision.Detections:
-    """Return supervision's ``Detections`` of the fields of a :class:`a2fpn.Result`."""
+    """Convert the fields of a :class:`a2fpn.Result` to supervision's ``Detections``."""
     library = _library()
     points = {} if keypoints is None else {"keypoints": keypoints}
     found: supervision.Detections = library.Detections(
@@ -41,19 +41,19 @@ def to_detections(
 def to_keypoints(
     keypoints: NDArray[np.float32], labels: NDArray[np.int64], *, names: Sequence[str]
 ) -> supervision.KeyPoints:
-    """Return supervision's ``KeyPoints`` of the fields of a :class:`a2fpn.Result`."""
+    """Convert the fields of a :class:`a2fpn.Result` to supervision's ``KeyPoints``."""
     library = _library()
     found: supervision.KeyPoints
     if len(labels):
         data = {"class_name": np.array(names, dtype=np.str_)}
         found = library.KeyPoints(xy=keypoints[..., :2], class_id=labels, data=data)
     else:
-        found = library.KeyPoints.empty()  # versions before 0.29 refuse arrays of no object
+        found = library.KeyPoints.empty()  # versions before 0.29 refuse empty arrays
     return found
 
 
 def _masks(library: Any, rles: Sequence[Rle], boxes: NDArray[np.float32], size: tuple[int, int]) -> Any:
-    """Masks as supervision keeps them: run lengths inside boxes, whose last pixels are in them; else dense ones."""
+    """Convert masks to supervision's compact form, run lengths inside boxes with inclusive ends, or else to dense."""
     if not hasattr(getattr(library, "CompactMask", None), "from_coco_rle"):
         return decode_rle(rles, size=size)
     height, width = size
@@ -64,7 +64,7 @@ def _masks(library: Any, rles: Sequence[Rle], boxes: NDArray[np.float32], size: 
 
 
 def _library() -> Any:
-    """The library.
+    """Import the library.
 
     Raises:
         ConfigError: If it is not installed.

@@ -1,4 +1,4 @@
-"""Test-time augmentation: an image seen at several sizes and mirrored, and one result of all views.
+"""Test-time augmentation: prediction at several sizes and flipped, and fusion of the views.
 
 Shape shorthand: ``N`` detections of all views, ``M`` side of a predicted mask.
 """
@@ -25,13 +25,14 @@ class Augmentation:
     """Views of an image, and the fusion of their detections.
 
     Args:
-        scales: Sizes, as factors of the size that the model itself would choose.
-        horizontal_flip: Whether each is also seen mirrored left to right.
-        vertical_flip: Whether each is also seen upside down, for images without an up, such as microscopy.
-        iou: IoU from which detections of one class are the same object.
+        scales: Scale factors relative to the model's own size.
+        horizontal_flip: Whether to add a horizontally flipped view of each.
+        vertical_flip: Whether to add a vertically flipped view of each, for images without orientation, such as
+            microscopy.
+        iou: Minimum IoU of detections of one class that are the same object.
 
     Raises:
-        ValueError: Without a scale, for one outside [0.1, 10], or an IoU outside [0, 1].
+        ValueError: Without scales, for one outside [0.1, 10], or an IoU outside [0, 1].
     """
 
     scales: tuple[float, ...] = (0.8, 1.0, 1.25)
@@ -46,7 +47,7 @@ class Augmentation:
             raise ConfigError(f"iou must be between 0 and 1, got {self.iou}.")
 
     def views(self) -> Iterator[tuple[float, tuple[int, ...]]]:
-        """Every scale with the dimensions (-1 columns, -2 rows) that are flipped."""
+        """Yield every scale with its flipped dimensions (-1 columns, -2 rows)."""
         flips = itertools.product((False, True)[: 1 + self.vertical_flip], (False, True)[: 1 + self.horizontal_flip])
         for scale, (rows, columns) in itertools.product(self.scales, list(flips)):
             yield scale, ((-2,) if rows else ()) + ((-1,) if columns else ())
@@ -59,13 +60,13 @@ def detect_resized(
     *,
     interpolation: str = "bilinear",
 ) -> list[Detection]:
-    """Detections of images at other sizes than the model would choose, in pixels of the images.
+    """Detect objects in images at given sizes instead of the model's own, in pixels of the images.
 
     Args:
-        detect: A detector that takes images as they are, without resizing them; masks as predicted in their boxes.
+        detect: A detector without resizing, with masks relative to their boxes.
         images: ``(C, H, W)``, float in [0, 1] or uint8.
-        sizes: Height and width at which the detector sees each.
-        interpolation: How the model itself resizes.
+        sizes: Height and width to which each is resized.
+        interpolation: The model's interpolation mode.
     """
     views = [_resized(image, size, interpolation) for image, size in zip(images, sizes, strict=True)]
     found = []
@@ -87,21 +88,21 @@ def detect_augmented(
     *,
     interpolation: str = "bilinear",
 ) -> Detection:
-    """Detections of all views of an image, fused.
+    """Detect objects in all views of an image and fuse them.
 
     Args:
-        detect: A detector that takes an image as it is, without resizing it; masks as predicted in their boxes.
+        detect: A detector without resizing, with masks relative to their boxes.
         image: ``(C, H, W)``, float in [0, 1] or uint8.
         size: Height and width to which the model itself would resize it.
-        augmentation: Which views.
-        rule: What makes a detection; its two limits hold after the fusion too.
-        interpolation: How the model itself resizes.
+        augmentation: The views.
+        rule: The post-processing; its score threshold and maximum number of detections also apply after fusion.
+        interpolation: The model's interpolation mode.
 
     Returns:
         Boxes in pixels of the image, scores, labels and, if there are any, masks (n, 1, M, M).
 
     Raises:
-        ValueError: If the detector gives keypoints, of which left and right can't be told.
+        ValueError: If the detector predicts keypoints, whose left-right pairs are unknown.
     """
     found = []
     for scale, flips in augmentation.views():
@@ -117,7 +118,7 @@ def detect_augmented(
 
 
 def _resized(image: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
-    """An image in floating point at another size."""
+    """Resize an image in floating point."""
     pixels = image.float().div(255) if image.dtype == torch.uint8 else image.float()
     return F.interpolate(pixels[None], size=size, mode=interpolation, align_corners=False)[0]
 
@@ -125,7 +126,7 @@ def _resized(image: Tensor, size: tuple[int, int], interpolation: str) -> Tensor
 def _moved_back(
     detection: Detection, flips: tuple[int, ...], view: tuple[int, int], original: tuple[int, int]
 ) -> Detection:
-    """A detection of a view in pixels of the image."""
+    """Map a view's detections back to pixels of the image."""
     x0, y0, x1, y1 = detection["boxes"].unbind(1)
     if -1 in flips:
         x0, x1 = view[1] - x1, view[1] - x0
@@ -141,15 +142,15 @@ def _moved_back(
 def fuse(views: Sequence[Detection], *, iou: float = 0.55) -> Detection:
     """Weighted boxes fusion (Solovyev et al., "Weighted boxes fusion", Image and Vision Computing 2021), with masks.
 
-    Boxes of one class that overlap become one, their mean weighted by the scores. Its score is their mean, lowered if
-    not every view saw the object. Masks are moved into the fused box and averaged likewise.
+    Overlapping boxes of one class are fused to their mean weighted by the scores. The fused score is their mean,
+    lowered if the object was not detected in every view. Masks are resampled to the fused box and averaged likewise.
 
     Args:
         views: Detections of every view, in pixels of one image.
-        iou: IoU from which a box belongs to a fused one.
+        iou: Minimum IoU of a box with a fused one.
 
     Returns:
-        The fused detections, best first.
+        The fused detections, by descending score.
 
     Example:
         >>> def view(box, score):
@@ -179,7 +180,7 @@ def fuse(views: Sequence[Detection], *, iou: float = 0.55) -> Detection:
 
 
 def _clusters(boxes: Tensor, scores: Tensor, labels: Tensor, iou: float) -> tuple[Tensor, Tensor, Tensor]:
-    """For each box, best first, the fused box it belongs to; the fused boxes; the first member of each."""
+    """Return the cluster of each box, by descending score, the fused boxes, and the first member of each."""
     sums = boxes.new_zeros(len(boxes), 4)
     weights = scores.new_zeros(len(boxes))
     fused = torch.zeros_like(boxes)
@@ -206,7 +207,7 @@ def _clusters(boxes: Tensor, scores: Tensor, labels: Tensor, iou: float) -> tupl
 
 
 def move_masks(masks: Tensor, old: Tensor, new: Tensor) -> Tensor:
-    """Masks predicted inside boxes, sampled in other boxes; zero where these reach beyond.
+    """Resample masks predicted inside boxes to other boxes, zero outside the old ones.
 
     Args:
         masks: ``(N, 1, M, M)`` probabilities.
@@ -225,7 +226,7 @@ def move_masks(masks: Tensor, old: Tensor, new: Tensor) -> Tensor:
     side = masks.shape[-1]
     centers = (torch.arange(side, dtype=old.dtype, device=old.device) + 0.5) / side
     places = new[:, None, :2] + centers[:, None] * (new[:, None, 2:] - new[:, None, :2])
-    # In units of the old box, (N, M, 2): x and y.
+    # Relative to the old box, (N, M, 2): x and y.
     places = (places - old[:, None, :2]) / (old[:, None, 2:] - old[:, None, :2])
     inside = ((places >= 0) & (places <= 1)).to(masks.dtype)
     x, y = places.unbind(2)

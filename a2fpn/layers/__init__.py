@@ -1,4 +1,4 @@
-"""Building blocks of the necks; they know tensors, not pyramids."""
+"""Building blocks of the necks, on plain tensors."""
 
 from a2fpn.layers.attention import ATTENTION_KINDS, AttentionKind, attend, attention_map
 from a2fpn.layers.context import MGC, ContextInit, Distribution, orthogonality

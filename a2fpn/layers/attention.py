@@ -23,14 +23,14 @@ from a2fpn.layers.precision import autocast_off
 AttentionKind = Literal["dot", "scaled_dot", "scaled_cosine"]
 ATTENTION_KINDS: tuple[str, ...] = typing.get_args(AttentionKind)
 
-# The smallest norm that is divided by: far below any activation, and its inverse is still finite in float16.
+# Lower bound of a norm in a denominator: far below any activation, and its inverse is still finite in float16.
 _EPS = 1e-4
 
 _KEYS_PER_QUERY = 4
-"""From so many on, a GPU gets products of matrices instead of a fused kernel."""
+"""Keys per query from which a GPU computes matrix products instead of a fused kernel."""
 
 _MANY_QUERIES, _MOST_PARTS = 1024, 16
-"""From so many queries on, a GPU gets them in up to so many parts."""
+"""Number of queries from which a GPU splits them, and the maximum number of parts."""
 
 
 def attend(
@@ -47,17 +47,17 @@ def attend(
     * ``"scaled_dot"``: :math:`softmax(q k^T / \sqrt{d_k}) v` (Eq. 1)
     * ``"scaled_cosine"``: :math:`softmax(\sqrt{d_k} \cdot norm(q) norm(k)^T) v` (Eq. 6), norm = L2
 
-    A fused kernel serves all three, so the ``n x m`` map is not stored where the backend can avoid it. On a GPU a
-    few queries over many keys are two products of matrices instead: fused kernels share out the queries alone, and
-    would leave most of the GPU idle. The L2 norms are taken in float32 (float64 for float64 inputs) and have a finite
-    gradient at a zero vector.
+    All three run in a fused kernel, which does not store the ``n x m`` attention map where the backend can avoid it.
+    On a GPU, few queries over many keys run as two matrix products instead: fused kernels parallelize over queries
+    only and would leave most of the GPU idle. L2 norms are computed in float32 (float64 for float64 inputs) and have a
+    finite gradient at a zero vector.
 
     Args:
         query: ``(B, n, d_k)``.
         key: ``(B, m, d_k)``.
         value: ``(B, m, d_v)``.
-        kind: Which attention.
-        valid: ``(B, m)`` bool, False for keys that must get no weight (padding); None when all count.
+        kind: Kind of attention.
+        valid: ``(B, m)`` bool, False for masked keys (padding); None if all are valid.
 
     Returns:
         ``(B, n, d_v)``.
@@ -74,14 +74,14 @@ def attend(
         return _attend_by_products(query, key, value, kind, valid)
     query, key, scale = _scaled(query, key, kind)
     if is_exported():
-        # There the fused kernel is these products, with heads and copies besides.
+        # Export decomposes the fused kernel into these products, plus head dimensions and copies.
         logits = (query * scale) @ key.transpose(1, 2)
         if valid is not None:
             logits = torch.where(valid[:, None], logits, torch.finfo(logits.dtype).min)
         return logits.softmax(-1) @ value
     parts = 1
     if is_on_accelerator(query) and query.shape[1] >= _MANY_QUERIES:
-        # The backward pass shares out the keys alone: parts of the queries are treated as heads.
+        # The backward pass parallelizes over keys and heads only, so the queries are split into heads.
         parts = next(part for part in range(_MOST_PARTS, 0, -1) if query.shape[1] % part == 0)
     attended = F.scaled_dot_product_attention(
         query.to(value.dtype).unflatten(1, (parts, -1)),
@@ -94,9 +94,9 @@ def attend(
 
 
 def _attend_by_products(query: Tensor, key: Tensor, value: Tensor, kind: AttentionKind, valid: Tensor | None) -> Tensor:
-    """Attend with the map of weights stored: its logits in float32, the keys as they are.
+    """Attend by matrix products, with float32 logits.
 
-    The norm of a key divides a column of the logits, which is smaller than the keys.
+    Keys are not normalized: dividing the columns of the logits by the norms touches less memory.
     """
     with autocast_off(query):
         wide = torch.promote_types(query.dtype, torch.float32)
@@ -113,12 +113,12 @@ def _attend_by_products(query: Tensor, key: Tensor, value: Tensor, kind: Attenti
 
 
 def attention_map(query: Tensor, key: Tensor, *, kind: AttentionKind = "scaled_cosine") -> Tensor:
-    """Weights that :func:`attend` gives the keys, for looking at: the whole map is made.
+    """Attention weights of :func:`attend`, for visualization; the whole map is materialized.
 
     Args:
         query: ``(B, n, d_k)``.
         key: ``(B, m, d_k)``.
-        kind: Which attention.
+        kind: Kind of attention.
 
     Returns:
         ``(B, n, m)``, rows sum to one.
@@ -135,7 +135,7 @@ def attention_map(query: Tensor, key: Tensor, *, kind: AttentionKind = "scaled_c
 
 
 def _scaled(query: Tensor, key: Tensor, kind: AttentionKind) -> tuple[Tensor, Tensor, float]:
-    """Query, key and factor whose product is the logits."""
+    """Query, key and scale whose product is the logits."""
     if kind not in ATTENTION_KINDS:
         raise ConfigError(f"Unknown attention {kind!r}; expected one of {', '.join(ATTENTION_KINDS)}.")
     d_k = query.shape[-1]
@@ -155,7 +155,7 @@ def _l2_normalize(x: Tensor) -> Tensor:
 
 
 class _L2Normalize(torch.autograd.Function):
-    """:func:`torch.nn.functional.normalize` over the last dim; its backward pass makes one map instead of five."""
+    """:func:`torch.nn.functional.normalize` over the last dim; backward allocates one tensor instead of five."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
@@ -167,7 +167,7 @@ class _L2Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> Tensor:
         unit, norm = ctx.saved_tensors  # type: ignore[attr-defined]
-        # Below the smallest norm the divisor is a constant, and so has no gradient.
+        # Norms below the bound are clamped to a constant, which has no gradient.
         along = torch.linalg.vecdot(grad, unit).unsqueeze(-1).masked_fill_(norm <= _EPS, 0.0)
         result: Tensor = torch.addcmul(grad, unit, along, value=-1).div_(norm)
         return result

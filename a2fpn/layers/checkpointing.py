@@ -10,19 +10,19 @@ from torch.utils.checkpoint import checkpoint
 
 
 def maybe_checkpoint(module: nn.Module, step: Callable[..., Tensor], *inputs: object) -> Tensor:
-    """Run a step of a module, in training under activation checkpointing.
+    """Run a step of a module, under activation checkpointing in training.
 
-    Stored normalized pixels, queries, kernels and reassembled maps would take several times the memory of the pyramid.
+    Without it, normalized pixels, queries, kernels and reassembled maps take several times the memory of the pyramid.
 
     Args:
-        module: Its ``training`` flag decides.
+        module: Checkpointing is used if it is in training mode.
         step: Deterministic function of tensors.
         *inputs: Its arguments.
 
     Returns:
-        What the step returns.
+        Output of the step.
     """
-    # A compiler decides itself what to compute again.
+    # A compiler decides on recomputation itself.
     if not (module.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
         return step(*inputs)
     result: Tensor = checkpoint(step, *inputs, use_reentrant=False, preserve_rng_state=False)

@@ -1,4 +1,4 @@
-"""Checks of arguments that name one of a few kinds."""
+"""Validation of arguments with a fixed set of choices."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from a2fpn.errors import ConfigError
 
 
 def check_choice(argument: str, value: object, allowed: Sequence[str]) -> None:
-    """Check that an argument is one of the names it may be.
+    """Check that an argument is one of the allowed choices.
 
     Args:
         argument: Its name in the message.
-        value: What was given.
-        allowed: The names.
+        value: Value of the argument.
+        allowed: The choices.
 
     Raises:
-        ValueError: For any other value; the message has the names.
+        ValueError: For any other value; the message lists the choices.
 
     Example:
         >>> check_choice("pool", "max", ("mean", "attention"))

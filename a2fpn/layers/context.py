@@ -1,7 +1,7 @@
 """Multi-level global context (MGC): collect, reason, distribute.
 
 Source: the A2-FPN supplement, section B and Eq. 7, and the paper's abstract; node counts, the orthogonality
-weight and the three steps after public accounts of the main text. Two exact rewritings save 12 of 52 GMACs at
+weight and the three steps follow public descriptions of the main text. Two exact rewritings save 12 of 52 GMACs at
 800 x 1088: attention weights sum to one, so an affine map of the values commutes with attention, and both
 ``phi`` (collect) and ``out`` (distribute) are applied to the few nodes instead of to every pixel.
 
@@ -33,33 +33,33 @@ ContextInit = Literal["zero", "gate", "small"]
 CONTEXT_INITS: tuple[str, ...] = typing.get_args(ContextInit)
 
 _SMALL = 0.1
-"""Factor on the default initialization of a last map that starts small."""
+"""Factor on the default initialization of the last layer for ``context_init="small"``."""
 
 _BAND_BYTES = 2**24
-"""Of a query, outside training: half the size from which glibc's allocator takes fresh pages for each block."""
+"""Size of a band of queries in inference: half the size from which glibc's allocator maps new pages for each block."""
 
 
 class MGC(nn.Module):
     """Collects semantic nodes from every level, reasons over them, and distributes them to the pixels by attention.
 
-    By default the last map ``out`` starts at zero, so a fresh MGC returns zeros and leaves the laterals unchanged.
+    By default the last layer ``out`` is zero-initialized: a new MGC returns zeros and leaves the laterals unchanged.
 
     Args:
         in_channels: ``C_i`` per level.
         out_channels: ``d``.
         nodes: ``N_i`` per level; at most ``C_i``, or the entities could not be orthonormal.
         levels: Names of the levels in the state dict; None counts from 0.
-        attention: Kind of attention, for collecting, distributing and, where it is attention, reasoning.
+        attention: Kind of attention for collecting, distributing, and reasoning by attention.
         reasoning: ``"attention"`` for self-attention among nodes, ``"gcn"`` for a graph convolution; both with a
             residual, within each level and then among all nodes.
         distribute: Nodes that a pixel attends to after reasoning over the nodes of all levels: ``"all"`` ``N`` of them,
             or its ``"own"`` level's ``N_i``, which costs less.
-        context_init: Start of the last map: ``"zero"``; ``"gate"`` for the default initialization behind a gate per
-            channel that starts at zero; ``"small"`` for a tenth of the default initialization, which changes the
-            laterals from the beginning.
+        context_init: Initialization of the last layer: ``"zero"``; ``"gate"`` for the default followed by a
+            zero-initialized gate per channel; ``"small"`` for a tenth of the default, which changes the laterals from
+            the first step on.
 
     Raises:
-        ValueError: For ``N_i > C_i``, counts that differ, or an unknown attention, reasoning, distribution or start.
+        ValueError: For ``N_i > C_i``, lengths that differ, or an unknown choice of an option.
 
     Example:
         >>> mgc = MGC([16, 32], 8, nodes=[16, 8])
@@ -123,8 +123,8 @@ class MGC(nn.Module):
         Args:
             features: Maps ``(B, C_i, H_i, W_i)``.
             valid: Per level a bool map ``(B, 1, H_i, W_i)``, False on the batch's padding, or None.
-            residual: Maps ``(B, d, H_i, W_i)`` that the context is added to, the laterals; they are modified in place
-                where no gradient is recorded.
+            residual: Maps ``(B, d, H_i, W_i)`` that the context is added to, the laterals; modified in place if
+                gradients are disabled.
 
         Returns:
             Maps ``(B, d, H_i, W_i)``: the context, or its sum with ``residual``.
@@ -143,7 +143,7 @@ class MGC(nn.Module):
             valid: See :meth:`forward`.
 
         Returns:
-            Per level the nodes that its pixels ask: ``(B, N, d)``, the same for every level, or ``(B, N_i, d)``.
+            Per level the nodes that its pixels attend to: ``(B, N, d)``, the same for every level, or ``(B, N_i, d)``.
         """
         masks = [None] * len(features) if valid is None else valid
         collected = [
@@ -166,14 +166,14 @@ class MGC(nn.Module):
 
     def _distribute(self, level: int, x: Tensor, nodes: Tensor, residual: Tensor | None) -> Tensor:
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            # The sum is outside the checkpoint: it needs neither of its terms in the backward pass.
+            # The sum is outside the checkpoint, since its backward pass needs no stored tensors.
             context = maybe_checkpoint(self, self._answer, level, x, nodes)
             return context if residual is None else residual + context
         values = self._values(level, nodes)
         batch, _, height, width = x.shape
         if residual is None:
             residual = _zeros_channels_last(values, height, width)
-        # Band by band on a CPU: a query or an answer of the finest level is not kept, and hardly leaves the cache.
+        # Band by band on a CPU, so that queries and outputs of the finest level stay in the cache.
         rows = (
             height
             if runs_ahead(x)
@@ -197,17 +197,16 @@ class MGC(nn.Module):
         return context.transpose(1, 2).reshape(query.shape)
 
     def orthogonal_loss(self) -> Tensor:
-        """Sum over levels of the entities' :func:`orthogonality`, a scalar; the caller weights it.
+        """Sum of the entities' :func:`orthogonality` over the levels, an unweighted scalar.
 
-        With ``scaled_cosine`` the rows must be orthonormal; the other two kinds lift the restriction on the norm
-        (Eq. 7).
+        With ``scaled_cosine`` the rows must be orthonormal; the other two kinds do not constrain the norm (Eq. 7).
         """
         unit_norm = self.attention == "scaled_cosine"
         return torch.stack([orthogonality(w, unit_norm=unit_norm) for w in self.entities]).sum()
 
 
 def _zeros_channels_last(like: Tensor, height: int, width: int) -> Tensor:
-    """A map ``(B, C, height, width)`` for nodes ``(B, N, C)``."""
+    """Create a channels-last map ``(B, C, height, width)`` of zeros for nodes ``(B, N, C)``."""
     return like.new_zeros(len(like), height, width, like.shape[2]).permute(0, 3, 1, 2)
 
 

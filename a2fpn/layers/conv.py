@@ -13,8 +13,8 @@ from a2fpn.errors import ConfigError
 class ConvNormAct(nn.Module):
     """A convolution with "same" padding for odd kernels, then norm, then activation.
 
-    Weights start as in torchvision's FPN (Kaiming uniform with ``a=1``, biases zero), because necks feed
-    linear sums and not rectified activations.
+    Weights are initialized as in torchvision's FPN (Kaiming uniform with ``a=1``, zero biases), because outputs feed
+    linear sums, not ReLUs.
 
     Args:
         in_channels: Channels of the input.

@@ -14,16 +14,16 @@ from a2fpn.layers.precision import autocast_off
 from a2fpn.layers.resample import fit_doubled
 
 _SCOPE = 0.25
-"""Static scope factor: offsets of a linear map of unit range do not reach a neighbor's (section 3.2)."""
+"""Static scope factor, which keeps the sampling points of neighbors from overlapping (section 3.2)."""
 
 
 class DySample(nn.Module):
-    """Bilinear upsampling at points that move with the content, then addition.
+    """Bilinear upsampling at content-dependent sampling points, then addition.
 
     In the paper's terms: linear + pixel shuffle ("LP"), static scope factor 0.25, scale 2. A 1x1 convolution of the
-    coarse map gives every fine pixel an offset in coarse pixels for each group of channels; a fresh one is close to
-    bilinear interpolation. A fine map of twice the size, or one less, is met exactly, as by cropping; for any other
-    size positions are spread evenly and offsets are those of the nearest sub-position.
+    coarse map predicts an offset in coarse pixels per fine pixel and group of channels; at initialization the result
+    is close to bilinear interpolation. A fine map of twice the size, or one pixel less, is handled by cropping; for
+    any other size positions are spread evenly and offsets are those of the nearest sub-position.
 
     Args:
         channels: Channels of both maps, a multiple of ``groups``.
@@ -48,7 +48,7 @@ class DySample(nn.Module):
             nn.init.zeros_(self.offset.bias)
 
     def forward(self, coarse: Tensor, fine: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Merge ``(B, C, h, w)`` into ``(B, C, H, W)``; ``valid`` is unused, kept for one signature of fusions."""
+        """Merge ``(B, C, h, w)`` into ``(B, C, H, W)``; ``valid`` is unused, for a common signature of fusions."""
         return maybe_checkpoint(self, self._merge, coarse, fine)
 
     def _merge(self, coarse: Tensor, fine: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ class DySample(nn.Module):
         """Maps ``(B, C, h, w)`` to ``(B, C, H, W)``, without the addition."""
         batch, channels, height, width = coarse.shape
         offset = fit_doubled(F.pixel_shuffle(self.offset(coarse), 2), size)
-        # Positions in half precision would be off by whole pixels of a large map.
+        # Positions in half precision would be off by whole pixels on a large map.
         with autocast_off(coarse):
             x = coarse if coarse.dtype == torch.float64 else coarse.float()
             shift = offset.to(x.dtype).reshape(batch, 2, self.groups, *size) * _SCOPE
@@ -75,6 +75,6 @@ class DySample(nn.Module):
 
 
 def _centers(target: int, source: int, like: Tensor) -> Tensor:
-    """Centers of fine pixels in coarse ones along one axis, ``(target,)``; a coarse pixel's own lies at 0.5."""
+    """Centers of fine pixels along one axis in coarse pixels, ``(target,)``; the first coarse center is at 0.5."""
     doubled = 2 * source - 1 <= target <= 2 * source
     return (torch.arange(target, dtype=like.dtype, device=like.device) + 0.5) * (0.5 if doubled else source / target)

@@ -1,6 +1,6 @@
-"""Batch norms with fixed statistics and weights that keep the dtype of a map, in one pass where it is a narrow one.
+"""Frozen batch norms that keep the dtype of a map, in a single pass under autocast.
 
-torchvision's and timm's multiply and add float32 vectors, so that under autocast each makes two float32 maps.
+torchvision's and timm's multiply and add float32 vectors, so that under autocast each allocates two float32 maps.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class FrozenNormAct2d(FrozenBatchNormAct2d):
 
 
 def fuse_frozen_norms(module: nn.Module) -> nn.Module:
-    """Turn a network's frozen norms into those of this file.
+    """Replace a network's frozen norms by those of this file, in place.
 
     Args:
-        module: The network; it is changed.
+        module: The network; it is modified.
 
     Returns:
         The network.
@@ -49,18 +49,18 @@ def fuse_frozen_norms(module: nn.Module) -> nn.Module:
 
 
 def frozen_norm(x: Tensor, norm: Any) -> Tensor:
-    """Normalize a map by fixed statistics and weights; computed in float32, returned in the dtype of the map.
+    """Apply a frozen batch norm; computed in float32, returned in the dtype of the map.
 
     Args:
         x: ``(B, C, H, W)``.
-        norm: torchvision's or timm's module, which holds them.
+        norm: torchvision's or timm's module with the statistics and weights.
 
     Returns:
         ``(B, C, H, W)``.
     """
     scale: Tensor = norm.weight * (norm.running_var + norm.eps).rsqrt()
     if x.dtype == scale.dtype or torch.compiler.is_compiling():
-        # To the bit what torchvision computes.
+        # Bitwise equal to torchvision.
         shift: Tensor = norm.bias - norm.running_mean * scale
         return (x * scale[:, None, None] + shift[:, None, None]).to(x.dtype)
     result: Tensor = _FrozenNorm.apply(x, scale, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
@@ -68,7 +68,7 @@ def frozen_norm(x: Tensor, norm: Any) -> Tensor:
 
 
 class _FrozenNorm(torch.autograd.Function):
-    """``torch.batch_norm`` whose backward pass needs no map."""
+    """``torch.batch_norm`` that saves no map for the backward pass."""
 
     @staticmethod
     def forward(
@@ -93,5 +93,5 @@ class _FrozenNorm(torch.autograd.Function):
 
 
 def _affine(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
-    # Not by torch.nn.functional, which refuses an eps of 0: torchvision's frozen norms of COCO have it.
+    # torch.nn.functional refuses an eps of 0, which the frozen norms of torchvision's COCO models have.
     return torch.batch_norm(x, weight, bias, mean, var, False, 0.0, eps, False)

@@ -1,7 +1,7 @@
-"""Fusions of two adjacent levels by content: CARAFE, GACARAFE and GACAP.
+"""Content-aware fusion of two adjacent levels: CARAFE, GACARAFE and GACAP.
 
-Sources: Wang et al., "CARAFE", ICCV 2019, for kernel-wise reassembly; the A2-FPN abstract for kernels made from
-both adjacent levels and for the reweighting of channels before the addition.
+Sources: Wang et al., "CARAFE", ICCV 2019, for reassembly by predicted kernels; the A2-FPN abstract for kernels made
+from both adjacent levels and for channel reweighting before the addition.
 
 Shape shorthand: ``B`` batch, ``C`` channels, ``(h, w)`` coarse map, ``(H, W)`` fine map, ``k`` kernel side.
 """
@@ -30,17 +30,15 @@ KERNEL_GRIDS: tuple[str, ...] = typing.get_args(KernelGrid)
 class KernelPredictor(nn.Module):
     """Predicts normalized reassembly kernels: a 3x3 convolution, scaled, softmax over the neighborhood.
 
-    ``logits = scale * conv(x)``; the convolution's bias starts at ``center_bias / scale`` on the center, so that a
-    fresh predictor is close to nearest-neighbor sampling. The scale keeps the softmax trainable where a large bias
-    alone would leave it without gradient.
+    ``logits = scale * conv(x)``; the convolution's bias is initialized to ``center_bias / scale`` at the center, close
+    to nearest-neighbor sampling. The scale keeps the softmax from saturating, as a large bias alone would make it.
 
     Args:
         in_channels: Channels of the input.
         kernel_size: ``k``, odd.
-        center_bias: Initial logit of the center over its neighbors.
+        center_bias: Initial logit of the center relative to its neighbors.
         scale: Fixed factor on the convolution's output.
-        doubled: Whether kernels are predicted for a map of twice the input's size, four per pixel, and
-            pixel-shuffled.
+        doubled: Whether to predict kernels for a map of twice the input's size: four per pixel, pixel-shuffled.
     """
 
     def __init__(
@@ -62,12 +60,12 @@ class KernelPredictor(nn.Module):
         self.reset_center(center_bias)
 
     def reset_center(self, center_bias: float) -> None:
-        """Set the bias to ``center_bias / scale`` on the center and 0 around it."""
+        """Set the bias to ``center_bias / scale`` at the center and 0 elsewhere."""
         if self.conv.bias is None:
             raise RuntimeError("The predictor's convolution has a bias by construction.")
         with torch.no_grad():
             self.conv.bias.zero_()
-            # The sub-pixels of a place in the neighborhood are neighbors among the channels.
+            # Channels are ordered by position in the kernel, then by sub-pixel.
             places = self.conv.bias.view(-1, 4 if self.doubled else 1)
             places[len(places) // 2] = center_bias / self.scale
 
@@ -78,7 +76,7 @@ class KernelPredictor(nn.Module):
             x: ``(B, in_channels, H, W)``.
 
         Returns:
-            float32 ``(B, k * k, H, W)``, or ``(B, k * k, 2 H, 2 W)`` where they are doubled.
+            float32 ``(B, k * k, H, W)``, or ``(B, k * k, 2 H, 2 W)`` if doubled.
         """
         logits: Tensor = self.conv(x) * self.scale
         if self.doubled:
@@ -89,14 +87,14 @@ class KernelPredictor(nn.Module):
 class ChannelGates(nn.Module):
     """Channel reweighting of two maps before they are added (A2-FPN abstract).
 
-    Both maps are pooled over their valid pixels; a two-layer perceptron gives a gate ``2 * sigmoid(.)`` for each
-    channel of each map. The last layer starts at zero, so gates start at exactly one.
+    Both maps are pooled over their valid pixels; a two-layer MLP predicts a gate ``2 * sigmoid(.)`` for each channel
+    of each map. The last layer is zero-initialized, so gates start at exactly one.
 
     Args:
         channels: Channels of either map.
         reduction: The hidden layer has ``channels // reduction`` units, at least 8.
-        pool: ``"mean"``, or ``"attention"``: a softmax over the pixels of a linear map that starts at zero, and so as
-            the mean (Cao et al., "GCNet", ICCV Workshops 2019).
+        pool: ``"mean"``, or ``"attention"``: weights by a softmax over the pixels of a zero-initialized linear
+            projection, so that it starts as the mean (Cao et al., "GCNet", ICCV Workshops 2019).
 
     Raises:
         ValueError: For an unknown pooling.
@@ -116,7 +114,7 @@ class ChannelGates(nn.Module):
     def forward(self, a: Tensor, b: Tensor, valid: Tensor | None = None) -> Tensor:
         """Return ``gate_a * a + gate_b * b`` for maps ``(B, C, H, W)``; ``valid`` is a bool ``(B, 1, H, W)``.
 
-        Where no gradient is recorded, the sum is written into ``a``.
+        With gradients disabled, the sum is written to ``a`` in place.
         """
         gate_a, gate_b = self.gates(a, b, valid)[:, :, None, None].to(a.dtype).chunk(2, 1)
         if is_exported():
@@ -148,12 +146,12 @@ def _attention_pool(x: Tensor, focus: Tensor, valid: Tensor | None) -> Tensor:
 
 
 class CARAFE(nn.Module):
-    """Content-aware upsampling whose kernels come from the coarse level alone, then addition.
+    """Content-aware upsampling with kernels predicted from the coarse level alone, then addition.
 
-    Source: Wang et al., "CARAFE", ICCV 2019, with the arithmetic and the initialization of its authors' code in mmcv:
-    a convolution on the compressed coarse map predicts the kernels of four sub-positions, beyond the border there are
-    zeros. A fine map of twice the size, or one less, is met exactly, as by cropping; for any other size the kernels
-    are those of the nearest sub-position.
+    Source: Wang et al., "CARAFE", ICCV 2019, with the arithmetic and initialization of the authors' code in mmcv: a
+    convolution of the compressed coarse map predicts kernels for four sub-positions; borders are zero-padded. A fine
+    map of twice the size, or one pixel less, is handled by cropping; for any other size the kernels are those of the
+    nearest sub-position.
 
     Args:
         channels: Channels of both maps.
@@ -175,7 +173,7 @@ class CARAFE(nn.Module):
         )
 
     def forward(self, coarse: Tensor, fine: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Merge ``(B, C, h, w)`` into ``(B, C, H, W)``; ``valid`` is unused, kept for one signature of fusions."""
+        """Merge ``(B, C, h, w)`` into ``(B, C, H, W)``; ``valid`` is unused, for a common signature of fusions."""
         return maybe_checkpoint(self, self._merge, coarse, fine)
 
     def _merge(self, coarse: Tensor, fine: Tensor) -> Tensor:
@@ -188,16 +186,16 @@ class CARAFE(nn.Module):
 
 
 class GACARAFE(nn.Module):
-    """Content-aware upsampling whose kernels are made from both adjacent levels, gates, then addition.
+    """Content-aware upsampling with kernels predicted from both adjacent levels, then gated addition.
 
     Args:
         channels: Channels of both maps.
         compressed_channels: Channels to which either map is compressed before kernels are predicted.
         kernel_size: ``k``.
-        kernels: Where they are predicted: at the ``"fine"`` size, from the coarse map's compression, enlarged, beside
-            the fine one's; or at the ``"coarse"`` size from the sum of both compressions, the fine map averaged
-            first, four kernels per pixel, pixel-shuffled. A fine map of twice the size, or one less, is met exactly,
-            as by cropping; for any other size the kernels are those of the nearest sub-position.
+        kernels: Resolution of their prediction: ``"fine"``, from the upsampled compressed coarse map concatenated with
+            the compressed fine one; or ``"coarse"``, from the sum of both, the fine map averaged first, four kernels
+            per pixel, pixel-shuffled. A fine map of twice the size, or one pixel less, is handled by cropping; for any
+            other size the kernels are those of the nearest sub-position.
         pool: Pooling of the gates, see :class:`ChannelGates`.
 
     Raises:
@@ -239,7 +237,7 @@ class GACARAFE(nn.Module):
     def _kernels(self, coarse: Tensor, fine: Tensor) -> Tensor:
         size = (fine.shape[-2], fine.shape[-1])
         if self.kernels.doubled:
-            # Compression is linear, so averaging first gives the same map for a quarter of the work.
+            # Compression is linear, so averaging first gives the same map at a quarter of the cost.
             averaged = average(fine, (coarse.shape[-2], coarse.shape[-1]))
             context = self.compress_coarse(coarse) + self.compress_fine(averaged)
             return fit_doubled(self.kernels(context), size)
@@ -249,10 +247,10 @@ class GACARAFE(nn.Module):
 
 
 class GACAP(nn.Module):
-    """Content-aware pooling, the mirror of GACARAFE for the bottom-up path.
+    """Content-aware pooling, the counterpart of GACARAFE in the bottom-up path.
 
-    Kernels are predicted on the coarse grid from both levels and applied in the fine map around each coarse pixel;
-    a 1x1 convolution, gates and the addition follow.
+    Kernels are predicted at the coarse resolution from both levels and applied to the fine map around each coarse
+    pixel; a 1x1 convolution and gated addition follow.
 
     Args:
         channels: Channels of both maps.
@@ -285,7 +283,7 @@ class GACAP(nn.Module):
 
     def _merge(self, fine: Tensor, coarse: Tensor, valid: Tensor | None) -> Tensor:
         size = (coarse.shape[-2], coarse.shape[-1])
-        # Compression is linear, so averaging first gives the same map for a quarter of the work.
+        # Compression is linear, so averaging first gives the same map at a quarter of the cost.
         context = self.compress_fine(average(fine, size))
         kernels = self.kernels(torch.cat([context, self.compress_coarse(coarse)], 1))
         merged: Tensor = self.gates(self.project(reassemble(fine, kernels, size)), coarse, valid)

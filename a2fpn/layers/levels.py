@@ -10,7 +10,7 @@ from torch import Tensor, nn
 class LevelModules(nn.Module):
     """A sequence of modules, one per level, each under its level's name.
 
-    A position means another stride in a pyramid that begins elsewhere; a name does not.
+    A position stands for different strides in pyramids that start at different levels; a name does not.
 
     Args:
         names: Names of the levels, all different.
@@ -74,9 +74,9 @@ class LevelParameters(nn.Module):
 
 
 def positional_keys(model: nn.Module) -> dict[str, str]:
-    """Per key of a state dict the key with the levels' positions in place of their names.
+    """Map each key of a state dict to the key with the levels' positions in place of their names.
 
-    So were the keys of checkpoints of format version 1, and so are those of other frameworks.
+    Checkpoints of format version 1 and other frameworks have such keys.
 
     Example:
         >>> positional_keys(nn.Sequential(LevelModules(["p3"], [nn.Linear(2, 2, bias=False)])))

@@ -13,7 +13,7 @@ from a2fpn.device import is_exported
 def autocast_off(x: Tensor) -> contextlib.AbstractContextManager[None]:
     """Context manager that disables autocast on the device of ``x``; a no-op where autocast is unavailable.
 
-    Also a no-op in an exported program, in which each such region would be a program of its own.
+    Also a no-op during export, where each such region would become a separate subgraph.
 
     Args:
         x: A tensor on that device.

@@ -72,6 +72,6 @@ def create_reasoning(kind: ReasoningKind, nodes: int, channels: int, *, attentio
         kind: :class:`SelfAttention` or :class:`GraphConvolution`.
         nodes: ``N``.
         channels: ``d``.
-        attention: Kind of attention, where there is one.
+        attention: Kind of attention, if reasoning by attention.
     """
     return SelfAttention(channels, attention=attention) if kind == "attention" else GraphConvolution(nodes, channels)

@@ -1,4 +1,4 @@
-"""Content-aware reassembly of features, the op.
+"""Content-aware reassembly of features, the operator.
 
 Source: Wang et al., "CARAFE", ICCV 2019.
 
@@ -26,24 +26,24 @@ _BAG_DEVICES = ("cpu", "cuda")
 
 
 def reassemble(x: Tensor, kernels: Tensor, size: tuple[int, int], *, padding: Padding = "replicate") -> Tensor:
-    """Each target pixel becomes a weighted sum of the ``k x k`` neighborhood of its nearest source pixel.
+    """Compute each target pixel as a weighted sum over the ``k x k`` neighborhood of its nearest source pixel.
 
     The nearest source pixel of target pixel ``i`` is ``floor(i * h / H)``, as in nearest-neighbor interpolation,
-    for any pair of sizes, up or down. Windows are never gathered: the sum and its gradients are weighted bags of
-    pixels, or products of small matrices in Triton on an NVIDIA GPU. Only ``x`` and ``kernels`` are kept for the
-    backward pass. A tracer, which has no use for bags, gets a product of tiles with matrices of bands.
+    for any pair of sizes, up or down. Windows are never materialized: the sum and its gradients are computed by
+    ``embedding_bag``, or by small matrix products in Triton on an NVIDIA GPU. Only ``x`` and ``kernels`` are saved for
+    the backward pass. A tracer records matrix products of tiles and band matrices instead.
 
     Args:
         x: Source ``(B, C, h, w)``.
         kernels: Weights ``(B, k * k, H, W)``, usually a softmax over dim 1; row-major over the neighborhood.
         size: ``(H, W)``.
-        padding: Beyond the border the edge pixel is repeated, ``"replicate"``, or there are ``"zeros"``.
+        padding: Padding at the border, ``"replicate"`` or ``"zeros"``.
 
     Returns:
         ``(B, C, H, W)`` in the dtype of ``x``.
 
     Raises:
-        ValueError: If the kernels' channels are no odd square, their size or batch differs, or for an unknown padding.
+        ValueError: If the kernels' channels are not an odd square, their size or batch differs, or for unknown padding.
 
     Example:
         >>> x = torch.arange(4.0).reshape(1, 1, 2, 2)
@@ -91,7 +91,7 @@ def _source_index(target: int, source: int, device: torch.device) -> Tensor:
 
 
 def _beyond(x: Tensor, kernels: Tensor, k: int) -> Tensor:
-    """Return which places of which windows lie beyond the border, ``(k * k, H, W)``."""
+    """Return a mask of the window positions outside the map, ``(k * k, H, W)``."""
 
     def along(target: int, source: int) -> Tensor:
         place = torch.arange(k, device=x.device)[:, None] - k // 2 + _source_index(target, source, x.device)
@@ -101,10 +101,10 @@ def _beyond(x: Tensor, kernels: Tensor, k: int) -> Tensor:
     return (along(height, h)[:, None, :, None] | along(width, w)[:, None, :]).flatten(0, 1)
 
 
-# With schemas: older versions of torch can't read annotations that are text.
+# Explicit schemas, since older versions of torch can't infer them from string annotations.
 @torch.library.custom_op("a2fpn::reassemble", mutates_args=(), schema="(Tensor x, Tensor kernels) -> Tensor")
 def _opaque(x: Tensor, kernels: Tensor) -> Tensor:
-    """The op as torch's compiler calls it on a GPU; products that it would make of the windows are far slower."""
+    """Opaque operator for torch.compile on a GPU; compiling the decomposed sums would be far slower."""
     if _has_triton(x):
         from a2fpn.layers.reassemble_triton import weighted_sums
 
@@ -151,21 +151,21 @@ _opaque.register_autograd(_backward, setup_context=_keep)
 
 
 _TILE = 8
-"""Grid pixels whose windows are gathered together: neighbors' windows overlap, and matrices are not too small."""
+"""Grid pixels per tile: their windows overlap, and the matrices are not too small."""
 
 
 def _reassemble_by_tiles(x: Tensor, kernels: Tensor, k: int, parts: int, step: int) -> Tensor:
-    """The same sum written as one product of matrices, for a map of twice or half the size.
+    """Compute the same sum as one batched matrix product, for a map of twice or half the size.
 
-    Down a column, the windows of a tile's pixels are one stretch of the source; each kernel is a row of a matrix, moved
-    to where its window lies in the stretch.
+    The windows of a tile of vertically adjacent pixels cover one stretch of the source; each kernel is a row of a band
+    matrix, shifted to the position of its window in the stretch.
 
     Args:
         x: Source.
         kernels: Weights.
         k: Side of a window.
-        parts: Target pixels per pixel of the grid and side: 2 for twice the size.
-        step: Source pixels per pixel of the grid and side: 2 for half the size.
+        parts: Target pixels per grid pixel and axis: 2 for twice the size.
+        step: Source pixels per grid pixel and axis: 2 for half the size.
     """
     batch, channels, height, width = x.shape
     high, wide = kernels.shape[2:]
@@ -173,13 +173,13 @@ def _reassemble_by_tiles(x: Tensor, kernels: Tensor, k: int, parts: int, step: i
     edge, span = k // 2, step * (_TILE - 1) + k
     length, row = k * span, width + 2 * edge
     rows = F.pad(x, (edge,) * 4, mode="replicate").flatten(2).transpose(1, 2)
-    # Stretches of the source, tile by tile; of the last, what no target pixel needs may lie beyond.
+    # Stretches of the source per tile; in the last tile, rows beyond the source are clamped and never used.
     tile, column, down, across = (torch.arange(count, device=x.device) for count in (tiles, columns, span, k))
     down = (tile[:, None] * (_TILE * step) + down).clamp(max=height + 2 * edge - 1) * row
     pixels = (column[:, None] * step + across)[:, None] + down[:, None, :, None]
     stretches = rows.index_select(1, pixels.reshape(-1)).reshape(-1, length, channels)
-    # Kernels in the same order. Rows that are longer by a step, cut at the old length, move each by a step more than
-    # the one before.
+    # Kernels in the same order. Padding the rows by one shift more and reading them at the shorter length shifts each
+    # row relative to the one before: a band matrix.
     shift, more = step * k, tiles * (_TILE * parts) - high
     bands = F.pad(kernels.permute(0, 2, 3, 1), (0, 0, 0, 0, 0, more))
     bands = bands.reshape(batch, tiles, _TILE, parts, columns, parts, k * k).permute(0, 1, 4, 3, 5, 2, 6)
@@ -187,12 +187,12 @@ def _reassemble_by_tiles(x: Tensor, kernels: Tensor, k: int, parts: int, step: i
     sums = bands[:, : _TILE * length].reshape(-1, parts * parts * _TILE, length) @ stretches
     sums = sums.reshape(batch, tiles, columns, parts, parts, _TILE, channels).permute(0, 1, 5, 3, 2, 4, 6)
     sums = sums.reshape(batch, tiles * (_TILE * parts), wide, channels)
-    # Not a slice, whose size a tracer takes for the smaller of two.
+    # Not a slice, whose symbolic size would be a minimum of two sizes.
     return sums.index_select(1, torch.arange(high, device=x.device)).permute(0, 3, 1, 2)
 
 
 def _reassemble_by_shifts(x: Tensor, kernels: Tensor, k: int) -> Tensor:
-    """The same sum written as k * k shifted products: what compilers fuse and exporters understand."""
+    """Compute the same sum as k * k shifted products, which compilers fuse and exporters support."""
     rows = _source_index(kernels.shape[-2], x.shape[-2], x.device)
     columns = _source_index(kernels.shape[-1], x.shape[-1], x.device)
     padded = F.pad(x, (k // 2,) * 4, mode="replicate")
@@ -205,7 +205,7 @@ def _reassemble_by_shifts(x: Tensor, kernels: Tensor, k: int) -> Tensor:
 
 
 class _Reassemble(torch.autograd.Function):
-    """The op; its sums run in the dtype of ``x`` in both passes, also under autocast."""
+    """Autograd function of the operator; both passes run in the dtype of ``x``, also under autocast."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, kernels: Tensor, k: int) -> Tensor:
@@ -227,7 +227,7 @@ def _sums(x: Tensor, kernels: Tensor, k: int) -> Tensor:
 def _gradients(grad: Tensor, x: Tensor, kernels: Tensor, k: int) -> tuple[Tensor, Tensor]:
     with autocast_off(x):
         rows = _as_rows(grad)
-        # One after the other: the indices of either take as much memory as the kernels.
+        # One after the other, since the indices of each take as much memory as the kernels.
         grad_kernels = _kernel_gradient(x, kernels, k, rows)
         grad_x = _sum_bags(*_pixels_to(x, kernels, k), rows)
     return _as_map(grad_x, x), grad_kernels
@@ -243,16 +243,16 @@ def _kernel_gradient(x: Tensor, kernels: Tensor, k: int, grad: Tensor) -> Tensor
 
 
 _SUM = 0
-"""The mode of a bag in torch's own operators."""
+"""Code of ``mode="sum"`` in torch's internal embedding bag operators."""
 
 
 def _as_rows(x: Tensor) -> Tensor:
-    """``(B, C, H, W)`` as ``(B * H * W, C)``, without a copy where pixels are contiguous."""
+    """Reshape ``(B, C, H, W)`` to ``(B * H * W, C)``, without a copy if channels-last."""
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]).contiguous()
 
 
 def _as_map(rows: Tensor, like: Tensor) -> Tensor:
-    """``(B * H * W, C)`` as ``(B, C, H, W)`` with the batch and size of another map."""
+    """Reshape ``(B * H * W, C)`` to ``(B, C, H, W)`` with the batch and size of another map."""
     return rows.view(len(like), *like.shape[2:], rows.shape[1]).permute(0, 3, 1, 2)
 
 
@@ -261,14 +261,14 @@ def _sum_bags(index: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
 
 
 def _pixels_around(x: Tensor, kernels: Tensor, k: int) -> Tensor:
-    """For every target pixel the source pixels of its window, ``(B * H * W, k * k)``, as rows of the source."""
+    """Row indices of the source pixels in each target pixel's window, ``(B * H * W, k * k)``."""
     (batch, _, h, w), (height, width) = x.shape, kernels.shape[2:]
     rows, columns = _window(height, h, k, x.device), _window(width, w, k, x.device)
     return _join(_in_batch(batch, rows * w, h * w), columns, _index_dtype(batch * h * w, batch * height * width * k**2))
 
 
 def _pixels_to(x: Tensor, kernels: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """For every source pixel the target pixels whose window it is in, and its weights there: the inverse."""
+    """Inverse of the windows: for each source pixel the target pixels whose window contains it, and its weights."""
     (batch, _, h, w), (height, width) = x.shape, kernels.shape[2:]
     (rows, i, own_row), (columns, j, own_column) = _inverse(height, h, k, x.device), _inverse(width, w, k, x.device)
     rows = _in_batch(batch, rows * width, height * width)
@@ -279,12 +279,12 @@ def _pixels_to(x: Tensor, kernels: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _in_batch(batch: int, rows: Tensor, pixels: int) -> Tensor:
-    """Start of rows ``(h, m)`` in each image of a batch, ``(B, h, m)``."""
+    """Offset row starts ``(h, m)`` for each image of a batch, ``(B, h, m)``."""
     return torch.arange(batch, device=rows.device)[:, None, None] * pixels + rows
 
 
 def _join(rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sums of starts of rows ``(B, h, m)`` and columns ``(w, n)``, ``(B * h * w, m * n)``."""
+    """Pixel indices from row starts ``(B, h, m)`` and columns ``(w, n)``, ``(B * h * w, m * n)``."""
     pixels = rows.to(dtype)[:, :, None, :, None] + columns.to(dtype)[:, None, :]
     return pixels.view(-1, rows.shape[2] * columns.shape[1])
 
@@ -295,19 +295,19 @@ def _index_dtype(*counts: int) -> torch.dtype:
 
 
 def _window(target: int, source: int, k: int, device: torch.device) -> Tensor:
-    """Along one axis the window of every target pixel, ``(target, k)``; beyond the border the edge is repeated."""
+    """Window of every target pixel along one axis, ``(target, k)``, clamped to the map."""
     around = torch.arange(k, device=device) - k // 2
     return (_source_index(target, source, device)[:, None] + around).clamp_(0, source - 1)
 
 
 def _inverse(target: int, source: int, k: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Along one axis the windows that every source pixel is in.
+    """Windows that contain each source pixel, along one axis.
 
     Returns:
-        ``(source, M)`` each: target pixels, places in their windows, and whether the entry counts; M is the most
-        windows that a pixel is in, and the rest of a row repeats its first entry.
+        ``(source, M)`` each: target pixels, positions in their windows, and whether the entry is valid; M is the
+        maximum number of windows per pixel, and rows are padded with their first entry.
     """
-    # Sizes alone decide it: on the CPU nothing waits for a GPU.
+    # Depends on sizes only, so it runs on the CPU without synchronizing with a GPU.
     pixels = _window(target, source, k, torch.device("cpu")).flatten()
     count = torch.bincount(pixels, minlength=source)
     first = count.cumsum(0) - count

@@ -1,14 +1,14 @@
 """Reassembly on CUDA: Triton kernels, forward and backward, of :func:`a2fpn.layers.reassemble.reassemble`.
 
-The windows of a tile of target pixels lie in one small region of the source. So a tile of the result is a product of
-matrices, ``(targets, source pixels) @ (source pixels, channels)``, whose first factor holds a weight where the source
-pixel is in the target's window and zero elsewhere. On matrix units the zeros cost less than reading a source pixel once
-for every window that it is in. Both gradients are products of the same kind: nothing is scattered, no atomic is used,
-and the same inputs give the same bits.
+The windows of a tile of target pixels lie in one small region of the source. So a tile of the result is a matrix
+product, ``(targets, source pixels) @ (source pixels, channels)``, whose first factor holds the weight of a source pixel
+in the target's window and zero elsewhere. On tensor cores the zeros cost less than reading a source pixel once for
+every window that contains it. Both gradients are products of the same kind, without scatters or atomics, and therefore
+deterministic.
 
-Source positions are counted beyond the border too, where the edge pixel is read; so every weight has a position of its
-own. Products of float32 are made of three of TF32, which round about like float32; sums are float32 for every dtype.
-A pixel that is not finite can make targets of its tile NaN whose windows it is not in.
+Source positions extend beyond the border, where the edge pixel is read, so that every weight has its own position.
+float32 products are computed as three TF32 products, with about the precision of float32; accumulation is in float32
+for every dtype. A non-finite pixel can turn targets of its tile into NaN even if their windows do not contain it.
 
 In the kernels ``(h, w)`` is the size of the source, ``(height, width)`` that of the target; ``(i, j)`` are target
 pixels, ``(r, c)`` source positions; strides are named after batch, channels, rows and columns: ``x_b, x_d, x_y, x_x``.
@@ -26,23 +26,24 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""Of maps that the kernels take."""
+"""Supported dtypes of maps."""
 
-# Sizes change from batch to batch and tell the compiler nothing; nor do strides of what is read number by number.
+# Not specialized on: sizes change from batch to batch, and the strides of the weights, which are loaded elementwise, do
+# not help the compiler.
 _SIZES = ("h", "w", "height", "width")
 _WEIGHTS = ("weights_b", "weights_d", "weights_y", "weights_x")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Shape of the work of a kernel.
+    """Launch configuration of a kernel.
 
     Args:
-        tile: Rows and columns of the pixels of a program; at least 64, which Hopper's matrix units multiply at a time.
-        part: Rows and columns of the pixels that are read at a time to sum over the rest; at least 16.
-        block: Channels of a program, or those summed at a time; at least 16.
-        num_warps: Of a program.
-        maxnreg: Registers of a thread at most, where a second program on the processor is worth spilling for.
+        tile: Rows and columns of a program's pixels; at least 64 pixels, the tile of Hopper's matrix instructions.
+        part: Rows and columns of the pixels read per step of the reduction; at least 16 pixels.
+        block: Channels of a program, or channels summed per step; at least 16.
+        num_warps: Warps of a program.
+        maxnreg: Maximum registers per thread, where higher occupancy is worth the spilling.
     """
 
     tile: tuple[int, int]
@@ -52,19 +53,19 @@ class Plan:
     maxnreg: int | None = None
 
 
-# Twice the size: windows of 4 x 16 targets lie in 6 x 12 source pixels, and 8 x 8 source pixels are read by 24 x 24
-# targets. By bytes of an element.
+# By bytes per element. At twice the size the windows of 4 x 16 targets cover 6 x 12 source pixels, and 8 x 8 source
+# pixels are in the windows of 24 x 24 targets.
 SUMS = {2: Plan((4, 16), (2, 16), 128, 8), 4: Plan((4, 16), (2, 16), 128, 4)}
 MAP_GRADIENT = {2: Plan((8, 8), (4, 8), 128, 8, maxnreg=128), 4: Plan((8, 8), (4, 8), 128, 4)}
 KERNEL_GRADIENT = {2: Plan((4, 16), (8, 16), 64, 8, maxnreg=128), 4: Plan((4, 16), (4, 16), 32, 8)}
 
 
 def reassemble_triton(x: Tensor, kernels: Tensor) -> Tensor:
-    """Each target pixel becomes a weighted sum of the ``k x k`` neighborhood of its nearest source pixel.
+    """Compute each target pixel as a weighted sum over the ``k x k`` neighborhood of its nearest source pixel.
 
     Args:
-        x: Source ``(B, C, h, w)`` of a dtype in :data:`DTYPES`; channels-last is the fast layout, any is right.
-        kernels: Weights ``(B, k * k, H, W)``, k odd; they are rounded to the dtype of ``x``.
+        x: Source ``(B, C, h, w)`` of a dtype in :data:`DTYPES`; any layout works, channels-last is fast.
+        kernels: Weights ``(B, k * k, H, W)``, k odd; they are cast to the dtype of ``x``.
 
     Returns:
         ``(B, C, H, W)`` in the dtype and memory format of ``x``.
@@ -74,7 +75,7 @@ def reassemble_triton(x: Tensor, kernels: Tensor) -> Tensor:
 
 
 class _Reassemble(torch.autograd.Function):
-    """Keeps its inputs and nothing else; a gradient has the dtype and layout of what it belongs to."""
+    """Autograd function that saves its inputs only; gradients have the dtype and layout of their inputs."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, kernels: Tensor) -> Tensor:
@@ -93,7 +94,7 @@ class _Reassemble(torch.autograd.Function):
 
 
 def weighted_sums(x: Tensor, kernels: Tensor) -> Tensor:
-    """Compute :func:`reassemble_triton` without recording a gradient."""
+    """Forward pass of :func:`reassemble_triton`, without autograd."""
     last = x.is_contiguous(memory_format=torch.channels_last)
     out = torch.empty(
         (*x.shape[:2], *kernels.shape[2:]),
@@ -106,16 +107,16 @@ def weighted_sums(x: Tensor, kernels: Tensor) -> Tensor:
 
 
 def map_gradient(grad: Tensor, x: Tensor, kernels: Tensor) -> Tensor:
-    """Gradient of the source, ``(B, C, h, w)``, for that of the result."""
+    """Gradient of the source, ``(B, C, h, w)``, given that of the result."""
     of_x = torch.empty_like(x)
     _launch(_map_gradient, MAP_GRADIENT, of_x, of_x.shape[1], (grad, kernels, of_x), x, kernels)
     return of_x
 
 
 def kernel_gradient(grad: Tensor, x: Tensor, kernels: Tensor) -> Tensor:
-    """Gradient of the kernels, ``(B, k * k, H, W)``, for that of the result."""
+    """Gradient of the kernels, ``(B, k * k, H, W)``, given that of the result."""
     of_kernels = torch.empty_like(kernels)
-    # A sum over channels: one program for all.
+    # It sums over channels, so one program handles all of them.
     _launch(_kernel_gradient, KERNEL_GRADIENT, of_kernels, 1, (x, grad, of_kernels), x, kernels)
     return of_kernels
 
@@ -124,7 +125,7 @@ def _launch(
     kernel: Any, plans: dict[int, Plan], result: Tensor, channels: int, operands: tuple[Tensor, ...], x: Tensor,
     kernels: Tensor,
 ) -> None:  # fmt: skip
-    """Run a kernel: a program for each tile of ``result`` and block of ``channels``."""
+    """Launch a kernel with one program per tile of ``result`` and block of ``channels``."""
     plan = plans[x.element_size()]
     block = max(16, min(triton.next_power_of_2(x.shape[1]), plan.block))
     tiles = triton.cdiv(result.shape[2], plan.tile[0]) * triton.cdiv(result.shape[3], plan.tile[1])
@@ -148,7 +149,7 @@ def _launch(
 
 @triton.jit
 def _pixels(row: tl.tensor, column: tl.tensor, rows: tl.constexpr, columns: tl.constexpr) -> tl.tensor:
-    """Rows and columns of the pixels of a rectangle, from its first on, row by row."""
+    """Rows and columns of the pixels of a rectangle, in row-major order."""
     flat = tl.arange(0, rows * columns)
     return row + flat // columns, column + flat % columns
 
@@ -162,7 +163,7 @@ def _tile(height: tl.tensor, width: tl.tensor, rows: tl.constexpr, columns: tl.c
 
 @triton.jit
 def _region(start: tl.tensor, count: tl.constexpr, source: tl.tensor, target: tl.tensor, k: tl.constexpr) -> tl.tensor:
-    """Along one axis the source positions, begin and end, of the windows of ``count`` targets."""
+    """Range of source positions covered by the windows of ``count`` targets, along one axis."""
     last = tl.minimum(start + count, target) - 1
     return start * source // target - k // 2, last * source // target + k // 2 + 1
 
@@ -171,9 +172,9 @@ def _region(start: tl.tensor, count: tl.constexpr, source: tl.tensor, target: tl
 def _readers(
     start: tl.tensor, count: tl.constexpr, shift: tl.tensor, source: tl.tensor, target: tl.tensor, k: tl.constexpr
 ) -> tl.tensor:
-    """Along one axis the targets, begin and end, whose windows reach ``count`` source pixels, shifted.
+    """Range of targets whose windows contain any of ``count`` source positions, along one axis.
 
-    A shift is for edge pixels alone: they are read in place of the positions beyond them.
+    A shift addresses positions beyond the border, where the edge pixel is read.
     """
     first = tl.where(shift > 0, source - 1, start) + shift
     last = tl.where(shift < 0, 0, tl.minimum(start + count, source) - 1) + shift
@@ -192,10 +193,10 @@ def _window(
     h: tl.tensor, w: tl.tensor, height: tl.tensor, width: tl.tensor,
     weights_d: tl.tensor, weights_y: tl.tensor, weights_x: tl.tensor, k: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """Offsets of the weights of source positions in the windows of targets, and which are in them."""
+    """Offsets of the weights of source positions in targets' windows, and a mask of the positions inside."""
     a, b = i * h // height, j * w // width
     inside = (i < height) & (j < width) & (tl.abs(r - a) <= k // 2) & (tl.abs(c - b) <= k // 2)
-    # A sum of a term of the target and one of the source: the matrix of offsets is one addition.
+    # One term per target and one per source position, so that the offsets take one broadcast addition.
     of_target = i.to(tl.int64) * weights_y + j.to(tl.int64) * weights_x - (a * k + b).to(tl.int64) * weights_d
     of_source = ((r + k // 2) * k + c + k // 2).to(tl.int64) * weights_d
     return of_target + of_source, inside
@@ -220,7 +221,7 @@ def _weighted_sums(
     k: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
     part_rows: tl.constexpr, part_columns: tl.constexpr, block: tl.constexpr,
 ) -> None:  # fmt: skip
-    """The forward pass of a tile of targets."""
+    """Compute the forward pass for a tile of targets."""
     image = tl.program_id(2).to(tl.int64)
     x, weights, out = x + image * x_b, weights + image * weights_b, out + image * out_b
     channel = tl.program_id(1) * block + tl.arange(0, block)
@@ -254,7 +255,7 @@ def _map_gradient(
     k: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
     part_rows: tl.constexpr, part_columns: tl.constexpr, block: tl.constexpr,
 ) -> None:  # fmt: skip
-    """The gradient of a tile of source pixels: over the targets whose windows they are in."""
+    """Compute the gradient of a tile of source pixels by summing over the targets whose windows contain them."""
     image = tl.program_id(2).to(tl.int64)
     grad, weights, result = grad + image * grad_b, weights + image * weights_b, result + image * result_b
     channel = tl.program_id(1) * block + tl.arange(0, block)
@@ -294,7 +295,7 @@ def _kernel_gradient(
     k: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
     part_rows: tl.constexpr, part_columns: tl.constexpr, block: tl.constexpr,
 ) -> None:  # fmt: skip
-    """The gradient of the weights of a tile of targets: each is a sum over channels."""
+    """Compute the gradient of a tile of targets' weights by summing over channels."""
     image = tl.program_id(2).to(tl.int64)
     x, grad, weights = x + image * x_b, grad + image * grad_b, weights + image * weights_b
     first_i, first_j = _tile(height, width, rows, columns)

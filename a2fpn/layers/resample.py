@@ -1,4 +1,4 @@
-"""A map of one stride made into one of another, or of one size into another."""
+"""Resampling of maps to another stride or size."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ def resample(
     norm_layer: str | None = "layernorm2d",
     act_layer: str | None = "gelu",
 ) -> tuple[list[nn.Module], int]:
-    """Modules that take a map from one stride to another, and the channels they leave.
+    """Modules that resample a map from one stride to another, and their output channels.
 
-    Finer by transposed convolutions that halve the channels, with norm and activation between two of them; coarser by
-    max pooling (Li et al., "Exploring Plain Vision Transformer Backbones for Object Detection", ECCV 2022). Sizes
-    round up.
+    Upsampling uses transposed convolutions that halve the channels, with norm and activation between two of them;
+    downsampling uses max pooling (Li et al., "Exploring Plain Vision Transformer Backbones for Object Detection",
+    ECCV 2022). Sizes are rounded up.
 
     Args:
         channels: Channels of the map.
         source: Its stride.
-        target: The stride wanted; both powers of two.
+        target: The requested stride; both powers of two.
         norm_layer: Norm between two transposed convolutions (timm name), or None.
         act_layer: Activation between them (timm name), or None.
 
@@ -46,7 +46,7 @@ def resample(
             modules += [] if norm_layer is None else [resolve_layer("norm_layer", norm_layer)(channels)]
             modules += [] if act_layer is None else [resolve_layer("act_layer", act_layer)()]
     if source < target:
-        # Partial windows count, so that odd sizes round up as strided convolutions do.
+        # Partial windows are kept, so that odd sizes are rounded up as by strided convolutions.
         modules.append(nn.MaxPool2d(target // source, ceil_mode=True))
     return modules, channels
 
@@ -67,15 +67,15 @@ def average(x: Tensor, size: tuple[int, int]) -> Tensor:
 def fit_doubled(x: Tensor, size: tuple[int, int]) -> Tensor:
     """Fit a map of twice a coarse level's size to the finer level.
 
-    Strides halve from level to level and sizes round up, so that the finer level has twice the size or one less, and
-    the map is cropped; any other pair of sizes takes the nearest pixel.
+    As strides halve from level to level and sizes are rounded up, the finer level has twice the size or one pixel less,
+    and the map is cropped; for any other size it is interpolated by nearest neighbor.
 
     Args:
         x: ``(B, C, 2 h, 2 w)``.
         size: ``(H, W)`` of the finer level.
 
     Returns:
-        ``(B, C, H, W)``, a view where it is cropped.
+        ``(B, C, H, W)``, a view if cropped.
 
     Example:
         >>> import torch

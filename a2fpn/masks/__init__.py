@@ -1,4 +1,4 @@
-"""Instance masks: pixels, run lengths, polygons, pasting and training targets."""
+"""Instance masks: pixels, RLE, polygons, pasting and training targets."""
 
 from a2fpn.masks.instances import InstanceMasks, nearest_pixels
 

@@ -1,4 +1,4 @@
-"""The masks of one image's objects, kept as the pixels around each: never N full-size planes.
+"""Masks of one image's objects, stored as a crop per object instead of N full-size planes.
 
 Shape shorthand: ``N`` objects, ``H`` x ``W`` image pixels, ``P`` pixels of all windows together.
 """
@@ -16,13 +16,13 @@ from a2fpn import device
 
 @dataclass(frozen=True, eq=False)
 class InstanceMasks:
-    """Masks of one image's objects, each cut to a window around it.
+    """Masks of one image's objects, each cropped to a window around it.
 
-    Two tensors, however many objects: cheap to send from one process to another. Nothing here depends on the size of
-    the image but :meth:`dense`.
+    Two tensors for any number of objects are cheap to send between processes. Only :meth:`dense` depends on the size
+    of the image.
 
     Args:
-        pixels: ``(P,)`` uint8 in {0, 1}; the windows one after the other, each row by row.
+        pixels: ``(P,)`` uint8 in {0, 1}; the windows concatenated, each row-major.
         windows: ``(N, 4)`` int64, left, top, right, bottom of each window in pixels, inside the image; right and
             bottom are the first pixels outside. All of an object's pixels lie in its window, which may be empty.
         size: (H, W) of the image, pixels.
@@ -41,10 +41,10 @@ class InstanceMasks:
 
     @classmethod
     def from_crops(cls, crops: Sequence[Tensor], windows: Tensor, size: tuple[int, int]) -> InstanceMasks:
-        """Masks given window by window.
+        """Build from one crop per window.
 
         Args:
-            crops: N times ``(h, w)`` uint8 in {0, 1}.
+            crops: N crops ``(h, w)`` uint8 in {0, 1}.
             windows: ``(N, 4)`` int64.
             size: (H, W) of the image.
         """
@@ -53,13 +53,13 @@ class InstanceMasks:
 
     @classmethod
     def from_dense(cls, masks: Tensor) -> InstanceMasks:
-        """Masks given as planes.
+        """Build from full-size planes.
 
         Args:
-            masks: ``(N, H, W)``, bool or numbers; every value but 0 belongs to the object.
+            masks: ``(N, H, W)``, bool or numbers; nonzero is foreground.
 
         Raises:
-            ValueError: If ``masks`` has not three dimensions.
+            ValueError: If ``masks`` does not have three dimensions.
         """
         if masks.ndim != 3:
             raise ValueError(f"masks must have the shape (N, H, W), got {tuple(masks.shape)}.")
@@ -77,17 +77,17 @@ class InstanceMasks:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(N, H, W), as of the planes."""
+        """Shape of the planes, (N, H, W)."""
         return (len(self), *self.size)
 
     def crops(self) -> list[Tensor]:
-        """The windows' pixels, N times ``(h, w)``; views."""
+        """Pixels of the windows, N views ``(h, w)``."""
         sides = self.windows[:, 2:] - self.windows[:, :2]
         flat = torch.split(self.pixels, sides.prod(1).tolist())
         return [x.view(height, width) for x, (width, height) in zip(flat, sides.tolist(), strict=True)]
 
     def dense(self) -> Tensor:
-        """The masks as planes, ``(N, H, W)`` uint8 in {0, 1}."""
+        """Full-size planes, ``(N, H, W)`` uint8 in {0, 1}."""
         if device.runs_ahead(self.pixels):
             return self._dense_at_once()
         planes = self.pixels.new_zeros(self.shape)
@@ -96,7 +96,7 @@ class InstanceMasks:
         return planes
 
     def _dense_at_once(self) -> Tensor:
-        """:meth:`dense` in a few operations that wait for no device."""
+        """Compute :meth:`dense` in a few operations without synchronizing with the device."""
         count, height, width = self.shape
         corners = self.windows[:, :2]
         sides = self.windows[:, 2:] - corners
@@ -110,31 +110,31 @@ class InstanceMasks:
         return planes.view(self.shape)
 
     def areas(self) -> Tensor:
-        """Pixels of each object, ``(N,)`` int64."""
+        """Area of each object in pixels, ``(N,)`` int64."""
         sums = [crop.sum() for crop in self.crops()]
         return torch.stack(sums) if sums else self.windows.new_zeros(0)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> InstanceMasks:
-        """The same on another device."""
+        """Copy to another device."""
         pixels, windows = (x.to(device, non_blocking=non_blocking) for x in (self.pixels, self.windows))
         return InstanceMasks(pixels, windows, self.size)
 
     def pin_memory(self) -> InstanceMasks:
-        """The same in page-locked memory; loaders call it."""
+        """Copy to pinned memory; called by data loaders."""
         return InstanceMasks(self.pixels.pin_memory(), self.windows.pin_memory(), self.size)
 
     def __getitem__(self, index: Tensor) -> InstanceMasks:
-        """Some of the objects.
+        """Select objects.
 
         Args:
-            index: ``(N,)`` bool, or any number of positions as int64.
+            index: ``(N,)`` bool, or int64 indices.
         """
         rows = (torch.where(index)[0] if index.dtype == torch.bool else index).to(self.windows.device)
         crops = self.crops()
         return self.from_crops([crops[row] for row in rows.tolist()], self.windows[rows], self.size)
 
     def crop(self, top: int, left: int, height: int, width: int) -> InstanceMasks:
-        """The part inside a rectangle of the image, which becomes the image."""
+        """Crop the image to a rectangle."""
         corner = self.windows.new_tensor([left, top] * 2)
         limit = self.windows.new_tensor([width, height] * 2)
         windows = torch.minimum((self.windows - corner).clamp(min=0), limit)
@@ -146,11 +146,11 @@ class InstanceMasks:
         return self.from_crops(crops, windows, (height, width))
 
     def resize(self, size: tuple[int, int], *, at: float = 0.5) -> InstanceMasks:
-        """Another image size (H, W).
+        """Resize to another image size by nearest neighbor.
 
         Args:
             size: (H, W).
-            at: Which old pixel a new one takes, see :func:`nearest_pixels`.
+            at: Sampling position within a new pixel, see :func:`nearest_pixels`.
         """
         if size == self.size:
             return self
@@ -171,20 +171,20 @@ class InstanceMasks:
         return self.from_crops(crops, windows, size)
 
     def flip(self, axis: int) -> InstanceMasks:
-        """Mirrored along an axis; 0 is x."""
+        """Flip along an axis; 0 is x."""
         windows = self.windows.clone()
         windows[:, [axis, axis + 2]] = self.size[1 - axis] - self.windows[:, [axis + 2, axis]]
         return self.from_crops([crop.flip(1 - axis) for crop in self.crops()], windows, self.size)
 
     def rotate90(self) -> InstanceMasks:
-        """Turned by 90 degrees, counter-clockwise."""
+        """Rotate by 90 degrees counter-clockwise."""
         height, width = self.size
         x0, y0, x1, y1 = self.windows.unbind(1)
         windows = torch.stack((y0, width - x1, y1, width - x0), 1)
         return self.from_crops([crop.rot90() for crop in self.crops()], windows, (width, height))
 
     def tight(self) -> InstanceMasks:
-        """The same with the smallest windows; those of objects without pixels are empty."""
+        """Shrink the windows to the objects; those of objects without pixels are empty."""
         corners, crops = self.windows[:, :2].repeat(1, 2), self.crops()
         inner = [_tight(crop.any(0)[None], crop.any(1)[None]) for crop in crops]
         boxes = torch.cat([self.windows[:0], *inner])
@@ -195,7 +195,7 @@ class InstanceMasks:
         )
 
     def __add__(self, other: InstanceMasks) -> InstanceMasks:
-        """The objects of both, which must lie in images of the same size."""
+        """Concatenate the objects of two images of the same size."""
         if other.size != self.size:
             raise ValueError(f"Masks of images of {self.size} and {other.size} pixels can't be joined.")
         return InstanceMasks(
@@ -204,13 +204,13 @@ class InstanceMasks:
 
 
 def nearest_pixels(new: int, old: int, *, at: float = 0.5, device: torch.device | None = None) -> Tensor:
-    """For each of ``new`` pixels that replace ``old`` ones the old one under a point of it, ``(new,)`` int64.
+    """Nearest-neighbor source index of each pixel after resizing an axis from ``old`` to ``new``, ``(new,)`` int64.
 
     Args:
-        new: Pixels.
-        old: Pixels.
-        at: The point: 0.5 is the center, 0 the upper left edge, as in ``interpolate(mode="nearest")``.
-        device: Where the result lies.
+        new: Number of new pixels.
+        old: Number of old pixels.
+        at: Sampling position in a new pixel: 0.5 is the center, 0 its start, as in ``interpolate(mode="nearest")``.
+        device: Device of the result.
 
     Example:
         >>> nearest_pixels(2, 4).tolist(), nearest_pixels(4, 2).tolist(), nearest_pixels(2, 4, at=0).tolist()

@@ -1,4 +1,4 @@
-"""Masks before they become pixels: polygons, which scale without loss, move through the augmentation as they are."""
+"""Masks before rasterization: augmentation transforms polygons, which scale without loss."""
 
 from __future__ import annotations
 
@@ -23,15 +23,14 @@ _NOTHING: _Window = (np.zeros((0, 0), np.uint8), (0, 0, 0, 0))
 
 @dataclass(frozen=True, eq=False)
 class Outlines:
-    """Masks of one image's objects as polygons where there are polygons, and as pixels elsewhere.
+    """Masks of one image's objects as polygons if available, else as pixels.
 
-    It moves as :class:`~a2fpn.masks.InstanceMasks` does, and becomes that at the size that is wanted in the end.
+    Has the transforms of :class:`~a2fpn.masks.InstanceMasks`, and is rasterized to them at the final size.
 
     Args:
-        polygons: Of N objects the polygons, each ``(K, 2)`` x, y; none for an object that is given as pixels.
-        pixels: The masks of those, in the image as it is now.
-        matrix: What makes pixels of the image as it is now of the polygons' points: x and y are each a sum of x, y
-            and 1 times these.
+        polygons: Polygons of each of N objects, each ``(K, 2)`` x, y; none for an object given as pixels.
+        pixels: Masks of the latter, in the transformed image.
+        matrix: Affine matrix from the polygons' points to pixels of the transformed image, a row for each of x and y.
 
     Example:
         >>> square = Polygons((np.array([[1.0, 1], [3, 1], [3, 3], [1, 3]]),), size=(4, 4))
@@ -46,10 +45,10 @@ class Outlines:
 
     @classmethod
     def of(cls, masks: Sequence[Polygons | Rle | None], size: tuple[int, int]) -> Outlines:
-        """The masks of a COCO file.
+        """Build from masks of a COCO file.
 
         Args:
-            masks: N masks of the image; None gives an empty one.
+            masks: N masks of the image; None for an empty mask.
             size: (H, W) of the image, pixels.
         """
         polygons = tuple(mask.points if isinstance(mask, Polygons) else () for mask in masks)
@@ -57,14 +56,14 @@ class Outlines:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(H, W) of the image as it is now."""
+        """(H, W) of the transformed image."""
         return self.pixels.size
 
     def __len__(self) -> int:
         return len(self.polygons)
 
     def __getitem__(self, index: Tensor) -> Outlines:
-        """Some of the objects, see :meth:`InstanceMasks.__getitem__`."""
+        """Select objects, see :meth:`InstanceMasks.__getitem__`."""
         rows = (torch.where(index)[0] if index.dtype == torch.bool else index).tolist()
         place = np.cumsum([not polygons for polygons in self.polygons]) - 1
         given = torch.tensor([place[row] for row in rows if not self.polygons[row]], dtype=torch.int64)
@@ -95,7 +94,7 @@ class Outlines:
         return Outlines(self.polygons, pixels, (x, y))
 
     def to_pixels(self) -> InstanceMasks:
-        """The masks as pixels of the image as it is now, in the smallest windows; pycocotools decides which pixels."""
+        """Rasterize the masks in the transformed image by pycocotools, in tight windows."""
         matrix, pixels = np.array(self.matrix), self.pixels.tight()
         given = zip((crop.numpy() for crop in pixels.crops()), pixels.windows.tolist(), strict=True)
         windows = [
@@ -121,10 +120,10 @@ def _join(windows: Sequence[_Window], size: tuple[int, int]) -> InstanceMasks:
 
 
 def _fill(polygons: Sequence[NDArray[np.float64]], height: int, width: int) -> _Window:
-    """Rasterize one object in the rectangle around it; the same pixels as in the whole image.
+    """Rasterize one object in its bounding rectangle, with the same pixels as in the whole image.
 
-    pycocotools rounds coordinates at fifths of a pixel, which moves by whole pixels don't change. It rounds negative
-    ones differently; but the rectangle begins at 0 where there are any.
+    pycocotools rounds coordinates to fifths of a pixel, which shifts by whole pixels do not affect. It rounds negative
+    ones differently, but with any of them the rectangle starts at 0.
     """
     points = np.concatenate(polygons)
     left, top = (min(max(math.floor(v), 0), n) for v, n in zip(points.min(0), (width, height), strict=True))

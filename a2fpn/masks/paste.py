@@ -1,4 +1,4 @@
-"""From masks predicted inside boxes to pixels of the image.
+"""Pasting of masks predicted inside boxes into the image.
 
 Shape shorthand: ``N`` objects, ``M`` x ``M`` mask cells inside a box, ``H`` x ``W`` image pixels.
 """
@@ -25,23 +25,23 @@ PASTE_RULES: tuple[str, ...] = typing.get_args(PasteRule)
 def mask_windows(
     masks: Tensor, boxes: Tensor, size: tuple[int, int], *, rule: PasteRule = "exact"
 ) -> Iterator[tuple[Tensor, int, int]]:
-    """The part of the image that each mask covers, one after the other.
+    """Yield the pixels that each mask covers in the image.
 
-    ``"exact"`` samples the mask bilinearly at the centers of the pixels inside the box. ``"torchvision"`` does what
-    torchvision does: it rounds the box down to whole pixels and stretches the mask over them, which moves edges by up
-    to a pixel. On objects of ten pixels that costs several points of AP.
+    ``"exact"`` samples the mask bilinearly at the centers of the pixels inside the box. ``"torchvision"`` reproduces
+    torchvision: it rounds the box down to whole pixels and resizes the mask to them, which shifts edges by up to a
+    pixel. For objects of ten pixels that costs several points of AP.
 
     Args:
         masks: (N, 1, M, M) probabilities inside each box.
         boxes: (N, 4) xyxy, image pixels.
         size: (H, W) of the image.
-        rule: How cells become pixels.
+        rule: The pasting method.
 
     Yields:
         Probabilities (h, w) inside the image, and the row and column of their first pixel; h or w may be 0.
 
     Raises:
-        ValueError: For an unknown rule, or shapes that don't fit each other.
+        ValueError: For an unknown rule, or shapes that don't match.
     """
     _check(masks, boxes, rule)
     if rule == "exact":
@@ -56,7 +56,7 @@ def mask_windows(
 
 
 def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int], *, rule: PasteRule = "exact") -> Tensor:
-    """Masks in image coordinates, zero outside their boxes.
+    """Paste masks into the image, zero outside their boxes.
 
     Args:
         masks: (N, 1, M, M) probabilities inside each box.
@@ -91,14 +91,14 @@ def _check(masks: Tensor, boxes: Tensor, rule: str) -> None:
 
 
 _PIXELS_AT_ONCE = 2**26
-"""Pixels of the images that a GPU fills at once; each takes some 12 bytes beside the result."""
+"""Maximum number of pixels that a GPU pastes at once; each takes about 12 bytes in addition to the result."""
 
 
 def _paste_at_once(masks: Tensor, boxes: Tensor, size: tuple[int, int], rule: PasteRule) -> Tensor:
-    """All masks in a few operations over whole images, where small ones for each mask would keep a GPU waiting."""
+    """Paste all masks by a few operations on whole images, since small operations per mask underuse a GPU."""
     _check(masks, boxes, rule)
     start, stop = boxes[:, :2], boxes[:, 2:]
-    # The pixels whose centers lie in the box.
+    # Pixels whose centers are inside the box.
     first, last = torch.ceil(start - 0.5), torch.ceil(stop - 0.5)
     if rule == "torchvision" and len(masks):
         masks, scale = expand_masks(masks, padding=1)
@@ -118,7 +118,7 @@ def _paste_at_once(masks: Tensor, boxes: Tensor, size: tuple[int, int], rule: Pa
 
 
 def _spread(x: Tensor, start: Tensor, stop: Tensor, first: Tensor, last: Tensor, limit: int) -> Tensor:
-    """Rows of masks ``(n, M, L)`` as pixels ``(n, limit, L)``, bilinear; the others are ``(n, 1)``."""
+    """Resample masks ``(n, M, L)`` bilinearly to pixels ``(n, limit, L)``; the other tensors are ``(n, 1)``."""
     cells = x.shape[1]
     pixels = torch.arange(limit, dtype=x.dtype, device=x.device)
     positions = ((pixels + 0.5 - start) * (cells / (stop - start)) - 0.5).nan_to_num().clamp(0, cells - 1)
@@ -143,7 +143,7 @@ def _resample(mask: Tensor, start: float, stop: float, limit: int) -> tuple[Tens
 
 
 def _stretch(mask: Tensor, box: list[int], size: tuple[int, int]) -> tuple[Tensor, int, int]:
-    """A mask stretched over an inclusive integer box, cut off at the image's borders."""
+    """Resize a mask to an inclusive integer box, clipped to the image."""
     x0, y0, x1, y1 = box
     shape = (max(y1 - y0 + 1, 1), max(x1 - x0 + 1, 1))
     stretched = F.interpolate(mask[None, None], size=shape, mode="bilinear", align_corners=False)[0, 0]

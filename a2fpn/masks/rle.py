@@ -1,7 +1,7 @@
-"""Masks kept small: polygons and run lengths in, COCO run lengths (RLE) out, without full-size canvases.
+"""COCO run-length encodings (RLE) of masks, without full-size canvases.
 
 Shape shorthand: ``N`` objects, ``H`` x ``W`` image pixels, ``M`` x ``M`` mask cells inside a box. An RLE
-holds the mask of one object; its runs go down the columns, as in the COCO format.
+holds the mask of one object in column-major order, as in the COCO format.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from a2fpn.masks.paste import PasteRule, mask_windows
 
-_PASS = 1 << 16  # characters of run lengths decoded at once, in a few MB
+_PASS = 1 << 16  # characters decoded at once, in a few MB
 
 
 class Rle(TypedDict):
@@ -25,7 +25,7 @@ class Rle(TypedDict):
 
     Attributes:
         size: ``[H, W]``.
-        counts: The compressed run lengths, ASCII; JSON-able.
+        counts: The compressed run lengths, ASCII text.
     """
 
     size: list[int]
@@ -36,13 +36,13 @@ def encode_masks(masks: Tensor | NDArray[Any]) -> list[Rle]:
     """Encode full-size masks.
 
     Args:
-        masks: (N, H, W), bool or numbers; every value but 0 belongs to the object.
+        masks: (N, H, W), bool or numbers; nonzero is foreground.
 
     Returns:
         N run-length encodings.
 
     Raises:
-        ValueError: If ``masks`` has not three dimensions.
+        ValueError: If ``masks`` does not have three dimensions.
 
     Example:
         >>> encode_masks(np.eye(3)[None])
@@ -59,10 +59,10 @@ def decode_rle(rles: Sequence[Rle], *, size: tuple[int, int] | None = None) -> N
 
     Args:
         rles: N encodings of one size.
-        size: (H, W) of the result where ``rles`` is empty; (0, 0) if not given.
+        size: (H, W) of the result if ``rles`` is empty; (0, 0) if not given.
 
     Returns:
-        (N, H, W) bool. The memory runs down the columns; ``np.ascontiguousarray`` makes rows contiguous.
+        (N, H, W) bool, each mask column-major in memory; ``np.ascontiguousarray`` makes it row-major.
 
     Example:
         >>> decode_rle(encode_masks(np.eye(3)[None]))[0].astype(int)
@@ -75,8 +75,8 @@ def decode_rle(rles: Sequence[Rle], *, size: tuple[int, int] | None = None) -> N
     height, width = rles[0]["size"] if rles else size or (0, 0)
     columns = np.zeros((len(rles), width * height), dtype=np.bool_)
     for mask, runs in zip(columns, _decoded(rles), strict=True):
-        # Only from the first to the last pixel: the rest of the memory is never touched, which makes hundreds
-        # of small objects in a large image tens of times faster than pycocotools' decode.
+        # Writes only from the first to the last pixel of the object, which for hundreds of small objects in a large
+        # image is tens of times faster than pycocotools' decode.
         start, body = _body(runs)
         mask[start : start + len(body)] = body
     masks: NDArray[np.bool_] = columns.reshape(len(rles), width, height).transpose(0, 2, 1)
@@ -84,10 +84,10 @@ def decode_rle(rles: Sequence[Rle], *, size: tuple[int, int] | None = None) -> N
 
 
 def decode_window(rle: Rle) -> tuple[NDArray[np.uint8], tuple[int, int, int, int]]:
-    """Decode a mask in the smallest window around it.
+    """Decode a mask to its tight window.
 
     Returns:
-        (h, w) uint8 in {0, 1}, and the window's left, top, right and bottom, the last two behind its pixels.
+        (h, w) uint8 in {0, 1}, and the window's left, top, right and bottom, the last two exclusive.
 
     Example:
         >>> decode_window(encode_masks(np.eye(4)[None, :3])[0])
@@ -99,7 +99,7 @@ def decode_window(rle: Rle) -> tuple[NDArray[np.uint8], tuple[int, int, int, int
 
 
 def decode_windows(rles: Sequence[Rle]) -> Iterator[tuple[NDArray[np.uint8], tuple[int, int, int, int]]]:
-    """Decode masks one by one as :func:`decode_window` does; many in a fraction of the time."""
+    """Decode many masks like :func:`decode_window`, in a fraction of the time."""
     for rle, runs in zip(rles, _decoded(rles), strict=True):
         height = rle["size"][0]
         edges = runs.cumsum()
@@ -112,7 +112,7 @@ def decode_windows(rles: Sequence[Rle]) -> Iterator[tuple[NDArray[np.uint8], tup
         column, row = np.divmod(starts, height)
         last_column, last_row = np.divmod(stops - 1, height)
         left, right = int(column[0]), int(last_column[-1]) + 1
-        # A run that goes on in the next column has both the last row and the first.
+        # A run that continues in the next column covers both the last and the first row.
         tall = bool((column < last_column).any())
         top, bottom = (0, height) if tall else (int(row.min()), int(last_row.max()) + 1)
         rows = bottom - top
@@ -124,7 +124,7 @@ def decode_windows(rles: Sequence[Rle]) -> Iterator[tuple[NDArray[np.uint8], tup
 
 
 def _body(runs: NDArray[np.int64]) -> tuple[int, NDArray[np.bool_]]:
-    """The first pixel of a mask, counted down the columns, and the values from there to the last."""
+    """Column-major index of the first pixel of a mask, and the values from there to its last pixel."""
     body = runs[1 : -1 if len(runs) % 2 else None]  # of 1, 0, 1, ...
     return int(runs[0]), np.repeat(np.arange(len(body)) % 2 == 0, body)
 
@@ -132,23 +132,23 @@ def _body(runs: NDArray[np.int64]) -> tuple[int, NDArray[np.bool_]]:
 def encode_box_masks(
     masks: Tensor, boxes: Tensor, size: tuple[int, int], *, threshold: float = 0.5, rule: PasteRule = "exact"
 ) -> list[Rle]:
-    """Encode masks predicted inside boxes, bit for bit as pasting them into the image and encoding that.
+    """Encode masks predicted inside boxes without pasting them into the image.
 
-    The same result as ``paste_masks``, ``> threshold`` and pycocotools' ``encode``, in time and memory of the boxes,
-    not of N images. A box outside the image gives an empty mask.
+    The result is identical to ``paste_masks``, ``> threshold`` and pycocotools' ``encode``, in time and memory of the
+    boxes, not of N images. A box outside the image gives an empty mask.
 
     Args:
         masks: (N, 1, M, M) float probabilities inside each box, any device.
         boxes: (N, 4) float xyxy, image pixels.
         size: (H, W) of the image, pixels.
-        threshold: A pixel belongs to the object if its probability is above this, in [0, 1).
-        rule: How mask cells become pixels, see :func:`a2fpn.heads.mask_windows`.
+        threshold: Probability above which a pixel is foreground, in [0, 1).
+        rule: The pasting method, see :func:`a2fpn.heads.mask_windows`.
 
     Returns:
         N encodings of the image's size.
 
     Raises:
-        ValueError: For a threshold or rule out of range, or shapes that don't fit each other.
+        ValueError: For a threshold out of range, an unknown rule, or shapes that don't match.
 
     Example:
         >>> import torch
@@ -168,13 +168,13 @@ def encode_box_masks(
 
 
 def encode_window(window: NDArray[np.bool_], top: int, left: int, size: tuple[int, int]) -> Rle:
-    """Encode a mask that is empty but for a window, in time and memory of the window.
+    """Encode a mask that is empty outside a window, in time and memory of the window.
 
     Args:
         window: (h, w) bool.
-        top: Row of its first pixels.
-        left: Column likewise.
-        size: (H, W) of the image, pixels; the window lies inside.
+        top: First row of the window.
+        left: First column of the window.
+        size: (H, W) of the image, pixels, which contains the window.
 
     Example:
         >>> decode_window(encode_window(np.ones((1, 2), np.bool_), 1, 2, (4, 5)))
@@ -185,8 +185,8 @@ def encode_window(window: NDArray[np.bool_], top: int, left: int, size: tuple[in
 
 
 def _window_runs(window: NDArray[np.bool_], top: int, left: int, height: int, width: int) -> NDArray[np.int64]:
-    """Return the run lengths of a mask that is empty but for an (h, w) window."""
-    # One empty row under the window ends every run within its column, so that each run has a start and an end.
+    """Return the run lengths of a mask that is empty outside an (h, w) window."""
+    # An empty row below the window ends every run within its column.
     rows = window.shape[0] + 1
     pixels = np.zeros(1 + window.shape[1] * rows, np.bool_)
     pixels[1:].reshape(-1, rows)[:, :-1] = window.T
@@ -194,7 +194,7 @@ def _window_runs(window: NDArray[np.bool_], top: int, left: int, height: int, wi
     edges = np.zeros(len(row) + 2, np.int64)
     edges[1:-1] = (column + left) * height + row + top
     edges[-1] = height * width
-    if window.shape[0] == height:  # a run may go on at the top of the next column: join the two
+    if window.shape[0] == height:  # a run may continue at the top of the next column: join the two
         joined = np.flatnonzero(edges[2:-2:2] == edges[3:-1:2]) * 2 + 2
         edges = np.delete(edges, np.concatenate((joined, joined + 1)))
     runs = edges[1:] - edges[:-1]
@@ -202,10 +202,10 @@ def _window_runs(window: NDArray[np.bool_], top: int, left: int, height: int, wi
 
 
 def _decoded(rles: Sequence[Rle]) -> Iterator[NDArray[np.int64]]:
-    """Yield the runs of each mask, of 0, 1, 0, 1, ...
+    """Yield the run lengths of each mask, of 0, 1, 0, 1, ...
 
     Raises:
-        ValueError: If the counts of one are no such runs.
+        ValueError: For invalid counts.
     """
     texts = [rle["counts"].encode() for rle in rles]
     for part in passes(texts):
@@ -217,7 +217,7 @@ def _decoded(rles: Sequence[Rle]) -> Iterator[NDArray[np.int64]]:
 
 
 def passes(texts: Sequence[bytes]) -> Iterator[slice]:
-    """Cut texts into parts of about ``_PASS`` characters, or of one longer text."""
+    """Split texts into chunks of about ``_PASS`` characters, or of one longer text."""
     start = characters = 0
     for end, text in enumerate(texts):
         if characters + len(text) > _PASS and end > start:
@@ -229,27 +229,27 @@ def passes(texts: Sequence[bytes]) -> Iterator[slice]:
 
 
 def run_lengths(texts: Sequence[bytes]) -> tuple[NDArray[np.int64], NDArray[np.int64], dict[int, str]]:
-    """Return the runs in COCO's compressed texts, which nothing in pycocotools tells.
+    """Decode COCO's compressed counts to run lengths, which pycocotools does not expose.
 
     Each number is written in base 32, lowest digit first, one character per digit from ``chr(48)`` on, bit
     5 set on all but the last digit, whose bit 4 is the sign. From the fourth number on it is the
-    difference to the number before the last.
+    difference to the number two before it.
 
     Args:
         texts: At least one.
 
     Returns:
-        The runs of all texts one after the other, at least one of each; where those of each text begin; and what is
-        wrong with those texts, by number, that are no such text, or whose runs are negative.
+        The run lengths of all texts concatenated, at least one of each; the start of each text's; and an error message
+        by index of each text that is malformed or has a negative run length.
     """
     lengths = np.array([len(text) or 1 for text in texts])
     text_ends = lengths.cumsum() - 1
     text_starts = text_ends - lengths + 1
-    # As bytes, what lies before chr(48) becomes large, as does the "/" that stands for an empty text.
+    # In uint8, characters before chr(48) wrap around to large values, as does the "/" in place of an empty text.
     digits = np.frombuffer(b"".join(text or b"/" for text in texts), dtype=np.uint8) - np.uint8(48)
     last = digits < 32
     damaged = (np.maximum.reduceat(digits, text_starts) >= 64) | ~last[text_ends]
-    last[text_ends] = True  # so that no number reaches into the next text
+    last[text_ends] = True  # so that no number extends into the next text
     ends = last.nonzero()[0]
     digits_of = ends + 1
     digits_of[1:] -= digits_of[:-1].copy()
@@ -260,7 +260,7 @@ def run_lengths(texts: Sequence[bytes]) -> tuple[NDArray[np.int64], NDArray[np.i
         longer = (digits_of > place).nonzero()[0]
         values[longer] = (values[longer] << 5) | (digits[ends[longer] - place] & 31)
 
-    # Sums of every other number, without the first of a text: through all texts, less what came before each.
+    # Cumulative sums of every other number, except the first of a text: over all texts, minus the sum before each text.
     first_values = values[firsts]
     values[firsts] = 0
     for part in (values[0::2], values[1::2]):
@@ -281,18 +281,18 @@ def run_lengths(texts: Sequence[bytes]) -> tuple[NDArray[np.int64], NDArray[np.i
 
 
 def as_text(rles: Sequence[Mapping[str, Any]]) -> list[Rle]:
-    """Return pycocotools' encodings as JSON-able ones."""
+    """Convert pycocotools' encodings to JSON-serializable ones."""
     return [Rle(size=[int(side) for side in rle["size"]], counts=rle["counts"].decode("ascii")) for rle in rles]
 
 
 def shorten(value: object) -> str:
-    """Return a value as a message quotes it."""
+    """Return a value shortened for a message."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def shrunk_masks(rles: Sequence[Rle], side: int, size: tuple[int, int]) -> Iterator[Rle]:
-    """Masks of squares of pixels, of which at least half are the object's, or as many as of any square."""
+    """Downscale masks by ``side``: sets cells with at least half foreground, or the fullest if there are none."""
     for window, (left, top, right, bottom) in decode_windows(rles):
         first, last = (top // side, left // side), (-(-bottom // side), -(-right // side))
         squares = np.zeros(((last[0] - first[0]) * side, (last[1] - first[1]) * side), np.float32)

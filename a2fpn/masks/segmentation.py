@@ -1,4 +1,4 @@
-"""Segmentations as COCO files have them, checked before pycocotools sees them: polygons and run lengths.
+"""Validation of COCO segmentations, polygons and run lengths, before pycocotools reads them.
 
 Shape shorthand: ``N`` segmentations, ``H`` x ``W`` image pixels.
 """
@@ -25,7 +25,7 @@ _AREAS_AT_ONCE = 255  # pycocotools' area raises OverflowError for more
 
 @dataclass(frozen=True, eq=False)
 class Polygons:
-    """One mask as polygons, which together are the object.
+    """One mask as the union of polygons.
 
     Args:
         points: Each ``(K, 2)`` float64, x and y in pixels; at least 3 points.
@@ -36,23 +36,23 @@ class Polygons:
     size: tuple[int, int]
 
     def to_rle(self) -> Rle:
-        """The pixels that pycocotools finds inside."""
+        """Rasterize by pycocotools."""
         flat = [points.reshape(-1) for points in self.points]
         return as_text([mask_utils.merge(mask_utils.frPyObjects(flat, *self.size))])[0]
 
 
 @dataclass(frozen=True, eq=False)
 class Segmentations:
-    """Segmentations of many objects, read in one pass.
+    """Segmentations of many objects, parsed in one pass.
 
     Args:
         sizes: Height and width of each one's image, pixels.
-        points: x and y of all usable polygons, one after the other, (P, 2).
-        bounds: Where each polygon begins, and the end of the last, (Q + 1,).
-        owners: The segmentation of each polygon, ascending, (Q,).
-        rles: Run lengths, by number of the segmentation.
-        errors: What is wrong with those that can't be used.
-        fragments: What is wrong with the parts that were left out of the others, likewise: one message for each part.
+        points: x and y of all valid polygons, concatenated, (P, 2).
+        bounds: Start of each polygon, and the end of the last, (Q + 1,).
+        owners: Index of each polygon's segmentation, ascending, (Q,).
+        rles: Run lengths, by index of the segmentation.
+        errors: Error messages of invalid segmentations, by index.
+        fragments: Error messages of the parts dropped from the others, by index: one message for each part.
     """
 
     sizes: Sequence[tuple[int, int]]
@@ -65,7 +65,7 @@ class Segmentations:
 
     @classmethod
     def of(cls, segmentations: Iterable[tuple[object, int, int]]) -> Segmentations:
-        """Check segmentations; of an object's polygons those that are sound are kept.
+        """Check segmentations; an object keeps its valid polygons.
 
         Args:
             segmentations: Each as in a COCO file, with the height and width of its image, pixels.
@@ -103,7 +103,7 @@ class Segmentations:
         return len(self.sizes)
 
     def __getitem__(self, row: int) -> Polygons | Rle:
-        """One that has no error."""
+        """Return a segmentation without an error."""
         if row in self.rles:
             return self.rles[row]
         first, last = self._polygons[row : row + 2]
@@ -113,13 +113,13 @@ class Segmentations:
 
     @functools.cached_property
     def _polygons(self) -> list[int]:
-        """First polygon of each segmentation, and the number of all, (N + 1,)."""
+        """Index of the first polygon of each segmentation, and the total number, (N + 1,)."""
         first: list[int] = np.searchsorted(self.owners, np.arange(len(self) + 1)).tolist()
         return first
 
     @functools.cached_property
     def extents(self) -> NDArray[np.float64]:
-        """Left, top, right and bottom of each, (N, 4); NaN where it has an error or too large an image."""
+        """Left, top, right and bottom of each, (N, 4); NaN if it has an error or its image is too large."""
         extents = np.full((len(self), 4), np.nan)
         if len(self.owners):
             rows, firsts = np.unique(self.owners, return_index=True)
@@ -135,7 +135,7 @@ class Segmentations:
 
     @functools.cached_property
     def areas(self) -> NDArray[np.float64]:
-        """Pixels of each, (N,); of polygons by the shoelace formula, NaN where it has an error."""
+        """Area of each in pixels, (N,); of polygons by the shoelace formula, NaN if it has an error."""
         areas = np.full(len(self), np.nan)
         if len(self.owners):
             following = np.arange(1, len(self.points) + 1)
@@ -153,12 +153,12 @@ class Segmentations:
 
 
 def _is_list(value: object) -> TypeGuard[Iterable[object]]:
-    """Return whether a value holds anything one after the other; JSON's lists, and arrays in memory."""
+    """Return whether a value is a sequence: JSON's lists, and arrays in memory."""
     return isinstance(value, (list, tuple, np.ndarray)) and len(value) > 0
 
 
 class _Polygons:
-    """Collects polygons, and tells sound ones from others."""
+    """Collects polygons and validates them."""
 
     def __init__(self) -> None:
         self.coordinates = array("d")
@@ -166,7 +166,7 @@ class _Polygons:
         self.owners: list[int] = []
 
     def add(self, row: int, polygons: Iterable[object]) -> list[str]:
-        """Append an object's polygons; return what is wrong with those that are none."""
+        """Append an object's polygons; return an error message for each invalid one."""
         faults = []
         for polygon in polygons:
             try:
@@ -183,7 +183,7 @@ class _Polygons:
         return faults
 
     def checked(self, faulty: dict[int, list[str]]) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]:
-        """Return points, bounds and owners of the polygons without those far outside, which are added to ``faulty``."""
+        """Return points, bounds and owners of the polygons; those far out of range are added to ``faulty`` instead."""
         points = np.frombuffer(self.coordinates, dtype=np.float64).reshape(-1, 2) if self.owners else np.empty((0, 2))
         bounds, owners = np.array(self.ends, dtype=np.int64) // 2, np.array(self.owners, dtype=np.int64)
         if not len(owners):
@@ -202,24 +202,24 @@ class _Polygons:
 
 
 class _Runs:
-    """Collects run lengths, and checks compressed ones many at once."""
+    """Collects run lengths and validates compressed ones in batches."""
 
     def __init__(self) -> None:
         self.rles: dict[int, Rle] = {}
         self._texts: dict[int, bytes] = {}
 
     def add(self, row: int, segmentation: Mapping[str, object], height: int, width: int) -> None:
-        """Take one; compressed ones are not looked at yet.
+        """Add one; compressed ones are checked later.
 
         Raises:
-            ValueError: If it can't be used.
+            ValueError: If it is invalid.
         """
         size, counts = segmentation.get("size"), segmentation.get("counts")
         if not _is_list(size) or list(size) != [height, width]:
             raise ValueError(f"the mask's size is {size!r}, the image's [height, width] is {[height, width]}")
         if isinstance(counts, (str, bytes)):
             self._texts[row] = counts if isinstance(counts, bytes) else counts.encode(errors="replace")
-            # Characters behind ASCII are among what the check finds.
+            # The later check rejects non-ASCII characters.
             text = self._texts[row].decode("ascii", "replace")
             self.rles[row] = Rle(size=[height, width], counts=text)
             return
@@ -231,12 +231,12 @@ class _Runs:
         (self.rles[row],) = as_text([mask_utils.frPyObjects(runs, height, width)])
 
     def check(self, sizes: Sequence[tuple[int, int]]) -> dict[int, str]:
-        """Return what is wrong with compressed ones, which are dropped."""
+        """Drop invalid compressed ones and return their error messages."""
         rows, texts = list(self._texts), list(self._texts.values())
         errors: dict[int, str] = {}
         for part in passes(texts):
             runs, firsts, problems = run_lengths(texts[part])
-            # As floats, which are exact as long as they may be right: sums of long texts overflow 64-bit integers.
+            # Sums of long texts overflow 64-bit integers; floats are exact for every valid total.
             totals = np.add.reduceat(runs, firsts, dtype=np.float64).tolist()
             for number, (row, total) in enumerate(zip(rows[part], totals, strict=True)):
                 height, width = sizes[row]
@@ -255,10 +255,10 @@ def _wrong_total(total: int, height: int, width: int) -> str:
 
 
 def segmentation_to_rle(segmentation: object, height: int, width: int) -> Rle:
-    """Turn a COCO ``segmentation`` into one RLE, after checks that pycocotools leaves out.
+    """Convert a COCO ``segmentation`` to one RLE, after checks that pycocotools omits.
 
-    pycocotools reads stray memory, or never returns, on run lengths that don't fill the image, and takes
-    a list of four numbers for a box. Both are errors here, as is any part that is no polygon.
+    pycocotools reads out of bounds, or never returns, on run lengths that don't fill the image, and interprets
+    a list of four numbers as a box. Both are errors here, as is any part that is not a polygon.
 
     Args:
         segmentation: Polygons ``[[x0, y0, x1, y1, x2, y2, ...], ...]`` in pixels (all of them together are
@@ -288,10 +288,10 @@ def segmentation_to_rle(segmentation: object, height: int, width: int) -> Rle:
 
 
 def parse_segmentation(segmentation: object, height: int, width: int) -> Polygons | Rle:
-    """Check a COCO ``segmentation`` as :func:`segmentation_to_rle` does, and leave polygons as they are.
+    """Check a COCO ``segmentation`` like :func:`segmentation_to_rle`, without rasterizing polygons.
 
     Raises:
-        ValueError: As there.
+        ValueError: As in :func:`segmentation_to_rle`.
     """
     (mask,) = parse_segmentations([(segmentation, height, width)])
     if isinstance(mask, ValueError):
@@ -300,13 +300,13 @@ def parse_segmentation(segmentation: object, height: int, width: int) -> Polygon
 
 
 def parse_segmentations(segmentations: Iterable[tuple[object, int, int]]) -> list[Polygons | Rle | ValueError]:
-    """Check many as :func:`parse_segmentation` does one, compressed run lengths in a fraction of the time.
+    """Check many segmentations like :func:`parse_segmentation`, compressed run lengths in a fraction of the time.
 
     Args:
         segmentations: Each with the height and width of its image, pixels.
 
     Returns:
-        For each the mask, or the error that it would raise.
+        For each the mask, or the error that :func:`parse_segmentation` would raise.
 
     Example:
         >>> parse_segmentations([({"size": [3, 3], "counts": "013000"}, 3, 3), (None, 3, 3)])

@@ -1,4 +1,4 @@
-"""Targets of mask heads: instance masks inside boxes, from the pixels around each object alone.
+"""Targets of mask heads: instance masks cropped to boxes, without full-size planes.
 
 Shape shorthand: ``N`` objects of an image, ``R`` boxes matched to them, ``M`` side of a predicted mask.
 """
@@ -18,25 +18,25 @@ from a2fpn import device
 from a2fpn.masks import InstanceMasks
 
 PIXELS_AT_ONCE = 2**27
-"""Pixels of an image's masks up to which a GPU makes planes of them; each takes five bytes."""
+"""Pixels of an image's masks up to which a GPU uses full planes; each takes five bytes."""
 
 _CELLS = 2**22
-"""Pixels of the planes that are held at once, unless a single object takes more."""
+"""Pixels of planes in memory at once, unless a single object takes more."""
 
 
 def mask_targets(masks: InstanceMasks, boxes: Tensor, objects: Tensor, size: int, *, aligned: bool = False) -> Tensor:
-    """The parts of the instance masks inside boxes, resized by RoIAlign with as many samples as it has pixels.
+    """Crop instance masks to boxes and resize them by RoIAlign with one sample per pixel.
 
-    torchvision's targets, which it makes of N full-size planes in float32. Here each object has a plane that covers
-    its window and its boxes; the values differ by rounding (coordinates have 24 bits, so by 1e-3 at most in images of
-    up to 4096 pixels).
+    These are torchvision's targets, which it computes from N full-size float32 planes. Here each object has a plane
+    that covers its window and its boxes; the values differ by rounding (coordinates have 24 bits, so by 1e-3 at most in
+    images of up to 4096 pixels).
 
     Args:
         masks: N masks.
         boxes: ``(R, 4)`` xyxy in pixels of the masks.
-        objects: ``(R,)`` int64, which mask belongs to each box.
+        objects: ``(R,)`` int64, index of the mask of each box.
         size: ``M``.
-        aligned: Whether to shift by half a pixel; torchvision's targets never are. Shifted features need it.
+        aligned: Whether to shift by half a pixel, as for features pooled with a shift; torchvision never does.
 
     Returns:
         ``(R, M, M)`` float32 in [0, 1].
@@ -53,7 +53,7 @@ def mask_targets(masks: InstanceMasks, boxes: Tensor, objects: Tensor, size: int
 def _targets(
     masks: Sequence[InstanceMasks], boxes: Sequence[Tensor], objects: Sequence[Tensor], size: int, aligned: bool
 ) -> Tensor:
-    """Targets of all images' boxes, ``(sum R, M, M)``; what a GPU is asked for doesn't grow with the objects."""
+    """Targets of all images' boxes, ``(sum R, M, M)``; the number of operations doesn't grow with the objects."""
     rois = torch.cat(list(boxes)).detach().float()
     targets = rois.new_zeros(len(rois), size, size)
     if not len(rois):
@@ -64,8 +64,8 @@ def _targets(
     index = torch.cat([own + first for own, first in zip(objects, firsts, strict=False)])
     windows = torch.cat([image.windows for image in masks])
     limits = torch.cat([own.windows.new_tensor(own.size[::-1]).expand(len(own), 2) for own in masks])
-    # A plane begins at or before its boxes, so that taking its corner from theirs is exact, and shows at least one
-    # empty pixel around the window, unless that is the image's edge: RoIAlign repeats the outermost pixels.
+    # A plane starts at or before its boxes, so that subtracting its corner from theirs is exact, and has at least one
+    # empty pixel around the window, except at the image's edge, where RoIAlign repeats the outermost pixels.
     lowest = _per_object(rois[:, :2].floor().long(), index, len(windows), "amin")
     highest = _per_object(rois[:, 2:].ceil().long(), index, len(windows), "amax")
     corners = torch.minimum(lowest, windows[:, :2] - 1).clamp(min=0)
@@ -88,17 +88,17 @@ def _targets(
 
 
 def _from_planes(masks: InstanceMasks, boxes: Tensor, objects: Tensor, size: int, aligned: bool) -> Tensor:
-    """The same from full planes: memory is what a GPU has, and many small steps are what it lacks."""
+    """Compute the same from full planes, which takes more memory but fewer operations on a GPU."""
     boxes = boxes.detach().float()
     rois = torch.cat([objects[:, None].to(boxes.dtype), boxes], 1)
-    # The operator itself: torchvision's function replaces it where algorithms are to be deterministic, for the sake of
-    # gradients, which nothing here has.
+    # Calls the operator directly: with deterministic algorithms torchvision's function replaces it for the sake of
+    # gradients, which are not needed here.
     pooled: Tensor = torch.ops.torchvision.roi_align(masks.dense()[:, None].float(), rois, 1.0, size, size, -1, aligned)
     return pooled[:, 0]
 
 
 def _groups(sizes: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], int, int]]:
-    """Objects whose planes (width, height) are of like size, with the sides that hold them all."""
+    """Group objects by similar size of their planes (width, height), each group with its maximum sides."""
     order = sorted(range(len(sizes)), key=lambda i: -max(sizes[i]))
     group: list[int] = []
     width = height = 0
@@ -114,13 +114,13 @@ def _groups(sizes: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], int, in
 
 
 def _planes(pixels: Tensor, table: Tensor, width: int, height: int) -> Tensor:
-    """The pixels around objects, ``(U, height, width)`` float32, each plane at the lower right.
+    """Build the planes around objects, ``(U, height, width)`` float32, each aligned to the lower right.
 
-    Its end is where RoIAlign stops to look. Before its corner its first pixels are repeated, as RoIAlign would do.
+    The end of a plane is the limit of RoIAlign. Before its corner the first pixels are repeated, as by RoIAlign.
 
     Args:
-        pixels: Of all windows, and a zero.
-        table: ``(U, 9)`` corner and end of each plane, its window, and the place of the window's first pixel.
+        pixels: Pixels of all windows, and a zero.
+        table: ``(U, 9)`` corner and end of each plane, its window, and the index of the window's first pixel.
         width: Side of the planes.
         height: Side of the planes.
     """
@@ -135,7 +135,7 @@ def _planes(pixels: Tensor, table: Tensor, width: int, height: int) -> Tensor:
 
 
 def _places(corner: Tensor, end: Tensor, start: Tensor, stop: Tensor, side: int) -> tuple[Tensor, Tensor]:
-    """Along one axis, for each cell of the planes its place in the window, ``(U, side)``, and if it lies inside."""
+    """Position of each cell of the planes in its window along one axis, ``(U, side)``, and whether it is inside."""
     cells = torch.maximum(end[:, None] - side + torch.arange(side, device=end.device), corner[:, None])
     return cells - start[:, None], (cells >= start[:, None]) & (cells < stop[:, None])
 
@@ -151,18 +151,18 @@ def mask_loss(
     binary: bool = False,
     boundary_weight: float = 1.0,
 ) -> Tensor:
-    """Mean binary cross entropy of the predicted masks; zero without boxes.
+    """Mean binary cross-entropy of the predicted masks; zero without boxes.
 
     Args:
         logits: ``(sum R, K + 1, M, M)``.
         masks: Per image N masks.
         boxes: Per image ``(R, 4)`` xyxy.
-        objects: Per image ``(R,)``, which mask belongs to each box.
-        labels: Per image ``(R,)``, its class from 1.
+        objects: Per image ``(R,)``, index of the mask of each box.
+        labels: Per image ``(R,)``, class from 1.
         aligned: See :func:`mask_targets`.
-        binary: Whether targets are 0 and 1, from 0.5 on, as in detectron2 and mmdetection; torchvision leaves them.
-        boundary_weight: Weight of the cells at the edge of their object relative to the others, 1 or more. Weighting
-            the edge is U-Net's (Ronneberger et al., MICCAI 2015, Eq. 2), here of the object's own.
+        binary: Whether to binarize targets at 0.5, as in detectron2 and mmdetection; torchvision does not.
+        boundary_weight: Weight of cells at the edge of their object relative to the others, 1 or more. Edge weights
+            follow U-Net (Ronneberger et al., MICCAI 2015, Eq. 2), here for the object's own edge.
     """
     if not len(logits):
         return logits.sum() * 0
@@ -178,7 +178,7 @@ def mask_loss(
 
 
 def at_edge(targets: Tensor) -> Tensor:
-    """Cells that differ from a neighbor, diagonals included, in whether they are at least half object.
+    """Mark cells whose binarized value (at 0.5) differs from a neighbor's, diagonals included.
 
     Args:
         targets: ``(R, M, M)`` in [0, 1].
@@ -196,6 +196,6 @@ def at_edge(targets: Tensor) -> Tensor:
 
 
 def _per_object(values: Tensor, objects: Tensor, count: int, reduce: str) -> Tensor:
-    """The smallest or largest of the values ``(R, 2)`` of each of ``count`` objects."""
+    """Minimum or maximum of the values ``(R, 2)`` of each of ``count`` objects."""
     index = objects[:, None].expand_as(values)
     return values.new_zeros(count, 2).scatter_reduce(0, index, values, reduce, include_self=False)

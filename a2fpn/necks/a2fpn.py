@@ -1,8 +1,8 @@
 """A2-FPN: Hu et al., "A2-FPN: Attention Aggregation based Feature Pyramid Network", CVPR 2021.
 
 Three members share global context (MGC): ``pafpn_mgc`` is the ablation of the supplement's Table 1, ``a2fpn_lite``
-adds content-aware upsampling, ``a2fpn`` content-aware pooling as well. Where the supplement and the abstract are silent
-or other accounts differ, an option has both readings.
+adds content-aware upsampling, ``a2fpn`` content-aware pooling as well. Where the supplement and the abstract leave a
+detail open or other descriptions differ, an option offers both readings.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ _logger = logging.getLogger(__name__)
 
 
 class ContextNeck(PyramidNeck):
-    """A pyramid whose laterals receive multi-level global context.
+    """Pyramid whose laterals receive multi-level global context.
 
     Args:
-        in_spec: What the backbone gives.
-        top_down_options: For members of the family: options of their way to merge going down, None for none.
-        bottom_up_options: The same going up.
+        in_spec: Output levels of the backbone.
+        top_down_options: For subclasses: options of their top-down fusion, None for none.
+        bottom_up_options: Likewise for the bottom-up fusion.
         out_channels: Channels of every level.
         extra_levels: Coarser levels added by subsampling.
         attention: Kind of attention in all steps of MGC.
-        nodes: Semantic nodes per level; None takes ``node_budget * (6 - i)`` on level ``i`` (stride ``2**i``) and at
-            most the level's channels.
-        node_budget: Nodes of the level of stride 32, finer levels have 2, 3, 4 times as many; None takes the class's.
+        nodes: Semantic nodes per level; None for ``node_budget * (6 - i)`` on level ``i`` (stride ``2**i``), at most
+            the level's channels.
+        node_budget: Nodes of the level of stride 32; finer levels have 2, 3, 4 times as many. None for the class's.
         orthogonal_weight: Weight of the orthogonal regularization.
-        reasoning: How nodes reason over each other: ``"attention"``, or ``"gcn"``, a graph convolution.
-        distribute: Nodes that a pixel asks: ``"all"``, or those of its ``"own"`` level, which costs less.
-        context_init: Start of MGC's last map: ``"zero"``, a zero-started ``"gate"`` behind it, or ``"small"``, which
-            changes the laterals from the beginning.
+        reasoning: Reasoning among nodes: ``"attention"``, or ``"gcn"``, a graph convolution.
+        distribute: Nodes that a pixel attends to: ``"all"``, or those of its ``"own"`` level, which costs less.
+        context_init: Initialization of MGC's last layer: ``"zero"``, a zero-initialized ``"gate"`` behind it, or
+            ``"small"``, which changes the laterals from the first step on.
         norm_layer: Norm after each convolution (timm name), or None.
         act_layer: Activation after each convolution (timm name), or None.
     """
@@ -112,7 +112,7 @@ def _default_nodes(in_spec: PyramidSpec, budget: int) -> list[int]:
 
 @register_neck("pafpn_mgc")
 class PAFPNMGC(ContextNeck):
-    """PAFPN with MGC: the rows of the supplement's Table 1; ``attention`` picks the kind.
+    """PAFPN with MGC; ``attention`` selects the row of the supplement's Table 1.
 
     Takes the arguments of :class:`ContextNeck`.
     """
@@ -122,14 +122,14 @@ class PAFPNMGC(ContextNeck):
 
 
 class GatedNeck(ContextNeck):
-    """A pyramid with global context whose levels are merged by content and reweighted.
+    """Pyramid with global context, content-aware fusion and channel reweighting.
 
-    The arguments of :class:`ContextNeck`, and:
+    Takes the arguments of :class:`ContextNeck`, and:
 
     Args:
-        kernels: Where the kernels going down are predicted: at the ``"fine"`` size, or at the ``"coarse"`` one and
-            pixel-shuffled, see :class:`~a2fpn.layers.GACARAFE`.
-        pool: Pooling of maps for their channel gates: ``"mean"``, or ``"attention"`` that starts as the mean.
+        kernels: Resolution at which top-down kernels are predicted: ``"fine"``, or ``"coarse"`` and pixel-shuffled,
+            see :class:`~a2fpn.layers.GACARAFE`.
+        pool: Pooling for the channel gates: ``"mean"``, or ``"attention"``, initialized to the mean.
     """
 
     def __init__(
@@ -170,7 +170,7 @@ class GatedNeck(ContextNeck):
 
 @register_neck("a2fpn_lite")
 class A2FPNLite(GatedNeck):
-    """MGC with half the nodes, and GACARAFE without a bottom-up path: our own cut of the paper's neck.
+    """MGC with half the nodes and GACARAFE, without a bottom-up path: our lighter variant of the paper's neck.
 
     Takes the arguments of :class:`GatedNeck`.
     """
@@ -181,7 +181,7 @@ class A2FPNLite(GatedNeck):
 
 @register_neck("a2fpn")
 class A2FPN(GatedNeck):
-    """The whole A2-FPN: MGC, GACARAFE on the way down, GACAP on the way up.
+    """The full A2-FPN: MGC, GACARAFE in the top-down path, GACAP in the bottom-up path.
 
     Takes the arguments of :class:`GatedNeck`.
 

@@ -1,15 +1,15 @@
 """BiFPN: Tan et al., "EfficientDet: Scalable and Efficient Object Detection", CVPR 2020.
 
-As in the paper: levels without a second input lose their node, inputs are fused with fast normalized weights, skip
-edges lead from each input to its output, the whole is repeated, and coarser levels take part in the fusion. As in
-the authors' code: the activation comes between the fusion and the convolution. Where this differs:
+As in the paper: nodes with a single input are removed, inputs are fused with fast normalized weights, skip connections
+lead from each input to its output, the layer is repeated, and extra levels take part in the fusion. As in the authors'
+code: the activation comes between the fusion and the convolution. Differences:
 
-* each backbone level is projected once, not once for each edge that leaves it, so that there are fewer parameters than
-  in mmdetection's BiFPN of the same width;
-* the norm is no batch norm (see :class:`BiFPN`);
-* maps are halved by max pooling that is centered on even pixels, as strided convolutions are everywhere here;
-  TensorFlow's "SAME" pads maps of even size at the end alone, which moves them by a pixel. So EfficientDet's weights
-  can't be taken over.
+* each backbone level is projected once, not once per outgoing edge, so that there are fewer parameters than in
+  mmdetection's BiFPN of the same width;
+* the norm is not a batch norm (see :class:`BiFPN`);
+* maps are halved by max pooling centered on even pixels, as strided convolutions are everywhere here; TensorFlow's
+  "SAME" pads maps of even size only at the end, which shifts them by a pixel. EfficientDet's weights are therefore not
+  compatible.
 
 Shape shorthand: ``B`` batch, ``C_i`` channels and ``H_i, W_i`` size of level ``i``, ``d`` pyramid channels.
 """
@@ -37,15 +37,14 @@ class BiFPN(Neck):
     """Repeated top-down and bottom-up fusion with learned weights and separable convolutions.
 
     The default norm is a layer norm over the channels of each pixel, not EfficientDet's batch norm: detectors train
-    on one or two images a step, a coarse map may be a single pixel (where batch norm in training is an error), and
-    statistics over a map would let the padding of a batch reach the features.
+    on one or two images per step, a coarse map may be a single pixel (an error of batch norm in training), and
+    statistics over a map would let padding influence the features.
 
     Args:
-        in_spec: What the backbone gives.
+        in_spec: Output levels of the backbone.
         out_channels: Channels ``d`` of every level.
-        extra_levels: Coarser levels, made from the coarsest one by max pooling before the fusion, so that they take
-            part in it.
-        repeats: How often the top-down and bottom-up fusion is repeated.
+        extra_levels: Coarser levels, max-pooled from the coarsest one before the fusion, in which they take part.
+        repeats: Number of BiFPN layers.
         norm_layer: Norm after each convolution (timm name), or None.
         act_layer: Activation before each separable convolution (timm name), or None.
 
@@ -111,11 +110,11 @@ class BiFPNLayer(nn.Module):
             return WeightedFusion(channels, inputs, norm_layer=norm_layer, act_layer=act_layer)
 
         self.top_down = LevelModules(levels[:-1], (node(2) for _ in levels[1:]))
-        # The coarsest level has no top-down node that a third edge could come from.
+        # The coarsest level has no top-down node and therefore two inputs.
         self.bottom_up = LevelModules(levels[1:], (node(2 if name == levels[-1] else 3) for name in levels[1:]))
 
     def forward(self, pyramid: Sequence[Tensor]) -> list[Tensor]:
-        """Maps ``(B, d, H_i, W_i)`` per level to the same, finest first; sizes may be any that shrink."""
+        """Maps ``(B, d, H_i, W_i)`` per level to the same, finest first, for any decreasing sizes."""
         top_down = list(pyramid)
         for i in reversed(range(len(pyramid) - 1)):
             upsampled = F.interpolate(top_down[i + 1], size=pyramid[i].shape[-2:], mode="nearest")
@@ -124,7 +123,7 @@ class BiFPNLayer(nn.Module):
         for i, node in enumerate(self.bottom_up, start=1):
             down = halve(fused[-1])
             if down.shape[-2:] != pyramid[i].shape[-2:]:
-                # Backbones that round sizes down leave a row or column over.
+                # Sizes differ by a row or column with backbones that round sizes down.
                 down = F.interpolate(down, size=pyramid[i].shape[-2:], mode="nearest")
             skips = [pyramid[i]] if i == len(self.bottom_up) else [pyramid[i], top_down[i]]
             fused.append(node([*skips, down]))
@@ -134,7 +133,7 @@ class BiFPNLayer(nn.Module):
 class WeightedFusion(nn.Module):
     """Fast normalized fusion, activation, 3x3 separable convolution.
 
-    ``sum_i w_i x_i / (eps + sum_j w_j)`` with ``w_i = relu(weight_i)``, which start equal.
+    ``sum_i w_i x_i / (eps + sum_j w_j)`` with ``w_i = relu(weight_i)``, initialized to equal weights.
 
     Args:
         channels: Channels ``d`` of every map.

@@ -18,14 +18,14 @@ EXTRA_SOURCES: tuple[str, ...] = typing.get_args(ExtraSource)
 
 @register_neck("carafe_fpn")
 class CARAFEFPN(PyramidNeck):
-    """FPN whose top-down path reassembles the coarse map with kernels that it predicts itself.
+    """FPN whose top-down path upsamples by CARAFE, with kernels predicted from the coarse map.
 
     Args:
-        in_spec: What the backbone gives.
+        in_spec: Output levels of the backbone.
         out_channels: Channels of every level.
         extra_levels: Coarser levels.
-        extra_source: What the first of them is made from: the ``"neck"``'s coarsest level, by subsampling; or the
-            ``"backbone"``'s, by a 3x3 convolution of stride 2, and then it begins the top-down path, as in
+        extra_source: Source of the first extra level: the ``"neck"``'s coarsest level, by subsampling; or the
+            ``"backbone"``'s, by a 3x3 convolution of stride 2, which then starts the top-down path, as in
             mmdetection's published detectors. Further ones are subsampled.
         norm_layer: Norm after each convolution (timm name), or None.
         act_layer: Activation after each convolution (timm name), or None.

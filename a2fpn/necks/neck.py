@@ -1,4 +1,4 @@
-"""The contract of a neck, and the one pyramid that the whole family shares.
+"""Interface of necks, and the pyramid that the FPN family shares.
 
 Shape shorthand: ``B`` batch, ``C_i`` channels and ``H_i, W_i`` size of backbone level ``i``, ``d`` pyramid channels.
 """
@@ -20,23 +20,23 @@ from a2fpn.errors import ConfigError
 from a2fpn.layers import MGC, ConvNormAct, LevelModules
 from a2fpn.pyramid import Features, PyramidSpec, check_features, check_pyramid, level_size
 
-_MOST_EXTRA_LEVELS = 8  # each halves the last: more are of one pixel on any image
+_MOST_EXTRA_LEVELS = 8  # each halves the previous: further ones would be a single pixel
 
 
 class Neck(nn.Module, ABC):
     """Turns backbone features into a pyramid of equal channels.
 
     Subclasses implement :meth:`fuse`; this class checks the inputs, masks padding and adds the extra levels. A neck
-    never depends on an image size at construction and never changes its inputs.
+    is independent of the image size and never modifies its inputs.
 
     Args:
-        in_spec: What the backbone gives.
+        in_spec: Output levels of the backbone.
         out_channels: Channels ``d`` of every output level.
-        extra_levels: Coarser levels added by subsampling the last one by two each, as R-CNN's RPN wants.
+        extra_levels: Coarser levels, each subsampled from the previous one by two, as for the RPN of an R-CNN.
 
     Attributes:
-        out_spec: What the neck gives.
-        fuses_levels: Whether the neck merges several backbone levels; False for one that makes its levels from one.
+        out_spec: Output levels of the neck.
+        fuses_levels: Whether the neck fuses several backbone levels; False if it builds its levels from one.
 
     Raises:
         ValueError: For fewer than one channel or a negative number of extra levels.
@@ -57,13 +57,13 @@ class Neck(nn.Module, ABC):
         strides = list(in_spec.strides)
         strides += [strides[-1] << (i + 1) for i in range(extra_levels)]
         self.out_spec = PyramidSpec.from_channels([out_channels] * len(strides), strides=strides, prefix="p")
-        # Takes the neck as an argument, so that a copy of the neck does not compute with the original.
+        # An unbound function, so that a copy of the neck does not run the original.
         self._fuse: Callable[[Neck, list[Tensor], list[Tensor | None]], list[Tensor]] = type(self).fuse
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile :meth:`fuse` by :func:`torch.compile`, which gets the arguments.
+        """Compile :meth:`fuse` by :func:`torch.compile`, which receives the arguments.
 
-        Masks of padding are made outside: they depend on the sizes of images in ways that would be compiled anew.
+        Padding masks are computed outside: they depend on image sizes and would trigger recompilation.
         """
         self._fuse = torch.compile(type(self).fuse, *args, **kwargs)
 
@@ -73,17 +73,17 @@ class Neck(nn.Module, ABC):
 
         Args:
             features: Backbone maps, finest first.
-            valid: Per level a bool map ``(B, 1, H_i, W_i)``, False on padding, or None when nothing is padded.
+            valid: Per level a bool map ``(B, 1, H_i, W_i)``, False on padding, or None without padding.
 
         Returns:
-            The levels of ``out_spec``; extra levels may be left out and are then subsampled from the last one.
+            The levels of ``out_spec``; omitted extra levels are subsampled from the last one.
         """
 
     @property
     def roi_levels(self) -> tuple[str, ...]:
-        """Names of the levels that RoI heads pool from: the first of each stride, without the extra ones.
+        """Names of the levels that RoI heads pool from: the first of each stride, without extra levels.
 
-        The others only serve proposals.
+        The others are used for proposals only.
         """
         levels = list(self.out_spec.items())[: len(self.out_spec) - self.extra_levels]
         return tuple(name for i, (name, level) in enumerate(levels) if level not in dict(levels[:i]).values())
@@ -97,14 +97,14 @@ class Neck(nn.Module, ABC):
 
         Args:
             features: Backbone maps named as in ``in_spec``.
-            image_sizes: Height and width of each image of the batch in pixels, without padding, or of one if all are
-                of one size; None when the images fill the batch.
+            image_sizes: Height and width of each image of the batch in pixels, without padding; a single pair if all
+                have one size, None if no image is padded.
 
         Returns:
             Maps ``(B, d, H_i, W_i)`` named as in ``out_spec``.
 
         Raises:
-            ValueError: If the maps are not what ``in_spec`` promises, or the pyramid not what ``out_spec`` does.
+            ValueError: If the maps do not match ``in_spec``, or the pyramid does not match ``out_spec``.
             TypeError: If the maps have no names.
         """
         check_features(features, self.in_spec)
@@ -121,7 +121,7 @@ class Neck(nn.Module, ABC):
             raise ConfigError(f"The neck declares {len(self.out_spec)} levels and returned {len(pyramid)}.")
         while len(pyramid) < len(self.out_spec):
             pyramid.append(pyramid[-1][..., ::2, ::2])
-        if not torch.compiler.is_compiling():  # of sizes that are symbols it would make conditions
+        if not torch.compiler.is_compiling():  # would add guards on symbolic sizes
             check_pyramid(pyramid, self.out_spec, maps, self.in_spec.strides)
         return dict(zip(self.out_spec.names, pyramid, strict=True))
 
@@ -129,7 +129,7 @@ class Neck(nn.Module, ABC):
 def _valid_maps(
     maps: Sequence[Tensor], strides: Sequence[int], image_sizes: Sequence[tuple[int, int]] | None
 ) -> list[Tensor | None]:
-    """Masks for all levels, or none."""
+    """Validity masks for all levels, or None for each."""
     if image_sizes is None:
         return [None] * len(maps)
     sizes = [[level_size(size, stride) for size in image_sizes] for stride in strides]
@@ -137,13 +137,13 @@ def _valid_maps(
         return _valid_of_one_size(maps, [own[0] for own in sizes])
     if all(h >= x.shape[-2] and w >= x.shape[-1] for x, own in zip(maps, sizes, strict=True) for h, w in own):
         return [None] * len(maps)
-    # One copy for all levels, for which a GPU's host does not wait.
+    # One asynchronous copy for all levels.
     on_device = torch.tensor(sizes, pin_memory=maps[0].is_cuda).to(maps[0].device, non_blocking=True)
     return [_valid_map(x, *(own.T[..., None])) for x, own in zip(maps, on_device, strict=True)]
 
 
 def _valid_of_one_size(maps: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[Tensor | None]:
-    # A tracer's sizes stand for images with and without padding.
+    # Symbolic sizes must cover images with and without padding.
     padded = torch.compiler.is_compiling() or any(
         h < x.shape[-2] or w < x.shape[-1] for x, (h, w) in zip(maps, sizes, strict=True)
     )
@@ -151,7 +151,7 @@ def _valid_of_one_size(maps: Sequence[Tensor], sizes: Sequence[tuple[int, int]])
 
 
 def _valid_map(x: Tensor, heights: Tensor | int, widths: Tensor | int) -> Tensor:
-    """A bool map ``(B, 1, H, W)`` for sides ``(B, 1)``, or ``(1, 1, H, W)`` for those that all images have."""
+    """Build a bool map ``(B, 1, H, W)`` from sides ``(B, 1)``, or ``(1, 1, H, W)`` from sides that all images share."""
     rows, columns = (torch.arange(side, device=x.device) for side in x.shape[-2:])
     valid: Tensor = (rows < heights).view(-1, 1, x.shape[-2], 1) & (columns < widths).view(-1, 1, 1, x.shape[-1])
     return valid
@@ -166,7 +166,7 @@ def create_neck(name: str, in_spec: PyramidSpec, **options: Any) -> Neck:
 
     Args:
         name: A registered neck.
-        in_spec: What the backbone gives.
+        in_spec: Output levels of the backbone.
         **options: The neck's own arguments (``out_channels``, ``attention``, ...).
 
     Raises:
@@ -194,7 +194,7 @@ class NearestFusion(nn.Module):
     """Nearest-neighbor upsampling and addition (Lin et al., "Feature Pyramid Networks", CVPR 2017).
 
     Args:
-        channels: Unused, for one signature of fusions.
+        channels: Unused, for a common signature of fusions.
     """
 
     def __init__(self, channels: int) -> None:
@@ -202,7 +202,7 @@ class NearestFusion(nn.Module):
 
     def forward(self, coarse: Tensor, fine: Tensor, valid: Tensor | None = None) -> Tensor:
         """Merge ``(B, C, h, w)`` into ``(B, C, H, W)``."""
-        # In place, since a new block of the finest level's size costs as much time as the sum.
+        # In place, since allocating a map of the finest level costs as much time as the sum.
         return F.interpolate(coarse, size=fine.shape[-2:], mode="nearest").add_(fine)
 
 
@@ -221,7 +221,7 @@ class StridedFusion(nn.Module):
         """Merge ``(B, C, H, W)`` into ``(B, C, h, w)``."""
         down: Tensor = self.down(fine)
         if down.shape[-2:] != coarse.shape[-2:]:
-            # Backbones that round sizes down leave a row or column over.
+            # Sizes differ by a row or column with backbones that round sizes down.
             down = F.interpolate(down, size=coarse.shape[-2:], mode="nearest")
         return coarse + down
 
@@ -229,12 +229,12 @@ class StridedFusion(nn.Module):
 class PyramidNeck(Neck):
     """Lateral convolutions, optional global context, a top-down and an optional bottom-up path.
 
-    The members of the family differ in the parts that they name.
+    Subclasses choose the parts.
 
     Args:
-        in_spec: What the backbone gives.
-        top_down_options: For members of the family: options of their way to merge going down, None for none.
-        bottom_up_options: The same going up.
+        in_spec: Output levels of the backbone.
+        top_down_options: For subclasses: options of their top-down fusion, None for none.
+        bottom_up_options: Likewise for the bottom-up fusion.
         out_channels: Channels ``d`` of every level.
         extra_levels: Coarser levels added by subsampling.
         norm_layer: Norm after each convolution (timm name), or None.
@@ -272,7 +272,7 @@ class PyramidNeck(Neck):
         names = self.out_spec.names[: len(in_spec)]
         self.lateral = LevelModules(names, (conv(channels, 1) for channels in in_spec.channels))
         self.context: MGC | None = None
-        # Steps have the name of the level that they merge into.
+        # Steps are named after the level that they merge into.
         self.top_down = LevelModules(names[:-1], (self.top_down_fusion(out_channels, **going_down) for _ in steps))
         self.output = LevelModules(names, (conv(out_channels, 3) for _ in in_spec))
         self.bottom_up = self.bottom_up_output = None

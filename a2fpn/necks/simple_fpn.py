@@ -17,13 +17,13 @@ from a2fpn.pyramid import PyramidSpec
 
 @register_neck("simple_fpn")
 class SimpleFPN(Neck):
-    """Makes every level from one map, independently of the others.
+    """Builds every level from one map, independently of the others.
 
-    Finer levels by transposed convolutions, coarser ones by max pooling; then a 1x1 and a 3x3 convolution. For
-    backbones of a single stride, such as plain vision transformers.
+    Finer levels come from transposed convolutions, coarser ones from max pooling; a 1x1 and a 3x3 convolution follow.
+    For backbones of a single stride, such as plain vision transformers.
 
     Args:
-        in_spec: What the backbone gives: one level.
+        in_spec: Output level of the backbone, a single one.
         out_channels: Channels ``d`` of every level.
         extra_levels: Coarser levels added by subsampling.
         strides: Strides of the levels before the extra ones; increasing powers of two.
@@ -31,7 +31,7 @@ class SimpleFPN(Neck):
         act_layer: Activation between two transposed convolutions (timm name), or None.
 
     Raises:
-        ValueError: For more than one input level, no stride, or a stride that is no power of two.
+        ValueError: For more than one input level, no stride, or a stride that is not a power of two.
 
     Example:
         >>> import torch

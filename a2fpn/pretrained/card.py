@@ -1,4 +1,4 @@
-"""The card of a published checkpoint."""
+"""Model card of a published checkpoint."""
 
 from __future__ import annotations
 
@@ -41,22 +41,22 @@ _METRICS = {
     "keypoints/ap": ("keypoint-detection", "keypoint AP"),
     "keypoints/ap50": ("keypoint-detection", "keypoint AP50"),
 }
-"""Metrics that a card tells, as the Hub's task and a name."""
+"""Metrics in a card, with the Hub's task and a name."""
 
 
 _LICENSES = (
     *("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0"),
     *("cc-by-nc-sa-4.0", "gpl-2.0", "gpl-3.0", "lgpl-3.0", "agpl-3.0", "mpl-2.0", "openrail", "unlicense"),
 )
-"""Licenses that the Hub has a name for, most of them; in the header of a card any other goes by ``other``."""
+"""Most of the licenses that the Hub has a name for; any other is ``other`` in the header of a card."""
 
 
 def model_card(checkpoint: Checkpoint, repo_id: str) -> str:
-    """The ``README.md`` of a published checkpoint, with results in the Hub's own form.
+    """Build the ``README.md`` of a published checkpoint, with results in the Hub's format.
 
     Args:
-        checkpoint: What is published.
-        repo_id: Where it is published.
+        checkpoint: The checkpoint.
+        repo_id: Its repository, ``org/name``.
 
     Returns:
         Markdown with a YAML header.
@@ -115,7 +115,7 @@ def model_card(checkpoint: Checkpoint, repo_id: str) -> str:
 
 
 def _bullets(facts: Mapping[str, Any], indent: str = "") -> Iterator[str]:
-    """Lines of a list of facts, with those of a former model below their key."""
+    """Yield the lines of a list of facts, with nested facts of a parent model below their key."""
     for key, value in facts.items():
         if isinstance(value, Mapping):
             yield f"{indent}* {key}:"

@@ -1,8 +1,7 @@
 """Catalog of pretrained weights by ``model.tag``.
 
-Nothing is listed that does not exist: what comes with the package, what torchvision has published, and grafts, which
-are made of torchvision's on the spot. Of torchvision's weights everything (address, hash, metrics) is read from
-torchvision's own records.
+It lists weights inside the package, weights published by torchvision, and grafts, which are built from torchvision's
+on loading. URL, hash and metrics of torchvision's weights are read from torchvision itself.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ class PretrainedModel:
 
     Args:
         name: ``model.tag``, for :func:`a2fpn.create_model`.
-        source: Where they come from.
-        origin: The file, repository or address.
-        trained: Whether they were trained as they are; False for a graft, which is to be fine-tuned.
-        box_ap: Box AP in 0..1; None if it was not measured.
-        mask_ap: Mask AP in 0..1; None if it has no masks.
-        keypoint_ap: Keypoint AP in 0..1; None if it has no keypoints.
-        measured: On what and by whom; for a graft also of what.
-        license: Of the weights, as far as their source says.
+        source: Kind of source.
+        origin: The file, repository or URL.
+        trained: Whether they were trained in this form; False for a graft, which needs fine-tuning.
+        box_ap: Box AP in 0..1; None if not measured.
+        mask_ap: Mask AP in 0..1; None without masks.
+        keypoint_ap: Keypoint AP in 0..1; None without keypoints.
+        measured: Data set and author of the measurement; for a graft also the measured model.
+        license: License of the weights as stated by their source.
     """
 
     name: str
@@ -87,13 +86,13 @@ class EmbeddedWeights:
 
 @dataclass(frozen=True)
 class HubWeights:
-    """Weights that were published on the Hub.
+    """Weights published on the Hub.
 
     Args:
         repo: ``org/name``.
         revision: The commit.
         sha256: Hex digest of ``model.safetensors``.
-        facts: Those of its ``config.json``, so that listing needs no network.
+        facts: Facts of its ``config.json``, so that listing needs no network.
     """
 
     repo: str
@@ -108,13 +107,13 @@ class HubWeights:
 
 @dataclass(frozen=True)
 class TorchvisionWeights:
-    """Weights that torchvision has published, converted when they are loaded.
+    """Weights published by torchvision, converted on loading.
 
     Args:
         builder: Name of the function in ``torchvision.models.detection`` that builds the detector.
-        frozen_eps: Epsilon of the backbone's frozen batch norm; None where its batch norm is trained. torchvision sets
-            0 for its older weights after loading them, which no record says.
-        tag: Which of the builder's weights.
+        frozen_eps: Epsilon of the backbone's frozen batch norm; None if its batch norm is trained. torchvision sets 0
+            for its older weights after loading them, which its metadata do not state.
+        tag: Name of the builder's weights.
     """
 
     builder: str
@@ -123,7 +122,7 @@ class TorchvisionWeights:
 
     @property
     def published(self) -> WeightsEnum:
-        """The record that torchvision keeps of them."""
+        """Entry of the weights in torchvision."""
         return get_model_weights(self.builder)[self.tag]
 
     @property
@@ -133,7 +132,7 @@ class TorchvisionWeights:
         return Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
 
     def describe(self, name: str) -> PretrainedModel:
-        """Describe the weights by torchvision's record."""
+        """Describe the weights by torchvision's entry."""
         meta = self.published.meta
         ((data, metrics),) = meta["_metrics"].items()
         return PretrainedModel(
@@ -149,11 +148,11 @@ class TorchvisionWeights:
 
 @dataclass(frozen=True)
 class GraftedWeights:
-    """Weights made on the spot by :func:`a2fpn.convert.graft`.
+    """Weights built on loading by :func:`a2fpn.convert.graft`.
 
     Args:
         base: Name of the weights of an FPN detector.
-        neck: What takes the FPN's place.
+        neck: The neck that replaces the FPN.
     """
 
     base: str
@@ -189,8 +188,8 @@ def _grafts() -> Iterator[tuple[str, Weights]]:
     for detector in ("maskrcnn", "fasterrcnn", "keypointrcnn", "retinanet", "fcos"):
         for neck in necks:
             yield f"{detector}_{neck}_r50.tv_coco_graft", GraftedWeights(f"{detector}_fpn_r50.tv_coco", neck)
-    # In the second version of the R-CNNs the FPN has a norm, behind which only a neck without a bottom-up path can
-    # begin as an FPN.
+    # In the second version of the R-CNNs the FPN has a norm, after which only a neck without a bottom-up path can be
+    # initialized to an FPN.
     plain = ("a2fpn_lite", "carafe_fpn")
     for detector, possible in (("maskrcnn", plain), ("fasterrcnn", plain), ("retinanet", necks)):
         for neck in possible:
@@ -205,11 +204,11 @@ PRETRAINED: dict[str, Weights] = {
     **_torchvision(),
     **dict(_grafts()),
 }
-"""Pretrained weights by name; the first tag of a model is its default. Weights from the Hub go first."""
+"""Pretrained weights by name; the first tag of a model is its default. Weights from the Hub come first."""
 
 
 def find_weights(name: str) -> tuple[str, Weights] | None:
-    """The weights of ``model.tag``, or the default ones of ``model``; None where there are none."""
+    """Look up the weights of ``model.tag``, or the default ones of ``model``; None if there are none."""
     for full, weights in PRETRAINED.items():
         if name in (full, full.partition(".")[0]):
             return full, weights
@@ -217,7 +216,7 @@ def find_weights(name: str) -> tuple[str, Weights] | None:
 
 
 def list_pretrained(pattern: str = "") -> list[PretrainedModel]:
-    """All pretrained weights and what is known of them; nothing is fetched.
+    """List pretrained weights with their descriptions, without network access.
 
     Args:
         pattern: A wildcard pattern, or a part of the name.

@@ -1,7 +1,7 @@
-"""A folder <-> (``config.json``, ``model.safetensors``): strict, checked, and it builds nothing.
+"""Checkpoint folders: ``config.json`` and ``model.safetensors``, read strictly, without building models.
 
 Only safetensors are read, never pickles. Weights must match the model tensor by tensor, and the file must have the
-sha256 that ``config.json`` names.
+sha256 stated in ``config.json``.
 """
 
 from __future__ import annotations
@@ -38,22 +38,22 @@ CONFIG_LIMIT = 2**22
 
 @dataclass(frozen=True)
 class Facts:
-    """Metadata with a meaning of their own: for cards, lists, ``python -m hub verify``. All may be missing.
+    """Metadata with a defined meaning, for cards, lists and ``python -m hub verify``. All are optional.
 
     Args:
-        metrics: Measured numbers, such as ``bbox/ap`` in 0..1; -1 where there was nothing to measure.
-        data: What it was trained and measured on.
+        metrics: Measured metrics, such as ``bbox/ap`` in 0..1; -1 if there was nothing to measure.
+        data: Data set of training and evaluation.
         data_license: License of the data.
         license: License of the weights.
-        recipe: How it was trained.
-        max_detections: Best detections per image and class that counted for the metrics.
+        recipe: Training recipe.
+        max_detections: Maximum number of detections per image and class in the metrics.
         packages: Packages outside a2fpn and timm that define its neck, detector or backbone.
-        count_threshold: Score from which objects count, chosen on annotated images, see :mod:`a2fpn.counting`.
-        microns_per_pixel: What a pixel that the network sees measured in training, for images of known scale.
+        count_threshold: Score threshold for counting, calibrated on annotated images, see :mod:`a2fpn.counting`.
+        microns_per_pixel: Size of a network input pixel in training, for images of known scale.
 
     Raises:
-        TypeError: If a metric is no number.
-        ValueError: If the threshold is not in [0, 1], or the scale not above 0.
+        TypeError: If a metric is not a number.
+        ValueError: If the threshold is not in [0, 1], or the scale is not positive.
     """
 
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -72,7 +72,7 @@ class Facts:
                 raise ConfigTypeError(f"The metric {key!r} must be a number, got {value!r}.")
         if self.count_threshold is not None and not 0 <= self.count_threshold <= 1:
             raise ConfigError(f"count_threshold must lie in [0, 1], got {self.count_threshold}.")
-        # Written so that NaN is bad as well.
+        # The negation also rejects NaN.
         if self.microns_per_pixel is not None and not self.microns_per_pixel > 0:
             raise ConfigError(f"microns_per_pixel must be above 0, got {self.microns_per_pixel}.")
         object.__setattr__(self, "metrics", {key: float(value) for key, value in self.metrics.items()})
@@ -83,15 +83,15 @@ class Checkpoint:
     """The content of ``config.json``.
 
     Args:
-        model: What to build.
+        model: Configuration of the model.
         sha256: Hex digest of the weights file.
         format_version: Version of this format.
         a2fpn_version: Version of the package that wrote it.
-        metadata: Anything worth knowing, as JSON values; what :class:`Facts` has a field for must be of its type.
+        metadata: Further information as JSON values; fields of :class:`Facts` must have their types.
         code_license: License of the package that wrote it. That of the backbone's weights is in ``model.backbone``.
 
     Raises:
-        TypeError: If a fact is of another type.
+        TypeError: If a fact has the wrong type.
     """
 
     model: ModelConfig
@@ -122,20 +122,20 @@ def save_checkpoint(
     """Write a checkpoint folder.
 
     Args:
-        directory: Made if it does not exist.
-        config: What the model is.
+        directory: Created if it does not exist.
+        config: Configuration of the model.
         state: Its state dict.
-        half: Whether matrices and kernels are stored in float16; vectors (norm statistics, biases) stay as they are,
-            since running variances leave float16's range.
-        metadata: JSON-able facts about the run.
+        half: Whether to store matrices and kernels in float16; vectors (norm statistics, biases) keep their dtype,
+            since running variances exceed float16's range.
+        metadata: JSON-serializable facts about the run.
 
     Returns:
         The directory.
 
     Raises:
-        TypeError: If the metadata cannot be written as JSON, or a fact in it is of another type.
+        TypeError: If the metadata cannot be written as JSON, or a fact in it has the wrong type.
     """
-    # First of all, before a good file is replaced: metadata that JSON cannot hold, or of a wrong type, are an error.
+    # Checked before an existing file is replaced: metadata that JSON cannot represent, or of a wrong type.
     json.dumps(dict(metadata or {}))
     packages = _packages(config)
     facts = {**(metadata or {}), **({"packages": packages} if packages else {})}
@@ -150,24 +150,24 @@ def save_checkpoint(
         save_file(tensors, weights, metadata={"format": "pt"})
         checkpoint = dataclasses.replace(checkpoint, sha256=file_sha256(weights))
         description.write_text(json.dumps(to_dict(checkpoint), indent=2) + "\n", encoding="utf-8")
-        weights.chmod(description.stat().st_mode)  # safetensors makes files that only their owner may read
+        weights.chmod(description.stat().st_mode)  # safetensors creates files readable by their owner only
     return directory
 
 
 def add_metadata(directory: str | Path, **facts: Any) -> Checkpoint:
-    """Write facts into the metadata of a checkpoint folder, over those of the same names; the weights stay.
+    """Add facts to the metadata of a checkpoint folder, replacing those of the same names; weights are not changed.
 
     Args:
         directory: The folder.
         **facts: JSON values.
 
     Returns:
-        What ``config.json`` then holds.
+        The new content of ``config.json``.
 
     Raises:
         CheckpointError: See :func:`read_checkpoint`.
-        TypeError: If a fact cannot be written as JSON, or is of another type than :class:`Facts` has.
-        ValueError: If a fact is out of its range.
+        TypeError: If a fact cannot be written as JSON, or has another type than in :class:`Facts`.
+        ValueError: If a fact is out of range.
     """
     json.dumps(facts)
     checkpoint = read_checkpoint(directory)
@@ -180,7 +180,7 @@ def read_checkpoint(directory: str | Path) -> Checkpoint:
     """Read and validate ``config.json`` of a folder.
 
     Raises:
-        CheckpointError: If there is none, it is no JSON, or any key or value is wrong.
+        CheckpointError: If it is missing or not JSON, or any key or value is wrong.
     """
     path = Path(directory) / CONFIG_FILE
     if not path.is_file():
@@ -195,7 +195,7 @@ def read_checkpoint(directory: str | Path) -> Checkpoint:
         raise CheckpointError(f"{str(path)!r} has {path.stat().st_size} bytes, more than any configuration needs.")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    # Beside what is no JSON: numbers of thousands of digits, and deep nesting.
+    # Apart from invalid JSON: numbers with thousands of digits, and deep nesting.
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{str(path)!r} is no valid JSON: {error}.") from error
     version = data.get("format_version") if isinstance(data, dict) else None
@@ -218,10 +218,10 @@ def _packages(config: ModelConfig) -> list[str]:
 
 
 def _check_packages(data: Mapping[str, Any], where: str) -> None:
-    """Name the packages that have to be imported first; a checkpoint never makes anything be imported.
+    """Check that required packages are imported; a checkpoint never triggers imports.
 
     Raises:
-        CheckpointError: If one is not.
+        CheckpointError: If one is not imported, with its name.
     """
     metadata = data.get("metadata")
     packages = metadata.get("packages") if isinstance(metadata, dict) else None
@@ -238,7 +238,7 @@ def _check_packages(data: Mapping[str, Any], where: str) -> None:
 
 
 def missing_weights(where: str, files: Iterable[str]) -> str:
-    """Return the message for a place that has no safetensors, given the names of its files."""
+    """Return the message for a location without safetensors, given the names of its files."""
     pickles = [name for name in files if name.endswith((".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"))]
     if not pickles:
         return f"{where} has no {WEIGHTS_FILE}; only safetensors are loaded."
@@ -252,7 +252,7 @@ def check_weights(directory: str | Path, checkpoint: Checkpoint) -> Path:
     """Return the weights file of a folder after checking its sha256.
 
     Raises:
-        CheckpointError: If the file is missing or not the one that ``config.json`` names.
+        CheckpointError: If the file is missing or does not match ``config.json``.
     """
     path = Path(directory) / WEIGHTS_FILE
     if not path.is_file():
@@ -264,7 +264,7 @@ def check_weights(directory: str | Path, checkpoint: Checkpoint) -> Path:
 
 
 def wrong_weights(where: str, digest: str, expected: str) -> str:
-    """Return the message for weights that are not those of their ``config.json``."""
+    """Return the message for weights that do not match their ``config.json``."""
     return (
         f"{where} is damaged or not the file that belongs here: its sha256 is {digest}, "
         f"{CONFIG_FILE} expects {expected}."
@@ -275,16 +275,16 @@ def read_weights(directory: str | Path, checkpoint: Checkpoint) -> dict[str, Ten
     """Read the tensors of a folder after checking the file's sha256.
 
     Raises:
-        CheckpointError: If the file is missing, damaged, or not the one that ``config.json`` names.
+        CheckpointError: If the file is missing, damaged, or does not match ``config.json``.
     """
     return read_tensors(check_weights(directory, checkpoint))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a file whose hash is known to be right.
+    """Read the tensors of a file with a verified hash.
 
     Raises:
-        CheckpointError: If it is no safetensors file.
+        CheckpointError: If it is not a safetensors file.
     """
     try:
         return load_file(path)
@@ -293,10 +293,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load tensors strictly: same names, same shapes, same kinds of numbers; floating dtypes are converted.
+    """Load tensors strictly: names, shapes and kinds of dtype must match; floating-point dtypes are converted.
 
     Raises:
-        CheckpointError: Naming up to five tensors per kind of mismatch.
+        CheckpointError: With up to five tensors per kind of mismatch.
     """
     own = model.state_dict()
     problems = {
@@ -322,9 +322,9 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def _kind(x: Tensor) -> str:
-    """Floating, complex, boolean or whole: numbers of one kind can be converted, others mean something else.
+    """Kind of dtype: floating-point, complex, boolean or integer; only dtypes of one kind are convertible.
 
-    Floating numbers of 8 bits are a kind of their own: they are read with a scale that stands elsewhere.
+    8-bit floating-point is a kind of its own, since its values need a scale that is stored elsewhere.
     """
     if x.dtype == torch.bool:
         return "boolean"

@@ -1,4 +1,4 @@
-"""The Hugging Face Hub, client side: download, verify, publish. Only ``config.json`` and safetensors travel."""
+"""Download, verification and publication of checkpoints on the Hugging Face Hub; only JSON and safetensors are read."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from a2fpn.pretrained.provenance import merged_metadata
 
 
 class Downloaded(NamedTuple):
-    """A checkpoint in the cache, read and checked.
+    """A verified checkpoint in the cache.
 
     Args:
         folder: The folder in the cache.
-        checkpoint: What its ``config.json`` says.
+        checkpoint: Content of its ``config.json``.
     """
 
     folder: Path
@@ -45,25 +45,25 @@ class Downloaded(NamedTuple):
 
 
 def download_checkpoint(repo: Repo, *, weights: bool = True) -> Downloaded:
-    """Bring a checkpoint into the cache, all of it from one commit, and check it: each file is read once.
+    """Download a checkpoint of one commit into the cache and verify it; each file is read once.
 
-    ``config.json`` must have the hash that the Hub recorded, the weights the one that ``config.json`` names. A file
-    that has not is downloaded once more. With everything in the cache, a commit needs no request and a branch or tag
-    one; offline none is made.
+    ``config.json`` must have the hash recorded by the Hub, the weights the one stated in ``config.json``. A file with
+    another hash is downloaded once more. With everything in the cache, a commit needs no request and a branch or tag
+    needs one; offline none is made.
 
     Args:
-        repo: What to download.
-        weights: Whether to download the weights, or ``config.json`` alone.
+        repo: The repository.
+        weights: Whether to download the weights, or only ``config.json``.
 
     Raises:
-        HubError: See its children.
-        CheckpointError: If the repository holds no checkpoint of this package.
+        HubError: See its subclasses.
+        CheckpointError: If the repository has no checkpoint of this package.
     """
     names = [CONFIG_FILE, WEIGHTS_FILE] if weights else [CONFIG_FILE]
     offline = repo.local_files_only or constants.is_offline_mode()
     with explained_errors(repo, names):
         api = client(repo.token)
-        # The cache's where the Hub cannot be reached.
+        # From the cache if the Hub cannot be reached.
         commit = api.resolve_revision(
             repo.id, revision=repo.revision, token=repo.token, cache_dir=repo.cache_dir, local_files_only=offline
         ).resolved
@@ -84,8 +84,8 @@ def download_checkpoint(repo: Repo, *, weights: bool = True) -> Downloaded:
 
 
 def _check_files(api: Client, repo: Repo, commit: str, names: Sequence[str]) -> None:
-    """Ask once, without retries, whether the files are there and can be what they are called."""
-    # Not hf_hub_download's own look: on a server that is down it retries for 23 s.
+    """Check once, without retries, that the files exist and have a plausible size."""
+    # hf_hub_download would retry for 23 s if the server is down.
     info = api.repo_info(repo.id, revision=commit, files_metadata=True)
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
     if WEIGHTS_FILE in names and WEIGHTS_FILE not in sizes:
@@ -97,7 +97,7 @@ def _check_files(api: Client, repo: Repo, commit: str, names: Sequence[str]) -> 
 
 
 def _download(repo: Repo, name: str, commit: str, *, offline: bool, expected: str | None = None) -> Path:
-    """Path of a file in the cache whose content has the expected hash, or else the one that the Hub recorded."""
+    """Download a file and return its path in the cache; its hash must be as expected, or as recorded by the Hub."""
     for again in (False, True):
         path = Path(
             hf_hub_download(
@@ -112,7 +112,7 @@ def _download(repo: Repo, name: str, commit: str, *, offline: bool, expected: st
                 library_version=__version__,
             )
         )
-        # The link carries the hash that the Hub gave, a sha256 or a git-sha1; caches without links carry none.
+        # The symlink's target is named after the Hub's hash, a sha256 or a git-sha1; caches without symlinks have none.
         recorded = Path(os.readlink(path)).name if path.is_symlink() else None
         wanted = expected or recorded
         if wanted is None:
@@ -125,7 +125,7 @@ def _download(repo: Repo, name: str, commit: str, *, offline: bool, expected: st
         if offline:
             break
         if not path.is_symlink():
-            path.unlink()  # a copy that exists would be left as it is
+            path.unlink()  # an existing copy would not be replaced
     advice = (
         "nothing can be downloaded now; load it once with a network" if offline else "downloading it again did not help"
     )
@@ -147,12 +147,12 @@ def push_to_hub(
     """Publish a detector as ``config.json``, ``model.safetensors`` and a card, in one commit.
 
     Args:
-        model: A detector, or a checkpoint folder, whose own ``README.md`` then is the card if it has one.
-        repo_id: ``org/name``; made if it does not exist.
-        private: Whether a new repository is private; None takes the organization's default.
-        create_pr: Whether to open a pull request in place of a commit to the main branch.
-        token: Access token with write permission; None takes the one saved by ``hf auth login``.
-        metadata: As in :func:`a2fpn.save_pretrained`, over what is known of the model; only with a detector, a folder
+        model: A detector, or a checkpoint folder, whose own ``README.md``, if any, becomes the card.
+        repo_id: ``org/name``; created if it does not exist.
+        private: Whether a new repository is private; None for the organization's default.
+        create_pr: Whether to open a pull request instead of committing to the main branch.
+        token: Access token with write permission; None for the one saved by ``hf auth login``.
+        metadata: As in :func:`a2fpn.save_pretrained`, overriding the model's own; only with a detector, since a folder
             has its own.
         commit_message: Title of the commit.
 
@@ -161,8 +161,8 @@ def push_to_hub(
 
     Raises:
         HubError: If the Hub refuses or cannot be reached.
-        CheckpointError: If the folder holds no sound checkpoint.
-        ValueError: If metadata are given with a folder, or the folder's card is a link or has no valid header.
+        CheckpointError: If the folder is not a valid checkpoint.
+        ValueError: If metadata are given with a folder, or the folder's card is a symlink or has no valid header.
     """
     repo = Repo.parse(repo_id, token=token)
     if isinstance(model, (str, Path)) and metadata:
@@ -208,13 +208,13 @@ def push_space(
 
     Args:
         files: Text by name.
-        repo_id: ``org/name`` of the Space; made if it does not exist.
-        private: Whether a new Space is private; None takes the organization's default.
-        token: Access token with write permission; None takes the one saved by ``hf auth login``.
+        repo_id: ``org/name`` of the Space; created if it does not exist.
+        private: Whether a new Space is private; None for the organization's default.
+        token: Access token with write permission; None for the one saved by ``hf auth login``.
         commit_message: Title of the commit.
 
     Returns:
-        The address of the Space.
+        The URL of the Space.
 
     Raises:
         HubError: If the Hub refuses or cannot be reached.

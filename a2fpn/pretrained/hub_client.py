@@ -1,6 +1,6 @@
-"""The client of the Hugging Face Hub, with time limits.
+"""Client of the Hugging Face Hub, with timeouts.
 
-Its errors become a :class:`HubError` in one sentence: what was wanted, from where, and what to do.
+Its errors become a :class:`HubError` in one sentence: the file, its repository, and what to do.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from a2fpn.pretrained.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 
 @dataclass(frozen=True)
 class Repo:
-    """A model repository on the Hub, and how to reach it.
+    """A model repository on the Hub, and its access options.
 
     Args:
         id: ``org/name``.
         revision: Branch, tag, pull request (``refs/pr/1``) or commit; None is the main branch.
-        token: Access token; None takes the one saved by ``hf auth login``, False sends none.
-        cache_dir: Folder of the cache; None takes huggingface_hub's.
-        local_files_only: Whether to take everything from the cache and ask nobody.
+        token: Access token; None for the one saved by ``hf auth login``, False sends none.
+        cache_dir: Folder of the cache; None for huggingface_hub's.
+        local_files_only: Whether to use the cache only, without network requests.
 
     Example:
         >>> Repo.parse("acme/cells@v1.0")
@@ -54,10 +54,10 @@ class Repo:
 
     @classmethod
     def parse(cls, name: str, *, revision: str | None = None, **options: Any) -> Repo:
-        """Read ``org/name`` or ``org/name@revision``; options are the other fields.
+        """Parse ``org/name`` or ``org/name@revision``; options are the other fields.
 
         Raises:
-            ValueError: If it is no such name, or two revisions are given.
+            ValueError: If the name is malformed, or two revisions are given.
         """
         repo_id, _, tagged = name.partition("@")
         if not is_repo_id(repo_id):
@@ -79,20 +79,20 @@ def is_repo_id(name: str) -> bool:
 
 
 CONNECT_SECONDS = 1.5
-"""Seconds that a connection may take to be made: one lost packet is sent again after a second."""
+"""Connection timeout in seconds, which allows for one lost packet, resent after a second."""
 
 
 class Client(HfApi):
-    """The client, with time limits on its look at a repository; a first failure to connect is not tried again."""
+    """``HfApi`` with timeouts for repository queries; after a first connection failure it does not try again."""
 
     _failed: Exception | None = None
 
     def repo_info(self, *args: Any, **options: Any) -> Any:
-        """Look at a repository; once it could not be reached, the same error again at once."""
+        """Query a repository; after a connection failure, raise the same error immediately."""
         if self._failed is not None:
             raise self._failed
         seconds = constants.HF_HUB_ETAG_TIMEOUT
-        patience = (CONNECT_SECONDS, seconds, seconds, seconds)  # connect, read, write, pool, as httpx takes them
+        patience = (CONNECT_SECONDS, seconds, seconds, seconds)  # connect, read, write, pool, as in httpx
         try:
             return super().repo_info(*args, **options, timeout=cast(float, patience))
         except Exception as error:
@@ -101,23 +101,23 @@ class Client(HfApi):
             raise
 
 
-# Classes of the client's HTTP library, by name: which library that is has changed before.
+# Exception classes of the client's HTTP library, by name since the library has changed before.
 _UNREACHABLE = ("ConnectError", "ConnectTimeout", "ProxyError", "OfflineModeIsEnabled")
 _TRANSPORT = ("TransportError", "RequestException", *_UNREACHABLE)
 
 
 def _is_a(error: BaseException | None, *names: str) -> bool:
-    """Return whether an exception's class, or one that it inherits from, has one of the names."""
+    """Return whether an exception's class or a base class has one of the names."""
     return any(kind.__name__ in names for kind in type(error).__mro__)
 
 
 def client(token: str | bool | None) -> Client:
-    """A client that names this package to the server."""
+    """Create a client that identifies this package to the server."""
     return Client(token=token, library_name="a2fpn", library_version=__version__)
 
 
 def location(repo: Repo) -> str:
-    """A repository as messages name it."""
+    """Name of a repository for messages."""
     revision = f" at revision {repo.revision!r}" if repo.revision else ""
     return f"{repo.id!r}{revision} of {constants.ENDPOINT}"
 
@@ -127,7 +127,7 @@ def _cache(repo: Repo) -> str:
 
 
 def offline_message(repo: Repo, missing: Sequence[str], cause: BaseException | None = None) -> str:
-    """Sentence for files that are not in the cache and can't be downloaded."""
+    """Message for files that are not in the cache and can't be downloaded."""
     reason = (
         "local_files_only=True"
         if repo.local_files_only
@@ -145,7 +145,7 @@ def offline_message(repo: Repo, missing: Sequence[str], cause: BaseException | N
 
 
 def _detail(error: BaseException | None) -> str:
-    """An exception in one line."""
+    """Format an exception in one line."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}".rstrip(": ")
 
 
@@ -154,14 +154,14 @@ def explained_errors(repo: Repo, files: Sequence[str] = ()) -> Iterator[None]:
     """Turn what huggingface_hub, its HTTP client and hf_xet raise into a :class:`HubError`.
 
     Args:
-        repo: What is talked about.
-        files: What is to be downloaded; nothing when something is published.
+        repo: The repository.
+        files: Files to download; empty for publishing.
     """
     try:
         yield
     except (HubError, CheckpointError):
         raise
-    # hf_xet raises built-in errors, RuntimeError among them; a ValueError with a cause is a download forced in vain.
+    # hf_xet raises built-in errors such as RuntimeError; a ValueError with a cause is a failed forced download.
     except Exception as error:
         known = isinstance(error, (errors.RevisionResolutionError, OSError, RuntimeError)) or _is_a(error, *_TRANSPORT)
         if not known and not (isinstance(error, ValueError) and error.__cause__ is not None):
@@ -170,7 +170,7 @@ def explained_errors(repo: Repo, files: Sequence[str] = ()) -> Iterator[None]:
 
 
 def _translated(error: Exception, repo: Repo, files: Sequence[str]) -> HubError:
-    # These only say that nothing was in the cache either.
+    # These only add that the file is not in the cache either.
     wrappers = (errors.LocalEntryNotFoundError, errors.RevisionResolutionError, ValueError)
     cause = error.__cause__ if isinstance(error, wrappers) else error
     where = location(repo)

@@ -1,4 +1,4 @@
-"""Detectors by name, from a folder or from the Hub."""
+"""Construction and loading of detectors by name, from a folder or from the Hub."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _logger = logging.getLogger(__name__)
 
 
 def list_models(pattern: str = "", *, pretrained: bool = False) -> list[str]:
-    """Names that :func:`create_model` knows. Any other timm backbone can be written out or passed as ``backbone``.
+    """List model names for :func:`create_model`. Any other timm backbone can be spelled out or passed as ``backbone``.
 
     Args:
         pattern: A wildcard pattern, or a part of the name.
@@ -75,26 +75,26 @@ def create_model(
     """Build a detector.
 
     Args:
-        name: ``<detector>_<neck>_<backbone>``, see :func:`list_models`; the backbone may be any timm name or be left
-            out when ``backbone`` is given. With a tag of :func:`a2fpn.list_pretrained` (``maskrcnn_fpn_r50.tv_coco``):
+        name: ``<detector>_<neck>_<backbone>``, see :func:`list_models`; the backbone may be any timm name, or omitted
+            if ``backbone`` is given. With a tag of :func:`a2fpn.list_pretrained` (``maskrcnn_fpn_r50.tv_coco``):
             the model as it was trained.
             ``hf-hub:org/name@revision`` and ``local-dir:PATH`` name checkpoints, as in :func:`from_pretrained`.
-        pretrained: Whether to load detector weights; without a tag the first that are listed for the model. No
-            backbone weights are loaded then. Those of torchvision are fetched once into torch.hub's cache and
-            converted; a graft of them on another neck is told by a log line.
+        pretrained: Whether to load detector weights; without a tag, the first listed for the model. Backbone weights
+            are not loaded then. Those of torchvision are downloaded once to torch.hub's cache and converted; grafting
+            them onto another neck is logged.
         pretrained_backbone: Whether to load ImageNet weights of the backbone; its batch norm is then frozen unless
             ``norm`` says otherwise.
-        num_classes: Number of classes without background; None takes the checkpoint's, or 80. With pretrained
-            weights of another number, exactly the class-dependent tensors start anew, and a log line names them.
+        num_classes: Number of classes without background; None for the checkpoint's, or 80. With pretrained weights of
+            another number, only the class-dependent tensors are reinitialized, and a log line names them.
         **overrides: ``backbone``, ``backbone_weights`` (a local file), ``neck``, ``neck_args``, ``categories``, or
             any field of :class:`~a2fpn.config.BackboneConfig`, :class:`~a2fpn.config.PreprocessConfig` and the
-            detector's heads (:class:`~a2fpn.config.RCNNConfig` or what :func:`~a2fpn.config.heads_type` gives).
+            detector's heads (:class:`~a2fpn.config.RCNNConfig` or the result of :func:`~a2fpn.config.heads_type`).
 
     Returns:
         The detector; in training mode unless ``pretrained``.
 
     Raises:
-        ValueError: For an unknown name or override, with the closest ones, or weights that do not fit.
+        ValueError: For an unknown name or override, with the closest known ones, or weights that do not fit.
 
     Example:
         >>> model = create_model("maskrcnn_a2fpn", backbone="test_resnet", num_classes=3, min_size=320).eval()
@@ -144,7 +144,7 @@ def from_pretrained(
     local_files_only: bool = False,
     **overrides: Any,
 ) -> Detector:
-    """Load a detector from a folder, the Hub, or by the name of pretrained weights; nothing has to be retyped.
+    """Load a detector from a folder, the Hub, or by the name of pretrained weights.
 
     Args:
         source: A folder written by :func:`save_pretrained` (also as ``local-dir:PATH``), a name of
@@ -152,10 +152,10 @@ def from_pretrained(
             with ``@revision``.
         num_classes: Another number of classes to fine-tune on; see :func:`create_model`.
         revision: Branch, tag, pull request (``refs/pr/1``) or commit on the Hub; None is the main branch.
-        token: Access token of the Hub; None takes the one saved by ``hf auth login``, False sends none.
-        cache_dir: Folder that downloads are kept in; None takes huggingface_hub's.
-        local_files_only: Whether to take everything from that folder and ask nobody.
-        **overrides: As in :func:`create_model`; only such that leave the weights' shapes alone.
+        token: Access token of the Hub; None for the one saved by ``hf auth login``, False sends none.
+        cache_dir: Folder of the download cache; None for huggingface_hub's.
+        local_files_only: Whether to use the cache only, without network requests.
+        **overrides: As in :func:`create_model`, if they do not change the weights' shapes.
 
     Returns:
         The detector in evaluation mode.
@@ -163,7 +163,7 @@ def from_pretrained(
     Raises:
         ValueError: If there is neither such a folder nor such a name.
         CheckpointError: If the checkpoint is damaged, or not one of this package.
-        HubError: If the Hub does not give it; its children say why.
+        HubError: If it can't be downloaded; subclasses give the reason.
     """
     if not isinstance(source, str | os.PathLike):
         raise ConfigTypeError(
@@ -202,14 +202,14 @@ def save_pretrained(
 ) -> Path:
     """Save a detector as ``config.json`` and ``model.safetensors``.
 
-    What the checkpoint that the model was loaded from says of it (licenses, recipe, data) is saved too. Its metrics are
-    only as long as weights and settings are the same; otherwise they stand under ``derived_from``.
+    Metadata of the checkpoint that the model was loaded from (licenses, recipe, data) are saved too. Its metrics are
+    kept only if weights and settings have not changed; otherwise they are stored under ``derived_from``.
 
     Args:
         model: The detector.
-        directory: Made if it does not exist.
-        half: Whether matrices and kernels are stored in float16.
-        metadata: JSON-able facts: metrics, recipe, data, licenses; over those that are known.
+        directory: Created if it does not exist.
+        half: Whether to store matrices and kernels in float16.
+        metadata: JSON-serializable facts: metrics, recipe, data, licenses; they override known ones.
 
     Returns:
         The directory.
@@ -230,7 +230,7 @@ _CONVERT = "convert it first: a2fpn hub convert FILE --from torchvision|detectro
 
 
 def _advice(name: str) -> str:
-    """Advice on a name that no pretrained weights have."""
+    """Advice for a name without pretrained weights."""
     if name.endswith((".pt", ".pth", ".pkl", ".ckpt", ".bin")):
         return f"There is no such file; if there were, {_CONVERT}."
     return advice_on_model(name) or did_you_mean(name, PRETRAINED)
@@ -240,10 +240,10 @@ class Weights(NamedTuple):
     """Configuration and state dict that a model is built from.
 
     Args:
-        config: What it was saved as.
-        state: Its tensors; None if they are not wanted.
-        format_version: Of the checkpoint that they come from.
-        metadata: What that checkpoint says of the model.
+        config: The saved configuration.
+        state: Its tensors; None if not requested.
+        format_version: Format version of the checkpoint.
+        metadata: Metadata of the checkpoint.
     """
 
     config: ModelConfig
@@ -253,7 +253,7 @@ class Weights(NamedTuple):
 
 
 def _prefixed(name: str, *, load: bool, **options: Any) -> Weights | None:
-    """The checkpoint that a name with a prefix stands for, downloaded if need be; None without a prefix."""
+    """Load the checkpoint of a prefixed name, downloaded if necessary; None without a prefix."""
     if name.startswith("hf-hub:"):
         return _from_hub(Repo.parse(name.removeprefix("hf-hub:"), **options), load=load)
     return _from_folder(Path(name.removeprefix("local-dir:")), load=load) if name.startswith("local-dir:") else None
@@ -278,12 +278,12 @@ def _from_hub(repo: Repo, *, load: bool, sha256: str | None = None) -> Weights:
 
 @functools.singledispatch
 def read_pretrained(weights: Any, *, load: bool, **options: Any) -> Weights:
-    """The configuration of listed weights, and the tensors if they are wanted.
+    """Read the configuration of listed weights, and optionally the tensors.
 
     Args:
         weights: One of :data:`~a2fpn.pretrained.catalog.PRETRAINED`.
         load: Whether to read the tensors.
-        **options: Fields of :class:`~a2fpn.pretrained.hub.Repo` but its id.
+        **options: Fields of :class:`~a2fpn.pretrained.hub.Repo` except its id.
     """
     raise NotImplementedError(type(weights))
 
@@ -331,13 +331,13 @@ def _assemble(
     num_classes: int | None,
     overrides: Mapping[str, Any],
 ) -> Detector:
-    """Build a model as it was saved but for the overrides, with weights if there are any."""
+    """Build a saved model with overrides, and load its weights, if any."""
     saved, state, version, metadata = weights
     config = override(saved, num_classes, overrides)
     try:
         model = build_model(config)
     except ConfigError as error:
-        if overrides:  # perhaps theirs
+        if overrides:  # which may have caused it
             raise
         raise CheckpointError(f"The config of {where!r} describes no model that can be built: {error}") from error
     if state is None:
@@ -361,9 +361,9 @@ def _assemble(
 
 
 def _with_counters_of(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights with exactly the batch counters of a backbone: those of frozen batch norm and trained go into each other.
+    """Adapt the batch counters of weights to a backbone, so that weights of frozen and trained batch norm both load.
 
-    Nothing reads the counters but a batch norm without momentum.
+    Only a batch norm without momentum uses the counters.
     """
     fitting = {
         key: value

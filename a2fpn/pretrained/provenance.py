@@ -1,4 +1,4 @@
-"""Provenance of a model, which travels with it from one checkpoint to the next."""
+"""Provenance of a model, passed on from one checkpoint to the next."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from a2fpn.config import ModelConfig
 from a2fpn.detectors import Detector
 
 MEASURED = ("metrics", "max_detections", "count_threshold")
-"""Facts that hold for the very weights and settings that they were measured with."""
+"""Facts that hold only for the weights and settings that they were measured with."""
 OF_RUN = (
     *("settings", "version", "steps", "planned_steps", "epochs", "seed", "ema", "precision", "device", "torch"),
     *("commit", "run_metrics"),
 )
-"""Facts of the run that made the very weights: a model trained on from them had another machine and other settings."""
+"""Facts of the run that trained the weights, which do not hold for a model that was fine-tuned from them."""
 OF_DATA = ("data", "data_license", "recipe")
-"""Facts that belong together: new data without a license do not have that of the old."""
+"""Facts that are replaced together: new data without a license must not inherit the old license."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Provenance:
     """Metadata of the checkpoint that a model was loaded from.
 
     Args:
-        metadata: The checkpoint's.
-        config: What the checkpoint describes.
-        fingerprint: See :func:`fingerprint`; of the weights as they were loaded.
+        metadata: Metadata of the checkpoint.
+        config: Configuration in the checkpoint.
+        fingerprint: :func:`fingerprint` of the weights as loaded.
     """
 
     metadata: Mapping[str, Any]
@@ -41,8 +41,8 @@ class Provenance:
     def facts(self, model: Detector) -> dict[str, Any]:
         """Facts that still hold for a model.
 
-        With other weights, classes or settings than those of the checkpoint, what was measured and how the weights
-        came about move to ``derived_from``, so that nobody takes them for the model's own.
+        If weights, classes or settings differ from the checkpoint, facts of the measurement and of the training run
+        move to ``derived_from``, so that they are not mistaken for the model's own.
         """
         if model.config == self.config and fingerprint(model.state_dict()) == self.fingerprint:
             return dict(self.metadata)
@@ -54,9 +54,9 @@ class Provenance:
 
 
 def merged_metadata(model: Detector, given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the metadata to save with a model: what still holds of its own, and over it what is given."""
+    """Return the metadata to save with a model: its own that still hold, overridden by the given ones."""
     given = dict(given or {})
-    provenance = getattr(model, "provenance", None)  # an optimized model has none, and refuses to be saved
+    provenance = getattr(model, "provenance", None)  # an optimized model has none, and can't be saved
     known = provenance.facts(model) if isinstance(provenance, Provenance) else {}
     if any(key in given for key in OF_DATA):
         former = {key: known.pop(key) for key in OF_DATA if key in known}
@@ -66,7 +66,7 @@ def merged_metadata(model: Detector, given: Mapping[str, Any] | None) -> dict[st
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> int:
-    """A checksum of tensors and their names, wherever and in whatever memory format they lie.
+    """Checksum of tensors and their names, independent of device and memory format.
 
     Example:
         >>> a, b = {"x": torch.zeros(2)}, {"x": torch.ones(2)}

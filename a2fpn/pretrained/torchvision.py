@@ -41,8 +41,8 @@ class Download(NamedTuple):
 
     Args:
         what: The weights, for messages.
-        url: From where.
-        file: To where.
+        url: Source URL.
+        file: Destination file.
     """
 
     what: str
@@ -51,14 +51,14 @@ class Download(NamedTuple):
 
 
 def read_torchvision(weights: TorchvisionWeights, *, local_files_only: bool = False) -> dict[str, Tensor]:
-    """The state dict of a torchvision detector, from torch.hub's cache or downloaded into it.
+    """Load the state dict of a torchvision detector from torch.hub's cache, downloading it if necessary.
 
-    The file must have the hash that its name ends with, also when it comes from the cache; one that has not is
-    downloaded once more. Nothing but tensors is unpickled.
+    The file must have the hash at the end of its name, also in the cache; a file with another hash is downloaded once
+    more. Only tensors are unpickled.
 
     Args:
-        weights: Which.
-        local_files_only: Whether to take the file from the cache and ask nobody; so it is with ``HF_HUB_OFFLINE=1``.
+        weights: The weights.
+        local_files_only: Whether to use the cache only, without network requests; implied by ``HF_HUB_OFFLINE=1``.
 
     Returns:
         The tensors, by torchvision's names.
@@ -79,7 +79,7 @@ def read_torchvision(weights: TorchvisionWeights, *, local_files_only: bool = Fa
             wanted.file.parent.mkdir(parents=True, exist_ok=True)
             _download(wanted, digest)
     try:
-        # It is there: this only reads it, and would say on standard output what it downloads.
+        # The file exists, so this only reads it; a download would print to standard output.
         state = torch.hub.load_state_dict_from_url(wanted.url, map_location="cpu", check_hash=True, weights_only=True)
     except (UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
@@ -95,12 +95,12 @@ def _download(wanted: Download, digest: str) -> None:
     """Download a file whose sha256 begins with ``digest``; torch.hub's function has no time limit.
 
     Raises:
-        HubIntegrityError: If what comes has another hash; nothing is kept.
-        OSError: As ``urlopen`` raises.
+        HubIntegrityError: If the downloaded file has another hash; it is not kept.
+        OSError: As raised by ``urlopen``.
     """
     _logger.info("Downloading %s from %s", wanted.what, wanted.url)
     with urlopen(wanted.url, timeout=PATIENCE) as answer, replaced_file(wanted.file) as partial:
-        length = answer.length  # None where the server does not say it
+        length = answer.length  # None if the server does not send it
         with (
             partial.open("wb") as file,
             tqdm(  # type: ignore[no-untyped-call]
@@ -129,7 +129,7 @@ def _cannot(wanted: Download, reason: str) -> str:
 
 @contextlib.contextmanager
 def _explained(wanted: Download) -> Iterator[None]:
-    """Turn what a download raises into a :class:`HubError`."""
+    """Convert download errors to a :class:`HubError`."""
     try:
         yield
     except HubError:

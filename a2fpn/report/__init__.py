@@ -1,4 +1,4 @@
-"""See where a model fails: errors by type and cost, curves, calibration, the worst images, on one page."""
+"""Error analysis of a model on one page: errors by type and cost, curves, calibration, the worst images."""
 
 from a2fpn.report.facts import data_facts, model_facts
 from a2fpn.report.page import Run, write_report

@@ -1,4 +1,4 @@
-"""Everything a report tells of one model: curves, confusions, groups of objects, errors, calibration, images.
+"""Analysis of one model for a report: curves, confusions, groups of objects, errors, calibration, images.
 
 Shape shorthand: N detections, M annotations, K classes, I images.
 """
@@ -18,9 +18,9 @@ from a2fpn.report.precision import Precision, interpolated, mean, precision
 from a2fpn.report.tide import ErrorTypes, error_types
 
 SIDES = (0.0, 16.0, 32.0, 64.0, 96.0, math.inf)
-"""Bounds of the groups by size, pixels: the root of the area. COCO's 32 and 96 are among them."""
+"""Bounds of the groups by size, the square root of the area in pixels, including COCO's 32 and 96."""
 ELONGATIONS = (1.0, 1.25, 1.5, 2.0, 3.0, math.inf)
-"""Bounds of the groups by shape, long side of the box over short side."""
+"""Bounds of the groups by elongation, the long side of the box over the short side."""
 CROWDING = (1, 6, 16, 51, 151, math.inf)
 """Bounds of the groups by objects in the image."""
 BINS = 10
@@ -28,10 +28,10 @@ BINS = 10
 
 @dataclass(frozen=True)
 class Group:
-    """AP of a part of the objects.
+    """AP of a group of objects.
 
     Args:
-        label: Range of the part, for people.
+        label: Display text of the range.
         objects: Number of annotations.
         ap: Mean over IoU 0.50 to 0.95.
         ap50: At IoU 0.50.
@@ -45,11 +45,11 @@ class Group:
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """Fate of each detection and annotation once a score threshold is set, at IoU 0.50.
+    """Matches of detections and annotations at a score threshold and IoU 0.50.
 
     Args:
-        shown: (N,) detections that score enough and lie in no crowd.
-        partner: (N,) row of the annotation a shown detection lies on, of its class if possible, or -1.
+        shown: (N,) detections above the threshold that are not in a crowd.
+        partner: (N,) row of the annotation that a shown detection is matched to, preferably of its class, or -1.
         finder: (M,) row of that detection, or -1.
     """
 
@@ -64,7 +64,7 @@ class Outcome:
         rows = np.flatnonzero(self.shown)
         partner = self.partner[rows]
         labels = np.append(scene.truth.label, background)
-        places: Any = (labels[partner], scene.found.label[rows])  # partner -1 takes the last
+        places: Any = (labels[partner], scene.found.label[rows])  # partner -1 selects the last
         np.add.at(matrix, places, 1)
         missed = scene.positives & (self.finder < 0)
         matrix[:, -1] += np.bincount(scene.truth.label[missed], minlength=background + 1)
@@ -73,13 +73,13 @@ class Outcome:
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Scores against the share of detections that are right at IoU 0.50.
+    """Scores against the share of true positives at IoU 0.50.
 
     Args:
         count: (BINS,) detections with scores in bins of equal width.
         score: (BINS,) their mean score; NaN for an empty bin.
         right: (BINS,) share of true positives; NaN likewise.
-        ece: Expected calibration error (Guo et al., ICML 2017): mean distance of the two, weighted by count.
+        ece: Expected calibration error (Guo et al., ICML 2017): mean difference of the two, weighted by count.
     """
 
     count: Ints
@@ -90,12 +90,12 @@ class Calibration:
 
 @dataclass(frozen=True, eq=False)
 class Operating:
-    """Precision and recall of all classes together as the score threshold moves, at IoU 0.50.
+    """Precision and recall of all classes together over the score threshold, at IoU 0.50.
 
     Args:
         threshold: (N,) scores, descending.
-        precision: (N,) of the detections that score as much.
-        recall: (N,) likewise.
+        precision: (N,) precision of detections with at least that score.
+        recall: (N,) their recall.
     """
 
     threshold: Floats
@@ -117,19 +117,19 @@ class Operating:
 
 @dataclass(frozen=True, eq=False)
 class Analysis:
-    """All that is told of one model.
+    """Results of the analysis of one model.
 
     Args:
         scene: The objects.
-        matches: Partners at COCO's thresholds.
-        precision: Curves by class.
-        outcome: At the report's score threshold.
-        errors: By type.
-        calibration: Of the scores.
-        operating: By score threshold.
-        groups: By what they are grouped by.
+        matches: Matches at COCO's thresholds.
+        precision: Precision-recall curves by class.
+        outcome: Matches at the report's score threshold.
+        errors: Errors by type.
+        calibration: Calibration of the scores.
+        operating: Precision and recall by score threshold.
+        groups: AP of groups of objects, by criterion.
         image_ap: (I,) AP of each image alone; NaN without objects.
-        image_f1: (I,) at the score threshold; 1 for an image where nothing is annotated or found.
+        image_f1: (I,) F1 at the score threshold; 1 for an image without annotations and detections.
     """
 
     scene: Scene
@@ -145,11 +145,11 @@ class Analysis:
 
 
 def analyze(scene: Scene, *, score_threshold: float = 0.5) -> Analysis:
-    """Look at a model's detections from every side.
+    """Analyze a model's detections.
 
     Args:
         scene: Annotations and detections.
-        score_threshold: Detections that score less are not shown, nor counted in confusions and single images.
+        score_threshold: Detections with a lower score are neither shown nor counted in confusions and per-image F1.
     """
     matches = match(scene)
     outcome = outcomes(scene, matches, score_threshold=score_threshold)
@@ -174,7 +174,7 @@ def analyze(scene: Scene, *, score_threshold: float = 0.5) -> Analysis:
 
 
 def outcomes(scene: Scene, matches: Matches, *, score_threshold: float) -> Outcome:
-    """Fate of detections and annotations; what finds no object of its class may lie on one of another."""
+    """Match detections and annotations; those unmatched within their class may match another class."""
     shown = (scene.found.score >= score_threshold) & ~matches.ignored[0]
     partner = np.where(shown, matches.partner[0], -1)
     finder = np.full(len(scene.truth), -1, dtype=np.int64)
@@ -192,7 +192,7 @@ def outcomes(scene: Scene, matches: Matches, *, score_threshold: float) -> Outco
 
 
 def calibration(scene: Scene, matches: Matches) -> Calibration:
-    """Compare scores with what came true, detections in crowds left out."""
+    """Compare scores with the share of true positives, ignoring detections in crowds."""
     counted = ~matches.ignored[0]
     score, right = scene.found.score[counted], matches.right[0][counted]
     bins = np.minimum((score * BINS).astype(np.int64), BINS - 1)
@@ -205,7 +205,7 @@ def calibration(scene: Scene, matches: Matches) -> Calibration:
 
 
 def operating(scene: Scene, matches: Matches) -> Operating:
-    """Precision and recall at every score, all classes together."""
+    """Compute precision and recall at every score, for all classes together."""
     rows = np.flatnonzero(~matches.ignored[0])
     rows = rows[np.argsort(-scene.found.score[rows], kind="stable")]
     hits = matches.right[0][rows].cumsum()
@@ -218,16 +218,16 @@ def operating(scene: Scene, matches: Matches) -> Operating:
 
 
 def grouped(scene: Scene, of_truth: Floats, of_found: Floats, bounds: Sequence[float], *, unit: str) -> list[Group]:
-    """AP of the objects in each range of a quantity, as COCO's of small, medium and large objects.
+    """AP of the objects in each range of a quantity, like COCO's for small, medium and large objects.
 
-    Annotations outside the range, those who find them, and wrong detections outside it count neither way.
+    Annotations outside the range, detections matched to them, and false positives outside it are ignored.
 
     Args:
         scene: The objects.
         of_truth: (M,) the quantity of annotations.
         of_found: (N,) the same of detections.
-        bounds: Ascending.
-        unit: What follows the numbers in a label.
+        bounds: Bounds of the ranges, ascending.
+        unit: Unit after the numbers in a label.
     """
     groups = []
     for low, high in itertools.pairwise(bounds):

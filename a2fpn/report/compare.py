@@ -1,6 +1,6 @@
-"""Models side by side on the same images, as in Figure 1 of the paper's supplement, and one model's results, Figure 2.
+"""Qualitative comparison of models, as in Figure 1 of the paper's supplement, and one model's results, Figure 2.
 
-Images are picked by a stated rule, and the rule is written on the figure.
+Images are picked by a rule that is stated on the figure.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Cell:
         boxes: (N, 4) x, y, width, height in pixels.
         rles: N masks, or None.
         texts: Class and score of each object.
-        colors: Of each object, "#RRGGBB".
-        remark: What is said under the image.
+        colors: Color of each object, "#RRGGBB".
+        remark: Caption below the image.
     """
 
     boxes: Floats
@@ -57,7 +57,7 @@ class Column:
     Args:
         path: The image file.
         size: Height and width in pixels.
-        cells: In the order of the rows.
+        cells: Cells in the order of the rows.
     """
 
     path: Path
@@ -70,9 +70,9 @@ class Comparison:
     """Content of a comparison figure.
 
     Args:
-        rows: Names: annotations, if there are any, and models.
+        rows: Names of the rows: annotations, if there are any, and models.
         columns: The images.
-        note: How the images were picked.
+        note: The rule by which images were picked.
     """
 
     rows: tuple[str, ...]
@@ -95,22 +95,21 @@ def compare(
     """Predict images with every model and pick those to show.
 
     Args:
-        models: By the name that the figure gives them; with several models the first and the last are set against each
-            other to pick images.
+        models: Models by display name; with several models the first and the last are compared to pick images.
         images: Files to choose from.
-        coco: Annotations of these images; they make the first row, and AP tells where models differ. Without them the
-            share of objects that both models find does.
-        folder: Image folder that the annotations' names are relative to; needed with ``coco``.
-        pick: ``"disagree"`` shows images where the models differ most, half in favor of each; ``"worst"`` those where
-            they are worst; ``"random"`` any.
+        coco: Annotations of these images; they are the first row, and models are compared by AP. Without them models
+            are compared by the share of objects that both find.
+        folder: Image folder that the annotations' names are relative to; required with ``coco``.
+        pick: ``"disagree"`` shows images where the models differ most, half in favor of each; ``"worst"`` those with
+            the lowest AP; ``"random"`` a random choice.
         count: Number of images.
-        score_threshold: Objects that score less are not drawn.
-        seed: Of the random choice.
-        track: Called with the images while they are predicted, to show progress.
+        score_threshold: Objects with a lower score are not drawn.
+        seed: Seed of the random choice.
+        track: Called with the images during prediction, to show progress.
 
     Raises:
-        ConfigError: If there is no model or image, if images are to be the worst without annotations, if an image is
-            not in the annotations, or if a model means other classes by their ids.
+        ConfigError: If there is no model or image, for ``"worst"`` without annotations, if an image is not in the
+            annotations, or if the class ids of a model have other meanings.
     """
     if not models or not images or count < 1:
         raise ConfigError(
@@ -151,10 +150,10 @@ def show(name: str, results: Sequence[Result], remarks: Sequence[str], note: str
     """Show results of one model on image files, with a remark for each.
 
     Args:
-        name: The model's.
-        results: Of files; their ``path`` is set.
-        remarks: What is said under each, before the number of objects.
-        note: How the images were picked.
+        name: Name of the model.
+        results: Results with their ``path`` set.
+        remarks: Caption of each, before the number of objects.
+        note: The rule by which images were picked.
     """
     columns = [
         _column(Path(str(result.path)), [result], None, 0, [remark])
@@ -214,7 +213,7 @@ def _pick(
     score_threshold: float,
     seed: int,
 ) -> tuple[list[int], str]:
-    """Positions of the images to show, and the rule in words."""
+    """Choose images to show, by position, and describe the rule."""
     total, names = len(images), list(results)
     if pick == "random":
         return _random(total, count, seed)
@@ -242,7 +241,7 @@ def _pick(
     gain = {p: value for p, value in gain.items() if not np.isnan(value)}
     ahead = sorted((p for p in gain if gain[p] > 0), key=lambda p: -gain[p])
     behind = sorted((p for p in gain if gain[p] < 0), key=lambda p: gain[p])
-    if not ahead and not behind:  # as for the last checkpoint of a run when it is the best
+    if not ahead and not behind:  # such as the last checkpoint of a run if it is the best
         drawn, how = _random(total, count, seed)
         return drawn, f"{first} and {last} have the same AP in every image. {how} {_overall(quality)}"
     half = count // 2
@@ -257,7 +256,7 @@ def _pick(
 
 
 def _random(total: int, count: int, seed: int) -> tuple[list[int], str]:
-    """Positions of images drawn at random, in order, and the rule in words."""
+    """Draw positions of images at random, sorted, and describe the rule."""
     if count >= total:
         return list(range(total)), f"All {total} images."
     drawn = np.random.default_rng(seed).permutation(total)[:count]
@@ -270,13 +269,13 @@ def _overall(quality: Mapping[str, tuple[float, Mapping[int, float]]]) -> str:
 
 
 def _agreement(one: Result, other: Result) -> float:
-    """F1 of two sets of objects: twice the pairs over all objects; 1 if there are none."""
+    """F1 of two sets of objects: twice the matches over all objects; 1 if there are none."""
     pairs = int((_partners(_cell(one), _cell(other)) >= 0).sum())
     return 2 * pairs / total if (total := len(one) + len(other)) else 1.0
 
 
 def _partners(cell: Cell, reference: Cell) -> Ints:
-    """Row of the reference that each object lies on at IoU 0.50, or -1; each is taken once, the best overlap first."""
+    """Match objects to the reference at IoU 0.50: its row or -1; one to one, the highest IoU first."""
     partners = np.full(len(cell), -1, dtype=np.int64)
     if not len(cell) or not len(reference):
         return partners
@@ -295,7 +294,7 @@ def _partners(cell: Cell, reference: Cell) -> Ints:
 def _column(
     path: Path, results: Sequence[Result], coco: CocoFile | None, image_id: int, remarks: Sequence[str]
 ) -> Column:
-    """The cells of an image: an object has the same color in every row."""
+    """Build the cells of an image, in which an object has the same color in every row."""
     cells = [
         replace(_cell(result), remark=", ".join(filter(None, (remark, _count(len(result))))))
         for result, remark in zip(results, remarks, strict=True)
@@ -320,7 +319,7 @@ def _column(
             own = object_colors(cell.boxes)
             shared = [cells[0].colors[p] if p >= 0 else own[row] for row, p in enumerate(_partners(cell, cells[0]))]
             cells[number] = replace(cell, colors=tuple(shared))
-        cells = [replace(cell, texts=()) for cell in cells]  # one class need not be named
+        cells = [replace(cell, texts=()) for cell in cells]  # a single class needs no names
     return Column(path, results[0].size, tuple(cells))
 
 

@@ -1,4 +1,4 @@
-"""Facts that say which model and which data a report is about, with hashes."""
+"""Facts that identify the model and data of a report, with hashes."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 
 def model_facts(detector: Detector) -> dict[str, str]:
-    """Name, parts, input size, number of parameters and the hash of the weights in memory.
+    """Name, parts, input size, number of parameters and hash of the weights in memory.
 
-    The hash is of names, types, shapes and values in order of the names: the same wherever the weights were read from.
+    The hash covers names, dtypes, shapes and values, sorted by name, independent of the source of the weights.
 
     Example:
         >>> import a2fpn
@@ -51,9 +51,9 @@ def data_facts(coco: CocoFile, images: Path, annotations: Path | None = None) ->
     """Numbers of images and objects, and the hashes of the annotation file and of all images together.
 
     Args:
-        coco: The file as read.
+        coco: The parsed file.
         images: The image folder.
-        annotations: The file; None leaves out its hash.
+        annotations: The file; None omits its hash.
     """
     digest = hashlib.sha256()
     for image_id in sorted(coco.images):
@@ -72,6 +72,6 @@ def data_facts(coco: CocoFile, images: Path, annotations: Path | None = None) ->
 
 
 def merged_facts(facts: list[Mapping[str, str]]) -> dict[str, list[str]]:
-    """One row for each fact of several models; what a model lacks is empty."""
+    """Merge facts of several models to one row per fact; missing values are empty."""
     names = dict.fromkeys(name for each in facts for name in each)
     return {name: [each.get(name, "") for each in facts] for name in names}

@@ -1,4 +1,4 @@
-"""Figures of a report, drawn by matplotlib: addresses that hold a whole SVG picture."""
+"""Figures of a report, drawn by matplotlib, as data URIs of SVG pictures."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from a2fpn.report.tide import DESCRIPTIONS
 
 MODEL_COLORS = ("#0072B2", "#D55E00")
 _GRAY = "#777777"
-_SHOWN_CLASSES = 20  # rows of a confusion matrix; more can't be read
+_SHOWN_CLASSES = 20  # rows of a confusion matrix; more are not readable
 
 
 def precision_recall(analysis: Analysis) -> str:
-    """Precision over recall: the mean of the classes at three IoU thresholds, and each class at 0.50 in gray."""
+    """Precision-recall curves: the mean over classes at three IoU thresholds, and each class at 0.50 in gray."""
     figure, axes = _axes(4.6, 3.6)
     curve = analysis.precision.curve
     measured = ~np.isnan(curve[0, 0])
@@ -58,7 +58,7 @@ def operating_curve(analysis: Analysis, *, score_threshold: float) -> str:
 def confusion(matrix: Ints, names: Sequence[str]) -> str:
     """Confusion matrix with background: counts, colored by their share of the row.
 
-    Of many classes those with the most confusions are shown, the others left out.
+    With many classes, only those with the most confusions are shown.
     """
     mistakes = matrix.sum(0) + matrix.sum(1) - 2 * matrix.diagonal()
     order = np.argsort(-mistakes[:-1], kind="stable")[:_SHOWN_CLASSES]
@@ -82,7 +82,7 @@ def confusion(matrix: Ints, names: Sequence[str]) -> str:
 
 
 def group_bars(groups: Sequence[Sequence[Group]]) -> str:
-    """AP of groups of objects, the same of each model, a bar for each model."""
+    """AP of groups of objects, with a bar for each model."""
     figure, axes = _axes(4.9, 0.9 + 0.45 * len(groups[0]))
     places = np.arange(len(groups[0]))
     height = 0.75 / len(groups)
@@ -99,7 +99,7 @@ def group_bars(groups: Sequence[Sequence[Group]]) -> str:
 
 
 def error_bars(analyses: Sequence[Analysis]) -> str:
-    """Cost of each type of error in AP, a bar for each model."""
+    """Cost of each error type in AP, with a bar for each model."""
     figure, axes = _axes(6.2, 3.6)
     places = np.arange(len(DESCRIPTIONS))
     height = 0.75 / len(analyses)
@@ -118,7 +118,7 @@ def error_bars(analyses: Sequence[Analysis]) -> str:
 
 
 def reliability(analysis: Analysis) -> str:
-    """Share of detections that are right over their score, and how many detections each score has."""
+    """Reliability diagram: share of true positives over the score, and number of detections per score."""
     figure = Figure(figsize=(4.6, 4.2), layout="constrained")
     axes, counts = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     centers = (np.arange(BINS) + 0.5) / BINS

@@ -1,7 +1,7 @@
-"""Detections matched with annotations once, for everything that a report tells of them.
+"""Matching of detections with annotations, shared by all parts of a report.
 
-The matching is COCO's: within an image and class the best detection chooses first, among the annotations that are left
-the one it overlaps most. Overlaps of all pairs in an image are computed once, whatever their classes.
+The matching is COCO's: within an image and class, detections by descending score are each matched to the remaining
+annotation with the highest IoU. Overlaps of all pairs in an image are computed once, across classes.
 
 Shape shorthand: N detections, M annotations, T IoU thresholds, D and G detections and annotations of one image.
 """
@@ -29,16 +29,16 @@ IOU_THRESHOLDS: Floats = np.linspace(0.5, 0.95, 10)
 
 @dataclass(frozen=True, eq=False)
 class Objects:
-    """Objects of all images, image after image.
+    """Objects of all images, grouped by image.
 
     Args:
-        image: (N,) position of the image among the scene's.
-        label: (N,) position of the class among the file's categories.
+        image: (N,) index of the image in the scene.
+        label: (N,) index of the class in the file's categories.
         box: (N, 4) x, y, width, height in pixels.
-        area: (N,) pixels, of the mask where masks are compared.
+        area: (N,) pixels, of the mask if masks are compared.
         score: (N,) in [0, 1], descending within an image; 1 for annotations.
-        crowd: (N,) whether it is a region in which detections count neither way.
-        rles: N run lengths; None where boxes are compared.
+        crowd: (N,) whether it is a region in which detections are ignored.
+        rles: N run-length encodings; None if boxes are compared.
     """
 
     image: Ints
@@ -65,13 +65,13 @@ class Scene:
     """Annotations and detections of a set of images, with the overlap of each pair.
 
     Args:
-        coco: The annotations as read.
-        kind: What is compared, boxes or masks.
-        image_ids: In ascending order.
+        coco: The parsed annotations.
+        kind: The compared kind, boxes or masks.
+        image_ids: Image ids in ascending order.
         truth: The annotations.
         found: The best detections of each image and class.
         overlaps: Per image (D, G) IoU; with a crowd the share of the detection inside it.
-        max_detections: Limit of detections per image and class.
+        max_detections: Maximum number of detections per image and class.
     """
 
     coco: CocoFile
@@ -91,11 +91,11 @@ class Scene:
         Args:
             coco: The annotations.
             detections: COCO results that :func:`a2fpn.evaluation.evaluate_coco` accepts.
-            kind: What to compare.
-            max_detections: Limit of detections per image and class.
+            kind: Boxes or masks.
+            max_detections: Maximum number of detections per image and class.
 
         Raises:
-            DataError: If masks are asked for and the file has none.
+            DataError: If masks are requested and the file has none.
 
         Example:
             >>> from a2fpn.data import read_coco
@@ -127,7 +127,7 @@ class Scene:
 
     @property
     def positives(self) -> Bools:
-        """(M,) annotations that are to be found: those that are no crowds."""
+        """(M,) annotations to find: those that are not crowds."""
         return ~self.truth.crowd
 
     def images(self) -> Iterator[tuple[slice, slice, Floats]]:
@@ -137,11 +137,11 @@ class Scene:
 
 @dataclass(frozen=True, eq=False)
 class Matches:
-    """Partners of detections at each IoU threshold.
+    """Matches of detections at each IoU threshold.
 
     Args:
-        partner: (T, N) row of the annotation that a detection found, or -1.
-        ignored: (T, N) detections that count neither as right nor as wrong.
+        partner: (T, N) row of the annotation that a detection is matched to, or -1.
+        ignored: (T, N) detections that are neither true nor false positives.
     """
 
     partner: Ints
@@ -161,16 +161,16 @@ class Matches:
 def match(
     scene: Scene, *, thresholds: Floats = IOU_THRESHOLDS, ignored: Bools | None = None, outside: Bools | None = None
 ) -> Matches:
-    """Match detections with annotations as pycocotools does.
+    """Match detections with annotations as in pycocotools.
 
     Args:
         scene: The objects.
-        thresholds: (T,) least IoU of a match.
-        ignored: (M,) annotations that need not be found, and whose finder counts neither way; crowds are such anyway.
-        outside: (N,) detections that count neither way unless they match.
+        thresholds: (T,) minimum IoU of a match.
+        ignored: (M,) ignored annotations, whose matched detections are ignored too; crowds always are.
+        outside: (N,) detections that are ignored unless they match.
 
     Returns:
-        The partners; a detection of an ignored annotation has it as its partner and is ignored as well.
+        The matches; a detection matched to an ignored annotation has it as its partner and is ignored as well.
     """
     optional = scene.truth.crowd if ignored is None else scene.truth.crowd | ignored
     partner = np.full((len(thresholds), len(scene.found)), -1, dtype=np.int64)
@@ -183,16 +183,16 @@ def match(
         free = np.ones((len(limits), near.shape[1]), dtype=bool)
         for row in np.flatnonzero((near >= limits.min()).any(1)).tolist():
             fits = free & (near[row] >= limits)
-            for group in (fits & ~spare, fits & spare):  # what must be found comes first
+            for group in (fits & ~spare, fits & spare):  # annotations that are not ignored come first
                 open_to = np.flatnonzero(group.any(1) & (partner[:, found_rows.start + row] < 0))
                 if not len(open_to):
                     continue
-                # Of equal overlaps the last, as pycocotools.
+                # Of equal IoUs the last, as in pycocotools.
                 reverse = np.where(group[open_to], near[row], -1.0)[:, ::-1].argmax(1)
                 chosen = near.shape[1] - 1 - reverse
                 partner[open_to, found_rows.start + row] = truth_rows.start + chosen
                 ignored[open_to, found_rows.start + row] = spare[chosen]
-                free[open_to, chosen] = crowd[chosen]  # a crowd takes any number
+                free[open_to, chosen] = crowd[chosen]  # a crowd matches any number
     if outside is not None:
         ignored |= (partner < 0) & outside
     return Matches(partner, ignored)
@@ -228,7 +228,7 @@ def _detected(
     order = np.lexsort((-score, label, image))
     starts = np.flatnonzero(np.diff(image[order] * len(coco.categories) + label[order], prepend=-1))
     rank = np.arange(len(order)) - np.repeat(starts, np.diff(starts, append=len(order)))
-    kept = np.sort(order[rank < limit])  # equal scores stay in the order given
+    kept = np.sort(order[rank < limit])  # equal scores keep their order
     kept = kept[np.lexsort((-score[kept], image[kept]))]
     rles = None
     if kind == "segm":

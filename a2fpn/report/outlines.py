@@ -1,4 +1,4 @@
-"""Outlines of objects and images, as pages and figures hold them.
+"""Outlines of objects and embedded images, for pages and figures.
 
 Shape shorthand: N objects. Points are x, y in image pixels.
 """
@@ -17,12 +17,12 @@ from a2fpn.inference.shapes import PALETTE, Ring, box_ring, mask_rings, neighbor
 
 
 def rings_of(boxes: NDArray[np.floating], rles: tuple[Rle, ...] | None, row: int) -> list[Ring]:
-    """Border of an object: of its mask, or of its box where there are no masks."""
+    """Outline of an object: of its mask, or of its box without masks."""
     return [box_ring(boxes[row])] if rles is None else mask_rings(rles[row])
 
 
 def svg_path(rings: list[Ring]) -> str:
-    """The ``d`` of an SVG path, its steps smoothed a little and points on a line left out."""
+    """Return the ``d`` of an SVG path, slightly smoothed and without collinear points."""
     parts = []
     for ring in rings:
         points = smooth_points(ring)
@@ -34,12 +34,12 @@ def svg_path(rings: list[Ring]) -> str:
 
 
 def object_colors(boxes: NDArray[np.floating]) -> list[str]:
-    """A color for each box x, y, width, height that none of the nearest boxes before it has."""
+    """Color of each box x, y, width, height, different from those of the nearest preceding boxes."""
     return [PALETTE[number] for number in neighbor_colors(np.hstack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]]))]
 
 
 def data_uri(image: NDArray[np.uint8], *, longest: int = 800) -> str:
-    """An image as a JPEG inside a page, shrunk to ``longest`` pixels."""
+    """Encode an image as a JPEG data URI, shrunk to ``longest`` pixels."""
     picture = Image.fromarray(image)
     picture.thumbnail((longest, longest))
     file = io.BytesIO()

@@ -1,4 +1,4 @@
-"""The report as one page of HTML that needs nothing else."""
+"""Report as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -44,17 +44,17 @@ _METRICS = {
     "ar_large": "AR, large objects",
 }
 _KINDS = {"bbox": "boxes", "segm": "masks", "keypoints": "keypoints (OKS)"}
-_DRAWN = 640  # pixels of an image's long side in the page
+_DRAWN = 640  # long side of an image in the page, pixels
 
 
 @dataclass(frozen=True)
 class Run:
-    """One model's detections, and what is known of the model.
+    """Detections and facts of one model.
 
     Args:
-        name: For headings.
+        name: Name for headings.
         detections: COCO results of all images.
-        facts: Shown as a table; see :func:`a2fpn.report.model_facts`.
+        facts: Facts for a table, see :func:`a2fpn.report.model_facts`.
     """
 
     name: str
@@ -75,7 +75,7 @@ class Interval:
 
     @property
     def signed(self) -> str:
-        """The number as a difference."""
+        """Format the number with its sign."""
         return f"{self.value:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
 
     @property
@@ -99,30 +99,30 @@ def write_report(
     data: Mapping[str, str] | None = None,
     metrics: Sequence[CocoMetrics] | None = None,
 ) -> Path:
-    """Write a page that tells where one model fails, or two models differ.
+    """Write a page that analyzes the errors of one model, or the differences of two.
 
-    Everything but the table of COCO numbers is about masks if both sides have them, else about boxes.
+    Everything but the table of COCO metrics uses masks if annotations and detections have them, else boxes.
 
     Args:
-        path: The HTML file; missing folders are made.
-        ground_truth: Annotations, as :func:`a2fpn.evaluation.evaluate_coco` takes them.
+        path: The HTML file; missing folders are created.
+        ground_truth: Annotations, as for :func:`a2fpn.evaluation.evaluate_coco`.
         images: Folder of the images, for the pictures.
-        runs: One model or two; of two the second is compared with the first.
-        iou_types: What to measure; None takes boxes, and masks if the annotations and all detections have them.
-        max_detections: Limit of detections per image and class; COCO says 100.
-        score_threshold: Detections that score less count in curves only.
+        runs: One or two models; the second is compared with the first.
+        iou_types: IoU types to evaluate; None for boxes, and masks if the annotations and all detections have them.
+        max_detections: Maximum number of detections per image and class; COCO uses 100.
+        score_threshold: Detections with a lower score count in curves only.
         worst: Number of images to show.
-        gray_bits: Bits that their gray values use, see :func:`a2fpn.data.read_image`.
-        resamples: Of the bootstrap over images that gives the intervals.
+        gray_bits: Bits used by their gray values, see :func:`a2fpn.data.read_image`.
+        resamples: Number of bootstrap resamples of the images, for the intervals.
         data: Facts of the data, see :func:`a2fpn.report.data_facts`.
-        metrics: COCO numbers of each run, if they are known already.
+        metrics: COCO metrics of each run, if already computed.
 
     Returns:
         The file.
 
     Raises:
-        DataError: If the ground truth is no COCO file.
-        ConfigError: If there is not one run or two, or the data have no image.
+        DataError: If the ground truth is not a COCO file.
+        ConfigError: Unless there are one or two runs, or if the data have no images.
         ValueError: If a detection can't be evaluated.
     """
     if len(runs) not in (1, 2):
@@ -182,7 +182,7 @@ def write_report(
 
 @functools.cache
 def environment() -> jinja2.Environment:
-    """The templates inside the package; what they are given is escaped."""
+    """Load the packaged templates, with autoescaping."""
     folder = Path(str(resources.files("a2fpn"))) / "assets" / "report"
     found = jinja2.Environment(
         loader=jinja2.FileSystemLoader(folder), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
@@ -196,7 +196,7 @@ def _template() -> jinja2.Template:
 
 
 def _sentence(run: Run, analysis: Analysis, threshold: float) -> str:
-    """The most important facts of a model in words."""
+    """Summarize a model in a sentence."""
     matrix = analysis.outcome.confusion(analysis.scene)
     right, shown = int(matrix.diagonal()[:-1].sum()), int(analysis.outcome.shown.sum())
     objects = int(analysis.scene.positives.sum())
@@ -224,7 +224,7 @@ def _verdict(analyses: Sequence[Analysis], resampled: Sequence[Floats]) -> str:
 
 
 def _mean_over_classes(values: Floats) -> Floats:
-    """(B,) of (B, T, K), what is NaN left out."""
+    """Mean of (B, T, K) to (B,), ignoring NaN."""
     return np.array([mean(each) for each in values])
 
 
@@ -234,14 +234,14 @@ def _single(analysis: Analysis, values: Floats, thresholds: slice) -> Interval:
 
 
 def _difference(analyses: Sequence[Analysis], resampled: Sequence[Floats], thresholds: slice) -> Interval:
-    """AP of the second model less that of the first; both saw the same draws."""
+    """AP of the second model minus that of the first, on the same resamples."""
     first, second = (mean(a.precision.per_class[thresholds]) for a in analyses)
     before, after = (_mean_over_classes(values[:, thresholds]) for values in resampled)
     return Interval(second - first, *interval(after - before))
 
 
 def _intervals(analyses: Sequence[Analysis], resampled: Sequence[Floats]) -> list[tuple[str, list[str], str, bool]]:
-    """Name, numbers with intervals, difference, and whether that is certain, for AP, AP50 and AP75."""
+    """Rows of name, values with intervals, difference, and its significance, for AP, AP50 and AP75."""
     rows = []
     for name, thresholds in {"AP": slice(None), "AP50": slice(0, 1), "AP75": slice(5, 6)}.items():
         cells = [str(_single(a, values, thresholds)) for a, values in zip(analyses, resampled, strict=True)]
@@ -251,7 +251,7 @@ def _intervals(analyses: Sequence[Analysis], resampled: Sequence[Floats]) -> lis
 
 
 def _coco_table(measured: Sequence[CocoMetrics], limit: int) -> list[tuple[str, Sequence[str | float | None]]]:
-    """Label and numbers: of each model one for every kind."""
+    """Rows of a label and values, one per model and IoU type."""
     tables = [metrics.to_dict() for metrics in measured]
     kinds = list(measured[0].measured)
     rows: list[tuple[str, Sequence[str | float | None]]] = [("", [_KINDS[kind] for _ in tables for kind in kinds])]
@@ -263,7 +263,7 @@ def _coco_table(measured: Sequence[CocoMetrics], limit: int) -> list[tuple[str, 
 
 
 def _class_table(analyses: Sequence[Analysis], resampled: Sequence[Floats]) -> list[dict[str, Any]]:
-    """A row for each class with objects, the worst first."""
+    """Rows for the classes with objects, the worst first."""
     scene = analyses[0].scene
     objects = np.bincount(scene.truth.label[scene.positives], minlength=len(scene.names))
     rows = []
@@ -283,7 +283,7 @@ def _class_table(analyses: Sequence[Analysis], resampled: Sequence[Floats]) -> l
 
 
 def _panels(analysis: Analysis, threshold: float) -> dict[str, str]:
-    """The figures that each model has for itself, by name."""
+    """Figures of a single model, by name."""
     return {
         "curve": figures.precision_recall(analysis),
         "operating": figures.operating_curve(analysis, score_threshold=threshold),
@@ -293,7 +293,7 @@ def _panels(analysis: Analysis, threshold: float) -> dict[str, str]:
 
 
 def _worst(analyses: Sequence[Analysis], count: int) -> list[int]:
-    """Images with the lowest F1, the mean over the models, those with more objects first among equals."""
+    """Images with the lowest F1, averaged over the models; ties by more objects first."""
     scene = analyses[0].scene
     objects = np.bincount(scene.truth.image, minlength=len(scene.image_ids))
     score = np.mean([analysis.image_f1 for analysis in analyses], axis=0)
@@ -304,7 +304,7 @@ def _worst(analyses: Sequence[Analysis], count: int) -> list[int]:
 def _picture(
     position: int, coco: CocoFile, images: Path, analyses: Sequence[Analysis], gray_bits: int
 ) -> dict[str, Any]:
-    """An image with what each model found, missed, named wrongly and invented, as SVG paths."""
+    """Build an image with each model's hits, misses, misclassifications and false positives, as SVG paths."""
     entry = coco.images[analyses[0].scene.image_ids[position]]
     file = image_path(images, entry.file_name)
     pixels = read_image(file, size=(entry.height, entry.width), gray_bits=gray_bits).permute(1, 2, 0).numpy()

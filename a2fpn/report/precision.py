@@ -1,6 +1,6 @@
-"""Average precision of matched detections, over all images, some of them, or resampled ones.
+"""Average precision of matched detections, over all images, a subset, or resamples.
 
-Interpolated as COCO's: the mean of the best precision at recalls of 0, 0.01, ..., 1.
+Interpolated as in COCO: the mean of the best precision at recalls of 0, 0.01, ..., 1.
 
 Shape shorthand: T IoU thresholds, K classes, N detections, I images, B resamples.
 """
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from a2fpn.report.matching import Bools, Floats, Ints, Matches, Scene
 
 RECALLS: Floats = np.linspace(0, 1, 101)
-_AT_ONCE = 4_000_000  # numbers in a block of resamples
+_AT_ONCE = 4_000_000  # values in a block of resamples
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,8 +23,8 @@ class Precision:
     """Precision and recall by threshold and class.
 
     Args:
-        curve: (T, 101, K) precision at each recall of :data:`RECALLS`; NaN for a class without an annotation.
-        recall: (T, K) of all detections; NaN likewise.
+        curve: (T, 101, K) precision at each recall of :data:`RECALLS`; NaN for a class without annotations.
+        recall: (T, K) recall of all detections; NaN likewise.
     """
 
     curve: Floats
@@ -38,16 +38,16 @@ class Precision:
 
     @property
     def ap(self) -> float:
-        """The mean over thresholds and classes; NaN without any annotation."""
+        """Mean over thresholds and classes; NaN without annotations."""
         return mean(self.per_class)
 
     def at(self, threshold: int) -> float:
-        """The mean over the classes at one of the thresholds, given by position."""
+        """Mean over the classes at one of the thresholds, by index."""
         return mean(self.per_class[threshold])
 
 
 def mean(values: Floats) -> float:
-    """Mean of what is no NaN; NaN if nothing is left."""
+    """Mean ignoring NaN; NaN if there are no other values."""
     measured = values[~np.isnan(values)]
     return float(measured.mean()) if measured.size else float("nan")
 
@@ -55,13 +55,13 @@ def mean(values: Floats) -> float:
 def precision(
     scene: Scene, matches: Matches, *, images: Bools | None = None, ignored: Bools | None = None
 ) -> Precision:
-    """Count what was found and what was invented, from the best score down.
+    """Compute precision and recall by descending score.
 
     Args:
         scene: The objects.
-        matches: Their partners.
-        images: (I,) which images count; None for all.
-        ignored: (M,) annotations that need not be found, as given to :func:`a2fpn.report.matching.match`.
+        matches: Their matches.
+        images: (I,) mask of the images to use; None for all.
+        ignored: (M,) ignored annotations, as given to :func:`a2fpn.report.matching.match`.
     """
     wanted = scene.positives if ignored is None else scene.positives & ~ignored
     chosen = np.ones(len(scene.found), dtype=bool)
@@ -83,13 +83,13 @@ def precision(
 
 
 def interpolated(hits: Ints, slips: Ints, positives: int, *, recalls: Floats = RECALLS) -> Floats:
-    """Best precision at each of the given recalls or more, (101,).
+    """Interpolated precision: the best at each given recall or above, (101,).
 
     Args:
         hits: Number of true positives among the best 1, 2, ... detections.
         slips: Number of false positives likewise.
         positives: Number of objects to find, at least 1.
-        recalls: (101,) where to look; COCO's by default.
+        recalls: (101,) recalls; COCO's by default.
 
     Example:
         >>> curve = interpolated(np.array([1, 1, 2]), np.array([0, 1, 1]), positives=4)
@@ -103,26 +103,26 @@ def interpolated(hits: Ints, slips: Ints, positives: int, *, recalls: Floats = R
 
 
 def resampling(images: int, *, resamples: int = 1000, seed: int = 0) -> NDArray[np.int32]:
-    """Times that each image is drawn in each resample of the bootstrap, (B, I).
+    """Number of times that each image is drawn in each bootstrap resample, (B, I).
 
     Args:
         images: I, at least 1.
         resamples: B.
-        seed: Of the random numbers.
+        seed: Seed of the random numbers.
     """
     rng = np.random.default_rng(seed)
     return rng.multinomial(images, np.full(images, 1 / images), size=resamples).astype(np.int32)
 
 
 def resampled_ap(scene: Scene, matches: Matches, draws: NDArray[np.int32]) -> Floats:
-    """Average precision on resampled images, (B, T, K); NaN where a resample has no object of a class.
+    """Average precision on resampled images, (B, T, K); NaN if a resample has no object of a class.
 
-    An image that is drawn twice counts as two images with the same objects. Two models are compared in pairs by giving
-    both the same draws.
+    An image that is drawn twice counts as two images with the same objects. For a paired comparison of two models, pass
+    the same draws.
 
     Args:
         scene: The objects.
-        matches: Their partners.
+        matches: Their matches.
         draws: (B, I), see :func:`resampling`.
     """
     found, truth, classes = scene.found, scene.truth, len(scene.names)
@@ -149,7 +149,7 @@ def resampled_ap(scene: Scene, matches: Matches, draws: NDArray[np.int32]) -> Fl
 
 
 def interval(values: Floats, *, level: float = 0.95) -> tuple[float, float]:
-    """Percentile interval of bootstrap values; NaN where there are none."""
+    """Percentile interval of bootstrap values; NaN if there are none."""
     kept = values[~np.isnan(values)]
     if not kept.size:
         return float("nan"), float("nan")
@@ -158,17 +158,17 @@ def interval(values: Floats, *, level: float = 0.95) -> tuple[float, float]:
 
 
 def _resampled(hits: NDArray[np.int32], all_before: NDArray[np.int32], positives: Ints) -> Floats:
-    """AP of each resample, (B,), from the running counts at the true positives, (B, P)."""
+    """AP of each resample, (B,), from the cumulative counts at the true positives, (B, P)."""
     if not hits.shape[1]:
         return np.where(positives > 0, 0.0, np.nan)
     best = hits / np.maximum(all_before, 1)
     best = np.maximum.accumulate(best[:, ::-1], axis=1)[:, ::-1]
     best = np.concatenate([best, np.zeros((len(best), 1))], axis=1)
-    # Fewest true positives that reach each recall, in the very arithmetic of `interpolated`.
+    # Minimum number of true positives for each recall, with the same arithmetic as `interpolated`.
     safe = np.maximum(positives, 1)[:, None]
     needed = np.ceil(RECALLS * safe - 1e-6).astype(np.int64)
     needed += needed / safe < RECALLS
-    # One search for all resamples: each has its own range of whole numbers.
+    # One search for all resamples, which are shifted to disjoint integer ranges.
     step = int(max(hits.max(), needed.max())) + 1
     shift = np.arange(len(hits))[:, None] * step
     flat = (hits + shift).ravel()

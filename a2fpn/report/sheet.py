@@ -1,4 +1,4 @@
-"""Comparisons and galleries as files: PNG, PDF, and a page with a slider between two models."""
+"""Output of comparisons and galleries: PNG, PDF, and a page with a slider between two models."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from a2fpn.report.page import environment
 _DPI = 150
 _WIDTH = 1500.0  # all lengths in pixels of the PNG
 _MARGIN, _GAP, _CAPTION, _NAME = 44.0, 8.0, 26.0, 24.0
-_MOST_TEXTS = 12  # objects of an image; more are not named
+_MOST_TEXTS = 12  # objects of an image; with more, none are labeled
 _TALLEST = 520.0
 
 
@@ -35,8 +35,8 @@ def save_comparison(comparison: Comparison, output: str | Path, *, columns: int 
     """Write a comparison as PNG, PDF and HTML.
 
     Args:
-        comparison: What to show.
-        output: Path of the files without a suffix, or with one of theirs; missing folders are made.
+        comparison: The comparison.
+        output: Path of the files, with or without one of their suffixes; missing folders are created.
         columns: Images side by side.
 
     Returns:
@@ -62,12 +62,12 @@ def save_gallery(comparison: Comparison, output: str | Path, *, columns: int = 4
 
 
 def draw_sheet(comparison: Comparison, *, columns: int = 4, names: bool = True) -> Figure:
-    """Draw columns of images, one row a model; what does not fit side by side continues below.
+    """Draw columns of images, one row per model; further columns continue below.
 
     Args:
-        comparison: What to show.
+        comparison: The comparison.
         columns: Images side by side, at least 1.
-        names: Whether the margin names the rows.
+        names: Whether the rows are labeled in the margin.
 
     Raises:
         ConfigError: For fewer than one column.
@@ -109,7 +109,7 @@ def draw_sheet(comparison: Comparison, *, columns: int = 4, names: bool = True) 
 
 
 def slider_page(comparison: Comparison) -> str:
-    """HTML of a page that needs nothing else, with a slider between two rows of the comparison."""
+    """Build a self-contained HTML page with a slider between two rows of the comparison."""
     shown = (
         [0, len(comparison.rows) - 1]
         if len(comparison.rows) < 3
@@ -148,7 +148,7 @@ def slider_page(comparison: Comparison) -> str:
 
 
 def _row_height(block: Sequence[Column], columns: int, width: float) -> float:
-    """Height at which the images of a block fill the width; an incomplete block is as if it were full."""
+    """Height at which the images of a block fill the width; an incomplete block is treated as full."""
     aspects = [column.size[1] / column.size[0] for column in block]
     full = sum(aspects) * columns / len(aspects)
     return min((width - _GAP * (columns - 1)) / full, _TALLEST)
@@ -159,7 +159,7 @@ def _draw_cell(axes: Axes, pixels: NDArray[np.uint8], column: Column, cell: Cell
     axes.imshow(pixels, extent=(0, width, height, 0), aspect="auto", interpolation="antialiased")
     axes.set_axis_off()
     areas = cell.boxes[:, 2] * cell.boxes[:, 3]
-    for row in np.argsort(-areas, kind="stable").tolist():  # small objects lie on large ones
+    for row in np.argsort(-areas, kind="stable").tolist():  # small objects are drawn on top
         outline = _outline(cell, row)
         color = cell.colors[row]
         axes.add_collection(
@@ -189,14 +189,14 @@ def _outline(cell: Cell, row: int) -> Outline:
 
 
 def _pixels(column: Column) -> NDArray[np.uint8]:
-    """The image, shrunk to what a figure can show."""
+    """Load the image, shrunk to the resolution of a figure."""
     picture = Image.fromarray(read_image(column.path).permute(1, 2, 0).numpy())
     picture.thumbnail((1000, 1000))
     return np.asarray(picture)
 
 
 def _fit(text: str, room: float) -> str:
-    """Text cut to about ``room`` pixels at the size of the captions."""
+    """Truncate a text to about ``room`` pixels at the size of the captions."""
     return shorten(text, max(6, int(room / 8)))
 
 

@@ -1,10 +1,10 @@
-"""Types of errors and their cost in AP, as TIDE defines them.
+"""Error types and their cost in AP, as defined by TIDE.
 
 Bolya, Foley, Hays, Hoffman, *TIDE: A General Toolbox for Identifying Object Detection Errors*, ECCV 2020. Each
-detection without a partner has one type; the cost of a type is the AP gained if an oracle put its errors right, one
-type at a time. Detections that lie in crowds are no errors here.
+unmatched detection has one type; the cost of a type is the AP gained if an oracle corrects its errors, one type at a
+time. Detections in crowds are not errors here.
 
-Merged and split objects are a second view of the same detections, which matters where objects touch.
+Merged and split objects are a second classification of the same detections, for images with touching objects.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import numpy as np
 from a2fpn.report.matching import Bools, Floats, Ints, Scene, match
 from a2fpn.report.precision import interpolated, mean
 
-_RECALLS: Floats = np.arange(101) / 100  # differs from COCO's in last bits, as in the program of TIDE's authors
+_RECALLS: Floats = np.arange(101) / 100  # differs from COCO's in the last bits, as in TIDE's own code
 
 TYPES = ("Cls", "Loc", "Both", "Dupe", "Bkg")
-"""Types of wrong detections, in the order of their numbers."""
+"""Types of false positives, in the order of their numbers."""
 
 DESCRIPTIONS: Mapping[str, str] = {
     "Cls": "right place, wrong class",
@@ -39,11 +39,11 @@ class ErrorTypes:
     """Errors of a model by type.
 
     Args:
-        kind: (N,) position in :data:`TYPES`, or -1 for a detection that is right or ignored.
+        kind: (N,) index in :data:`TYPES`, or -1 for a true positive or an ignored detection.
         missed: (M,) annotations of the type Miss.
-        merged: (N,) wrong detections that cover at least half of two or more objects of their class.
-        split: (M,) objects not found, with two or more wrong detections that lie at least half within.
-        cost: AP gained by putting a type right, in [0, 1].
+        merged: (N,) false positives that cover at least half of two or more objects of their class.
+        split: (M,) missed objects with two or more false positives that are at least half inside.
+        cost: AP gained by correcting a type, in [0, 1].
         ap: AP at the threshold.
     """
 
@@ -63,12 +63,12 @@ class ErrorTypes:
 
 
 def error_types(scene: Scene, *, iou: float = 0.5, background: float = 0.1) -> ErrorTypes:
-    """Tell the type of every error and what it costs.
+    """Classify all errors and compute their cost.
 
     Args:
         scene: The objects.
-        iou: Least IoU of a match.
-        background: IoU up to which a detection shows nothing annotated.
+        iou: Minimum IoU of a match.
+        background: IoU up to which a detection counts as background.
     """
     found, truth = scene.found, scene.truth
     matches = match(scene, thresholds=np.array([iou]))
@@ -102,13 +102,13 @@ def error_types(scene: Scene, *, iou: float = 0.5, background: float = 0.1) -> E
 
 
 def _classify(shared: Floats, same: Bools, used: Bools, *, iou: float, background: float) -> tuple[Ints, Ints]:
-    """Type of each wrong detection of an image, and the annotation it should have found, or -1.
+    """Type of each false positive of an image, and the annotation it should have matched, or -1.
 
     Args:
         shared: (D, G) IoU.
         same: (D, G) whether the classes agree.
-        used: (G,) whether an annotation was found.
-        iou: Least IoU of a match.
+        used: (G,) whether an annotation is matched.
+        iou: Minimum IoU of a match.
         background: See :func:`error_types`.
     """
     kind = np.full(len(shared), TYPES.index("Bkg"), dtype=np.int64)
@@ -128,7 +128,7 @@ def _classify(shared: Floats, same: Bools, used: Bools, *, iou: float, backgroun
 
 
 def _repairs(scene: Scene, target: Ints, used: Bools) -> Bools:
-    """(N,) the best detection for each object that has none: put right it counts, the others for it vanish."""
+    """(N,) the best detection of each unmatched object, which is corrected; its others are removed."""
     repaired = np.zeros(len(target), dtype=bool)
     rows = np.flatnonzero(target >= 0)
     rows = rows[~used[target[rows]]]
@@ -138,15 +138,15 @@ def _repairs(scene: Scene, target: Ints, used: Bools) -> Bools:
 
 
 def _touching(scene: Scene, wrong: Bools, unfound: Bools) -> tuple[Bools, Bools, Bools, Bools]:
-    """Merged and split objects.
+    """Find merged and split objects.
 
     Args:
         scene: The objects.
         wrong: (N,) false positives.
-        unfound: (M,) annotations without a detection.
+        unfound: (M,) missed annotations.
 
     Returns:
-        (N,) merged detections, (M,) unfound objects under them, (M,) split objects, (N,) wrong detections in them.
+        (N,) merged detections, (M,) missed objects under them, (M,) split objects, (N,) false positives in them.
     """
     merged, parts, buried, split = (np.zeros(len(x), dtype=bool) for x in (wrong, wrong, unfound, unfound))
     for found_rows, truth_rows, shared in scene.images():

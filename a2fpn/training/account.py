@@ -1,4 +1,4 @@
-"""Account of a run: in the log at its start, for people and for machines at its end."""
+"""Summary of a run: logged at its start, human- and machine-readable at its end."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = get_logger(__name__)
 
 
 class Run(Protocol):
-    """Parts of a training run that its account is taken of."""
+    """Attributes of a training run that its summary uses."""
 
     config: TrainConfig
     accelerator: Accelerator
@@ -38,7 +38,7 @@ class Run(Protocol):
 
 
 def log_start(run: Run) -> None:
-    """Log what is trained, on what, from where and at which rate."""
+    """Log the model, the data, the starting point and the learning rate."""
     config, state, (train_set, val_set) = run.config, run.state, run.datasets
     for note in run.keeper.notes:
         logger.warning("%s", note)
@@ -80,7 +80,7 @@ def log_start(run: Run) -> None:
 
 
 def summary(run: Run) -> str:
-    """Return where the best checkpoint of a finished run is, how to load it, and what was skipped."""
+    """Describe the best checkpoint of a finished run, how to load it, and what was skipped."""
     state, best = run.state, run.output / "best"
     annotations = sum(len(data.skipped.annotations) for data in run.datasets)
     lines = []
@@ -110,7 +110,7 @@ def summary(run: Run) -> str:
 
 
 def numbers(run: Run) -> dict[str, Any]:
-    """Return where the best checkpoint of a finished run is and what was measured, for machines."""
+    """Return the path of a finished run's best checkpoint and its metrics, machine-readable."""
     state = run.state
     return {
         "output": str(run.output),

@@ -1,4 +1,4 @@
-"""Settings that are chosen by looking at the data: ``--config auto``.
+"""Choice of settings from the data: ``--config auto``.
 
 Shape shorthand: K objects, N images; sizes are square roots of box areas.
 """
@@ -22,16 +22,16 @@ from a2fpn.data.check.sizes import covered
 from a2fpn.errors import ConfigError
 from a2fpn.training.config import DataSection
 
-_CELLS = 6  # of the finest map, stride 4, that the lower quartile of objects should be wide
-_ENLARGED = 3.0  # most that images are enlarged
-_LEAST_SIDE = 384  # pixels of the short side below which no image is made smaller
-_ONE_SIZE = 1.25  # ratio of a large image's short side to a small one's below which all are taken for alike
+_CELLS = 6  # target size of the lower quartile of objects, in pixels of the finest map (stride 4)
+_ENLARGED = 3.0  # maximum upscaling of images
+_LEAST_SIDE = 384  # short side in pixels below which images are never shrunk
+_ONE_SIZE = 1.25  # ratio of large to small images' short sides below which all count as one size
 _RARE = 0.05  # share of the images below which a class is rare
 _BASES = (8, 12, 16, 24, 32)  # sizes of the smallest anchor
 _LEVELS = 5
 _RATIOS = ((0.5, 1.0, 2.0), (0.25, 0.5, 1.0, 2.0, 4.0))
-_GAIN = 0.05  # share of the objects that more ratios must fit in addition
-_FEW = 100  # images below which the backbone's first stages stay as they are
+_GAIN = 0.05  # minimum additional share of objects that more ratios must fit
+_FEW = 100  # images below which the backbone's first stages stay frozen
 _EVALUATIONS = 12
 
 
@@ -55,15 +55,15 @@ class Choice:
 
 @dataclass(frozen=True)
 class Machine:
-    """Limits that the device sets.
+    """Limits set by the device.
 
     Args:
-        name: For people.
-        short_side: Most pixels of an image's short side.
+        name: Display name.
+        short_side: Maximum short side of an image, pixels.
         crop: Side of training crops, pixels.
         batch: Images per step.
-        seen: Images that a training goes through, however few there are.
-        proposals: Of an image in training, at least.
+        seen: Minimum number of images seen in a training run, however small the data set.
+        proposals: Minimum number of proposals per image in training.
     """
 
     name: str
@@ -80,16 +80,16 @@ CPU = Machine("a CPU", 512, 320, 2, 2_000, 300)
 
 @dataclass(frozen=True)
 class Look:
-    """Training annotations in numbers.
+    """Statistics of the training annotations.
 
     Args:
         coco: The annotations.
         sides: (K, 2) width and height of the boxes, pixels.
-        relative: (K,) sizes in short sides of their images.
+        relative: (K,) sizes relative to the short sides of their images.
         shorts: (N,) short sides of the images, pixels.
         longs: (N,) long sides.
-        counts: (N,) objects.
-        shares: Share of the images that hold each class, by name.
+        counts: (N,) objects per image.
+        shares: Share of images with each class, by name.
     """
 
     coco: CocoFile
@@ -105,8 +105,8 @@ class Look:
         """Read a COCO file.
 
         Raises:
-            DataError: If it is none.
-            ConfigError: If it has no object.
+            DataError: If it is not a COCO file.
+            ConfigError: If it has no objects.
         """
         coco = read_coco(file)
         objects = {key: [a for a in members if not a.iscrowd] for key, members in coco.annotations.items()}
@@ -133,12 +133,12 @@ def choose(data: DataSection, *, given: Collection[str] = (), machine: Machine |
 
     Args:
         data: The data set, in COCO format.
-        given: Names of settings that are decided; nothing is chosen for these.
-        machine: What it is trained on; None looks.
+        given: Names of settings that are already decided and not chosen.
+        machine: The device's limits; None detects the device.
 
     Raises:
         DataError: If the training annotations can't be read.
-        ConfigError: If they hold no object.
+        ConfigError: If they have no objects.
     """
     if data.stream.shards or data.stream.dataset:
         raise ConfigError("--config auto looks at a folder; for a stream take a recipe of --list.")
@@ -177,7 +177,7 @@ def _model(look: Look, machine: Machine, given: Collection[str]) -> Iterator[Cho
 
 
 def _sizes(look: Look, machine: Machine) -> Iterator[Choice]:
-    """Resize rule, input size, crop and anchors."""
+    """Choose the resize rule, input size, crop and anchors."""
     sizes = np.sqrt(look.sides.prod(1))
     absolute, relative = float(np.log(sizes).std()), float(np.log(look.relative).std())
     short, quartile = float(np.median(look.shorts)), float(np.quantile(sizes, 0.25))
@@ -226,7 +226,7 @@ def _sizes(look: Look, machine: Machine) -> Iterator[Choice]:
 
 
 def _fit(sides: NDArray[np.float64], base: int, ratios: tuple[float, ...]) -> tuple[float, float, int]:
-    """Shares of boxes (K, 2) that anchors fit at IoU 0.5, in steps of 1 %, and at the 0.7 of a positive; their base."""
+    """Shares of boxes (K, 2) with an anchor at IoU 0.5, in steps of 1 %, and at the positives' 0.7; and the base."""
     anchors = _anchors(base)
     return round(covered(sides, anchors, ratios), 2), covered(sides, anchors, ratios, iou=0.7), base
 
@@ -236,7 +236,7 @@ def _anchors(base: int) -> list[list[int]]:
 
 
 def _objects(look: Look, machine: Machine) -> Iterator[Choice]:
-    """Limits of objects and proposals."""
+    """Choose the limits of objects and proposals."""
     most, median = int(look.counts.max()), float(np.median(look.counts))
     detections = max(100, 100 * math.ceil(1.5 * most / 100))
     reason = f"an image holds up to {most} objects, half as many again are let through"
@@ -252,7 +252,7 @@ def _objects(look: Look, machine: Machine) -> Iterator[Choice]:
 
 
 def _length(look: Look, machine: Machine) -> Iterator[Choice]:
-    """Batch, rate and length."""
+    """Choose batch size, learning rate and length."""
     images = len(look.counts)
     batch = min(machine.batch, images)
     yield Choice("data.batch_size", batch, f"fits {machine.name}")

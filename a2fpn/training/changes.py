@@ -1,6 +1,6 @@
-"""Changes of settings, data or classes between the sessions of a run, and the outcome of each.
+"""Changes of settings, data or classes when a run is resumed.
 
-Every difference either holds from then on, and is said in one line, or is refused with the way out.
+Every change either applies from then on and is logged in one line, or is refused with a way out.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ REFUSED = {
     "model.overrides": _ANOTHER_MODEL,
     "optim.name": f"Set it back, or start another run from these weights: {_FROM_WEIGHTS}",
 }
-"""Settings that can't change in a run, and the way out."""
+"""Settings that can't change within a run, and the way out."""
 
 CONTINUES = (
     "model.overrides.grad_checkpointing",
@@ -67,14 +67,14 @@ CONTINUES = (
     *("run.val_loss", "run.max_detections", "run.patience", "run.log_every", "run.trackers", "run.pictures"),
     *("run.channels_last", "run.compile", "run.deterministic", "run.nonfinite", "run.ema", "run.resume"),
 )
-"""Settings whose new value holds from then on."""
+"""Settings whose new value applies from then on."""
 
 _FREE = "backbone.grad_checkpointing"
-"""The part of a model's configuration that changes nothing of what it computes."""
+"""The field of a model's configuration that does not affect its results."""
 
 
 def refused(setting: str) -> str | None:
-    """Way out for a setting that can't change in a run, None for one that can.
+    """Return the way out for a setting that can't change within a run, None for one that can.
 
     Example:
         >>> refused("optim.lr") is None, refused("model.overrides.neck") is None
@@ -91,18 +91,18 @@ def refused(setting: str) -> str | None:
 
 
 def changed_settings(source: Generation, config: TrainConfig, content: Mapping[str, Any]) -> list[str]:
-    """Compare the settings with those that a generation was written under.
+    """Compare the settings with those of a generation.
 
     Args:
         source: The generation.
-        config: The settings from now on.
+        config: The new settings.
         content: See :func:`content_of`.
 
     Returns:
         A line for each setting that changed.
 
     Raises:
-        ConfigError: If one can't change in a run.
+        ConfigError: If one can't change within a run.
     """
     old, new = flat(_known(source.record.settings)), flat(as_plain(config))
     lines = []
@@ -122,7 +122,7 @@ def changed_settings(source: Generation, config: TrainConfig, content: Mapping[s
 
 
 def _known(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of another version, without what is no setting any more and with the defaults of new ones."""
+    """Convert settings of another version: removed settings are dropped, new ones get their defaults."""
     names = set(setting_names())
     parts = {".".join(name.split(".")[:depth]) for name in names for depth in range(1, 4)}
 
@@ -141,7 +141,7 @@ def check_model(source: Generation, model: ModelConfig) -> None:
     """Compare the model with that of a generation.
 
     Raises:
-        ConfigError: If it is another, or has other classes.
+        ConfigError: If the model or its classes differ.
     """
     before = source.record.model
     if before.categories != model.categories:
@@ -164,9 +164,9 @@ def check_model(source: Generation, model: ModelConfig) -> None:
 
 
 def content_of(config: TrainConfig, train_set: TrainingSet, val_set: CocoDataset) -> dict[str, Any]:
-    """Hashes of what settings name, by setting, and the numbers of images."""
+    """Hashes of the files named by settings, by setting, and the numbers of images."""
     weights = config.model.backbone_weights
-    known = weights is not None and Path(weights).is_file()  # else building the model says what is wrong
+    known = weights is not None and Path(weights).is_file()  # otherwise building the model raises the error
     return {
         "training": {"images": len(train_set), "sha256": _hash_of(train_set)},
         "validation": {"images": len(val_set), "sha256": _hash_of(val_set)},
@@ -175,7 +175,7 @@ def content_of(config: TrainConfig, train_set: TrainingSet, val_set: CocoDataset
 
 
 def changed_data(source: Generation, content: Mapping[str, Any]) -> list[str]:
-    """A line for each data set whose annotations are not those that a generation was trained and evaluated on."""
+    """Return a line for each data set whose annotations differ from those of a generation."""
     lines = []
     for part in ("training", "validation"):
         before, now = source.record.content.get(part, {}), content[part]
@@ -188,9 +188,9 @@ def changed_data(source: Generation, content: Mapping[str, Any]) -> list[str]:
 
 
 def judged_by(config: TrainConfig, val_set: CocoDataset, metric: str) -> str:
-    """Hash of what evaluations depend on besides the weights: only equal ones compare.
+    """Hash of everything but the weights that affects evaluation: results are comparable only if it is equal.
 
-    Images are other images if one has another number of bytes, not if all lie in another folder.
+    Images count as changed if a file size differs, not if they are in another folder.
     """
     sizes = [_bytes_of(val_set.root, entry.file_name) for entry in val_set.coco.images.values()]
     parts = [metric, _hash_of(val_set), sizes, config.data.gray_bits, config.run.max_detections, config.data.oks_sigmas]
@@ -198,7 +198,7 @@ def judged_by(config: TrainConfig, val_set: CocoDataset, metric: str) -> str:
 
 
 def _bytes_of(root: Path, file_name: str) -> int:
-    """Size of an image file; -1 where it can't be had."""
+    """Size of an image file; -1 if it can't be read."""
     try:
         return image_path(root, file_name).stat().st_size
     except (ImageError, OSError):

@@ -48,7 +48,7 @@ SIGTERM, SIGUSR1 and Ctrl-C end the step, write a checkpoint and exit with 128 +
 
 
 def _parser() -> argparse.ArgumentParser:
-    """The options that are no settings; whatever else is given is left alone."""
+    """Build the parser of the options that are not settings; other arguments are left to the caller."""
     parser = argparse.ArgumentParser(
         prog="train",
         usage="train [--config RECIPE] data.root=DIR [section.key=value ...]",
@@ -123,7 +123,7 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
 def _options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     try:
         parser = _parser()
-        if {"-h", "--help"} & set(arguments):  # takes a while to write
+        if {"-h", "--help"} & set(arguments):  # building the help takes a while
             parser.epilog = "settings:\n" + "\n".join(describe())
         return parser.parse_known_args(arguments)
     except argparse.ArgumentError as error:
@@ -150,7 +150,7 @@ def _settings(options: argparse.Namespace, arguments: Sequence[str]) -> TrainCon
 
 
 def _joined(recipes: Iterable[Path], given: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """The settings of recipes, and those given on the command line in their place."""
+    """Merge the settings of recipes, overridden by those given on the command line."""
     settings: dict[str, Any] = {"data": {}}
     for path in recipes:
         for section, value in read_file(path).items():
@@ -161,11 +161,11 @@ def _joined(recipes: Iterable[Path], given: Iterable[tuple[str, Any]]) -> dict[s
 
 
 def _chosen(settings: Mapping[str, Any], decided: Collection[str]) -> dict[str, Any]:
-    """Add what is chosen by looking at the data to settings, and say why."""
+    """Add settings chosen from the data, and log the reasons."""
     from a2fpn.training.auto import choose
     from a2fpn.training.importing import import_folder
 
-    configure_logging()  # an import says what it does
+    configure_logging()  # an import logs its progress
     data = import_folder(from_dict(DataSection, settings["data"], where="data"))
     for choice in choose(data, given=decided):
         settings = assign(settings, choice.setting, choice.value)
@@ -181,7 +181,7 @@ def fail(error: Any, code: int = 2) -> int:
 
 
 class _Lines(logging.Formatter):
-    """Lines that say what is a warning."""
+    """Formatter that marks warnings."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # logging's name
         """See ``logging.Formatter.formatMessage``."""
@@ -191,30 +191,30 @@ class _Lines(logging.Formatter):
 
 
 def configure_logging(*, quiet: bool = False) -> None:
-    """Show what this program says, and only the warnings of the libraries.
+    """Show log lines of this program, and only warnings of libraries.
 
     Args:
-        quiet: Whether only warnings of this program are shown too.
+        quiet: Whether to show only warnings of this program too.
     """
     console = Console(stderr=True)
-    if console.is_terminal:  # rich keeps log lines and the progress bar apart
+    if console.is_terminal:  # rich keeps log lines separate from the progress bar
         logging.basicConfig(format="%(message)s", handlers=[RichHandler(console=console, show_path=False)])
     else:
         logging.basicConfig()
         logging.getLogger().handlers[0].setFormatter(_Lines("%(asctime)s %(message)s", "%H:%M:%S"))
     for handler in logging.getLogger().handlers:
         handler.setLevel(logging.WARNING if quiet else logging.INFO)
-    # For the log file, which has what the progress bar shows.
+    # For the log file, which also gets what the progress bar shows.
     logging.getLogger("a2fpn.training").setLevel(logging.DEBUG)
     logging.getLogger("a2fpn").setLevel(logging.INFO)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train as the command line says.
+    """Train from command-line arguments.
 
     Returns:
-        The exit code: 0 after a finished run, 1 after one that failed on the way, 2 for wrong input, 128 + the number
-        of the signal that stopped it.
+        The exit code: 0 after a finished run, 1 after a failed one, 2 for wrong input, 128 + the number of the signal
+        that stopped it.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments:
@@ -239,7 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         quiet = before.quiet or before.json == "-"
         configure_logging(quiet=quiet)
 
-        # After the arguments are known to be right: Accelerate takes seconds.
+        # Imported after the arguments are validated: Accelerate takes seconds.
         from a2fpn.training.account import numbers, summary
         from a2fpn.training.trainer import Trainer
 

@@ -1,9 +1,9 @@
-"""Batch sources: the batches of every step, in an order that depends on the seed and the step alone.
+"""Batch sources: the batches of every step, in an order that depends only on the seed and the step.
 
-A *step* of the optimizer takes one global batch. It is divided into equal parts, one for each process, and each part
-into ``grad_accumulation`` batches. Which images make up a step, and how each is augmented, does not depend on the
-number of processes or loader workers: two processes with two images each see what one process with four sees, and a
-run that resumes at a step sees what it would have seen.
+An optimizer *step* takes one global batch. It is divided into equal parts, one for each process, and each part
+into ``grad_accumulation`` batches. The images of a step and their augmentation do not depend on the number of processes
+or loader workers: two processes with two images each see the same as one process with four, and a run that resumes at
+a step sees the same as without the interruption.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from a2fpn.training.signals import leave_stopping_to_the_run
 
 T = TypeVar("T")
 Batch = tuple[list[Tensor], list[dict[str, Any]]]
-Slot = tuple[int, int, int]  # epoch, position within it, index of the sample
+Slot = tuple[int, int, int]  # epoch, position within it, sample index
 
 
 class Feed(Protocol):
-    """Source of batches."""
+    """Protocol of batch sources."""
 
     def steps(self, epoch: int) -> int:
-        """Steps of an epoch, the same on every process."""
+        """Number of steps of an epoch, the same on every process."""
 
     def batches(self, epoch: int, *, start: int = 0) -> Iterator[Batch]:
-        """This process's batches of an epoch, ``grad_accumulation`` of them for every step.
+        """Yield this process's batches of an epoch, ``grad_accumulation`` for every step.
 
         Args:
             epoch: From 0.
@@ -41,13 +41,13 @@ class Feed(Protocol):
 
 
 def data_loader(dataset: Dataset[T], *, workers: int, pin_memory: bool, **options: Any) -> DataLoader[T]:
-    """A loader that takes nothing from torch's global random numbers.
+    """Build a loader that does not consume torch's global random numbers.
 
     Args:
-        dataset: What lives in the workers, and draws nothing that a place in the run does not decide.
-        workers: Loader processes, kept from epoch to epoch; 0 loads in this process.
-        pin_memory: Whether batches are put into page-locked memory, for a GPU.
-        **options: How batches are made, as for :class:`torch.utils.data.DataLoader`.
+        dataset: The data set, whose random numbers depend only on the position in the run.
+        workers: Persistent loader processes; 0 loads in this process.
+        pin_memory: Whether to pin the memory of batches, for a GPU.
+        **options: Batching options of :class:`torch.utils.data.DataLoader`.
     """
     return DataLoader(
         dataset,
@@ -61,7 +61,7 @@ def data_loader(dataset: Dataset[T], *, workers: int, pin_memory: bool, **option
 
 
 class SeededSamples(Dataset[Sample]):
-    """Samples whose augmentation depends on their place in the run, not on the worker that makes them.
+    """Samples whose augmentation depends on their position in the run, not on the worker.
 
     Args:
         dataset: Samples by index, augmented with torch's random numbers.
@@ -79,13 +79,13 @@ class SeededSamples(Dataset[Sample]):
 
 
 class SlotBatches:
-    """The batch sampler of one process: its slots of the epoch that was set last."""
+    """Batch sampler of one process: its slots of the most recently set epoch."""
 
     def __init__(self) -> None:
         self._batches: Sequence[list[Slot]] = ()
 
     def set(self, batches: Sequence[list[Slot]]) -> None:
-        """Set what the next pass gives."""
+        """Set the batches of the next iteration."""
         self._batches = batches
 
     def __iter__(self) -> Iterator[list[Slot]]:
@@ -93,21 +93,21 @@ class SlotBatches:
 
 
 class FolderFeed:
-    """Feeds a data set whose samples can be read in any order.
+    """Feed of a map-style data set.
 
     Args:
         dataset: The samples, augmented with torch's random numbers.
-        coco: The same data set without wrappers: what groups and repeats are taken from.
+        coco: The same data set without wrappers, from which groups and repeats are computed.
         batch_size: Images per batch and process.
         grad_accumulation: Batches per step and process.
         workers: Loader processes; 0 loads in this process.
         seed: The run's seed.
         rank: Index of this process.
         world_size: Number of processes.
-        group_by_aspect: Whether a step has only upright or only wide images.
-        passes: How often an epoch goes through the data set.
-        repeat_threshold: Images of classes that are on less than this share of the images are repeated; 0 is off.
-        pin_memory: Whether batches are put into page-locked memory, for a GPU.
+        group_by_aspect: Whether a step has only portrait or only landscape images.
+        passes: Passes over the data set per epoch.
+        repeat_threshold: Images of classes that occur in less than this share of the images are repeated; 0 is off.
+        pin_memory: Whether to pin the memory of batches, for a GPU.
 
     Raises:
         ValueError: For less than one pass.
@@ -160,14 +160,14 @@ class FolderFeed:
         yield from self._loader
 
     def _order(self, epoch: int) -> list[list[int]]:
-        """The samples of every step of an epoch."""
+        """Samples of every step of an epoch."""
         first = epoch * self._passes
         return [step for number in range(first, first + self._passes) for step in self._pass(number)]
 
     def _pass(self, epoch: int) -> list[list[int]]:
-        """The samples of every step of a pass through the data set.
+        """Samples of every step of a pass over the data set.
 
-        What is too little for a step of one group goes into mixed steps; less than a step's images are left out.
+        Leftovers of the groups form mixed steps; less than one step of images is dropped.
         """
         size = self._per_process * self._world_size
         batches = epoch_order(
@@ -181,7 +181,7 @@ class FolderFeed:
         )
         full = [batch for batch in batches if len(batch) == size]
         rest = [index for batch in batches if len(batch) < size for index in batch]
-        with seeded("rest", self._seed, epoch):  # else the last group would always lose
+        with seeded("rest", self._seed, epoch):  # else images of the last group would always be dropped
             rest = [rest[place] for place in torch.randperm(len(rest)).tolist()]
         full += [rest[at : at + size] for at in range(0, len(rest) - size + 1, size)]
         return full or [(rest * size)[:size]]

@@ -1,4 +1,4 @@
-"""The folder of a run while one process owns it: what it goes on from, and what is written to it."""
+"""Folder of a run, owned by one process: the checkpoint to resume from, and writing of checkpoints."""
 
 from __future__ import annotations
 
@@ -36,26 +36,26 @@ from a2fpn.training.state import CONFIG_FILE, LOG_FILE, METRICS_FILE, RunState, 
 
 START_ANEW = "Start a new run in another run.output."
 ASIDE = ".aside"
-"""End of the name under which a generation is kept that the run does not go on from; a number follows the second."""
+"""Name suffix of generations set aside because the run does not resume from them, numbered from the second on."""
 FAILED = ".failed"
-"""End of the name of one whose weights failed; the newest alone is kept, as a run may fail again and again."""
+"""Name suffix of a generation whose weights failed; only the newest is kept, as a run may fail repeatedly."""
 
 
 class CheckpointWriteError(RunError):
-    """A checkpoint could not be written; those before it are untouched."""
+    """A checkpoint that could not be written; earlier ones are untouched."""
 
 
 @dataclass(frozen=True)
 class Content:
-    """Content of a generation besides the progress.
+    """Content of a generation.
 
     Args:
         record: Progress and settings.
         metrics: Content of ``metrics.jsonl``.
         save_model: Writes ``config.json`` and the evaluated weights to a folder.
-        change_model: Writes the metadata to ``config.json`` of a folder that holds the same weights.
+        change_model: Updates the metadata in ``config.json`` of a folder with the same weights.
         optimizer: Tensors of the optimizer.
-        trained: The trained weights, if they are not the evaluated ones.
+        trained: The trained weights, if they differ from the evaluated ones.
     """
 
     record: Record
@@ -70,17 +70,17 @@ class RunFolder:
     """Owner of a run's folder, until :meth:`close`; only the main process has one.
 
     Args:
-        output: The folder; made if it does not exist.
-        resume: False; True for the newest generation in the folder; ``"auto"`` for the same where there is one; or the
+        output: The folder; created if it does not exist.
+        resume: False; True for the newest generation in the folder; ``"auto"`` for the same if there is one; or the
             path of a run or a generation.
 
     Attributes:
-        source: What the run goes on from, or None.
-        notes: What its user has to know of what was found.
+        source: The generation to resume from, or None.
+        notes: Messages to the user about the folder's content.
 
     Raises:
         ConfigError: If another process owns the folder, or it holds a run and ``resume`` is False.
-        CheckpointError: If no generation is whole.
+        CheckpointError: If no generation is intact.
         MissingFileError: If there is nothing to resume.
     """
 
@@ -90,8 +90,8 @@ class RunFolder:
         self._whole: dict[str, Generation] = {}
         self._damaged: dict[str, str] = {}
         self._steps: dict[str, int] = {}
-        self._written: int | None = None  # the step of the generation that this process wrote
-        if not any(os.path.lexists(output / name) for name in (LOCK_FILE, *NAMES)):  # no run was ever started here
+        self._written: int | None = None  # step of the generation that this process wrote
+        if not any(os.path.lexists(output / name) for name in (LOCK_FILE, *NAMES)):  # no run has been started here
             self._refuse(CONFIG_FILE, LOG_FILE, or_else="remove it")
         self._lock = RunLock(output)
         try:
@@ -102,10 +102,10 @@ class RunFolder:
             raise
 
     def close(self) -> None:
-        """Give the folder back."""
+        """Release the folder."""
         self._lock.release()
 
-    # Going on
+    # Resuming
 
     def _refuse(self, *names: str, or_else: str = "run.resume=auto") -> None:
         found = [name for name in names if os.path.lexists(self.output / name)]
@@ -115,7 +115,7 @@ class RunFolder:
             )
 
     def _tidy(self) -> None:
-        """Put right what a kill in the middle of a save left."""
+        """Clean up after a process that was killed during a save."""
         old, last = self._hidden("last", "old"), self.output / "last"
         if old.exists() and not last.exists():
             old.rename(last)
@@ -124,7 +124,7 @@ class RunFolder:
                 remove(leftover)
 
     def _find(self, resume: bool | str) -> Generation | None:
-        """The generation to go on from."""
+        """Find the generation to resume from."""
         if not resume:
             self._refuse(*NAMES, METRICS_FILE)
             return None
@@ -167,13 +167,13 @@ class RunFolder:
         return None
 
     def settle(self, state: RunState) -> None:
-        """Make the folder that of a run at this state: its metrics, its ``best``, and nothing newer.
+        """Bring the folder to the resumed state: its metrics, its ``best``, and nothing newer.
 
-        If it goes on from another than ``last`` and ``previous``, ``last`` becomes a copy: a kill before the next
-        checkpoint changes nothing.
+        If the run resumes from a generation other than ``last`` and ``previous``, ``last`` becomes a copy of it, so
+        that a kill before the next checkpoint changes nothing.
 
         Args:
-            state: That of ``source``, as it goes on; its best is corrected to what there is.
+            state: State of ``source``, resumed; its best is corrected to the one in the folder.
 
         Raises:
             CheckpointWriteError: If the folder can't be written to.
@@ -183,12 +183,12 @@ class RunFolder:
             return
         self._steps = {name: generation.state.step for name, generation in self._whole.items()}
         own = self.output.resolve()
-        foreign = source.folder not in [own / name for name in NAMES]  # what is here may not lead to it
+        foreign = source.folder not in [own / name for name in NAMES]  # the ones here may not be its predecessors
         copied = source.folder not in (own / "last", own / "previous")
         with self._writing():
             for name in ("last", "previous"):
                 newer = name in self._whole and (foreign or self._whole[name].state.step > source.state.step)
-                replaced = copied and name == "last"  # by the copy, in one go
+                replaced = copied and name == "last"  # by the copy, atomically
                 if newer or (name in self._damaged and not replaced):
                     self._set_aside(name)
             if copied and ("last" in self._damaged or not os.path.lexists(self.output / "last")):
@@ -204,7 +204,7 @@ class RunFolder:
             self._copy(source, "best")
             return
         if best is not None and best.state.value is not None:
-            # Of steps that are to be made again, or of a way that the run did not go on: never lost for a worse one.
+            # From steps that will be repeated, or from an abandoned branch: never replaced by a worse one.
             state.best, state.best_epoch, state.best_step = best.state.value, best.state.epoch, best.state.step
             self.notes.append(f"{folder} is of step {state.best_step}; it stays until another is as good.")
             return
@@ -229,17 +229,17 @@ class RunFolder:
             write_config(config, self.output)
 
     def forget_best(self, state: RunState) -> None:
-        """Put ``best`` aside: what follows can't be compared with it."""
+        """Set ``best`` aside, because later evaluations are not comparable with it."""
         state.forget_best()
         with self._writing():
             if os.path.lexists(self.output / "best"):
                 self._set_aside("best")
 
     def last_good(self, step: int) -> str:
-        """Say which checkpoint is known to be good when the step after ``step`` fails.
+        """Describe the last good checkpoint when the step after ``step`` fails.
 
-        That is one after which a step succeeded. A ``last`` that holds the very weights that failed is put aside, if
-        there is one before it.
+        A checkpoint is good if a later step succeeded. A ``last`` with the weights that failed is set aside, if there
+        is an earlier checkpoint.
         """
         good = max(
             (name for name in self._steps if self._steps[name] < step), key=self._steps.__getitem__, default=None
@@ -270,12 +270,12 @@ class RunFolder:
     # Saving
 
     def save(self, content: Content, *, best: bool) -> None:
-        """Write ``last``, keeping the one before it as ``previous``, then ``best`` if these weights are.
+        """Write ``last``, keeping its predecessor as ``previous``, and ``best`` if these weights are the best.
 
-        Within one step only what changed is written: evaluating changes no weights.
+        A second save at the same step writes only what changed, since evaluation changes no weights.
 
         Raises:
-            CheckpointWriteError: If the disk doesn't take it; what was there before is untouched.
+            CheckpointWriteError: If it can't be written; earlier checkpoints are untouched.
             FolderTakenError: If another process took the folder.
         """
         self._lock.check()
@@ -296,7 +296,7 @@ class RunFolder:
                     trained=content.trained,
                 )
             sync_folder(partial)
-            if last.exists() and self._steps.get("last") != step:  # else the one before would be of the same step
+            if last.exists() and self._steps.get("last") != step:  # else previous would be of the same step
                 self._put(last, "previous")
                 self._steps["previous"] = self._steps.get("last", 0)
             self._put(partial, "last")
@@ -306,7 +306,7 @@ class RunFolder:
                 self._copy(Generation(last, content.record), "best")
 
     def _copy(self, source: Generation, name: str, *, keep: bool = False) -> None:
-        """Copy a generation to another name; what has it is removed, or kept aside."""
+        """Copy a generation to another name; a generation of that name is removed, or set aside."""
         partial = self._hidden(name, "partial")
         remove(partial)
         put_files(source.folder, partial)
@@ -315,7 +315,7 @@ class RunFolder:
         self._steps[name] = source.state.step
 
     def _put(self, folder: Path, name: str, *, keep: bool = False) -> None:
-        """Give a folder the name of another, which is removed, or kept aside; at a kill either is there whole."""
+        """Replace a folder by another, removing it or setting it aside; after a kill one of them is intact."""
         old, target = self._hidden(name, "old"), self.output / name
         remove(old)
         if os.path.lexists(target):
@@ -331,7 +331,7 @@ class RunFolder:
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """Turn what the disk or a library says of a write into one line."""
+        """Convert write errors of the disk or a library to a one-line error."""
         try:
             yield
         except (OSError, SafetensorError) as error:

@@ -1,11 +1,11 @@
-"""Generations of a run: folders that hold a model and all that is needed to go on from it.
+"""Generations of a run: folders with a model and everything needed to resume training from it.
 
-A generation is a checkpoint for :func:`a2fpn.from_pretrained` with ``training_state/`` beside it: JSON and safetensors,
-no pickle. ``SHA256SUMS`` lists the hash of every file, as ``sha256sum --check`` reads it, and is written last. Each is
-written under another name, synced to the disk and renamed, so that whatever has its name is whole.
+A generation is a checkpoint for :func:`a2fpn.from_pretrained` plus ``training_state/``: JSON and safetensors, no
+pickle. ``SHA256SUMS`` lists the hash of every file in the format of ``sha256sum --check``, and is written last. Each is
+written under a temporary name, synced to the disk and renamed, so that a generation under its final name is complete.
 
-``last`` is the newest, ``previous`` the one before it, ``best`` the one that was evaluated best. They share no file, so
-that damage to one is none to another.
+``last`` is the newest, ``previous`` its predecessor, ``best`` the one with the best evaluation. They share no files, so
+that damage to one does not affect the others.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ class Record:
 
     Args:
         state: Progress of the run.
-        settings: The settings that were in force, nested.
-        model: What the weights belong to, as in ``config.json``.
-        content: Hashes of files that settings name, by setting: annotations, backbone weights.
-        scaler: State of the loss scaling of fp16.
+        settings: The settings, nested.
+        model: Configuration of the model, as in ``config.json``.
+        content: Hashes of files named by settings, by setting: annotations, backbone weights.
+        scaler: State of fp16's loss scaling.
         format: Version of this format.
         a2fpn_version: Version of the package that wrote it.
     """
@@ -71,12 +71,12 @@ class Record:
 
 @dataclass(frozen=True)
 class Generation:
-    """A generation whose files are what was written.
+    """A verified generation.
 
     Args:
-        folder: Where it is.
+        folder: Its folder.
         record: Progress and settings.
-        edited: Whether ``config.json`` got other metadata after it was written, as ``a2fpn calibrate`` does.
+        edited: Whether metadata in ``config.json`` were changed after writing, as by ``a2fpn calibrate``.
     """
 
     folder: Path
@@ -93,11 +93,11 @@ class Generation:
         return (self.folder / METRICS_COPY).read_text(encoding="utf-8")
 
     def trained(self) -> dict[str, Tensor]:
-        """Weights that are trained on."""
+        """Trained weights."""
         return read_tensors(self.folder / (TRAINED_FILE if self.averages else WEIGHTS_FILE))
 
     def evaluated(self) -> dict[str, Tensor]:
-        """Weights that are evaluated: the moving average if there is one."""
+        """Evaluated weights: the moving average if there is one."""
         return read_tensors(self.folder / WEIGHTS_FILE)
 
     def optimizer(self) -> dict[str, Tensor]:
@@ -106,19 +106,19 @@ class Generation:
 
     @property
     def averages(self) -> bool:
-        """True if it holds a moving average beside the trained weights."""
+        """True if it has a moving average in addition to the trained weights."""
         return (self.folder / TRAINED_FILE).exists()
 
 
 class OldFormatError(CheckpointError):
-    """A training state of a version that wrote pickles."""
+    """A training state written as a pickle by an old version."""
 
 
 def read_generation(folder: Path) -> Generation:
     """Check every file of a generation and read its record.
 
     Raises:
-        CheckpointError: If a file is missing or is not what was written; the message names it.
+        CheckpointError: If a file is missing or differs from the one written; the message names it.
     """
     sums = _read_sums(folder)
     edited = False
@@ -139,10 +139,10 @@ def read_generation(folder: Path) -> Generation:
 
 
 def read_generations(run: Path) -> tuple[dict[str, Generation], dict[str, str]]:
-    """Whole generations of a run, and what is wrong with the others, by name.
+    """Read the intact generations of a run, and the problems of the others, by name.
 
     Raises:
-        OldFormatError: If the run was written by a version whose training state is not read.
+        OldFormatError: If the training state has an old format that is not supported.
     """
     whole, damaged = {}, {}
     for name in NAMES:
@@ -157,14 +157,14 @@ def read_generations(run: Path) -> tuple[dict[str, Generation], dict[str, str]]:
 
 
 def newest(whole: Mapping[str, Generation], damaged: Mapping[str, str]) -> Generation:
-    """Return the generation of a run that was made last, of those that are whole.
+    """Return the most recent intact generation of a run.
 
-    That is ``last``. Where it is damaged, it is ``best`` if that was made after ``previous``, which then does
-    not know of it. Where ``last`` is missing, it was put aside, perhaps with weights that ``best`` shares: it is
+    That is ``last``. If it is damaged, it is ``best`` if that was written after ``previous``, whose record then
+    does not mention it. If ``last`` is missing, it was set aside, perhaps with the same weights as ``best``: then it is
     ``previous``.
 
     Args:
-        whole: Generations by name, at least one.
+        whole: Intact generations by name, at least one.
         damaged: Problems of the others, by name.
     """
     best, previous = whole.get("best"), whole.get("previous")
@@ -200,7 +200,7 @@ def _read_sums(folder: Path) -> dict[str, str]:
 def _read_record(path: Path) -> Record:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # whole, as its hash says, but of somebody else
+    except ValueError as error:  # intact, as its hash shows, but not written by this package
         raise CheckpointError(f"{path} is no JSON: {error}.") from error
     if not isinstance(document, dict):
         raise CheckpointError(f"{path} holds no record of a run, but a {type(document).__name__}.")
@@ -217,7 +217,7 @@ def _read_record(path: Path) -> Record:
 
 
 def _check_edited(folder: Path, record: Record, sums: Mapping[str, str]) -> None:
-    """Accept a ``config.json`` that differs from the one written by its metadata alone.
+    """Accept a ``config.json`` that differs from the one written only in its metadata.
 
     Raises:
         CheckpointError: If anything else differs.
@@ -236,7 +236,7 @@ def write_generation(
     optimizer: Mapping[str, Tensor],
     trained: Mapping[str, Tensor] | None,
 ) -> None:
-    """Write all files of a generation to a folder that exists; the caller gives it its name.
+    """Write all files of a generation to an existing folder, which the caller renames.
 
     Args:
         folder: The folder.
@@ -244,7 +244,7 @@ def write_generation(
         metrics: Content of ``metrics.jsonl``.
         save_model: Writes ``config.json`` and the evaluated weights to a folder.
         optimizer: Tensors of the optimizer.
-        trained: The trained weights, if they are not the evaluated ones.
+        trained: The trained weights, if they differ from the evaluated ones.
     """
     (folder / STATE_FOLDER).mkdir()
     save_model(folder)
@@ -259,7 +259,7 @@ def write_generation(
 def rewrite_generation(
     source: Path, folder: Path, record: Record, metrics: str, *, change_model: Callable[[Path], object]
 ) -> None:
-    """Write a generation of the same weights as another, whose place it takes and whose large files it shares.
+    """Write a generation with the same weights as another, which it replaces and whose large files it shares.
 
     Args:
         source: The other generation.
@@ -276,7 +276,7 @@ def rewrite_generation(
 
 
 def put_files(source: Path, folder: Path, *, link: bool = False) -> None:
-    """Put the files of a generation into an empty folder: copies, or, if asked for and the disk has them, links."""
+    """Copy the files of a generation to an empty folder, or hard-link them if requested and supported."""
     (folder / STATE_FOLDER).mkdir(parents=True)
     for name in (*_read_sums(source), SUMS_FILE):
         if link:
@@ -287,13 +287,13 @@ def put_files(source: Path, folder: Path, *, link: bool = False) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the system write a folder and all in it to the disk."""
+    """Flush a folder and its content to the disk (fsync)."""
     for path in [*folder.rglob("*"), folder]:
         sync(path)
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link or a folder, if it is there."""
+    """Remove a file, a link or a folder, if it exists."""
     if path.is_symlink() or path.is_file():
         path.unlink(missing_ok=True)
     else:

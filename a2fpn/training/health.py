@@ -1,4 +1,4 @@
-"""Checks of losses, gradients and weights before they do harm."""
+"""Checks for non-finite losses and gradients, and diverged weights."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from torch import Tensor
 from a2fpn.errors import RunError
 
 MOST_SKIPPED = 10
-"""Steps in a row that may be left out before a run stops."""
+"""Maximum number of consecutive skipped steps before a run stops."""
 MOST_GROWTH = 100.0
-"""Factor on the norm of all weights, from one checkpoint to the next, above which a run has diverged."""
+"""Growth of the norm of all weights between checkpoints above which a run has diverged."""
 
 
 class NonFiniteLossError(RunError):
-    """A loss or a gradient became infinite or not a number."""
+    """A loss or gradient that is infinite or NaN."""
 
 
 class DivergedError(RunError):
-    """The weights, or the state of the optimizer, are no longer worth saving."""
+    """Diverged weights or optimizer state, which are not saved."""
 
 
 def total_norm(tensors: Iterable[Tensor]) -> Tensor:
-    """Euclidean norm of all values of floating tensors, on their device; one pass, and nothing is written.
+    """L2 norm of all values of floating-point tensors, on their device, in one pass without copies.
 
     Example:
         >>> float(total_norm([torch.tensor([3.0]), torch.tensor([[0.0, 4.0]]), torch.tensor([7])]))
@@ -41,19 +41,19 @@ def total_norm(tensors: Iterable[Tensor]) -> Tensor:
 def check_before_saving(
     weights: Mapping[str, Tensor], others: Mapping[str, Tensor], *, before: float, step: int
 ) -> float:
-    """Look at everything that is about to be saved.
+    """Check all tensors of a checkpoint.
 
     Args:
         weights: The trained weights, by name.
         others: Averages, and the state of the optimizer.
-        before: The norm of the weights that this returned last; 0 if there is none.
-        step: For the message.
+        before: Previous return value; 0 if there is none.
+        step: Step for the message.
 
     Returns:
         Norm of the weights.
 
     Raises:
-        DivergedError: If a value is not finite, or the weights grew beyond all measure.
+        DivergedError: If a value is not finite, or the norm grew by more than the factor :data:`MOST_GROWTH`.
     """
     norm = float(total_norm(weights.values()))
     if not norm + float(total_norm(others.values())) < float("inf"):

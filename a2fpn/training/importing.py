@@ -1,4 +1,4 @@
-"""Folders of labels in other formats, imported into a cache when a run starts."""
+"""Import of labels in other formats into a cache at the start of a run."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ from a2fpn.training.config import DataSection
 
 logger = logging.getLogger(__name__)
 VAL_SHARE = 0.2
-"""Share of images for validation, where the labels have no split of their own."""
+"""Share of images for validation if the labels have no split of their own."""
 
 _DONE = ".complete"  # written last
 T = TypeVar("T")
 
 
 def holds_coco(data: DataSection) -> bool:
-    """Return whether the folder has the training annotations where the settings say."""
+    """Return whether the folder has the training annotations named by the settings."""
     return (Path(data.root) / data.train_annotations).exists()
 
 
 def import_folder(data: DataSection) -> DataSection:
     """Import labels of another format into the cache, once for each state of the folder's files.
 
-    The first process to come imports, others wait for it. Where the labels have no split, every fifth image or so
-    is for validation, by a hash of its name.
+    The first process imports, others wait for it. If the labels have no split, about every fifth image is for
+    validation, by a hash of its name.
 
     Returns:
-        The settings, with the places of what was imported; those given if the folder is in COCO format already, or
-        trains from a stream.
+        The settings with the paths of the imported data; unchanged if the folder is in COCO format already, or the
+        run trains from a stream.
 
     Raises:
-        DataError: If the folder is of no known format, or can't be imported.
+        DataError: If the format of the folder is unknown, or it can't be imported.
     """
     root = Path(data.root)
     if data.format != "auto" or data.stream.shards or data.stream.dataset or not root.is_dir() or holds_coco(data):
@@ -57,7 +57,7 @@ def import_folder(data: DataSection) -> DataSection:
         if (folder / _DONE).exists():
             logger.info("%s holds %s labels, imported before into %s", root, name, folder)
         else:
-            shutil.rmtree(folder, ignore_errors=True)  # what a kill left
+            shutil.rmtree(folder, ignore_errors=True)  # left by a killed process
             _import(root, name, folder, strict=data.strict)
     usual = DataSection(root=str(folder))
     return dataclasses.replace(
@@ -97,7 +97,7 @@ def _default_cache() -> Path:
 
 
 def _state(root: Path) -> str:
-    """A hash of the folder's place and of the names, sizes and times of its files."""
+    """Hash of the folder's path and of the names, sizes and times of its files."""
     digest = hashlib.sha256(os.fsencode(root.resolve()))
     for path in sorted(path for path in root.rglob("*") if path.is_file()):
         status = path.stat()
@@ -106,7 +106,7 @@ def _state(root: Path) -> str:
 
 
 def _bar(items: Iterable[T], description: str, total: int) -> Iterable[T]:
-    """A progress bar on a terminal, which goes when it is done."""
+    """Show a transient progress bar on a terminal."""
     console = Console(stderr=True)
     return track(
         items, description, total=total or None, console=console, transient=True, disable=not console.is_terminal

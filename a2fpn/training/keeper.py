@@ -1,4 +1,4 @@
-"""Keeping a run: going on from what its folder holds, and saving to it, on all processes together."""
+"""Resuming a run from its folder and saving checkpoints to it, on all processes together."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ from a2fpn.training.state import Plan, RunState, as_plain, code_version, read_me
 logger = get_logger(__name__)
 
 PLOT_SECONDS = 20.0
-"""Least time between two drawings of the plot: small data is evaluated more often than anybody looks."""
+"""Minimum time between two updates of the plot, since small data sets are evaluated very often."""
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Parts of a run that have a state.
+    """Stateful parts of a run.
 
     Args:
-        model: What is trained, without wrappers.
-        average: The moving average of it, if there is one.
+        model: The trained model, without wrappers.
+        average: Its moving average, if there is one.
         optimizer: The optimizer.
-        losses: Losses of the running epoch.
+        losses: Losses of the current epoch.
         plan: Length of the run.
-        metrics: Names of the numbers that decide which checkpoint is the best; the first first.
+        metrics: Names of the metrics that decide the best checkpoint, by priority.
     """
 
     model: Any
@@ -58,23 +58,23 @@ class Parts:
 
     @property
     def evaluated(self) -> Any:
-        """The model that is evaluated and saved: the moving average if there is one."""
+        """Model to evaluate and save: the moving average if there is one."""
         return self.model if self.average is None else self.average
 
 
 class Keeper:
-    """Keeps a run in its folder, which is this run's until :meth:`close`.
+    """Saves and resumes a run in its folder, which it owns until :meth:`close`.
 
     Args:
         config: The settings.
         accelerator: The accelerator of the run.
 
     Attributes:
-        notes: What the user has to know of how the run goes on.
+        notes: Messages to the user about resuming.
         state: Progress of the run.
 
     Raises:
-        ValueError: If the folder can't be had, or there is nothing whole to go on from.
+        ValueError: If the folder can't be acquired, or there is no intact checkpoint to resume from.
     """
 
     state: RunState
@@ -83,9 +83,9 @@ class Keeper:
     def __init__(self, config: TrainConfig, accelerator: Accelerator) -> None:
         self.notes: list[str] = []
         self._config, self._accelerator, self._output = config, accelerator, Path(config.run.output)
-        self._folder: RunFolder | None = None  # of the main process
+        self._folder: RunFolder | None = None  # on the main process only
         self._source = on_main(accelerator, self._open)
-        self._saved = -1  # the step of what the run can be gone on with from
+        self._saved = -1  # step of the last saved state
         self._lines = ""  # of metrics.jsonl
         self._to_plot, self._plotted = False, time.monotonic()
 
@@ -94,17 +94,17 @@ class Keeper:
         return self._folder.source
 
     def close(self) -> None:
-        """Give the folder back."""
+        """Release the folder."""
         if self._folder:
             if self._to_plot:
                 self._plot()
             self._folder.close()
 
     def check_data(self, train_set: TrainingSet, val_set: CocoDataset) -> None:
-        """Compare settings and data with those of the run that is gone on with.
+        """Compare settings and data with those of the resumed run.
 
         Raises:
-            ConfigError: If a setting is another that can't change in a run.
+            ConfigError: If a setting changed that can't change within a run.
         """
         self._datasets = train_set, val_set
         self._content = content_of(self._config, train_set, val_set)
@@ -114,16 +114,16 @@ class Keeper:
             self.notes += changed_data(self._source, self._content)
 
     def check_model(self, model: Any) -> None:
-        """Compare the model, and its classes, with that of the run that is gone on with.
+        """Compare the model and its classes with those of the resumed run.
 
         Raises:
-            ConfigError: If it is another.
+            ConfigError: If they differ.
         """
         if self._source:
             check_model(self._source, model.config)
 
     def resume(self, parts: Parts, *, images_per_step: int) -> RunState:
-        """Put everything into the state of the run that is gone on with, and make the folder fit.
+        """Restore the state of the resumed run, and bring the folder to that state.
 
         Raises:
             CheckpointError: If the state doesn't fit.
@@ -169,7 +169,7 @@ class Keeper:
         return state
 
     def last_good(self) -> str:
-        """Say which checkpoint is known to be good, for a step that failed; every process has to call it."""
+        """Describe the last good checkpoint after a failed step; collective, every process has to call it."""
         return on_main(self._accelerator, partial(self._last_good, self.state.step))
 
     def _last_good(self, step: int) -> str:
@@ -177,27 +177,27 @@ class Keeper:
         return self._folder.last_good(step)
 
     def save_unless_saved(self) -> None:
-        """Write a checkpoint within an epoch, unless there is one of this very step."""
+        """Write a checkpoint within an epoch, unless this step is saved already."""
         if self._saved != self.state.step:
             self.save(None)
 
     def save(self, record: dict[str, Any] | None) -> None:
-        """Write the ``last`` checkpoint and, at the end of an epoch, its record and a better ``best``.
+        """Write the ``last`` checkpoint and, at the end of an epoch, its record and an improved ``best``.
 
-        Every process has to call it.
+        Collective: every process has to call it.
 
         Args:
             record: The epoch's record, or None within an epoch and before its evaluation.
 
         Raises:
-            CheckpointWriteError: If the disk doesn't take it; what was there before is untouched.
-            DivergedError: If the weights are not worth it.
+            CheckpointWriteError: If it can't be written; earlier checkpoints are untouched.
+            DivergedError: If the weights have diverged.
         """
         state = self.state
         state.sums = self._parts.losses.totals()
         names = gather_object([name for data in self._datasets for name in data.skipped.images])
         state.skipped = tuple(sorted({*state.skipped, *names}))
-        # Only the main process knows the numbers; all have to agree on when to stop.
+        # Only the main process has the metrics; all have to agree on when to stop.
         found = [(record or {}).get(name, -math.inf) for name in self._parts.metrics]
         value = tuple(gather_number(self._accelerator, number)[0] for number in found)
         improved = value[0] > -math.inf and state.judge(value)
@@ -213,7 +213,7 @@ class Keeper:
         try:
             state.norm = check_before_saving(trained, others, before=state.norm, step=state.step)
         except DivergedError as error:
-            good = self._last_good(state.step - 1)  # the step that led here succeeded in name alone
+            good = self._last_good(state.step - 1)  # the step that produced these weights was not really good
             raise DivergedError(f"{error} Lower optim.lr or set optim.clip_norm. {good}") from None
         metadata = self._metadata(record or {})
         lines = self._lines + (json.dumps(record) + "\n" if record is not None else "")
@@ -256,7 +256,7 @@ class Keeper:
     def _plot(self) -> None:
         try:
             plot_metrics(read_metrics(self._lines), self._output / "metrics.png")
-        except OSError as error:  # nothing is lost by it
+        except OSError as error:  # the plot is optional
             logger.warning("metrics.png can't be written: %s", error)
         self._to_plot, self._plotted = False, time.monotonic()
 

@@ -1,4 +1,4 @@
-"""The owner of a run's folder: one process at a time writes to it."""
+"""Lock of a run's folder: only one process at a time writes to it."""
 
 from __future__ import annotations
 
@@ -23,32 +23,32 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-logger = logging.getLogger(__name__)  # the main process alone has a lock
+logger = logging.getLogger(__name__)  # only the main process has a lock
 
 LOCK_FILE = "run.lock"
 BEAT = 5.0
-"""Seconds between two signs of life of an owner."""
+"""Seconds between two heartbeats of an owner."""
 PATIENCE = 6
-"""Beats without one after which an owner on another machine counts as dead."""
+"""Missed heartbeats after which an owner on another machine counts as dead."""
 _NO_LOCKS = {getattr(errno, name, None) for name in ("ENOLCK", "ENOSYS", "ENOTSUP", "EOPNOTSUPP", "EINVAL")}
 
 
 class FolderTakenError(RunError):
-    """Another process writes to the folder that this run has written to so far."""
+    """Another process has taken over the run's folder."""
 
 
 class RunLock:
-    """Ownership of a folder, from the making of this object until :meth:`release` or the end of the process.
+    """Ownership of a folder, from construction until :meth:`release` or the end of the process.
 
-    A lock of the operating system decides, which ends with the process however it dies. It holds on one machine, and
-    on network disks that support it. Where it may not hold, namely for an owner on another machine or on a disk
-    without locks, the owner's signs of life in the file decide: whether they go on is watched, no clock is compared.
+    It is an operating system lock, which ends with the process however it dies. It works on one machine, and on network
+    disks that support it. Otherwise, for an owner on another machine or on a disk without locks, heartbeats that the
+    owner writes to the file decide: the file is watched for changes, and no clocks are compared.
 
     Args:
-        folder: Made if it does not exist.
-        beat: Seconds between two signs of life.
-        option: What names another folder, for messages.
-        keep: Whether the file, which is empty then, stays when the folder is given back.
+        folder: Created if it does not exist.
+        beat: Seconds between two heartbeats.
+        option: Name of the option that sets the folder, for messages.
+        keep: Whether to keep the file, emptied, on release.
 
     Raises:
         ConfigError: If another process owns the folder; the message names it.
@@ -75,10 +75,10 @@ class RunLock:
         threading.Thread(target=_keep_beating, args=(weakref.ref(self), self._stop, beat), daemon=True).start()
 
     def check(self) -> None:
-        """Make sure that the folder is still this run's, before it is written to.
+        """Check before a write that this run still owns the folder.
 
         Raises:
-            FolderTakenError: If another process took it, which can happen to a run that was halted for long.
+            FolderTakenError: If another process took it, which can happen to a run that was suspended for long.
         """
         if self._file is not None and not self._taken_by:
             self._beat()
@@ -88,7 +88,7 @@ class RunLock:
             )
 
     def release(self) -> None:
-        """Give the folder back; calling it twice does nothing."""
+        """Release the folder; idempotent."""
         self._stop.set()
         if self._file is not None:
             if not self._taken_by:
@@ -119,14 +119,14 @@ class RunLock:
         }
         try:
             _write(file, self._owner)
-        except OSError as error:  # which knows no name
+        except OSError as error:  # it lacks the file name
             raise OSError(error.errno, error.strerror, str(self._folder / LOCK_FILE)) from error
 
     def _watch(self, file: int, beat: float) -> None:
-        """Wait for a sign of life of an owner that this machine knows nothing of.
+        """Watch for heartbeats of an owner that may be on another machine.
 
         Raises:
-            ConfigError: If there is one.
+            ConfigError: If it is alive.
         """
         before = _read(file)
         logger.info(
@@ -148,8 +148,8 @@ class RunLock:
         )
 
     def _beat(self) -> None:
-        """Write a sign of life, or notice that another process did."""
-        with self._guard, contextlib.suppress(OSError):  # a full disk must not end a run that still has its folder
+        """Write a heartbeat, or detect that another process did."""
+        with self._guard, contextlib.suppress(OSError):  # a full disk must not stop a run that still owns its folder
             file = self._file
             if file is None:
                 return
@@ -178,7 +178,7 @@ def _close(lock: RunLock | None) -> None:
 
 
 def _lock(file: int) -> bool | None:
-    """Lock an open file: whether it worked, None where there are no locks."""
+    """Lock an open file; return whether it worked, None without lock support."""
     if fcntl is None:
         return None
     try:
@@ -193,7 +193,7 @@ def _lock(file: int) -> bool | None:
 
 
 def _kernel() -> str:
-    """A name of the running operating system; containers share it, and a reboot changes it."""
+    """Id of the running kernel; containers share it, and a reboot changes it."""
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     return socket.gethostname()
@@ -213,7 +213,7 @@ def _write(file: int, owner: dict[str, Any]) -> None:
 
 
 def _parsed(content: bytes) -> dict[str, Any]:
-    """Owner that a lock file names; what is no JSON names nobody known."""
+    """Parse the owner in a lock file; invalid JSON is an unknown owner."""
     if not content.strip():
         return {}
     try:

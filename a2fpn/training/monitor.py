@@ -1,4 +1,4 @@
-"""Watching a run: progress, the text log, trackers, pictures of predictions, and the plot of its numbers."""
+"""Monitoring of a run: progress, text log, trackers, pictures of predictions, and the plot of metrics."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 
 class MainProcessLogger(MultiProcessAdapter):  # type: ignore[misc]
-    """Accelerate's logger, which is silent on all processes but the main one, without its number before each line."""
+    """Accelerate's logger, which logs on the main process only, without the rank before each line."""
 
     def process(self, msg: Any, kwargs: Any) -> tuple[Any, Any]:
         """See ``logging.LoggerAdapter.process``."""
@@ -40,9 +40,9 @@ class Throughput:
     """Images per second, time spent waiting for data, and memory.
 
     Args:
-        images_per_second: Of all processes together.
+        images_per_second: Images per second of all processes.
         waiting: Share of the time spent waiting for data, in [0, 1].
-        memory: Bytes in use by this process: the peak on a GPU, the present resident size elsewhere.
+        memory: Bytes used by this process: peak memory on a GPU, current resident size elsewhere.
     """
 
     images_per_second: float
@@ -56,7 +56,7 @@ class Throughput:
 
 
 class HostCopy:
-    """A copy of a tensor on its way to the host, waiting for nothing that is given to the device later.
+    """An asynchronous copy of a tensor to the host, independent of later work on the device.
 
     Args:
         x: The tensor.
@@ -70,18 +70,18 @@ class HostCopy:
             self._event.record()
 
     def value(self) -> Tensor:
-        """The copy, once it has arrived."""
+        """Wait for the copy and return it."""
         if self._event:
             self._event.synchronize()
         return self._copy
 
 
 _READ_AT_ONCE = 64
-"""Batches whose losses are kept on the device before they are read."""
+"""Batches whose losses accumulate on the device before they are read."""
 
 
 class LossWindow:
-    """Mean of every loss, and the throughput, since the last reading, over all processes.
+    """Means of the losses and throughput since the last reading, over all processes.
 
     Args:
         accelerator: The accelerator of the run.
@@ -99,8 +99,8 @@ class LossWindow:
         self._start = time.perf_counter()
 
     def add(self, losses: Mapping[str, Tensor], *, images: int, waited: float = 0.0) -> None:
-        """Add the scalar losses of one batch of so many images, for which the run waited so many seconds."""
-        # Reading a loss waits for the device: many are read at once.
+        """Add the scalar losses of a batch, its number of images, and the seconds spent waiting for it."""
+        # Reading a loss synchronizes with the device, so many are read at once.
         self._pending.append(dict(losses))
         if len(self._pending) == _READ_AT_ONCE:
             self._read_pending()
@@ -116,7 +116,7 @@ class LossWindow:
         self._pending.clear()
 
     def totals(self) -> dict[str, float]:
-        """The sums of all processes, ``batches`` among them; every process has to call it."""
+        """Sums over all processes, including ``batches``; every process has to call it."""
         self._read_pending()
         accelerator = self._accelerator
         if accelerator.num_processes == 1 or not self._sums:
@@ -125,13 +125,13 @@ class LossWindow:
         return dict(zip(self._sums, accelerator.reduce(sums, reduction="sum").tolist(), strict=True))
 
     def restore(self, totals: Mapping[str, float]) -> None:
-        """Go on from what :meth:`totals` gave."""
+        """Restore the result of :meth:`totals`."""
         self._sums = dict(totals) if self._accelerator.is_main_process else dict.fromkeys(totals, 0.0)
 
     def read(self) -> tuple[dict[str, float], Throughput]:
-        """Return the means and the throughput, and start anew; every process has to call it."""
+        """Return the means and the throughput, and reset; every process has to call it."""
         totals = self.totals()
-        batches = totals.pop("batches", 0.0)  # no batch at all if every step was left out
+        batches = totals.pop("batches", 0.0)  # none if every step was skipped
         elapsed = time.perf_counter() - self._start
         speed = self._images * self._accelerator.num_processes / elapsed
         throughput = Throughput(speed, self._waited / elapsed, _memory(self._accelerator.device))
@@ -146,15 +146,15 @@ def _memory(device: torch.device) -> int:
 
 
 class _LogFile(logging.FileHandler):
-    """A file whose disk may be full: what the run says is on the terminal too."""
+    """A log file that tolerates a full disk, since log lines are also on the terminal."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # logging's name
-        """Leave the line out."""
+        """Drop the line."""
 
 
 @contextmanager
 def text_log(path: Path, *, enabled: bool) -> Iterator[None]:
-    """Append what the run says to a plain text file, if enabled."""
+    """Append log lines of the run to a plain text file, if enabled."""
     if not enabled:
         yield
         return
@@ -170,12 +170,12 @@ def text_log(path: Path, *, enabled: bool) -> Iterator[None]:
 
 
 def grid(pictures: Sequence[Image.Image], *, columns: int = 3, width: int = 420) -> Image.Image:
-    """Put pictures of any sizes on one page, row by row.
+    """Arrange pictures of any sizes in a grid.
 
     Args:
         pictures: At least one.
-        columns: Pictures in a row.
-        width: Width of each in pixels; the height follows.
+        columns: Pictures per row.
+        width: Width of each in pixels; the aspect ratio is kept.
     """
     scaled = [
         picture.convert("RGB").resize((width, max(1, picture.height * width // picture.width))) for picture in pictures
@@ -190,7 +190,7 @@ def grid(pictures: Sequence[Image.Image], *, columns: int = 3, width: int = 420)
 
 
 def track_picture(accelerator: Accelerator, name: str, page: Image.Image, path: Path, step: int) -> None:
-    """Give a picture to the trackers that take any."""
+    """Log a picture to the trackers that support it."""
     for tracker in accelerator.trackers:
         if tracker.name == "trackio":
             import trackio
@@ -210,7 +210,7 @@ def plot_metrics(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.2))
-    # Fixed: drawn anew after every evaluation, and finding out how much room labels need takes as long as drawing.
+    # Fixed margins: computing the layout takes as long as drawing, which is repeated after every evaluation.
     figure.subplots_adjust(left=0.05, right=0.99, bottom=0.12, top=0.92, wspace=0.12)
     losses, precision = figure.subplots(1, 2)
     steps = [record["step"] for record in records]

@@ -15,7 +15,7 @@ from a2fpn.training.config import OptimSection
 
 
 def scaled_lr(config: OptimSection, batch_size: int) -> float:
-    """The peak learning rate for so many images per step (Goyal et al., 2017: linear scaling).
+    """Peak learning rate for a number of images per step (Goyal et al., 2017: linear scaling).
 
     Example:
         >>> scaled_lr(OptimSection(lr=0.02, lr_batch_size=16), 4)
@@ -59,7 +59,7 @@ def parameter_groups(model: nn.Module, config: OptimSection, *, lr: float) -> li
 
 
 def build_optimizer(model: nn.Module, config: OptimSection, *, lr: float) -> Optimizer:
-    """Return SGD with momentum or AdamW over :func:`parameter_groups`; on CUDA each step is a few kernels."""
+    """Build SGD with momentum or AdamW over :func:`parameter_groups`; on CUDA each step takes a few kernels."""
     groups = parameter_groups(model, config, lr=lr)
     fused = True if groups[0]["params"][0].device.type == "cuda" else None
     if config.name == "sgd":
@@ -71,11 +71,11 @@ def lr_factor(step: int, *, total_steps: int, config: OptimSection, updates: int
     """Learning rate of an optimizer step relative to the peak.
 
     Args:
-        step: Place in the schedule, of ``total_steps``; the index of the step, from 0.
+        step: Position in the schedule of ``total_steps``, from 0.
         total_steps: Optimizer steps of the whole run.
         config: The schedule.
-        updates: Steps that were taken, which count for the warm-up; other than ``step`` in a run that has gone on
-            with larger or smaller batches.
+        updates: Steps taken, which determine the warm-up; differs from ``step`` in a run that was resumed with another
+            batch size.
 
     Example:
         >>> config = OptimSection(schedule="cosine", warmup_steps=10, warmup_factor=0.1, final_factor=0.01)

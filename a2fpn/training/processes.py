@@ -1,4 +1,4 @@
-"""The processes of a run: that they know of each other, and that they go on or stop together."""
+"""Processes of a run: checks of their setup, and collective operations."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ T = TypeVar("T")
 
 
 def check_processes(accelerator: Accelerator) -> None:
-    """Refuse ways to start several processes that would train something else than is asked for.
+    """Refuse unsupported ways of starting several processes.
 
     Raises:
-        ValueError: If weights would be sharded, or processes would not know of each other.
+        ValueError: If weights would be sharded, or the processes would not form one group.
     """
     kind = accelerator.distributed_type
     if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
@@ -39,7 +39,7 @@ def check_processes(accelerator: Accelerator) -> None:
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Refuse trackers that Accelerate would leave out without a word.
+    """Refuse trackers that Accelerate would silently ignore.
 
     Raises:
         ConfigError: If one is unknown or not installed.
@@ -53,7 +53,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def on_main(accelerator: Accelerator, call: Callable[[], T]) -> T:
-    """Result or error of a call on the main process, on every process."""
+    """Run a call on the main process, and return its result or raise its error on every process."""
     if accelerator.num_processes == 1:
         return call()
     outcome: list[tuple[T | None, Exception | None]] = [(None, None)]
@@ -69,7 +69,7 @@ def on_main(accelerator: Accelerator, call: Callable[[], T]) -> T:
 
 
 def gather_number(accelerator: Accelerator, value: float) -> list[float]:
-    """One number from every process."""
+    """Gather one number from every process."""
     if accelerator.num_processes == 1:
         return [value]
     values: list[float] = accelerator.gather(torch.tensor([value], device=accelerator.device)).tolist()

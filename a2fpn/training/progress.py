@@ -1,4 +1,4 @@
-"""Progress of a run: on a terminal a live table, elsewhere log lines."""
+"""Progress of a run: a live table on a terminal, log lines elsewhere."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from a2fpn.training.monitor import Throughput, get_logger
 logger = get_logger(__name__)
 
 _SHOWN_EPOCHS = 8
-_MOST_LOSSES = 6  # parts of the loss that have a column of their own
+_MOST_LOSSES = 6  # losses with their own column
 _METRICS = {"bbox/ap": "box AP", "segm/ap": "mask AP", "keypoints/ap": "keypoint AP"}
 
 
 def duration(seconds: float) -> str:
-    """Return a span of time for people.
+    """Format a duration.
 
     Example:
         >>> duration(7), duration(754), duration(7500)
@@ -39,13 +39,13 @@ LineT = TypeVar("LineT", bound="ProgressLine")
 
 
 class ProgressLine:
-    """A bar on a terminal and nothing elsewhere.
+    """A progress bar on a terminal, nothing elsewhere.
 
     Args:
-        title: What is going on.
+        title: Title of the bar.
         total: Number of steps.
-        shown: Whether it is shown; on the main process alone.
-        done: Steps that are behind already.
+        shown: Whether to show it, on the main process only.
+        done: Steps already done.
     """
 
     def __init__(self, title: str, total: int, *, shown: bool, done: int = 0) -> None:
@@ -74,12 +74,12 @@ class ProgressLine:
 
 
 class RunBoard:
-    """The table of a run: losses and average precision epoch by epoch, the best one, and the time that is left.
+    """Table of a run: losses and average precision per epoch, the best epoch, and the remaining time.
 
     Args:
-        shown: Whether it is shown; on the main process alone.
-        total_steps: Of the run.
-        place: Steps of these that are done already.
+        shown: Whether to show it, on the main process only.
+        total_steps: Steps of the run.
+        place: Steps already done.
     """
 
     def __init__(self, shown: bool, *, total_steps: int, place: int = 0) -> None:
@@ -89,13 +89,13 @@ class RunBoard:
         self._records: list[tuple[Mapping[str, Any], bool]] = []
 
     def training(self, epoch: int, epochs: int, total: int, *, done: int = 0) -> EpochLine:
-        """Follow the training of an epoch.
+        """Show the training of an epoch.
 
         Args:
-            epoch: Its number, from 0.
+            epoch: Its index.
             epochs: Number of epochs.
             total: Number of its steps.
-            done: Steps of it that are behind already.
+            done: Steps of it already done.
         """
         return EpochLine(f"Epoch {epoch + 1}/{epochs}", total, self, done=done)
 
@@ -111,17 +111,17 @@ class RunBoard:
         self._records.append((record, best))
 
     def remaining(self, place: int) -> float | None:
-        """Seconds that are left, evaluations included, as they have been since this process began; None at first."""
+        """Estimate the remaining seconds, including evaluations, from this process so far; None at first."""
         done = place - self._first_place
         if done < 1:
             return None
         return (time.perf_counter() - self._began) / done * (self._total_steps - place)
 
     def table(self, current: Mapping[str, Any] | None = None) -> Table:
-        """The last epochs, and the current one.
+        """Build the table of the last epochs and the current one.
 
         Args:
-            current: Means so far of the epoch that is being trained, named as in a record.
+            current: Means so far of the current epoch, named as in a record.
         """
         rows = [*self._records[-_SHOWN_EPOCHS:], *([(current, False)] if current else [])]
         names = {name: None for record, _ in rows for name in record if name.startswith("train/")}
@@ -140,13 +140,13 @@ class RunBoard:
 
 
 class EpochLine(ProgressLine):
-    """The board of a run with the bar of the current epoch under it; log lines where there is no terminal.
+    """The board of a run above the progress bar of the current epoch; log lines without a terminal.
 
     Args:
-        title: Of the epoch.
+        title: Title of the epoch.
         total: Number of its steps.
-        board: Of the run.
-        done: Steps that are behind already.
+        board: Board of the run.
+        done: Steps already done.
     """
 
     def __init__(self, title: str, total: int, board: RunBoard, *, done: int = 0) -> None:
@@ -159,17 +159,17 @@ class EpochLine(ProgressLine):
         """Show the state of the training.
 
         Args:
-            step: Of the optimizer.
-            place: Steps of the run that are done.
-            losses: Means since the last time.
+            step: Optimizer step.
+            place: Steps of the run already done.
+            losses: Means since the last call.
             lr: Learning rate.
-            throughput: Since the last time.
+            throughput: Throughput since the last call.
         """
         left = self._board.remaining(place)
         rest = f"  {duration(left)} left" if left else ""
         info = f"lr {lr:.2e}  {throughput}{rest}"
         logger.log(
-            logging.DEBUG if self._bar else logging.INFO,  # the log file has what the table shows
+            logging.DEBUG if self._bar else logging.INFO,  # to the log file only, since the table shows it
             "%s  step %d  loss %.4f  %s",
             self._title,
             step,

@@ -1,4 +1,4 @@
-"""State of the optimizer and of the weights, by the names of the parameters."""
+"""Saving and restoring of weights and optimizer state, by parameter name."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from a2fpn.training.generations import Generation
 
 
 def optimizer_tensors(optimizer: Any, model: nn.Module) -> dict[str, Tensor]:
-    """State of an optimizer as ``PARAMETER:NAME`` -> tensor; without rates and decays, which are settings.
+    """State of an optimizer as ``PARAMETER:NAME`` -> tensor, without learning rates and weight decays.
 
     Args:
         optimizer: Torch's, or Accelerate's wrapper.
-        model: The model whose parameters it changes.
+        model: The model that it optimizes.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
     return {
@@ -30,12 +30,12 @@ def optimizer_tensors(optimizer: Any, model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_optimizer(optimizer: Any, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Give an optimizer the state of :func:`optimizer_tensors`; its own rates and decays stay in force.
+    """Load the state of :func:`optimizer_tensors` into an optimizer; its learning rates and decays are kept.
 
-    Parameters are found by name: which group holds them depends on settings.
+    Parameters are matched by name, since their groups depend on settings.
 
     Raises:
-        CheckpointError: If a tensor belongs to no trained parameter, or has another shape.
+        CheckpointError: If a tensor matches no trained parameter, or has another shape.
     """
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     number = {parameter: place for place, parameter in enumerate(trained)}
@@ -53,14 +53,14 @@ def load_optimizer(optimizer: Any, model: nn.Module, tensors: Mapping[str, Tenso
 
 
 def load_generation(source: Generation, *, model: nn.Module, average: nn.Module | None, optimizer: Any) -> None:
-    """Put the tensors of a generation where they belong.
+    """Load the tensors of a generation.
 
-    A moving average that is new begins with the trained weights.
+    A new moving average starts from the trained weights.
 
     Args:
         source: The generation.
-        model: What is trained.
-        average: The moving average of it, if there is one.
+        model: The trained model.
+        average: Its moving average, if there is one.
         optimizer: The optimizer.
     """
     trained = source.trained()

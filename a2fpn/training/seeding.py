@@ -1,4 +1,4 @@
-"""Random numbers as a pure function of where a run is, so that nothing random has to be stored to resume it."""
+"""Random numbers as a pure function of the position in a run, so that resuming needs no stored random state."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 def derived_seed(*parts: int | str) -> int:
-    """A seed for torch that depends on every part, 63 bits.
+    """Derive a 63-bit seed for torch from all parts.
 
     Example:
         >>> derived_seed("augment", 0, 1) == derived_seed("augment", 0, 1)
@@ -25,15 +25,15 @@ def derived_seed(*parts: int | str) -> int:
 
 @contextmanager
 def seeded(*parts: int | str) -> Iterator[None]:
-    """Run a block with torch's CPU generator seeded by the parts; afterwards it is as it was before."""
+    """Seed torch's CPU generator by the parts for a block, and restore it afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derived_seed(*parts))
         yield
 
 
 def use_deterministic_algorithms() -> None:
-    """Let every operation of this process take the form whose result is the same each time, where it has one."""
-    # Read when cuBLAS starts, which it has not done yet.
+    """Use deterministic algorithms in this process wherever they exist."""
+    # Read at the start of cuBLAS, which is still to come.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True, warn_only=True)

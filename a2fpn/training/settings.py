@@ -1,4 +1,4 @@
-"""Settings as text: YAML, dotted names, and the recipe that files and a command line make together."""
+"""Settings as text: YAML, dotted names, and the merging of recipes and command-line arguments."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
 
 
 class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
-    """Writer that quotes the strings which :class:`_Loader` would read as something else."""
+    """Dumper that quotes strings which :class:`_Loader` would read as another type."""
 
 
 _FLOAT = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
@@ -40,7 +40,7 @@ def load_yaml(text: str, where: str) -> Any:
     """Read YAML.
 
     Raises:
-        ConfigError: If it is none; the message begins with ``where``.
+        ConfigError: If it is invalid; the message begins with ``where``.
 
     Example:
         >>> load_yaml("{lr: 1e-3, date: 2026-01-01}", "recipe")
@@ -53,12 +53,12 @@ def load_yaml(text: str, where: str) -> Any:
 
 
 def dump_yaml(value: Any) -> str:
-    """Write YAML that :func:`load_yaml` reads as the same value."""
+    """Write YAML that :func:`load_yaml` reads back as the same value."""
     return str(yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True))
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings under their dotted names.
+    """Flatten nested settings to dotted names.
 
     Example:
         >>> flat({"optim": {"lr": 1.0, "name": "sgd"}})
@@ -85,10 +85,10 @@ def setting_names(section: Any = TrainConfig, prefix: str = "") -> Iterator[str]
 
 
 def type_of(name: str) -> Any:
-    """Type of a setting or section; Any for the keys of a free one such as ``model.overrides``.
+    """Type of a setting or section; Any for keys of a free-form one such as ``model.overrides``.
 
     Raises:
-        ConfigError: If there is no such setting; the message names the likely one.
+        ConfigError: If there is no such setting, with the closest one.
 
     Example:
         >>> type_of("optim.lr"), type_of("model.overrides.neck_args.out_channels")
@@ -121,7 +121,7 @@ def type_of(name: str) -> Any:
 
 
 def read_value(name: str, text: str) -> Any:
-    """Value of a setting from the command line: YAML, or the text itself where the setting is one.
+    """Parse a setting from the command line as YAML, or as plain text for settings of that type.
 
     Example:
         >>> read_value("data.root", "2026"), read_value("run.seed", "2026"), read_value("run.resume", "true")
@@ -142,9 +142,9 @@ def assign(settings: Mapping[str, Any], name: str, value: Any, *, merge: bool = 
 
     Args:
         settings: Nested dictionaries.
-        name: Dotted name; what lies beside it stays.
+        name: Dotted name; other settings are kept.
         value: Its new value.
-        merge: Whether a dictionary changes the old one key by key instead of replacing it.
+        merge: Whether to merge a dictionary into the old one instead of replacing it.
 
     Example:
         >>> assign({"a": {"x": 1, "y": 2}}, "a.y", 3)
@@ -165,10 +165,10 @@ def assign(settings: Mapping[str, Any], name: str, value: Any, *, merge: bool = 
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """Settings of a YAML file, all of them known ones; keys of older versions are renamed.
+    """Read settings from a YAML file; keys of older versions are renamed.
 
     Raises:
-        ConfigError: If it holds something else.
+        ConfigError: If it contains anything but known settings.
     """
     try:
         settings = migrate_keys(load_yaml(path.read_text(encoding="utf-8"), str(path)))
@@ -182,10 +182,10 @@ def read_file(path: Path) -> dict[str, Any]:
 
 
 def read_arguments(arguments: Iterable[str]) -> Iterator[tuple[str, Any]]:
-    """Yield the settings of ``section.key=value``, ``--section.key=value`` and ``--section.key value``.
+    """Parse ``section.key=value``, ``--section.key=value`` and ``--section.key value``.
 
     Raises:
-        ConfigError: For an unknown setting, a missing value, and anything else.
+        ConfigError: For an unknown setting, a missing value, or any other argument.
     """
     remaining = iter(arguments)
     for argument in remaining:

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: SIGTERM, SIGUSR1 and Ctrl-C."""
+"""Handling of signals that request a run to stop: SIGTERM, SIGUSR1 and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class StopRequest(Exception):  # noqa: N818  # nothing went wrong
-    """The run was asked to stop, and has written a checkpoint.
+    """Raised after a stop signal, when a checkpoint has been written.
 
     Args:
         signum: The signal.
@@ -23,12 +23,12 @@ class StopRequest(Exception):  # noqa: N818  # nothing went wrong
 
 
 class Signals:
-    """Notes signals while it is entered, so that a step can end before anything is done about them.
+    """Context manager that records signals, so that the current step can finish first.
 
-    SIGUSR1 is what schedulers can be told to send before a time limit. The second Ctrl-C raises.
+    Schedulers can be configured to send SIGUSR1 before a time limit. The second Ctrl-C raises.
 
     Attributes:
-        received: The signal that asked to stop, or 0.
+        received: The received signal, or 0.
     """
 
     names = ("SIGTERM", "SIGINT", "SIGUSR1")
@@ -38,7 +38,7 @@ class Signals:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
-        # Python allows handlers of signals in no other thread.
+        # Python allows signal handlers in the main thread only.
         for name in self.names if threading.current_thread() is threading.main_thread() else ():
             number = getattr(signal, name, None)
             if number is not None:
@@ -56,10 +56,10 @@ class Signals:
 
 
 def leave_stopping_to_the_run(worker: int) -> None:
-    """Keep a loader process from failing when the signals of :class:`Signals` go to the whole group of processes.
+    """Initialize a loader process so that signals to the whole process group do not make it fail.
 
-    It ignores them, and leaves with exit code 0 on SIGTERM, by which Python ends it too: torch raises in the middle of
-    a step of the run for any other code.
+    It ignores the signals of :class:`Signals`, except that it exits with code 0 on SIGTERM, which Python also uses to
+    terminate it: torch raises in the middle of a training step for any other code.
     """
     for name in Signals.names:
         if hasattr(signal, name):

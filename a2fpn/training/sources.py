@@ -1,4 +1,4 @@
-"""The data of a run: a folder, shards or a set of the ``datasets`` library to train on, a folder to evaluate on."""
+"""Data of a run: a folder, shards or a ``datasets`` data set for training, a folder for validation."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TrainingSet = CocoDataset | StreamDataset
 
 
 def open_training_set(data: DataSection) -> TrainingSet:
-    """Open what is trained on.
+    """Open the training set.
 
     Raises:
         ValueError: If a folder, a file, or its content is missing or wrong.
@@ -52,7 +52,7 @@ def open_training_set(data: DataSection) -> TrainingSet:
     options: dict[str, Any] = {"shuffle_buffer": stream.shuffle_buffer, "strict": data.strict}
     if stream.shards:
         return ShardDataset(stream.shards, **options)
-    # Class labels of `datasets` count from 0; the validation set says which categories they are, by name.
+    # Class labels of `datasets` start at 0; the validation set maps their names to categories.
     categories = _folder(data, data.val_images, data.val_annotations, None).categories
     return HfDataset.load(
         str(stream.dataset),
@@ -67,7 +67,7 @@ def open_training_set(data: DataSection) -> TrainingSet:
 
 
 def open_validation_set(data: DataSection, training_set: TrainingSet) -> CocoDataset:
-    """Open what is evaluated on; its labels are the training set's.
+    """Open the validation set, with the labels of the training set.
 
     Raises:
         ValueError: If a folder, a file, or its content is missing or wrong.
@@ -88,7 +88,7 @@ def _folder(data: DataSection, images: str, annotations: str, semantic: str | No
 
 
 def _say_how_to_import(root: Path, annotations: str) -> None:
-    """Stop with the command that imports a folder, if it holds labels of another format or in other places.
+    """Raise with the import command for a folder if it holds labels of another format or in another layout.
 
     Raises:
         DataError: If it does.
@@ -96,7 +96,7 @@ def _say_how_to_import(root: Path, annotations: str) -> None:
     try:
         name = detect(root)
     except DataError:
-        return  # the reader says what is missing
+        return  # the reader reports what is missing
     imported = f"{root.resolve()}_coco"
     raise DataError(
         f"{root} holds {name} labels and no {annotations}. Import them, and train on what that writes: "
@@ -106,15 +106,15 @@ def _say_how_to_import(root: Path, annotations: str) -> None:
 
 
 def check_folder(dataset: CocoDataset, classes: TrainingSet, *, images: int) -> None:
-    """Look at the annotations and at some image files, as ``a2fpn check-data`` does, before anything is trained.
+    """Check the annotations and some image files before training, like ``a2fpn check-data``.
 
     Args:
-        dataset: What is checked.
-        classes: The set with the classes of the model.
-        images: How many files are opened.
+        dataset: The data set to check.
+        classes: The data set with the model's classes.
+        images: Number of files to open.
 
     Raises:
-        ValueError: If nothing would be learned or measured, with the reason.
+        ValueError: If the data can't be trained or evaluated on, with the reason.
     """
     report = check_data(dataset.root, dataset.name, categories=classes.categories, sample=images, decode=True)
     if report.fatal:
@@ -125,7 +125,7 @@ def check_folder(dataset: CocoDataset, classes: TrainingSet, *, images: int) -> 
 
 
 def credits_of(dataset: TrainingSet) -> dict[str, str]:
-    """Return the origin that a data set states: ``data`` (its description) and ``data_license``."""
+    """Return the origin stated by a data set: ``data`` (its description) and ``data_license``."""
     if isinstance(dataset, CocoDataset):
         info, licenses = dataset.coco.info, dataset.coco.licenses
     elif isinstance(dataset, ShardDataset):
@@ -142,11 +142,11 @@ def credits_of(dataset: TrainingSet) -> dict[str, str]:
 
 
 def build_model(model: ModelSection, dataset: TrainingSet) -> Any:
-    """Make the detector for the classes, and the named keypoints, of a data set.
+    """Build the detector for the classes, and the named keypoints, of a data set.
 
     Args:
         model: The settings.
-        dataset: What is trained on.
+        dataset: The training set.
 
     Raises:
         ValueError: For an unknown name or override, or weights that don't fit.
@@ -166,12 +166,12 @@ def build_model(model: ModelSection, dataset: TrainingSet) -> Any:
 
 
 def log_odd_plans(config: TrainConfig, model: Any, datasets: Sequence[TrainingSet], *, steps: int) -> None:
-    """Say what of the data is not learned from, and which settings can't have the effect that they name.
+    """Log data that is not trained on, and settings that have no effect.
 
     Args:
         config: The settings.
         model: The detector.
-        datasets: What is trained and evaluated on.
+        datasets: Training and validation sets.
         steps: Length of the run.
     """
     for dataset in datasets:
@@ -205,12 +205,12 @@ def log_odd_plans(config: TrainConfig, model: Any, datasets: Sequence[TrainingSe
 
 
 def build_feed(config: TrainConfig, dataset: TrainingSet, model: Any, accelerator: Accelerator) -> Feed:
-    """Join the training set, the augmentation and this process's part.
+    """Build this process's feed of the augmented training set.
 
     Args:
         config: The settings.
-        dataset: What is trained on.
-        model: The detector, whose size for an image the augmentation varies.
+        dataset: The training set.
+        model: The detector, whose image size the augmentation varies.
         accelerator: The accelerator of the run.
     """
     data, run = config.data, config.run

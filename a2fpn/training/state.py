@@ -1,4 +1,4 @@
-"""Progress of a run, its length, and the files that describe it: metrics, and the resolved settings."""
+"""Progress and length of a run, and its description files: metrics and resolved settings."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ class RunState:
     Args:
         epoch: Finished epochs.
         step: Finished optimizer steps.
-        step_in_epoch: Finished optimizer steps of the running epoch.
-        steps_in_epoch: Steps of the running epoch.
+        step_in_epoch: Finished optimizer steps of the current epoch.
+        steps_in_epoch: Steps of the current epoch.
         images: Training images seen.
-        images_per_step: Training images of a step, over all processes.
-        share: Share of the run that is done, in [0, 1].
-        sums: Losses of the running epoch, summed over its batches and processes.
-        pending: Record of an epoch that is trained and not yet evaluated.
-        value: Main metric of these weights and those that decide between equal ones; None if not evaluated.
-        best: The highest of these so far.
+        images_per_step: Training images per step, over all processes.
+        share: Finished share of the run, in [0, 1].
+        sums: Losses of the current epoch, summed over its batches and processes.
+        pending: Record of an epoch that is trained but not yet evaluated.
+        value: Main metric of these weights, and tie-breakers; None if not evaluated.
+        best: The highest value so far.
         best_epoch: The epoch that reached it.
         best_step: The step that reached it.
-        stale: Evaluations since one was better than all before it.
-        judged_by: What makes evaluations comparable, as a hash.
+        stale: Evaluations since the last improvement.
+        judged_by: Hash of everything that makes evaluations comparable.
         norm: Norm of all weights.
         skipped: Images that could not be read.
-        skipped_steps: Steps that were left out for a loss or gradient that was not finite.
+        skipped_steps: Steps skipped for a non-finite loss or gradient.
     """
 
     epoch: int = 0
@@ -65,10 +65,10 @@ class RunState:
     skipped_steps: int = 0
 
     def judge(self, value: tuple[float, ...]) -> bool:
-        """Note an evaluation; say whether these weights are the ones to keep: better than all before, or as good."""
+        """Record an evaluation; return whether these weights are to be kept, as the best or equal to the best."""
         self.value = value
         better = self.best is None or value > self.best
-        # A run that went back reaches the step of the best again, and is then where it was.
+        # A run resumed from an earlier step may reach the step of the best again, which is no lack of improvement.
         self.stale = 0 if better or self.step == self.best_step else self.stale + 1
         if better or value == self.best:
             self.best, self.best_epoch, self.best_step = value, self.epoch, self.step
@@ -76,15 +76,15 @@ class RunState:
         return False
 
     def forget_best(self) -> None:
-        """Let the next evaluation be the best."""
+        """Reset the best, so that the next evaluation becomes it."""
         self.best, self.best_epoch, self.best_step, self.stale = None, 0, 0, 0
 
 
 class Plan:
-    """Length of a run under its present settings, and the place in it.
+    """Length of a run under its current settings, and the position in it.
 
-    The place is counted in steps of a run that had these settings from its start. So a run that goes on with other
-    batches, processes or images has as large a share behind it as before.
+    The position is counted in steps of a run with these settings from the start. So a run that is resumed with another
+    batch size, number of processes or images keeps its finished share.
 
     Args:
         feed: Batches of each epoch.
@@ -98,17 +98,17 @@ class Plan:
             for epoch in range(run.epochs):
                 self._starts.append(self._starts[-1] + feed.steps(epoch))
         self.total_steps = run.max_steps or self._starts[-1]
-        self._epochs = run.epochs if not run.max_steps else 0  # to be counted
+        self._epochs = run.epochs if not run.max_steps else 0  # computed on demand
 
     def enter(self, state: RunState) -> None:
-        """Put the place within an epoch of other length where as large a share of it is done."""
+        """Rescale the position within an epoch if its number of steps has changed."""
         steps = self._feed.steps(state.epoch)
         if state.steps_in_epoch not in (0, steps):
             state.step_in_epoch = state.step_in_epoch * steps // state.steps_in_epoch
         state.steps_in_epoch = steps
 
     def place(self, state: RunState) -> int:
-        """Steps behind a run, of ``total_steps``."""
+        """Finished steps of ``total_steps``."""
         if self._run.max_steps:
             return min(state.step, self.total_steps)
         if state.epoch >= self._run.epochs:
@@ -116,11 +116,11 @@ class Plan:
         return self._starts[state.epoch] + state.step_in_epoch
 
     def share(self, state: RunState) -> float:
-        """Share of a run that is behind it, in [0, 1]."""
+        """Finished share of the run, in [0, 1]."""
         return self.place(state) / max(1, self.total_steps)
 
     def epochs(self, state: RunState) -> int:
-        """Epochs of the run, the last of which may be cut short by ``max_steps``."""
+        """Number of epochs of the run; ``max_steps`` may cut the last one short."""
         if not self._epochs:
             epoch, done = state.epoch, state.step - state.step_in_epoch
             while done < self.total_steps or not epoch:
@@ -131,25 +131,25 @@ class Plan:
 
 
 def write_config(config: TrainConfig, output: Path) -> None:
-    """Write ``config.yaml``, from which ``--config`` starts the same run anew."""
+    """Write ``config.yaml``, with which ``--config`` repeats the run."""
     write_text(output / CONFIG_FILE, dump_yaml(as_plain(config)))
 
 
 def as_plain(config: TrainConfig) -> dict[str, Any]:
-    """The settings as JSON values, without what says how this start of the run came about."""
+    """Convert the settings to JSON values, without ``run.resume``."""
     fresh = dataclasses.replace(config, run=dataclasses.replace(config.run, resume=False))
     return to_dict(fresh)
 
 
 def read_metrics(text: str) -> list[dict[str, Any]]:
-    """Return the records of ``metrics.jsonl``."""
+    """Parse the records of ``metrics.jsonl``."""
     return [json.loads(line) for line in text.splitlines()]
 
 
 def code_version() -> str | None:
     """Return the git commit of the code, with ``-dirty`` for uncommitted changes, or None outside a checkout."""
     root = Path(__file__).resolve().parent.parent.parent
-    if not (root / ".git").exists():  # installed, perhaps into somebody else's checkout
+    if not (root / ".git").exists():  # installed, perhaps inside another project's checkout
         return None
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:

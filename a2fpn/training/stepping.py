@@ -1,4 +1,4 @@
-"""One step of the optimizer, which changes nothing if its losses or its gradient are not finite."""
+"""Optimizer step, which has no effect if its losses or gradient are not finite."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from a2fpn.training.seeding import derived_seed
 
 @dataclass(frozen=True)
 class BatchLosses:
-    """Losses of a batch of a step.
+    """Losses of one batch of a step.
 
     Args:
-        losses: By name, with their sum.
-        images: How many images it has.
-        waited: Seconds for which the run waited for it.
+        losses: Losses by name, including their sum.
+        images: Number of images.
+        waited: Seconds spent waiting for the batch.
     """
 
     losses: Mapping[str, Tensor]
@@ -38,7 +38,7 @@ class BatchLosses:
 
 
 class Stepper:
-    """Takes steps: forward, backward, a look at what came out, and the optimizer.
+    """Runs steps: forward, backward, check for non-finite values, and optimizer.
 
     Args:
         accelerator: The accelerator of the run.
@@ -55,22 +55,22 @@ class Stepper:
         self._average, self._config = average, config
 
     def step(self, parts: Sequence[tuple[Batch, float]], step: int) -> tuple[list[BatchLosses], str | None]:
-        """Take a step; every process has to call it.
+        """Run a step; every process has to call it.
 
         Args:
-            parts: Batches of this process, and the seconds for which the run waited for each.
+            parts: Batches of this process, and the seconds spent waiting for each.
             step: Steps taken before.
 
         Returns:
-            Losses of each batch; and None, or what was not finite on which images, in which case weights, statistics
-            and optimizer are as they were before.
+            Losses of each batch; and None, or a description of non-finite values and their images, in which case
+            weights, statistics and optimizer are unchanged.
         """
         accelerator, config = self._accelerator, self._config
         before = self._statistics() if config.run.nonfinite == "skip" else []
         done: list[BatchLosses] = []
         bad: list[tuple[str, list[int]]] = []
         for number, ((images, targets), waited) in enumerate(parts):
-            # What is drawn in a step depends on nothing before it.
+            # Random numbers of a step do not depend on earlier steps.
             place = (config.run.seed, step, number, accelerator.process_index)
             torch.manual_seed(derived_seed("step", *place))
             is_last = number == len(parts) - 1
@@ -79,7 +79,7 @@ class Stepper:
                 losses = {"loss": torch.stack(list(losses.values())).sum(), **losses}
                 total = HostCopy(losses["loss"])
                 accelerator.backward(losses["loss"])
-            # With the backward pass under way: the device has no time to idle.
+            # Checked while the backward pass runs, so that the device does not idle.
             if not math.isfinite(float(total.value())):
                 values = ", ".join(f"{name} {value.item():.4g}" for name, value in losses.items())
                 bad.append((f"The loss is not finite in step {step + 1} ({values})", _ids(targets)))
@@ -89,7 +89,7 @@ class Stepper:
             ids = [image_id for (_, targets), _ in parts for image_id in _ids(targets)]
             bad.append((f"The gradient is not finite in step {step + 1} (norm {norm}, finite losses)", ids))
         problem = self._described(bad)
-        if problem is None or accelerator.scaler is not None:  # fp16's scaling steps over such a gradient itself
+        if problem is None or accelerator.scaler is not None:  # fp16's loss scaling skips such gradients itself
             self._optimizer.step()
         for x, value in before if problem else ():
             x.copy_(value)
@@ -99,7 +99,7 @@ class Stepper:
         return done, problem
 
     def _gradient_norm(self) -> float:
-        """Norm of the gradient, before it is clipped; 0 where fp16's own scaling looks at it."""
+        """Norm of the gradient before clipping; 0 if fp16's loss scaling checks it."""
         clip, parameters = self._config.optim.clip_norm, self._model.parameters()
         if clip:
             norm = self._accelerator.clip_grad_norm_(parameters, clip)
@@ -110,7 +110,7 @@ class Stepper:
         return float(HostCopy(norm).value())
 
     def _described(self, bad: Sequence[tuple[str, list[int]]]) -> str | None:
-        """Names of what was not finite on any process, told to all."""
+        """Describe non-finite values of any process, on all processes."""
         if not any(gather_number(self._accelerator, float(bool(bad)))):
             return None
         found = gather_object(list(bad))
@@ -119,7 +119,7 @@ class Stepper:
 
     @torch.no_grad()
     def _statistics(self) -> list[tuple[Tensor, Tensor]]:
-        """Buffers, which a forward pass may change, and what they hold."""
+        """Copy the buffers, which a forward pass may change."""
         return [(x, x.clone()) for x in self._model.buffers()]
 
 

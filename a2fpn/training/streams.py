@@ -1,7 +1,7 @@
-"""Feeds a run from data that is streamed: shards, or a data set of the ``datasets`` library.
+"""Feed from streamed data: shards, or a data set of the ``datasets`` library.
 
-The training process reads, in the order of the epoch; loader processes decode and augment. So the order is the source's
-whatever the number of workers and however fast each is, and a worker's random numbers are those of the sample's place.
+The training process reads in the order of the epoch; loader processes decode and augment. So the order does not depend
+on the number or speed of workers, and random numbers depend on the sample's position.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RawBatch:
-    """Batch as a loader process makes it.
+    """Undecoded batch, input of a loader process.
 
     Args:
         epoch: The epoch.
         samples: The samples.
-        spare: Another sample, which stands in where none of them can be read.
+        spare: Another sample, used if none of them can be read.
     """
 
     epoch: int
@@ -38,13 +38,13 @@ class RawBatch:
 
 
 class LoadedBatch(NamedTuple):
-    """Batch as the training process receives it.
+    """Decoded batch, output of a loader process.
 
     Args:
         images: Images, augmented.
         targets: Their targets.
-        problems: A message for each annotation that was left out.
-        unreadable: The reason for each image that could not be read, by its name.
+        problems: A message for each dropped annotation.
+        unreadable: The reason for each unreadable image, by name.
     """
 
     images: Sequence[Any]
@@ -54,9 +54,9 @@ class LoadedBatch(NamedTuple):
 
 
 class RawBatches:
-    """The sampler of one process: reads its part of an epoch.
+    """Sampler of one process, which reads its part of an epoch.
 
-    It knows nothing of the loader. A loader in a reference cycle waits five seconds for each worker when it is deleted.
+    It must not reference the loader: a loader in a reference cycle waits five seconds for each worker on deletion.
 
     Args:
         source: The data set.
@@ -67,8 +67,8 @@ class RawBatches:
         world_size: Number of processes.
 
     Attributes:
-        epoch: The epoch that the next pass reads.
-        start: The step that it begins with.
+        epoch: The epoch of the next iteration.
+        start: The step that it starts with.
         steps: Steps of an epoch.
     """
 
@@ -81,7 +81,7 @@ class RawBatches:
         self._read = partial(source.read, batch=per_step, seed=seed, rank=rank, world_size=world_size)
 
     def __iter__(self) -> Iterator[RawBatch]:
-        """Each step takes its spare sample from the following step; the last step takes it from the previous one."""
+        """Yield batches; spare samples come from the following step, for the last step from the previous one."""
         epoch, start = self.epoch, self.start
         if start >= self.steps:
             return
@@ -97,10 +97,10 @@ class RawBatches:
 
 
 class DecodedBatches(Dataset[LoadedBatch]):
-    """Decodes and augments; lives in the loader processes.
+    """Data set that decodes and augments in the loader processes.
 
     Args:
-        decoder: The source's.
+        decoder: Decoder of the source.
         transforms: Called as ``transforms(image, target)``.
         seed: The run's seed.
     """
@@ -133,10 +133,10 @@ class DecodedBatches(Dataset[LoadedBatch]):
 
 
 class StreamFeed:
-    """Feeds a streamed data set; a :class:`~a2fpn.training.feed.Feed`.
+    """A :class:`~a2fpn.training.feed.Feed` of a streamed data set.
 
-    In the place of an unreadable image stands the next readable one of its batch, or one of a neighboring step; it is
-    logged and counted in the source's ``skipped``.
+    An unreadable image is replaced by the next readable one of its batch, or one of a neighboring step; it is logged
+    and added to the source's ``skipped``.
 
     Args:
         source: The data set.
@@ -147,10 +147,10 @@ class StreamFeed:
         seed: The run's seed.
         rank: Index of this process.
         world_size: Number of processes.
-        pin_memory: Whether batches are put into page-locked memory, for a GPU.
+        pin_memory: Whether to pin the memory of batches, for a GPU.
 
     Raises:
-        DataError: If the source has fewer images than one step takes.
+        DataError: If the source has fewer images than one step.
     """
 
     def __init__(
@@ -179,7 +179,7 @@ class StreamFeed:
             DecodedBatches(source.decoder, transforms, seed),
             workers=workers,
             pin_memory=pin_memory,
-            batch_size=None,  # the sampler gives whole batches
+            batch_size=None,  # the sampler yields whole batches
             sampler=self._raw,
             collate_fn=_unchanged,
         )
@@ -199,7 +199,7 @@ class StreamFeed:
 
 
 def ahead(items: Iterator[T], *, depth: int) -> Iterator[T]:
-    """Take ``depth`` items in advance, in a thread; an error comes where its item would.
+    """Prefetch ``depth`` items in a thread; an error is raised in place of its item.
 
     Example:
         >>> list(ahead(iter("abc"), depth=2))

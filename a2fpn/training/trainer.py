@@ -1,4 +1,4 @@
-"""The training run: builds everything from a :class:`TrainConfig`, trains, evaluates, writes checkpoints."""
+"""Training run: builds everything from a :class:`TrainConfig`, trains, evaluates, writes checkpoints."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _FULL = {getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EFBIG")}
 
 
 class LoaderError(RunError):
-    """A loader process died."""
+    """A loader process that died."""
 
 
 class Trainer:
@@ -53,10 +53,10 @@ class Trainer:
 
     Args:
         config: The settings.
-        quiet: Whether progress is not shown.
+        quiet: Whether to hide progress.
 
     Raises:
-        ValueError: If the settings do not fit the data, the model, the machine or the run that is gone on with.
+        ValueError: If the settings do not fit the data, the model, the machine or the resumed run.
         OSError: If a file is missing.
     """
 
@@ -68,9 +68,9 @@ class Trainer:
         self.accelerator = Accelerator(
             mixed_precision="no" if run.mixed_precision == "none" else run.mixed_precision,
             gradient_accumulation_steps=run.grad_accumulation,
-            log_with=list(run.trackers) or None,  # of an empty list it complains
+            log_with=list(run.trackers) or None,  # it complains about an empty list
             project_config=ProjectConfiguration(project_dir=run.output, logging_dir=run.output),
-            # Rank 0 computes the COCO numbers while the others wait.
+            # Rank 0 computes the COCO metrics while the others wait.
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
         )
         check_processes(self.accelerator)
@@ -98,14 +98,14 @@ class Trainer:
         model = build_model(config.model, train_set).to(self.accelerator.device)
         self.keeper.check_model(model)
         for dataset in self.datasets:
-            # The maps of the validation images are not needed to measure boxes and masks.
+            # Semantic maps of the validation images are not needed to evaluate boxes and masks.
             unused = () if dataset is train_set or run.val_loss else ("semantic",)
             model.check_data(dataset.name, (*dataset.target_keys, *unused))
             if data.check_images and isinstance(dataset, CocoDataset) and self.accelerator.is_main_process:
                 check_folder(dataset, train_set, images=data.check_images)
         if run.channels_last:
             model = model.to(memory_format=torch.channels_last)
-        # Before `prepare`, which replaces `forward`; a copy made later would call the original.
+        # Before `prepare`, which replaces `forward`; a later copy would call the original's.
         self.ema = ModelEmaV3(model, decay=run.ema, use_warmup=True) if run.ema else None
         if run.compile:
             model.compile_maps()
@@ -131,7 +131,7 @@ class Trainer:
             global_losses=global_losses,
             quiet=self._quiet,
         )
-        # The first decides which checkpoint is the best; between equal values those after it do.
+        # The first decides which checkpoint is the best; the others break ties.
         self.metrics = [f"{kind}/ap" for kind in reversed(self.validator.iou_types)]
         self.epoch_losses = LossWindow(self.accelerator)
         self.stepper = Stepper(self.accelerator, self.model, self.optimizer, self.ema, config)
@@ -150,12 +150,12 @@ class Trainer:
         self.board = RunBoard(shown, total_steps=self.plan.total_steps, place=self.plan.place(self.state))
 
     def run(self) -> None:
-        """Train to the end, evaluating and writing checkpoints on the way.
+        """Train to the end, with evaluation and checkpoints.
 
         Raises:
             StopRequest: After a signal; a checkpoint is written.
             NonFiniteLossError: If a loss or gradient is not finite.
-            DivergedError: If the weights are not worth saving.
+            DivergedError: If the weights have diverged.
             LoaderError: If a loader process died.
             CheckpointWriteError: If a checkpoint can't be written.
         """
@@ -193,7 +193,7 @@ class Trainer:
         while state.pending or not (self._done() or (run.patience and state.stale >= run.patience)):
             record = state.pending or self._train_epoch(signals)
             if state.pending or state.epoch % run.evaluate_every == 0 or self._done():
-                if not state.pending:  # what is trained is safe before anything can go wrong in evaluating it
+                if not state.pending:  # saved first, since evaluation may fail
                     state.pending = record
                     self.keeper.save(None)
                 record = {**record, **self._evaluate(signals)}
@@ -202,7 +202,7 @@ class Trainer:
             self.board.add(record, best=state.best_epoch == state.epoch)
 
     def _train_epoch(self, signals: Signals) -> dict[str, Any]:
-        """Train to the end of the epoch, or of the run; return the epoch's record."""
+        """Train to the end of the epoch or of the run, and return the epoch's record."""
         state, config, plan = self.state, self.config, self.plan
         self.model.train()
         window = LossWindow(self.accelerator)
@@ -218,7 +218,7 @@ class Trainer:
                 )
                 rate = set_rate(self.optimizer, factor)
                 self._step(self._fetch(batches, signals), window)
-                state.value = None  # of weights that are no more
+                state.value = None  # it was the metric of the previous weights
                 state.step += 1
                 state.step_in_epoch += 1
                 state.images += self.batch_size
@@ -245,22 +245,22 @@ class Trainer:
         }
 
     def _fetch(self, batches: Iterator[Batch], signals: Signals) -> list[tuple[Batch, float]]:
-        """The batches of a step and how long each took to come; writes a checkpoint and stops if a signal came.
+        """Fetch the batches of a step with the waiting times; after a signal, write a checkpoint and stop.
 
         Raises:
-            StopRequest: On all processes, if a signal came to any.
+            StopRequest: On all processes, if any received a signal.
         """
         fetched = []
         try:
             for _ in range(self.config.run.grad_accumulation):
                 start = time.perf_counter()
                 fetched.append((next(batches), time.perf_counter() - start))
-        except ConnectionError as error:  # the process died while it handed over a batch
+        except ConnectionError as error:  # a loader process died while sending a batch
             if not signals.received:
                 raise RuntimeError("A DataLoader worker process exited unexpectedly.") from error
         except RuntimeError as error:
             if "DataLoader worker" not in str(error) or not signals.received:
-                raise  # else the signal went to the loader processes as well, which have left
+                raise  # otherwise the loader processes received the signal as well, and have exited
         signum = self._signal(signals)
         if signum:
             self.keeper.save_unless_saved()
@@ -268,14 +268,14 @@ class Trainer:
         return fetched
 
     def _signal(self, signals: Signals) -> int:
-        """The signal that came to any process, or 0."""
+        """Signal received by any process, or 0."""
         return int(max(gather_number(self.accelerator, signals.received)))
 
     def _step(self, parts: list[tuple[Batch, float]], window: LossWindow) -> None:
-        """One step of the optimizer; one that is left out counts as well.
+        """Run one optimizer step; skipped steps are counted as well.
 
         Raises:
-            NonFiniteLossError: If a loss or gradient is not finite, and the run is to stop at it.
+            NonFiniteLossError: If a loss or gradient is not finite, and the step is not to be skipped.
         """
         batches, problem = self.stepper.step(parts, self.state.step)
         if problem:
@@ -297,10 +297,10 @@ class Trainer:
         logger.warning("%s The step is left out.", problem)
 
     def _evaluate(self, signals: Signals) -> dict[str, Any]:
-        """Evaluate on all processes; return the numbers on the main one, else nothing.
+        """Evaluate on all processes; return the metrics on the main one, else nothing.
 
         Raises:
-            StopRequest: On all processes, if a signal came to any.
+            StopRequest: On all processes, if any received a signal.
         """
 
         def poll() -> None:
@@ -320,13 +320,13 @@ class Trainer:
 
 
 def train(config: TrainConfig) -> Trainer:
-    """Run a training from start to end.
+    """Run a training.
 
     Args:
         config: The settings.
 
     Returns:
-        The finished trainer; ``output`` is the run's folder and ``state`` says how far it came.
+        The finished trainer; ``output`` is the run's folder and ``state`` its progress.
     """
     trainer = Trainer(config)
     trainer.run()

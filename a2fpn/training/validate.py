@@ -1,4 +1,4 @@
-"""Predicting the validation images on all processes, as one process would, and comparing with the ground truth."""
+"""Evaluation on the validation images, distributed over all processes, with the results of a single process."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Poll = Callable[[], None]
 def sharded_loader(
     dataset: CocoDataset, *, batch_size: int, workers: int, rank: int, world_size: int
 ) -> DataLoader[Sample]:
-    """Load this process's share of the batches; their make-up does not depend on the number of processes.
+    """Build a loader of this process's share of the batches, which do not depend on the number of processes.
 
     Args:
         dataset: All the images.
@@ -41,7 +41,7 @@ def sharded_loader(
     """
     batches = [list(range(at, min(at + batch_size, len(dataset)))) for at in range(0, len(dataset), batch_size)]
     mine = [index for batch in batches[rank::world_size] for index in batch]
-    # Only the last batch of all may be short, and that is the last one of its process as well.
+    # Only the last batch of all may be smaller, and it is also the last one of its process.
     return DataLoader(
         Subset(dataset, mine),
         batch_size,
@@ -57,17 +57,17 @@ class Validator:
     Args:
         dataset: The validation images.
         accelerator: The accelerator of the run.
-        target_keys: What the detector predicts, see its ``target_keys``.
+        target_keys: Outputs of the detector, see its ``target_keys``.
         batch_size: Images per batch and process.
         workers: Loader processes per process.
-        max_detections: Detections per image that count.
-        backend: What computes the numbers, see :func:`a2fpn.evaluation.evaluate_coco`.
+        max_detections: Maximum number of detections per image and class.
+        backend: Evaluation backend, see :func:`a2fpn.evaluation.evaluate_coco`.
         channels_last: Whether the network runs channels-last.
-        pictures: How many images are drawn.
-        seed: Seed of what is random in the losses.
-        global_losses: Whether training divides losses by the terms of all processes.
+        pictures: Number of images to draw.
+        seed: Seed of the randomness in the losses.
+        global_losses: Whether training normalizes losses over all processes.
         oks_sigmas: See :func:`a2fpn.evaluation.evaluate_coco`; COCO's if empty.
-        quiet: Whether progress is not shown.
+        quiet: Whether to hide progress.
 
     Raises:
         ValueError: If the images can't be evaluated in this way.
@@ -97,9 +97,9 @@ class Validator:
         self.iou_types = common_iou_types(dataset.coco, target_keys)
         self.oks_sigmas = tuple(oks_sigmas) or COCO_SIGMAS
         if "keypoints" in self.iou_types:
-            self._compare([])  # finds sigmas that don't fit before the training, not after
+            self._compare([])  # detects mismatched sigmas before training, not after
         self.channels_last, self.seed, self._global_losses = channels_last, seed, global_losses
-        # Spread over the set, with objects where there are any.
+        # Spread over the data set, preferring images with objects.
         full = [i for i, image_id in enumerate(dataset.image_ids) if dataset.coco.annotations[image_id]]
         full = full or list(range(len(dataset)))
         self._drawn = {dataset.image_ids[full[i * len(full) // pictures]] for i in range(pictures)}
@@ -108,25 +108,25 @@ class Validator:
         self.loader = sharded_loader(dataset, batch_size=batch_size, workers=workers, rank=rank, world_size=world_size)
 
     def record(self, model: Any, poll: Poll, *, losses: bool, step: int, picture: Path) -> dict[str, Any]:
-        """Evaluate, and give numbers and pictures to the trackers; every process has to call it.
+        """Evaluate, and log metrics and pictures to the trackers; every process has to call it.
 
         Args:
             model: The detector.
-            poll: Called between batches by all processes alike; may raise, to stop.
-            losses: Whether the losses are computed as well.
+            poll: Called between batches on all processes; may raise to stop.
+            losses: Whether to compute the losses as well.
             step: Steps of the run.
             picture: File for the drawn images.
 
         Returns:
-            The numbers on the main process, else nothing.
+            The metrics on the main process, else nothing.
         """
         accelerator, start = self.accelerator, time.perf_counter()
         if accelerator.num_processes > 1:
-            # Batch norm statistics differ between processes; the checkpoint gets those of process 0.
+            # Batch norm statistics differ between processes; checkpoints have those of rank 0.
             broadcast(list(model.buffers()))
         values: dict[str, float] = {}
         if losses:
-            model.normalize_losses_globally(enabled=False)  # processes have different numbers of batches
+            model.normalize_losses_globally(enabled=False)  # processes may have different numbers of batches
             values = self.losses(model, poll)
             model.normalize_losses_globally(enabled=self._global_losses)
         metrics, drawn = self.evaluate(model, poll)
@@ -139,19 +139,19 @@ class Validator:
                 picture.parent.mkdir(exist_ok=True)
                 page.save(picture, quality=88)
                 track_picture(accelerator, "val/predictions", page, picture, step)
-            except OSError as error:  # nothing is lost by it
+            except OSError as error:  # the picture is optional
                 logger.warning("%s can't be written: %s", picture, error)
         return {"eval_seconds": round(time.perf_counter() - start, 1), **values, **metrics}
 
     def evaluate(self, model: Any, poll: Poll) -> tuple[dict[str, float], list[Image.Image]]:
-        """Predict all images; every process has to call it.
+        """Predict and evaluate all images; every process has to call it.
 
         Args:
             model: The detector.
-            poll: Called between batches by all processes alike; may raise, to stop.
+            poll: Called between batches on all processes; may raise to stop.
 
         Returns:
-            On the main process the COCO numbers, with ``images_evaluated``, and pictures of predictions; elsewhere
+            On the main process the COCO metrics, with ``images_evaluated``, and pictures of predictions; elsewhere
             nothing.
         """
         accelerator = self.accelerator
@@ -170,20 +170,20 @@ class Validator:
         pictures = dict(gather_object(drawn))
         if not accelerator.is_main_process:
             return {}, []
-        known = {category.id for category in self.dataset.coco.categories}  # the training set may have more
+        known = {category.id for category in self.dataset.coco.categories}  # the training set may have more categories
         hits = [hit for i in self.dataset.image_ids for hit in by_image.get(i, ()) if hit["category_id"] in known]
         metrics = self._compare(hits).to_dict(per_class=True)
         return {**metrics, "images_evaluated": len(by_image)}, [pictures[i] for i in sorted(pictures)]
 
     def _batches(self, poll: Poll) -> Iterator[Any]:
-        """This process's batches; processes poll equally often, though some have a batch less."""
+        """Yield this process's batches; all processes poll equally often, though some have one batch less."""
         batches = iter(self.loader)
         for _ in range(self._rounds):
             try:
                 batch, failure = next(batches, None), None
             except RuntimeError as error:
                 batch, failure = None, error
-            poll()  # a signal that ended the loader processes is no failure of theirs
+            poll()  # if a signal ended the loader processes, stop instead of failing
             if failure:
                 raise failure
             if batch is not None:
@@ -204,7 +204,7 @@ class Validator:
 
         Args:
             model: The detector.
-            poll: Called between batches by all processes alike; may raise, to stop.
+            poll: Called between batches on all processes; may raise to stop.
         """
         sums: dict[str, float] = {}
         count = 0
@@ -227,7 +227,7 @@ class Validator:
 
 @contextmanager
 def _computing_losses(model: nn.Module) -> Iterator[None]:
-    """Make a detector compute losses without changing what its norms and dropouts do in evaluation."""
+    """Make a detector compute losses while its norms and dropouts stay in evaluation mode."""
     before = [(module, module.training) for module in model.modules()]
     for module, _ in before:
         drops = "Drop" in type(module).__name__ and not any(True for _ in module.children())

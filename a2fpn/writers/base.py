@@ -1,4 +1,4 @@
-"""Formats of results by name: those with a file for each image, and those with one for all."""
+"""Result formats by name: with a file for each image, or one for all."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from a2fpn.inference.result import Result
 
 @dataclass(frozen=True)
 class ImageResult:
-    """Result of an image with its place among others.
+    """Result of an image with its names and id.
 
     Args:
         result: The objects.
-        name: The image file, as it was given.
-        stem: Name of the image's own files, without a suffix; no other image has it.
-        image_id: Its id in formats that number images.
+        name: The image file, as given.
+        stem: Unique name of the image's own files, without a suffix.
+        image_id: Its id in formats with image ids.
     """
 
     result: Result
@@ -36,8 +36,8 @@ class ImageFormat:
     """A format with a file for each image.
 
     Args:
-        suffix: What follows the image's stem in the file's name.
-        write: Writes the file, whole or not at all.
+        suffix: Suffix of the file's name after the image's stem.
+        write: Writes the file, atomically.
     """
 
     suffix: str
@@ -50,7 +50,7 @@ class RunFormat:
 
     Args:
         file: Its name.
-        write: Writes it from the images, which come one by one, and all classes in the order of the labels.
+        write: Writes it from an iterable of images, and all classes in the order of the labels.
     """
 
     file: str
@@ -63,7 +63,7 @@ FORMATS: Registry[ImageFormat | RunFormat] = Registry("format of results")
 def image_format(
     name: str, *, suffix: str
 ) -> Callable[[Callable[[Result, Path], None]], Callable[[Result, Path], None]]:
-    """Return a decorator that registers the function which writes an image's file."""
+    """Return a decorator that registers a function to write an image's file."""
 
     def decorator(write: Callable[[Result, Path], None]) -> Callable[[Result, Path], None]:
         FORMATS.register(name)(ImageFormat(suffix, write))
@@ -76,7 +76,7 @@ RunWriter = Callable[[Iterable[ImageResult], Sequence[Category], Path], None]
 
 
 def run_format(name: str, *, file: str) -> Callable[[RunWriter], RunWriter]:
-    """Return a decorator that registers the function which writes all images' file, or folder."""
+    """Return a decorator that registers a function to write the file, or folder, of all images."""
 
     def decorator(write: RunWriter) -> RunWriter:
         FORMATS.register(name)(RunFormat(file, write))
@@ -90,14 +90,14 @@ def write_results(results: Sequence[Result], folder: str | Path, formats: Sequen
 
     Args:
         results: One for each image, at least one.
-        folder: Made if need be.
+        folder: The folder; created if necessary.
         formats: Names of :data:`FORMATS`.
 
     Returns:
-        What was written, format by format.
+        The written files, by format.
 
     Raises:
-        ValueError: Without a result, or for an unknown format.
+        ValueError: Without results, or for an unknown format.
     """
     if not results:
         raise ConfigError("Expected at least one result to write, got none.")
@@ -123,11 +123,11 @@ def write_results(results: Sequence[Result], folder: str | Path, formats: Sequen
 
 
 def unique_stems(names: Iterable[str | os.PathLike[str]], taken: Iterable[str] = ()) -> Iterator[str]:
-    """Yield names without suffixes, numbered where they repeat; some file systems take both cases for one.
+    """Yield names without suffixes, numbered if repeated; comparison ignores case, as do some file systems.
 
     Args:
         names: Files.
-        taken: Stems that are in use.
+        taken: Stems already in use.
 
     Example:
         >>> list(unique_stems(["a/cell.png", "b/Cell.jpg"]))

@@ -1,4 +1,4 @@
-"""COCO: a list of results, a line of results for each image, and a data set whose annotations have scores."""
+"""COCO: a list of results, a line of results for each image, or a data set whose annotations have scores."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STREAM = "predictions.jsonl"
 
 @run_format("coco", file="predictions.json")
 def write_coco(images: Iterable[ImageResult], categories: Sequence[Category], path: Path) -> None:
-    """Write a list of COCO results, to which the file's name is added, as pycocotools' ``loadRes`` reads it."""
+    """Write a list of COCO results for pycocotools' ``loadRes``, with the file name added."""
     with replaced_file(path) as partial, partial.open("w", encoding="utf-8") as file:
         separator = "["
         for image in images:
@@ -51,7 +51,7 @@ def to_line(image: ImageResult) -> str:
 
 @run_format("coco-dataset", file="coco.json")
 def write_dataset(images: Iterable[ImageResult], categories: Sequence[Category], path: Path) -> None:
-    """Write a COCO data set: images, categories, and the objects as annotations that have scores."""
+    """Write a COCO data set: images, categories, and the objects as annotations with scores."""
     entries: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for image in images:

@@ -1,4 +1,4 @@
-"""GeoJSON as QuPath reads it."""
+"""GeoJSON for QuPath."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _MEASUREMENTS = ("score", "area", "equivalent_diameter", "eccentricity", "area_u
 def write_geojson(result: Result, path: Path) -> None:
     """Write a feature for each object, in pixels of the image: a polygon with its holes, class and measurements.
 
-    An object without a pixel is left out.
+    Objects without pixels are omitted.
     """
     with replaced_file(path) as partial, partial.open("w", encoding="utf-8") as file:
         separator = '{"type": "FeatureCollection", "features": [\n'
@@ -37,7 +37,7 @@ def write_geojson(result: Result, path: Path) -> None:
 
 
 def features(result: Result) -> Iterator[dict[str, Any]]:
-    """GeoJSON features as QuPath reads them.
+    """Yield GeoJSON features for QuPath.
 
     Example:
         >>> import numpy as np
@@ -74,8 +74,8 @@ def features(result: Result) -> Iterator[dict[str, Any]]:
 def mask_polygons(rle: Rle) -> list[list[Ring]]:
     """Parts of a mask, each a closed outer ring (P, 2) followed by those of its holes; points are x, y in pixels.
 
-    Lines run midway between pixel centers inside and outside, so that the centers inside the polygons are those of the
-    mask.
+    Lines run midway between pixel centers inside and outside, so that the polygons contain exactly the mask's pixel
+    centers.
     """
     window, (left, top, *_) = decode_window(rle)
     return _polygons(window, left, top)

@@ -1,4 +1,4 @@
-"""Folders that labeling programs open, to correct what was found; ``a2fpn data import`` takes them back."""
+"""Folders for annotation tools, to correct detections; ``a2fpn data import`` reads them back."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from a2fpn.writers.geojson import mask_polygons
 from a2fpn.writers.measures import sides
 
 PROGRAMS = ("cvat", "datumaro", "labelme", "labelstudio", "voc", "yolo")
-"""Formats of :mod:`a2fpn.data.exporters` that results are written in, each into a folder of its name."""
+"""Formats of :mod:`a2fpn.data.exporters` for results, each written to a folder of its name."""
 
 
 def labeled_images(images: Iterable[ImageResult]) -> Iterator[LabeledImage]:
-    """Yield results as labels: masks without holes as polygons, which programs let one edit, others as they are."""
+    """Convert results to labels: masks without holes become polygons, which tools can edit, others are kept."""
     for image in images:
         result = image.result
         height, width = result.size
@@ -34,7 +34,7 @@ def labeled_images(images: Iterable[ImageResult]) -> Iterator[LabeledImage]:
         ):
             segmentation = None if rle is None else _editable(rle)
             if segmentation == []:
-                continue  # not a pixel
+                continue  # no pixels
             bbox = (box[0], box[1], box[2], box[3]) if rle is None else None
             objects.append(LabeledObject(name, bbox, segmentation, False, tuple(points[row]), score))
         yield LabeledImage(path, f"{image.stem}{path.suffix}", height, width, objects)

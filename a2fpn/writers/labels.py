@@ -22,8 +22,8 @@ _MOST_16 = 2**16 - 1
 def write_labels(result: Result, path: Path) -> None:
     """Write a tiled, compressed TIFF of 16 bits, or of 32 for more than 65,535 objects.
 
-    0 is background, other values are the numbers of objects in the table of ``csv``: 1 is the best. Where masks
-    overlap, the better object has the pixel, as in :func:`a2fpn.instance_metrics.label_image`.
+    0 is background, other values are the numbers of objects in the table of ``csv``: 1 is the best. Overlapping pixels
+    belong to the object with the higher score, as in :func:`a2fpn.instance_metrics.label_image`.
 
     Raises:
         ConfigError: If there are no masks, or tifffile is not installed.
@@ -53,10 +53,10 @@ def write_labels(result: Result, path: Path) -> None:
 
 
 def _tiles(result: Result, dtype: np.dtype[np.unsignedinteger]) -> Iterator[NDArray[np.unsignedinteger]]:
-    """Tiles row by row; those at the ends are filled up with background."""
+    """Yield tiles row by row; those at the ends are padded with background."""
     height, width = result.size
     rles = result.rles or ()
-    # Masks may reach beyond their boxes by a part of a pixel.
+    # Masks may extend beyond their boxes by a fraction of a pixel.
     tops, bottoms = np.floor(result.boxes[:, 1]) - 1, np.ceil(result.boxes[:, 3]) + 1
     across = -(-width // _TILE)
     for first in range(0, height, _TILE):

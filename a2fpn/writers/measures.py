@@ -1,4 +1,4 @@
-"""Size, place and shape of objects, in pixels and in micrometers."""
+"""Size, position and shape of objects, in pixels and in micrometers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from a2fpn.masks.rle import decode_windows
 _LENGTHS = ("x", "y", "width", "height", "centroid_x", "centroid_y", "equivalent_diameter")
 PIXELS = (*_LENGTHS[:4], "area", *_LENGTHS[4:], "eccentricity")
 MICRONS = (*(f"{name}_um" for name in _LENGTHS[:4]), "area_um2", *(f"{name}_um" for name in _LENGTHS[4:]))
-"""Names of what is measured, in the order of a table's columns."""
+"""Names of the measures, in the order of a table's columns."""
 
 
 def measures(result: Result) -> Iterator[dict[str, float | None]]:
@@ -22,9 +22,9 @@ def measures(result: Result) -> Iterator[dict[str, float | None]]:
 
     ``score``; ``x``, ``y``, ``width`` and ``height`` of its box; ``area``, ``centroid_x``, ``centroid_y``,
     ``equivalent_diameter`` (of the disk of this area) and ``eccentricity`` (of the ellipse with the same second
-    moments, 0 for a disk) of its mask, or of its box where there are no masks. Coordinates are those of boxes: the
-    center of the first pixel is at 0.5. The same with ``_um`` and ``_um2`` in micrometers, None where the image doesn't
-    tell them; None is also what an object without a pixel has.
+    moments, 0 for a disk) of its mask, or of its box without masks. Coordinates are those of boxes: the
+    center of the first pixel is at 0.5. The same with ``_um`` and ``_um2`` in micrometers, None if the image does not
+    state its pixel size. Centroid and eccentricity of an object without pixels are None.
 
     Example:
         >>> from a2fpn import Category
@@ -45,7 +45,7 @@ def measures(result: Result) -> Iterator[dict[str, float | None]]:
         values = [*box, area, center_x, center_y, 2 * math.sqrt(area / math.pi), eccentricity]
         row: dict[str, float | None] = {"score": round(score, 4)}
         row |= {name: None if math.isnan(x) else round(x, 4) for name, x in zip(PIXELS, values, strict=True)}
-        for name, microns in zip(PIXELS, MICRONS, strict=False):  # an eccentricity has no unit
+        for name, microns in zip(PIXELS, MICRONS, strict=False):  # eccentricity has no unit
             value, factor = row[name], None if scale is None else scale ** (2 if name == "area" else 1)
             row[microns] = None if value is None or factor is None else round(value * factor, 6)
         yield row
@@ -60,7 +60,7 @@ def _of_masks(result: Result) -> Iterator[tuple[float, float, float, float]]:
         area = int(columns.sum())
         x, y = np.arange(len(columns)) + 0.5, np.arange(len(rows)) + 0.5
         center_x, center_y = float(columns @ x) / area, float(rows @ y) / area
-        # Pixels are squares, not points.
+        # Plus the variance of a unit square, since pixels are not points.
         xx = float(columns @ np.square(x - center_x)) / area + 1 / 12
         yy = float(rows @ np.square(y - center_y)) / area + 1 / 12
         xy = float((y - center_y) @ window @ (x - center_x)) / area
@@ -79,6 +79,6 @@ def _eccentricity(xx: float, yy: float, xy: float) -> float:
 
 
 def sides(boxes: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Boxes xyxy as x, y, width, height."""
+    """Convert boxes xyxy to x, y, width, height."""
     wide = boxes.astype(np.float64)
     return np.concatenate([wide[:, :2], wide[:, 2:] - wide[:, :2]], axis=1)

@@ -18,7 +18,7 @@ _COLUMNS = ("score", *PIXELS, *MICRONS)
 def write_csv(images: Iterable[ImageResult], categories: Sequence[Category], path: Path) -> None:
     """Write image, number, class, score and :func:`~a2fpn.writers.measures.measures` of each object.
 
-    A cell of what is not known stays empty: micrometers where the image doesn't say what its pixels measure.
+    Unknown values are empty cells, such as micrometers if the image does not state its pixel size.
     """
     with replaced_file(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")

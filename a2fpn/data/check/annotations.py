@@ -1,4 +1,4 @@
-"""Problems of single annotations: what the reader's rules find, and what it doesn't mind."""
+"""Problems of single annotations: those that the reader's rules find, and others that it tolerates."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from a2fpn.data.check.report import Finding, Severity, few
 from a2fpn.data.document import is_whole
 from a2fpn.data.rules import Fault, Outcome
 
-_EDGE = 1.0  # pixels that a box may reach over the edge by rounding
+_EDGE = 1.0  # pixels that a box may extend over the edge by rounding
 _MASK_SLACK, _MASK_SLACK_SHARE = 3.0, 0.1  # pixels, and share of the box's longer side
-_AREA_FACTOR, _AREA_SLACK = 2.0, 10.0  # how far an area may be from that of the mask, and pixels that don't matter
-_LEAST_FILL = 0.01  # share of its box that an object without a mask may have as its area
+_AREA_FACTOR, _AREA_SLACK = 2.0, 10.0  # tolerated factor from the mask's area, and tolerance in pixels
+_LEAST_FILL = 0.01  # minimum share of its box for the area of an object without a mask
 
 _FAULTS: dict[str, tuple[Severity, str, str]] = {
     "bad-ids": (
@@ -91,7 +91,7 @@ _LOST: dict[Outcome, str] = {
 
 
 def fault_problems(table: AnnotationTable, faults: Iterable[Fault]) -> Iterator[Problem]:
-    """Everything that the reader stumbles over."""
+    """Yield the faults found by the reader's rules."""
     for fault in faults:
         severity, statement, advice = _FAULTS[fault.code]
         yield Problem(
@@ -100,7 +100,7 @@ def fault_problems(table: AnnotationTable, faults: Iterable[Fault]) -> Iterator[
 
 
 def _unknown_ids(table: AnnotationTable, fault: Fault) -> str:
-    """Name the ids that the file lacks."""
+    """List the ids that are not in the file."""
     key = {"unknown-image": "image_id", "unknown-category": "category_id"}.get(fault.code)
     if key is None:
         return ""
@@ -109,7 +109,7 @@ def _unknown_ids(table: AnnotationTable, fault: Fault) -> str:
 
 
 def id_problems(table: AnnotationTable) -> Iterator[Problem]:
-    """Ids of annotations; the reader doesn't need them, other tools do."""
+    """Yield problems of annotation ids, which other tools need, though not the reader."""
     ids = [raw.get("id") for raw in table.entries]
     whole = [is_whole(value) for value in ids]
     uses = Counter(value for value, good in zip(ids, whole, strict=True) if good)
@@ -127,7 +127,7 @@ def id_problems(table: AnnotationTable) -> Iterator[Problem]:
 
 
 def box_problems(table: AnnotationTable) -> Iterator[Problem]:
-    """Boxes that are cut off, or that a mask contradicts."""
+    """Yield problems of boxes that extend over the edge, or do not match their mask."""
     yield Problem(
         "note",
         "box-over-edge",
@@ -140,14 +140,14 @@ def box_problems(table: AnnotationTable) -> Iterator[Problem]:
 
 
 def over_edge(table: AnnotationTable) -> Rows:
-    """Boxes that reach over the edge of their image by more than rounding, and are not outside."""
+    """Boxes that extend over the edge of their image by more than rounding, and are not outside."""
     low, high = table.box[:, :2], table.box[:, :2] + table.box[:, 2:]
     reaching = any_column(low < -_EDGE) | any_column(high > table.limits + _EDGE)
     return reaching & (table.inside >= LEAST_SIDE).all(1)
 
 
 def apart(table: AnnotationTable) -> Rows:
-    """Boxes that lie elsewhere than their masks."""
+    """Boxes that differ from the bounding boxes of their masks."""
     extents = table.of_masks(table.segmentations.extents)
     low, high = np.maximum(extents[:, :2], 0), np.minimum(extents[:, 2:], table.limits)
     difference = np.abs(np.concatenate([low, high], axis=1) - table.corners).max(1)
@@ -157,7 +157,7 @@ def apart(table: AnnotationTable) -> Rows:
 
 
 def area_problems(table: AnnotationTable) -> Iterator[Problem]:
-    """Areas by which evaluation would put objects among the small or large ones wrongly, or drop them."""
+    """Yield problems of areas, with which evaluation would misjudge the size of objects or drop them."""
     stated = np.array([given(raw.get("area")) for raw in table.entries], dtype=np.bool_)
     advice = "It decides what counts as small or large; here it is computed, other tools take it. --fix writes it."
     bad = stated & ~((table.area > 0) & np.isfinite(table.area))
@@ -168,7 +168,7 @@ def area_problems(table: AnnotationTable) -> Iterator[Problem]:
 
 
 def contradicted_areas(table: AnnotationTable) -> Rows:
-    """Areas above 0 that are far from that of the mask or, without one, don't fit the box."""
+    """Positive areas that are far from that of the mask or, without one, don't match the box."""
     area, own = table.area, table.of_masks(table.segmentations.areas)
     boxed = table.box[:, 2:].prod(1)
     usual = (area > 0) & np.isfinite(area) & (table.inside >= LEAST_SIDE).all(1)
@@ -178,8 +178,8 @@ def contradicted_areas(table: AnnotationTable) -> Rows:
 
 
 def box_format(table: AnnotationTable) -> Iterator[Finding]:
-    """Boxes that make sense only if they are read in another way."""
-    own = (table.given_box == table.box).all(1)  # not NaN, nor taken from a mask
+    """Report boxes that make sense only in another format."""
+    own = (table.given_box == table.box).all(1)  # not NaN, nor computed from a mask
     known = own & ~any_column(np.isnan(table.limits))
     box, limits = table.given_box[known], table.limits[known]
     if not len(box):

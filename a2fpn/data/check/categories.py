@@ -28,7 +28,7 @@ def compare_with_model(model: Mapping[int, str], file: CocoDocument, table: Anno
 def compare_with_other(
     file: CocoDocument, table: AnnotationTable, other: CocoDocument, other_table: AnnotationTable
 ) -> Iterator[Finding]:
-    """Compare the categories of two files, and the classes that they have objects of."""
+    """Compare the categories of two files, and their classes with objects."""
     used, other_used = used_categories(file, table), used_categories(other, other_table)
     yield from _compare(file.name, names_of(file), other.name, names_of(other), other_used)
     shared = file.categories.keys() & other.categories.keys()
@@ -57,7 +57,7 @@ def _compare(
     if others and known:
         pairs = (f"{key} is {known[key]!r} for {source} and {others[key]!r} in {target}" for key in others)
         message = f"Ids that mean different classes, {len(others)} of {len(categories)}: {few(pairs, len(others))}."
-        # The same names under other ids: every number would be that of another class.
+        # The same names with other ids: every metric would be that of another class.
         swapped = {name.casefold() for name in others.values()} <= {name.casefold() for name in known.values()}
         message += _shift(known, categories)
         yield Finding("error", "category-names", message, advice, len(others), fatal=swapped)
@@ -72,7 +72,7 @@ def _compare(
 
 
 def _shift(known: Mapping[int, str], categories: Mapping[int, str]) -> str:
-    """Explain ids that would agree if they were counted from another number."""
+    """Explain ids that would agree with another start of counting."""
     ids = {name.casefold(): key for key, name in known.items()}
     shifts = Counter(key - ids[name.casefold()] for key, name in categories.items() if name.casefold() in ids)
     shift, count = shifts.most_common(1)[0] if shifts else (0, 0)
@@ -80,6 +80,6 @@ def _shift(known: Mapping[int, str], categories: Mapping[int, str]) -> str:
 
 
 def named(categories: Mapping[int, str], ids: Iterable[int]) -> str:
-    """Ids and names of categories in a message."""
+    """Format ids and names of categories for a message."""
     ordered = sorted(ids)
     return few((f"{key} ({shorten(repr(categories[key]), 40)})" for key in ordered), len(ordered))

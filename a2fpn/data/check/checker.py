@@ -1,8 +1,8 @@
-"""Finds what is wrong with a COCO data set before a model is trained on it.
+"""Checks of a COCO data set before a model is trained on it.
 
-A COCO file can be valid JSON and still teach nothing: every object a crowd, boxes given as corners, ids that the
-model doesn't know. :func:`check_data` looks at the JSON as it is, at what :func:`a2fpn.data.read_coco` makes of it,
-and at the image files, and names what it finds with ids and what to do.
+A COCO file can be valid JSON and still be useless for training: every object a crowd, boxes given as corners, ids
+unknown to the model. :func:`check_data` checks the raw JSON, the result of :func:`a2fpn.data.read_coco`, and the image
+files, and reports problems with ids and advice.
 
 Shape shorthand: N annotations, one row each, in the order of the file. Boxes are float64, in pixels.
 """
@@ -62,24 +62,24 @@ def check_data(
     duplicates: bool = False,
     track: Track | None = None,
 ) -> DataReport:
-    """Check a COCO data set; whatever the file holds, the answer is a report.
+    """Check a COCO data set; invalid content of the file is reported, never raised.
 
     Args:
-        images: The image folder; None checks the JSON alone.
+        images: The image folder; None checks the JSON only.
         annotations: The JSON file or its content.
-        against: What a model trained on ``annotations`` will be measured on; its categories must be the same.
-        categories: The model's classes, if the data must fit them.
-        target_size: Size (height, width) in which the network sees an image of a size, usually
-            ``model.preprocess.target_size``. With it the sizes of objects are judged.
+        against: The validation set of a model trained on ``annotations``; its categories must be the same.
+        categories: The model's classes, if the data must match them.
+        target_size: Function from (height, width) of an image to that of the network's input, usually
+            ``model.preprocess.target_size``. Enables the check of object sizes.
         anchor_sizes: Per level the model's anchor sizes in pixels of its input; empty for a model without anchors.
         anchor_ratios: Height / width of the anchors.
-        sample: How many image files are opened, evenly spread over the list; None opens all.
-        decode: Whether the pixels of opened files are decoded, which finds truncated files. Otherwise only the
+        sample: Number of image files to open, evenly spread over the list; None for all.
+        decode: Whether to decode opened files, which finds truncated files. Otherwise only the
             headers are read, many times faster.
-        examples: How many images to pick for drawing, see :class:`DataReport`.
-        duplicates: Whether images that are nearly the same as images of ``against``, in the same folder, are looked
-            for: photos of one scene in training and validation. All images are decoded.
-        track: Called as ``track(items, description, total)`` around the long loops.
+        examples: Number of images to pick for drawing, see :class:`DataReport`.
+        duplicates: Whether to search for near-duplicates of images of ``against``, in the same folder: photos of one
+            scene in training and validation. All images are decoded.
+        track: Called as ``track(items, description, total)`` around long loops.
 
     Raises:
         DataError: If the folder or a JSON file can't be opened.
@@ -162,14 +162,14 @@ def _untracked(items: Iterable[T], description: str, total: int) -> Iterable[T]:
 
 
 def _spread(items: Sequence[T], count: int | None) -> Sequence[T]:
-    """So many items, evenly spread; None gives all."""
+    """Select ``count`` items, evenly spread; None for all."""
     if count is None or count >= len(items):
         return items
     return [items[index] for index in np.linspace(0, len(items) - 1, count).astype(int).tolist()]
 
 
 def _choose(file: CocoDocument, table: AnnotationTable, findings: Sequence[Finding], count: int) -> list[int]:
-    """Indices of images to draw: one of each finding, the next of each finding, ..., then others with objects."""
+    """Choose images to draw, by index: one of each finding, the next of each, ..., then others with objects."""
     rounds = itertools.zip_longest(*(finding.image_ids for finding in findings))
     named = (file.index[image_id] for ids in rounds for image_id in ids if image_id is not None)
     annotated = _spread(np.unique(table.image[table.image >= 0]).tolist(), count)
@@ -187,7 +187,7 @@ def _annotated_image(
     boxes = table.box[rows]
     boxes[:, 2:] += boxes[:, :2]
     sides = np.array([entry.width, entry.height] * 2)
-    boxes = np.clip(boxes, -sides, 2 * sides)  # what lies farther outside is not seen, and may not fit float32
+    boxes = np.clip(boxes, -sides, 2 * sides)  # parts farther outside are not visible, and may overflow float32
     rles = tuple(_mask_or_empty(table, number, entry) for number in table.mask[rows].tolist())
     codes = tuple(finding.code for finding in findings if entry.id in finding.image_ids)
     return AnnotatedImage(
@@ -203,7 +203,7 @@ def _annotated_image(
 
 
 def _mask_or_empty(table: AnnotationTable, number: int, entry: CocoImage) -> Rle:
-    """A mask as run lengths, empty where there is none."""
+    """Return a mask as RLE, empty if there is none."""
     if number >= 0:
         mask = table.segmentations[number]
         return mask.to_rle() if isinstance(mask, Polygons) else mask

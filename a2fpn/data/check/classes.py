@@ -25,7 +25,7 @@ from a2fpn.data.rules import Fault
 def use_findings(
     file: CocoDocument, table: AnnotationTable, usable: Rows, left_out: Sequence[Fault]
 ) -> Iterator[Finding]:
-    """Report what can be trained on: objects, crowds, classes and images without any."""
+    """Report usable training data: objects, crowds, unused classes and images without objects."""
     total, crowds = count_of(len(table), "annotation"), int((usable & table.crowd).sum())
     if not len(table):
         yield Finding(
@@ -71,7 +71,7 @@ def use_findings(
 
 
 def scales(images: Sequence[CocoImage], target_size: Callable[[int, int], tuple[int, int]]) -> NDArray[np.float64]:
-    """(I, 2) factors of width and height by which each image is resized."""
+    """(I, 2) resize factors of each image's width and height."""
     sizes = {(entry.height, entry.width) for entry in images}
     factors = {}
     for height, width in sizes:

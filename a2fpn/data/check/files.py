@@ -1,4 +1,4 @@
-"""Checks of image files: they exist, can be read, and have the annotated size."""
+"""Checks of image files: existence, readability and size."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _FOLDERS_SEARCHED = 1000
 
 
 def file_findings(root: Path, images: Sequence[CocoImage], track: Track, *, decode: bool) -> Iterator[Finding]:
-    """Files that are missing, can't be read, or are not what the JSON says."""
+    """Report files that are missing, unreadable, or don't match the JSON."""
     problems: dict[str, list[tuple[CocoImage, str]]] = {}
     with ThreadPool() as pool, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PIL's, on files that are named below if they matter
+        warnings.simplefilter("ignore")  # PIL's warnings; files with real problems are reported below
         inspected = pool.imap(lambda entry: _inspect(root, entry, decode=decode), images, 16)
         for entry, (code, detail) in zip(images, track(inspected, "opening images", len(images)), strict=True):
             if code:
@@ -75,7 +75,7 @@ _FILES: Mapping[str, tuple[Severity, str, str]] = {
         "The reader obeys the tag. If boxes lie wrong (see a plot), remove it from the files.",
     ),
 }
-"""Severity, statement and advice for what :func:`_inspect` finds."""
+"""Severity, statement and advice for the keys of :func:`_inspect`."""
 
 
 def _name(entry: CocoImage) -> str:
@@ -83,7 +83,7 @@ def _name(entry: CocoImage) -> str:
 
 
 def _inspect(root: Path, entry: CocoImage, *, decode: bool) -> tuple[str, str]:
-    """A key of ``_FILES`` and a detail for what is wrong with a file; empty if nothing is."""
+    """Return a key of ``_FILES`` and a detail for a file's problem; both empty without one."""
     size = (entry.height, entry.width)
     try:
         path = image_path(root, entry.file_name)
@@ -115,7 +115,7 @@ def _inspect(root: Path, entry: CocoImage, *, decode: bool) -> tuple[str, str]:
 
 
 def _elsewhere(root: Path, file_name: str) -> str:
-    """Say where else below the folder the file lies, if it does."""
+    """Return a hint if the file is elsewhere below the folder."""
     wanted = os.path.basename(file_name)
     for folder, _, names in itertools.islice(os.walk(root), _FOLDERS_SEARCHED):
         if wanted in names:

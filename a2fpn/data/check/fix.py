@@ -1,4 +1,4 @@
-"""A repaired copy of a COCO file, and a list of everything that differs."""
+"""Repair of a COCO file, with a list of all changes."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class Change:
     Args:
         kind: ``"encoding"``, ``"path"``, ``"id"``, ``"iscrowd"``, ``"mask"``, ``"box"`` or ``"area"``.
         place: The image or annotation.
-        old: What was there.
-        new: What is there now.
-        reason: Why.
+        old: The old value.
+        new: The new value.
+        reason: The reason.
     """
 
     kind: str
@@ -54,7 +54,7 @@ class FixedData:
     """A repaired COCO file.
 
     Args:
-        content: What to write.
+        content: The repaired content.
         changes: In the order of the file: encoding, images, annotations.
     """
 
@@ -63,22 +63,22 @@ class FixedData:
 
 
 def fix_data(annotations: Source, images: str | Path | None = None) -> FixedData:
-    """Repair what has one right answer in a COCO file; what has none stays, for ``check_data`` to name.
+    """Repair unambiguous faults of a COCO file; ambiguous ones are kept and reported by ``check_data``.
 
-    - A byte order mark goes.
-    - Paths of images get slashes, and lead into ``images`` where a single file below it has the name.
-    - Annotations get an id of their own where it is missing, 0 or another's, and ``iscrowd`` becomes 0 or 1.
-    - Masks that can't be read, and unusable parts of others, go.
-    - Boxes that are missing, hold nothing or lie elsewhere than their mask become that of the mask; those that reach
-      over the edge are cut off there.
-    - Areas that are missing, not above 0 or contradict the mask or box are computed.
+    - A byte order mark is removed.
+    - Image paths get slashes, and point into ``images`` if exactly one file below it has the name.
+    - Annotations get a unique id if it is missing, 0 or repeated, and ``iscrowd`` becomes 0 or 1.
+    - Invalid masks, and invalid parts of others, are removed.
+    - Boxes that are missing, without area or differ from their mask are computed from the mask; those that extend over
+      the edge are clipped.
+    - Areas that are missing, not positive or contradict the mask or box are computed.
 
     Args:
-        annotations: The JSON file or its content, which stays as it is.
-        images: The image folder; None leaves all of a path but its backslashes.
+        annotations: The JSON file or its content, which is not modified.
+        images: The image folder; None changes only the backslashes of paths.
 
     Raises:
-        DataError: If it is no COCO file, or the folder is missing.
+        DataError: If it is not a COCO file, or the folder is missing.
 
     Example:
         >>> fixed = fix_data({
@@ -102,7 +102,7 @@ def fix_data(annotations: Source, images: str | Path | None = None) -> FixedData
 
 
 def _tracked_index(raws: Sequence[Any], root: Path | None) -> Iterator[tuple[Any, ImageIndex | None]]:
-    """Yield entries with the index of the folder, which is made only once one can't be found where it says."""
+    """Yield entries with the index of the folder, which is built only when a file is not at its path."""
     index: ImageIndex | None = None
     for raw in raws:
         if root is not None and index is None and not _lies_in(root, raw):
@@ -135,7 +135,7 @@ def _fixed_image(entry: tuple[Any, ImageIndex | None], root: Path | None, change
 
 
 def _found(root: Path, name: str, index: ImageIndex) -> str:
-    """Return where below the folder an image lies; empty if nowhere, or there are several."""
+    """Return an image's path below the folder; empty if there is none, or several."""
     try:
         path: Path | None = image_path(root, name)
     except ImageError:
@@ -164,7 +164,7 @@ class _Fixes:
         self.from_mask = (table.box != table.given_box).any(1) & ~np.isnan(table.box).any(1)
         self.over = over_edge(table)
         box = np.where(self.over[:, None], np.concatenate([table.corners[:, :2], table.inside], axis=1), table.box)
-        cut = dataclasses.replace(table, box=box)  # else the copy would have faults of its own
+        cut = dataclasses.replace(table, box=box)  # otherwise the copy would have new faults
         self.apart = apart(cut)
         self.contradicted = contradicted_areas(cut)
         ids = [raw.get("id") for raw in table.entries]
@@ -172,7 +172,7 @@ class _Fixes:
         self.fresh = itertools.count(1 + max([0, *(int(value) for value in ids if is_whole(value))]))
 
     def apply(self, row: int, raw: Mapping[str, Any]) -> dict[str, Any]:
-        """Return an annotation as it should be."""
+        """Return the repaired annotation."""
         entry = dict(raw)
         name = annotation_name(raw, row)
         place = name.replace("the one", "the annotation") if name.startswith("the one") else f"annotation {name}"

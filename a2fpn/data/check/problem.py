@@ -1,4 +1,4 @@
-"""Problems of annotations, as people see them."""
+"""Problems of annotations, and their conversion to findings."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from a2fpn.data.document import CocoDocument, is_whole
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """The annotations that have one problem.
+    """Annotations with one problem.
 
     Args:
         severity: As in :class:`Finding`.
         code: As in :class:`Finding`.
-        rows: (N,) which annotations.
-        statement: What is the matter, to be followed by "in 3 of 100 annotations".
+        rows: (N,) mask of the annotations.
+        statement: Description, to be followed by "in 3 of 100 annotations".
         advice: As in :class:`Finding`.
-        detail: More about them, to be put behind their ids.
+        detail: Further details, placed after their ids.
     """
 
     severity: Severity
@@ -34,7 +34,7 @@ class Problem:
     detail: str = ""
 
     def finding(self, file: CocoDocument, table: AnnotationTable) -> Finding:
-        """The problem as people see it."""
+        """Convert to a finding."""
         rows = self.rows.nonzero()[0].tolist()
         names = [annotation_name(table.entries[row], row) for row in rows[:SHOWN]]
         images = dict.fromkeys(file.images[index].id for index in table.image[self.rows].tolist() if index >= 0)
@@ -45,7 +45,7 @@ class Problem:
 
 
 def used_categories(file: CocoDocument, table: AnnotationTable) -> frozenset[int]:
-    """Ids of the file's categories that annotations have."""
+    """Ids of the file's categories that occur in annotations."""
     ids = list(file.categories)
     return frozenset(ids[index] for index in set(table.category[table.category >= 0].tolist()))
 
@@ -56,6 +56,6 @@ def names_of(file: CocoDocument) -> dict[int, str]:
 
 
 def annotation_name(raw: Mapping[str, Any], row: int) -> str:
-    """The id of an annotation, or its position where it has none."""
+    """Id of an annotation, or its position if it has none."""
     annotation_id = raw.get("id")
     return str(annotation_id) if is_whole(annotation_id) else f"the one at position {row}"

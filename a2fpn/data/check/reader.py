@@ -12,7 +12,7 @@ from a2fpn.data.document import CocoDocument, CocoImage, EntryFaults, NotCocoErr
 
 
 def read_document(source: Source, track: Track) -> tuple[CocoDocument | None, list[Finding]]:
-    """Read the usable part of a COCO file, and report faults of its images and categories.
+    """Read the valid part of a COCO file, and report faults of its images and categories.
 
     Raises:
         DataError: If there is no such file.
@@ -43,7 +43,7 @@ _NEEDED = {
 
 
 def _entry_findings(name: str, faults: EntryFaults) -> Iterator[Finding]:
-    """Images or categories for which the reader refuses the whole file."""
+    """Report images or categories for which the reader refuses the whole file."""
     kind, bad, twice = faults.kind, faults.bad, faults.repeated
     if bad:
         message = f"{name}: {len(bad)} of {faults.count} entries are no {kind}, at position {few(bad, len(bad))}."

@@ -1,4 +1,4 @@
-"""Result of a check of a data set, as data and as text."""
+"""Report of a data check, as data and as text."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from a2fpn.masks.rle import Rle
 
 Severity = Literal["error", "warning", "note"]
 T = TypeVar("T")
-SHOWN = 5  # offenders that a message names
-PICTURED = 50  # images of a finding that are remembered for pictures
+SHOWN = 5  # offenders listed in a message
+PICTURED = 50  # images of a finding kept for pictures
 _CLASSES_SHOWN = 40
 _WIDTH = 110  # letters in a line
 
@@ -29,22 +29,22 @@ class Track(Protocol):
     """Shows the progress of a loop."""
 
     def __call__(self, items: Iterable[T], description: str, total: int) -> Iterable[T]:
-        """Give the items on, one by one."""
+        """Yield the items."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One kind of problem, with everything that has it.
+    """One kind of problem with all its occurrences.
 
     Args:
-        severity: ``"error"``: data is lost, misread, or can't teach a class. ``"warning"``: probably a mistake;
-            training goes on without what it concerns. ``"note"``: good to know.
+        severity: ``"error"``: data is lost, misread, or useless for a class. ``"warning"``: probably a mistake;
+            training continues without the data concerned. ``"note"``: information.
         code: A stable name, such as ``"box-outside"``.
         message: A sentence with the ids of the first offenders and their number.
-        advice: What to do.
-        count: How many annotations, images or classes it concerns.
-        image_ids: The first images it concerns.
-        fatal: Whether training would be in vain or stop at once: nothing would be learned, or nothing measured.
+        advice: Recommended action.
+        count: Number of annotations, images or classes concerned.
+        image_ids: The first images concerned.
+        fatal: Whether training would be useless or stop at once: nothing to learn from, or nothing to evaluate.
 
     Example:
         >>> print(Finding("note", "example", "An example in 1 of 3 images: 7.", "Nothing to do.", 1))
@@ -77,7 +77,7 @@ class ClassCount:
         category: Id and name.
         objects: Objects, without crowds.
         images: Images with such objects.
-        crowds: Crowds, which teach nothing.
+        crowds: Crowds, which are ignored in training.
         median_size: Median of the square root of the boxes' areas in pixels of the files; None without objects.
         median_resized: The same in pixels of the network's input; None without objects or resize rule.
     """
@@ -92,17 +92,17 @@ class ClassCount:
 
 @dataclass(frozen=True, eq=False)
 class AnnotatedImage:
-    """An image with its annotations, as far as they can be drawn.
+    """An image with its drawable annotations.
 
     Args:
         image_id: As in the file.
         file_name: Path relative to the image folder.
-        size: Height and width that the annotations say, pixels.
+        size: Height and width in the annotations, pixels.
         boxes: (K, 4) float32, xyxy.
         labels: (K,) int64, indices into the report's classes.
         crowds: (K,) bool.
-        rles: A mask per object, empty where it can't be read; None if the file has no masks.
-        codes: Of the findings that name the image.
+        rles: A mask per object, empty if invalid; None if the file has no masks.
+        codes: Codes of the findings that concern the image.
     """
 
     image_id: int
@@ -121,9 +121,9 @@ class DataReport:
 
     Args:
         name: The annotation file.
-        images: Images that it lists.
-        annotations: Annotations that it lists.
-        opened: Image files that were opened.
+        images: Number of images in it.
+        annotations: Number of annotations in it.
+        opened: Number of image files opened.
         classes: One entry per category, sorted by id.
         findings: Errors first, then warnings, then notes.
         examples: Images to draw, those with findings first.
@@ -149,11 +149,11 @@ class DataReport:
 
     @property
     def fatal(self) -> tuple[Finding, ...]:
-        """Errors that leave nothing to learn or to measure."""
+        """Errors that leave nothing to learn from or to evaluate."""
         return tuple(finding for finding in self.findings if finding.fatal)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON-able built-ins, without ``examples``."""
+        """Return JSON-serializable built-ins, without ``examples``."""
         counts = {"images": self.images, "annotations": self.annotations, "opened": self.opened}
         classes = [
             {"id": count.category.id, "name": count.category.name}
@@ -179,7 +179,7 @@ class DataReport:
         return tuple(finding for finding in self.findings if finding.severity == severity)
 
     def _class_table(self) -> str:
-        """One line per class, the most frequent first; of very many the first and the last."""
+        """Format one line per class, the most frequent first; with very many only the first and the last."""
         ranked = sorted(self.classes, key=lambda count: -count.objects)
         rows = [["class", "objects", "images", "crowds", "median px", "resized px"]]
         for count in ranked:
@@ -197,7 +197,7 @@ class DataReport:
 
 
 def few(names: Iterable[object], count: int) -> str:
-    """The first of ``count`` names and how many more there are.
+    """Format the first of ``count`` names and the number of the others.
 
     Example:
         >>> few([7, 8], 2), few(range(1200), 1200)

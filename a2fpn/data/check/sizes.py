@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from a2fpn.data.check.report import Finding, Severity
 
 Sides = NDArray[np.float64]
-_COVERED = 0.5  # IoU from which an anchor's shape is taken to fit an object
-_GAIN = 0.1  # share of the objects that other anchors must fit in addition to be worth a word
-_MEASURED = 20_000  # objects that anchors are compared with
+_COVERED = 0.5  # minimum IoU of an anchor's shape that fits an object
+_GAIN = 0.1  # minimum additional share of objects that other anchors must fit to be suggested
+_MEASURED = 20_000  # maximum number of objects compared with anchors
 _SMALL, _LARGE = 16.0, 256.0  # pixels of the network's input
 
 
@@ -51,7 +51,7 @@ def size_findings(
         for factor in (0.25, 0.5, 1, 2)
     ]
     shares = [covered(shown, *option) for option in options]
-    # More ratios are more work: they must fit more than the best sizes alone do.
+    # More ratios cost more: they must fit clearly more than the best sizes alone.
     best = int(np.argmax(shares[:4]))
     best = int(np.argmax(shares)) if max(shares) > shares[best] + _GAIN else best
     message = f"The model's anchors have about the shape of {now:.0%} of the objects (IoU {_COVERED} or more)."
@@ -65,7 +65,7 @@ def size_findings(
 
 
 def covered(sides: Sides, sizes: Sequence[Sequence[float]], ratios: Sequence[float], *, iou: float = _COVERED) -> float:
-    """Share of boxes, (K, 2), that some anchor put on their center has an IoU of ``iou`` or more with."""
+    """Share of boxes, (K, 2), for which a concentric anchor has an IoU of at least ``iou``."""
     best = np.zeros(len(sides))
     for size, ratio in itertools.product(itertools.chain.from_iterable(sizes), ratios):
         anchor = np.array([size / ratio**0.5, size * ratio**0.5])
@@ -75,5 +75,5 @@ def covered(sides: Sides, sizes: Sequence[Sequence[float]], ratios: Sequence[flo
 
 
 def median_size(sides: Sides) -> float | None:
-    """The median size of boxes (K, 2); None without boxes."""
+    """Median size of boxes (K, 2); None without boxes."""
     return float(np.median(np.sqrt(sides.prod(1)))) if len(sides) else None

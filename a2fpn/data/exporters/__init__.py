@@ -1,4 +1,4 @@
-"""Labeled images into other formats; one file a format."""
+"""Exporters of labeled images to other formats, one module per format."""
 
 from a2fpn.data.exporters import (  # noqa: F401  # each registers its format
     cvat,

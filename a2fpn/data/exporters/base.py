@@ -1,4 +1,4 @@
-"""Common parts of the exporters: the registry, places of images, losses."""
+"""Common parts of the exporters: registry, placement of images, losses."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from a2fpn.data.labeled import CategoryInfo, LabeledImage, LabeledObject, LossLo
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """Choices of an export.
+    """Options of an export.
 
     Args:
-        images: Whether images are linked or copied; None leaves them where they are, as far as the format can.
-        splits: Whether splits become folders; off where everything is one set, such as predictions.
+        images: Whether images are linked or copied; None leaves them in place if the format allows it.
+        splits: Whether splits become folders; False for a single set, such as predictions.
     """
 
     images: Placing | None = "link"
@@ -32,13 +32,13 @@ class ExportOptions:
 
 
 class Exporter(ABC):
-    """Writes one format; a new one is a subclass with ``@register_exporter``.
+    """Base of the exporters; a new format is a subclass with ``@register_exporter``.
 
     Args:
         output: The folder.
         categories: All classes, in their order.
-        log: Where losses are noted.
-        options: Choices.
+        log: Log of losses.
+        options: The options.
     """
 
     name = ""
@@ -55,10 +55,10 @@ class Exporter(ABC):
 
     @abstractmethod
     def write(self, image: LabeledImage) -> None:
-        """Write an image with its objects; what the format can't hold goes to the log."""
+        """Write an image with its objects; losses are logged."""
 
     def close(self) -> None:
-        """Write what belongs to all images; ``categories.json`` keeps ids for the way back."""
+        """Write files shared by all images; ``categories.json`` preserves ids for a later import."""
         entries = [
             category.to_coco(number if category.id is None else category.id)
             for number, category in enumerate(self.categories, 1)
@@ -66,11 +66,11 @@ class Exporter(ABC):
         self.save(self.output / CATEGORIES_FILE, json.dumps(entries, indent=1, ensure_ascii=False) + "\n")
 
     def split_of(self, image: LabeledImage) -> str:
-        """The folder of an image's split; empty if there are none."""
+        """Folder of an image's split; empty without splits."""
         return (image.split or "train") if self.options.splits else ""
 
     def place(self, image: LabeledImage, *folders: str) -> Path:
-        """Put the image file below a folder of the output, under its name; return where it is, or would be."""
+        """Place the image file below a folder of the output, under its name; return its actual or potential path."""
         target = self.output.joinpath(*filter(None, folders), image.name)
         if image.path is not None and self.options.images is not None:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -79,23 +79,23 @@ class Exporter(ABC):
 
     @staticmethod
     def save(path: Path, text: str) -> None:
-        """Write text, with the folders it needs."""
+        """Write text, creating folders."""
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
 
     def lose(self, kind: str, image: LabeledImage, labeled: LabeledObject, detail: str) -> None:
-        """Note that an object, or something of it, is lost."""
+        """Log the loss of an object, or of a part of it."""
         self.log.add(kind, image.name, f"{labeled.category}: {detail}", place=labeled.line)
 
     def paint(self, image: LabeledImage, objects: Sequence[tuple[int, LabeledObject]]) -> NDArray[np.int32]:
-        """Paint objects as numbers into one picture, small ones over large ones; what is covered goes to the log.
+        """Paint objects as numbers into one label image, small ones on top; occlusions are logged.
 
         Args:
-            image: Its size counts.
-            objects: With their numbers, 1 or more.
+            image: The image, for its size.
+            objects: Objects with their numbers, 1 or more.
 
         Returns:
-            (H, W); 0 where nothing is.
+            (H, W); 0 is background.
         """
         canvas = np.zeros((image.height, image.width), dtype=np.int32)
         windows = [
@@ -144,19 +144,19 @@ def export_images(
     """Write labeled images in a format.
 
     Args:
-        images: One by one.
-        output: The folder; made if need be.
+        images: The images.
+        output: The folder; created if necessary.
         format: One of the registered formats.
         categories: All classes, in their order.
-        options: Choices.
-        log: Where losses are noted; by default a new one.
-        overwrite: Whether the folder may hold something.
+        options: The options.
+        log: Log of losses; by default a new one.
+        overwrite: Whether the folder may be non-empty.
 
     Returns:
         The log.
 
     Raises:
-        DataError: If the folder holds something and may not.
+        DataError: If the folder is not empty and ``overwrite`` is off.
     """
     output = Path(output)
     check_output(output, overwrite=overwrite)

@@ -1,4 +1,4 @@
-"""Data sets of any format that is read into any that is written."""
+"""Conversion of data sets from any importable to any exportable format."""
 
 from __future__ import annotations
 
@@ -37,25 +37,25 @@ def convert_data(
 
     Args:
         source: The data set's folder, or a file of it.
-        output: The folder to write; ``categories.json`` in it keeps ids for the way back.
+        output: The folder to write; its ``categories.json`` preserves ids for a later import.
         to: The format to write: one of ``EXPORTERS``.
-        format: The source's; ``"auto"`` looks at the folder.
+        format: Format of the source; ``"auto"`` detects it.
         images: Whether images are linked or copied.
         categories: The classes in their order, or a file with them; by default those of the source.
-        category: The class of objects in formats that hold masks and no classes; by default the only class there is.
+        category: The class of objects in formats with masks but no classes; by default the only class.
         strict: Whether the first loss is an error.
-        overwrite: Whether the output may hold something.
+        overwrite: Whether the output may be non-empty.
         track: Called as ``track(items, description, total)`` around long loops.
 
     Returns:
-        What was read, written and lost.
+        Report of everything read, written and lost.
 
     Raises:
         DataError: If the source can't be read, or, if ``strict``, for the first loss.
     """
     source, output = Path(source), Path(output)
     track = track or _untracked
-    EXPORTERS[to]  # an unknown name is an error before anything is read
+    EXPORTERS[to]  # raises for an unknown name before anything is read
     if output.resolve().is_relative_to(Folder.of(source).root.resolve()):
         raise DataError(f"the output {output} lies in the source {source}; choose a folder outside it.")
     log = LossLog(strict=strict)
@@ -85,7 +85,7 @@ def convert_data(
 
 
 def _counts(images: Sequence[LabeledImage]) -> dict[str, SplitCount]:
-    """Count what was read of each split, before the format's own losses."""
+    """Count the images and objects of each split, before the format's own losses."""
     counts = {}
     for split in dict.fromkeys(image.split or "train" for image in images):
         members = [image for image in images if (image.split or "train") == split]

@@ -110,7 +110,7 @@ def _label(category: CategoryInfo) -> str:
 
 
 def _n(value: float) -> str:
-    """A number as short as it can be without changing it by more than a ten-thousandth."""
+    """Format a number briefly, to a ten-thousandth."""
     return f"{value:.4f}".rstrip("0").rstrip(".")
 
 

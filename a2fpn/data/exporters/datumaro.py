@@ -1,4 +1,4 @@
-"""Datumaro: one JSON file a subset."""
+"""Datumaro: one JSON file per subset."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from a2fpn.data.labeled import CategoryInfo, LabeledImage, LabeledObject, LossLo
 
 @register_exporter("datumaro")
 class DatumaroExporter(Exporter):
-    """Writes boxes, polygons, masks and points; what belongs to one object shares a group."""
+    """Writes boxes, polygons, masks and points; parts of one object share a group."""
 
     def __init__(
         self, output: Path, categories: Sequence[CategoryInfo], log: LossLog, options: ExportOptions | None = None

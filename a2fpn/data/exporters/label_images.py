@@ -8,12 +8,12 @@ from PIL import Image
 from a2fpn.data.exporters.base import Exporter, register_exporter
 from a2fpn.data.labeled import LabeledImage, folder_name
 
-_MOST = 65_535  # objects that 16 bits number
+_MOST = 65_535  # maximum number of objects in 16 bits
 
 
 @register_exporter("labels")
 class LabelImageExporter(Exporter):
-    """Writes a 16-bit PNG an image, or a 32-bit TIFF for more than 65,535 objects; several classes in folders."""
+    """Writes a 16-bit PNG per image, or a 32-bit TIFF for more than 65,535 objects; several classes in folders."""
 
     def write(self, image: LabeledImage) -> None:
         """See :meth:`Exporter.write`."""
@@ -31,7 +31,7 @@ class LabelImageExporter(Exporter):
             else:
                 by_class.setdefault(labeled.category, []).append(position)
         if not by_class:
-            by_class[""] = []  # a background, which without a label image would be an image not looked at
+            by_class[""] = []  # a background, which without a label image would count as unlabeled
         for category, positions in by_class.items():
             labels = self.paint(image, [(n, image.objects[position]) for n, position in enumerate(positions, 1)])
             folder = folder_name(category) if several and category else ""

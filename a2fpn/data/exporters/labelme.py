@@ -1,4 +1,4 @@
-"""labelme: a JSON file beside each image."""
+"""labelme: a JSON file next to each image."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from a2fpn.data.exporters.base import Exporter, register_exporter
 from a2fpn.data.exporters.rings import window_of
 from a2fpn.data.labeled import LabeledImage, LabeledObject
 
-_VERSION = "5.5.0"  # the first whose file format has masks and descriptions
+_VERSION = "5.5.0"  # the first version whose format has masks and descriptions
 
 
 @register_exporter("labelme")

@@ -1,4 +1,4 @@
-"""One mask file an object: the layout of the 2018 Data Science Bowl."""
+"""One mask file per object: the layout of the 2018 Data Science Bowl."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from a2fpn.data.labeled import LabeledImage, folder_name
 
 @register_exporter("mask_files")
 class MaskFileExporter(Exporter):
-    """Writes a folder an image with ``images/`` and ``masks/``; a folder each below masks for several classes."""
+    """Writes a folder per image with ``images/`` and ``masks/``; several classes become folders below ``masks/``."""
 
     def write(self, image: LabeledImage) -> None:
         """See :meth:`Exporter.write`."""
         name = Path(image.name)
         unit = self.output.joinpath(self.split_of(image), name.parent, name.stem)
-        if unit.exists():  # another image of the same stem
+        if unit.exists():  # another image with the same stem
             unit = unit.with_name(name.name)
         (unit / "images").mkdir(parents=True)
         (unit / "masks").mkdir()

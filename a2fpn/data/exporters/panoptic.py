@@ -1,4 +1,4 @@
-"""COCO panoptic: a JSON file of segments and a folder of maps a split."""
+"""COCO panoptic: a JSON file of segments and a folder of maps per split."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from a2fpn.data.labeled import CategoryInfo, LabeledImage, LossLog
 
 @register_exporter("panoptic")
 class PanopticExporter(Exporter):
-    """Writes masks as far as they don't overlap; boxes without masks are lost."""
+    """Writes masks without their overlaps; boxes without masks are lost."""
 
     def __init__(
         self, output: Path, categories: Sequence[CategoryInfo], log: LossLog, options: ExportOptions | None = None

@@ -1,4 +1,4 @@
-"""Masks as polygons for formats that have nothing else: exact, with holes, in one ring if need be."""
+"""Exact conversion of masks to polygons, with holes, as one ring if necessary."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Ring = NDArray[np.float64]
 
 
 def trace(window: NDArray[np.uint8]) -> list[Ring]:
-    """Trace the edges of pixels around a mask.
+    """Trace the pixel edges around a mask.
 
-    Filled by the even-odd rule the rings give back the same pixels; holes are rings among the others.
+    Filled by the even-odd rule, the rings reproduce the same pixels; holes are rings like the others.
 
     Args:
         window: (h, w) in {0, 1}.
@@ -32,7 +32,7 @@ def trace(window: NDArray[np.uint8]) -> list[Ring]:
     """
     mask = np.pad(window.astype(np.int8), 1)
     corners = mask[:-1, :-1] ^ mask[:-1, 1:] ^ mask[1:, :-1] ^ mask[1:, 1:]
-    # Where two pixels touch at a corner alone, two rings pass.
+    # Corners at which two pixels touch diagonally belong to two rings.
     crossings = (mask[:-1, :-1] == mask[1:, 1:]) & (mask[:-1, 1:] == mask[1:, :-1]) & (mask[:-1, :-1] != mask[1:, :-1])
     rows, columns = np.nonzero(corners + 2 * crossings.astype(np.int8))
     twice = 1 + crossings[rows, columns]
@@ -55,7 +55,7 @@ def trace(window: NDArray[np.uint8]) -> list[Ring]:
 
 
 def _partners(order: NDArray[np.int64]) -> list[int]:
-    """Of corners in the order in which a line meets them, each second joined to the one before."""
+    """Pair consecutive corners in the order along a line, each with its partner."""
     partners = np.empty(len(order), dtype=np.int64)
     partners[order[::2]], partners[order[1::2]] = order[1::2], order[::2]
     result: list[int] = partners.tolist()
@@ -66,9 +66,9 @@ def to_rings(segmentation: Segmentation, height: int, width: int) -> tuple[list[
     """Return the outlines of an object.
 
     Args:
-        segmentation: Of the object.
-        height: Of the image, pixels.
-        width: Likewise.
+        segmentation: Segmentation of the object.
+        height: Height of the image, pixels.
+        width: Width of the image, pixels.
 
     Returns:
         Rings (K, 2), and whether the even-odd rule is needed because holes are among them.
@@ -82,13 +82,13 @@ def to_rings(segmentation: Segmentation, height: int, width: int) -> tuple[list[
 
 
 def to_one_ring(segmentation: Segmentation, height: int, width: int) -> Ring | None:
-    """Return an object as one ring, its parts and holes joined by bridges without width.
+    """Return an object as one ring, its parts and holes joined by zero-width bridges.
 
-    The even-odd rule gives back the same pixels, since each bridge is passed twice. Parts that overlap, which that
-    rule would leave out, are traced anew from the pixels.
+    The even-odd rule reproduces the same pixels, since each bridge is traversed twice. Overlapping parts, which the
+    rule would exclude, are retraced from the pixels.
 
     Returns:
-        (K, 2) x, y; None for an object without a pixel.
+        (K, 2) x, y; None for an object without pixels.
     """
     rings, _ = to_rings(segmentation, height, width)
     ring = bridge(rings)
@@ -114,7 +114,7 @@ def bridge(rings: Sequence[Ring]) -> Ring:
 
 
 def rle_of(segmentation: Segmentation, height: int, width: int) -> Rle:
-    """Return an object's run lengths."""
+    """Return an object's RLE."""
     mask = parse_segmentation(segmentation, height, width)
     return mask.to_rle() if isinstance(mask, Polygons) else mask
 
@@ -122,5 +122,5 @@ def rle_of(segmentation: Segmentation, height: int, width: int) -> Rle:
 def window_of(
     segmentation: Segmentation, height: int, width: int
 ) -> tuple[NDArray[np.uint8], tuple[int, int, int, int]]:
-    """Return an object's pixels in the smallest window, and its left, top, right and bottom."""
+    """Return an object's pixels in its tight window, and the window's left, top, right and bottom."""
     return decode_window(rle_of(segmentation, height, width))

@@ -1,4 +1,4 @@
-"""Pascal VOC: an XML file an image; masks as pictures in ``SegmentationObject`` and ``SegmentationClass``."""
+"""Pascal VOC: an XML file per image; masks as pictures in ``SegmentationObject`` and ``SegmentationClass``."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from a2fpn.data.exporters.base import Exporter, ExportOptions, register_exporter
 from a2fpn.data.exporters.rings import rle_of
 from a2fpn.data.labeled import Box, CategoryInfo, LabeledImage, LabeledObject, LossLog
 
-_MOST = 254  # objects that 8 bits number; 255 is the void
+_MOST = 254  # maximum number of objects in 8 bits; 255 is void
 
 
 @register_exporter("voc")
 class VocExporter(Exporter):
-    """Writes boxes, and masks as far as they don't overlap and are not more than 254 in an image."""
+    """Writes boxes, and up to 254 masks per image without their overlaps."""
 
     def __init__(
         self, output: Path, categories: Sequence[CategoryInfo], log: LossLog, options: ExportOptions | None = None
@@ -82,7 +82,7 @@ def _box(labeled: LabeledObject, image: LabeledImage) -> Box:
 
 
 def _palette() -> list[int]:
-    """The colors of VOC's development kit: bits of the number spread over red, green and blue."""
+    """Palette of VOC's development kit: bits of the number distributed over red, green and blue."""
     palette = []
     for number in range(256):
         color = [0, 0, 0]

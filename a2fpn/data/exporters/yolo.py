@@ -1,4 +1,4 @@
-"""YOLO: boxes, polygons or keypoints as shares of the image's sides, and ``data.yaml``."""
+"""YOLO: boxes, polygons or keypoints in normalized coordinates, and ``data.yaml``."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from a2fpn.data.exporters.base import Exporter, ExportOptions, register_exporter
 from a2fpn.data.exporters.rings import to_one_ring
 from a2fpn.data.labeled import CategoryInfo, LabeledImage, LabeledObject, LossLog
 
-_DIGITS = 8  # of shares: a thousandth of a pixel in images of 100,000 pixels
+_DIGITS = 8  # of normalized coordinates: a thousandth of a pixel on a side of 100,000 pixels
 
 
 @register_exporter("yolo")
 class YoloExporter(Exporter):
-    """Writes polygons for objects with masks, keypoints where classes have them, else boxes.
+    """Writes polygons for objects with masks, keypoints for classes with keypoints, else boxes.
 
-    Parts and holes of an object are joined into one polygon by bridges without width. There are no crowds.
+    Parts and holes of an object are joined into one polygon by zero-width bridges. There are no crowds.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class YoloExporter(Exporter):
 
 
 def _center(labeled: LabeledObject, sides: np.ndarray, image: LabeledImage) -> np.ndarray:
-    """Center and size as shares of the image's sides."""
+    """Normalized center and size."""
     if labeled.bbox is not None:
         box = np.array(labeled.bbox)
     else:

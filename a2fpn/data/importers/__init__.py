@@ -1,4 +1,4 @@
-"""Data sets of other formats into COCO folders; one file a format."""
+"""Importers of other formats to COCO folders, one module per format."""
 
 from a2fpn.data.importers import (  # noqa: F401  # each registers its format
     coco,

@@ -1,4 +1,4 @@
-"""Annotations as JSON text: box, area and mask of an object as the reader wants them."""
+"""Annotations as JSON text: box, area and mask of an object as required by the reader."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def encode(value: object) -> str:
 
 
 def measure(labeled: LabeledObject, height: int, width: int) -> tuple[Box, float]:
-    """The box and the area of an object, as the reader wants them.
+    """Compute the box and the area of an object, as required by the reader.
 
     Raises:
-        ValueError: If the reader would leave the object out.
+        ValueError: If the reader would drop the object.
     """
     segmentation = labeled.segmentation
     if isinstance(segmentation, list):
@@ -32,7 +32,7 @@ def measure(labeled: LabeledObject, height: int, width: int) -> tuple[Box, float
         if not segmentation:
             raise ValueError("it has no polygon")
         extent, area = polygon_box(segmentation), polygon_area(segmentation)
-        # NaN and infinity reach the area, whatever the smallest and the largest number are.
+        # NaN and infinity propagate to the area, even if they escape the minimum and maximum.
         reach = max(-extent[0], -extent[1], extent[0] + extent[2], extent[1] + extent[3])
         if not (reach < COORDINATE_LIMIT and math.isfinite(area)):
             raise ValueError("a polygon has a coordinate that is no pixel position")
@@ -64,7 +64,7 @@ def measure(labeled: LabeledObject, height: int, width: int) -> tuple[Box, float
 
 
 def _given_box(labeled: LabeledObject) -> Box | None:
-    """The box that the source gives, if it holds anything."""
+    """Box given by the source, if it has an area."""
     return labeled.bbox if labeled.bbox and min(labeled.bbox[2:]) >= LEAST_SIDE else None
 
 
@@ -73,12 +73,12 @@ def _rounded(box: Box) -> list[float]:
 
 
 def without_unusable(labeled: LabeledObject, height: int, width: int) -> LabeledObject | None:
-    """An object without the parts of its mask that can't be used, or without the mask; None if that leaves nothing.
+    """Return an object without the invalid parts of its mask, or without the mask; None if nothing is left.
 
     Args:
         labeled: An object that :func:`measure` refuses.
-        height: Of the image, pixels.
-        width: Likewise.
+        height: Height of the image, pixels.
+        width: Width of the image, pixels.
     """
     if labeled.segmentation is None:
         return None
@@ -87,19 +87,19 @@ def without_unusable(labeled: LabeledObject, height: int, width: int) -> Labeled
         return None if labeled.bbox is None else replace(labeled, segmentation=None)
     mask = found[0]
     if not found.fragments or not isinstance(mask, Polygons):
-        return None  # it is something else
+        return None  # the fault is not in the mask
     return replace(labeled, segmentation=[points.reshape(-1).tolist() for points in mask.points])
 
 
 def with_keypoints(text: str, length: int) -> str:
-    """An annotation with as many keypoints as its class has by now; names came one after the other."""
+    """Pad the keypoints of an annotation to the number of its class, which grows while names are discovered."""
     record = orjson.loads("{" + text)
     missing = length - len(record["keypoints"])
     return encode(record | {"keypoints": record["keypoints"] + [0] * missing})[1:] if missing > 0 else text
 
 
 def with_box_mask(text: str) -> str:
-    """An annotation with its box as its mask."""
+    """Set the mask of an annotation to its box."""
     record = orjson.loads("{" + text)
     x, y, w, h = record["bbox"]
     return encode(record | {"segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]]})[1:]

@@ -1,4 +1,4 @@
-"""Common parts of the importers: the registry, the folder, options."""
+"""Common parts of the importers: registry, folder and options."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from a2fpn.errors import DataError
 
 @dataclass(frozen=True)
 class ImportOptions:
-    """Choices of an import that formats leave open.
+    """Options of an import that formats leave open.
 
     Args:
-        categories: The classes in their order, where the source doesn't list them or under other ids.
-        unlabeled: Whether images without labels are backgrounds (``"keep"``) or not looked at yet (``"skip"``);
-            ``"auto"`` keeps them for YOLO, where that is the rule, and skips them elsewhere.
-        category: The class of objects in formats that hold masks and no classes; empty takes the only class that is
-            listed, or "object".
+        categories: The classes in their order, if the source doesn't list them or has other ids.
+        unlabeled: Whether images without labels are backgrounds (``"keep"``) or not annotated yet (``"skip"``);
+            ``"auto"`` keeps them for YOLO, whose convention it is, and skips them for other formats.
+        category: The class of objects in formats with masks but no classes; empty for the only listed class, or
+            "object".
     """
 
     categories: tuple[CategoryInfo, ...] = ()
@@ -34,16 +34,16 @@ class ImportOptions:
 
 
 class Importer(ABC):
-    """Reads one format; a new one is a subclass with ``@register_importer``.
+    """Base of the importers; a new format is a subclass with ``@register_importer``.
 
     Args:
         folder: The data set.
-        log: Where losses are noted.
-        options: Choices.
+        log: Log of losses.
+        options: The options.
 
     Attributes:
-        categories: The classes that the source lists, in their order; complete when all is read.
-        total: Images to come, for progress.
+        categories: The classes listed by the source, in their order; complete when everything is read.
+        total: Number of images to read, for progress.
     """
 
     name = ""
@@ -62,24 +62,24 @@ class Importer(ABC):
     @classmethod
     @abstractmethod
     def detect(cls, folder: Folder) -> str:
-        """Return the sign by which a folder is of this format; empty if it isn't."""
+        """Return the evidence that a folder has this format; empty if it doesn't."""
 
     @abstractmethod
     def read(self) -> Iterator[LabeledImage]:
-        """Yield the images one by one; what can't be used goes to the log.
+        """Yield the images; losses are logged.
 
         Raises:
-            DataError: If the source as a whole can't be used.
+            DataError: If the whole source is invalid.
         """
 
     @cached_property
     def images(self) -> ImageIndex:
-        """The image files of the folder."""
+        """Image files of the folder."""
         return ImageIndex(self.root)
 
     @cached_property
     def image_ids(self) -> Mapping[str, int]:
-        """Ids of images by name, as a conversion left them."""
+        """Ids of images by name, as stored by a conversion."""
         path = self.folder.root / IDS_FILE
         data = read_json(path) if path.is_file() else {}
         if not isinstance(data, Mapping) or not all(type(value) is int for value in data.values()):
@@ -87,23 +87,23 @@ class Importer(ABC):
         return data
 
     def class_of(self, folder: str) -> str:
-        """Return the class that a folder of masks stands for; the default for an empty name."""
+        """Return the class of a folder of masks; the default for an empty name."""
         if folder:
             return next((info.name for info in self.categories if folder_name(info.name) == folder), folder)
         only = self.categories[0].name if len(self.categories) == 1 else "object"
         return self.options.category or only
 
     def declare(self, names: Sequence[str]) -> None:
-        """Add classes that the source lists."""
+        """Add classes listed by the source."""
         known = {category.name for category in self.categories}
         self.categories += [CategoryInfo(name) for name in dict.fromkeys(names) if name not in known]
 
     def keypoint_names(self, category: str) -> tuple[str, ...]:
-        """Names of the keypoints of a class, if they are known."""
+        """Names of the keypoints of a class, if known."""
         return next((known.keypoints for known in self.categories if known.name == category), ())
 
     def declare_keypoints(self, category: str, names: Sequence[str]) -> None:
-        """Say which keypoints a class has."""
+        """Set the keypoints of a class."""
         self.declare([category])
         self.categories = [
             CategoryInfo(c.name, c.id, c.supercategory, tuple(names), c.skeleton) if c.name == category else c
@@ -121,19 +121,19 @@ class Importer(ABC):
         own_file: bool = False,
         remark: str = "",
     ) -> tuple[int, int] | None:
-        """Take an image for the labels of a file, once; why it can't be taken goes to the log.
+        """Assign an image to the labels of a file, only once; failures are logged.
 
         Args:
             file: The image; None if it was not found.
-            used: The images that were taken; it is added.
+            used: The images already assigned, to which it is added.
             path: The file with its labels.
-            named: How that names it.
-            place: Where.
-            own_file: Whether every image has a label file of its own.
-            remark: Added where it was not found.
+            named: The image's name in that file.
+            place: Position in that file.
+            own_file: Whether every image has its own label file.
+            remark: Text added to the message if it was not found.
 
         Returns:
-            Height and width; None if it can't be taken.
+            Height and width; None on failure.
         """
         if file is None:
             self.log.add("missing-image", path, f"its image {named!r} is not there{remark}; left out", place=place)
@@ -152,18 +152,18 @@ class Importer(ABC):
     def agreed_size(
         self, said: tuple[Any, Any], size: tuple[int, int], path: Path, *, name: str, place: str = ""
     ) -> tuple[int, int] | None:
-        """Compare the size that labels state with the image's.
+        """Compare the size stated by labels with the image's.
 
         Args:
-            said: Height and width; anything else than whole numbers above 0 states nothing.
-            size: The image's, as shown.
+            said: Height and width; ignored unless they are positive integers.
+            size: Size of the image, as displayed.
             path: The file with the labels.
-            name: The image's.
-            place: Where.
+            name: Name of the image.
+            place: Position in the file.
 
         Returns:
-            The size on which the labels were drawn: the image's, or that of its stored pixels where a tag turns them;
-            None, and a line in the log, if it is neither.
+            The size to which the labels refer: the image's, or that of its stored pixels if an EXIF tag rotates them;
+            None, with a logged loss, if it is neither.
         """
         if said == size or not all(isinstance(side, int) and side > 0 for side in said):
             return size
@@ -174,12 +174,12 @@ class Importer(ABC):
         return None
 
     def unlabeled(self, used: set[Path], *, keep: bool = False, under: Path | None = None) -> Iterator[LabeledImage]:
-        """Yield the images that no label file belongs to, or count them.
+        """Yield images without labels, or count them.
 
         Args:
-            used: Those that have labels.
-            keep: What ``"auto"`` means here.
-            under: The folder that images lie in; None for the root.
+            used: Images with labels.
+            keep: Meaning of ``"auto"`` for this format.
+            under: Folder of the images; None for the root.
         """
         rest = [path for path in self.images.files if path not in used and (under is None or under in path.parents)]
         if not rest:
@@ -196,10 +196,10 @@ class Importer(ABC):
 
 
 class JsonImporter(Importer):
-    """Reads JSON files of which each holds the labels of many images.
+    """Base of importers of JSON files with the labels of many images.
 
     Attributes:
-        sign: What such a file holds, for messages.
+        sign: Content of such a file, for messages.
         paths: The files.
     """
 
@@ -215,7 +215,7 @@ class JsonImporter(Importer):
     @classmethod
     @abstractmethod
     def owns(cls, folder: Folder, path: Path) -> bool:
-        """Return whether a file of the folder is of this format."""
+        """Return whether a file of the folder has this format."""
 
     @classmethod
     def detect(cls, folder: Folder) -> str:
@@ -238,13 +238,13 @@ def register_importer(name: str) -> Callable[[type[Importer]], type[Importer]]:
 
 
 def detect(path: str | Path | Folder) -> str:
-    """Return the format of a data set.
+    """Detect the format of a data set.
 
     Args:
         path: Its folder, or a file of it such as ``data.yaml``.
 
     Raises:
-        DataError: If it is none of the known ones, or could be several.
+        DataError: If it is unknown or ambiguous.
     """
     folder = path if isinstance(path, Folder) else Folder.of(path)
     path = folder.file or folder.root
@@ -263,7 +263,7 @@ def detect(path: str | Path | Folder) -> str:
 
 
 def read_categories(path: str | Path) -> list[CategoryInfo]:
-    """Read classes from a ``categories.json``, a COCO file, or a text file with one name a line.
+    """Read classes from a ``categories.json``, a COCO file, or a text file with one name per line.
 
     Raises:
         DataError: If it is none of them.

@@ -1,4 +1,4 @@
-"""COCO itself, in the folders that others make: Roboflow's, FiftyOne's, or one file with all splits' images."""
+"""COCO in other folder layouts: Roboflow's, FiftyOne's, or one file with the images of all splits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SIGNS = (
     (b'"categories"', b'"supercategory"'),
     (b'"categories"', b'"images"'),
 )
-"""Keys that show a file to be COCO's, if they are both in its head."""
+"""Keys that identify a COCO file if both are in its head."""
 
 
 @register_importer("coco")
@@ -31,7 +31,7 @@ class CocoImporter(JsonImporter):
 
     @classmethod
     def owns(cls, folder: Folder, path: Path) -> bool:
-        """See :meth:`JsonImporter.owns`; a file's lists may come in any order, the first longer than what is read."""
+        """See :meth:`JsonImporter.owns`; lists may be in any order, and the first may exceed the part that is read."""
         head = folder.head(path)
         if b'"segments_info"' in head or b'"shapes"' in head or b'"items"' in head:
             return False
@@ -138,7 +138,7 @@ def _object(raw: Any, infos: Mapping[int, CategoryInfo], place: str) -> LabeledO
 
 
 def is_panoptic(path: Path) -> bool:
-    """Return whether segments stand anywhere in the file."""
+    """Return whether the file has segments anywhere."""
     tail = b""
     with path.open("rb") as file:
         while block := file.read(1 << 20):

@@ -1,7 +1,7 @@
 """CVAT for images 1.1: one XML file with all images, shapes in pixels.
 
-Shapes of one ``group_id`` and label are one object, as in CVAT's own COCO export; skeletons become keypoints. Runs of
-a mask go along the rows of its window and begin with background (CVAT's format description).
+Shapes of one ``group_id`` and label are one object, as in CVAT's own COCO export; skeletons become keypoints. The runs
+of a mask are row-major in its window and start with background (CVAT's format description).
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ def _number(node: ET.Element, key: str) -> float:
 
 
 def _points(text: str, least: int = 3) -> list[float]:
-    """Numbers of ``x,y;x,y;...``."""
+    """Parse ``x,y;x,y;...``."""
     try:
         points = [float(value) for pair in text.split(";") for value in pair.split(",")]
     except ValueError:
@@ -177,7 +177,7 @@ def _points(text: str, least: int = 3) -> list[float]:
 
 
 def _turned(points: np.ndarray, degrees: float, center: tuple[float, float] | None = None) -> list[float]:
-    """Points turned clockwise around their center, as CVAT does."""
+    """Rotate points clockwise around their center, as in CVAT."""
     angle = math.radians(degrees)
     middle = points.mean(0) if center is None else np.array(center)
     turn = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])

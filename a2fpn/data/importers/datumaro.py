@@ -1,4 +1,4 @@
-"""Datumaro: one JSON file a subset in ``annotations/``, images in ``images/``.
+"""Datumaro: one JSON file per subset in ``annotations/``, images in ``images/``.
 
 Annotations of one ``group`` and label are one object: box, polygons or mask, and points.
 """

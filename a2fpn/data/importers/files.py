@@ -1,4 +1,4 @@
-"""Files of data sets in the state in which they come: found by loose names, read in any encoding."""
+"""Lenient access to files of data sets: search by imprecise names, any encoding."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from a2fpn.data.text_files import read_text as read_text
 from a2fpn.errors import DataError
 
 IMAGE_SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"))
-_HEAD = 2**12  # bytes of a JPEG that hold its size, where it has no EXIF
+_HEAD = 2**12  # bytes of a JPEG that contain its size if it has no EXIF
 _IMAGE_FOLDERS = frozenset(("images", "jpegimages", "imgs", "img", "data", "obj_train_data", "obj_valid_data"))
 
 
 class ImageIndex:
-    """The image files below a folder, found by whatever a label file calls them.
+    """Index of the image files below a folder, for lookup by the names in label files.
 
     Args:
         root: The folder.
@@ -45,14 +45,14 @@ class ImageIndex:
             self._by_stem.setdefault(path.stem.lower(), []).append(path)
 
     def find(self, name: str, near: Path | None = None) -> Path | None:
-        """Find the image that a label file names, perhaps by a path of another machine.
+        """Find the image named in a label file, perhaps by a path of another machine.
 
         Args:
-            name: A name or path, with slashes of any system, or a stem.
-            near: A folder in which it lies rather than elsewhere.
+            name: A name, a path with slashes or backslashes, or a stem.
+            near: A preferred folder.
 
         Returns:
-            The file; None if there is none, or several that fit alike.
+            The file; None if there is none, or several that match equally well.
         """
         parts = [part.lower() for part in clean_path(name).split("/") if part not in ("", ".", "..")]
         if not parts:
@@ -61,14 +61,14 @@ class ImageIndex:
         return _closest(found, parts, near)
 
     def by_stem(self, parts: list[str], near: Path | None = None) -> Path | None:
-        """Find an image by its name without suffix, and its folders."""
+        """Find an image by its stem and its folders."""
         lowered = [part.lower() for part in parts]
         return _closest(self._by_stem.get(lowered[-1], []), lowered, near)
 
     def name_and_split(self, path: Path) -> tuple[str, str]:
-        """Return the name of an image in a data set, and the split that its folders name.
+        """Return the name of an image in a data set, and the split named by its folders.
 
-        Folders that only say "images" or name the split are no part of the name.
+        Folders called "images" or after the split are not part of the name.
 
         Example:
             >>> index = ImageIndex(Path("no such folder"))
@@ -78,7 +78,7 @@ class ImageIndex:
         return name_and_split(os.path.relpath(path, self.root).replace(os.sep, "/"))
 
     def size(self, path: Path, log: LossLog) -> tuple[int, int] | None:
-        """Return height and width of an image as it is shown; None, with a loss, for a file that is no image."""
+        """Return the displayed height and width of an image; None, with a logged loss, if it is not an image."""
         try:
             return image_size(path)
         except Exception as error:  # PIL raises almost anything on a corrupt file
@@ -87,7 +87,7 @@ class ImageIndex:
 
 
 def name_and_split(relative: str) -> tuple[str, str]:
-    """Part the path of an image within a data set into its name and its split.
+    """Split the path of an image within a data set into its name and its split.
 
     Example:
         >>> name_and_split("train/images/a.png"), name_and_split("cats/a.png")
@@ -105,7 +105,7 @@ def name_and_split(relative: str) -> tuple[str, str]:
 
 
 def _closest(found: list[Path], parts: list[str], near: Path | None) -> Path | None:
-    """Return the one path that shares most folders with what was asked for."""
+    """Return the path that shares the most folders with the requested one, if it is unique."""
     if len(found) < 2:
         return found[0] if found else None
     if near is not None and len(close := [path for path in found if near in path.parents]) >= 1:
@@ -146,10 +146,10 @@ def clean_path(name: str) -> str:
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
-    """Return height and width of an image as it is shown, that is, turned as its EXIF tag says.
+    """Return the displayed height and width of an image, after its EXIF orientation.
 
     Raises:
-        Exception: Whatever PIL raises on a file that is no image.
+        Exception: Any exception of PIL for a file that is not an image.
     """
     with open(path, "rb") as file:
         size = _size_of_plain_jpeg(file.read(_HEAD))
@@ -163,9 +163,9 @@ def image_size(path: str | Path) -> tuple[int, int]:
 
 
 def _size_of_plain_jpeg(head: bytes) -> tuple[int, int] | None:
-    """Return height and width that the first bytes of a JPEG say, ten times as fast as PIL.
+    """Return height and width from the first bytes of a JPEG, ten times as fast as PIL.
 
-    None for what is no JPEG, or where anything before its pixels, such as EXIF, is for PIL to read.
+    None if it is not a JPEG, or has anything before its pixels that PIL must read, such as EXIF.
     """
     size, place = None, 2
     while head.startswith(b"\xff\xd8") and place + 9 <= len(head) and head[place] == 0xFF:
@@ -182,7 +182,7 @@ def _size_of_plain_jpeg(head: bytes) -> tuple[int, int] | None:
 
 
 def read_xml(path: Path) -> ET.Element:
-    """Read XML; entities of its own, with which small files grow huge, are refused.
+    """Read XML; custom entities, which can expand small files to huge ones, are refused.
 
     Raises:
         DataError: If it can't be read; the message names the line.

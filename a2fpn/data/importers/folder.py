@@ -1,4 +1,4 @@
-"""Folders as the detection of formats sees them, and the files that this package leaves in them."""
+"""Folder listings for format detection, and the names of this package's own files in them."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from pathlib import Path
 from a2fpn.data.importers.files import IMAGE_SUFFIXES
 from a2fpn.errors import DataError
 
-_HEAD = 4096  # bytes of a file that tell what it is
+_HEAD = 4096  # bytes read to identify a file
 
 CATEGORIES_FILE = "categories.json"
-"""Beside any format: the ``categories`` of a COCO file, which keep ids, keypoints and skeletons."""
+"""Extra file for any format: ``categories`` as in a COCO file, which preserve ids, keypoints and skeletons."""
 
 REPORT_FILE = "import_report.json"
-"""Report that an import or a conversion leaves in its output."""
+"""Report of an import or a conversion in its output."""
 
 IDS_FILE = "image_ids.json"
-"""Beside any format: the ids of images in the COCO file that it was made of, by name."""
+"""Extra file for any format: image ids of the COCO file it was converted from, by name."""
 
 OWN_FILES = frozenset((CATEGORIES_FILE, IDS_FILE, REPORT_FILE))
 
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder as the detection of formats sees it.
+    """Folder listing for format detection.
 
     Args:
-        root: The folder, or the folder of the file that was named.
-        file: The file that was named, if it was one.
+        root: The given folder, or the folder of the given file.
+        file: The given file, if any.
     """
 
     root: Path
@@ -41,10 +41,10 @@ class Folder:
 
     @classmethod
     def of(cls, path: str | Path) -> Folder:
-        """Look at a folder, or at a file of a format.
+        """Build from a folder, or from a file of a format.
 
         Raises:
-            DataError: If there is none.
+            DataError: If it does not exist.
         """
         path = Path(path)
         if path.is_dir():
@@ -55,7 +55,7 @@ class Folder:
 
     @cached_property
     def by_suffix(self) -> Mapping[str, Sequence[str]]:
-        """Files below the folder by lower-case suffix, sorted by their names."""
+        """Files below the folder by lower-case suffix, sorted by name."""
         found = [str(self.file)] if self.file is not None else sorted(self._found())
         groups: dict[str, list[str]] = {}
         for path in found:
@@ -75,7 +75,7 @@ class Folder:
         return self._paths[suffix]
 
     def head(self, path: Path) -> bytes:
-        """Return the first 4 KB of a file; nothing if it can't be read."""
+        """Return the first 4 KB of a file; empty if it can't be read."""
         if path not in self._heads:
             try:
                 with path.open("rb") as file:
@@ -85,5 +85,5 @@ class Folder:
         return self._heads[path]
 
     def has_images(self) -> bool:
-        """Return whether any image lies in the folder."""
+        """Return whether the folder has any image."""
         return any(suffix in IMAGE_SUFFIXES for suffix in self.by_suffix)

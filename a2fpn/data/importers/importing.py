@@ -1,4 +1,4 @@
-"""Data sets of other formats into COCO folders."""
+"""Import of data sets in other formats to COCO folders."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ImportReport:
-    """Numbers of an import: read, written and lost.
+    """Statistics of an import: read, written and lost.
 
     Args:
-        format: Of the source.
+        format: Format of the source.
         source: The data set.
-        output: The folder that was written.
-        splits: What each holds.
+        output: The output folder.
+        splits: Statistics of each split.
         categories: Name by id.
-        losses: The first 10,000, with their places.
-        counts: How many losses there are of each kind.
-        files: How many of each kind by file.
-        notes: What is worth knowing and no loss, with its count.
+        losses: The first 10,000 losses in detail.
+        counts: Number of losses by kind.
+        files: Number of losses by kind and file.
+        notes: Other information with its count.
     """
 
     format: str
@@ -48,16 +48,16 @@ class ImportReport:
 
     @property
     def images(self) -> int:
-        """All images."""
+        """Total number of images."""
         return sum(count.images for count in self.splits.values())
 
     @property
     def annotations(self) -> int:
-        """All annotations."""
+        """Total number of annotations."""
         return sum(count.annotations for count in self.splits.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON-able built-ins."""
+        """Return JSON-serializable built-ins."""
         return dataclasses.asdict(self) | {"categories": {str(key): name for key, name in self.categories.items()}}
 
     def __str__(self) -> str:
@@ -100,35 +100,34 @@ def import_data(
 ) -> ImportReport:
     """Import a data set of another format into a COCO folder.
 
-    The folder then holds ``images/``, ``annotations/instances_{train,val,test}.json`` and ``import_report.json``.
-    Splits of the source are kept; categories keep the order in which the source lists them, or are sorted by name
-    where it lists none. Image ids are those of the source if it has any, else the file names where
-    these are different numbers, else they count from 1.
+    The output has ``images/``, ``annotations/instances_{train,val,test}.json`` and ``import_report.json``.
+    Splits of the source are kept; categories keep the source's order, or are sorted by name if it lists none. Image
+    ids are those of the source if it has any, else the file names if these are distinct numbers, else they count
+    from 1.
 
     Args:
         source: The data set's folder, or a file of it such as ``data.yaml``.
         output: The folder to write.
-        format: One of :func:`list_formats`; ``"auto"`` looks at the folder.
+        format: One of :func:`list_formats`; ``"auto"`` detects it.
         images: Whether images are linked or copied.
         val: Share of images for validation, for a source without splits; by names, not by order.
         test: Share for testing likewise.
         group_by: A regular expression that finds the group in an image's name; groups are never divided.
-        seed: For another split.
-        categories: The classes in their order, or a file with them: a COCO file (whose ids are kept) or one name a
+        seed: Seed of the split.
+        categories: The classes in their order, or a file with them: a COCO file (whose ids are kept) or one name per
             line. By default those of the source.
-        category: The class of objects in formats that hold masks and no classes; by default the only class there is.
-        unlabeled: Whether images without labels are backgrounds; ``"auto"`` says yes for YOLO, no elsewhere.
-        box_masks: Whether boxes become masks of their shape where other objects have masks; otherwise they train boxes
-            alone.
+        category: The class of objects in formats with masks but no classes; by default the only class.
+        unlabeled: Whether images without labels are backgrounds; ``"auto"`` means yes for YOLO only.
+        box_masks: Whether boxes are converted to masks if other objects have masks; otherwise they train boxes only.
         strict: Whether the first loss is an error.
-        overwrite: Whether the output may hold something.
+        overwrite: Whether the output may be non-empty.
         track: Called as ``track(items, description, total)`` around long loops.
 
     Returns:
-        What was read, written and lost.
+        Report of everything read, written and lost.
 
     Raises:
-        DataError: If the source is no data set of the format, or, if ``strict``, for the first loss.
+        DataError: If the source is not a data set of the format, or, if ``strict``, for the first loss.
     """
     source, output = Path(source), Path(output)
     track = track or _untracked

@@ -1,8 +1,8 @@
-"""Label images: each pixel is the number of its object, as ImageJ, napari, Cellpose and StarDist write them.
+"""Label images: each pixel is the number of its object, as written by ImageJ, napari, Cellpose and StarDist.
 
-PNG of 8 or 16 bits, TIFF of 8, 16 or 32 bits (floating-point too, if the numbers are whole). Labels lie in a folder
-``labels``, ``masks`` or ``label_images`` under the names of their images, or beside them with an ending such as
-``_masks``. Folders below, ``labels/nucleus/``, are classes.
+PNG of 8 or 16 bits, TIFF of 8, 16 or 32 bits (also floating-point with integer values). Labels are in a folder
+``labels``, ``masks`` or ``label_images`` under the names of their images, or next to them with an ending such as
+``_masks``. Subfolders, ``labels/nucleus/``, are classes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _LABEL_SUFFIXES = (".png", ".tif", ".tiff")
 
 @register_importer("labels")
 class LabelImageImporter(Importer):
-    """Reads a label image an image."""
+    """Reads one label image per image."""
 
     @classmethod
     def detect(cls, folder: Folder) -> str:
@@ -79,7 +79,7 @@ class LabelImageImporter(Importer):
         yield from self.unlabeled(set(by_image))
 
     def _keys(self) -> dict[tuple[str | None, str], Path]:
-        """Images by split and name without suffix; under None where that is told without the split."""
+        """Images by split and stem, and the first of each stem with None as the split."""
         keys: dict[tuple[str | None, str], Path] = {}
         for path in self.images.files:
             name, split = self.images.name_and_split(path)
@@ -92,11 +92,11 @@ class LabelImageImporter(Importer):
         return keys
 
     def _key(self, path: Path) -> tuple[str, str, str]:
-        """Class, name without suffix and ending, and split of a label image."""
+        """Class, stem without ending, and split of a label image."""
         split = ""
         parts: list[str] = []
         for part in path.relative_to(self.root).parts[:-1]:
-            # Only the first may be a split: "train" is a class as well.
+            # Only the first may be a split: "train" may also be a class.
             if not parts and not split and split_name(part):
                 split = split_name(part)
             elif part.lower() not in _FOLDERS | {"images"}:
@@ -133,8 +133,8 @@ def read_label_image(path: Path) -> NDArray[np.int64]:
     """Read the numbers of a label image.
 
     Raises:
-        OSError: If there is no such picture.
-        ValueError: If its pixels are no numbers of objects.
+        OSError: If there is no such image.
+        ValueError: If its pixels are not object numbers.
     """
     with open_image(path) as image:
         pages = getattr(image, "n_frames", 1)
@@ -181,7 +181,7 @@ def encode_labels(values: NDArray[np.int64]) -> dict[int, Rle]:
 
 
 def _pairs(root: Path) -> list[Path]:
-    """Files that may be label images: in a folder for them, or with an ending for them."""
+    """Candidates for label images: files in a folder for them, or with an ending for them."""
     found = []
     for suffix in _LABEL_SUFFIXES:
         for path in root.rglob(f"*{suffix}"):
@@ -192,9 +192,9 @@ def _pairs(root: Path) -> list[Path]:
 
 
 def _may_be_labels(path: Path) -> bool:
-    """Return whether a picture has one number a pixel."""
+    """Return whether an image has a single channel."""
     try:
         with open_image(path) as image:
             return image.mode in ("1", "L", "P", "F") or image.mode.startswith("I")
-    except Exception:  # whatever PIL raises; reading says what is wrong
+    except Exception:  # PIL raises almost anything; reading reports the error
         return path.suffix.lower() in IMAGE_SUFFIXES

@@ -1,6 +1,6 @@
 """Label Studio's JSON export: a list of tasks, shapes in percent of the image.
 
-Brush masks are the RGBA picture of the brush, packed with the run lengths of thi.ng/rle-pack, of which alpha counts.
+Brush masks are RGBA images, compressed by thi.ng/rle-pack, whose alpha channel is the mask.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class LabelStudioImporter(JsonImporter):
         return LabeledImage(file, name, *size, objects, split, str(path))
 
     def _find(self, name: str) -> Path | None:
-        """The image of a URL; uploads carry 8 letters and a dash before their name."""
+        """Find the image of a URL; uploads have a prefix of 8 letters and a dash."""
         cleaned = clean_path(name)
         found = self.images.find(cleaned)
         base = cleaned.rpartition("/")[2]
@@ -144,7 +144,7 @@ def _shape(raw: Mapping[str, Any], size: tuple[int, int], place: str, *, crowd: 
 
 
 def _brush(value: Mapping[str, Any], size: tuple[int, int]) -> NDArray[np.bool_]:
-    """The mask of a brush: alpha of its picture."""
+    """Decode the mask of a brush, the alpha channel of its image."""
     if value.get("format") != "rle" or not isinstance(value.get("rle"), list):
         raise ValueError("a brush needs format rle and a list of bytes")
     try:
@@ -158,16 +158,16 @@ def _brush(value: Mapping[str, Any], size: tuple[int, int]) -> NDArray[np.bool_]
 def unpack_runs(content: NDArray[np.uint8], expected: int) -> NDArray[np.uint8]:
     """Unpack the run lengths of thi.ng/rle-pack.
 
-    A head of 32 bits gives the number of values, 5 bits their width - 1, 4 x 4 bits the widths - 1 of run lengths.
-    Each block then has a bit (1: one value repeated, 0: values one by one), 2 bits that choose the width of its
+    The header has the number of values in 32 bits, their width - 1 in 5 bits, and the widths - 1 of run lengths in
+    4 x 4 bits. Each block has a bit (1: one repeated value, 0: single values), 2 bits that select the width of its
     length - 1, and the value or values.
 
     Args:
         content: The bytes.
-        expected: How many values there must be.
+        expected: The expected number of values.
 
     Raises:
-        ValueError: If they are no such runs.
+        ValueError: If the content is malformed.
     """
     bits = "".join(map("{:08b}".format, content.tolist()))
     if len(bits) < 53:
@@ -199,11 +199,11 @@ def unpack_runs(content: NDArray[np.uint8], expected: int) -> NDArray[np.uint8]:
 
 
 def pack_runs(values: NDArray[np.uint8], repeats: int = 1) -> list[int]:
-    """Pack values as :func:`unpack_runs` unpacks them.
+    """Pack values, the inverse of :func:`unpack_runs`.
 
     Args:
-        values: One after the other.
-        repeats: How often each stands in a row, such as 4 for the channels of a picture that are alike.
+        values: The values.
+        repeats: Repetitions of each value, such as 4 for the equal channels of an image.
 
     Returns:
         Bytes.

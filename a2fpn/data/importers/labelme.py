@@ -1,7 +1,7 @@
-"""labelme: a JSON file an image, its shapes in pixels.
+"""labelme: a JSON file per image, shapes in pixels.
 
-Polygons, rectangles, circles and masks are objects; shapes of one ``group_id`` and label are one object, which is how
-labelme's own COCO export joins them. Points are keypoints of the group's object.
+Polygons, rectangles, circles and masks are objects; shapes of one ``group_id`` and label are one object, as in
+labelme's own COCO export. Points are keypoints of the group's object.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _Points = dict[object, dict[str, tuple[float, float, float]]]
 
 @register_importer("labelme")
 class LabelmeImporter(Importer):
-    """Reads JSON files with ``shapes`` and ``imagePath``, beside their images or elsewhere in the folder."""
+    """Reads JSON files with ``shapes`` and ``imagePath``, next to their images or elsewhere in the folder."""
 
     @classmethod
     def detect(cls, folder: Folder) -> str:
@@ -138,7 +138,7 @@ class LabelmeImporter(Importer):
     def _add_points(
         self, shapes: list[tuple[object, LabeledObject]], points: _Points
     ) -> list[tuple[object, LabeledObject]]:
-        """Give the first shape of each group its keypoints, and classes their names."""
+        """Attach keypoints to the first shape of each group, and their names to the classes."""
         result = []
         for group, shape in shapes:
             found = points.pop(group, None)
@@ -154,21 +154,21 @@ class LabelmeImporter(Importer):
 
 
 def _flat(points: Any) -> list[float]:
-    """The numbers of pairs, one behind the other.
+    """Flatten pairs of numbers.
 
     Raises:
-        ValueError: If they are no pairs of numbers.
+        ValueError: If they are not pairs of numbers.
     """
     try:
         flat = [float(side) if isinstance(side, str) else side for x, y in points for side in (x, y)]
-        math.fsum(flat)  # takes numbers alone
+        math.fsum(flat)  # raises for anything but numbers
     except (TypeError, ValueError, OverflowError):
         raise ValueError("its points must be pairs of numbers") from None
     return flat
 
 
 def _mask(encoded: Any, corners: list[float], size: tuple[int, int]) -> Rle:
-    """The mask of a PNG between two corners, both of them inside."""
+    """Decode the mask of a PNG between two corners, both inclusive."""
     if not isinstance(encoded, str):
         raise ValueError("a mask needs its PNG as base64 text")
     try:

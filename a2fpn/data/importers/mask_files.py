@@ -1,6 +1,6 @@
-"""One mask file an object: the layout of the 2018 Data Science Bowl.
+"""One mask file per object: the layout of the 2018 Data Science Bowl.
 
-``DIR/<image>/images/<image>.png`` with ``DIR/<image>/masks/*.png``, each white where its object is. Folders below
+``DIR/<image>/images/<image>.png`` with ``DIR/<image>/masks/*.png``, each with its object in white. Folders below
 ``masks/`` are classes.
 """
 
@@ -21,7 +21,7 @@ from a2fpn.masks.rle import encode_masks
 
 @register_importer("mask_files")
 class MaskFilesImporter(Importer):
-    """Reads a folder an image, with ``images/`` and ``masks/`` in it."""
+    """Reads one folder per image, with ``images/`` and ``masks/``."""
 
     @classmethod
     def detect(cls, folder: Folder) -> str:
@@ -83,7 +83,7 @@ class MaskFilesImporter(Importer):
 
 
 def mask_units(root: Path) -> list[Path]:
-    """Return the folders that hold one image in ``images/`` and masks of other names in ``masks/``."""
+    """Return the folders with one image in ``images/`` and masks with other names in ``masks/``."""
     units = []
     for masks in sorted(root.rglob("masks")):
         images = masks.parent / "images"

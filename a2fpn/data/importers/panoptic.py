@@ -1,7 +1,7 @@
-"""COCO panoptic: a JSON file of segments beside a folder of PNGs whose colors are their ids.
+"""COCO panoptic: a JSON file of segments and a folder of PNGs whose colors are segment ids.
 
 The id of a pixel is R + 256 G + 256² B (Kirillov et al., Panoptic Segmentation, CVPR 2019; COCO's data format).
-Segments of stuff classes (``isthing: 0``) are no objects and are counted.
+Segments of stuff classes (``isthing: 0``) are not objects and are only counted.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from a2fpn.errors import DataError
 
 @register_importer("panoptic")
 class PanopticImporter(JsonImporter):
-    """Reads JSON files with ``segments_info``, and the PNGs in the folder named like each."""
+    """Reads JSON files with ``segments_info``, and the PNGs in the folder of the same name."""
 
     sign = "segments_info"
 
@@ -116,8 +116,8 @@ def read_ids(path: Path) -> NDArray[np.int64]:
     """Read the ids of a map's pixels.
 
     Raises:
-        OSError: If there is no such picture.
-        ValueError: If it has no colors.
+        OSError: If there is no such image.
+        ValueError: If it is not a color image.
     """
     with open_image(path) as image:
         if image.mode not in ("RGB", "RGBA"):
@@ -127,7 +127,7 @@ def read_ids(path: Path) -> NDArray[np.int64]:
 
 
 def _map_folder(root: Path, path: Path) -> Path:
-    """The folder of a file's maps: named like it, beside it or anywhere."""
+    """Find the folder of a file's maps, with the same name, next to it or elsewhere."""
     beside = path.with_suffix("")
     if beside.is_dir():
         return beside

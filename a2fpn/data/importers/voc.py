@@ -1,7 +1,7 @@
-"""Pascal VOC: an XML file an image with boxes, and ``SegmentationObject/`` with masks.
+"""Pascal VOC: an XML file with boxes per image, and ``SegmentationObject/`` with masks.
 
-Pixels of VOC's boxes count from 1, and the last pixel belongs to the box (the development kit of VOC2012). The value
-of a pixel in ``SegmentationObject`` is the number of its object in the XML file; 255 is the void around objects.
+VOC's box coordinates start at 1, and the last pixel is inclusive (the development kit of VOC2012). The value of a pixel
+in ``SegmentationObject`` is the number of its object in the XML file; 255 is the void around objects.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _VOID = 255
 
 @register_importer("voc")
 class VocImporter(Importer):
-    """Reads ``Annotations/*.xml`` with images in ``JPEGImages/`` or beside them."""
+    """Reads ``Annotations/*.xml`` with images in ``JPEGImages/`` or next to them."""
 
     @classmethod
     def detect(cls, folder: Folder) -> str:
@@ -59,7 +59,7 @@ class VocImporter(Importer):
         yield from self.unlabeled(used)
 
     def _split_lists(self) -> dict[str, str]:
-        """The split of each stem that ``ImageSets/*/{train,val,test}.txt`` lists."""
+        """Split of each stem listed in ``ImageSets/*/{train,val,test}.txt``."""
         splits: dict[str, str] = {}
         for path in sorted(self.root.rglob("ImageSets/*/*.txt")):
             if path.stem in ("train", "val", "test"):
@@ -94,7 +94,7 @@ class VocImporter(Importer):
                 place = f"line {_line_of(path, number)}"
                 self.log.add("bad-object", path, f"object {number}: {error}; left out", place=place)
         name, split = self.images.name_and_split(file)
-        # The lists of VOC name stems; those of others may name paths.
+        # VOC's lists have stems; those of other tools may have paths.
         split = self.splits.get(key, "") or self.splits.get(path.stem, "") or split or split_name(path.parent.name)
         return LabeledImage(file, name, *size, objects, split, str(path))
 
@@ -129,7 +129,7 @@ class VocImporter(Importer):
             return LabeledObject(name, _box(node, required=False), encode_masks(mask[None])[0], crowd, line=place)
         if labels is not None:
             self.log.note("objects without pixels in SegmentationObject")
-        if polygon is not None:  # as Roboflow writes them
+        if polygon is not None:  # as written by Roboflow
             return LabeledObject(name, None, [_polygon(polygon)], crowd, line=place)
         if node.find("robndbox") is not None and node.find("bndbox") is None:
             raise ValueError("a rotated box (robndbox) has no place in a COCO file")
@@ -137,12 +137,12 @@ class VocImporter(Importer):
 
 
 def _key(path: Path, folder: Path) -> str:
-    """The name of a file below a folder, without suffix."""
+    """Path of a file below a folder, without suffix."""
     return path.relative_to(folder).with_suffix("").as_posix()
 
 
 def _box(node: ET.Element, *, required: bool = True) -> Box | None:
-    """x, y, width, height of a box whose last pixel belongs to it."""
+    """Convert a box with an inclusive last pixel to x, y, width, height."""
     box = node.find("bndbox")
     if box is None:
         if required:
@@ -164,7 +164,7 @@ def _box(node: ET.Element, *, required: bool = True) -> Box | None:
 
 
 def _polygon(node: ET.Element) -> list[float]:
-    """Points ``x1, y1, x2, y2, ...`` in pixels."""
+    """Parse points ``x1, y1, x2, y2, ...`` in pixels."""
     values = {child.tag: float(child.text or "nan") for child in node}
     count = len(values) // 2
     try:
@@ -174,7 +174,7 @@ def _polygon(node: ET.Element) -> list[float]:
 
 
 def _line_of(path: Path, number: int) -> int:
-    """The line on which the object of a number begins."""
+    """Line on which the object with the given number starts."""
     text = path.read_bytes()
     starts = [match.start() for match in re.finditer(rb"<object[\s>]", text)]
     return text.count(b"\n", 0, starts[number - 1]) + 1 if number <= len(starts) else 1

@@ -1,4 +1,4 @@
-"""COCO folders out of labeled images: ``images/`` and ``annotations/instances_{train,val,test}.json``."""
+"""Writer of COCO folders from labeled images: ``images/`` and ``annotations/instances_{train,val,test}.json``."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from a2fpn.data.splits import assign_splits
 from a2fpn.errors import DataError
 
 Placing = Literal["link", "copy"]
-_THREADS = 4  # that place images: a file system takes most of the time
+_THREADS = 4  # to place images, which mostly waits for the file system
 
 
 @dataclass(frozen=True)
 class SplitRule:
-    """Rule by which a source without splits gets them.
+    """Rule for splitting a source without splits.
 
     Args:
-        val: Share of images for validation; 0 makes none.
+        val: Share of images for validation; 0 for none.
         test: Share for testing.
         group_by: See :func:`a2fpn.data.splits.assign_splits`.
         seed: Likewise.
@@ -41,7 +41,7 @@ class SplitRule:
 
 @dataclass(slots=True)
 class _Entry:
-    """An image with its annotations as JSON text without ids: 20 times smaller than objects."""
+    """An image with its annotations as JSON text without ids, 20 times smaller than as objects."""
 
     path: Path | None
     name: str
@@ -57,9 +57,9 @@ class SplitCount:
     """Numbers of images and objects in a split of the written data set.
 
     Args:
-        images: All of them.
-        annotations: All of them.
-        empty: Images without an object.
+        images: Total number of images.
+        annotations: Total number of annotations.
+        empty: Images without objects.
         masks: Annotations with a mask.
         crowds: Annotations of groups.
     """
@@ -75,15 +75,15 @@ class CocoWriter:
     """Collects labeled images and writes a COCO folder.
 
     Args:
-        output: The folder; made if need be.
-        log: Where losses are noted.
+        output: The folder; created if necessary.
+        log: Log of losses.
         placing: Whether images are linked or copied.
-        box_masks: Whether a box becomes a mask of its shape where other objects have masks.
-        splits: How splits are made of a source that has none.
-        overwrite: Whether the folder may hold something.
+        box_masks: Whether boxes are converted to masks if other objects have masks.
+        splits: Rule for splitting a source without splits.
+        overwrite: Whether the folder may be non-empty.
 
     Raises:
-        DataError: If the folder holds something and may not.
+        DataError: If the folder is not empty and ``overwrite`` is off.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class CocoWriter:
         return len(self._entries)
 
     def add(self, image: LabeledImage) -> None:
-        """Take an image; objects that the reader could not use go to the log."""
+        """Add an image; objects that the reader would drop are logged."""
         if os.path.isabs(image.name) or ".." in image.name.split("/"):
             self.log.add("unsafe-name", image.source, f"{image.name} leads out of the folder of images; left out")
             return
@@ -121,7 +121,7 @@ class CocoWriter:
             if other.split == split:
                 self.log.add("duplicate-image", image.source, f"{image.name} is listed twice; the first is kept")
                 return
-            name = f"{split}/{image.name}"  # images of one name in two splits
+            name = f"{split}/{image.name}"  # images with the same name in two splits
             key = name.lower()
             if key in self._entries:
                 self.log.add("duplicate-image", image.source, f"{name} is listed twice; the first is kept")
@@ -138,14 +138,14 @@ class CocoWriter:
         """Write everything.
 
         Args:
-            categories: Those that the source lists; others that objects have are added.
+            categories: Categories listed by the source; others that occur in objects are added.
             track: Shows the progress.
 
         Returns:
-            What each split holds, and the categories.
+            Statistics of each split, and the categories.
 
         Raises:
-            DataError: If there is no image, or splits are asked for that can't be made.
+            DataError: If there are no images, or the requested splits are not possible.
         """
         if not self._entries:
             raise DataError(f"no image was read{'; ' if self.log.counts else ''}{self.log.summary()}.")
@@ -167,7 +167,7 @@ class CocoWriter:
         return counts, {category_id: info.name for category_id, info in infos.items()}
 
     def _annotation(self, labeled: LabeledObject, image: LabeledImage) -> str | None:
-        """The JSON text of an annotation without its ids."""
+        """Format an annotation as JSON text without its ids."""
         try:
             box, area = measure(labeled, image.height, image.width)
         except ValueError as error:
@@ -257,7 +257,7 @@ def check_output(output: Path, *, overwrite: bool) -> None:
     """Check that a folder may be written to.
 
     Raises:
-        DataError: If it holds something and ``overwrite`` is off, or is a file.
+        DataError: If it is not empty and ``overwrite`` is off, or is a file.
     """
     if output.is_file():
         raise DataError(f"{output} is a file; expected a folder to write to.")
@@ -266,7 +266,7 @@ def check_output(output: Path, *, overwrite: bool) -> None:
 
 
 def place(source: Path, target: str | Path, placing: Placing) -> None:
-    """Link or copy a file; copies where the file system has no links."""
+    """Link or copy a file; copies if the file system has no links."""
     try:
         _link_or_copy(source, target, placing)
     except FileExistsError:
@@ -293,7 +293,7 @@ def _unlisted(categories: Sequence[CategoryInfo], used: set[str]) -> list[str]:
 
 
 def _numbered(categories: Sequence[CategoryInfo]) -> dict[int, CategoryInfo]:
-    """Ids as given; others count on from the highest."""
+    """Assign category ids: as given, others count up from the highest."""
     taken = {category.id for category in categories if category.id is not None}
     following = max(taken, default=0) + 1
     infos: dict[int, CategoryInfo] = {}
@@ -306,7 +306,7 @@ def _numbered(categories: Sequence[CategoryInfo]) -> dict[int, CategoryInfo]:
 
 
 def _number(entries: Sequence[_Entry]) -> None:
-    """Image ids: as given, else the file names where they are different numbers, else 1, 2, ..."""
+    """Assign image ids: as given, else the file names if they are distinct numbers, else 1, 2, ..."""
     given = [entry.id for entry in entries if entry.id is not None]
     if given and len(set(given)) == len(given):
         following = itertools.count(max(given) + 1)

@@ -1,8 +1,8 @@
-"""YOLO: one text file an image, each line a class and numbers between 0 and 1.
+"""YOLO: one text file per image, each line a class and normalized coordinates.
 
-A line is ``class x y width height`` (boxes), ``class x y x y x y ...`` (segmentation), or, where ``data.yaml`` has
-``kpt_shape: [K, 2 or 3]``, a box followed by keypoints (pose). Written after the documentation of Ultralytics' data
-sets; Darknet's folders with ``obj.names`` are read too.
+A line is ``class x y width height`` (boxes), ``class x y x y x y ...`` (segmentation), or, if ``data.yaml`` has
+``kpt_shape: [K, 2 or 3]``, a box followed by keypoints (pose). It follows the documentation of Ultralytics' data
+sets; Darknet's folders with ``obj.names`` are supported too.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from a2fpn.data.importers.yolo_files import (
 from a2fpn.data.labeled import Box, LabeledImage, LabeledObject, LossLog, split_name
 from a2fpn.errors import DataError
 
-_SLACK = 0.01  # how far over the edge a coordinate may lie by rounding
-_DECIMALS = 3  # of coordinates in pixels; removes the noise of the division by the image's size
+_SLACK = 0.01  # tolerance of coordinates over the edge by rounding
+_DECIMALS = 3  # of coordinates in pixels; removes rounding noise of the normalization
 _PLAIN = re.compile(r"[-.\deE \n]*")  # lines of numbers
 _SPLITS = ("train", "val", "valid", "test")
 
@@ -129,7 +129,7 @@ class YoloImporter(Importer):
         return None
 
     def _orphans(self, used: set[str], lists: Mapping[str, set[str]]) -> None:
-        """Label files that no image belongs to."""
+        """Log label files without an image."""
         tops = {folder.rpartition(f"{os.sep}labels")[0] or folder for folder in lists}
         listed = {os.path.splitext(path)[0] for path, _ in self.jobs}
         other = 0
@@ -189,7 +189,7 @@ class YoloImporter(Importer):
         return shape[0], shape[1]
 
     def _jobs(self) -> list[tuple[str, str]]:
-        """The image files with their splits, each once."""
+        """List the image files with their splits, each once."""
         jobs: dict[str, str] = {}
         keys = [key for key in _SPLITS if self.yaml.get(key)]
         for key in keys:
@@ -205,7 +205,7 @@ class YoloImporter(Importer):
         return [(path, "") for path in images_below(str(self.root))]
 
     def _resolve(self, value: str, key: str) -> list[str]:
-        """The images that an entry of ``data.yaml`` names: a folder, a list, or a pattern."""
+        """List the images of an entry of ``data.yaml``: a folder, a list, or a pattern."""
         text = value.replace("\\", "/")
         for base in (self.root, self.yaml_path.parent):
             path = os.path.join(base, text)
@@ -218,7 +218,7 @@ class YoloImporter(Importer):
                     return images_below(candidate)
                 if os.path.isfile(candidate):
                     return self._listed(candidate)
-        if key == "test":  # often named and not delivered
+        if key == "test":  # often listed but missing
             self.log.note(f"split {key}: {value} is not there")
             return []
         raise DataError(
@@ -227,7 +227,7 @@ class YoloImporter(Importer):
         )
 
     def _listed(self, path: str) -> list[str]:
-        """The images of a list, one path a line."""
+        """Read a list of images, one path per line."""
         base = os.path.dirname(path)
         found = []
         for number, line in enumerate(read_text(Path(path)).splitlines(), 1):
@@ -249,7 +249,7 @@ class YoloImporter(Importer):
         return found
 
     def _objects(self, path: str, height: int, width: int) -> list[LabeledObject]:
-        """The objects of a label file."""
+        """Read the objects of a label file."""
         try:
             text = read_text(Path(path))
         except DataError as error:
@@ -276,7 +276,7 @@ class YoloImporter(Importer):
         return objects
 
     def _polygons(self, lines: Sequence[str], height: int, width: int) -> list[LabeledObject] | None:
-        """The objects of all lines at once; None if one is no sound polygon, which is then found line by line."""
+        """Parse all lines at once as polygons; None if one is invalid, which is then found line by line."""
         text = "\n".join([line.strip() for line in lines])
         if not lines or len(set(lines)) < len(lines) or not _PLAIN.fullmatch(text):
             return None
@@ -303,10 +303,10 @@ class YoloImporter(Importer):
         return found
 
     def _object(self, fields: Sequence[str], height: int, width: int, line: int) -> LabeledObject:
-        """The object of a line.
+        """Parse the object of a line.
 
         Raises:
-            ValueError: If it is none.
+            ValueError: If the line is invalid.
         """
         try:
             values = list(map(float, fields))
@@ -340,7 +340,7 @@ class YoloImporter(Importer):
 
 
 def _check_range(numbers: Sequence[float]) -> None:
-    # The sum of what holds NaN is NaN; comparisons with it are false.
+    # A sum with NaN is NaN, and comparisons with it are false.
     if not (min(numbers) >= -_SLACK and max(numbers) <= 1 + _SLACK and math.isfinite(sum(numbers))):
         bad = next(value for value in numbers if not -_SLACK <= value <= 1 + _SLACK)
         pixels = "; are these pixels?" if bad > 2 else ""

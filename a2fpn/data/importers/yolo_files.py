@@ -1,4 +1,4 @@
-"""Files of YOLO's folders: where labels of images lie, lists of images and of classes, ``data.yaml``."""
+"""Files of YOLO's folders: paths of labels, lists of images and of classes, ``data.yaml``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CLASS_FILES = ("classes.txt", "obj.names", "classes.names", "labels.txt", "prede
 
 
 def find_yaml(folder: Folder) -> Path | None:
-    """Return the file with the names of classes, the one nearest to the folder; None if there is none."""
+    """Return the file with the class names closest to the folder's root; None if there is none."""
     found = [path for suffix in (".yaml", ".yml") for path in folder.of_type(suffix) if b"names" in folder.head(path)]
     return min(found, key=lambda path: (len(path.parts), path.name not in ("data.yaml", "dataset.yaml")), default=None)
 
@@ -27,7 +27,7 @@ def read_yaml(path: Path) -> Mapping[str, Any]:
     """Read ``data.yaml``.
 
     Raises:
-        DataError: If it holds no keys.
+        DataError: If it has no keys.
     """
     try:
         data = yaml.safe_load(read_text(path))
@@ -41,7 +41,7 @@ def read_yaml(path: Path) -> Mapping[str, Any]:
 
 
 def read_class_list(path: Path) -> list[str]:
-    """Read a list of classes, one a line; the line's number is the class's.
+    """Read a list of classes, one per line, in the order of their numbers.
 
     Raises:
         DataError: If it is empty.
@@ -55,7 +55,7 @@ def read_class_list(path: Path) -> list[str]:
 
 
 def label_file(image: str) -> str:
-    """Return the label file of an image: its last folder "images" replaced by "labels", or beside it."""
+    """Return the label file of an image: its last folder "images" replaced by "labels", or next to it."""
     stem = os.path.splitext(image)[0]
     head, found, tail = stem.rpartition(f"{os.sep}images{os.sep}")
     return (f"{head}{os.sep}labels{os.sep}{tail}" if found else stem) + ".txt"
@@ -69,32 +69,32 @@ def image_stem(label: str) -> str:
 
 
 def is_list(path: str) -> bool:
-    """Return whether a text file holds something else than labels, such as a list of images."""
+    """Return whether a text file is not a label file, such as a list of images."""
     with open(path, "rb") as file:
         first = file.readline().split()
     return bool(first) and not is_number(first[0].lstrip(b"\xef\xbb\xbf"))
 
 
 def below(base: str, path: str) -> Iterator[str]:
-    """Interpret a path below a folder, if its first parts are of another machine."""
+    """Yield candidates for a path below a folder, whose first parts may be from another machine."""
     parts = [part for part in path.split("/") if part not in ("", ".", "..")]
     for start in range(len(parts)):
         yield os.path.join(base, *parts[start:])
 
 
 def images_below(folder: str) -> list[str]:
-    """Return the image files of a folder and its sub-folders, by name."""
+    """Return the image files of a folder and its subfolders, by name."""
     found = [os.path.join(where, name) for where, _, names in os.walk(folder) for name in names if is_image(name)]
     return sorted(found, key=natural_key)
 
 
 def is_image(name: str) -> bool:
-    """Return whether a file is named as an image."""
+    """Return whether a file has the suffix of an image."""
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
 def is_number(text: bytes) -> bool:
-    """Return whether a field of a line is a number."""
+    """Return whether a text is a number."""
     try:
         float(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Images of any size, read window by window."""
+"""Reading of images of any size by windows."""
 
 from a2fpn.data.slides.base import Slide, SlideOptions, Thumbnail, Window
 from a2fpn.data.slides.opening import WholeSlide, open_slide

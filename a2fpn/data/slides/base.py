@@ -1,4 +1,4 @@
-"""Common parts of the readers: windows in, 8-bit tensors out.
+"""Common parts of the slide readers: windows to 8-bit tensors.
 
 Shape shorthand: an image of H x W pixels, C channels of a model, S channels of a file.
 """
@@ -19,22 +19,22 @@ from torch import Tensor
 from a2fpn.errors import ConfigError, ImageError
 
 Window = tuple[int, int, int, int]
-"""x0, y0, x1, y1 in whole pixels of the image, ends excluded."""
+"""x0, y0, x1, y1 in whole pixels of the image, ends exclusive."""
 
 
 @dataclass(frozen=True)
 class SlideOptions:
-    """Choices of reading.
+    """Options of reading.
 
     Args:
-        channels: Channels of the file that the model gets, counted from 0, or one that is shown as gray; None takes
-            all, where the model has as many.
+        channels: Channels of the file passed to the model, counted from 0, or a single one used as gray; None for all,
+            if the model has as many.
         in_channels: Channels of the model.
-        intensity: Values that become 0 and 255, the same in all windows. ``"auto"`` takes the 0.1th and the 99.9th
-            percentile of each channel. None takes the full range of 8 and 16 bits, whatever of it the image uses.
-        max_pixels: Most pixels of an image that has to be decoded whole; None sets no limit.
-        gray_bits: Bits that values of 16 bits use, see :func:`a2fpn.data.read_image`.
-        whole: Whether the file is decoded whole, by :func:`a2fpn.data.read_image`, whatever its format.
+        intensity: Values scaled to 0 and 255, the same in all windows. ``"auto"`` uses the 0.1th and the 99.9th
+            percentile of each channel. None uses the full range of 8 and 16 bits, regardless of the image's values.
+        max_pixels: Maximum number of pixels of an image that has to be decoded whole; None for no limit.
+        gray_bits: Bits used by 16-bit values, see :func:`a2fpn.data.read_image`.
+        whole: Whether to decode the file whole, by :func:`a2fpn.data.read_image`, regardless of its format.
 
     Raises:
         ValueError: For an intensity range without a width.
@@ -53,11 +53,11 @@ class SlideOptions:
 
 
 class Thumbnail(NamedTuple):
-    """An image made smaller.
+    """A downscaled image.
 
     Args:
         pixels: (h, w, C) uint8.
-        side: Of the squares of the image's pixels that have become pixels.
+        side: The integer downscaling factor.
     """
 
     pixels: NDArray[np.uint8]
@@ -72,7 +72,7 @@ class Slide(ABC):
     Attributes:
         name: The file, for messages.
         size: Height and width, pixels.
-        microns_per_pixel: As the file says; None where it doesn't.
+        microns_per_pixel: Pixel size stated by the file; None if it states none.
     """
 
     name: str
@@ -81,21 +81,21 @@ class Slide(ABC):
 
     @abstractmethod
     def read(self, window: Window) -> Tensor:
-        """Read a window that lies inside the image, uint8 (C, h, w).
+        """Read a window inside the image, uint8 (C, h, w).
 
         Raises:
             ImageError: If the file is damaged there.
         """
 
     def close(self) -> None:
-        """Close the file, if one is open."""
+        """Close the file, if it is open."""
         return None
 
     def thumbnail(self, longest: int = 4096) -> Thumbnail:
-        """Return the image with means of squares of pixels in the place of pixels.
+        """Return the image downscaled by an integer factor, by averaging.
 
         Args:
-            longest: Most pixels of its long side.
+            longest: Maximum long side, pixels.
         """
         height, width = self.size
         side = -(-max(height, width) // longest)
@@ -119,7 +119,7 @@ class Slide(ABC):
 
 
 def _shrunk(pixels: Tensor, side: int) -> NDArray[np.uint8]:
-    """Means of squares, (h, w, C); those at the ends may be smaller."""
+    """Average over squares of pixels, (h, w, C); those at the ends may be smaller."""
     mean = torch.nn.functional.avg_pool2d(pixels[None].float(), side, ceil_mode=True, count_include_pad=False)[0]
     return np.asarray(mean.round().to(torch.uint8).permute(1, 2, 0))
 
@@ -130,13 +130,13 @@ def to_8_bit(
     """Convert values (h, w, S) to 8 bits.
 
     Args:
-        values: Of any type.
-        limits: Per channel the values that become 0 and 255; None takes the full range of 8 and 16 bits.
+        values: Values of any dtype.
+        limits: Per channel the values scaled to 0 and 255; None for the full range of 8 and 16 bits.
         name: The image, for messages.
-        bits: That values of 16 bits use.
+        bits: Bits used by 16-bit values.
 
     Raises:
-        ImageError: For values that don't fit the bits, or a type that has no agreed range, without limits.
+        ImageError: For values that exceed the bits, or, without limits, for a dtype without a defined range.
     """
     if limits is not None:
         low, high = np.array(limits, dtype=np.float64).T
@@ -148,7 +148,7 @@ def to_8_bit(
         wide, most = values.astype(np.int32), 2**bits - 1
         if wide.max(initial=0) > most:
             raise ImageError(f"{name}: a value of {wide.max()} doesn't fit gray_bits={bits} (--gray-bits).")
-        return np.asarray(((2 * 255 * wide + most) // (2 * most)).astype(np.uint8))  # as read_image does
+        return np.asarray(((2 * 255 * wide + most) // (2 * most)).astype(np.uint8))  # as in read_image
     raise ImageError(
         f"{name}: {values.dtype} values have no agreed range; give the values that become black and white, "
         "intensity=(low, high) (--intensity LOW,HIGH), or auto."

@@ -1,4 +1,4 @@
-"""Open an image by the reader that needs least memory."""
+"""Opening of an image by the reader that needs the least memory."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from a2fpn.data.slides.scale import of_dots
 from a2fpn.data.slides.tiff import TiffSlide, UnreadableTiffError
 from a2fpn.errors import ConfigError, ImageError
 
-_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # classic and big, of both byte orders
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # classic and BigTIFF, in both byte orders
 _PNG = b"\x89PNG"
-_SMALL = 2**24  # pixels up to which a PNG is decoded whole, once
+_SMALL = 2**24  # pixels up to which a PNG is decoded whole
 
 
 class WholeSlide(Slide):
-    """An image that is decoded whole, as :func:`~a2fpn.data.read_image` does.
+    """An image that is decoded whole, by :func:`~a2fpn.data.read_image`.
 
     Args:
         path: The file.
-        options: Choices; the limit of pixels counts.
+        options: Options, including the limit of pixels.
     """
 
     def __init__(self, path: Path, options: SlideOptions) -> None:
@@ -43,18 +43,18 @@ class WholeSlide(Slide):
 
 
 def open_slide(path: str | Path, options: SlideOptions | None = None) -> Slide:
-    """Open an image whose windows can be read.
+    """Open an image for reading by windows.
 
     A TIFF is read tile by tile by tifffile (the extra ``slides``), a PNG in bands; both take memory for a row of tiles.
-    Other formats, and TIFFs and PNGs that have no such parts, are decoded whole, within the limit of pixels.
+    Other formats, and TIFFs and PNGs that can't be read in parts, are decoded whole, within the limit of pixels.
 
     Args:
         path: The file.
-        options: Choices; by default all channels of a file that has as many as the model, and no limit of pixels.
+        options: Options; by default all channels of a file that has as many as the model, and no limit of pixels.
 
     Raises:
-        ImageError: If the file is missing, no image, damaged or too large to be decoded whole.
-        ConfigError: If its channels are not those of the model, or there are none to choose.
+        ImageError: If the file is missing, not an image, damaged or too large to be decoded whole.
+        ConfigError: If its channels don't match the model's, or can't be chosen.
     """
     path, options = Path(path), options or SlideOptions()
     if options.whole:
@@ -72,7 +72,7 @@ def open_slide(path: str | Path, options: SlideOptions | None = None) -> Slide:
         try:
             with open_image(path, max_pixels=_SMALL):
                 pass
-        except (OSError, ValueError):  # large, or damaged as the reader will say
+        except (OSError, ValueError):  # large, or damaged, which the reader will report
             try:
                 return PngSlide(path, gray_bits=options.gray_bits)
             except UnreadablePngError:

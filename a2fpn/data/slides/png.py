@@ -1,7 +1,7 @@
 """PNG of any size, decoded in bands from top to bottom.
 
-PIL decodes a PNG whole. But its rows are one stream of compressed bytes in which a row depends on the one above alone,
-so a band of rows, behind the last one before it, is a PNG of its own. Small ones of those are made and given to PIL.
+PIL decodes a PNG whole. But its rows are one compressed stream in which a row depends only on the row above. So a band
+of rows, preceded by the last decoded row, is a valid PNG, which PIL can decode.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from a2fpn.errors import ImageError
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # of a pixel, by color type
 _STAND_INS = {1: 0, 2: 4, 3: 2, 4: 6}
-"""By bytes of a pixel a color type of 8 bits, of which PIL gives back the bytes: filters know bytes, not colors."""
+"""8-bit color type by bytes per pixel, with which PIL returns the raw bytes, since filters operate on bytes."""
 _COLORS = (b"PLTE", b"tRNS")
 _READ = 2**20  # bytes read at once
 _ROWS = 256  # rows decoded at once
@@ -39,15 +39,15 @@ class UnreadablePngError(Exception):
 
 
 class PngSlide(Slide):
-    """A PNG read in bands; windows are best asked for from top to bottom, else it starts anew.
+    """A PNG read in bands; windows should be read from top to bottom, otherwise decoding restarts.
 
     Args:
         path: The file.
         gray_bits: See :func:`a2fpn.data.read_image`.
 
     Raises:
-        UnreadablePngError: If it is interlaced, has pixels of more than 4 bytes, or EXIF turns it.
-        ImageError: If it is no PNG.
+        UnreadablePngError: If it is interlaced, has more than 4 bytes per pixel, or is rotated by EXIF.
+        ImageError: If it is not a PNG.
     """
 
     def __init__(self, path: Path, *, gray_bits: int = 16) -> None:
@@ -87,7 +87,7 @@ class PngSlide(Slide):
                 self._first += len(self._rows) - len(kept)
                 self._rows = np.concatenate([kept, self._band()])
             rows = self._rows[y0 - self._first : y1 - self._first]
-            if self._header[8] == 8 or self._header[8] == 16:  # whole bytes: only the columns that are wanted
+            if self._header[8] == 8 or self._header[8] == 16:  # whole bytes: crop the columns
                 rows, x0, x1 = rows[:, x0 * self._pixel : x1 * self._pixel], 0, x1 - x0
             rows = np.ascontiguousarray(rows)
         width = x1 if rows.shape[1] < self._row_bytes else self.size[1]
@@ -105,7 +105,7 @@ class PngSlide(Slide):
         """Decode the next rows, (n, bytes of a row)."""
         count = min(_ROWS, self.size[0] - self._next)
         filtered = next(self._stream)
-        # A row of filter 0 with the last decoded one stands before.
+        # Preceded by the last decoded row, with filter 0.
         data = b"\0" + self._last.tobytes() + filtered
         width, kind = self._row_bytes // self._pixel, _STAND_INS[self._pixel]
         header = struct.pack(">IIBBBBB", width, count + 1, 8, kind, 0, 0, 0)
@@ -119,7 +119,7 @@ class PngSlide(Slide):
         return rows
 
     def _inflated(self) -> Iterator[bytes]:
-        """Yield the filtered bytes of :data:`_ROWS` rows each."""
+        """Yield the filtered bytes of up to :data:`_ROWS` rows at a time."""
         inflate, pending = zlib.decompressobj(), b""
         parts = self._compressed()
         for start in range(0, self.size[0], _ROWS):
@@ -147,7 +147,7 @@ class PngSlide(Slide):
                 yield data
 
     def _read_head(self) -> tuple[bytes, bytes]:
-        """The header, and the chunks that say which colors values mean."""
+        """Read the header, and the chunks that map values to colors."""
         header, colors = b"", b""
         self._file.seek(len(_SIGNATURE))
         for kind, length in self._chunks():
@@ -160,7 +160,7 @@ class PngSlide(Slide):
         return header, colors
 
     def _chunks(self) -> Iterator[tuple[bytes, int]]:
-        """Kind and length of each chunk, with the file at its content."""
+        """Yield kind and length of each chunk, with the file positioned at its content."""
         while True:
             head = self._file.read(8)
             if len(head) < 8:
@@ -168,10 +168,10 @@ class PngSlide(Slide):
             length, kind = struct.unpack(">I4s", head)
             start = self._file.tell()
             yield kind, length
-            self._file.seek(start + length + 4)  # behind the checksum
+            self._file.seek(start + length + 4)  # after the checksum
 
     def _as_image(self, rows: NDArray[np.uint8], width: int) -> Image.Image:
-        """Rows of decoded bytes as the image that they are."""
+        """Build an image from rows of decoded bytes."""
         header = struct.pack(">II", width, len(rows)) + self._header[8:]
         data = np.concatenate([np.zeros((len(rows), 1), np.uint8), rows], axis=1).tobytes()
         return open_image(io.BytesIO(_png(header, data, self._colors)), max_pixels=None)

@@ -1,4 +1,4 @@
-"""Scale of a slide: the micrometers that a pixel measures, as files say it in several ways."""
+"""Scale of a slide in micrometers per pixel, from various metadata."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ if TYPE_CHECKING:
     import tifffile
 
 _LARGEST = 40.0
-"""Micrometers from which a resolution is meant for a screen or a printer: 600 dots an inch are 42."""
+"""Micrometers per pixel from which a resolution is that of a screen or printer: 600 dpi are 42."""
 _UNITS = {"m": 1e6, "cm": 1e4, "mm": 1e3, "µm": 1.0, "μm": 1.0, "um": 1.0, "micron": 1.0, "nm": 1e-3, "pm": 1e-6}
 _INCH = 25_400.0
 _TAG_UNITS = {2: _INCH, 3: 10_000.0}  # TIFF's ResolutionUnit: inch, centimeter
 
 
 def microns_per_pixel(file: tifffile.TiffFile) -> float | None:
-    """Return the scale along x that OME, ImageJ, Aperio or the resolution tags of a TIFF state.
+    """Return the scale along x stated by OME, ImageJ, Aperio or the resolution tags of a TIFF.
 
-    Resolutions of screens and printers (more than 40 µm a pixel) are no scale.
+    Resolutions of screens and printers (more than 40 µm per pixel) are ignored.
     """
     found = (_from_ome(file), _from_imagej(file), _from_aperio(file), _from_tags(file))
     return next(filter(None, map(_believed, found)), None)
 
 
 def of_dots(dots_per_inch: tuple[float, float] | None) -> float | None:
-    """Return the scale along x that a resolution in dots an inch means, as above."""
+    """Return the scale along x of a resolution in dots per inch; those of screens and printers are ignored."""
     return None if not dots_per_inch or not dots_per_inch[0] else _believed(_INCH / float(dots_per_inch[0]))
 
 
@@ -36,7 +36,7 @@ def _believed(scale: float | None) -> float | None:
 
 def _from_ome(file: tifffile.TiffFile) -> float | None:
     text = file.ome_metadata
-    if not text or "<!DOCTYPE" in text or "<!ENTITY" in text:  # entities may grow without bound
+    if not text or "<!DOCTYPE" in text or "<!ENTITY" in text:  # entities may expand without bound
         return None
     try:
         root = ElementTree.fromstring(text)
@@ -74,7 +74,7 @@ def _from_tags(file: tifffile.TiffFile) -> float | None:
 
 
 def _resolution(file: tifffile.TiffFile) -> float | None:
-    """Pixels in a unit of length along x."""
+    """Pixels per unit of length along x."""
     tag = file.series[0].keyframe.tags.get("XResolution")
     if tag is None:
         return None

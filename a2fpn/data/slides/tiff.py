@@ -1,4 +1,4 @@
-"""TIFF, tiled, pyramidal and OME-TIFF by tifffile: only the tiles, strips or rows that a window touches are decoded.
+"""Plain, tiled, pyramidal and OME-TIFF by tifffile: only tiles, strips or rows that overlap a window are decoded.
 
 Shape shorthand: a window of h x w pixels, S channels of the file.
 """
@@ -25,10 +25,10 @@ from a2fpn.errors import A2FPNError, ConfigError, ImageError
 if TYPE_CHECKING:
     import tifffile
 
-_CACHED = 2**28  # bytes of decoded tiles and strips that are kept: a row of tiles of a slide
-_WHOLE = 2**29  # bytes of one strip above which reading by windows makes no sense
-_SAMPLED = 2**22  # pixels that are looked at for a range of intensities
-_TAILS = (0.1, 99.9)  # percentiles that become 0 and 255
+_CACHED = 2**28  # bytes of cached tiles and strips: a row of tiles of a slide
+_WHOLE = 2**29  # bytes of one strip above which reading by windows is pointless
+_SAMPLED = 2**22  # pixels sampled for the intensity range
+_TAILS = (0.1, 99.9)  # percentiles scaled to 0 and 255
 _SHADES = ("minisblack", "miniswhite", "rgb", "ycbcr")
 _logger = logging.getLogger(__name__)
 
@@ -37,9 +37,9 @@ class _Plane(NamedTuple):
     """A part of the file with some of the channels.
 
     Args:
-        page: Its page; None where the values lie in one piece.
-        first: First of the page's separate samples, or the offset in bytes of the piece.
-        samples: Channels that lie beside each other in it.
+        page: Its page; None if the values are contiguous.
+        first: Index of the page's planar sample, or the offset in bytes of contiguous values.
+        samples: Number of interleaved channels.
     """
 
     page: Any
@@ -56,13 +56,13 @@ class TiffSlide(Slide):
 
     Args:
         path: The file.
-        options: Choices.
+        options: Options of reading.
 
     Raises:
-        UnreadableTiffError: If its values are not stored as 8, 16 or more bits of gray, channels or RGB, or in one
-            compressed strip that is too large, or EXIF turns it.
+        UnreadableTiffError: If its values are not gray, channels or RGB of 8, 16 or more bits, are in one compressed
+            strip that is too large, or the image is rotated by EXIF.
         ImageError: If it can't be read at all.
-        ConfigError: If tifffile is not installed, or the file has other channels than the model.
+        ConfigError: If tifffile is not installed, or the file's channels don't match the model's.
     """
 
     def __init__(self, path: Path, options: SlideOptions) -> None:
@@ -73,7 +73,7 @@ class TiffSlide(Slide):
         except (A2FPNError, UnreadableTiffError):
             self._file.close()
             raise
-        except Exception as error:  # whatever damaged tags lead to
+        except Exception as error:  # damaged tags raise almost anything
             self._file.close()
             raise _unreadable(path, error) from error
         self._lock = threading.Lock()
@@ -114,7 +114,7 @@ class TiffSlide(Slide):
             raise UnreadableTiffError("turned by its EXIF orientation")
         names = series.axes
         if "C" not in names and self._options.channels is not None:
-            names = names.replace("Q", "C").replace("I", "C")  # pages of which the file says no more
+            names = names.replace("Q", "C").replace("I", "C")  # pages with unspecified meaning
         axes = dict(zip(names, series.shape, strict=True))
         if axes.get("Y", 0) < 1 or axes.get("X", 0) < 1:
             raise ImageError(f"{self.name}: its first image has the axes {names}, no height and width.")
@@ -128,13 +128,13 @@ class TiffSlide(Slide):
         count = sum(plane.samples for plane in planes)
         extra = [getattr(kind, "name", str(kind)) for kind in page.extrasamples]
         self._alpha = bool(extra) and "ALPHA" in extra[-1] and self._options.channels is None
-        self._multiplied = self._alpha and extra[-1].startswith("ASSOC")  # by it, as PIL undoes
+        self._multiplied = self._alpha and extra[-1].startswith("ASSOC")  # premultiplied alpha, which PIL undoes
         self._inverted = shade == "miniswhite"
         self._chosen_planes = self._choose(planes, count, self._alpha)
         self.microns_per_pixel = microns_per_pixel(self._file)
 
     def _planes(self, series: tifffile.TiffPageSeries, axes: dict[str, int]) -> Iterator[_Plane]:
-        """The planes of the file in the order of its channels."""
+        """Yield the planes of the file in the order of its channels."""
         page = series.keyframe
         samples, separate = page.samplesperpixel, page.planarconfig == 2
         outer = [axis for axis in axes if axis not in "YXS"]
@@ -142,7 +142,7 @@ class TiffSlide(Slide):
         numbers = [number * steps["C"] for number in range(axes["C"])] if "C" in steps else [0]
         per_page = samples if separate else 1
         for number in numbers:
-            if series.dataoffset is not None and page.is_contiguous:  # also ImageJ's, of which only one page is listed
+            if series.dataoffset is not None and page.is_contiguous:  # including ImageJ's, which list a single page
                 size = math.prod(self.size) * self._dtype.itemsize * (1 if separate else samples)
                 for plane in range(per_page):
                     offset = series.dataoffset + (number * per_page + plane) * size
@@ -158,7 +158,7 @@ class TiffSlide(Slide):
                 raise UnreadableTiffError(f"one strip of {largest} bytes")
 
     def _choose(self, planes: list[_Plane], count: int, alpha: bool) -> list[tuple[_Plane, list[int]]]:
-        """Planes with those of their channels that are read, in the order that was asked for."""
+        """Select planes with the channels to read, in the requested order."""
         wanted, model = self._options.channels, self._options.in_channels
         if wanted is None:
             if count - alpha not in (1, model):
@@ -183,7 +183,7 @@ class TiffSlide(Slide):
         return chosen
 
     def _values(self, window: Window) -> NDArray[Any]:
-        """(h, w, S) as they are in the file."""
+        """Read raw values of a window, (h, w, S)."""
         parts = []
         for plane, samples in self._chosen_planes:
             read = self._rows(plane, window) if plane.page is None else self._segments(plane, window)
@@ -191,7 +191,7 @@ class TiffSlide(Slide):
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=2)
 
     def _rows(self, plane: _Plane, window: Window) -> NDArray[Any]:
-        """Read parts of rows of values that lie in one piece."""
+        """Read a window of contiguous values row by row."""
         x0, y0, x1, y1 = window
         pixel = plane.samples * self._dtype.itemsize
         values = np.empty((y1 - y0, x1 - x0, plane.samples), self._dtype)
@@ -206,7 +206,7 @@ class TiffSlide(Slide):
         return values.astype(self._dtype.newbyteorder("="))
 
     def _segments(self, plane: _Plane, window: Window) -> NDArray[Any]:
-        """Read the tiles or strips that a window touches."""
+        """Read a window from the tiles or strips that overlap it."""
         x0, y0, x1, y1 = window
         page = plane.page.keyframe
         height, width = (page.tilelength, page.tilewidth) if page.is_tiled else (page.rowsperstrip, page.imagewidth)
@@ -227,7 +227,7 @@ class TiffSlide(Slide):
         return values
 
     def _segment(self, page: Any, index: int) -> NDArray[Any] | None:
-        """Decode a tile or strip, (h, w, s); None for one that is not stored."""
+        """Decode a tile or strip, (h, w, s); None if it is not stored."""
         key = (page.index if isinstance(page.index, int) else hash(page.index), index)
         with self._lock:
             if key in self._decoded:
@@ -244,7 +244,7 @@ class TiffSlide(Slide):
             decoded, _, _ = page.keyframe.decode(
                 data, index, jpegtables=page.jpegtables, jpegheader=getattr(page, "jpegheader", None)
             )
-        except Exception as error:  # whatever a codec raises on damaged data
+        except Exception as error:  # codecs raise almost anything on damaged data
             reason = str(error).partition("\n")[0] or type(error).__name__
             raise ImageError(f"{self.name}: part {index} can't be decoded ({reason}).") from error
         if decoded is None:
@@ -258,7 +258,7 @@ class TiffSlide(Slide):
         return segment
 
     def _intensity(self) -> list[tuple[float, float]]:
-        """Per channel the values that become 0 and 255."""
+        """Values scaled to 0 and 255, per channel."""
         count = sum(len(samples) for _, samples in self._chosen_planes)
         if isinstance(self._options.intensity, tuple):
             return [self._options.intensity] * count
@@ -281,7 +281,7 @@ def _open(path: Path) -> tifffile.TiffFile:
         raise ConfigError(f'{path}: TIFF files are read in tiles by tifffile: pip install "a2fpn[slides]".') from error
     try:
         return tifffile.TiffFile(path)
-    except Exception as error:  # whatever a damaged head leads to
+    except Exception as error:  # a damaged header raises almost anything
         raise _unreadable(path, error) from error
 
 

@@ -1,4 +1,4 @@
-"""Recipes that come with the package: settings of training runs, by name."""
+"""Recipes in the package: settings of training runs, by name."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from a2fpn.errors import ConfigError, ExistingFileError
 
 FOLDER = Path(__file__).parent
 AUTO = FOLDER / "auto.yaml"
-"""Settings that do not depend on the data, of a run whose others are chosen by looking at it."""
+"""Data-independent settings of a run whose other settings are chosen from the data."""
 
 
 def list_recipes() -> dict[str, str]:
-    """Names of the recipes, and what each trains.
+    """Names of the recipes with descriptions.
 
     Example:
         >>> list_recipes()["nuclei_lite0"].partition(":")[0]
@@ -24,13 +24,13 @@ def list_recipes() -> dict[str, str]:
 
 
 def find_recipe(name: str) -> Path:
-    """The file of a recipe.
+    """Find the file of a recipe.
 
     Args:
         name: A path, or a name of :func:`list_recipes`, also with the folder ``recipes/`` and ``.yaml``.
 
     Raises:
-        ConfigError: If there is neither, with the closest name.
+        ConfigError: If there is none, with the closest name.
     """
     path = Path(name)
     if path.is_file():
@@ -42,7 +42,7 @@ def find_recipe(name: str) -> Path:
 
 
 def copy_recipe(name: str, file: Path) -> None:
-    """Copy a recipe, to be edited.
+    """Copy a recipe for editing.
 
     Raises:
         ConfigError: If there is no such recipe.
