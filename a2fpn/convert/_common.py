@@ -102,9 +102,9 @@ def load_array_pickle(path: str | Path) -> Any:
 
 
 def _check_memo(file: BinaryIO) -> None:
-    """Refuse places in the memo beyond what was written: the reader makes room for all places before one."""
+    """Reject memo indices that no pickle of this length needs: the unpickler allocates all places before one."""
     for count, (opcode, place, _) in enumerate(pickletools.genops(file)):
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and not 0 <= place <= count:
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and not (place is not None and 0 <= place <= count):
             raise pickle.UnpicklingError(f"it keeps an object at place {place:,} after {count_of(count, 'step')}")
 
 

@@ -5,14 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 
-from a2fpn._text import count_of
+from a2fpn._text import count_of, shorten
 from a2fpn.data.annotation_table import AnnotationTable
 from a2fpn.data.check.problem import names_of, used_categories
-from a2fpn.data.check.report import (
-    Finding,
-    few,
-    shorten,
-)
+from a2fpn.data.check.report import Finding, few
 from a2fpn.data.document import CocoDocument
 
 
