@@ -345,7 +345,7 @@ def _run_tapped(body: nn.Module, x: Tensor, taps: Sequence[str]) -> list[Tensor]
 def _crashes_channels_last(module: nn.Module) -> bool:
     """Return whether channels_last must be avoided.
 
-    torch 2.15's CPU backward pass of strided 1x1 convolutions with fewer than 16 input channels corrupts memory.
+    On a CPU the backward pass of strided 1x1 convolutions with fewer than 16 input channels has corrupted memory.
     """
     return (
         isinstance(module, nn.Conv2d)
