@@ -86,26 +86,30 @@ def build(predictor: Predictor, name: str, *, examples: Sequence[Path] = ()) -> 
 
     page: gr.Blocks
     with gr.Blocks(title=f"a2fpn: {name}", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
-        gr.Markdown(f"# Find objects with `{name}`\nDrop pictures, press the button, then move the sliders.")
+        gr.Markdown(f"# Find objects with `{name}`\nDrop pictures, press the button, then adjust the sliders.")
         found = gr.State([], time_to_live=3600)
         with gr.Row():
             with gr.Column(scale=1, min_width=300):
                 files = gr.File(label="Pictures", file_count="multiple", file_types=["image"], elem_id="pictures")
                 go = gr.Button("Find objects", variant="primary", elem_id="go")
-                threshold = gr.Slider(0, 1, _FIRST_THRESHOLD, step=0.01, label="Least score", elem_id="threshold")
-                smallest = gr.Slider(0, 200, 0, step=1, label="Smallest object, pixels (root of the area)")
+                threshold = gr.Slider(
+                    0, 1, _FIRST_THRESHOLD, step=0.01, label="Confidence threshold", elem_id="threshold"
+                )
+                smallest = gr.Slider(0, 200, 0, step=1, label="Minimum object size, pixels (square root of box area)")
                 tile = gr.Slider(
                     *(0, _WIDEST, 0),
                     step=128,
-                    label="Tile side for large pictures, pixels",
-                    info="0 looks at a picture as a whole. Takes effect with the button.",
+                    label="Tile size for large pictures, pixels",
+                    info="0 predicts each picture whole. Takes effect when you press the button.",
                 )
                 kept = gr.CheckboxGroup(classes, value=classes, label="Classes", elem_id="classes")
             with gr.Column(scale=2, min_width=320):
                 status = gr.Markdown(elem_id="status")
                 remarks = gr.Markdown(elem_id="remarks")
-                pictures = gr.Gallery(label="Found", columns=2, object_fit="contain", height="auto", elem_id="found")
-                table = gr.Dataframe(headers=["picture", *classes], label="Count", interactive=False, elem_id="table")
+                pictures = gr.Gallery(
+                    label="Detections", columns=2, object_fit="contain", height="auto", elem_id="found"
+                )
+                table = gr.Dataframe(headers=["picture", *classes], label="Counts", interactive=False, elem_id="table")
                 prepare = gr.Button("Prepare downloads: PNG, COCO, GeoJSON, CSV", elem_id="prepare")
                 downloads = gr.File(label="Downloads", file_count="multiple", visible=False, elem_id="downloads")
         if examples:

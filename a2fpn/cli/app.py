@@ -46,11 +46,11 @@ def _options(
         typer.Option(
             "--import",
             metavar="MODULE",
-            help="Import a module that registers necks, detectors or backbones; may be repeated.",
+            help="Import a module that registers necks, detectors or backbones; repeatable.",
         ),
     ] = None,
 ) -> None:
-    """Object detection and instance segmentation with A²-FPN and other pyramids on any backbone of timm.
+    """Object detection and instance segmentation with A²-FPN and other feature pyramids on any timm backbone.
 
     Start with `a2fpn demo`.
     """

@@ -24,71 +24,70 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 def check_data(
     *,
-    annotations: Annotated[Path, typer.Option(help="COCO file to check.", metavar="JSON")],
+    annotations: Annotated[Path, typer.Option(help="COCO annotation file to check.", metavar="JSON")],
     images: Annotated[
-        Path | None, typer.Option(help="Folder of the images; without it only the JSON is checked.", metavar="DIR")
+        Path | None, typer.Option(help="Image folder; if omitted, check the JSON only.", metavar="DIR")
     ] = None,
     against: Annotated[
-        Path | None, typer.Option(help="The other split, say of validation: classes must agree.", metavar="JSON")
+        Path | None,
+        typer.Option(help="Annotations of another split, such as validation; classes must match.", metavar="JSON"),
     ] = None,
     duplicates: Annotated[
         bool,
-        typer.Option(
-            "--duplicates", help="With --images and --against: look for images of both that are nearly the same."
-        ),
+        typer.Option("--duplicates", help="Find near-duplicate images across splits (needs --images and --against)."),
     ] = False,
     model: Annotated[
         str | None,
         typer.Option(
-            help="A checkpoint folder or a name of `a2fpn list`: its classes, if it has any, must fit, and sizes are "
-            "judged by its input size and anchors.",
+            help="Checkpoint folder or name from `a2fpn list`: match its classes, if any, and check object sizes "
+            "against its input size and anchors.",
             metavar="NAME_OR_PATH",
         ),
     ] = None,
     min_size: Annotated[
         int | None,
-        typer.Option(min=1, metavar="PIXELS", help="Short side of the input; by default the model's, or 800."),
+        typer.Option(min=1, metavar="PIXELS", help="Input size, short side; default: the model's, else 800."),
     ] = None,
     max_size: Annotated[
         int | None,
-        typer.Option(min=1, metavar="PIXELS", help="Limit of the long side; by default the model's, or 1333."),
+        typer.Option(min=1, metavar="PIXELS", help="Input size, maximum long side; default: the model's, else 1333."),
     ] = None,
     sample: Annotated[
-        int | None, typer.Option(min=0, metavar="N", help="Open only so many image files, evenly spread over the list.")
+        int | None, typer.Option(min=0, metavar="N", help="Open only N image files, evenly spaced over the list.")
     ] = None,
     decode: Annotated[
-        bool, typer.Option("--decode", help="Decode every pixel, which finds truncated files, instead of headers only.")
+        bool, typer.Option("--decode", help="Decode images fully, not just headers, to detect truncated files.")
     ] = False,
     plot: Annotated[
         Path | None,
-        typer.Option(metavar="PNG", help="Draw 12 annotated images, those with findings first, into this file."),
+        typer.Option(metavar="PNG", help="Save a plot of 12 annotated images, those with findings first."),
     ] = None,
     fix: Annotated[
         Path | None,
         typer.Option(
             metavar="OUT.json",
-            help="Write a repaired copy and list every change: areas, boxes from masks, boxes cut off at the edge, "
-            "unusable parts of masks, ids used twice, iscrowd, byte order mark, paths. The report is of the copy.",
+            help="Write a repaired copy and a list of changes: areas, boxes from masks, boxes clipped to the image, "
+            "invalid mask parts, duplicate ids, iscrowd, byte order mark, paths. Report on the copy.",
         ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Let --fix replace files.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Allow --fix to overwrite existing files.")] = False,
     save: Json = None,
     quiet: Quiet = False,
-    strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 for warnings too.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with code 1 on warnings too.")] = False,
 ) -> None:
-    """Find what is wrong with a data set before training on it.
+    """Check a data set for errors before training.
 
     Example: `a2fpn check-data --images cells/train --annotations cells/train.json --against cells/val.json`
 
-    Would training see the right thing? `... --model maskrcnn_a2fpn_r50 --plot look.png`
+    Check against a model and plot samples: `... --model maskrcnn_a2fpn_r50 --plot look.png`
 
-    Looks for categories that mean different things, classes without objects, objects that are all crowds, boxes and
-    masks that lie elsewhere or hold nothing, ids used twice, files that are missing, broken, turned or of another
-    size, and objects too small for the input or the anchors. Lists what there is of each class.
+    Finds mismatched categories, classes without objects or with crowds only, boxes and masks that are empty, outside
+    the image or inconsistent, duplicate ids, image files that are missing, corrupt, rotated by EXIF or of another size,
+    and objects too small for the input or the anchors. Lists the number of objects per class.
 
-    What has one right answer can be repaired: `... --fix repaired.json` writes a copy and lists what it changed.
+    Repair unambiguous errors: `... --fix repaired.json` writes a copy and a list of changes.
 
-    Exit code: 0 without errors, 1 with errors, 2 if the command was wrong.
+    Exit codes: 0 no errors, 1 errors found, 2 wrong usage.
     """
     from a2fpn import data
 

@@ -23,38 +23,38 @@ Images = Annotated[
     Path | None,
     typer.Option(
         metavar="DIR",
-        help="Folder of the images. By default `images` beside the folder of the annotations; without these the nuclei "
-        "in the package.",
+        help="Image folder. Default: `images` next to the annotation folder; without --annotations, the bundled "
+        "nuclei.",
     ),
 ]
 Annotations = Annotated[
     Path | None,
-    typer.Option(help="COCO file of the images: drawn, and tells what is right.", metavar="JSON"),
+    typer.Option(help="COCO file with the ground truth to draw and score against.", metavar="JSON"),
 ]
 Count = Annotated[int, typer.Option(min=1, help="Number of images to show.")]
-Columns = Annotated[int, typer.Option(min=1, help="Images side by side.")]
+Columns = Annotated[int, typer.Option(min=1, help="Images per row.")]
 Among = Annotated[
     int | None,
-    typer.Option(min=1, metavar="N", help="Look at so many images only, drawn at random; default: all."),
+    typer.Option(min=1, metavar="N", help="Consider only N randomly sampled images; default: all."),
 ]
-Seed = Annotated[int, typer.Option(help="Of the random choice of images.")]
+Seed = Annotated[int, typer.Option(help="Random seed for choosing images.")]
 
 
 def compare(
     models: Annotated[
-        list[str], typer.Argument(help="Checkpoint folders, or names of `a2fpn list --pretrained`.", metavar="MODEL")
+        list[str], typer.Argument(help="Checkpoint folders, or names from `a2fpn list --pretrained`.", metavar="MODEL")
     ],
     *,
     images: Images = None,
     annotations: Annotations = None,
-    output: Annotated[Path, typer.Option(help="Path of the files, without a suffix.", metavar="PAGE")] = Path(
+    output: Annotated[Path, typer.Option(help="Output path, without a file extension.", metavar="PAGE")] = Path(
         "comparison"
     ),
     pick: Annotated[
         Literal["disagree", "random", "worst"],
         typer.Option(
-            help="Show images where the first and last model differ most, half in favor of each; any; or those with "
-            "the lowest AP. The figure says which."
+            help="Images to show: where the first and last model differ most (half in favor of each), random ones, or "
+            "those with the lowest AP."
         ),
     ] = "disagree",
     count: Count = 8,
@@ -66,12 +66,12 @@ def compare(
     seed: Seed = 0,
     device: Device = None,
 ) -> None:
-    """Show what several models find on the same images: a figure as PNG and PDF, and a page with a slider.
+    """Compare several models' detections on the same images: a PNG and PDF figure, and a page with a slider.
 
     Example: `a2fpn compare runs/fpn/best runs/a2fpn/best --annotations cells/instances_val.json --output figure`
 
-    A row for each model, and a first row of annotations if there are any. The same object has the same color in every
-    row where there is one class.
+    The figure has one row per model, below a row of ground truth if given, and says how images were chosen. With one
+    class, an object has the same color in every row.
     """
     from a2fpn.report.compare import compare as compare_models
     from a2fpn.report.sheet import save_comparison
@@ -100,17 +100,17 @@ def compare(
 
 def gallery(
     model: Annotated[
-        str, typer.Argument(help="A checkpoint folder, or a name of `a2fpn list --pretrained`.", metavar="MODEL")
+        str, typer.Argument(help="Checkpoint folder, or name from `a2fpn list --pretrained`.", metavar="MODEL")
     ],
     *,
     images: Images = None,
     annotations: Annotations = None,
-    output: Annotated[Path, typer.Option(help="Path of the files, without a suffix.", metavar="PAGE")] = Path(
+    output: Annotated[Path, typer.Option(help="Output path, without a file extension.", metavar="PAGE")] = Path(
         "gallery"
     ),
     pick: Annotated[
         Literal["random", "worst"],
-        typer.Option(help="Show any images, or with --annotations those with the lowest AP. The figure says which."),
+        typer.Option(help="Images to show: random ones, or those with the lowest AP (needs --annotations)."),
     ] = "random",
     count: Count = 12,
     among: Among = None,
@@ -121,7 +121,7 @@ def gallery(
     seed: Seed = 0,
     device: Device = None,
 ) -> None:
-    """Show what one model finds on many images: a figure as PNG and PDF.
+    """Show the detections of one model on many images, as a PNG and PDF figure that says how they were chosen.
 
     Example: `a2fpn gallery runs/htc/best --images photos --output figure`
     """

@@ -43,16 +43,16 @@ from a2fpn.config import MAX_PIXELS
 
 
 def count(
-    images: Annotated[list[Path], typer.Argument(help="Image files and folders of images.", metavar="IMAGE_OR_FOLDER")],
+    images: Annotated[list[Path], typer.Argument(help="Image files or folders.", metavar="IMAGE_OR_FOLDER")],
     *,
     model: Model,
-    output: Annotated[Path | None, typer.Option(help="CSV file to write the counts to.", metavar="CSV")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write the counts to a CSV file.", metavar="CSV")] = None,
     score_threshold: Annotated[
         float | None,
         typer.Option(
             min=0,
             max=1,
-            help="Objects that score less are not counted; by default what `a2fpn calibrate` stored, else 0.5.",
+            help="Confidence threshold for counting; default: the one stored by `a2fpn calibrate`, else 0.5.",
         ),
     ] = None,
     tile: Tile = None,
@@ -71,13 +71,13 @@ def count(
     quiet: Quiet = False,
     save: Json = None,
 ) -> None:
-    """Count the objects of each class in images: a table, and a CSV file with a row per image and class.
+    """Count objects per image and class; print a table and optionally write a CSV file.
 
     Example: `a2fpn count photos/ --model runs/cells/best --output counts.csv`
 
     A slide: `a2fpn count slide.tif --model runs/cells --tile 1024 --scale 0.5um --max-objects 2000`
 
-    An image that can't be read is an error: left out, it would be missing in the counts.
+    An unreadable image is an error: if skipped, its objects would be missing from the counts.
     """
     paths = image_files(images)
     threshold, source = _threshold(model, score_threshold)
@@ -125,7 +125,7 @@ def count(
 
 
 def calibrate(
-    model: Annotated[Path, typer.Argument(help="A checkpoint folder.", metavar="MODEL")],
+    model: Annotated[Path, typer.Argument(help="Checkpoint folder.", metavar="MODEL")],
     *,
     images: Annotated[Path, typer.Option(help="Folder of annotated images.", metavar="DIR")],
     annotations: Annotated[Path, typer.Option(help="COCO file with the ground truth.", metavar="JSON")],
@@ -136,11 +136,11 @@ def calibrate(
     gray_bits: GrayBits = 16,
     device: Device = None,
 ) -> None:
-    """Choose the score from which `a2fpn count` counts, for the least count error, and store it in config.json.
+    """Find the confidence threshold with the lowest count error and store it in config.json for `a2fpn count`.
 
     Example: `a2fpn calibrate runs/cells/best --images cells/val --annotations cells/val.json`
 
-    Take images that the model was not trained on, and count with the same options.
+    Use images that the model was not trained on, and pass the same options to `a2fpn count`.
     """
     from a2fpn.counting import calibrate_counts
     from a2fpn.pretrained.checkpoint import add_metadata, read_checkpoint

@@ -44,25 +44,28 @@ def _options(*, debug: Debug = False) -> None:
 @app.command()
 def shard(
     *,
-    images: Annotated[Path | None, typer.Option(help="Folder of the images.", metavar="DIR")] = None,
-    annotations: Annotated[Path | None, typer.Option(help="COCO file.", metavar="JSON")] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder of the shards.", metavar="DIR")] = None,
+    images: Annotated[Path | None, typer.Option(help="Image folder.", metavar="DIR")] = None,
+    annotations: Annotated[Path | None, typer.Option(help="COCO annotation file.", metavar="JSON")] = None,
+    output: Annotated[Path | None, typer.Option(help="Output folder for the shards.", metavar="DIR")] = None,
     semantic: Annotated[
-        Path | None, typer.Option(help="Folder of semantic maps, see a2fpn.data.CocoDataset.", metavar="DIR")
+        Path | None, typer.Option(help="Folder of semantic maps; see a2fpn.data.CocoDataset.", metavar="DIR")
     ] = None,
-    samples_per_shard: Annotated[int | None, typer.Option(help="Most images in a shard.", metavar="N")] = None,
-    shard_size: Annotated[str, typer.Option(help="Largest size of a shard.", metavar="SIZE")] = "256MB",
-    shuffle: Annotated[bool, typer.Option("--shuffle", help="Write the images in random order.")] = False,
-    seed: Annotated[int, typer.Option(help="Seed of the random order.")] = 0,
+    samples_per_shard: Annotated[int | None, typer.Option(help="Maximum images per shard.", metavar="N")] = None,
+    shard_size: Annotated[
+        str, typer.Option(help="Maximum shard size, such as 256MB or 1GiB.", metavar="SIZE")
+    ] = "256MB",
+    shuffle: Annotated[bool, typer.Option("--shuffle", help="Shuffle the images.")] = False,
+    seed: Annotated[int, typer.Option(help="Random seed for --shuffle.")] = 0,
     strict: Annotated[
-        bool, typer.Option("--strict", help="Stop at the first bad annotation or missing image.")
+        bool, typer.Option("--strict", help="Fail on the first bad annotation or missing image.")
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace shards that are in the output folder.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite shards in the output folder.")] = False,
     check: Annotated[
-        str | None, typer.Option(help="Compare shards with their index instead of writing.", metavar="DIR_OR_URL")
+        str | None,
+        typer.Option(help="Verify existing shards against their index instead of writing.", metavar="DIR_OR_URL"),
     ] = None,
 ) -> None:
-    """Write a COCO-format set as WebDataset shards for `data.stream.shards`, or check shards that are there.
+    """Convert a COCO data set to WebDataset shards for `data.stream.shards`, or verify existing shards.
 
     Example: `a2fpn data shard --images DIR --annotations JSON --output shards`
     """

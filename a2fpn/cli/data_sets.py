@@ -21,30 +21,32 @@ T = TypeVar("T")
 
 _OPENED = 200  # image files that the check after a command looks into
 
-Source = Annotated[Path, typer.Argument(help="The data set's folder, or a file such as data.yaml.", metavar="DIR")]
-Json = Annotated[Path, typer.Argument(help="A COCO file.", metavar="JSON")]
-OutputFolder = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.", metavar="DIR")]
-OutputFile = Annotated[Path, typer.Option("--output", "-o", help="COCO file to write.", metavar="JSON")]
-Format = Annotated[str, typer.Option("--from", help="Format of the source; auto looks at it.", metavar="FORMAT")]
-Images = Annotated[Literal["link", "copy"], typer.Option(help="Whether images are linked or copied.")]
-Val = Annotated[float, typer.Option(min=0, max=1, help="Share of images for validation.")]
-Test = Annotated[float, typer.Option(min=0, max=1, help="Share of images for testing.")]
+Source = Annotated[Path, typer.Argument(help="Data set folder, or a file such as data.yaml.", metavar="DIR")]
+Json = Annotated[Path, typer.Argument(help="COCO annotation file.", metavar="JSON")]
+OutputFolder = Annotated[Path, typer.Option("--output", "-o", help="Output folder.", metavar="DIR")]
+OutputFile = Annotated[Path, typer.Option("--output", "-o", help="Output COCO file.", metavar="JSON")]
+Format = Annotated[str, typer.Option("--from", help="Source format; auto detects it.", metavar="FORMAT")]
+Images = Annotated[Literal["link", "copy"], typer.Option(help="Link or copy the images.")]
+Val = Annotated[float, typer.Option(min=0, max=1, help="Fraction of images for validation.")]
+Test = Annotated[float, typer.Option(min=0, max=1, help="Fraction of images for testing.")]
 GroupBy = Annotated[
     str,
     typer.Option(
-        metavar="REGEX", help=r"Images in whose names this finds the same stay together, such as `site_(\d+)`."
+        metavar="REGEX",
+        help="Keep images in one split if this matches the same text in their names, such as "
+        r"`site_(\d+)`.",
     ),
 ]
-Seed = Annotated[int, typer.Option(help="For another split.")]
+Seed = Annotated[int, typer.Option(help="Random seed.")]
 Classes = Annotated[
     Path | None,
-    typer.Option("--categories", help="The classes: a COCO file, or one name a line.", metavar="FILE"),
+    typer.Option("--categories", help="Class list: a COCO file, or one name per line.", metavar="FILE"),
 ]
-Category = Annotated[str, typer.Option(help="The class in formats of masks without classes.", metavar="NAME")]
-Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first loss.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Write over what is there.")]
+Category = Annotated[str, typer.Option(help="Class name for mask formats without classes.", metavar="NAME")]
+Strict = Annotated[bool, typer.Option("--strict", help="Fail if any information would be lost.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Overwrite existing files.")]
 ImageFolder = Annotated[
-    Path | None, typer.Option("--images", help="Folder of the images, for the check that follows.", metavar="DIR")
+    Path | None, typer.Option("--images", help="Image folder, for the check after writing.", metavar="DIR")
 ]
 
 
@@ -62,24 +64,24 @@ def import_(
     category: Category = "",
     unlabeled: Annotated[
         Literal["auto", "keep", "skip"],
-        typer.Option(help="Whether images without labels are backgrounds (keep); auto says so for YOLO alone."),
+        typer.Option(help="Keep images without labels as background, or skip them; auto keeps them for YOLO only."),
     ] = "auto",
     box_masks: Annotated[
-        bool, typer.Option("--box-masks", help="Boxes become masks of their shape where other objects have masks.")
+        bool, typer.Option("--box-masks", help="Convert boxes to rectangular masks if other objects have masks.")
     ] = False,
     strict: Strict = False,
     overwrite: Overwrite = False,
-    check: Annotated[bool, typer.Option(help="Check the result, and look for near-duplicates across splits.")] = True,
+    check: Annotated[bool, typer.Option(help="Check the result, including near-duplicates across splits.")] = True,
     quiet: Quiet = False,
     save: SaveJson = None,
 ) -> None:
-    r"""Import labels of another format as a COCO folder.
+    r"""Import labels from another format as a COCO data set.
 
     Formats: coco, cvat, datumaro, labelme, labels (label images), labelstudio, mask_files, panoptic, voc, yolo.
 
     Example: `a2fpn data import labels/ --output coco/ --val 0.2 --group-by 'site_(\d+)'`
 
-    What was read and what was lost is printed, and is in `import_report.json` file by file.
+    Prints what was imported and what was lost; `import_report.json` has the details per file.
     """
     from a2fpn.data.importers import import_data
 
@@ -112,7 +114,7 @@ def import_(
 def convert(
     source: Source,
     *,
-    to: Annotated[str, typer.Option(help="The format to write.", metavar="FORMAT")],
+    to: Annotated[str, typer.Option(help="Target format.", metavar="FORMAT")],
     output: OutputFolder,
     format: Format = "auto",
     images: Images = "link",
@@ -121,7 +123,7 @@ def convert(
     strict: Strict = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write a data set, usually a COCO folder, in another format.
+    """Convert a data set, usually a COCO folder, to another format.
 
     Formats: cvat, datumaro, labelme, labels (label images), labelstudio, mask_files, panoptic, voc, yolo.
 
@@ -156,11 +158,11 @@ def split(
     images: ImageFolder = None,
     overwrite: Overwrite = False,
 ) -> None:
-    r"""Split a COCO file by images into instances_train.json, instances_val.json and instances_test.json.
+    r"""Split a COCO file by image into instances_train.json, instances_val.json and instances_test.json.
 
     Example: `a2fpn data split all.json --output coco/annotations --val 0.2 --group-by 'site_(\d+)'`
 
-    The split depends on the images' names alone, not on their order.
+    The split depends only on image names, not on their order.
     """
     from a2fpn.data.operations import save_coco, split_coco
 
@@ -173,20 +175,20 @@ def split(
 
 
 def merge(
-    sources: Annotated[list[Path], typer.Argument(help="COCO files.", metavar="JSON JSON ...")],
+    sources: Annotated[list[Path], typer.Argument(help="COCO annotation files.", metavar="JSON JSON ...")],
     *,
     output: OutputFile,
     rename: Annotated[
         list[str] | None,
-        typer.Option(help="A class under another name, before classes are compared.", metavar="OLD=NEW"),
+        typer.Option(help="Rename a class before merging; repeatable.", metavar="OLD=NEW"),
     ] = None,
     prefix: Annotated[
-        list[str] | None, typer.Option(help="Put before file names; once for each file.", metavar="FOLDER/")
+        list[str] | None, typer.Option(help="Prefix for file names; give one per input file.", metavar="FOLDER/")
     ] = None,
     images: ImageFolder = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Merge COCO files; classes of one name become one.
+    """Merge COCO files; classes with the same name are combined.
 
     Example: `a2fpn data merge a.json b.json --rename automobile=car --prefix a/ --prefix b/ --output all.json`
     """
@@ -200,18 +202,21 @@ def subset(
     source: Json,
     *,
     output: OutputFile,
-    category: Annotated[list[str] | None, typer.Option(help="A class to keep.", metavar="NAME")] = None,
+    category: Annotated[list[str] | None, typer.Option(help="Class to keep; repeatable.", metavar="NAME")] = None,
     image: Annotated[
-        list[str] | None, typer.Option(help="An image to keep, or a pattern such as 'site_1/*'.", metavar="NAME")
+        list[str] | None,
+        typer.Option(help="Image to keep, or a pattern such as 'site_1/*'; repeatable.", metavar="NAME"),
     ] = None,
-    number: Annotated[int | None, typer.Option(min=1, help="So many images; the same for the same names.")] = None,
+    number: Annotated[int | None, typer.Option(min=1, help="Number of images to keep, chosen by name.")] = None,
     seed: Seed = 0,
-    min_size: Annotated[float, typer.Option(min=0, help="Least square root of a box's area, pixels.")] = 0.0,
-    drop_empty: Annotated[bool, typer.Option("--drop-empty", help="Leave out images without objects.")] = False,
+    min_size: Annotated[
+        float, typer.Option(min=0, help="Minimum object size in pixels (square root of box area).")
+    ] = 0.0,
+    drop_empty: Annotated[bool, typer.Option("--drop-empty", help="Drop images without objects.")] = False,
     images: ImageFolder = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Keep some classes or images of a COCO file.
+    """Extract classes or images from a COCO file.
 
     Example: `a2fpn data subset train.json --category car --number 50 --output few.json`
     """
@@ -225,13 +230,13 @@ def subset(
 
 def rename(
     source: Json,
-    names: Annotated[list[str], typer.Argument(help="Old and new names of classes.", metavar="OLD=NEW ...")],
+    names: Annotated[list[str], typer.Argument(help="Classes to rename.", metavar="OLD=NEW ...")],
     *,
     output: OutputFile,
     images: ImageFolder = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Rename classes of a COCO file; classes that get one name become one.
+    """Rename classes in a COCO file; classes given the same name are combined.
 
     Example: `a2fpn data rename train.json van=car automobile=car --output renamed.json`
     """
@@ -244,10 +249,12 @@ def rename(
 def stats(
     source: Json,
     *,
-    plot: Annotated[Path | None, typer.Option(help="Picture of the histograms to write.", metavar="PNG")] = None,
-    save: Annotated[Path | None, typer.Option("--json", help="File to write the numbers to.", metavar="OUT")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Save a plot of the histograms.", metavar="PNG")] = None,
+    save: Annotated[
+        Path | None, typer.Option("--json", help="Write the numbers to a JSON file.", metavar="OUT")
+    ] = None,
 ) -> None:
-    """Count classes, sizes and objects in an image of a COCO file.
+    """Show statistics of a COCO file: objects per class, object sizes and objects per image.
 
     Example: `a2fpn data stats coco/annotations/instances_train.json --plot stats.png`
     """

@@ -25,7 +25,7 @@ def demo(
     score_threshold: Threshold = SCORE_THRESHOLD,
     device: Device = None,
 ) -> None:
-    """Segment the nuclei in microscopy images that come with the package.
+    """Segment nuclei in the bundled microscopy images.
 
     Example: `a2fpn demo --output a2fpn_demo`
     """

@@ -20,7 +20,7 @@ SETTINGS: dict[str, Any] = {
 }
 """Arguments that all Typer applications of the package share."""
 
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of every error (also A2FPN_DEBUG=1).")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show full tracebacks on errors (also A2FPN_DEBUG=1).")]
 
 
 def prepare_streams() -> None:

@@ -89,39 +89,37 @@ def evaluate(
     model: Annotated[
         list[str],
         typer.Option(
-            help="A checkpoint folder, or a name of `a2fpn list --pretrained`. Given twice, with --report, two models "
-            "are compared.",
+            help="Checkpoint folder, or name from `a2fpn list --pretrained`. Repeat with --report to compare two "
+            "models.",
             metavar="NAME_OR_PATH",
         ),
     ],
-    images: Annotated[Path, typer.Option(help="Folder of the images.", metavar="DIR")],
+    images: Annotated[Path, typer.Option(help="Image folder.", metavar="DIR")],
     annotations: Annotated[Path, typer.Option(help="COCO file with the ground truth.", metavar="JSON")],
     max_detections: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Best detections that count per image and class; by default COCO's 100, or --max-objects if more.",
+            help="Maximum detections per image and class; default: 100 as in COCO, or --max-objects if larger.",
             show_default=False,
         ),
     ] = None,
     metrics: Annotated[
         Literal["coco", "instances"],
         typer.Option(
-            help="instances: at one score threshold, without overlaps, as people who count and outline measure: the "
-            "Data Science Bowl's score, F1 by IoU, PQ, AJI, counts."
+            help="Metrics: coco for AP and AR; instances for F1 by IoU, PQ, AJI, count errors and the Data Science "
+            "Bowl score, at one confidence threshold and without overlaps."
         ),
     ] = "coco",
     score_threshold: Annotated[
         float | None,
-        typer.Option(
-            min=0, max=1, help="With --metrics instances: objects that score less do not count.", show_default="0.5"
-        ),
+        typer.Option(min=0, max=1, help="Confidence threshold for --metrics instances.", show_default="0.5"),
     ] = None,
     save: Json = None,
     quiet: Quiet = False,
     report: Annotated[
         Path | None,
-        typer.Option(help="Page to write on where the model fails: errors by type, worst images.", metavar="HTML"),
+        typer.Option(help="Write an HTML report on errors by type and the worst images.", metavar="HTML"),
     ] = None,
     tile: Tile = None,
     overlap: Overlap = 0.2,
@@ -137,25 +135,24 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="A,B,...",
-            help="How precisely people place each keypoint, in units of the object's size; by default those of COCO's "
-            "17 keypoints.",
+            help="OKS sigmas, one per keypoint, relative to the object size; default: those of COCO's 17 keypoints.",
         ),
     ] = None,
     backend: Annotated[
         Literal["auto", "hotcoco", "pycocotools"],
-        typer.Option(help="What counts: by default hotcoco. All agree; pycocotools is the reference, and slow."),
+        typer.Option(help="Evaluation backend; auto is hotcoco. All agree; pycocotools is the slow reference."),
     ] = "auto",
 ) -> None:
-    """Measure a model on annotated images: the COCO numbers for boxes, masks and keypoints, and AP per class.
+    """Evaluate a model on annotated images: COCO metrics for boxes, masks and keypoints, and AP per class.
 
     Example: `a2fpn evaluate --model runs/cells/best --images cells/val --annotations cells/val.json`
 
-    At one threshold, as counts and outlines are used: add `--metrics instances --score-threshold 0.6`
+    Metrics at a single confidence threshold: `... --metrics instances --score-threshold 0.6`
 
-    Why is it no better? `... --report page.html`. Is another one better? `... --model runs/b/best --report page.html`
+    Error analysis: `... --report page.html`. Compare two models: `... --model runs/b/best --report page.html`
 
-    What the model predicts and the file has annotated is measured. Categories are matched by id. An image that can't
-    be read is an error: left out, it would count as missed.
+    Evaluates the outputs that both the model and the annotations have. Categories are matched by id. An unreadable
+    image is an error: if skipped, its objects would count as missed.
     """
     from a2fpn.evaluation import COCO_SIGMAS, common_iou_types, evaluate_coco
 

@@ -27,37 +27,40 @@ MOST_CALIBRATED = 40
 
 
 def export(
-    model: Annotated[str, typer.Argument(help="A checkpoint folder, or a name of `a2fpn list --pretrained`.")],
+    model: Annotated[str, typer.Argument(help="Checkpoint folder, or name from `a2fpn list --pretrained`.")],
     *,
-    output: Annotated[Path, typer.Option(help="The file; .onnx or .pt2.", metavar="FILE")],
+    output: Annotated[Path, typer.Option(help="Output file, .onnx or .pt2.", metavar="FILE")],
     format: Annotated[
         Literal["onnx", "torch"] | None,
-        typer.Option(help="onnx for ONNX Runtime, OpenVINO and browsers, torch for torch.export.load; by FILE's end."),
+        typer.Option(
+            help="onnx for ONNX Runtime, OpenVINO and browsers; torch for torch.export.load. Default: by file "
+            "extension."
+        ),
     ] = None,
     size: Annotated[
-        str | None, typer.Option(help="One size for all images; by default any.", metavar="HEIGHTxWIDTH")
+        str | None, typer.Option(help="Fixed input size in pixels; default: any size.", metavar="HEIGHTxWIDTH")
     ] = None,
     dtype: Annotated[
-        Literal["uint8", "float32"], typer.Option(help="Type of the images: 0 to 255, or 0 to 1.")
+        Literal["uint8", "float32"], typer.Option(help="Input type: uint8 in 0-255, or float32 in 0-1.")
     ] = "uint8",
     verify: Annotated[
         Path | None,
-        typer.Option(help="Compare file and model on the images of a folder; a file that differs is deleted."),
+        typer.Option(
+            help="Compare the file with the model on a folder of images; delete it if they differ.", metavar="DIR"
+        ),
     ] = None,
     int8: Annotated[
         Path | None,
-        typer.Option(
-            help="Turn features into int8; their ranges are taken from the images of a folder.", metavar="DIR"
-        ),
+        typer.Option(help="Quantize features to int8, calibrated on a folder of images.", metavar="DIR"),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE if it exists.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Overwrite FILE if it exists.")] = False,
 ) -> None:
-    """Write a model as one file that runs without this package: resizing, network, NMS and masks.
+    """Export a model, from resizing to NMS and masks, to a single file that runs without this package.
 
     Example: `a2fpn export maskrcnn_a2fpn_lite0.nuclei --output nuclei.onnx --verify photos/`
 
-    The input is `images` (N, 3, H, W), RGB; N, H and W are free. The outputs are `image_index`, `boxes` in pixels,
-    `scores`, `labels` and `masks` as probabilities in their boxes. `a2fpn predict --model nuclei.onnx` runs it.
+    Input: `images` (N, 3, H, W), RGB, with dynamic N, H and W. Outputs: `image_index`, `boxes` in pixels, `scores`,
+    `labels` and `masks` as probabilities within the boxes. Run it with `a2fpn predict --model nuclei.onnx`.
     """
     from a2fpn.export import export_model
     from a2fpn.export.file import check_export

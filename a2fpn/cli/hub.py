@@ -26,8 +26,8 @@ PARITY = 1e-3
 """Largest difference of features (relative) and of scores that rounding explains."""
 
 app = typer.Typer(name="hub", cls=Door, **SETTINGS)
-Folder = Annotated[Path, typer.Argument(help="A checkpoint folder, such as runs/cells/best.", metavar="MODEL_DIR")]
-RepoName = Annotated[str, typer.Option(help="The repository on the Hub.", metavar="ORG/NAME")]
+Folder = Annotated[Path, typer.Argument(help="Checkpoint folder, such as runs/cells/best.", metavar="MODEL_DIR")]
+RepoName = Annotated[str, typer.Option(help="Hub repository.", metavar="ORG/NAME")]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 @app.callback()
 def _options(*, debug: Debug = False) -> None:
-    """Publish detectors on the Hugging Face Hub, as safetensors, with a card. Log in with `hf auth login`."""
+    """Publish detectors on the Hugging Face Hub as safetensors with a model card. Log in with `hf auth login`."""
 
 
 @app.command()
@@ -51,12 +51,14 @@ def push(
     *,
     repo: RepoName,
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
-    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
+    create_pr: Annotated[
+        bool, typer.Option("--create-pr", help="Open a pull request instead of committing directly.")
+    ] = False,
     space: Annotated[
-        bool, typer.Option("--space", help="Publish a page to try it too: the Space ORG/NAME-app; needs a2fpn[app].")
+        bool, typer.Option("--space", help="Also publish a demo as the Space ORG/NAME-app; needs a2fpn[app].")
     ] = False,
 ) -> None:
-    """Publish a checkpoint folder in one commit; its README.md is the card if it has one."""
+    """Push a checkpoint folder to the Hub in one commit; its README.md, if any, becomes the model card."""
     from a2fpn.pretrained.hub import push_space
 
     files = _space_files(repo) if space else None
@@ -77,7 +79,7 @@ def _space_files(repo: str) -> dict[str, str]:
 
 @app.command()
 def card(folder: Folder, *, repo: RepoName) -> None:
-    """Print the card that `push` would write, to be edited and saved as README.md in the folder."""
+    """Print the model card that `push` would write, to edit and save as README.md in the folder."""
     from a2fpn.pretrained.card import model_card
     from a2fpn.pretrained.checkpoint import read_checkpoint
 
@@ -86,31 +88,31 @@ def card(folder: Folder, *, repo: RepoName) -> None:
 
 @app.command()
 def convert(
-    file: Annotated[Path, typer.Argument(help="Its weights: .pth, .pkl or .safetensors.", metavar="FILE")],
+    file: Annotated[Path, typer.Argument(help="Weights file: .pth, .pkl or .safetensors.", metavar="FILE")],
     *,
-    source: Annotated[Literal["torchvision", "detectron2", "mmdet"], typer.Option("--from", help="What wrote it.")],
+    source: Annotated[Literal["torchvision", "detectron2", "mmdet"], typer.Option("--from", help="Source framework.")],
     model: Annotated[
         str,
         typer.Option(
-            help="What it is here, such as maskrcnn_fpn_r50; of torchvision the function that built it, such as "
+            help="Model name, such as maskrcnn_fpn_r50; for torchvision, its builder function, such as "
             "maskrcnn_resnet50_fpn.",
             metavar="NAME",
         ),
     ],
-    output: Annotated[Path, typer.Option(help="Folder to write, with no checkpoint in it.", metavar="DIR")],
+    output: Annotated[Path, typer.Option(help="Output folder; must not hold a checkpoint.", metavar="DIR")],
     option: Annotated[
         list[str] | None,
         typer.Option(
-            help="Argument of the converter, or of create_model or torchvision's function, as JSON, such as "
-            "stride_in_1x1=false; may be repeated.",
+            help="Argument of the converter, create_model or the torchvision builder; VALUE is JSON, such as "
+            "stride_in_1x1=false. Repeatable.",
             metavar="KEY=VALUE",
         ),
     ] = None,
 ) -> None:
-    """Turn the weights of another framework into a checkpoint folder; no code of the file is run.
+    """Convert weights from another framework to a checkpoint folder, without running code from the file.
 
-    Torchvision conversions are verified: both models run on a random image, and a mismatch is an error. For the others
-    `python -m benchmarks.parity` does that where they are installed.
+    Torchvision conversions are verified: both models run on a random image, and a mismatch is an error. For the other
+    frameworks, run `python -m benchmarks.parity` where they are installed.
     """
     from a2fpn.convert import from_detectron2, from_mmdet, from_torchvision, load_torchvision, read_state_dict
     from a2fpn.pretrained.checkpoint import CONFIG_FILE, file_sha256, save_checkpoint
@@ -179,12 +181,12 @@ def _options_of(pairs: Sequence[str]) -> dict[str, Any]:
 
 @app.command()
 def verify(
-    name: Annotated[str, typer.Argument(help="What was pushed.", metavar="ORG/NAME[@REVISION]")],
+    name: Annotated[str, typer.Argument(help="Hub repository to verify.", metavar="ORG/NAME[@REVISION]")],
     *,
-    images: Annotated[Path, typer.Option(help="Folder of the images it was evaluated on.", metavar="DIR")],
+    images: Annotated[Path, typer.Option(help="Folder of the evaluation images.", metavar="DIR")],
     annotations: Annotated[Path, typer.Option(help="COCO file with the ground truth.", metavar="JSON")],
 ) -> None:
-    """Download what was pushed into an empty cache, evaluate it, and compare with the metrics that it states."""
+    """Download a pushed model into an empty cache, evaluate it and compare with its stated metrics."""
     from a2fpn.pretrained.hub import download_checkpoint
     from a2fpn.pretrained.hub_client import Repo
 
@@ -217,11 +219,11 @@ def _measure(folder: Path, images: Path, annotations: Path, *, max_detections: i
 
 @app.command()
 def backbone(
-    name: Annotated[str, typer.Argument(help="A checkpoint folder, repository or pretrained name.", metavar="MODEL")],
+    name: Annotated[str, typer.Argument(help="Checkpoint folder, Hub repository or pretrained name.", metavar="MODEL")],
     *,
-    output: Annotated[Path, typer.Option(help="Folder to write.", metavar="DIR")],
+    output: Annotated[Path, typer.Option(help="Output folder.", metavar="DIR")],
 ) -> None:
-    """Write a detector's backbone as a folder that timm loads; `hf upload org/name DIR` publishes it."""
+    """Export a detector's backbone to a folder that timm loads; publish it with `hf upload org/name DIR`."""
     from a2fpn.backbones import export_backbone
 
     detector = a2fpn.from_pretrained(name)

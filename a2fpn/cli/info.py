@@ -22,9 +22,9 @@ INFO_SIZE = (480, 640)  # height and width of the image for which `info` counts 
 
 
 def info(
-    model: Annotated[str, typer.Argument(help="A name of `a2fpn list`, or a checkpoint folder.", metavar="MODEL")],
+    model: Annotated[str, typer.Argument(help="Name from `a2fpn list`, or checkpoint folder.", metavar="MODEL")],
 ) -> None:
-    """Show what a model is made of and what it costs. Nothing is downloaded.
+    """Show a model's architecture, parameters and GMACs, without downloading anything.
 
     Example: `a2fpn info maskrcnn_a2fpn_r50`
     """

@@ -15,20 +15,20 @@ if TYPE_CHECKING:
 
 def list_names(
     pattern: Annotated[
-        str, typer.Argument(help='Part of a name, or a pattern such as "mask*_r50".', metavar="FILTER")
+        str, typer.Argument(help='Part of a name, or a glob pattern such as "mask*_r50".', metavar="FILTER")
     ] = "",
     *,
-    necks: Annotated[bool, typer.Option("--necks", help="List necks.")] = False,
-    pretrained: Annotated[bool, typer.Option("--pretrained", help="List models with pretrained weights.")] = False,
+    necks: Annotated[bool, typer.Option("--necks", help="List necks instead of models.")] = False,
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="List models with pretrained weights only.")] = False,
 ) -> None:
-    """List models, necks or pretrained weights, one a line.
+    """List models, necks or pretrained weights, one per line.
 
     Example: `a2fpn list "maskrcnn_a2fpn_*"`
 
-    With `--pretrained` each line also says where the weights come from, whether they were trained as they are or
-    grafted on another neck (to be fine-tuned), their AP on the data of their source, and their license.
+    With `--pretrained`, each line also shows the source of the weights, whether they were trained as is or grafted onto
+    another neck (to be fine-tuned), their AP on the source's data, and their license.
 
-    The backbone may also be any other model of timm, written out: `maskrcnn_a2fpn_convnext_small.fb_in22k`.
+    Any other timm model can be the backbone; spell out its name: `maskrcnn_a2fpn_convnext_small.fb_in22k`.
     """
     import a2fpn
 

@@ -22,112 +22,108 @@ if TYPE_CHECKING:
 Model = Annotated[
     str,
     typer.Option(
-        help="A checkpoint folder, a name of `a2fpn list --pretrained`, or a file of `a2fpn export`.",
+        help="Checkpoint folder, name from `a2fpn list --pretrained`, or file from `a2fpn export`.",
         metavar="NAME_OR_PATH",
     ),
 ]
 RuntimeName = Annotated[
     Literal["onnxruntime", "openvino", "torch"] | None,
-    typer.Option(
-        "--runtime", help="What runs a file of `a2fpn export`; by default what fits it, of .onnx onnxruntime."
-    ),
+    typer.Option("--runtime", help="Runtime for an exported model; default: onnxruntime for .onnx, torch for .pt2."),
 ]
-Output = Annotated[Path, typer.Option(help="Folder for what is written; made if need be.", metavar="DIR")]
-Threshold = Annotated[float, typer.Option(min=0, max=1, help="Objects that score less are left out.")]
+Output = Annotated[Path, typer.Option(help="Output folder; created if missing.", metavar="DIR")]
+Threshold = Annotated[float, typer.Option(min=0, max=1, help="Confidence threshold: drop objects with a lower score.")]
 Device = Annotated[
-    str | None, typer.Option(help="Where to run, such as cpu or cuda:1; by default cuda where there is one.")
+    str | None, typer.Option(help="Device, such as cpu or cuda:1; default: cuda if available, else cpu.")
 ]
 Tile = Annotated[
     int | None,
     typer.Option(
         min=16,
         metavar="PIXELS",
-        help="Side of the overlapping tiles in which larger images are predicted, and whose objects are merged: for "
-        "images far larger than those of the training. By default an image is predicted whole.",
+        help="Tile size: predict larger images in overlapping tiles and merge the objects. Default: predict images "
+        "whole.",
     ),
 ]
 Overlap = Annotated[
     float,
     typer.Option(
-        min=0, max=0.9, help="With --tile: least share of a tile that the next shows too. Objects up to it stay whole."
+        min=0,
+        max=0.9,
+        help="With --tile: minimum overlap, as a fraction of the tile size; objects up to that size stay whole.",
     ),
 ]
 Tta = Annotated[
     bool,
-    typer.Option(
-        "--tta", help="See each image at three sizes, each also mirrored, and fuse what is found: six times the work."
-    ),
+    typer.Option("--tta", help="Use test-time augmentation: fuse three scales, each also flipped; six times the work."),
 ]
 Nms = Annotated[
     float | None,
     typer.Option(
-        "--nms-threshold", min=0, max=1, help="IoU above which an object removes a worse one; by default the model's."
+        "--nms-threshold", min=0, max=1, help="IoU threshold for non-maximum suppression (NMS); default: the model's."
     ),
 ]
 SoftNmsKind = Annotated[
     Literal["linear", "gaussian"] | None,
-    typer.Option("--soft-nms", help="Lower the scores of objects that overlap better ones instead of removing them."),
+    typer.Option("--soft-nms", help="Use Soft-NMS: lower the scores of overlapping objects instead of removing them."),
 ]
 MaxObjects = Annotated[
     int | None,
     typer.Option(
         "--max-objects",
         min=1,
-        help="Most objects of an image, or of a tile, and all limits on the way to them; by default the model's.",
+        help="Maximum detections per image or tile; raises earlier limits too. Default: the model's.",
     ),
 ]
-Batch = Annotated[int, typer.Option(min=1, metavar="TILES", help="With --tile: tiles predicted at once.")]
+Batch = Annotated[int, typer.Option(min=1, metavar="TILES", help="With --tile: batch size, in tiles.")]
 Workers = Annotated[
-    int, typer.Option(min=0, metavar="THREADS", help="With --tile: threads that read and decode tiles ahead.")
+    int, typer.Option(min=0, metavar="THREADS", help="With --tile: threads that prefetch tiles; 0 disables.")
 ]
 Scale = Annotated[
     str | None,
     typer.Option(
         metavar="FACTOR|MICRONSum|auto",
-        help="Scale at which the network sees images in place of the model's own rule: a factor, or the µm of a pixel, "
-        "such as 0.5um, of files that say what their pixels measure; auto takes the µm that the checkpoint names.",
+        help="Input scale instead of the model's resize rule: a factor, a pixel size in µm such as 0.5um (for files "
+        "that state theirs), or auto for the checkpoint's pixel size.",
     ),
 ]
 Channels = Annotated[
     str | None,
     typer.Option(
         metavar="N,...",
-        help="Channels of TIFF files that the model gets, counted from 0, or one to be shown as gray; by default all.",
+        help="TIFF channels to feed the model, counted from 0; a single one is used as gray. Default: all.",
     ),
 ]
 Intensity = Annotated[
     str | None,
     typer.Option(
         metavar="LOW,HIGH|auto",
-        help="Values of TIFF files that become black and white; auto looks at the image. By default the full range of "
-        "8 or 16 bits.",
+        help="TIFF values mapped to black and white; auto uses percentiles of the image. Default: full 8- or 16-bit "
+        "range.",
     ),
 ]
 MaxPixels = Annotated[
     int | None,
-    typer.Option(
-        "--max-pixels", min=1, help="Files with more pixels are not decoded whole; raise it for files you trust."
-    ),
+    typer.Option("--max-pixels", min=1, help="Maximum pixels of a file decoded whole; raise only for trusted files."),
 ]
 GrayBits = Annotated[
     int,
     typer.Option(
-        "--gray-bits", min=9, max=16, help="Bits that gray values of 16-bit files use: 12 for many microscopes."
+        "--gray-bits", min=9, max=16, help="Bit depth of gray values in 16-bit files; 12 for many microscopes."
     ),
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no closing words; errors are told.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Hide progress and summary; still report errors.")]
 Json = Annotated[
     Path | None,
     typer.Option(
-        "--json", metavar="OUT", help="File to write the numbers to, for machines; - is standard output, and no words."
+        "--json", metavar="OUT", help="Write the numbers to a JSON file; - is standard output and implies --quiet."
     ),
 ]
 Optimize = Annotated[
-    bool, typer.Option("--optimize", help="Fold the model for speed first: same results up to rounding.")
+    bool, typer.Option("--optimize", help="Optimize the model for inference; same results up to rounding.")
 ]
 Precision = Annotated[
     Literal["float32", "bf16"],
-    typer.Option(help="bf16 (implies --optimize) is up to twice as fast where the processor knows it, and rounds."),
+    typer.Option(help="Precision; bf16 implies --optimize: up to twice as fast on hardware with bf16, less exact."),
 ]
 
 

@@ -14,15 +14,15 @@ from a2fpn.errors import ConfigError
 def show_page(
     *,
     model: Model = DEMO_MODEL,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every one.")] = "127.0.0.1",
-    port: Annotated[int | None, typer.Option(min=1, max=65535, help="By default the first free one from 7860.")] = None,
+    host: Annotated[str, typer.Option(help="Address to bind; 0.0.0.0 for all interfaces.")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port; default: first free one from 7860.")] = None,
     device: Device = None,
 ) -> None:
-    """Try a model in the browser: drop pictures, move sliders, take the results along.
+    """Try a model in the browser: upload pictures, adjust thresholds, download the results.
 
     Example: `a2fpn app --model runs/cells/best`
 
-    Needs the extra `app`: `pip install "a2fpn[app]"`. Nothing is sent to other machines.
+    Requires the `app` extra: `pip install "a2fpn[app]"`. No data is sent to other machines.
     """
     try:
         from a2fpn.app import launch

@@ -20,13 +20,12 @@ _SHOWN = 0.3  # score from which an object is drawn: the unsure ones are what ma
 def pick(
     *,
     model: Model,
-    images: Annotated[Path, typer.Option(help="Folder of the images to choose from.", metavar="DIR")],
-    number: Annotated[int, typer.Option(min=1, help="How many images to pick.")] = 20,
+    images: Annotated[Path, typer.Option(help="Folder of images to pick from.", metavar="DIR")],
+    number: Annotated[int, typer.Option(min=1, help="Number of images to pick.")] = 20,
     labeled: Annotated[
         Path | None,
         typer.Option(
-            help="COCO file of what is labeled already: images of the folder that it names are not picked, and what is "
-            "like them comes last.",
+            help="COCO file of already labeled images: exclude them, and rank images similar to them last.",
             metavar="JSON",
         ),
     ] = None,
@@ -34,16 +33,16 @@ def pick(
     tile: Tile = None,
     device: Device = None,
 ) -> None:
-    """Pick the images that are most worth labeling: the model is least sure of them, and they are least alike.
+    """Pick the images most worth labeling: uncertain detections, and content unlike the other picks.
 
     Example: `a2fpn data pick --model runs/cells/best --images photos --number 20 --output picked`
 
-    DIR gets links to the images in `images/`, a table `picked.csv` in the order of picking, and the picture `grid.png`
-    of what the model finds (scores of 0.3 and more).
+    Writes to DIR: links to the images in `images/`, the table `picked.csv` in order of picking, and the picture
+    `grid.png` of the detections (score 0.3 or higher).
 
-    Of the 4 N images of which the model is least sure (sum of squared 1-vs-2 margins, Brust et al. 2019) N are taken
-    one by one, each the least like those before (greedy k-center on backbone features, Sener and Savarese 2018), in
-    two stages as in PPAL (Yang et al. 2024). Correct what `a2fpn predict DIR/images --format labelme` draws.
+    From the 4 N most uncertain images (sum of squared 1-vs-2 margins, Brust et al. 2019), picks N one by one, each the
+    least similar to those before (greedy k-center on backbone features, Sener and Savarese 2018), in two stages as in
+    PPAL (Yang et al. 2024). To pre-label them: `a2fpn predict DIR/images --format labelme`.
     """
     from a2fpn.data import read_coco
     from a2fpn.data.importers.writer import check_output, place

@@ -59,22 +59,21 @@ if TYPE_CHECKING:
 
 
 def predict(
-    images: Annotated[list[Path], typer.Argument(help="Image files and folders of images.", metavar="IMAGE_OR_FOLDER")],
+    images: Annotated[list[Path], typer.Argument(help="Image files or folders.", metavar="IMAGE_OR_FOLDER")],
     *,
     model: Model,
     output: Output = Path("predictions"),
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files of the same names in DIR.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Overwrite existing files of the same names.")] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the run that DIR holds: what is done is skipped.")
+        bool, typer.Option("--resume", help="Resume the run in DIR, skipping finished images and tiles.")
     ] = False,
     formats: Annotated[
         list[str] | None,
         typer.Option(
             "--format",
             metavar="NAME",
-            help="Format of results: overlay (pictures), coco, coco-dataset, csv, geojson (QuPath), jsonl, labels; "
-            "labelme, cvat, labelstudio, datumaro, voc, yolo (folders to correct). Several: repeat it, or put commas "
-            "between.",
+            help="Output formats, repeated or comma-separated: overlay (pictures), coco, coco-dataset, csv, geojson "
+            "(QuPath), jsonl, labels; for annotation tools: labelme, cvat, labelstudio, datumaro, voc, yolo.",
             show_default="overlay,coco",
         ),
     ] = None,
@@ -99,20 +98,20 @@ def predict(
     quiet: Quiet = False,
     save: Json = None,
 ) -> None:
-    """Find objects in images: a picture for each, and all results as COCO JSON, or in other formats.
+    """Detect objects in images; write an overlay per image and all results as COCO JSON, or other formats.
 
     Example: `a2fpn predict photos/ extra.jpg --model runs/cells/best --output found`
 
     A slide of any size: `a2fpn predict slide.tif --model runs/cells/best --tile 1024 --max-objects 2000`
 
-    With `--tile`, TIFF (tiled, pyramidal, OME; extra `slides`) and large PNG files are read tile by tile. After Ctrl-C
-    or a kill the same command with `--resume` goes on behind the last image, or tile.
+    With `--tile`, TIFF (tiled, pyramidal, OME; extra `slides`) and large PNG files are read tile by tile. If a run is
+    interrupted or killed, repeat the command with `--resume` to continue after the last finished image or tile.
 
-    Objects for QuPath and a table: `... --format geojson,csv`
+    For QuPath and spreadsheets: `... --format geojson,csv`
 
-    The file `predictions.json` is a list of COCO results, to which `file_name` is added, the path as given. Where all
-    file names are numbers, as in COCO, these are the image ids; otherwise images count from 1; `manifest.json` holds
-    the table. Results are in `predictions.jsonl` as soon as an image is done, and stay there after Ctrl-C.
+    `predictions.json` is a list of COCO results plus `file_name`, the path as given. Image ids are the file names if
+    all are numeric, as in COCO, otherwise they count from 1; see `manifest.json`. `predictions.jsonl` receives each
+    image's results as soon as it is done, and survives interruption.
     """
     if overwrite and resume:
         raise ConfigError("--overwrite starts anew and --resume continues; give one of them.")

@@ -8,7 +8,7 @@ from a2fpn.errors import ConfigError
 
 
 def train(context: typer.Context) -> None:
-    """Train a detector on a data set in COCO format: `a2fpn train --config RECIPE data.root=DIR`.
+    """Train a detector on a COCO-format data set: `a2fpn train --config RECIPE data.root=DIR`.
 
     `a2fpn train --help` lists all settings. On several GPUs: `accelerate launch -m a2fpn.training ...`.
     """

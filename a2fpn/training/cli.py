@@ -29,7 +29,7 @@ from a2fpn.training.settings import assign, dump_yaml, flat, read_arguments, rea
 from a2fpn.training.signals import StopRequest
 
 DESCRIPTION = """\
-Trains a detector on a data set in COCO format.
+Train a detector on a COCO-format data set.
 
     a2fpn train --config nuclei_lite0 data.root=DIR
     accelerate launch -m a2fpn.training --config RECIPE data.root=DIR
@@ -39,7 +39,7 @@ Settings on the command line override the recipe: section.key=value, --section.k
 are YAML. A recipe changes settings key by key; so does a later recipe, and a dotted name such as
 model.overrides.neck_args.out_channels=96. model.overrides={} replaces all of them.
 
---config auto looks at the data and chooses the rest, saying why:
+--config auto chooses the other settings from the data, and says why:
 
     a2fpn train --config auto data.root=DIR
 
@@ -58,21 +58,21 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--config", action="append", default=[], metavar="RECIPE", help="a YAML file or a name of --list; repeatable")
-    add("--list", action="store_true", help="show the recipes that come with the package")
-    add("--copy", nargs=2, metavar=("NAME", "FILE"), help="copy one of them, to be edited")
+    add("--config", action="append", default=[], metavar="RECIPE", help="YAML file or name from --list; repeatable")
+    add("--list", action="store_true", help="list the bundled recipes")
+    add("--copy", nargs=2, metavar=("NAME", "FILE"), help="copy a recipe to a file, for editing")
     add("--print_config", action="store_true", help="show all settings as YAML instead of training")
     add("--resume", metavar="auto", help="short for run.resume=auto: continue where the run was cut off, or start it")
     add("--strict-data", action="store_true", help="short for data.strict=true: stop at the first bad image")
     imports = "import a module that registers necks, detectors or backbones; repeatable"
     add("--import", action="append", default=[], dest="modules", metavar="MODULE", help=imports)
-    add("--quiet", "-q", action="store_true", help="no progress and no closing words, only warnings and errors")
+    add("--quiet", "-q", action="store_true", help="hide progress and summary; only show warnings and errors")
     add(
         "--json",
         metavar="OUT",
-        help="file to write the run's numbers to at the end; - is standard output, and no words",
+        help="write the run's numbers to a JSON file at the end; - is standard output and implies -q",
     )
-    add("--debug", action="store_true", help="show the traceback of every error, as A2FPN_DEBUG=1 does")
+    add("--debug", action="store_true", help="show full tracebacks on errors (also A2FPN_DEBUG=1)")
     return parser
 
 

@@ -16,15 +16,15 @@ JsonValue = None | bool | int | float | list[Any] | dict[str, Any] | str
 
 @dataclass(frozen=True)
 class ModelSection:
-    """The detector that is trained; its classes are the categories of the training annotations.
+    """Detector to train; its classes are the categories of the training annotations.
 
     Args:
-        name: A registered model name, see `a2fpn list`, or local-dir:PATH of a checkpoint.
-        pretrained: Start from the detector's own weights, see `a2fpn list --pretrained`; what depends on the classes
-            starts anew.
+        name: Model name, see `a2fpn list`, or local-dir:PATH of a checkpoint.
+        pretrained: Start from pretrained detector weights, see `a2fpn list --pretrained`; class-dependent layers are
+            reinitialized.
         pretrained_backbone: Start from timm's ImageNet weights, downloaded once.
-        backbone_weights: Start from this file of backbone weights (timm's keys) instead; needs no network.
-        overrides: Further keywords of a2fpn.create_model, e.g. --model.overrides.neck fpn.
+        backbone_weights: Start from this file of backbone weights (timm's keys) instead; works offline.
+        overrides: Further arguments of a2fpn.create_model, e.g. --model.overrides.neck fpn.
     """
 
     name: str = "maskrcnn_a2fpn_r50"
@@ -39,20 +39,19 @@ class ModelSection:
 
 @dataclass(frozen=True)
 class TransformsSection:
-    """Random changes of the training images, see a2fpn.data.train_transforms.
+    """Augmentation of the training images, see a2fpn.data.train_transforms.
 
     Args:
-        min_sizes: Short sides in pixels of which one is drawn for every image (multi-scale training); empty takes the
-            model's own.
-        scale_range: Lowest and highest factor on the size at which the model sees an image.
-        large_scale_jitter: Lowest and highest factor on a size that fills crop_size, e.g. 0.1 and 2; null is off.
-        crop_range: Lowest and highest share of each side that a first random crop keeps.
-        crop_size: Longest side of the random crop in pixels after resizing; null keeps the whole image.
-        horizontal_flip: Probability.
-        vertical_flip: Probability.
-        rotate90: Probability of a turn by 90, 180 or 270 degrees.
-        color_jitter: Strength of the change of brightness, contrast, saturation and hue, 0 to 1.
-        min_box_size: Objects of which fewer pixels are left are dropped.
+        min_sizes: Short sides in pixels for multi-scale training, one drawn per image; empty uses the model's own.
+        scale_range: Minimum and maximum random scale factor on the model's input size.
+        large_scale_jitter: Minimum and maximum factor on a size that fills crop_size, e.g. 0.1 and 2; null disables.
+        crop_range: Minimum and maximum fraction of each side kept by the first random crop, before resizing.
+        crop_size: Maximum side of the random crop in pixels, after resizing; null keeps the whole image.
+        horizontal_flip: Probability of a horizontal flip, 0 to 1.
+        vertical_flip: Probability of a vertical flip, 0 to 1.
+        rotate90: Probability of a rotation by 90, 180 or 270 degrees, 0 to 1.
+        color_jitter: Strength of brightness, contrast, saturation and hue jitter, 0 to 1.
+        min_box_size: Minimum width and height of an object in pixels, after augmentation; smaller ones are dropped.
     """
 
     min_sizes: tuple[int, ...] = ()
@@ -82,14 +81,14 @@ class StreamSection:
     """Training data that is not a folder, see docs/streaming.md; the validation set stays one.
 
     Args:
-        shards: Folder or URL of shards that `a2fpn data shard` wrote.
-        dataset: A data set of the `datasets` library: a name on the Hub, a builder such as parquet, or a folder.
+        shards: Folder or URL of shards written by `a2fpn data shard`.
+        dataset: Data set of the `datasets` library: a name on the Hub, a builder such as parquet, or a folder.
         options: Further arguments of datasets.load_dataset, e.g. split and data_files.
-        num_samples: Images of the data set, where it does not say it itself.
-        bbox_format: What the boxes of the data set hold.
-        num_keypoints: Keypoints of every object of the data set; 0 does not read any.
-        split_by_file: Each process reads its own files of the data set instead of all rows.
-        shuffle_buffer: Images that are held in memory and shuffled.
+        num_samples: Number of images, if the data set doesn't state it.
+        bbox_format: Box format of the data set.
+        num_keypoints: Number of keypoints per object; 0 ignores keypoints.
+        split_by_file: Let each process read its own files of the data set instead of all rows.
+        shuffle_buffer: Number of images in the shuffle buffer, held in memory.
     """
 
     shards: str | None = None
@@ -110,30 +109,31 @@ class DataSection:
     """A training and a validation set in COCO format; paths are relative to the root.
 
     Args:
-        root: Folder of the data set.
-        format: auto imports a folder of labels in another format into the cache, as a2fpn data import does, and trains
-            on that; coco stops there and says the command.
-        cache: Folder of imported data sets; null is a2fpn/imports in XDG_CACHE_HOME or ~/.cache.
-        train_images: Folder of the training images.
-        train_annotations: COCO JSON of the training images.
-        val_images: Folder of the validation images.
-        val_annotations: COCO JSON of the validation images.
+        root: Root folder of the data set.
+        format: Data set format; auto imports labels in other formats into the cache, as `a2fpn data import` does; coco
+            stops with the command to run instead.
+        cache: Folder of imported data sets; null uses a2fpn/imports in XDG_CACHE_HOME or ~/.cache.
+        train_images: Folder of training images.
+        train_annotations: COCO annotations of the training images.
+        val_images: Folder of validation images.
+        val_annotations: COCO annotations of the validation images.
         train_semantic: Folder of semantic maps of the training images, for htc with semantic: stuff.
-        val_semantic: The same of the validation images; only validation losses need it.
-        batch_size: Training images per process and step.
-        eval_batch_size: Validation images per process and step.
-        workers: Loader processes per training process; 0 loads in the training process.
-        strict: Stop at the first unreadable image or annotation instead of counting and skipping it.
-        check_images: Images that are opened by the check before the first step; 0 does not check.
-        group_by_aspect: Put only upright or only wide images into a batch, which saves padding.
-        passes: How often an epoch goes through the training images. After every epoch a checkpoint is written and the
-            loader starts anew, which takes much of a short one.
-        repeat_threshold: Repeat images of classes that are on less than this share of the images (LVIS); 0 does not.
-        copy_paste: Probability of pasting the objects of another image onto an image.
-        gray_bits: Bits that gray values of 16-bit files use, 9 to 16: 12 for many microscopes. Predict with the same.
-        oks_sigmas: Per keypoint how precisely people place it, for keypoint AP; empty takes those of COCO's 17.
+        val_semantic: Folder of semantic maps of the validation images; only needed for validation losses.
+        batch_size: Training batch size per process.
+        eval_batch_size: Validation batch size per process.
+        workers: Number of data loader workers per training process; 0 loads in the training process.
+        strict: Stop at the first unreadable image or bad annotation instead of counting and skipping it.
+        check_images: Number of images to open in the check before the first step; 0 disables the check.
+        group_by_aspect: Batch portrait and landscape images separately to reduce padding.
+        passes: Passes over the training images per epoch. Each epoch ends with a checkpoint and a loader restart,
+            which is costly for small data sets.
+        repeat_threshold: Oversample images with classes that occur in less than this fraction of images (LVIS); 0
+            disables.
+        copy_paste: Probability of copy-paste augmentation: pasting the objects of another image, 0 to 1.
+        gray_bits: Bit depth of gray values in 16-bit files, 9 to 16; 12 for many microscopes. Predict with the same.
+        oks_sigmas: OKS sigma of each keypoint, for keypoint AP; empty uses those of COCO's 17 keypoints.
         stream: Training data that is not a folder.
-        transforms: Random changes of the training images.
+        transforms: Augmentation of the training images.
     """
 
     root: str
@@ -176,23 +176,23 @@ class OptimSection:
     """Optimizer and learning-rate schedule.
 
     Args:
-        name: sgd or adamw.
-        lr: Peak learning rate for lr_batch_size images per step; scaled to those of the run (batch_size x processes x
-            grad_accumulation).
-        lr_batch_size: Images per step that lr is meant for.
-        lr_scaling: linear multiplies lr by images / lr_batch_size, sqrt by its root, none takes lr as it is.
-        momentum: Momentum of SGD.
-        weight_decay: Decay of the weights; never of biases, norms and other one-dimensional parameters.
-        backbone_lr_factor: Learning rate of the backbone relative to lr.
-        layer_decay: Factor on the rate from the neck to the backbone's last layer, and from each layer to the one
-            before it, by timm's groups; 1 is off.
-        warmup_steps: Optimizer steps over which the rate rises linearly to lr.
-        warmup_factor: Rate of the first step relative to lr.
-        schedule: cosine falls to final_factor; step multiplies by gamma at each milestone.
-        milestones: Where the step schedule falls, as fractions of the run.
-        gamma: Factor of the step schedule.
-        final_factor: Rate at the end of the cosine schedule relative to lr.
-        clip_norm: Largest norm of the gradient; null does not clip.
+        name: Optimizer: SGD with momentum, or AdamW.
+        lr: Peak learning rate for lr_batch_size images per step; scaled to the run's batch size (batch_size x
+            processes x grad_accumulation).
+        lr_batch_size: Total batch size that lr refers to.
+        lr_scaling: Scale lr by batch size / lr_batch_size (linear), by its square root (sqrt), or not at all (none).
+        momentum: SGD momentum, 0 to 1.
+        weight_decay: Weight decay; not applied to biases, norms and other one-dimensional parameters.
+        backbone_lr_factor: Learning rate of the backbone, relative to lr.
+        layer_decay: Layer-wise learning-rate decay: factor from the neck to the backbone's last layer, and from each
+            layer to the one before it, by timm's groups; 1 disables.
+        warmup_steps: Number of optimizer steps of linear warmup to lr.
+        warmup_factor: Learning rate of the first step, relative to lr.
+        schedule: Learning-rate schedule: step multiplies by gamma at each milestone, cosine decays to final_factor.
+        milestones: Milestones of the step schedule, as fractions of the run.
+        gamma: Decay factor of the step schedule.
+        final_factor: Final learning rate of the cosine schedule, relative to lr.
+        clip_norm: Maximum gradient norm; null disables clipping.
     """
 
     name: Literal["sgd", "adamw"] = "sgd"
@@ -227,32 +227,32 @@ class RunSection:
     """Length, precision, evaluation and output of the run.
 
     Args:
-        name: Name of the recipe, kept in the checkpoints.
-        output: Folder for checkpoints, metrics, pictures, config.yaml and the log.
-        epochs: Passes over the training images, each data.passes of them.
+        name: Recipe name, stored in the checkpoints.
+        output: Output folder for checkpoints, metrics, pictures, config.yaml and the log.
+        epochs: Number of epochs, each of data.passes over the training images.
         max_steps: Stop after this many optimizer steps instead of after epochs.
-        seed: Seed of everything random.
-        mixed_precision: bf16 and fp16 run the network under autocast; weights stay in fp32.
-        grad_accumulation: Batches per optimizer step.
-        sync_losses: Divide losses by the objects of all processes, so that several processes learn what one would.
-        checkpoint_every: Optimizer steps between two checkpoints, besides the one after every epoch; 0 is off.
-        evaluate_every: Evaluate after every so many epochs, and always after the last one.
-        evaluator: What computes the COCO numbers; all give the same.
-        val_loss: Compute the losses of the validation images as well.
-        max_detections: Detections per image that the evaluation counts (COCO's default is 100).
-        patience: Stop after so many evaluations without a better result; 0 is off.
-        log_every: Optimizer steps between two log entries.
-        trackers: Where numbers and pictures go besides metrics.jsonl: tensorboard, trackio, ...
-        pictures: Validation images drawn after every evaluation.
+        seed: Random seed.
+        mixed_precision: Run the network under bf16 or fp16 autocast; weights stay in fp32.
+        grad_accumulation: Number of batches per optimizer step.
+        sync_losses: Normalize losses over the objects of all processes, to match training in a single process.
+        checkpoint_every: Save a checkpoint every N optimizer steps, besides every epoch; 0 disables.
+        evaluate_every: Evaluate every N epochs, and always after the last one.
+        evaluator: Evaluation backend for the COCO metrics; all give the same results.
+        val_loss: Compute the validation losses too.
+        max_detections: Maximum detections per image and class in evaluation (COCO's default is 100).
+        patience: Early stopping: stop after this many evaluations without improvement; 0 disables.
+        log_every: Log every N optimizer steps.
+        trackers: Experiment trackers to use besides metrics.jsonl: tensorboard, trackio, ...
+        pictures: Number of validation images to draw after each evaluation.
         channels_last: Use the channels-last memory format.
-        compile: Compile backbone, neck and dense head by torch's compiler: faster steps after minutes of compiling.
-        deterministic: Give the same weights to the last bit in every run on the same GPU, more slowly; a warning names
-            operations that have no such form. On a CPU runs are so anyway.
-        nonfinite: stop ends the run at a loss or gradient that is not finite and names the images; skip leaves the step
-            out, and stops after ten in a row.
-        ema: Decay of an exponential moving average of the weights, which is then evaluated and saved; 0 is off.
-        resume: auto continues from output/last where there is one and starts afresh elsewhere, true insists on it, a
-            path continues from that run or checkpoint.
+        compile: Compile backbone, neck and dense head with torch.compile: faster steps after minutes of compilation.
+        deterministic: Make runs on the same GPU bit-for-bit reproducible, at lower speed; warns about operations
+            without a deterministic version. CPU runs always are.
+        nonfinite: On a non-finite loss or gradient, stop the run and name the images, or skip the step; skip stops
+            after ten in a row.
+        ema: Decay of the exponential moving average of the weights, which is evaluated and saved; 0 disables.
+        resume: Resume training: auto from output/last if it exists, else start a new run; true requires it; a path
+            resumes from that run or checkpoint.
     """
 
     name: str = "custom"
@@ -297,8 +297,8 @@ class TrainConfig:
     Args:
         data: Data set.
         model: Model.
-        optim: Optimizer and schedule.
-        run: Run.
+        optim: Optimizer and learning-rate schedule.
+        run: Length, precision, evaluation and output.
     """
 
     data: DataSection
