@@ -439,6 +439,18 @@ def test_the_plot_is_drawn_after_each_evaluation_that_takes_its_time(arguments, 
     assert plotted == [2, 3]
 
 
+def test_a_loader_process_that_is_missed_while_cleaning_up_is_named_too(arguments, monkeypatch, capsys):
+    """Torch raises its error in a signal handler, so also behind the epochs."""
+
+    def close(self):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    monkeypatch.setattr(keeper.Keeper, "close", close)
+    assert main([*arguments, "run.epochs=1", "run.trackers=[]"]) == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "DataLoader worker (pid 7) is killed by signal: Killed. If memory ran out, lower data.workers" in message
+
+
 def test_a_run_leaves_pictures_a_plot_a_log_and_tracked_images(arguments, tmp_path, plotted):
     assert main([*arguments, "run.epochs=2", "run.pictures=2"]) == 0
     for name, least in {

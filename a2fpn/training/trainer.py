@@ -159,19 +159,25 @@ class Trainer:
             LoaderError: If a loader process died.
             CheckpointWriteError: If a checkpoint can't be written.
         """
+        try:
+            self._run()
+        except (
+            RuntimeError
+        ) as error:  # torch raises it from a signal handler: anywhere, and once more while cleaning up
+            if isinstance(error, LoaderError) or "DataLoader worker" not in str(error):
+                raise
+            raise LoaderError(
+                f"{str(error).splitlines()[0].rstrip('. ')}. If memory ran out, lower data.workers or "
+                "data.batch_size; run.resume=auto continues from the last checkpoint."
+            ) from error
+
+    def _run(self) -> None:
         run = self.config.run
         try:
             with text_log(self.output / LOG_FILE, enabled=self.accelerator.is_main_process), Signals() as signals:
                 log_start(self)
                 try:
                     self._run_epochs(signals)
-                except RuntimeError as error:
-                    if "DataLoader worker" not in str(error):
-                        raise
-                    raise LoaderError(
-                        f"{str(error).splitlines()[0].rstrip('. ')}. If memory ran out, lower data.workers or "
-                        "data.batch_size; run.resume=auto continues from the last checkpoint."
-                    ) from error
                 except OSError as error:
                     if error.filename is not None or error.errno not in _FULL:
                         raise
