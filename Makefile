@@ -8,7 +8,7 @@ demo: .venv/installed-demo
 	.venv/bin/a2fpn demo
 
 test: lint
-	.venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # In an environment that somebody made, such as one with the lowest versions that pyproject.toml declares: what touches
 # other packages' interfaces.
