@@ -142,34 +142,6 @@ def dense_tiles(document: Mapping[str, Any]) -> str:
     return f"{markdown(headings, rows)}\n\n{note} {_cpu(document)}"
 
 
-def export_sweep(document: Mapping[str, Any]) -> str:
-    """Return how many comparisons of exported detectors hold, with the largest differences."""
-    rows: dict[str, dict[str, Mapping[str, Any]]] = {}
-    for row in document["rows"]:
-        detector, _, rest = row["model"].partition("_")
-        neck, _, backbone = rest.rpartition("_")
-        rows.setdefault(f"`{detector}`, `{backbone}`", {})[neck] = row
-    necks = list(dict.fromkeys(neck for row in rows.values() for neck in row))
-    cells = [
-        (name, *(f"{row[neck]['equal']} / {row[neck]['comparisons']}" if neck in row else "" for neck in necks))
-        for name, row in rows.items()
-    ]
-    every = document["rows"]
-    ious = [row["mask_iou"] for row in every if row["mask_iou"] is not None]
-    nodes, seconds = (sorted(row[name] for row in every) for name in ("nodes", "seconds"))
-    expected, found = (sum(row[name] for row in every) for name in ("expected", "found"))
-    note = (
-        f"Comparisons that hold, of {document['images']} images of {document['sizes']} sizes, whose short side is "
-        f"{document['min_size']} pixels in the network: of {expected:,} objects the files find {found:,}. Largest "
-        f"difference of boxes {max(row['box'] for row in every):.1g} pixels, of scores "
-        f"{max(row['score'] for row in every):.1g}; least IoU of masks {min(ious):.5f}. Nodes {nodes[0]:,} to "
-        f"{nodes[-1]:,}, processor seconds of an export {seconds[0]:.0f} to {seconds[-1]:.0f}."
-    )
-    versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
-    table = markdown(("", *(f"`{neck}`" for neck in necks)), cells)
-    return f"{table}\n\n{note} {versions}; commit `{document['commit'][:12]}`."
-
-
 def export_times(document: Mapping[str, Any]) -> str:
     """Return times of exported files beside the detectors that they were made of, and what they find."""
     rows = []
