@@ -31,9 +31,9 @@ ENVIRONMENT = os.environ | {
 }
 
 
-def launch(processes: int, arguments: list[str], *, restarts: int = 0, program: str | None = None) -> subprocess.Popen:
+def launch(processes: int, arguments: list[str], *, restarts: int = 0) -> subprocess.Popen:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
-    command += ["--max-restarts", str(restarts), *([program] if program else [str(ROOT / "train")]), *arguments]
+    command += ["--max-restarts", str(restarts), str(ROOT / "train"), *arguments]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT, start_new_session=True
     )

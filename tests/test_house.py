@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import a2fpn
+from tests.conftest import LONG
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "a2fpn"
@@ -267,6 +268,14 @@ def test_every_public_name_comes_with_its_module(name: str) -> None:
     """Also those that a type checker alone imports by hand."""
     assert getattr(a2fpn, name) is vars(a2fpn)[name]
     assert name in dir(a2fpn)
+
+
+def test_the_files_that_are_tested_first_exist() -> None:
+    assert [name for name in LONG if not (ROOT / "tests" / f"test_{name}.py").is_file()] == []
+
+
+def test_app_has_no_doctests_that_would_be_left_out() -> None:
+    assert ">>>" not in (PACKAGE / "app.py").read_text(encoding="utf-8")
 
 
 def test_other_names_are_no_modules() -> None:
