@@ -111,7 +111,7 @@ def test_gradients_are_finite_at_zero_vectors(kind: str, dtype: torch.dtype) -> 
 def test_unit_vectors_and_their_gradients_are_those_of_torch(norm: float) -> None:
     x = (norm * F.normalize(torch.randn(2, 5, 8, dtype=torch.float64), dim=-1)).requires_grad_()
     weight = torch.randn(2, 5, 8, dtype=torch.float64)
-    theirs, ours = F.normalize(x, dim=-1, eps=attention._EPS), attention._l2_normalize(x)
+    theirs, ours = F.normalize(x, dim=-1, eps=attention._EPS), attention._l2_normalize(x, x.dtype)
     torch.testing.assert_close(ours, theirs)
     expected, got = (torch.autograd.grad(y, x, weight)[0] for y in (theirs, ours))
     torch.testing.assert_close(got, expected)
@@ -189,3 +189,25 @@ def test_a_large_key_drags_the_dot_product_but_not_the_cosine() -> None:
 
     before, after = (weights_of(query, k, "scaled_cosine") for k in (key, larger))
     torch.testing.assert_close(before, after, rtol=0, atol=1e-12)
+
+
+@kinds
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_in_half_precision_have_the_gradients_of_float32(
+    kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As autocast gives them: entities in float32, pixels and values of a channels-last map in half precision."""
+    monkeypatch.setattr(attention, "is_on_accelerator", lambda _: True)
+    query = torch.nn.init.orthogonal_(torch.empty(1, 4, 32)).requires_grad_()
+    key, value = (torch.randn(1, 32, 40).transpose(1, 2).to(dtype).requires_grad_() for _ in range(2))
+    wide = [x.detach().float().requires_grad_() for x in (query, key, value)]
+    valid = torch.arange(40)[None] < 30
+    got, expected = attend(query, key, value, kind=kind, valid=valid), attend(*wide, kind=kind, valid=valid)
+    assert got.dtype == dtype
+    direction = torch.randn_like(expected)
+    found = [got, *torch.autograd.grad(got, (query, key, value), direction.to(dtype))]
+    exact = [expected, *torch.autograd.grad(expected, wide, direction)]
+    assert [x.dtype for x in found] == [dtype, torch.float32, dtype, dtype]
+    for ours, theirs in zip(found, exact, strict=True):
+        assert (ours.float() - theirs).norm() <= 8 * torch.finfo(dtype).eps * theirs.norm()
+    assert found[2][:, ~valid[0]].abs().max() == 0

@@ -72,6 +72,29 @@ def test_compiled_maps_give_the_same_losses_and_keep_the_state_dict(neck: str) -
     torch.testing.assert_close(found[1], found[0])
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("enabled", [None, False, True])
+def test_a_neck_recomputes_if_told_to_and_by_default_unless_compiled(enabled: bool | None, compiled: bool) -> None:
+    images, targets = [torch.rand(3, 64, 96)], [random_target([[4.0, 4.0, 30.0, 40.0]], (64, 96))]
+    found, stored = [], []
+    for choice in (False, enabled):
+        torch.manual_seed(0)
+        model = tiny_model("maskrcnn_a2fpn", backbone="test_resnet").train()
+        model.checkpoint_neck(choice)
+        if compiled:
+            model.compile_maps(backend="aot_eager")
+        torch.manual_seed(1)
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.nbytes) or x, lambda x: x):
+            losses = model(images, targets, resize=False)
+        torch.stack(list(losses.values())).sum().backward()
+        found.append([p.grad for p in model.parameters()])
+        stored.append(sum(sizes))
+    torch.testing.assert_close(found[1], found[0])
+    recomputes = not compiled if enabled is None else enabled
+    assert (stored[1] < 0.9 * stored[0]) == recomputes
+
+
 def test_a_copy_of_a_compiled_detector_computes_with_its_own_weights() -> None:
     model = tiny_model("fasterrcnn_fpn", backbone="test_resnet").train()
     model.compile_maps(backend="eager")

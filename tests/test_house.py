@@ -51,7 +51,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "preprocess": ({"device", "errors", "config", "masks"}, {"torch"}),
     "heads": ({"device", "errors", "layers", "masks", "pyramid"}, {"torch", "torchvision", "triton"}),
     "detectors": (
-        {"errors", "_registry", "backbones", "config", "heads", "masks", "necks", "preprocess", "pyramid"},
+        {"errors", "_registry", "backbones", "config", "heads", "layers", "masks", "necks", "preprocess", "pyramid"},
         {"torch", "torchvision"},
     ),
     "compose": (

@@ -20,6 +20,7 @@ from a2fpn.errors import ConfigError, ConfigTypeError
 from a2fpn.heads.batched import split_images
 from a2fpn.heads.loss_normalizer import normalize_losses_globally
 from a2fpn.heads.postprocess import PostprocessConfig
+from a2fpn.layers.checkpointing import set_checkpointing
 from a2fpn.masks import InstanceMasks
 from a2fpn.masks.paste import PasteRule
 from a2fpn.necks import Neck
@@ -218,6 +219,14 @@ class Detector(Elsewhere, ABC):
         """
         for part in (self.backbone, self.neck, self.dense_head):
             part.compile(**options)
+
+    def checkpoint_neck(self, enabled: bool | None) -> None:
+        """Choose whether the neck's activations are recomputed in the backward pass, see ``run.checkpoint_neck``.
+
+        Args:
+            enabled: True takes less memory, False less time on a GPU; None recomputes unless the neck is compiled.
+        """
+        set_checkpointing(self.neck, enabled)
 
     @property
     def mask_paste(self) -> PasteRule:

@@ -29,6 +29,9 @@ _EPS = 1e-4
 _KEYS_PER_QUERY = 4
 """Keys per query from which a GPU computes matrix products instead of a fused kernel."""
 
+_HAS_WIDE_PRODUCTS = "dtype" in torch.ops.aten.bmm.overloads()
+"""Whether this torch multiplies half precision matrices into float32 ones (from 2.8 on)."""
+
 _MANY_QUERIES, _MOST_PARTS = 1024, 16
 """Number of queries from which a GPU splits them, and the maximum number of parts."""
 
@@ -72,7 +75,7 @@ def attend(
     """
     if is_on_accelerator(query) and _KEYS_PER_QUERY * query.shape[1] <= key.shape[1]:
         return _attend_by_products(query, key, value, kind, valid)
-    query, key, scale = _scaled(query, key, kind)
+    query, key, scale = _scaled(query, key, kind, value.dtype)
     if is_exported():
         # Export decomposes the fused kernel into these products, plus head dimensions and copies.
         logits = (query * scale) @ key.transpose(1, 2)
@@ -96,20 +99,59 @@ def attend(
 def _attend_by_products(query: Tensor, key: Tensor, value: Tensor, kind: AttentionKind, valid: Tensor | None) -> Tensor:
     """Attend by matrix products, with float32 logits.
 
-    Keys are not normalized: dividing the columns of the logits by the norms touches less memory.
+    Keys are not normalized: dividing the columns of the logits by the norms touches less memory. So does adding minus
+    infinity to masked columns in the same pass.
     """
     with autocast_off(query):
-        wide = torch.promote_types(query.dtype, torch.float32)
         factor: float | Tensor
         if kind == "scaled_cosine":
-            norm = torch.linalg.vector_norm(key, dim=-1, dtype=torch.promote_types(key.dtype, torch.float32))
-            query, factor = _l2_normalize(query), math.sqrt(query.shape[-1]) / norm.clamp(min=_EPS)[:, None]
+            wide = torch.promote_types(key.dtype, torch.float32)
+            norm = torch.linalg.vector_norm(key, dim=-1, dtype=wide).clamp(min=_EPS)
+            query, factor = _l2_normalize(query, key.dtype), math.sqrt(query.shape[-1]) / norm[:, None]
         else:
-            query, key, factor = _scaled(query, key, kind)
-        logits = (query.to(wide) @ key.to(wide).transpose(1, 2)) * factor
-        if valid is not None:
-            logits = logits.masked_fill(~valid[:, None], -torch.inf)
+            query, key, factor = _scaled(query.to(key.dtype), key, kind, key.dtype)
+        logits = _products(query, key)
+        if valid is None:
+            logits = logits * factor
+        else:
+            masked = logits.new_zeros(()).masked_fill(~valid[:, None], -torch.inf)
+            if isinstance(factor, Tensor):
+                logits = torch.addcmul(masked, logits, factor)
+            else:
+                logits = torch.add(masked, logits, alpha=factor)
         return logits.softmax(-1).to(value.dtype) @ value
+
+
+def _products(query: Tensor, key: Tensor) -> Tensor:
+    """Dot products ``(B, n, m)`` of queries ``(B, n, d)`` and keys ``(B, m, d)``, accumulated and kept in float32."""
+    wide = torch.promote_types(query.dtype, torch.float32)
+    if torch.compiler.is_compiling():
+        return query.to(wide) @ key.to(wide).transpose(1, 2)
+    products: Tensor = _Products.apply(query, key)
+    return products
+
+
+class _Products(torch.autograd.Function):
+    """Matrix product with the transposed keys, whose gradient keeps the layout of the keys.
+
+    The gradient of ``matmul`` has the layout of the transposed keys, and adding it to that of a channels-last map
+    strides through memory.
+    """
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, query: Tensor, key: Tensor) -> Tensor:
+        ctx.save_for_backward(query, key)
+        transposed = key.transpose(1, 2)
+        if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and _HAS_WIDE_PRODUCTS:
+            return torch.bmm(query, transposed, out_dtype=torch.float32)
+        wide = torch.promote_types(query.dtype, torch.float32)
+        return query.to(wide) @ transposed.to(wide)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        query, key = ctx.saved_tensors  # type: ignore[attr-defined]
+        grad = grad.to(query.dtype)
+        return grad @ key, grad.transpose(1, 2) @ query
 
 
 def attention_map(query: Tensor, key: Tensor, *, kind: AttentionKind = "scaled_cosine") -> Tensor:
@@ -130,44 +172,48 @@ def attention_map(query: Tensor, key: Tensor, *, kind: AttentionKind = "scaled_c
         >>> attention_map(torch.eye(2)[None], torch.eye(2)[None])[0, 0]
         tensor([0.8044, 0.1956])
     """
-    query, key, scale = _scaled(query, key, kind)
+    query, key, scale = _scaled(query, key, kind, torch.promote_types(query.dtype, torch.float32))
     return (scale * query @ key.transpose(-2, -1)).softmax(-1)
 
 
-def _scaled(query: Tensor, key: Tensor, kind: AttentionKind) -> tuple[Tensor, Tensor, float]:
-    """Query, key and scale whose product is the logits."""
+def _scaled(query: Tensor, key: Tensor, kind: AttentionKind, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
+    """Query, key and scale whose product is the logits; unit vectors have the given dtype."""
     if kind not in ATTENTION_KINDS:
         raise ConfigError(f"Unknown attention {kind!r}; expected one of {', '.join(ATTENTION_KINDS)}.")
     d_k = query.shape[-1]
     if kind == "scaled_cosine":
-        return _l2_normalize(query), _l2_normalize(key), math.sqrt(d_k)
+        return _l2_normalize(query, dtype), _l2_normalize(key, dtype), math.sqrt(d_k)
     return query, key, 1.0 if kind == "dot" else 1.0 / math.sqrt(d_k)
 
 
-def _l2_normalize(x: Tensor) -> Tensor:
+def _l2_normalize(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Unit vectors along the last dim in a dtype, computed in at least float32."""
     with autocast_off(x):
-        x = x if x.dtype in (torch.float32, torch.float64) else x.float()
         if torch.compiler.is_compiling():
-            traced: Tensor = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=_EPS)
-            return traced
-        unit: Tensor = _L2Normalize.apply(x)
+            wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+            traced: Tensor = wide / torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp(min=_EPS)
+            return traced.to(dtype)
+        unit: Tensor = _L2Normalize.apply(x, dtype)
         return unit
 
 
 class _L2Normalize(torch.autograd.Function):
-    """:func:`torch.nn.functional.normalize` over the last dim; backward allocates one tensor instead of five."""
+    """:func:`torch.nn.functional.normalize` over the last dim; backward allocates one tensor instead of five.
+
+    No tensor of the size of ``x`` is wider than ``x`` or the result.
+    """
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_(min=_EPS)
-        unit: Tensor = x / norm
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, dtype: torch.dtype) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).clamp_(min=_EPS)
+        unit = torch.div(x, norm, out=torch.empty_like(x, dtype=dtype))
         ctx.save_for_backward(unit, norm)
         return unit
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> Tensor:
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
         unit, norm = ctx.saved_tensors  # type: ignore[attr-defined]
         # Norms below the bound are clamped to a constant, which has no gradient.
         along = torch.linalg.vecdot(grad, unit).unsqueeze(-1).masked_fill_(norm <= _EPS, 0.0)
-        result: Tensor = torch.addcmul(grad, unit, along, value=-1).div_(norm)
-        return result
+        return torch.addcmul(grad, unit, along, value=-1).div_(norm), None

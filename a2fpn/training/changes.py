@@ -65,7 +65,8 @@ CONTINUES = (
     *("run.name", "run.output", "run.epochs", "run.max_steps", "run.seed", "run.mixed_precision"),
     *("run.grad_accumulation", "run.sync_losses", "run.checkpoint_every", "run.evaluate_every", "run.evaluator"),
     *("run.val_loss", "run.max_detections", "run.patience", "run.log_every", "run.trackers", "run.pictures"),
-    *("run.channels_last", "run.compile", "run.deterministic", "run.nonfinite", "run.ema", "run.resume"),
+    *("run.channels_last", "run.compile", "run.checkpoint_neck", "run.deterministic", "run.nonfinite", "run.ema"),
+    "run.resume",
 )
 """Settings whose new value applies from then on."""
 

@@ -246,6 +246,8 @@ class RunSection:
         pictures: Number of validation images to draw after each evaluation.
         channels_last: Use the channels-last memory format.
         compile: Compile backbone, neck and dense head with torch.compile: faster steps after minutes of compilation.
+        checkpoint_neck: Recompute the neck's activations in the backward pass: less memory, slower steps on a GPU; null
+            does so unless compile is set.
         deterministic: Make runs on the same GPU bit-for-bit reproducible, at lower speed; warns about operations
             without a deterministic version. CPU runs always are.
         nonfinite: On a non-finite loss or gradient, stop the run and name the images, or skip the step; skip stops
@@ -274,6 +276,7 @@ class RunSection:
     pictures: int = 6
     channels_last: bool = True
     compile: bool = False
+    checkpoint_neck: bool | None = None
     deterministic: bool = False
     nonfinite: Literal["stop", "skip"] = "stop"
     ema: float = 0.0

@@ -107,6 +107,7 @@ class Trainer:
             model = model.to(memory_format=torch.channels_last)
         # Before `prepare`, which replaces `forward`; a later copy would call the original's.
         self.ema = ModelEmaV3(model, decay=run.ema, use_warmup=True) if run.ema else None
+        model.checkpoint_neck(run.checkpoint_neck)
         if run.compile:
             model.compile_maps()
         global_losses = run.sync_losses and self.accelerator.num_processes > 1

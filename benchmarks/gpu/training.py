@@ -17,7 +17,8 @@ from benchmarks import training as base
 from benchmarks.gpu.record import Call, Record, kernel_use, peak_bytes, precision, synchronize, time_sides
 
 GOAL, NECK_GOAL, NECK_MEMORY_GOAL = 0.70, 1.35, 1.25
-COMPILED = ", compiled"
+COMPILED, STORED, RECOMPUTED = ", compiled", ", stored", ", recomputed"
+"""Ends of sides: compiled maps, a neck without and with activation checkpointing where that is not the default."""
 A2FPN, CASCADE = "maskrcnn_a2fpn_r50", "cascademaskrcnn_fpn_r50"
 CASES = [(8, "bf16"), (2, "bf16"), (2, "tf32"), (8, "tf32")]
 SIZE, CHECKED_SIZE, QUICK_SIZE = (800, 1333), (320, 480), (64, 96)
@@ -61,11 +62,12 @@ def _compare_losses(record: Record) -> None:
 
 def _case(record: Record, batch: int, kind: str) -> None:
     device, size = record.device, QUICK_SIZE if record.quick else SIZE
-    sides = [base.TORCHVISION, base.FPN, A2FPN]
+    sides = [base.TORCHVISION, base.FPN, A2FPN, A2FPN + STORED]
     if kind == "bf16":
         sides += [base.FPN + COMPILED, *([CASCADE] if batch == 2 else [])]
-        # The compiler takes a minute for it.
-        sides += [A2FPN + COMPILED] if record.quick or record.left > 180 else []
+        # The compiler takes a minute for each.
+        compiled = [A2FPN + COMPILED, A2FPN + COMPILED + RECOMPUTED]
+        sides += compiled if record.quick or record.left > 150 else compiled[:1] if record.left > 90 else []
     with precision(kind, device) as autocast:
         calls: dict[str, Call] = {}
         for side in sides:
@@ -79,7 +81,7 @@ def _case(record: Record, batch: int, kind: str) -> None:
     for side in calls:
         ratio, seconds = timings.ratio(side, base.TORCHVISION), timings.median(side)
         done, to_fpn, memory_to_fpn = use[side], None, None
-        fpn = base.FPN + (COMPILED if side.endswith(COMPILED) else "")
+        fpn = base.FPN + (COMPILED if COMPILED in side else "")
         if side.startswith((A2FPN, CASCADE)) and fpn in calls:
             to_fpn, peak, theirs = timings.ratio(side, fpn).value, memory[side], memory[fpn]
             memory_to_fpn = peak / theirs if peak and theirs else None
@@ -120,10 +122,11 @@ def make_step(
 ) -> Callable[[], dict[str, Tensor]]:
     """One step of the optimizer, which gives its losses without waiting for them."""
     theirs = side == base.TORCHVISION
-    model = base.make(side.removesuffix(COMPILED), size, **options).to(device)
-    if side.endswith(COMPILED):
-        assert isinstance(model, Detector)
-        model.compile_maps()
+    model = base.make(side.partition(",")[0], size, **options).to(device)
+    if isinstance(model, Detector):
+        model.checkpoint_neck(True if RECOMPUTED in side else False if STORED in side else None)
+        if COMPILED in side:
+            model.compile_maps()
     images, targets = base.make_batch(size, dense=theirs, count=batch)
     images = [image.to(device) for image in images]
     targets = [{key: _place(x, device, theirs) for key, x in target.items()} for target in targets]
