@@ -37,8 +37,8 @@ from a2fpn.config import Category
 from a2fpn.data import CocoDataset, collate, encode_masks, train_transforms
 from a2fpn.data.operations import load_coco, subset_coco
 from a2fpn.evaluation import evaluate_coco
-from a2fpn.training.state import code_version
 from benchmarks import _measure as measure
+from benchmarks.gpu.record import commit
 
 Side = Literal["a2fpn", "torchvision"]
 SIZES, QUICK_SIZES = (384, 640), (64, 96)  # short and long side of images, pixels; crops are squares of the short one
@@ -97,7 +97,7 @@ def main(
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else "CPU",
         "torch": torch.__version__,
-        "commit": code_version(),
+        "commit": commit(),
         **{name: round(value, 4) for name, value in found.items()},
     }
     records.parent.mkdir(parents=True, exist_ok=True)
