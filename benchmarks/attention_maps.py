@@ -212,7 +212,7 @@ def main(
     device: Annotated[str, typer.Option(help="Where to run.")] = "cpu",
 ) -> None:
     """Look into a trained neck and write what it sees."""
-    detector = a2fpn.from_pretrained(model) if Path(model).is_dir() else a2fpn.create_model(model)
+    detector = a2fpn.from_pretrained(model) if Path(model).is_dir() else a2fpn.create_model(model, pretrained=True)
     files = list_images(images)[:limit]
     report = diagnose(detector.to(device), map(read_image, files))
     output.write_text(json.dumps({"model": model, **dataclasses.asdict(report)}, indent=2) + "\n", encoding="utf-8")

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from a2fpn.heads import CARAFEMaskPredictor
 from a2fpn.layers import CARAFE, GACAP, GACARAFE, DySample
-from a2fpn.layers.fusion import POOLINGS, ChannelGates, KernelPredictor
+from a2fpn.layers.fusion import POOLINGS, ChannelGates, KernelInit, KernelPredictor
 from a2fpn.layers.resample import fit_doubled
 from tests.helpers import (
     largest_difference,
@@ -115,14 +115,27 @@ def test_gates_do_not_see_padding(pool: str) -> None:
     assert largest_difference([got[1:, :, :3, :4]], [gates(a[1:, :, :3, :4], b[1:, :, :3, :4])]) < 1e-12
 
 
+@pytest.mark.parametrize(("init", "center"), [("center", 0.69), ("uniform", 1 / 25)])
+def test_kernels_start_near_the_center_or_uniform(init: KernelInit, center: float) -> None:
+    for fusion in (
+        GACARAFE(16, kernel_init=init),
+        GACARAFE(16, kernel_init=init, kernels="coarse"),
+        GACAP(16, kernel_init=init),
+    ):
+        kernels = fusion.kernels(torch.randn(2, fusion.kernels.conv.in_channels, 6, 7))
+        assert kernels[:, 12].mean().item() == pytest.approx(center, abs=0.02)
+
+
 UP, DOWN = ((5, 7), (9, 13)), ((9, 13), (5, 7))
 FUSIONS: dict[str, tuple[Callable[[int], nn.Module], tuple[int, int], tuple[int, int]]] = {
     "CARAFE": (lambda c: CARAFE(c, compressed_channels=8), *UP),
     "DySample": (DySample, *UP),
     "GACARAFE": (lambda c: GACARAFE(c, compressed_channels=8), *UP),
     "GACARAFE, coarse kernels": (lambda c: GACARAFE(c, compressed_channels=8, kernels="coarse"), *UP),
+    "GACARAFE, uniform kernels": (lambda c: GACARAFE(c, compressed_channels=8, kernel_init="uniform"), *UP),
     "GACARAFE, attention pooling": (lambda c: GACARAFE(c, compressed_channels=8, pool="attention"), *UP),
     "GACAP": (lambda c: GACAP(c, compressed_channels=8), *DOWN),
+    "GACAP, uniform kernels": (lambda c: GACAP(c, compressed_channels=8, kernel_init="uniform"), *DOWN),
     "GACAP, attention pooling": (lambda c: GACAP(c, compressed_channels=8, pool="attention"), *DOWN),
 }
 fusions = pytest.mark.parametrize(("fusion", "source", "target"), FUSIONS.values(), ids=FUSIONS)
@@ -285,6 +298,7 @@ def test_a_doubled_map_is_cropped_only_to_rounded_sizes(size: tuple[int, int], c
     ("build", "message"),
     [
         (lambda: GACARAFE(8, kernels="middle"), "Unknown kernels='middle'; expected one of fine, coarse"),
+        (lambda: GACAP(8, kernel_init="sharp"), "Unknown kernel_init='sharp'; expected one of center, uniform"),
         (lambda: GACARAFE(8, pool="max"), "Unknown pool='max'; expected one of mean, attention"),
         (lambda: GACAP(8, pool="max"), "Unknown pool='max'; expected one of mean, attention"),
     ],

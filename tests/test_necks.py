@@ -42,6 +42,7 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     *((name, {"context_init": init}) for name in WITH_CONTEXT for init in ("gate", "small")),
     *((name, {"node_budget": 2}) for name in WITH_CONTEXT),  # one node attends to itself alone: no gradient
     *((name, {"kernels": "coarse"}) for name in ("a2fpn", "a2fpn_lite")),
+    *((name, {"kernel_init": "uniform"}) for name in ("a2fpn", "a2fpn_lite")),
     *((name, {"pool": "attention"}) for name in ("a2fpn", "a2fpn_lite")),
     ("carafe_fpn", {"extra_source": "backbone"}),
 ]
@@ -432,7 +433,7 @@ def test_with_an_option_context_and_gates_do_not_see_padding(name: str, option: 
 def test_the_defaults_are_the_first_readings_and_add_no_tensor(name: str) -> None:
     chosen = {"reasoning": "attention", "distribute": "all", "context_init": "zero"}
     if name != "pafpn_mgc":
-        chosen |= {"kernels": "fine", "pool": "mean"}
+        chosen |= {"kernels": "fine", "kernel_init": "center", "pool": "mean"}
     necks = []
     for options in ({}, chosen):
         torch.manual_seed(0)
@@ -445,7 +446,7 @@ def test_the_defaults_are_the_first_readings_and_add_no_tensor(name: str) -> Non
 
 
 def test_what_a_member_lacks_has_no_options() -> None:
-    for option in ("kernels", "pool"):
+    for option in ("kernels", "kernel_init", "pool"):
         with pytest.raises(ValueError, match=rf"Neck 'pafpn_mgc' has no argument '{option}'"):
             build_neck("pafpn_mgc", **{option: "mean"})
 
@@ -457,6 +458,7 @@ def test_what_a_member_lacks_has_no_options() -> None:
         ("a2fpn", {"distribute": "none"}, "Unknown distribute='none'; expected one of all, own"),
         ("a2fpn_lite", {"context_init": "one"}, "Unknown context_init='one'; expected one of zero, gate, small"),
         ("a2fpn", {"kernels": "all"}, "Unknown kernels='all'; expected one of fine, coarse"),
+        ("a2fpn", {"kernel_init": "sharp"}, "Unknown kernel_init='sharp'; expected one of center, uniform"),
         ("a2fpn_lite", {"pool": "max"}, "Unknown pool='max'; expected one of mean, attention"),
         ("carafe_fpn", {"extra_source": "c5"}, "Unknown extra_source='c5'; expected one of neck, backbone"),
     ],

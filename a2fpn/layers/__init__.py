@@ -4,7 +4,7 @@ from a2fpn.layers.attention import ATTENTION_KINDS, AttentionKind, attend, atten
 from a2fpn.layers.context import MGC, ContextInit, Distribution, orthogonality
 from a2fpn.layers.conv import ConvNormAct
 from a2fpn.layers.dysample import DySample
-from a2fpn.layers.fusion import CARAFE, GACAP, GACARAFE, KernelGrid, Pooling
+from a2fpn.layers.fusion import CARAFE, GACAP, GACARAFE, KernelGrid, KernelInit, Pooling
 from a2fpn.layers.levels import LevelModules, LevelParameters, positional_keys
 from a2fpn.layers.reasoning import ReasoningKind
 from a2fpn.layers.reassemble import reassemble
@@ -22,6 +22,7 @@ __all__ = [
     "Distribution",
     "DySample",
     "KernelGrid",
+    "KernelInit",
     "LevelModules",
     "LevelParameters",
     "Pooling",

@@ -25,6 +25,13 @@ Pooling = Literal["mean", "attention"]
 POOLINGS: tuple[str, ...] = typing.get_args(Pooling)
 KernelGrid = Literal["fine", "coarse"]
 KERNEL_GRIDS: tuple[str, ...] = typing.get_args(KernelGrid)
+KernelInit = Literal["center", "uniform"]
+KERNEL_INITS: tuple[str, ...] = typing.get_args(KernelInit)
+
+_KERNEL_OPTIONS: dict[KernelInit, dict[str, float]] = {
+    "center": {"center_bias": 4.0, "scale": 4.0},
+    "uniform": {"center_bias": 0.0, "scale": 1.0},
+}
 
 
 class KernelPredictor(nn.Module):
@@ -196,10 +203,12 @@ class GACARAFE(nn.Module):
             the compressed fine one; or ``"coarse"``, from the sum of both, the fine map averaged first, four kernels
             per pixel, pixel-shuffled. A fine map of twice the size, or one pixel less, is handled by cropping; for any
             other size the kernels are those of the nearest sub-position.
+        kernel_init: Kernels at the start: near the ``"center"``, with scaled logits, which keeps the function of a neck
+            that samples the nearest pixel; or ``"uniform"``, with plain logits as in CARAFE.
         pool: Pooling of the gates, see :class:`ChannelGates`.
 
     Raises:
-        ValueError: For an unknown grid or pooling.
+        ValueError: For an unknown grid, initialization or pooling.
 
     Example:
         >>> GACARAFE(16)(torch.randn(1, 16, 5, 5), torch.randn(1, 16, 9, 10)).shape
@@ -213,15 +222,20 @@ class GACARAFE(nn.Module):
         compressed_channels: int = 64,
         kernel_size: int = 5,
         kernels: KernelGrid = "fine",
+        kernel_init: KernelInit = "center",
         pool: Pooling = "mean",
     ) -> None:
         super().__init__()
         check_choice("kernels", kernels, KERNEL_GRIDS)
+        check_choice("kernel_init", kernel_init, KERNEL_INITS)
         self.compress_coarse = nn.Conv2d(channels, compressed_channels, 1)
         self.compress_fine = nn.Conv2d(channels, compressed_channels, 1)
         doubled = kernels == "coarse"
         self.kernels = KernelPredictor(
-            compressed_channels * (1 if doubled else 2), kernel_size=kernel_size, doubled=doubled
+            compressed_channels * (1 if doubled else 2),
+            kernel_size=kernel_size,
+            doubled=doubled,
+            **_KERNEL_OPTIONS[kernel_init],
         )
         self.gates = ChannelGates(channels, pool=pool)
 
@@ -256,10 +270,11 @@ class GACAP(nn.Module):
         channels: Channels of both maps.
         compressed_channels: Channels to which either map is compressed before kernels are predicted.
         kernel_size: ``k``.
+        kernel_init: See :class:`GACARAFE`.
         pool: Pooling of the gates, see :class:`ChannelGates`.
 
     Raises:
-        ValueError: For an unknown pooling.
+        ValueError: For an unknown initialization or pooling.
 
     Example:
         >>> GACAP(16)(torch.randn(1, 16, 9, 10), torch.randn(1, 16, 5, 5)).shape
@@ -267,12 +282,19 @@ class GACAP(nn.Module):
     """
 
     def __init__(
-        self, channels: int, *, compressed_channels: int = 64, kernel_size: int = 5, pool: Pooling = "mean"
+        self,
+        channels: int,
+        *,
+        compressed_channels: int = 64,
+        kernel_size: int = 5,
+        kernel_init: KernelInit = "center",
+        pool: Pooling = "mean",
     ) -> None:
         super().__init__()
+        check_choice("kernel_init", kernel_init, KERNEL_INITS)
         self.compress_fine = nn.Conv2d(channels, compressed_channels, 1)
         self.compress_coarse = nn.Conv2d(channels, compressed_channels, 1)
-        self.kernels = KernelPredictor(2 * compressed_channels, kernel_size=kernel_size)
+        self.kernels = KernelPredictor(2 * compressed_channels, kernel_size=kernel_size, **_KERNEL_OPTIONS[kernel_init])
         self.project = nn.Conv2d(channels, channels, 1)
         nn.init.kaiming_uniform_(self.project.weight, a=1)
         self.gates = ChannelGates(channels, pool=pool)

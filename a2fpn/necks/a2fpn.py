@@ -21,6 +21,7 @@ from a2fpn.layers import (
     ContextInit,
     Distribution,
     KernelGrid,
+    KernelInit,
     Pooling,
     ReasoningKind,
 )
@@ -129,6 +130,7 @@ class GatedNeck(ContextNeck):
     Args:
         kernels: Resolution at which top-down kernels are predicted: ``"fine"``, or ``"coarse"`` and pixel-shuffled,
             see :class:`~a2fpn.layers.GACARAFE`.
+        kernel_init: Kernels at the start, top-down and bottom-up: near the ``"center"``, or ``"uniform"``.
         pool: Pooling for the channel gates: ``"mean"``, or ``"attention"``, initialized to the mean.
     """
 
@@ -146,14 +148,15 @@ class GatedNeck(ContextNeck):
         distribute: Distribution = "all",
         context_init: ContextInit = "zero",
         kernels: KernelGrid = "fine",
+        kernel_init: KernelInit = "center",
         pool: Pooling = "mean",
         norm_layer: str | None = None,
         act_layer: str | None = None,
     ) -> None:
         super().__init__(
             in_spec,
-            {"kernels": kernels, "pool": pool},
-            {"pool": pool},
+            {"kernels": kernels, "kernel_init": kernel_init, "pool": pool},
+            {"kernel_init": kernel_init, "pool": pool},
             out_channels=out_channels,
             extra_levels=extra_levels,
             attention=attention,
