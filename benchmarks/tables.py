@@ -206,7 +206,65 @@ def dense_torchvision(document: Mapping[str, Any]) -> str:
     return f"{markdown(headings, rows)}\n\n{_cpu(part)}"
 
 
-TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
+def reassembly(document: Mapping[str, Any]) -> str:
+    """Return times of reassembly beside a copy of as many bytes."""
+    rows = [
+        (
+            f"{row['side']}, {row['what']}, {row['dtype']}",
+            f"{1000 * row['ms']:.0f}",
+            f"{row['to_copy']:.1f} {row.get('goal') or ''}".rstrip(),
+            f"{row['gb_per_s']:,.0f}",
+            f"{row['peak_mib']:,}" if row.get("peak_mib") else "",
+        )
+        for row in document["rows"]
+        if "ms" in row
+    ]
+    headings = ("pass", "µs", "of the copy's time", "GB/s", "peak MiB")
+    case = next(row["case"] for row in document["rows"] if "ms" in row)
+    note = f"Map {case} to twice its size, 5 × 5 kernels; {document['device']}; commit `{document['commit'][:12]}`."
+    return f"{markdown(headings, rows)}\n\n{note}"
+
+
+def neck_diagnostics(document: Mapping[str, Any]) -> str:
+    """Return what trained necks compute: contexts, attention maps, gates and kernels."""
+    rows = []
+    for name, report in document.items():
+        levels = [
+            f"{min(values.values()):.2g}–{max(values.values()):.2g}" if values else ""
+            for values in (
+                report["map_distance"].get(report["attention"], {}),
+                report["context_size"],
+                report["gate_change"],
+                report["kernel_entropy"],
+            )
+        ]
+        going_up = {key: x for key, x in report["kernel_center"].items() if key.startswith("bottom_up")}
+        rows.append((name, str(report["images"]), *levels, f"{max(going_up.values()):.2g}" if going_up else ""))
+    headings = (
+        *("trained neck", "images", "distance of attention maps", "context / lateral", "gates' change"),
+        *("kernels' entropy", "weight of the bottom-up kernels' center, at most"),
+    )
+    return markdown(headings, rows)
+
+
+def label_curve(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Return mask AP over labeled images, a side a column."""
+
+    def cell(side: str, images: int) -> str:
+        values = [100 * line["segm/ap"] for line in lines if (line["side"], line["images"]) == (side, images)]
+        return ", ".join(f"{value:.1f}" for value in values)
+
+    sides = ("a2fpn", "torchvision")
+    rows = [
+        (str(images), *(cell(side, images) for side in sides)) for images in sorted({line["images"] for line in lines})
+    ]
+    headings = ("labeled images", "mask AP of `maskrcnn_fpn_lite0`", "torchvision, v2 heads")
+    first = lines[0]
+    note = f"{first['steps']} steps of {first['batch']} images, {first['device']}, commit `{first['commit'][:12]}`."
+    return f"{markdown(headings, rows)}\n\nOne number per run. {note}"
+
+
+TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "gpu-inference": ("gpu_inference.json", inference),
     "gpu-inference-more": ("gpu_inference_more.json", inference),
     "gpu-training": ("gpu_training.json", training),
@@ -218,6 +276,9 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "dense-torchvision": ("dense_cpu.json", dense_torchvision),
     "dense-tiles": ("tiles_cpu.json", dense_tiles),
     "zoo": ("gpu_inference.json", zoo),
+    "gpu-reassembly": ("gpu_reassembly.json", reassembly),
+    "neck-diagnostics": ("neck_diagnostics.json", neck_diagnostics),
+    "label-curve": ("label_curve_nuclei.jsonl", label_curve),
 }
 
 
@@ -282,7 +343,8 @@ def filled(text: str, results: Path = RESULTS) -> str:
         if name not in TABLES:
             raise ValueError(f"There is no table {name!r}; there are {', '.join(TABLES)}.")
         file, make = TABLES[name]
-        table = make(json.loads((results / file).read_text(encoding="utf-8")))
+        text = (results / file).read_text(encoding="utf-8")
+        table = make([json.loads(line) for line in text.splitlines()] if file.endswith("l") else json.loads(text))
         return f"{OPENING}{name} -->\n{table}\n<!-- /table -->"
 
     made, ended = REGION.subn(region, text)

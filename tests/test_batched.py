@@ -6,7 +6,7 @@ from timm.layers import Conv2dSame
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.detection.image_list import ImageList
-from torchvision.ops import batched_nms, clip_boxes_to_image
+from torchvision.ops import batched_nms, clip_boxes_to_image, nms
 
 from a2fpn.backbones.same_padding import SamePaddedConv, pad_in_whole_numbers
 from a2fpn.config import PreprocessConfig
@@ -38,10 +38,14 @@ def test_nms_on_a_grid_is_nms_of_each_class_and_image(
     boxes, scores = clip(crowd(number), torch.zeros(number, dtype=torch.int64), [(60, 60)]), torch.rand(number)
     labels, images = torch.randint(classes, (number,)), torch.randint(3, (number,))
     expected = batched_nms(boxes, scores, images * classes + labels, 0.4)
-    for ahead in (False, True):
+    grids: list[int] = []
+    monkeypatch.setattr("a2fpn.heads.batched.nms", lambda boxes, *rest: grids.append(len(boxes)) or nms(boxes, *rest))
+    for ahead, together in ((False, 400), (True, 400), (True, 399)):
         monkeypatch.setattr("a2fpn.device.runs_ahead", lambda _, ahead=ahead: ahead)
+        monkeypatch.setattr("a2fpn.heads.batched._TOGETHER", together)
         kept = nms_of_each(boxes, scores, labels, images, 0.4, classes=classes, size=(60, 60))
         assert torch.equal(kept, expected)
+    assert grids == ([number] if number == 400 else [number, number])
 
 
 @pytest.mark.parametrize("limit", [1, 7, 100])

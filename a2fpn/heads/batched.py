@@ -23,6 +23,9 @@ Sizes = Sequence[tuple[int, int]]
 _ACROSS = 9
 """Maximum number of classes that NMS offsets along x alone; more are arranged in rows."""
 
+_TOGETHER = 25_000
+"""Boxes up to which a GPU runs one NMS for all classes and images, whose time grows with the square of their number."""
+
 
 def clip(boxes: Tensor, images: Tensor, sizes: Sizes) -> Tensor:
     """Clip boxes to their images.
@@ -74,7 +77,7 @@ def nms_of_each(
         >>> nms_of_each(boxes, torch.tensor([0.5, 0.6, 0.4]), labels, images, 0.5, classes=2, size=(4, 4))
         tensor([1, 2])
     """
-    if not device.runs_ahead(boxes):
+    if not device.runs_ahead(boxes) or (not device.is_traced() and len(boxes) > _TOGETHER):
         kept: Tensor = batched_nms(boxes, scores, images * classes + labels, iou_threshold)
         return kept
     # Boxes of each class and image are offset to their own cell of a grid, which keeps coordinates small and so exact.

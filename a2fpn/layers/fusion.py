@@ -28,10 +28,8 @@ KERNEL_GRIDS: tuple[str, ...] = typing.get_args(KernelGrid)
 KernelInit = Literal["center", "uniform"]
 KERNEL_INITS: tuple[str, ...] = typing.get_args(KernelInit)
 
-_KERNEL_OPTIONS: dict[KernelInit, dict[str, float]] = {
-    "center": {"center_bias": 4.0, "scale": 4.0},
-    "uniform": {"center_bias": 0.0, "scale": 1.0},
-}
+_STARTS: dict[KernelInit, tuple[float, float]] = {"center": (4.0, 4.0), "uniform": (0.0, 1.0)}
+"""Center bias and scale of each initialization."""
 
 
 class KernelPredictor(nn.Module):
@@ -231,11 +229,13 @@ class GACARAFE(nn.Module):
         self.compress_coarse = nn.Conv2d(channels, compressed_channels, 1)
         self.compress_fine = nn.Conv2d(channels, compressed_channels, 1)
         doubled = kernels == "coarse"
+        center_bias, scale = _STARTS[kernel_init]
         self.kernels = KernelPredictor(
             compressed_channels * (1 if doubled else 2),
             kernel_size=kernel_size,
+            center_bias=center_bias,
+            scale=scale,
             doubled=doubled,
-            **_KERNEL_OPTIONS[kernel_init],
         )
         self.gates = ChannelGates(channels, pool=pool)
 
@@ -294,7 +294,10 @@ class GACAP(nn.Module):
         check_choice("kernel_init", kernel_init, KERNEL_INITS)
         self.compress_fine = nn.Conv2d(channels, compressed_channels, 1)
         self.compress_coarse = nn.Conv2d(channels, compressed_channels, 1)
-        self.kernels = KernelPredictor(2 * compressed_channels, kernel_size=kernel_size, **_KERNEL_OPTIONS[kernel_init])
+        center_bias, scale = _STARTS[kernel_init]
+        self.kernels = KernelPredictor(
+            2 * compressed_channels, kernel_size=kernel_size, center_bias=center_bias, scale=scale
+        )
         self.project = nn.Conv2d(channels, channels, 1)
         nn.init.kaiming_uniform_(self.project.weight, a=1)
         self.gates = ChannelGates(channels, pool=pool)
