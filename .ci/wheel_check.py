@@ -25,10 +25,13 @@ TINY = (
 )
 
 
-def run(*command: object, script: str = "a2fpn", **environment: str) -> None:
+def run(*command: object, script: str = "a2fpn", **environment: str) -> str:
     line = [str(SCRIPTS / script), *map(str, command)]
     print("$", *line, flush=True)
-    subprocess.run(line, check=True, env={**os.environ, **environment})
+    done = subprocess.run(line, check=False, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True)
+    print(done.stdout, flush=True)
+    done.check_returncode()
+    return done.stdout
 
 
 def hub_server() -> Any:
@@ -45,7 +48,10 @@ def main() -> None:
     installed = Path(a2fpn.__file__).resolve()
     assert CHECKOUT / "a2fpn" not in installed.parents, f"the checkout is imported, not the wheel: {installed}"
     assert not any(Path.cwd().iterdir()), "run this in an empty folder"
-    run("demo", "--output", "demo")
+    found = run("demo", "--output", "demo")
+    assert len(list(Path("demo").iterdir())) == 8
+    (total,) = [line for line in found.splitlines() if "all" in line]
+    assert abs(float(total.replace("│", " ").split()[3]) - 0.738) < 0.01, f"the demo's AP has changed: {total}"
 
     demo = installed.parent / "assets" / "nuclei_demo"
     annotations = [f"data.{part}_annotations=annotations.json" for part in ("train", "val")]

@@ -7,29 +7,35 @@ import shutil
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-gradio = pytest.importorskip("gradio", reason="gradio is not installed; it comes with the extra 'app'")
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
 
-from a2fpn.app import EXAMPLES, launch, space_files  # noqa: E402
+import a2fpn  # noqa: E402
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
-PICTURES = sorted(EXAMPLES.glob("*.jpg"))
+PICTURES = sorted(Path(a2fpn.__file__).parent.glob("assets/nuclei_demo/images/*.jpg"))
 PATIENCE = 60.0  # seconds for what takes one
 
-pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no Chromium with its driver is installed")
+# Gradio is imported by the first test, since it takes seconds and every process of the suite collects this file.
+pytestmark = [
+    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no Chromium with its driver is installed"),
+    pytest.mark.skipif(not find_spec("gradio"), reason="gradio is not installed; it comes with the extra 'app'"),
+]
 
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
+    from a2fpn.app import launch
+
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     page = launch(prevent_thread_lock=True, quiet=True)
     yield page.local_url
@@ -213,6 +219,8 @@ def test_an_example_is_one_click(browser: Any) -> None:
 
 
 def test_a_space_runs_the_same_file() -> None:
+    from a2fpn.app import space_files
+
     files = space_files("me/cells")
     compile(files["app.py"], "app.py", "exec")
     assert 'MODEL = "me/cells"' in files["app.py"]

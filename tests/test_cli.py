@@ -415,14 +415,6 @@ def test_demo(tmp_path):
     assert output.rstrip().splitlines()[-1] == f"Open {out / '0.png'}"
 
 
-def test_the_packaged_demo(tmp_path):
-    output = run("demo", "--output", tmp_path)
-    assert f"Open {tmp_path}" in output
-    assert len(list(tmp_path.iterdir())) == 8
-    (total,) = [line for line in output.splitlines() if "all" in line]
-    assert float(total.replace("│", " ").split()[3]) == pytest.approx(0.738, abs=0.01)
-
-
 def test_errors_show_their_traceback_only_when_asked():
     assert "a2fpn: error" in run("list", "nonsense", code=2)
     for arguments, env in ((["--debug"], {}), ([], {"A2FPN_DEBUG": "1"})):
