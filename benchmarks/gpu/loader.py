@@ -47,7 +47,8 @@ def _dataset(root: Path, side: int) -> CocoDataset:
     annotations = sorted((root / "annotations").glob("*.json"))
     chosen = next((path for path in annotations if "train" in path.name), annotations[0])
     rule = Preprocess(PreprocessConfig(min_size=side, max_size=round(side * 1.67)), divisor=32)
-    return CocoDataset(root / "images", chosen, transforms=train_transforms(rule.target_size))
+    images = next(path.parent for path in sorted((root / "images").rglob("*")) if path.is_file())
+    return CocoDataset(images, chosen, transforms=train_transforms(rule.target_size))
 
 
 def _size(record: Record, root: Path, side: int) -> None:
