@@ -169,8 +169,8 @@ def export_times(document: Mapping[str, Any]) -> str:
 
 
 def dense_area(document: Mapping[str, Any]) -> str:
-    """Return times and memory of slides in tiles."""
-    part = document["area"]
+    """Return times and memory of slides in tiles; the largest ones were measured in runs of their own."""
+    parts = [document[name] for name in ("area", "area_64") if name in document]
     rows = [
         (
             str(row["megapixels"]),
@@ -182,28 +182,30 @@ def dense_area(document: Mapping[str, Any]) -> str:
             f"{row['ratio']:.2f}",
             f"{row['bytes'] / 2**20:,.0f}",
         )
+        for part in parts
         for row in part["rows"]
     ]
     readers = ("s, tiles one by one", "read by none", "1 thread", "2 threads")
     headings = ("MP", "tiles", "objects", *readers, "s/MP", "ms an object", "of the tiles' time", "peak MiB")
-    return f"{markdown(headings, rows)}\n\n{_cpu(part)}"
+    return f"{markdown(headings, rows)}\n\n{' '.join(dict.fromkeys(map(_cpu, parts)))}"
 
 
 def dense_torchvision(document: Mapping[str, Any]) -> str:
-    """Return times and memory of many masks beside torchvision's."""
-    part = document["torchvision"]
+    """Return times and memory of many masks beside torchvision's; a later run of a case replaces the first."""
+    parts = [document[name] for name in ("torchvision", "torchvision_768") if name in document]
+    cases = {(row["side"], row["objects"]): row for part in parts for row in part["rows"]}
     rows = [
         (
-            f"{row['side']}×{row['side']}, {row['objects']:,} objects",
-            *(f"{row['seconds'][side]:.2f}" for side in ("torchvision", "a2fpn")),
+            f"{side}×{side}, {objects:,} objects",
+            *(f"{row['seconds'][whose]:.2f}" for whose in ("torchvision", "a2fpn")),
             f"{row['time']:.2f} ({row['range'][0]:.2f}–{row['range'][1]:.2f})",
-            *(f"{row['bytes'][side] / 2**20:,.0f}" for side in ("torchvision", "a2fpn")),
+            *(f"{row['bytes'][whose] / 2**20:,.0f}" for whose in ("torchvision", "a2fpn")),
             f"{row['memory']:.2f}",
         )
-        for row in part["rows"]
+        for (side, objects), row in cases.items()
     ]
     headings = ("image", "torchvision, s", "ours", "ratio", "torchvision, peak MiB", "ours", "ratio")
-    return f"{markdown(headings, rows)}\n\n{_cpu(part)}"
+    return f"{markdown(headings, rows)}\n\n{' '.join(dict.fromkeys(map(_cpu, parts)))}"
 
 
 def reassembly(document: Mapping[str, Any]) -> str:

@@ -54,16 +54,19 @@ def make_scene(across: int, data: Path | None) -> Scene:
     return mosaic(scenes, across, 256)
 
 
-def prepare(side: str, across: int, data: Path | None, tile: int | None, scale: float) -> Finder:
+def prepare(
+    side: str, across: int, data: Path | None, tile: int | None, scale: float, overlap: float = OVERLAP
+) -> Finder:
     """Callable that finds the objects of the scene in tiles, best first; without tiles in the whole image."""
     ours, scene = predictor(scale), make_scene(across, data)
     if side == "a2fpn":
-        return lambda: list(ours.predict([scene.pixels], tile=tile, overlap=OVERLAP, score_threshold=THRESHOLD)[0].rles)
+        return lambda: list(ours.predict([scene.pixels], tile=tile, overlap=overlap, score_threshold=THRESHOLD)[0].rles)
     assert tile is not None
-    return (_sahi if side == "sahi" else functools.partial(_supervision, compact="compact" in side))(ours, scene, tile)
+    slicer = _sahi if side == "sahi" else functools.partial(_supervision, compact="compact" in side)
+    return slicer(ours, scene, tile, overlap)
 
 
-def _supervision(ours: Predictor, scene: Scene, tile: int, *, compact: bool) -> Finder:
+def _supervision(ours: Predictor, scene: Scene, tile: int, overlap: float, *, compact: bool) -> Finder:
     import supervision
 
     def detect(pixels: Any) -> Any:
@@ -75,7 +78,7 @@ def _supervision(ours: Predictor, scene: Scene, tile: int, *, compact: bool) -> 
     slicer = supervision.InferenceSlicer(
         detect,
         slice_wh=tile,
-        overlap_wh=int(tile * OVERLAP),
+        overlap_wh=int(tile * overlap),
         thread_workers=1,
         **({"compact_masks": True} if compact else {}),
     )
@@ -88,7 +91,7 @@ def _supervision(ours: Predictor, scene: Scene, tile: int, *, compact: bool) -> 
     return find
 
 
-def _sahi(ours: Predictor, scene: Scene, tile: int) -> Finder:
+def _sahi(ours: Predictor, scene: Scene, tile: int, overlap: float) -> Finder:
     from sahi.models.base import DetectionModel
     from sahi.predict import get_sliced_prediction
     from sahi.prediction import ObjectPrediction
@@ -134,8 +137,8 @@ def _sahi(ours: Predictor, scene: Scene, tile: int) -> Finder:
             model,
             slice_height=tile,
             slice_width=tile,
-            overlap_height_ratio=OVERLAP,
-            overlap_width_ratio=OVERLAP,
+            overlap_height_ratio=overlap,
+            overlap_width_ratio=overlap,
             perform_standard_pred=False,
             verbose=0,
         ).object_prediction_list
@@ -172,15 +175,19 @@ def main(
     data: Annotated[Path | None, typer.Option(help="COCO folder of nuclei; by default the packaged images.")] = None,
     across: Annotated[int, typer.Option(help="Images of 256 x 256 pixels side by side.", min=1)] = 3,
     scale: Annotated[float, typer.Option(help="Pixels of the network per pixel of the image.")] = 3.0,
+    tile: Annotated[list[int] | None, typer.Option(help="Pixels of a tile's side; may be repeated.", min=1)] = None,
+    overlap: Annotated[
+        float, typer.Option(help="Share of a tile that the next one repeats.", min=0, max=0.9)
+    ] = OVERLAP,
     rounds: _measure.Rounds = 3,
     threads: _measure.Threads = 0,
     output: Annotated[Path | None, typer.Option(help="JSON file for the numbers.")] = None,
     quick: _measure.Quick = False,
 ) -> None:
     """Compare tiles with the untiled image, and with the tiles of supervision and SAHI."""
-    tiles = (256, 96)
+    tiles = tile or [256, 96]
     if quick:
-        across, rounds, scale, tiles = 1, 1, 1.0, (128,)
+        across, rounds, scale, tiles = 1, 1, 1.0, [128]
     _measure.start(threads, rounds)
     installed = {"supervision": "supervision", "sahi": "sahi"}
     sides = [side for side in SIDES if side == "a2fpn" or importlib.util.find_spec(installed[side.split(",")[0]])]
@@ -191,16 +198,16 @@ def main(
     every, sure = list(whole.rles or ()), list(whole.above(SURE).rles or ())
     extent = float(np.median(np.sqrt(np.prod(whole.boxes[:, 2:] - whole.boxes[:, :2], axis=1))))
     numbers: list[dict[str, Any]] = []
-    for tile in tiles:
-        finders = {side: prepare(side, across, data, tile, scale) for side in sides}
+    for size in tiles:
+        finders = {side: prepare(side, across, data, size, scale, overlap) for side in sides}
         results: dict[str, list[Rle]] = {}
 
         def run(side: str, finders: dict[str, Finder] = finders, results: dict[str, list[Rle]] = results) -> None:
             results[side] = finders[side]()
 
         calls = {side: functools.partial(run, side) for side in sides}
-        timings = _measure.time_interleaved(calls, rounds=rounds, warmup=0, title=f"tiles of {tile}")
-        memory = {side: _measure.peak_memory(prepare, side, across, data, tile, scale) for side in sides}
+        timings = _measure.time_interleaved(calls, rounds=rounds, warmup=0, title=f"tiles of {size}")
+        memory = {side: _measure.peak_memory(prepare, side, across, data, size, scale, overlap) for side in sides}
         rows = []
         for side in sides:
             found = results[side]
@@ -208,7 +215,8 @@ def main(
             ratio = memory["a2fpn"] / memory[side]
             numbers.append(
                 {
-                    "tile": tile,
+                    "tile": size,
+                    "overlap": overlap,
                     "side": side,
                     "objects": len(found),
                     "duplicates": duplicates,
@@ -240,7 +248,7 @@ def main(
         columns = ["", "objects", "duplicates", "misses", "time", "ours / its", "peak memory", "ours / its"]
         _measure.print_table(
             f"{scene.pixels.shape[2]} x {scene.pixels.shape[1]} pixels at {scale:g} x, {len(every)} objects of "
-            f"{extent:.0f} pixels, {len(sure)} sure; tiles of {tile}. Goals: {goals}",
+            f"{extent:.0f} pixels, {len(sure)} sure; tiles of {size}. Goals: {goals}",
             columns,
             rows,
         )
