@@ -201,10 +201,26 @@ def test_corrected_labels_are_not_replaced_by_going_on(checkpoint: Path, tmp_pat
     corrected = out / "labelme" / {"edit": "a.json", "add": "notes.txt"}[change]
     corrected.write_text("mine")
     output = predict(*command, "--resume", code=2)
-    assert "out holds labelme, changed since this run wrote it. Leave its format out of --format" in output
+    assert "out holds labelme, changed since this run wrote it. Delete it to have it written again, or leave" in output
     predict(checkpoint, photos, "--output", out, "--format", "overlay", "--resume")
     assert (out / "b.png").exists()
     assert corrected.read_text() == "mine"
+
+
+def test_files_of_done_images_that_somebody_changed_are_kept_and_named(checkpoint: Path, tmp_path: Path) -> None:
+    photos, out = images(tmp_path / "photos", "a.png", "b.png"), tmp_path / "out"
+    command = (checkpoint, photos, "--output", out, "--format", "geojson")
+    predict(*command)
+    assert "so kept" not in predict(*command, "--resume")
+    whole = (out / "a.geojson").read_bytes()
+    (out / "a.geojson").write_text("mine")
+    (out / "b.geojson").unlink()
+    assert "so kept: a.geojson. Delete a file to have it written again." in predict(*command, "--resume")
+    assert (out / "a.geojson").read_text() == "mine"
+    assert (out / "b.geojson").exists()
+    (out / "a.geojson").unlink()
+    predict(*command, "--resume")
+    assert (out / "a.geojson").read_bytes() == whole
 
 
 def test_labels_that_nobody_touched_take_new_images(checkpoint: Path, tmp_path: Path) -> None:

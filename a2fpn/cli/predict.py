@@ -190,6 +190,11 @@ def _run(folder: PredictionFolder, predictor: Predictor, *, quiet: bool, save: P
         typer.echo(f"{count_of(before, 'image')} of {len(folder.jobs)} done before.", err=True)
     if folder.changed:
         typer.echo(f"{count_of(len(folder.changed), 'image')} changed since; what was found is replaced.", err=True)
+    if folder.edited:
+        more = f" and {len(folder.edited) - 3} more" if len(folder.edited) > 3 else ""
+        kept = f"{', '.join(map(_shown, folder.edited[:3]))}{more}"
+        line = f"Changed since this run wrote them, so kept: {kept}. Delete a file to have it written again."
+        typer.echo(line, err=True)
     seconds: list[float] = []
     try:
         with progress_bar(quiet=quiet) as progress:

@@ -66,6 +66,7 @@ class PredictionFolder:
 
     Attributes:
         changed: File names of images with results that are no longer what they were; they count as not done.
+        edited: Names of files of done images that somebody changed since; they stay as they are.
 
     Raises:
         ConfigError: For an unknown format, if images are read from the folder, the run in it had other settings, or
@@ -119,6 +120,8 @@ class PredictionFolder:
         else:
             self._own = OwnFiles(folder)
         self._refuse_folders()
+        done = [job for job in self.jobs if _name(job.path) in self._found]
+        self.edited = self._own.changed(self._names(done))
         if not overwrite:
             if self._resumed:
                 self._refuse_replaced()
@@ -279,7 +282,7 @@ class PredictionFolder:
         unfinished = self._own.unfinished(self._names(pending[1:]))
         self._refuse(dict.fromkeys([*self._own.foreign(self._all_names), *unfinished]), "not made by this run")
         replaced = [*(form.file for form in self._whole), *self._names(pending)]
-        advice = "Leave its format out of --format; "
+        advice = "Delete it to have it written again, or leave its format out of --format; "
         self._refuse(self._own.changed(replaced), "changed since this run wrote it", advice)
 
     def _refuse_folders(self) -> None:
