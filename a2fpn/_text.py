@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 def count_of(number: int, noun: str) -> str:
     """Format a number with its noun, in the plural unless it is 1.
@@ -12,6 +14,17 @@ def count_of(number: int, noun: str) -> str:
     """
     plural = noun if number == 1 else f"{noun}es" if noun.endswith(("s", "tch")) else f"{noun}s"
     return f"{number:,} {plural}"
+
+
+def name_some(names: Sequence[str], most: int = 3) -> str:
+    """List names, and count those beyond the first.
+
+    Example:
+        >>> name_some(["a", "b"]), name_some(["a", "b", "c", "d"])
+        ('a, b', 'a, b, c and 1 more')
+    """
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"
 
 
 def shorten(text: str, length: int) -> str:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from a2fpn._text import count_of
+from a2fpn._text import count_of, name_some
 from a2fpn.cli.format import progress_bar, say, write_json
 from a2fpn.cli.options import (
     Batch,
@@ -191,8 +191,7 @@ def _run(folder: PredictionFolder, predictor: Predictor, *, quiet: bool, save: P
     if folder.changed:
         typer.echo(f"{count_of(len(folder.changed), 'image')} changed since; what was found is replaced.", err=True)
     if folder.edited:
-        more = f" and {len(folder.edited) - 3} more" if len(folder.edited) > 3 else ""
-        kept = f"{', '.join(map(_shown, folder.edited[:3]))}{more}"
+        kept = name_some([_shown(name) for name in folder.edited])
         line = f"Changed since this run wrote them, so kept: {kept}. Delete a file to have it written again."
         typer.echo(line, err=True)
     seconds: list[float] = []

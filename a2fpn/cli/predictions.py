@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from a2fpn._atomic import append_line, write_text
+from a2fpn._text import name_some
 from a2fpn.cli.own_files import OwnFiles
 from a2fpn.cli.tile_journal import TileJournal, done_tiles, whole_lines
 from a2fpn.config import Category
@@ -295,10 +296,9 @@ class PredictionFolder:
     def _refuse(self, there: Iterable[str], why: str, advice: str = "") -> None:
         names = list(there)
         if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             effect = "starts anew and replaces it" if self._resumed else "replaces what is there"
             raise ExistingFileError(
-                f"{self.folder} holds {', '.join(names[:3])}{more}, {why}. {advice}--overwrite {effect}; "
+                f"{self.folder} holds {name_some(names)}, {why}. {advice}--overwrite {effect}; "
                 "or give another --output."
             )
 

@@ -30,7 +30,7 @@ _KEYS_PER_QUERY = 4
 """Keys per query from which a GPU computes matrix products instead of a fused kernel."""
 
 _HAS_WIDE_PRODUCTS = "dtype" in torch.ops.aten.bmm.overloads()
-"""Whether this torch multiplies half precision matrices into float32 ones (from 2.8 on)."""
+"""Support of this torch for products of half precision matrices in float32 (from 2.8 on)."""
 
 _MANY_QUERIES, _MOST_PARTS = 1024, 16
 """Number of queries from which a GPU splits them, and the maximum number of parts."""
