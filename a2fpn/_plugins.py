@@ -48,4 +48,4 @@ def import_package(name: str) -> None:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise  # one of its own imports is missing
-        raise ConfigError(f"--import {name}: there is no module {error.name!r} here.") from error
+        raise ConfigError(f"--import {name}: module {error.name!r} not found.") from error

@@ -89,7 +89,8 @@ class Registry(Generic[T]):
         def decorator(item: T) -> T:
             if name in self._items:
                 raise ConfigError(
-                    f"The {self.kind} name {name!r} is taken by {self._items[name]!r}; choose another name."
+                    f"The {self.kind} name {name!r} is already registered by {self._items[name]!r}; choose another "
+                    "name."
                 )
             self._items[name] = item
             return item

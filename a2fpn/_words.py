@@ -16,10 +16,10 @@ def _words(meanings: Mapping[str, str]) -> Mapping[str, str]:
 
 
 _SIZES = "Images are resized by the model's rule: create_model(..., min_size=800, max_size=1333), or tile=1024 here."
-_DEVICE = "Say it when the predictor is made: Predictor(model, device='cuda')."
+_DEVICE = "Set it when creating the predictor: Predictor(model, device='cuda')."
 _HALF = "For speed: optimize_for_inference(model, dtype=torch.bfloat16)."
-_PICTURES = "A result draws itself: result.plot().save('overlay.png')."
-_KEEP = "Choose among what was found: result['cat'] keeps the objects of one class."
+_PICTURES = "Draw the result: result.plot().save('overlay.png')."
+_KEEP = "Filter the result: result['cat'] keeps the objects of one class."
 _PRETRAINED = "Weights are loaded by name: pretrained=True, with a tag of list_pretrained() if there are several."
 
 PREDICTION = _words(
@@ -41,13 +41,13 @@ PREDICTION = _words(
         _PICTURES: "save show save_txt save_crop save_conf project visualize visualizer out_dir return_vis no_save_vis "
         "show_labels hide_labels show_boxes show_conf line_width line_thickness palette",
         _KEEP: "classes categories",
-        "Images are predicted one after the other, without a word.": "batch_size stream verbose print_result",
-        "NMS is done for each class alone; nms_threshold moves its border.": "agnostic_nms agnostic class_agnostic",
-        "Masks have the image's own size.": "retina_masks",
-        "Videos are not read: give their frames as arrays.": "vid_stride stream_buffer fps",
-        "Say it when the predictor is made: Predictor(a2fpn.from_pretrained(PATH)).": "weights model model_path "
+        "Images are predicted one at a time, without output.": "batch_size stream verbose print_result",
+        "NMS is done per class; nms_threshold sets its IoU threshold.": "agnostic_nms agnostic class_agnostic",
+        "Masks always have the size of the image.": "retina_masks",
+        "Videos are not supported: pass their frames as arrays.": "vid_stride stream_buffer fps",
+        "Set it when creating the predictor: Predictor(a2fpn.from_pretrained(PATH)).": "weights model model_path "
         "checkpoint ckpt cfg config data",
-        "The images come first, without a name: predictor('image.jpg').": "source input inputs image images img",
+        "Pass the images first, without a keyword: predictor('image.jpg').": "source input inputs image images img",
     }
 )
 """Options of a :class:`a2fpn.Predictor`."""
@@ -75,14 +75,14 @@ MODEL = _words(
         "rpn_batch_size": "rpn_batch_size_per_image",
         "rpn_nms_threshold": "rpn_nms_thresh",
         "rpn_score_threshold": "rpn_score_thresh",
-        "Move it as any module: create_model(...).to('cuda').": "device",
+        "Move it like any module: create_model(...).to('cuda').": "device",
         "Downloads show their own progress; leave it out.": "progress verbose",
-        "The backbone is a name of timm: backbone='resnet50'.": "encoder encoder_name backbone_name",
+        "The backbone is the name of a timm model: backbone='resnet50'.": "encoder encoder_name backbone_name",
         "The neck is a name of list_necks(): neck='a2fpn'.": "fpn neck_name use_fpn",
         "Weights of a backbone in a file: backbone_weights=FILE.": "checkpoint_path backbone_path",
-        "The model's name says which heads: 'maskrcnn_...', 'retinanet_...'; docs/extending.md adds your own.": "head "
+        "The model's name selects the heads: 'maskrcnn_...', 'retinanet_...'; docs/extending.md adds your own.": "head "
         "heads box_head box_predictor bbox_head mask_head mask_predictor roi_head roi_heads rpn_head task",
-        "Settings are arguments of their own: create_model(..., nms_threshold=0.5).": "train_cfg test_cfg "
+        "Settings are separate arguments: create_model(..., nms_threshold=0.5).": "train_cfg test_cfg "
         "data_preprocessor",
         "A model is a name and arguments: create_model('maskrcnn_fpn_r50', num_classes=5).": "cfg",
         "The neck's arguments are a dict: neck_args={'out_channels': 256}.": "fpn_channels out_channels",
@@ -131,10 +131,10 @@ SETTINGS = _words(
         "frozen_stages trainable_layers trainable_backbone_layers",
         "a2fpn train --help lists all changes of images, data.transforms.*.": "mosaic mixup degrees translate shear "
         "perspective augment augmentation augmentations transforms",
-        "The share of validation images is given to a2fpn data import DIR --val 0.2.": "val_split split test_size",
+        "Set the share of validation images with a2fpn data import DIR --val 0.2.": "val_split split test_size",
         (
-            "The first GPU is taken where there is one: CUDA_VISIBLE_DEVICES=1 chooses another, accelerate "
-            "launch -m a2fpn.training several."
+            "The first GPU is used if there is one: CUDA_VISIBLE_DEVICES=1 selects another, accelerate launch -m "
+            "a2fpn.training uses several."
         ): "device gpus gpu",
     }
 )
@@ -212,7 +212,7 @@ def advice_on_model(name: str) -> str | None:
     text = re.sub(r"\.(pth?|yaml|py)$", "", name.lower())
     if _ABSENT.match(text):
         return (
-            f"There is no {text[:40]} here. Small and fast: 'fcos_fpn_lite0', 'retinanet_fpn_lite0', and with masks "
+            f"{text[:40]} is not available. Small and fast: 'fcos_fpn_lite0', 'retinanet_fpn_lite0', and with masks "
             "'maskrcnn_fpn_lite0'; a2fpn list shows all."
         )
     flat = re.sub(r"[-_]", "", text)

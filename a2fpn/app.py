@@ -51,7 +51,7 @@ def build(predictor: Predictor, name: str, *, examples: Sequence[Path] = ()) -> 
             try:
                 (result,) = predictor([file], tile=int(tile) or None)
             except (ImageError, OSError, ValueError) as error:
-                refused.append(f"{Path(file).name} was left out: {_sentence(error, file)}")
+                refused.append(f"{Path(file).name} was skipped: {_sentence(error, file)}")
             else:
                 results.append(result)
         if not results:

@@ -84,10 +84,10 @@ def _check_sizes(config: ModelConfig) -> None:
         return
     if found.resizable:
         raise ConfigError(
-            f"Backbone {name!r} is built for images of {side} x {side}, and max_size={rule.max_size} gives larger "
-            f"ones; build it for them by image_size={rule.max_size}."
+            f"Backbone {name!r} is built for images of {side} x {side}, and max_size={rule.max_size} allows larger "
+            f"ones; set image_size={rule.max_size}."
         )
     raise ConfigError(
-        f"Backbone {name!r} exists for images of {side} x {side} only, and max_size={rule.max_size} gives larger ones. "
-        f"Leave the sizes out and predict in tiles of {side} pixels, or take one of list_backbones(pyramid=True)."
+        f"Backbone {name!r} supports images of {side} x {side} only, and max_size={rule.max_size} allows larger ones. "
+        f"Omit the sizes and predict in tiles of {side} pixels, or use one of list_backbones(pyramid=True)."
     )

@@ -245,11 +245,13 @@ def check_name(name: object, backbone: object) -> None:
         TypeError: With advice.
     """
     if not isinstance(name, str):
-        raise ConfigTypeError(f"A model is named by text such as 'maskrcnn_a2fpn_r50', got a {type(name).__name__}.")
+        raise ConfigTypeError(
+            f"A model name must be a string such as 'maskrcnn_a2fpn_r50', got a {type(name).__name__}."
+        )
     if backbone is not None and not isinstance(backbone, str):
         raise ConfigTypeError(
-            f"backbone is the name of a timm model, got a {type(backbone).__name__}. A network of your own gets a name "
-            "by timm's register_model; see docs/extending.md."
+            f"backbone must be the name of a timm model, got a {type(backbone).__name__}. Register your own network "
+            "with timm's register_model; see docs/extending.md."
         )
 
 
@@ -263,8 +265,10 @@ def _check_kinds(num_classes: object, overrides: Mapping[str, Any]) -> None:
     if not isinstance(neck, str):
         shown = neck.__name__ if isinstance(neck, type) else type(neck).__name__
         raise ConfigTypeError(
-            f"neck is a name, got {shown}. Register the class by @a2fpn.register_neck('my_neck') and pass "
+            f"neck must be a name, got {shown}. Register the class with @a2fpn.register_neck('my_neck') and pass "
             "neck='my_neck'."
         )
     if num_classes is not None and (isinstance(num_classes, bool) or not isinstance(num_classes, int)):
-        raise ConfigTypeError(f"num_classes is a number; got {num_classes!r}. Names of classes go to categories=[...].")
+        raise ConfigTypeError(
+            f"num_classes must be a number, got {num_classes!r}. Pass class names as categories=[...]."
+        )

@@ -60,14 +60,14 @@ def label_image(
         [[1, 1, 0]]
     """
     if scores is not None and len(scores) != len(rles):
-        raise ConfigError(f"{len(rles)} masks came with {len(scores)} scores.")
+        raise ConfigError(f"Expected one score per mask, got {len(scores)} for {len(rles)} masks.")
     if not 0 <= min_visible <= 1:
         raise ConfigError(f"min_visible must lie in [0, 1], got {min_visible}.")
     labels = np.zeros(size, np.int32)
     windows = []
     for rle in rles:
         if tuple(rle["size"]) != tuple(size):
-            raise ConfigError(f"A mask of {tuple(rle['size'])} pixels does not fit a label image of {tuple(size)}.")
+            raise ConfigError(f"A mask of {tuple(rle['size'])} pixels does not match a label image of {tuple(size)}.")
         windows.append(decode_window(rle))
     areas = [int(crop.sum()) for crop, _ in windows]
     ranks = [0.0] * len(rles) if scores is None else list(map(float, scores))

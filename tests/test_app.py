@@ -167,7 +167,7 @@ def test_a_broken_file_is_a_sentence_and_spares_the_others(browser: Any, tmp_pat
     upload(browser, broken)
     click(browser, "#go button, button#go")
     said = until(lambda: text(browser, ".toast-body, [data-testid=toast-body]"))
-    assert "broken.png was left out" in said
+    assert "broken.png was skipped" in said
     assert "Traceback" not in said
     assert "/tmp" not in said
     shot(browser, "broken")
@@ -176,7 +176,7 @@ def test_a_broken_file_is_a_sentence_and_spares_the_others(browser: Any, tmp_pat
     upload(browser, broken, PICTURES[1])
     click(browser, "#go button, button#go")
     assert objects(browser) > 1
-    assert "broken.png was left out" in text(browser, "#remarks")
+    assert "broken.png was skipped" in text(browser, "#remarks")
 
 
 def test_two_people_see_their_own_pictures(

@@ -221,7 +221,7 @@ def test_a_fixed_size_can_be_chosen() -> None:
     ("name", "size", "message"),
     [
         ("test_resnet", 224, "'test_resnet' takes images of any size; leave image_size at None, got 224"),
-        ("efficientformer_l1", 448, "exists for images of 224 x 224 only, got image_size=448"),
+        ("efficientformer_l1", 448, "supports images of 224 x 224 only, got image_size=448"),
         ("mixer_s32_224", 0, "image_size must be between 1 and 8192, got 0"),
     ],
 )
@@ -300,7 +300,7 @@ def test_local_weights_are_adapted_to_other_image_channels(tmp_path: Path) -> No
 def test_weights_of_another_network_are_an_error(other: str, tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
     save_file(timm.create_model(other).state_dict(), path)
-    with pytest.raises(ValueError, match=r"weights\.safetensors' holds no weights of 'test_resnet'"):
+    with pytest.raises(ValueError, match=r"weights\.safetensors' does not contain weights of 'test_resnet'"):
         TimmBackbone(BackboneConfig("test_resnet"), weights=path)
 
 
@@ -308,7 +308,7 @@ def test_weights_of_another_network_are_an_error(other: str, tmp_path: Path) -> 
 def test_a_file_that_holds_no_weights_is_an_error(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.write_bytes(b"This is not a file of weights.")
-    with pytest.raises(ValueError, match=rf"{name}' holds no weights of 'test_resnet': "):
+    with pytest.raises(ValueError, match=rf"{name}' does not contain weights of 'test_resnet': "):
         TimmBackbone(BackboneConfig("test_resnet"), weights=path)
 
 
@@ -501,7 +501,7 @@ def test_gradient_checkpointing_saves_memory_and_changes_nothing(name: str) -> N
 
 
 def test_networks_without_gradient_checkpointing_are_an_error() -> None:
-    with pytest.raises(ValueError, match="timm has no gradient checkpointing for 'hrnet_w18_small'"):
+    with pytest.raises(ValueError, match="timm does not support gradient checkpointing for 'hrnet_w18_small'"):
         on_meta("hrnet_w18_small", grad_checkpointing=True)
 
 
@@ -619,7 +619,7 @@ def test_weights_that_know_one_size_only_are_an_error(tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
     save_file(timm.create_model("gmlp_ti16_224").state_dict(), path)
     with pytest.raises(
-        ValueError, match=r"gate\.proj\.weight is \(196, 196\), expected \(784, 784\)\. Without image_size"
+        ValueError, match=r"gate\.proj\.weight is \(196, 196\), expected \(784, 784\)\. Omit image_size"
     ):
         TimmBackbone(BackboneConfig("gmlp_ti16_224", image_size=448), weights=path)
     TimmBackbone(BackboneConfig("gmlp_ti16_224"), weights=path)

@@ -186,7 +186,7 @@ def test_strides_are_measured(
         ([(1, 8, 384), (1, 9, 96)], "expected 2 maps"),
         ([(1, 8, 16, 24), (1, 7, 8, 12)], r"expected maps of \[8, 9\] channels"),
         # As of a network that resizes its image inside.
-        ([(1, 8, 16, 16), (1, 9, 16, 16)], "has two strides"),
+        ([(1, 8, 16, 16), (1, 9, 16, 16)], "has different strides in height and width"),
         ([(1, 8, 8, 12), (1, 9, 16, 24)], "strides decrease"),
     ],
 )
@@ -330,7 +330,7 @@ def test_what_the_table_knows_is_not_tried(
     assert (len(built), run) == (1, [])
     known = read_table()[name]
     assert backbone.unused == (known.unused if 4 in strides else known.unused_from_8)
-    # What was left out is what a look at the network itself would leave out.
+    # What was skipped is what a look at the network itself would leave out.
     nobody_looked = dataclasses.replace(backbone.info, unused=None, unused_from_8=None)
     looked = TimmBackbone(BackboneConfig(name, strides=strides), info=nobody_looked)
     assert len(run) > 0

@@ -190,7 +190,7 @@ def test_anchors_and_heads_are_float32_under_autocast() -> None:
         ({"stage_ious": (0.5, 0.6)}, "Every stage needs an IoU"),
         ({"stage_ious": (), "stage_box_weights": (), "stage_loss_weights": ()}, "Every stage needs an IoU"),
         ({"stage_box_weights": ((10.0,),) * 3}, "stage_box_weights must be four numbers"),
-        ({"box_fg_iou": 0.4}, r"box_fg_iou=0\.4 has no use in a cascade; set stage_ious"),
+        ({"box_fg_iou": 0.4}, r"box_fg_iou=0\.4 is unused by a cascade; set stage_ious"),
         ({"box_loss_beta": -1.0}, r"box_loss_beta must be 0 or more, got -1\.0"),
         ({"box_loss_beta": math.nan}, r"box_loss_beta must be 0 or more, got nan"),
         ({"stage_average": "scores"}, r"expected one of 'probabilities', 'logits', got 'scores'"),

@@ -124,7 +124,7 @@ def test_what_a_step_is_may_change_and_the_share_of_the_run_that_is_done_stays(
 def test_a_longer_run_goes_on_and_one_that_is_long_enough_says_that_nothing_is_left(again, tmp_path, capsys):
     code, rates, log = again("run.epochs=2")
     assert (code, rates) == (0, [])
-    assert "50.0% of the run were done; by its present settings these are 100.0%." in log
+    assert "50.0% of the run were done; with the current settings this is 100.0%." in log
     assert "No evaluation was made; the last checkpoint is" in capsys.readouterr().out
     code, rates, log = again("run.epochs=4")
     assert code == 0
@@ -240,7 +240,7 @@ def test_evaluations_that_do_not_compare_do_not_compete(again, tmp_path):
     code, _, log = again("run.epochs=5")
     assert code == 0
     assert "The validation annotations changed: 3 -> 2 images" in log
-    assert "the best checkpoint is looked for anew" in log
+    assert "the best checkpoint is reset" in log
     assert read_generation(tmp_path / "run" / "best.aside").state.step == first.state.step == 8
     assert read_generation(tmp_path / "run" / "best").state.best_epoch == 5
 
@@ -259,7 +259,7 @@ def test_evaluations_on_other_pixels_do_not_compete(again, tmp_path, setting, an
             Image.new("RGB", image.size).save(path)
     code, _, log = again("run.epochs=5", setting.format(root=tmp_path))
     assert code == 0
-    assert ("the best checkpoint is looked for anew" in log) == anew
+    assert ("the best checkpoint is reset" in log) == anew
     assert (tmp_path / "run" / "best.aside").exists() == anew
 
 

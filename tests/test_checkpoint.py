@@ -154,9 +154,7 @@ def test_a_changed_byte_is_an_error(folder: Path, position: int) -> None:
     content = bytearray(path.read_bytes())
     content[position] ^= 1
     path.write_bytes(content)
-    with pytest.raises(
-        CheckpointError, match=r"model\.safetensors' is damaged or not the file that belongs here: its sha256"
-    ):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors' is damaged or replaced: its sha256"):
         a2fpn.from_pretrained(folder)
 
 
@@ -168,7 +166,7 @@ def test_a_truncated_file_is_an_error(folder: Path, size: int, checksum: str) ->
     message = r"model\.safetensors' is damaged"
     if checksum == "updated":
         update_sha256(folder)
-        message = r"model\.safetensors' is no safetensors file"
+        message = r"model\.safetensors' is not a safetensors file"
     with pytest.raises(CheckpointError, match=message):
         a2fpn.from_pretrained(folder)
 
@@ -189,7 +187,7 @@ def test_a_pickle_is_refused_and_never_run(folder: Path, write: Callable[[Trap, 
     with pytest.raises(CheckpointError, match=r"model\.safetensors' is damaged"):
         a2fpn.from_pretrained(folder)
     update_sha256(folder)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors' is no safetensors file"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors' is not a safetensors file"):
         a2fpn.from_pretrained(folder)
     assert not (folder / "sprung").exists()
 
@@ -199,7 +197,7 @@ def test_a_missing_file_is_an_error(folder: Path) -> None:
     with pytest.raises(CheckpointError, match=r"has no model\.safetensors; only safetensors are loaded"):
         a2fpn.from_pretrained(folder)
     (folder / CONFIG_FILE).unlink()
-    with pytest.raises(CheckpointError, match=r"model' is no checkpoint folder: it has no config\.json"):
+    with pytest.raises(CheckpointError, match=r"model' is not a checkpoint folder: it has no config\.json"):
         a2fpn.from_pretrained(folder)
 
 
@@ -228,7 +226,7 @@ def test_weights_must_fit_tensor_by_tensor(
     folder: Path, edit: Callable[[dict[str, Tensor]], None], message: str
 ) -> None:
     edit_weights(folder, edit)
-    with pytest.raises(CheckpointError, match=f"The weights do not fit the model; {message}"):
+    with pytest.raises(CheckpointError, match=f"The weights do not match the model; {message}"):
         a2fpn.from_pretrained(folder)
 
 
@@ -292,7 +290,7 @@ def test_a_config_that_is_not_understood_is_an_error(folder: Path, path: str, va
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'"text"', b"\xff\xfe\x00"])
 def test_a_config_that_is_no_json_object_is_an_error(folder: Path, content: bytes) -> None:
     (folder / CONFIG_FILE).write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"config\.json' (is no valid JSON|has format_version None)"):
+    with pytest.raises(CheckpointError, match=r"config\.json' (is not valid JSON|has format_version None)"):
         a2fpn.from_pretrained(folder)
 
 
@@ -364,7 +362,7 @@ def test_checkpoints_of_version_1_load_to_the_bit(name, tmp_path):
     assert len(set(counted.values())) == len(counted)
     assert not [key for key in counted if re.match(r"neck\.\w+\.\d", key) and ".layers." not in key]
     folder = save_checkpoint(tmp_path, model.config, {counted[key]: x for key, x in model.state_dict().items()})
-    with pytest.raises(CheckpointError, match="do not fit the model"):
+    with pytest.raises(CheckpointError, match="do not match the model"):
         a2fpn.from_pretrained(folder)
     document = json.loads((folder / CONFIG_FILE).read_text())
     (folder / CONFIG_FILE).write_text(json.dumps({**document, "format_version": 1}))

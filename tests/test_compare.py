@@ -164,9 +164,9 @@ def test_the_same_object_has_the_same_color_in_every_row(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"pick": "worst"}, "can't be the worst without annotations"),
+        ({"pick": "worst"}, "'worst' needs annotations"),
         ({"count": 0}, "a count of at least 1, got 1, 7, 0"),
-        ({}, "One model can't disagree with itself"),
+        ({}, "'disagree' needs two models or more"),
     ],
 )
 def test_what_can_not_be_shown_is_an_error(scene: Any, options: Any, message: str) -> None:
@@ -180,7 +180,7 @@ def test_models_of_other_classes_are_refused(scene: Any) -> None:
     coco, folder, paths = scene
     stranger: Any = Knows(coco, folder, lambda _, r: r)
     stranger.categories = (Category(7, "tree"),)
-    with pytest.raises(ConfigError, match=r"other classes than .*: of the ids 7 is 'tree' and 'shape 7'"):
+    with pytest.raises(ConfigError, match=r"The categories of .* differ: id 7 is 'tree' and 'shape 7'"):
         compare({"A": stranger}, paths, coco=coco, folder=folder, pick="random")
 
 

@@ -260,7 +260,7 @@ def test_gradient_steps_on_the_loss_make_entities_orthonormal() -> None:
 def test_more_nodes_than_channels_cannot_be_orthonormal() -> None:
     with pytest.raises(
         ValueError,
-        match=r"13 nodes on a level of 12 channels: between 1 and 12 are possible.* Lower nodes=\[13, 4, 3\]",
+        match=r"13 nodes on a level of 12 channels: expected 1 to 12.* Lower nodes=\[13, 4, 3\]",
     ):
         MGC(CHANNELS, 8, nodes=[13, 4, 3])
 

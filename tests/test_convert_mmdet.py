@@ -197,7 +197,7 @@ def test_what_cannot_be_converted_says_why() -> None:
     state = mmdet_state(small("fasterrcnn_fpn_r18"))
     with pytest.raises(ValueError, match="'retinanet_fpn_r18' has no counterpart in mmdetection"):
         from_mmdet(state, "retinanet_fpn_r18")
-    with pytest.raises(ValueError, match="has no ResNet bottlenecks; leave stride_in_1x1 at False"):
+    with pytest.raises(ValueError, match="has no ResNet bottlenecks; set stride_in_1x1=False"):
         from_mmdet(state, "fasterrcnn_fpn_r18", style="caffe")
     with pytest.raises(ValueError, match="neck 'fpn' or 'carafe_fpn', 'fasterrcnn_pafpn_r18' has 'pafpn'"):
         from_mmdet(state, "fasterrcnn_pafpn_r18")

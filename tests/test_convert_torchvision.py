@@ -588,7 +588,7 @@ def test_numbers_are_read_from_the_tensors() -> None:
 def test_what_a_file_does_not_say_must_be_given() -> None:
     state = {"backbone.body.conv1.weight": torch.zeros(1)}
     for name in [name for name, eps in {**FAST, **SLOW}.items() if eps == 0]:
-        with pytest.raises(ValueError, match=rf"Give norm_eps: what {name} computes .* It is 0\.0 if"):
+        with pytest.raises(ValueError, match=rf"Give norm_eps: the outputs of {name} depend .* It is 0\.0 if"):
             load_torchvision(state, name)
     with pytest.raises(
         ValueError, match=r"The state dict is not that of torchvision's fcos_resnet50_fpn: (?s:.*)Missing"

@@ -124,15 +124,15 @@ def test_wrong_facts_leave_the_file_alone(checkpoint, facts, error):
 def test_calibrate_stores_what_count_takes(checkpoint, data, tmp_path):
     folder, annotations = data
     table = tmp_path / "counts.csv"
-    assert "from a score of 0.500 on (no threshold is stored with the model)" in run(
+    assert "with a score of 0.500 or more (no threshold is stored with the model)" in run(
         "count", folder, "--model", checkpoint
     )
     output = run("calibrate", checkpoint, "--images", folder, "--annotations", annotations)
     threshold = read_checkpoint(checkpoint).facts.count_threshold
     assert threshold is not None
-    assert f"from a score of {threshold:.3f} on" in output
+    assert f"at a score threshold of {threshold:.3f}" in output
     counted = run("count", folder, "--model", checkpoint, "--output", table)
-    assert f"from a score of {threshold:.3f} on (calibrated)" in counted
+    assert f"with a score of {threshold:.3f} or more (calibrated)" in counted
     with table.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["image"], row["class"]) for row in rows] == [
@@ -162,7 +162,7 @@ def test_count_reports_what_it_can_not_read(checkpoint, tmp_path):
 def test_calibrate_wants_a_checkpoint_folder(data):
     folder, annotations = data
     output = run("calibrate", "maskrcnn_a2fpn_lite0.nuclei", "--images", folder, "--annotations", annotations, code=2)
-    assert "is no checkpoint folder" in output
+    assert "is not a checkpoint folder" in output
 
 
 def test_evaluate_instances_prints_and_writes(checkpoint, data, tmp_path):
@@ -180,4 +180,4 @@ def test_evaluate_instances_prints_and_writes(checkpoint, data, tmp_path):
         if objects:
             assert numbers[f"shape {k}/objects"] <= objects
             assert 0 <= numbers[f"shape {k}/recall@0.50"] <= 1
-    assert "is of --metrics instances" in run(*arguments, "--score-threshold", 0.5, code=2)
+    assert "requires --metrics instances" in run(*arguments, "--score-threshold", 0.5, code=2)

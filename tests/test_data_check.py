@@ -135,7 +135,7 @@ def test_what_the_reader_leaves_out_is_named(code, change):
     assert set(codes(report)) - {"no-segmentation"} == {code}
     assert (finding.severity, finding.count, finding.fatal) == ("warning", 1, False)
     assert "in 1 of 6 annotations: 3" in finding.message
-    assert "The reader leaves them out." in finding.advice
+    assert "The reader skips them." in finding.advice
     assert len(read_coco(data).problems) == 1
     assert sum(count.objects for count in report.classes) == 5
 
@@ -261,9 +261,9 @@ def test_several_images_of_one_file():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "is no readable JSON"),
-        ("{", "is no readable JSON"),
-        ("[" * 100_000, "is no readable JSON"),
+        ("", "is not valid JSON"),
+        ("{", "is not valid JSON"),
+        ("[" * 100_000, "is not valid JSON"),
         ("9" * 5000, "JSON"),
         ("[]", "holds a list"),
         ("null", "holds a NoneType"),
@@ -596,7 +596,7 @@ def test_damaged_data_gives_a_report_that_knows_what_the_reader_does(folder, dat
     if "bad-image" not in codes(report) and "bad-category" not in codes(report):  # else the reader takes more
         assert usable <= kept
     if coco_file.problems:
-        assert any("The reader leaves them out" in finding.advice for finding in report.findings)
+        assert any("The reader skips them" in finding.advice for finding in report.findings)
     elif kept and not report.fatal:
         assert usable > 0
 
@@ -634,7 +634,7 @@ def test_the_cells_of_a_grid_hold_their_pictures_apart(tmp_path):
 def test_a_grid_needs_images_and_a_remark_for_each():
     with pytest.raises(ValueError, match="at least one image, got 1 for 0"):
         draw_grid([], [""])
-    with pytest.raises(ValueError, match="no image to draw"):
+    with pytest.raises(ValueError, match="no images to draw"):
         draw_report(check(coco()), ".")
 
 
@@ -662,7 +662,7 @@ def test_exit_codes_tell_errors_from_warnings(tmp_path):
     path.write_text(json.dumps(coco(annotations=[])))
     assert "training would be in vain" in run("check-data", "--annotations", path, code=1)
     path.write_text("no json")
-    assert "is no readable JSON" in run("check-data", "--annotations", path, code=1)
+    assert "is not valid JSON" in run("check-data", "--annotations", path, code=1)
     assert "none.json: no such file" in fails("check-data", "--annotations", tmp_path / "none.json")
     assert "no such folder of images" in fails("check-data", "--annotations", path, "--images", tmp_path / "none")
     assert "give --images too" in fails("check-data", "--annotations", path, "--plot", tmp_path / "a.png")

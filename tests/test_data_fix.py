@@ -112,8 +112,8 @@ def test_what_stands_between_is_kept() -> None:
     assert fixed.content["annotations"][0] == "rubbish"
     assert [raw["id"] for raw in fixed.content["annotations"][1:]] == [2, 1, 3]
     assert fixed.content["annotations"][1]["note"] == "x"
-    assert str(fixed.changes[0]) == "id: annotation 0: 0 -> 2 (no whole number above 0)"
-    with pytest.raises(DataError, match="no COCO file"):
+    assert str(fixed.changes[0]) == "id: annotation 0: 0 -> 2 (not an integer above 0)"
+    with pytest.raises(DataError, match="not a COCO file"):
         fix_data({"images": []})
     with pytest.raises(DataError, match="no such folder of images"):
         fix_data(data, "nowhere")

@@ -133,8 +133,8 @@ def test_compressed_and_uncompressed_run_lengths_agree(masks):
         ([[1, 1, 5, 5, 2, 2, 7]], "at least 3 points"),
         ([[1, 1, "a", 5, 2, 2]], "at least 3 points"),
         ([1, 1, 5, 5, 2, 2], "at least 3 points x, y, x, y, ..., got 1"),
-        ([[1, 1, float("nan"), 5, 2, 2]], "no pixel position"),
-        ([[1, 1, 1e12, 5, 2, 2]], "no pixel position"),
+        ([[1, 1, float("nan"), 5, 2, 2]], "not a valid pixel position"),
+        ([[1, 1, 1e12, 5, 2, 2]], "not a valid pixel position"),
         ([[1, 1, 10**400, 5, 2, 2]], "at least 3 points"),
         ({"size": [4, 5], "counts": "0"}, r"size is \[4, 5\], the image's \[height, width\] is \[5, 4\]"),
         ({"counts": "0"}, "size is None"),
@@ -142,11 +142,11 @@ def test_compressed_and_uncompressed_run_lengths_agree(masks):
         ({"size": [5, 4], "counts": [10, 5]}, "add up to 15 pixels, the image has 5 x 4 = 20"),
         ({"size": [5, 4], "counts": [30, -10]}, "counts of an RLE"),
         ({"size": [5, 4], "counts": [10, "10"]}, "counts of an RLE"),
-        ({"size": [5, 4], "counts": ""}, "b'' are no compressed RLE"),
+        ({"size": [5, 4], "counts": ""}, "b'' are not a compressed RLE"),
         ({"size": [5, 4], "counts": "0"}, "add up to 0 pixels"),
-        ({"size": [5, 4], "counts": "é0"}, "no compressed RLE"),
-        ({"size": [5, 4], "counts": "o"}, "no compressed RLE"),  # the text ends inside a number
-        ({"size": [5, 4], "counts": "oooooooooo0"}, "no compressed RLE"),
+        ({"size": [5, 4], "counts": "é0"}, "not a compressed RLE"),
+        ({"size": [5, 4], "counts": "o"}, "not a compressed RLE"),  # the text ends inside a number
+        ({"size": [5, 4], "counts": "oooooooooo0"}, "not a compressed RLE"),
         ({"size": [5, 4], "counts": "O"}, "negative run length"),
     ],
 )
@@ -184,7 +184,7 @@ def complaint(text, height, width):
     """What has to be said about a compressed mask; None if it is sound."""
     runs = runs_of(text)
     if runs is None:
-        return "are no compressed RLE"
+        return "are not a compressed RLE"
     if min(runs) < 0:
         return "hold a negative run length"
     if sum(runs) != height * width:
@@ -228,7 +228,9 @@ def test_many_masks_are_checked_as_one_by_one_and_as_by_hand(characters, given):
                 segmentation_to_rle({"size": list(size), "counts": text}, *size)
 
 
-@pytest.mark.parametrize(("counts", "message"), [("o", "are no compressed RLE"), ("O", "hold a negative run length")])
+@pytest.mark.parametrize(
+    ("counts", "message"), [("o", "are not a compressed RLE"), ("O", "hold a negative run length")]
+)
 def test_broken_run_lengths_are_not_decoded(counts, message):
     sound, broken = encode_masks(np.eye(3)[None])[0], {"size": [3, 3], "counts": counts}
     with pytest.raises(ValueError, match=f"the counts b'{counts}' {message}"):
@@ -246,7 +248,7 @@ def test_every_kind_of_segmentation_keeps_its_place():
     assert found[0] == found[2] == found[5] == rle
     assert found[1].to_rle() == segmentation_to_rle(polygon, 3, 3)
     assert str(found[3]) == "the run lengths of the mask add up to 1 pixels, the image has 3 x 3 = 9"
-    assert "no compressed RLE" in str(found[4])
+    assert "not a compressed RLE" in str(found[4])
     assert parse_segmentations([]) == []
 
 

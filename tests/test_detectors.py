@@ -297,7 +297,7 @@ def test_masks_are_not_asked_of_those_who_have_no_use_for_them() -> None:
 def test_images_and_targets_must_come_in_pairs() -> None:
     model = tiny_model("fasterrcnn_fpn")
     images, targets = batch(1, 2)
-    with pytest.raises(ValueError, match="2 images came with 1 targets"):
+    with pytest.raises(ValueError, match="Expected one target per image, got 2 images and 1 targets"):
         model(images, targets[:1])
     with pytest.raises(ValueError, match=r"In training mode targets must be given; call model\.eval\(\) to detect"):
         model(images)

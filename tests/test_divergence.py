@@ -63,7 +63,7 @@ def test_the_checkpoint_whose_step_exploded_is_not_called_good(tmp_path, capsys,
     arguments = [*tiny_run(tmp_path), *SETTINGS, "run.checkpoint_every=1"]
     assert main(arguments) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "/run/previous (step 2), from which run.resume=auto goes on; the one of step 3 holds the weights" in error
+    assert "/run/previous (step 2), from which run.resume=auto continues; the one of step 3 holds the weights" in error
     assert {path.name for path in (tmp_path / "run").iterdir()} >= {"previous", "last.failed"}
     fresh()
     monkeypatch.undo()
@@ -138,7 +138,7 @@ def test_a_step_that_is_not_finite_is_left_out_on_request(tmp_path, spoil, what,
     assert not before.exists()
     kind = "loss" if what == "losses" else "gradient"
     assert re.search(
-        rf"WARNING The {kind} is not finite in step 3 .* on the images with ids \d+, \d+\. The step is left",
+        rf"WARNING The {kind} is not finite in step 3 .* on the images with ids \d+, \d+\. The step is skipped",
         after.read_text(),
     )
     assert "Skipped 1 steps whose loss or gradient was not finite." in capsys.readouterr().out
@@ -187,7 +187,7 @@ def test_what_is_saved_is_looked_at():
         check_before_saving(weights, {}, before=0.01, step=7)
     for value in (float("nan"), float("inf")):
         for one, other in (({"w": torch.tensor([value])}, {}), (weights, {"w": torch.tensor([1.0, -value])})):
-            with pytest.raises(DivergedError, match="1 tensors hold NaN, infinity or what is about as large: w"):
+            with pytest.raises(DivergedError, match="1 tensors hold NaN, infinity or values whose norm overflows: w"):
                 check_before_saving(one, other, before=0.0, step=1)
 
 
@@ -213,7 +213,7 @@ def test_a_warning_carries_the_word():
     ("name", "message"),
     [
         ("tensorbord", "Did you mean 'tensorboard'?"),
-        ("dvclive", "dvclive is not installed; install it, or leave it out"),
+        ("dvclive", "dvclive is not installed; install it, or remove it"),
     ],
 )
 def test_a_tracker_that_is_missing_stops_the_run(tmp_path, name, message, capsys):

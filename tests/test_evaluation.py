@@ -446,7 +446,7 @@ def test_without_a_fast_library_pycocotools_counts(ground_truth, monkeypatch, ca
             assert evaluate_coco(ground_truth, disturbed(ground_truth)) == expected
         (record,) = caplog.records
         assert record.getMessage().startswith("hotcoco can't be imported")
-        with pytest.raises(ValueError, match=r"hotcoco can't be imported .*; install it, or take 'pycocotools'"):
+        with pytest.raises(ValueError, match=r"hotcoco can't be imported .*; install it, or use 'pycocotools'"):
             evaluate_coco(ground_truth, [], backend="hotcoco")
     finally:
         load_library.cache_clear()

@@ -74,9 +74,7 @@ def test_layers_without_use_are_left_out_or_named(tmp_path: Path, caplog: pytest
     with caplog.at_level(logging.WARNING, logger="a2fpn.backbones.export"):
         full = export_backbone(TimmBackbone(BackboneConfig("test_convnext")), tmp_path / "full")
     (record,) = caplog.records
-    assert record.getMessage().startswith(
-        "The detector has no use for head.norm.weight, head.norm.bias of test_convnext"
-    )
+    assert record.getMessage().startswith("The detector does not use head.norm.weight, head.norm.bias of test_convnext")
     assert timm.create_model(f"local-dir:{full}", pretrained=True).num_classes == 0
 
 

@@ -309,7 +309,7 @@ def test_another_number_of_classes_renews_what_depends_on_it(
         for layer in ("box_predictor.cls_score", "box_predictor.bbox_pred", "mask_predictor.mask_fcn_logits")
         for kind in ("weight", "bias")
     }
-    assert "num_classes 3 -> 5: these tensors start anew" in caplog.text
+    assert "num_classes 3 -> 5: re-initialized tensors" in caplog.text
     assert all(key in caplog.text for key in renewed)
     # The new heads train.
     target = random_target([[5.0, 5.0, 40.0, 50.0]], (64, 64), classes=5)
@@ -324,7 +324,7 @@ def test_the_same_number_of_classes_renews_nothing(
     assert model.config.categories == tuple(others)
     state = model.state_dict()
     assert all(torch.equal(value, state[key]) for key, value in tiny_weights.state_dict().items())
-    assert "start anew" not in caplog.text
+    assert "re-initialized tensors" not in caplog.text
 
 
 def test_overrides_that_leave_the_weights_alone(tiny_weights: a2fpn.detectors.Detector) -> None:
@@ -338,7 +338,7 @@ def test_overrides_that_leave_the_weights_alone(tiny_weights: a2fpn.detectors.De
 def test_overrides_that_change_the_weights_are_an_error(
     tiny_weights: a2fpn.detectors.Detector, overrides: dict[str, Any]
 ) -> None:
-    with pytest.raises(CheckpointError, match="The weights do not fit the model; tensors"):
+    with pytest.raises(CheckpointError, match="The weights do not match the model; tensors"):
         a2fpn.from_pretrained("maskrcnn_fpn_test_resnet", **overrides)
 
 
@@ -403,15 +403,15 @@ def test_backbones_come_by_name_and_option() -> None:
 
 
 def test_a_tagged_name_does_not_start_from_a_pretrained_backbone() -> None:
-    with pytest.raises(ValueError, match=r"names trained weights\. Pass pretrained=True to load them, or leave"):
+    with pytest.raises(ValueError, match=r"names trained weights\. Pass pretrained=True to load them, or omit"):
         a2fpn.create_model("maskrcnn_a2fpn_lite0.nuclei", pretrained_backbone=True)
 
 
 @pytest.mark.parametrize("name", [None, 50, b"maskrcnn_fpn_r50"])
 def test_a_name_of_another_kind_is_an_error(name):
-    with pytest.raises(TypeError, match=f"A model is named by text .*, got a {type(name).__name__}"):
+    with pytest.raises(TypeError, match=f"A model name must be a string .*, got a {type(name).__name__}"):
         a2fpn.create_model(name)
-    with pytest.raises(TypeError, match=f"A checkpoint is a folder, .*, got a {type(name).__name__}"):
+    with pytest.raises(TypeError, match=f"A checkpoint must be a folder, .*, got a {type(name).__name__}"):
         a2fpn.from_pretrained(name)
 
 

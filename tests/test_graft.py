@@ -272,7 +272,9 @@ def test_a_norm_must_be_named_and_cannot_follow_a_bottom_up_path() -> None:
     model = fpn_detector(neck_args={"norm_layer": "batchnorm2d"})
     with pytest.raises(ValueError, match=r"norm_layer=, which must then be given.*neck\.lateral\.p2\.norm"):
         graft(model.state_dict(), target="a2fpn_lite")
-    with pytest.raises(ValueError, match=r"cannot begin as an FPN that has norm_layer or act_layer.*'a2fpn_lite'"):
+    with pytest.raises(
+        ValueError, match=r"cannot be initialized from an FPN with norm_layer or act_layer.*'a2fpn_lite'"
+    ):
         graft_model(model, target="a2fpn")
 
 

@@ -141,7 +141,7 @@ def test_a_pickle_named_safetensors_and_a_tensor_of_10_gb(folder, config, tmp_pa
         (tmp_path / WEIGHTS_FILE).write_bytes(data)
         digest = file_sha256(tmp_path / WEIGHTS_FILE)
         (tmp_path / CONFIG_FILE).write_text(json.dumps(changed(config, ("sha256",), digest)))
-        with pytest.raises(CheckpointError, match="is no safetensors file"):
+        with pytest.raises(CheckpointError, match="is not a safetensors file"):
             read_weights(tmp_path, read_checkpoint(tmp_path))
 
 

@@ -182,5 +182,7 @@ def test_scores_are_averages_of_logits_as_in_its_own_code() -> None:
 
 @pytest.mark.parametrize("option", [{"stage_masks": "first"}, {"stage_resampling": False}])
 def test_every_stage_samples_anew_and_has_a_mask_head(option: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match="In HTC every stage samples anew and has a mask head: stage_masks='all'"):
+    with pytest.raises(
+        ValueError, match="HTC resamples proposals and has a mask head in every stage: expected stage_masks='all'"
+    ):
         tiny_model("htc_fpn", **option)

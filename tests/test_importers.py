@@ -148,7 +148,7 @@ def test_what_lies_under_others_is_reported(tmp_path: Path, name: str) -> None:
     path.write_text(json.dumps(data))
     report = convert_data(root, tmp_path / name, to=name)
     assert report.counts == {"overlap": 1}
-    assert "400 of its 900 pixels lie under others" in str(report)
+    assert "400 of its 900 pixels are covered by others" in str(report)
 
 
 @pytest.mark.parametrize("name", ["cvat", "datumaro", "labelme", "yolo"])
@@ -177,7 +177,7 @@ def test_names_of_formats_are_checked(tmp_path: Path, coco: Path) -> None:
         convert_data(coco, tmp_path / "x", to="yollo")
     (tmp_path / "y").mkdir()
     (tmp_path / "y" / "a.zip").write_bytes(b"")
-    with pytest.raises(DataError, match=r"no known format; expected one of coco, .* found 1 \.zip"):
+    with pytest.raises(DataError, match=r"unknown format; expected one of coco, .* found 1 \.zip"):
         detect(tmp_path / "y")
 
 
@@ -194,7 +194,7 @@ def test_images_are_linked_or_copied_and_output_is_guarded(coco: Path, tmp_path:
     import_data(coco, tmp_path / "link", images="copy", overwrite=True)
     assert not path.is_symlink()
     assert (coco / "images" / "site_0" / "train0.png").read_bytes() == before
-    with pytest.raises(DataError, match="lies in the source"):
+    with pytest.raises(DataError, match="is inside the source"):
         import_data(coco, coco / "out")
 
 
@@ -227,7 +227,7 @@ def test_shares_are_met_by_one_image(count: int, val: float, test: float) -> Non
     [
         ({"val": 1.0}, r"val must lie in \(0, 1\)"),
         ({"val": 0.5, "test": 0.5}, "their sum below 1"),
-        ({"val": 0.2, "group_by": "("}, "is no regular expression"),
+        ({"val": 0.2, "group_by": "("}, "is not a valid regular expression"),
         ({"val": 0.2, "group_by": "slide"}, "matches no image name; the first is 'a'"),
         ({"val": 0.2, "group_by": "^"}, "2 images are 1 group; a split needs two or more"),
     ],
@@ -242,7 +242,7 @@ def test_a_source_without_splits_gets_them(tmp_path: Path) -> None:
     report = import_data(tmp_path / "x", tmp_path / "y", val=0.3, group_by=r"site_(\d)")
     assert {split: count.images for split, count in report.splits.items()} == {"train": 6, "val": 3}
     convert_data(write_set(tmp_path / "z"), tmp_path / "w", to="yolo")
-    with pytest.raises(DataError, match=r"splits train, val; leave out val and test \(--val, --test\) to keep"):
+    with pytest.raises(DataError, match=r"splits train, val; omit val and test \(--val, --test\) to keep"):
         import_data(tmp_path / "w", tmp_path / "v", val=0.3)
 
 
@@ -283,8 +283,8 @@ def annotations(folder: Path, split: str = "train") -> list[dict[str, Any]]:
         ("0 .1 .1 .2 .2 .3 .3 .4", "7 coordinates; expected a box of 4, or a polygon of pairs"),
         ("0 .5 .5 .5 .5 .9", "6 numbers: a box with a score"),
         ("0 .5 .5 .5 x", "expected numbers, got '0 .5 .5 .5 x'"),
-        ("0 .5 1.3 .5 .5", "the coordinate 1.3 lies outside 0 to 1"),
-        ("0 20 20 10 10", "the coordinate 20 lies outside 0 to 1, shares of the image's sides; are these pixels"),
+        ("0 .5 1.3 .5 .5", "the coordinate 1.3 must be in [0, 1]"),
+        ("0 20 20 10 10", "the coordinate 20 must be in [0, 1], relative to the image size; are these pixels"),
         ("0 nan .5 .5 .5", "the coordinate nan lies outside"),
         ("0 .1 .1 .2 .2 .3 inf", "the coordinate inf lies outside"),
         ("0 .5 .5 0 .5", "has no area"),
@@ -318,7 +318,7 @@ def test_training_and_validation_on_the_same_images_lose_nothing(tmp_path: Path)
     (root / "data.yaml").write_text("train: images\nval: images\nnames: [cat, dog]\n")
     report = import_data(root, tmp_path / "y", strict=True)
     assert (report.splits["train"].images, report.annotations, report.counts) == (2, 2, {})
-    assert report.notes == {"images that train and val both name, kept in train": 2}
+    assert report.notes == {"images listed in train and val, kept in train": 2}
 
 
 def test_images_and_labels_without_each_other(tmp_path: Path) -> None:
@@ -329,7 +329,7 @@ def test_images_and_labels_without_each_other(tmp_path: Path) -> None:
     assert report.splits["train"].images == 3
     assert report.splits["train"].empty == 2
     assert report.counts == {"missing-image": 1}
-    assert report.notes == {"images without a label file, kept as backgrounds": 1}
+    assert report.notes == {"images without a label file, kept as background": 1}
     report = import_data(root, tmp_path / "z", unlabeled="skip")
     assert report.splits["train"].images == 2
 
@@ -359,9 +359,9 @@ def test_lists_of_other_machines_are_resolved(tmp_path: Path) -> None:
     report = import_data(root / "data.yaml", tmp_path / "y")
     assert {split: count.images for split, count in report.splits.items()} == {"train": 2, "val": 1}
     (loss,) = report.losses
-    assert str(loss) == f"{root / 'train.txt'}, line 3: /home/me/images/gone.png is not there"
+    assert str(loss) == f"{root / 'train.txt'}, line 3: /home/me/images/gone.png not found"
     (root / "data.yaml").write_text("train: nowhere\nnames: [cat]\n")
-    with pytest.raises(DataError, match="train: nowhere is no folder of images and no list"):
+    with pytest.raises(DataError, match="train: nowhere is neither an image folder nor a list"):
         import_data(root, tmp_path / "z")
     (root / "data.yaml").write_text("names: [cat\ntrain: x")
     with pytest.raises(DataError, match=r"data.yaml, line 2: no YAML"):
@@ -397,7 +397,7 @@ def test_boxes_among_masks_are_kept_or_filled(tmp_path: Path) -> None:
     root = yolo(tmp_path / "x", {"a": "0 .5 .5 .5 .5\n1 .1 .1 .4 .1 .4 .4\n"})
     report = import_data(root, tmp_path / "y")
     assert report.counts == {}
-    assert report.notes == {"objects among others with masks that have a box alone, and train no masks": 1}
+    assert report.notes == {"objects without a mask among objects with masks, used for boxes only": 1}
     first, second = read_coco(tmp_path / "y" / "annotations" / "instances_train.json", strict=True).annotations[1]
     assert (first.mask, first.bbox) == (None, (15, 10, 30, 20))
     assert second.mask is not None
@@ -458,22 +458,22 @@ def studio(**changes: Any) -> str:
             "a linestrip is not read",
         ),
         ("labelme", "a.json", labelme([], imageHeight=41), "it says 60 x 41 pixels, a.png has 60 x 40"),
-        ("labelme", "a.json", labelme([], imagePath="..\\b.png")[:-5], "no readable JSON"),
-        ("labelme", "b.json", labelme([], imagePath="C:\\x\\b.png"), "its image 'C:\\\\x\\\\b.png' is not there"),
+        ("labelme", "a.json", labelme([], imagePath="..\\b.png")[:-5], "not valid JSON"),
+        ("labelme", "b.json", labelme([], imagePath="C:\\x\\b.png"), "image 'C:\\\\x\\\\b.png' not found"),
         ("labelme", "a.json", "", "the file is empty"),
         ("voc", "a.xml", VOC.format("x"), "line 1: object 1: ymax is 'x', expected a number"),
         ("voc", "a.xml", VOC.format("-3"), "object 1: its box from 1, 1 to 9, -3 has no area"),
         ("voc", "a.xml", VOC.format(9).replace("cat", ""), "object 1: it has no name"),
         ("voc", "a.xml", VOC.format(9)[:-5], "line 1: no XML"),
         ("voc", "a.xml", VOC.format(9).replace("a.png", "D:\\b.png"), None),
-        ("cvat", "x.xml", CVAT.format("b.png", 60, ""), "image 'b.png': its image 'b.png' is not there"),
+        ("cvat", "x.xml", CVAT.format("b.png", 60, ""), "image 'b.png': image 'b.png' not found"),
         ("cvat", "x.xml", CVAT.format("a.png", 61, ""), "it says 61 x 40 pixels, a.png has 60 x 40"),
         ("cvat", "x.xml", CVAT.format("a.png", 60, '<polygon label="c" points="1,2;3,4;5"/>'), "it has 5 coordinates"),
         (
             "cvat",
             "x.xml",
             CVAT.format("a.png", 60, '<polyline label="c" points="1,2;3,4"/>'),
-            "a polyline is no object",
+            "a polyline is not supported",
         ),
         (
             "cvat",
@@ -495,7 +495,7 @@ def studio(**changes: Any) -> str:
             "pairs x, y, got 3",
         ),
         ("datumaro", "annotations/train.json", datumaro(type="bbox", label_id=4, bbox=[1, 2, 3, 4]), "label_id is 4"),
-        ("datumaro", "annotations/train.json", datumaro(type="polyline", label_id=0), "a polyline is no object"),
+        ("datumaro", "annotations/train.json", datumaro(type="polyline", label_id=0), "a polyline is not supported"),
         ("labelstudio", "x.json", studio(value={"rectanglelabels": ["cat"], "x": 0}), "it lacks y"),
         ("labelstudio", "x.json", studio(original_width=61), "drawn on 61 x 40 pixels, the image has 60 x 40"),
         ("labelstudio", "x.json", studio(type="keypointlabels"), "keypointlabels is not read"),
@@ -503,7 +503,7 @@ def studio(**changes: Any) -> str:
             "labelstudio",
             "x.json",
             studio(type="brushlabels", value={"brushlabels": ["c"], "format": "rle", "rle": [0]}),
-            "ends too early",
+            "is truncated",
         ),
     ],
 )
@@ -541,7 +541,7 @@ def test_xml_with_entities_of_its_own_is_refused(tmp_path: Path) -> None:
     picture(tmp_path / "x" / "a.png")
     bomb = '<!DOCTYPE a [<!ENTITY b "c">]>\n<annotations>&b;</annotations>'
     (tmp_path / "x" / "a.xml").write_text(bomb)
-    with pytest.raises(DataError, match="defines entities"):
+    with pytest.raises(DataError, match="defines XML entities"):
         import_data(tmp_path / "x", tmp_path / "y")
 
 
@@ -572,9 +572,9 @@ def test_label_images_of_all_depths(tmp_path: Path, suffix: str, dtype: type) ->
     ("values", "message"),
     [
         (np.zeros((40, 61), np.uint8), "61 x 40 pixels, its image has 60 x 40"),
-        (np.zeros((40, 60, 3), np.uint8), "expected one number a pixel, got the mode RGB"),
-        (np.full((40, 60), 0.5, np.float32), "no whole numbers"),
-        (np.full((40, 60), -1, np.int32), "the negative number -1"),
+        (np.zeros((40, 60, 3), np.uint8), "expected a single channel, got mode RGB"),
+        (np.full((40, 60), 0.5, np.float32), "not integers"),
+        (np.full((40, 60), -1, np.int32), "the negative value -1"),
     ],
 )
 def test_label_images_that_are_none(tmp_path: Path, values: np.ndarray, message: str) -> None:
@@ -631,7 +631,7 @@ def test_parts_that_overlap_are_one_object(tmp_path: Path) -> None:
 def test_runs_of_brushes_come_back(runs: list[tuple[int, int]]) -> None:
     values = np.repeat(np.array([v for v, _ in runs], np.uint8), [n for _, n in runs])
     assert (unpack_runs(np.array(pack_runs(values), np.uint8), len(values)) == values).all()
-    with pytest.raises(ValueError, match=r"ends too early|the image needs"):
+    with pytest.raises(ValueError, match=r"is truncated|the image needs"):
         unpack_runs(np.array(pack_runs(values)[:-3], np.uint8), len(values))
 
 
@@ -662,7 +662,7 @@ def test_the_command_imports_reports_and_checks(coco: Path, tmp_path: Path, caps
     code, out, _ = run(["data", "import", str(tmp_path / "x"), "--output", str(tmp_path / "y")], capsys)
     assert code == 0
     assert re.search(r"\(labelme\).*5 images, 9 annotations, 2 classes", out)
-    assert "train0.json, line 1: no readable JSON" in out
+    assert "train0.json, line 1: not valid JSON" in out
     assert f"check of {tmp_path / 'y' / 'annotations' / 'instances_train.json'}: 0 errors" in out
     code, _, err = run(["data", "import", str(tmp_path / "gone"), "--output", str(tmp_path / "z")], capsys)
     assert (code, err.count("\n")) == (2, 1)

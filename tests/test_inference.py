@@ -160,7 +160,7 @@ def test_what_is_no_image_is_an_error(predictor, image, error, message):
 
 
 def test_a_folder_without_images_is_an_error(predictor, tmp_path):
-    with pytest.raises(ValueError, match=r"No image lies in the folder .*\.jpg.*sub-folders are not searched"):
+    with pytest.raises(ValueError, match=r"No images in the folder .*\.jpg.*sub-folders are not searched"):
         predictor(tmp_path)
 
 
@@ -371,7 +371,7 @@ def test_keypoints_in_the_formats_of_others(keypoint_predictor, pixels):
 def test_keypoints_of_several_views_or_tiles_are_an_error(keypoint_predictor, pixels):
     with pytest.raises(ValueError, match="Keypoints of several tiles can't be merged; predict without tile"):
         keypoint_predictor(pixels, tile=40)
-    with pytest.raises(ValueError, match="can't mirror keypoints; use a detector of boxes or masks"):
+    with pytest.raises(ValueError, match="can't flip keypoints; use a detector of boxes or masks"):
         keypoint_predictor(pixels, tta=True)
     whole = keypoint_predictor(pixels, tile=80)  # it fits one tile
     np.testing.assert_array_equal(whole.keypoints, keypoint_predictor(pixels).keypoints)

@@ -170,9 +170,9 @@ def test_pixels_go_to_the_best_object_that_keeps_enough(
 
 def test_label_images_refuse_what_does_not_fit() -> None:
     rles = encode_masks(np.ones((2, 3, 4)))
-    with pytest.raises(ValueError, match="2 masks came with 1 scores"):
+    with pytest.raises(ValueError, match="Expected one score per mask, got 1 for 2 masks"):
         label_image(rles, (3, 4), scores=[0.5])
-    with pytest.raises(ValueError, match=r"A mask of \(3, 4\) pixels does not fit a label image of \(4, 3\)"):
+    with pytest.raises(ValueError, match=r"A mask of \(3, 4\) pixels does not match a label image of \(4, 3\)"):
         label_image(rles, (4, 3))
     with pytest.raises(ValueError, match=r"min_visible must lie in \[0, 1\], got 1.5"):
         label_image(rles, (3, 4), min_visible=1.5)

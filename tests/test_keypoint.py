@@ -246,8 +246,8 @@ def test_a_data_set_without_keypoints_has_none(tmp_path: Path) -> None:
     [
         ([1, 2, 2], r"a list of 3 x 3 numbers as in the rest of the file, got 3"),
         ("nose", r"a list of 3 x 3 numbers as in the rest of the file, got str"),
-        ([1, 2, None] * 3, r"its keypoints hold something else than numbers"),
-        ([1, 2, math.nan] * 3, r"its keypoints hold something else than numbers"),
+        ([1, 2, None] * 3, r"its keypoints have non-numeric values"),
+        ([1, 2, math.nan] * 3, r"its keypoints have non-numeric values"),
     ],
 )
 def test_unusable_keypoints_are_problems(tmp_path: Path, keypoints: Any, message: str) -> None:
@@ -276,7 +276,7 @@ def test_semantic_maps_come_from_a_folder(tmp_path: Path) -> None:
     [
         (None, "no such file; every image needs a semantic map of its name"),
         (np.zeros((40, 60, 3), dtype=np.uint8), "must be an 8-bit palette or gray image, got 'RGB'"),
-        (np.zeros((60, 40), dtype=np.uint8), r"the map is \(40, 60\) pixels wide and high, its image \(60, 40\)"),
+        (np.zeros((60, 40), dtype=np.uint8), r"the map has size \(width, height\) \(40, 60\), its image \(60, 40\)"),
     ],
 )
 def test_unusable_semantic_maps_are_errors(tmp_path: Path, pixels: Any, message: str) -> None:

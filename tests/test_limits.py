@@ -38,13 +38,13 @@ def test_as_many_objects_as_are_asked_for(name: str, caplog: pytest.LogCaptureFi
     """The models look at 30 proposals, or 20 boxes of a level, and keep 10 objects."""
     find = predictor(name)
     assert len(find(IMAGE)) == 10
-    assert "there are 10 objects or more" in caplog.text
+    assert "the limit of 10 objects is reached" in caplog.text
     for most in (9, 40, 150):
         caplog.clear()
         result = find(IMAGE, max_objects=most)
         assert len(result) == most
         assert (np.diff(result.scores) <= 0).all()
-        assert f"there are {most} objects or more, of which no more are kept; raise max_objects" in caplog.text
+        assert f"the limit of {most} objects is reached; raise max_objects" in caplog.text
     assert len(find(IMAGE)) == 10
 
 
@@ -52,7 +52,7 @@ def test_a_limit_of_proposals_that_binds_is_told(caplog: pytest.LogCaptureFixtur
     find = predictor("maskrcnn", detections_per_image=1000)
     found = len(find(IMAGE))
     assert 8 <= found < 1000
-    assert f"{found} objects were found among the 30 candidates that the model looks at" in caplog.text
+    assert f"{found} objects were found among the model's 30 candidates" in caplog.text
     caplog.clear()
     few = find(IMAGE, score_threshold=0.9999)
     assert len(few) < 7
@@ -63,7 +63,7 @@ def test_a_limit_of_proposals_that_binds_is_told(caplog: pytest.LogCaptureFixtur
 
 def test_tiles_at_their_limit_are_counted(caplog: pytest.LogCaptureFixture) -> None:
     predictor("maskrcnn")(IMAGE, tile=96)
-    assert "an image in memory: in 6 of 6 tiles there are 10 objects or more" in caplog.text
+    assert "an image in memory: in 6 of 6 tiles the limit of 10 objects is reached" in caplog.text
 
 
 def test_evaluation_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
@@ -120,7 +120,7 @@ def test_a_command_tells_of_limits(tmp_path: Path, caplog: pytest.LogCaptureFixt
     arguments = ["predict", tmp_path / "a.png", "--model", checkpoint, "--output", tmp_path / "out", "--format", "csv"]
     done = CliRunner().invoke(app, [*map(str, arguments), "--score-threshold", "0"])
     assert done.exit_code == 0, done.output
-    assert "a.png: there are 10 objects or more" in caplog.text
+    assert "a.png: the limit of 10 objects is reached" in caplog.text
 
 
 def test_evaluation_on_the_command_line_tells_of_limits(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_evaluation_on_the_command_line_tells_of_limits(tmp_path: Path) -> None:
         assert done.exit_code == 0, done.output
         return done.output
 
-    assert "In 3 of 3 images there are 10 objects or more, of which no more are kept; raise --max-objects" in said()
+    assert "3 of 3 images reach the limit of 10 objects; raise --max-objects" in said()
     assert said("--max-objects", 5000) == ""
     few = said("--max-objects", 5000, "--max-detections", 1)
-    assert re.search(r"has images of up to (\d+) objects of a class, .* the best 1 .* give --max-detections \1 ", few)
+    assert re.search(r"has up to (\d+) objects of a class per image, .* the best 1 .* set --max-detections \1 ", few)

@@ -184,7 +184,7 @@ def test_channels_norm_and_activation_are_free(name: str, channels: int) -> None
 @every_neck
 @pytest.mark.parametrize("argument", ["norm_layer", "act_layer"])
 def test_an_unknown_layer_is_an_error(name: str, argument: str) -> None:
-    with pytest.raises(ValueError, match=f"{argument}='batchnrm' is no layer that timm knows"):
+    with pytest.raises(ValueError, match=f"{argument}='batchnrm' is not a layer known to timm"):
         build_neck(name, spec_for(name), **{argument: "batchnrm"})
 
 

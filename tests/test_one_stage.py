@@ -112,7 +112,7 @@ def test_levels_may_be_made_of_the_backbones_last_map() -> None:
     features = model.features(batch)
     assert torch.equal(features["p6"], model.top["p6"](maps["c5"]))
     assert torch.equal(features["p7"], model.top["p7"](features["p6"].relu()))
-    with pytest.raises(ValueError, match=r"beyond stride 64 cannot be made of the backbone's map of stride 32"):
+    with pytest.raises(ValueError, match=r"beyond stride 64 cannot be computed from the backbone's map of stride 32"):
         tiny_model("retinanet_fpn", top_source="backbone", neck_args={"extra_levels": 1})
 
 

@@ -54,7 +54,7 @@ def test_a_checkpoint_names_the_package_and_never_imports_it(site, tmp_path):
     assert "outside" in imported.stdout
     missing = run_a2fpn("--import", "necks_from_inside", *command, path=[site])
     assert (missing.returncode, missing.stdout) == (2, "")
-    assert "--import necks_from_inside: there is no module 'necks_from_inside' here." in missing.stderr
+    assert "--import necks_from_inside: module 'necks_from_inside' not found." in missing.stderr
 
 
 def test_an_entry_point_is_found_when_its_name_is_asked_for(site):

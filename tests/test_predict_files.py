@@ -125,13 +125,13 @@ def test_ctrl_c_keeps_what_is_done_and_resume_does_the_rest(
         interrupted(patched, after=2)
         output = predict(checkpoint, photos, "--output", out, code=130)
     assert "Stopped after 2 of 6 images; the results are in" in output
-    assert "--resume does the rest" in output
+    assert "with --resume to continue" in output
     assert len(read(out / "predictions.json")) == 10
     assert len((out / "predictions.jsonl").read_text().splitlines()) == 2
     pictures = {name: (out / name).stat().st_mtime_ns for name in ("p0.png", "p1.png")}
     with (out / "predictions.jsonl").open("a") as stream:
         stream.write('{"file_name": "cut o')  # as a kill would
-    assert "2 images of 6 done before" in predict(checkpoint, photos, "--output", out, "--resume")
+    assert "2 images of 6 already done" in predict(checkpoint, photos, "--output", out, "--resume")
     assert read(out / "predictions.json") == read(tmp_path / "whole/predictions.json")
     assert {name: (out / name).stat().st_mtime_ns for name in pictures} == pictures
     assert "max_objects was None in the run" in predict(
@@ -156,8 +156,8 @@ def test_a_resumed_run_has_the_same_weights_and_images(checkpoint: Path, tmp_pat
     before = read(out / "predictions.json")
     Image.new("RGB", (30, 20)).save(photos / "b.png")
     output = predict(copy, photos, "--output", out, "--resume")
-    assert "1 image of 2 done before" in output
-    assert "1 image changed since; what was found is replaced." in output
+    assert "1 image of 2 already done" in output
+    assert "1 image changed since; their results are replaced." in output
     after = read(out / "predictions.json")
     assert after[:5] == before[:5]
     assert {record["file_name"] for record in after[5:]} == {str(photos / "b.png")}
@@ -185,7 +185,7 @@ def test_going_on_replaces_nothing_of_a_stranger(checkpoint: Path, tmp_path: Pat
     command = (checkpoint, photos, "--output", out, "--format", f"overlay,{formats}")
     output = predict(*command, "--resume", code=2)
     assert (
-        f"out holds {name.partition('/')[0]}, not made by this run. --overwrite starts anew and replaces it" in output
+        f"out holds {name.partition('/')[0]}, not made by this run. --overwrite starts over and replaces it" in output
     )
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     predict(*command, "--overwrite")
@@ -253,7 +253,7 @@ def test_a_line_that_is_no_record_ends_what_is_done(checkpoint: Path, tmp_path: 
     whole = read(out / "predictions.json")
     lines = (out / "predictions.jsonl").read_text().splitlines()
     (out / "predictions.jsonl").write_text(f"{lines[0]}\n{line}\n{lines[1]}\n")
-    assert "1 image of 2 done before" in predict(checkpoint, photos, "--output", out, "--resume")
+    assert "1 image of 2 already done" in predict(checkpoint, photos, "--output", out, "--resume")
     assert read(out / "predictions.json") == whole
 
 
@@ -264,7 +264,7 @@ def test_a_folder_in_the_place_of_a_picture_is_an_error(
     photos, out = images(tmp_path / "photos", "a.png", "b.png"), tmp_path / "out"
     (out / "a.png").mkdir(parents=True)
     output = predict(checkpoint, photos, "--output", out, *options, code=2)
-    assert re.search(r"a\.png is a folder, where a file is to be written", output)
+    assert re.search(r"a\.png is a folder, expected a file to write", output)
     assert list(out.iterdir()) == [out / "a.png"]
 
 
@@ -345,14 +345,14 @@ def test_what_is_left_out_of_a_folder_is_told(checkpoint: Path, tmp_path: Path) 
     (photos / "notes.txt").write_text("")
     (photos / ".DS_Store").write_text("")
     output = predict(checkpoint, photos, "--output", tmp_path / "out")
-    assert "photos: 1 sub-folder and 2 files of other kinds are left out" in output
+    assert "photos: 1 sub-folder and 2 unsupported files skipped" in output
 
 
 def test_the_limit_of_pixels_is_an_option(checkpoint: Path, tmp_path: Path) -> None:
     photo = images(tmp_path, "a.png") / "a.png"
     for limit, code in ((1999, 2), (2000, 0)):
         output = predict(checkpoint, photo, "--output", tmp_path / "out", "--max-pixels", limit, code=code)
-        assert ("50 x 40 = 2000 pixels are more than the limit of 1999; raise max_pixels" in output) == (code == 2)
+        assert ("50 x 40 = 2000 pixels exceed the limit of 1999; raise max_pixels" in output) == (code == 2)
 
 
 def test_formats_are_chosen_and_can_be_asked_for_later(checkpoint: Path, tmp_path: Path) -> None:
@@ -363,7 +363,7 @@ def test_formats_are_chosen_and_can_be_asked_for_later(checkpoint: Path, tmp_pat
     assert len((out / "objects.csv").read_text().splitlines()) == 11
     stamp = (out / "a.geojson").stat().st_mtime_ns
     output = predict(checkpoint, photos, "--output", out, "--format", "geojson,overlay,coco", "--resume")
-    assert "2 images of 2 done before" in output
+    assert "2 images of 2 already done" in output
     assert {path.name for path in out.iterdir()} == kept | {"a.png", "b.png", "predictions.json"}
     assert len(read(out / "predictions.json")) == 10
     assert (out / "a.geojson").stat().st_mtime_ns == stamp

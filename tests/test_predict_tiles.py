@@ -94,7 +94,7 @@ def test_the_scale_of_the_network_is_a_factor_or_micrometers(predictor: Predicto
     seen = predictor(reduced, tile=None)
     np.testing.assert_allclose(whole.scores, seen.scores, atol=1e-3)
     assert whole.boxes[:, 2].max() > 165
-    with pytest.raises(ValueError, match="an image in memory doesn't say what its pixels measure; give scale"):
+    with pytest.raises(ValueError, match="an image in memory does not state its pixel size; give scale"):
         predictor(pixels(), microns_per_pixel=0.5)
     with pytest.raises(ValueError, match="give one of them"):
         predictor(pixels(), microns_per_pixel=0.5, scale=1.0)
@@ -105,7 +105,7 @@ def test_the_scale_of_the_network_is_a_factor_or_micrometers(predictor: Predicto
 def test_an_image_without_tiles_has_the_limit_of_pixels(checkpoint: Path, slide: Path) -> None:
     predictor = Predictor(a2fpn.from_pretrained(str(checkpoint)), max_pixels=210 * 330 - 1)
     for options in ({}, {"channels": (0, 1, 2)}):
-        with pytest.raises(ValueError, match="pixels are more than the limit of 69299"):
+        with pytest.raises(ValueError, match="pixels exceed the limit of 69299"):
             predictor(slide, **options)
     assert predictor(slide, tile=96).size == SIZE
 
@@ -140,7 +140,7 @@ def test_a_slide_goes_on_behind_its_last_tile(
     with monkeypatch.context() as patched:
         patched.setattr(TileJournal, "add", counted)
         output = predict(checkpoint, slide, "--output", out, "--format", "jsonl", code=130)
-    assert "Stopped in the midst of slide.tif, after 4 tiles" in output
+    assert "Stopped within slide.tif, after 4 tiles" in output
     assert "--resume" in output
     journal = out / "slide.tiles.jsonl"
     assert [line["tile"] for line in lines(journal)[1:]] == done
@@ -233,17 +233,17 @@ def test_pictures_asked_for_later_are_those_of_the_run(checkpoint: Path, stack: 
 
 def test_options_of_reading_on_the_command_line(checkpoint: Path, slide: Path, stack: Path, tmp_path: Path) -> None:
     output = predict(checkpoint, stack, "--output", tmp_path / "out", code=2)
-    assert "has 5 channels, the model 3; choose with channels=(...) (--channels)" in output
+    assert "has 5 channels, the model 3; set channels=(...) (--channels)" in output
     chosen = ("--channels", "2,0,1", "--intensity", "0,255", "--scale", "0.5")
     predict(checkpoint, stack, "--output", tmp_path / "out", "--format", "jsonl", *chosen)
     (line,) = lines(tmp_path / "out" / "predictions.jsonl")
     assert (line["height"], line["width"]) == SIZE
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["settings"]["channels"] == [2, 0, 1]
     for wrong, message in (
-        (("--channels", "red"), "whole numbers with commas between, such as 2,0,1, got 'red'"),
+        (("--channels", "red"), "comma-separated integers such as 2,0,1, got 'red'"),
         (("--intensity", "5"), "two numbers such as 0,4095, or auto, got '5'"),
         (("--scale", "half"), "a factor such as 0.5, the µm of a pixel such as 0.5um, or auto, got 'half'"),
-        (("--scale", "0.5um"), "doesn't say what its pixels measure"),
+        (("--scale", "0.5um"), "does not state its pixel size"),
     ):
         more = ("--channels", "0") if "--channels" not in wrong else ()
         assert message in predict(checkpoint, stack, "--output", tmp_path / "new", *wrong, *more, code=2)
@@ -254,7 +254,7 @@ def test_the_scale_of_training_is_a_fact_of_the_checkpoint(checkpoint: Path, sli
     shutil.copytree(checkpoint, scaled)
     for model, scale in ((checkpoint, "0.5"), (checkpoint, "0.5um"), (scaled, "auto")):
         if scale == "auto":
-            message = "--scale auto: the checkpoint doesn't say at which scale it was trained"
+            message = "--scale auto: the checkpoint does not store its training scale"
             assert message in predict(model, slide, "--output", tmp_path / scale, "--scale", scale, code=2)
             add_metadata(model, microns_per_pixel=0.5)
         predict(model, slide, "--output", tmp_path / scale, "--format", "csv", "--scale", scale)

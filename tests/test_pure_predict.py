@@ -206,7 +206,7 @@ def test_a_limit_of_pixels_holds_for_files_alone(tmp_path: Any) -> None:
 
     predictor = Predictor(tiny_model("fasterrcnn_fpn"), max_pixels=48 * 64 - 1)
     Image.fromarray(picture(0)).save(tmp_path / "a.png")
-    with pytest.raises(a2fpn.data.ImageError, match="64 x 48 = 3072 pixels are more than the limit of 3071"):
+    with pytest.raises(a2fpn.data.ImageError, match="64 x 48 = 3072 pixels exceed the limit of 3071"):
         predictor(tmp_path / "a.png")
     assert predictor(picture(0)).size == (48, 64)
     with pytest.raises(ValueError, match="max_pixels must be at least 1 or None, got 0"):

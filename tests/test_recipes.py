@@ -40,9 +40,7 @@ def test_a_copy_is_the_recipe_and_replaces_nothing(tmp_path, capsys):
 def test_an_unknown_recipe_names_the_likely_one(capsys):
     assert main(["--config", "nuclei_lite1", "data.root=x"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(
-        "train: error: There is neither a file nor a recipe 'nuclei_lite1'. Did you mean 'nuclei_lite0'"
-    )
+    assert error.startswith("train: error: 'nuclei_lite1' is neither a file nor a recipe. Did you mean 'nuclei_lite0'")
     assert error.count("\n") == 1
 
 

@@ -32,7 +32,7 @@ def test_names_come_in_natural_order(colors: Registry[int]) -> None:
 
 
 def test_a_taken_name_is_an_error(colors: Registry[int]) -> None:
-    with pytest.raises(ValueError, match=r"The color name 'green' is taken by 1; choose another name\."):
+    with pytest.raises(ValueError, match=r"The color name 'green' is already registered by 1; choose another name\."):
         colors.register("green")(2)
     assert colors["green"] == 1
 

@@ -283,7 +283,7 @@ def test_a_perfect_model_has_no_worst_image_and_one_without_detections_a_page(tm
 
 def test_three_models_are_refused(tmp_path: Path) -> None:
     folder, path = write_coco(tmp_path)
-    with pytest.raises(ConfigError, match="one model or two, got 3"):
+    with pytest.raises(ConfigError, match="one or two models, got 3"):
         write_report(tmp_path / "a.html", path, folder, [Run(name, []) for name in "abc"])
 
 

@@ -268,7 +268,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(folder, whole):
     last_line = process.log.read_text().splitlines()[-1]
     assert "cannot write a checkpoint" in last_line
     assert "MiB free" in last_line
-    assert re.search("last, previous(, best)? untouched; run.resume=auto goes on from there", last_line)
+    assert re.search("last, previous(, best)? untouched; run.resume=auto continues from there", last_line)
     for path, content in kept.items():
         if path.parent.name in ("last", "best", "training_state"):
             assert path.read_bytes() == content

@@ -152,7 +152,7 @@ def test_a_damaged_file_is_named_and_the_newest_whole_generation_goes_on(run, fi
     folder, state = opened(run)
     assert state.step == 2
     assert any(str(path) in note for note in folder.notes) or file == SUMS_FILE
-    assert "Going on from previous (step 2), the newest whole checkpoint." in folder.notes
+    assert "Continuing from previous (step 2), the newest intact checkpoint." in folder.notes
     assert f"{run / 'last'} is kept as last.aside; it can be deleted." in folder.notes
     folder.close()
     assert (run / "metrics.jsonl").read_text() == '{"step": 2}\n'
@@ -213,7 +213,7 @@ def test_with_the_last_damaged_a_best_made_after_the_one_before_goes_on(run_with
     flip(run / "last" / file)
     folder, state = opened(run)
     assert state.step == 3
-    assert "Going on from best (step 3), the newest whole checkpoint." in folder.notes
+    assert "Continuing from best (step 3), the newest intact checkpoint." in folder.notes
     folder.close()
     assert steps(run) == {"best": 3, "last": 3, "previous": 2}
     assert (run / "metrics.jsonl").read_text() == '{"step": 3}\n'
@@ -225,7 +225,7 @@ def test_with_the_last_put_aside_the_one_before_goes_on(run_with_new_best):
     """The weights of ``last`` failed in the next step, and ``best`` has the same."""
     run = run_with_new_best
     folder, _ = opened(run)
-    assert f"{run / 'previous'} (step 2), from which run.resume=auto goes on" in folder.last_good(3)
+    assert f"{run / 'previous'} (step 2), from which run.resume=auto continues" in folder.last_good(3)
     folder.close()
     _, state = opened(run)
     assert state.step == 2
@@ -308,7 +308,9 @@ def test_a_checkpoint_that_is_not_there_is_named(run, name):
         opened(run, str(run / name))
 
 
-@pytest.mark.parametrize(("content", "message"), [("[1]", "holds no record of a run, but a list"), ("{", "is no JSON")])
+@pytest.mark.parametrize(
+    ("content", "message"), [("[1]", "is not the record of a run, but a list"), ("{", "is not valid JSON")]
+)
 def test_a_record_of_somebody_else_is_refused_whatever_its_hash(run, content, message):
     (run / "last" / FILES[2]).write_text(content)
     sums = (run / "last" / FILES[0]).read_text().splitlines()
@@ -333,14 +335,14 @@ def test_a_best_of_steps_that_a_run_left_does_not_go_on(run_with_new_best, save)
     flip(run / "last" / FILES[3])
     folder, _ = opened(run)
     folder.close()
-    assert "Going on from previous (step 2), the newest whole checkpoint." in folder.notes
+    assert "Continuing from previous (step 2), the newest intact checkpoint." in folder.notes
 
 
 def test_with_none_whole_nothing_is_started_anew_in_silence(run):
     for name in ("last", "previous", "best"):
         flip(run / name / FILES[2])
     before = sorted(run.rglob("*"))
-    with pytest.raises(CheckpointError, match=r"No checkpoint of .* is whole: .*state\.json is damaged"):
+    with pytest.raises(CheckpointError, match=r"No checkpoint of .* is intact: .*state\.json is damaged"):
         RunFolder(run, "auto")
     assert sorted(run.rglob("*")) == before
     with pytest.raises(CheckpointError, match=r"state\.json is damaged"):

@@ -324,13 +324,13 @@ def test_shards_keep_to_both_limits(coco, tmp_path_factory, size, samples):
 
 @pytest.mark.parametrize("limits", [{"shard_size": 0}, {"samples_per_shard": 0}])
 def test_a_limit_must_be_positive(coco, tmp_path, limits):
-    with pytest.raises(ValueError, match="a shard needs room for an image"):
+    with pytest.raises(ValueError, match="a shard must hold at least one image"):
         write_shards(*coco, tmp_path, **limits)
 
 
 def test_shards_are_not_overwritten_unless_forced(coco, own_shards):
     before = {file.name: file.read_bytes() for file in own_shards.iterdir()}
-    with pytest.raises(FileExistsError, match="holds shards already"):
+    with pytest.raises(FileExistsError, match="already contains shards"):
         write_shards(*coco, own_shards)
     assert {file.name: file.read_bytes() for file in own_shards.iterdir()} == before
     write_shards(*coco, own_shards, force=True)
@@ -376,7 +376,7 @@ def test_missing_images_are_left_out_when_writing(coco, tmp_path):
 def test_a_foreign_index_is_refused(own_shards):
     for content in ("{}", "[]", "nonsense", '{"format": "a2fpn shards of a COCO set", "version": 2}'):
         (own_shards / "index.json").write_text(content)
-        with pytest.raises(DataError, match=r"index\.json: no index of shards that this version reads"):
+        with pytest.raises(DataError, match=r"index\.json: not a shard index that this version can read"):
             ShardDataset(own_shards)
 
 
@@ -421,7 +421,7 @@ def test_a_shard_that_is_missing_or_of_another_size_is_found_at_once(own_shards,
     (problem,) = [problem for _, problem in check_shards(own_shards) if problem]
     assert "shard-000002.tar" in problem
     if damage is lose_a_sample:
-        assert re.search("with 1 whole samples, the index says .* with 4", problem)
+        assert re.search("with 1 complete samples, the index says .* with 4", problem)
 
 
 @pytest.mark.parametrize(
@@ -429,8 +429,8 @@ def test_a_shard_that_is_missing_or_of_another_size_is_found_at_once(own_shards,
     [
         (remove, "no such file"),
         (cut_off, r"ends after \d+ bytes, the index says \d+ bytes with 4 samples; the file is cut off"),
-        (lose_a_sample, r"the file is cut off|holds \d whole samples where the index says"),
-        (flip_headers, r"holds \d whole samples where the index says 4"),
+        (lose_a_sample, r"the file is cut off|holds \d complete samples where the index says"),
+        (flip_headers, r"holds \d complete samples where the index says 4"),
         (break_json, r"\d+\.json can't be read"),
     ],
 )
@@ -735,7 +735,7 @@ def test_an_unreadable_image_is_an_error_if_strict(tmp_path, workers):
     (folder / "1.png").write_bytes(b"no image")
     write_shards(folder, path, tmp_path / "shards")
     source = ShardDataset(tmp_path / "shards", strict=True)
-    with pytest.raises(ImageError, match=r"shard-000000\.tar: 000000000103\.png: no readable image"):
+    with pytest.raises(ImageError, match=r"shard-000000\.tar: 000000000103\.png: not a readable image"):
         list(StreamFeed(source, batch_size=3, workers=workers).batches(0))
 
 
@@ -744,7 +744,7 @@ def test_no_readable_image_at_all_is_an_error(tmp_path):
     for file in folder.iterdir():
         file.write_bytes(b"no image")
     write_shards(folder, path, tmp_path / "shards")
-    with pytest.raises(ImageError, match=r"3 images in a row are unreadable: .*no readable image"):
+    with pytest.raises(ImageError, match=r"3 images in a row are unreadable: .*not a readable image"):
         list(StreamFeed(ShardDataset(tmp_path / "shards"), batch_size=2).batches(0))
 
 
@@ -827,9 +827,9 @@ def test_run_lengths_as_a_column():
 
 
 def test_what_a_data_set_lacks_is_told(table, parquet, coco):
-    with pytest.raises(DataError, match="category is no ClassLabel, so the classes must be given"):
+    with pytest.raises(DataError, match="category is not a ClassLabel; pass the classes"):
         HfDataset(table)
-    with pytest.raises(DataError, match="parquet/train: does not say how many rows it has; give num_samples"):
+    with pytest.raises(DataError, match="parquet/train: the number of rows is unknown; give num_samples"):
         hf(parquet, num_samples=None)
     with pytest.raises(DataError, match="needs the columns image and objects, got image_id, image"):
         HfDataset(table.remove_columns("objects"))
@@ -853,7 +853,7 @@ def test_bad_rows_are_left_out_and_counted(coco):
     assert [len(target["labels"]) for target in targets] == [3, 4, 3, 3, 4]  # a broken mask costs no box
     assert [target["has_mask"].tolist() for target in targets if "has_mask" in target] == [[False, True, True, True]]
     assert str(source.skipped) == "skipped 3 annotations and 1 images"
-    with pytest.raises(ImageError, match="image 103: no readable image"):
+    with pytest.raises(ImageError, match="image 103: not a readable image"):
         list(HfDataset(table, categories=CATEGORIES, strict=True))
     with pytest.raises(DataError, match="its category 8 is not in the file"):
         list(HfDataset(table.select([3]), categories=CATEGORIES, strict=True))
@@ -879,7 +879,7 @@ def test_processes_may_read_their_own_files(table, tmp_path):
     files = [{(raw.entry["id"] - 100) // 3 // 5 for step in part for raw in step} for part in parts]
     assert [len(numbers) for numbers in files] == [2, 2]
     assert list(source.read(batch=4, seed=1, rank=1, world_size=2, start=3)) == parts[1][3:]
-    with pytest.raises(DataError, match="has 4 files, which 3 processes can't share equally"):
+    with pytest.raises(DataError, match="has 4 files, not divisible by 3 processes"):
         next(source.read(batch=3, seed=1, rank=1, world_size=3))
 
 
@@ -904,7 +904,7 @@ def test_the_command_writes_and_checks(coco, tmp_path):
     assert (code, "3 shards, 0 of them damaged" in output) == (0, True)
     code, output = command(*arguments)
     assert code == 2
-    assert re.fullmatch(r"a2fpn: error: .*out: holds shards already; .*force.*\n", output)
+    assert re.fullmatch(r"a2fpn: error: .*out: already contains shards; .*force.*\n", output)
     assert command(*arguments, "--force", "--shard-size", "30kB")[0] == 0
     flip_headers(tmp_path / "out" / "shard-000001.tar")
     code, output = command("--check", tmp_path / "out")

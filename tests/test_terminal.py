@@ -35,7 +35,7 @@ def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ("check-data --images . --annotations x.json --plot look", "--plot look: expected a name that ends in"),
-        ("predict x.png --model maskrcnn_a2fpn_lite0.nuclei --device meta", "--device meta can't be used here"),
+        ("predict x.png --model maskrcnn_a2fpn_lite0.nuclei --device meta", "--device meta is not available"),
     ],
 )
 def test_wrong_options_are_one_line(line: str, message: str, tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def test_a_wrong_recipe_is_one_line_and_exit_code_2(recipe, message, tmp_path, c
     [
         ("data.train_annotations=nothing.json", "holds coco labels and no nothing.json"),
         ("data.val_images=nothing", "nothing: no such folder"),
-        ("data.train_annotations=recipe.yaml", "no readable JSON"),
+        ("data.train_annotations=recipe.yaml", "not valid JSON"),
         ("model.name=maskrcnn_a2fpm_r50", "Did you mean 'maskrcnn_a2fpn_r50'"),
         ("model.overrides.min_siez=3", "Did you mean 'min_size'"),
         ("model.backbone_weights=nothing.safetensors", "'nothing.safetensors' do not exist"),
@@ -331,7 +331,7 @@ def test_a_bad_image_is_skipped_and_counted(arguments, tmp_path, capsys):
 def test_a_bad_image_stops_a_strict_run(arguments, tmp_path, capsys):
     (tmp_path / "train" / "images" / "1.png").write_bytes(b"no image")
     assert main([*arguments, "run.epochs=1", "--strict-data", "data.workers=1"]) == 2
-    assert "1.png: no readable image" in capsys.readouterr().err.splitlines()[-1]
+    assert "1.png: not a readable image" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_keypoint_detector_learns_the_names_and_is_measured_by_its_keypoints(arguments, tmp_path):
@@ -373,7 +373,7 @@ def test_data_as_people_have_it_trains_and_is_named_in_the_log(arguments, tmp_pa
     path.write_text(json.dumps(document | {"info": "made by a script", "licenses": "mine"}), encoding="utf-8-sig")
     assert main([*arguments, "run.max_steps=2", "optim.warmup_steps=2", "run.evaluate_every=9"]) == 0
     log = (tmp_path / "run/train.log").read_text()
-    assert re.search(r"train/annotations\.json: 1 of \d+ objects have masks; the others count as boxes", log)
+    assert re.search(r"train/annotations\.json: 1 of \d+ objects have masks; the others are used for boxes only", log)
     assert "optim.warmup_steps=2: the run has 2 steps, so the learning rate never reaches optim.lr" in log
     assert "run.max_detections=100: the model finds at most 10 objects in an image" in log
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -532,7 +532,7 @@ def interrupted_at(step: int):
     [
         ([], "data.group_by_aspect needs a folder of images; set it to False"),
         (["data.group_by_aspect=false", "data.copy_paste=0.5"], "data.copy_paste needs a folder of images"),
-        (["data.stream.dataset=x"], "exclude each other"),
+        (["data.stream.dataset=x"], "are mutually exclusive"),
     ],
 )
 def test_what_a_stream_cannot_do_is_an_error(more, message, arguments, tmp_path, capsys):

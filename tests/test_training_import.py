@@ -98,7 +98,7 @@ def test_a_folder_without_labels_is_one_line(tmp_path: Path, capsys: pytest.Capt
     assert main([*arguments, f"data.root={tmp_path / 'empty'}", "data.format=auto", f"data.cache={tmp_path}"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("train: error: ")
-    assert "no known format" in error
+    assert "unknown format" in error
 
 
 def test_a_run_trains_on_what_was_imported(

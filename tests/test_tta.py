@@ -71,7 +71,7 @@ def test_keypoints_are_refused() -> None:
     def keypoints(image: Tensor) -> dict[str, Tensor]:
         return {**square_detector(image), "keypoints": torch.zeros(1, 17, 3)}
 
-    with pytest.raises(ValueError, match="can't mirror keypoints"):
+    with pytest.raises(ValueError, match="can't flip keypoints"):
         detect_augmented(keypoints, picture(), (64, 96), Augmentation(), RULE)
 
 

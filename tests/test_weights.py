@@ -285,14 +285,14 @@ def test_another_number_of_classes_renews_the_predictor_alone(
     assert renewed == {f"roi_heads.box_predictor.{layer}" for layer in layers}
     assert model.roi_heads.box_predictor.cls_score.out_features == 6
     assert all(key in caplog.text for key in renewed)
-    assert caplog.text.count("start anew") == 1
+    assert caplog.text.count("re-initialized tensors") == 1
 
 
 def test_a_graft_says_so(listed: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="a2fpn"):
         model = a2fpn.create_model("fasterrcnn_a2fpn_lite_r18", pretrained=True)
     (line,) = [record.getMessage() for record in caplog.records]
-    assert line.startswith("The neck a2fpn_lite is grafted, not trained: it holds the weights of")
+    assert line.startswith("The neck a2fpn_lite is grafted, not trained: it is initialized from")
     assert line.endswith(f"For the trained detector itself: create_model('{NAME}', pretrained=True).")
     assert model.config.neck.name == "a2fpn_lite"
     assert model.config.architecture == "fasterrcnn_a2fpn_lite_r18"
@@ -479,7 +479,7 @@ def test_weights_of_another_model_are_an_error(
     site.folder = tmp_path / "other"
     site.folder.mkdir()
     list_as(f"{site.url}/{publish(site.folder, {'backbone.body.conv1.weight': torch.zeros(1)})}", monkeypatch)
-    with pytest.raises(CheckpointError, match=r"The weights do not fit the model; tensors \d+ missing: "):
+    with pytest.raises(CheckpointError, match=r"The weights do not match the model; tensors \d+ missing: "):
         a2fpn.from_pretrained(NAME)
 
 

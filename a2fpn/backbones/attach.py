@@ -55,6 +55,7 @@ def find_backbone_info(architecture: str) -> BackboneInfo:
     if found.reason:
         near = difflib.get_close_matches(architecture, set(list_backbones()) - {architecture}, n=3, cutoff=0)
         raise UnsupportedBackboneError(
-            f"Backbone {architecture!r} can't be attached: {found.reason} Near ones that work: {', '.join(near)}."
+            f"Backbone {architecture!r} can't be attached: {found.reason} Supported backbones with similar names: "
+            f"{', '.join(near)}."
         )
     return found

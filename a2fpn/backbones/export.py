@@ -79,7 +79,7 @@ def export_backbone(
         rest = {key: x for key, x in whole.state_dict().items() if key not in state}
         _save(state | rest, directory)
         _logger.warning(
-            "The detector has no use for %s of %s: in %s they are untrained. Take features_only=True.",
+            "The detector does not use %s of %s; they are untrained in %s. Use features_only=True.",
             ", ".join(rest),
             backbone.name,
             directory,

@@ -80,8 +80,8 @@ def _downloaded(name: str) -> dict[str, Any]:
         offline = constants.is_offline_mode()
         reason = "offline mode is on (HF_HUB_OFFLINE)" if offline else f"it cannot be reached ({error})"
         raise HubOfflineError(
-            f"The weights of backbone {name!r} are not in the cache {constants.HF_HUB_CACHE}, and {reason}. Where "
-            f"there is a network, run: hf download {repo} {names[0]}. Or start from a file, backbone_weights=FILE, or "
+            f"The weights of backbone {name!r} are not in the cache {constants.HF_HUB_CACHE}, and {reason}. With "
+            f"network access, run: hf download {repo} {names[0]}. Or start from a file, backbone_weights=FILE, or "
             "without weights, pretrained_backbone=False."
         ) from error
     return {}
@@ -105,8 +105,8 @@ def _create(name: str, source: dict[str, Any], options: dict[str, Any]) -> nn.Mo
         resized = {key: _resized(key, x, switched[key].shape) for key, x in native.items() if key in switched}
     except ValueError as error:
         raise ConfigError(
-            f"The weights of {name!r} don't fit the network built with {options}: {error} Without image_size it has "
-            "the size of its weights."
+            f"The weights of {name!r} do not match the network built with {options}: {error} Omit image_size to use "
+            "the size of the weights."
         ) from error
     return _load(name, {"state_dict": resized}, options)
 
@@ -165,10 +165,10 @@ def _create_from_file(name: str, weights: Path, options: dict[str, Any]) -> nn.M
         body = _create(name, {"file": str(weights)}, options)
         stored = {_content(x) for x in load_state_dict(str(weights)).values()}
     except (RuntimeError, SafetensorError, UnpicklingError) as error:
-        raise ConfigError(f"{str(weights)!r} holds no weights of {name!r}: {str(error).strip()}") from error
+        raise ConfigError(f"{str(weights)!r} does not contain weights of {name!r}: {str(error).strip()}") from error
     kernels = [x for x in body.parameters() if x.ndim > 1]
     if 2 * sum(_content(x) in stored for x in kernels) < len(kernels):
-        raise ConfigError(f"{str(weights)!r} holds no weights of {name!r}; are they those of another backbone?")
+        raise ConfigError(f"{str(weights)!r} does not contain weights of {name!r}; are they of another backbone?")
     return body
 
 
@@ -236,7 +236,7 @@ def weights_license(name: str) -> str | None:
 @functools.cache
 def _say_license(name: str, license: str | None) -> None:
     _logger.warning(
-        "The weights of backbone %s are under %s: read it before you use or publish what comes of them.",
+        "The weights of backbone %s are under %s: read it before you use or publish models derived from them.",
         name,
-        f"the license {license!r}" if license else "no license that timm knows",
+        f"the license {license!r}" if license else "no license known to timm",
     )

@@ -214,7 +214,7 @@ def measure(maps: Sequence[Tensor], size: tuple[int, int], channels: Sequence[in
         grid = (int(x.shape[2]), int(x.shape[3])) if fitting[0] else (int(x.shape[1]), int(x.shape[2]))
         sides = [2 ** max(0, round(math.log2(side / cells))) for side, cells in zip(size, grid, strict=True)]
         if sides[0] != sides[1]:
-            raise ValueError(f"a map of {grid} for an image of {size} has two strides")
+            raise ValueError(f"a map of {grid} for an image of {size} has different strides in height and width")
         strides.append(sides[0])
         ratios.append((size[0] / grid[0], size[1] / grid[1]))
         exact &= grid == level_size(size, sides[0])

@@ -160,8 +160,7 @@ class TimmBackbone(nn.Module):
             return None
         if wanted not in (None, found.size) and not found.resizable:
             raise ConfigError(
-                f"Backbone {self.name!r} exists for images of {found.size} x {found.size} only, got "
-                f"image_size={wanted}."
+                f"Backbone {self.name!r} supports images of {found.size} x {found.size} only, got image_size={wanted}."
             )
         size = wanted or found.size
         _logger.warning(
@@ -169,7 +168,7 @@ class TimmBackbone(nn.Module):
             self.name,
             size,
             size,
-            " image_size builds it for others." if found.resizable else "",
+            " Set image_size to build it for another size." if found.resizable else "",
         )
         return size
 
@@ -216,7 +215,7 @@ class TimmBackbone(nn.Module):
             inner.set_grad_checkpointing(True)
         except (AttributeError, AssertionError) as error:
             raise ConfigError(
-                f"timm has no gradient checkpointing for {self.name!r}; leave grad_checkpointing at False."
+                f"timm does not support gradient checkpointing for {self.name!r}; set grad_checkpointing=False."
             ) from error
 
     @torch.enable_grad()
@@ -316,7 +315,7 @@ class TimmBackbone(nn.Module):
         if max(height, width) > self._size:
             raise ConfigError(
                 f"Backbone {self.name!r} is built for images of at most {self._size} x {self._size}, got {height} x "
-                f"{width}. image_size builds it for larger ones, where timm can."
+                f"{width}. Set image_size for larger ones, if timm supports it."
             )
         return self._size, self._size
 
@@ -359,6 +358,6 @@ def _move_strides(body: nn.Module, name: str) -> None:
     """Move the strides of bottlenecks to their first convolution, as in Caffe's ResNets."""
     blocks = [module for module in body.modules() if isinstance(module, Bottleneck)]
     if not blocks:
-        raise ConfigError(f"Backbone {name!r} has no ResNet bottlenecks; leave stride_in_1x1 at False.")
+        raise ConfigError(f"Backbone {name!r} has no ResNet bottlenecks; set stride_in_1x1=False.")
     for block in blocks:
         block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride

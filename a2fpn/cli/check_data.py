@@ -159,7 +159,7 @@ def _check_format(annotations: Path) -> None:
         found = detect(annotations)
     except DataError:
         found = ""
-    kind = "is a folder" if annotations.is_dir() else "is no COCO file"
+    kind = "is a folder" if annotations.is_dir() else "is not a COCO file"
     if found and found != "coco":
         kind = f"holds {found} labels" if annotations.is_dir() else f"belongs to {found} labels"
     source = annotations if annotations.is_dir() else annotations.parent

@@ -161,7 +161,7 @@ def _images(images: Path | None, annotations: Path | None) -> tuple[Path, list[P
         return images, list_images(images), None
     folder = images or annotations.resolve().parent.parent / "images"
     if not folder.is_dir():
-        raise ConfigError(f"{folder} is no folder of images; give --images.")
+        raise ConfigError(f"{folder} is not a folder of images; give --images.")
     coco = read_coco(annotations)
     return folder, [image_path(folder, entry.file_name) for entry in coco.images.values()], coco
 

@@ -115,7 +115,7 @@ def count(
         Console().print(grid)
     say(
         f"{count_of(sum(number for *_, number in rows), 'object')} in {count_of(len(paths), 'image')}, "
-        f"from a score of {threshold:.3f} on ({source})",
+        f"with a score of {threshold:.3f} or more ({source})",
         quiet=quiet,
     )
     if output is not None:
@@ -168,9 +168,9 @@ def calibrate(
     best = calibrate_counts([scores[key] for key in keys], truth)
     add_metadata(model, count_threshold=best.threshold)
     typer.echo(
-        f"Count error of {count_of(len(coco.images), 'image')}: {best.mae:.2f} on average from a score of "
-        f"{best.threshold:.3f} on (bias {best.bias:+.2f}); {best.mae_at_half:.2f} from 0.5 on "
-        f"(bias {best.bias_at_half:+.2f}).\nThe threshold is stored in {model / 'config.json'}; a2fpn count takes it."
+        f"Count error of {count_of(len(coco.images), 'image')}: {best.mae:.2f} on average at a score threshold of "
+        f"{best.threshold:.3f} (bias {best.bias:+.2f}); {best.mae_at_half:.2f} at 0.5 (bias "
+        f"{best.bias_at_half:+.2f}).\nThe threshold is stored in {model / 'config.json'}; a2fpn count uses it."
     )
 
 

@@ -95,7 +95,7 @@ def shard(
                 progress=lambda total: bar.update(task, total=total, advance=1),
             )
         except KeyboardInterrupt:
-            typer.echo("interrupted; there is no index yet: start again with --force", err=True)
+            typer.echo("interrupted before the index was written; restart with --force", err=True)
             raise typer.Exit(130) from None
     typer.echo(f"{output}: {index.num_samples} images in {len(index.shards)} shards")
 

@@ -157,11 +157,11 @@ def evaluate(
     from a2fpn.evaluation import COCO_SIGMAS, common_iou_types, evaluate_coco
 
     if score_threshold is not None and metrics != "instances":
-        raise ConfigError("--score-threshold is of --metrics instances; COCO's AP takes all objects by their scores.")
+        raise ConfigError("--score-threshold requires --metrics instances; COCO's AP ranks all detections by score.")
     if len(model) > 2 or (len(model) == 2 and report is None):
         raise ConfigError(f"Expected one --model, or two with --report, got {len(model)}.")
     if report is not None and metrics == "instances":
-        raise ConfigError("--report is about COCO's metrics; leave out --metrics instances.")
+        raise ConfigError("--report supports COCO's metrics only; omit --metrics instances.")
     quiet = quiet or str(save) == "-"
     limit = max(100, max_objects or 0) if max_detections is None else max_detections
     tables: dict[str, CocoMetrics] = {}
@@ -245,8 +245,8 @@ def predict_annotated(
             yield from (record for record in result.to_coco(entry.id) if record["category_id"] in known)
     if full:
         typer.echo(
-            f"In {full} of {count_of(len(dataset.coco.images), 'image')} there are {most} objects or more, of which no "
-            "more are kept; raise --max-objects.",
+            f"{full} of {count_of(len(dataset.coco.images), 'image')} reach the limit of {most} objects; raise "
+            "--max-objects.",
             err=True,
         )
 
@@ -257,8 +257,8 @@ def _tell_uncounted(coco: CocoFile, limit: int) -> None:
     most = max(counts.values(), default=0)
     if most > limit:
         typer.echo(
-            f"{coco.name} has images of up to {most} objects of a class, of which at most the best {limit} detections "
-            f"count; give --max-detections {most} or more, and --max-objects if the model keeps fewer.",
+            f"{coco.name} has up to {most} objects of a class per image, but only the best {limit} detections are "
+            f"evaluated; set --max-detections {most} or more, and --max-objects if the model keeps fewer.",
             err=True,
         )
 
@@ -299,7 +299,7 @@ def _check_categories(detector: Detector | ExportedDetector, dataset: CocoDatase
     if not detector.config.categories and detector.config.num_classes != len(dataset.categories):
         raise ConfigError(
             f"The model was saved without categories and has {detector.config.num_classes} classes, "
-            f"{dataset.coco.name} has {len(dataset.categories)}: which is which can't be told."
+            f"{dataset.coco.name} has {len(dataset.categories)}; the classes can't be matched."
         )
     names = {category.id: category.name for category in dataset.categories}
     for category in dataset.coco.categories:
@@ -328,7 +328,7 @@ def _numbers(text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise ConfigError(f"Expected numbers with commas between, such as 0.026,0.025, got {text!r}.") from None
+        raise ConfigError(f"Expected comma-separated numbers, such as 0.026,0.025, got {text!r}.") from None
 
 
 def _print_metrics(metrics: CocoMetrics, *, title: str) -> None:

@@ -69,12 +69,14 @@ def export(
     if output.exists() and not overwrite:
         raise ExistingFileError(f"{output} exists; --overwrite replaces it.")
     if int8 is not None and verify is not None:
-        raise ConfigError("--verify: an int8 file isn't equal to the model. `a2fpn evaluate --model FILE` measures it.")
+        raise ConfigError(
+            "--verify does not support int8 files, which differ from the model; run `a2fpn evaluate --model FILE`."
+        )
     images = [] if verify is None else _images(verify, MOST_VERIFIED)
     calibration = [] if int8 is None else _images(int8, MOST_CALIBRATED)
     detector = load_checkpoint(model)
     if check_export(detector, output, format=format, size=fixed, dtype=dtype) != "onnx" and int8 is not None:
-        raise ConfigError("--int8 is for ONNX files; take a name that ends in .onnx.")
+        raise ConfigError("--int8 is for ONNX files; use a name that ends in .onnx.")
     try:
         with progress_bar() as progress:
             progress.add_task("exporting", total=None)
@@ -85,7 +87,7 @@ def export(
         if verify is not None:
             _keep_if_equal(detector, output, images, fixed)
     except KeyboardInterrupt:
-        typer.echo(f"Stopped; {output} {'stays as it is' if output.exists() else 'was not kept'}.", err=True)
+        typer.echo(f"Stopped; {output} {'is unchanged' if output.exists() else 'was not written'}.", err=True)
         raise typer.Exit(130) from None  # 128 and the number of the signal
 
 

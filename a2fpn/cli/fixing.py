@@ -35,7 +35,7 @@ def check_output(annotations: Path, output: Path, *, overwrite: bool) -> None:
         ExistingFileError: If there is a file already, unless ``overwrite``.
     """
     if output.resolve() == annotations.resolve():
-        raise ConfigError(f"--fix {output}: it is the file that is checked; give the repaired copy another name.")
+        raise ConfigError(f"--fix {output}: this is the checked file; choose another name for the repaired copy.")
     for path in (output, changes_file(output)):
         if path.exists() and not overwrite:
             raise ExistingFileError(f"{path}: exists already; choose another name for --fix, or add --overwrite.")

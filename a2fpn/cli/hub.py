@@ -196,14 +196,14 @@ def verify(
         measured = _measure(folder, images, annotations, max_detections=facts.max_detections)
     stated = {key: value for key, value in facts.metrics.items() if key in VERIFIED}
     if not stated:
-        raise ConfigError(f"{name!r} states no metrics to compare with.")
+        raise ConfigError(f"{name!r} states no metrics to verify.")
     wrong = [
         f"{key} is {measured.get(key, -1):.4f}, stated {value:.4f}"
         for key, value in stated.items()
         if abs(measured.get(key, -1) - value) > TOLERANCE
     ]
     if wrong:
-        raise ConfigError(f"{name!r} is not what it says: {'; '.join(wrong)}.")
+        raise ConfigError(f"{name!r} does not reproduce its stated metrics: {'; '.join(wrong)}.")
     typer.echo(f"{name}: {', '.join(f'{key} {value:.4f}' for key, value in stated.items())}, as stated.")
 
 

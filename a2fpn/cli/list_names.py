@@ -37,7 +37,7 @@ def list_names(
     else:
         names = a2fpn.list_necks(pattern) if necks else a2fpn.list_models(pattern)
     if not names:
-        raise ConfigError(f"Nothing here matches {pattern!r}; without a filter everything is listed.")
+        raise ConfigError(f"No name matches {pattern!r}; omit the filter to list all names.")
     typer.echo("\n".join(names))
 
 

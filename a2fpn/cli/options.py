@@ -135,7 +135,7 @@ def parse_scale(text: str | None, detector: Detector | ExportedDetector) -> dict
         microns = getattr(getattr(detector, "provenance", None), "metadata", {}).get("microns_per_pixel")
         if microns is None:
             raise ConfigError(
-                "--scale auto: the checkpoint doesn't say at which scale it was trained. Give it, such as 0.5um, or "
+                "--scale auto: the checkpoint does not store its training scale. Give the scale, such as 0.5um, or "
                 "store it: a2fpn.pretrained.checkpoint.add_metadata(folder, microns_per_pixel=0.5)."
             )
         return {"microns_per_pixel": microns}
@@ -144,7 +144,7 @@ def parse_scale(text: str | None, detector: Detector | ExportedDetector) -> dict
         value = float(number)
     except ValueError:
         expected = "a factor such as 0.5, the µm of a pixel such as 0.5um, or auto"
-        raise ConfigError(f"--scale is {expected}, got {text!r}.") from None
+        raise ConfigError(f"--scale must be {expected}, got {text!r}.") from None
     return {"microns_per_pixel" if len(number) < len(text.strip()) else "scale": value}
 
 
@@ -153,7 +153,7 @@ def parse_channels(text: str | None) -> tuple[int, ...] | None:
     try:
         return None if text is None else tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise ConfigError(f"--channels are whole numbers with commas between, such as 2,0,1, got {text!r}.") from None
+        raise ConfigError(f"--channels must be comma-separated integers such as 2,0,1, got {text!r}.") from None
 
 
 def parse_intensity(text: str | None) -> tuple[float, float] | Literal["auto"] | None:
@@ -163,7 +163,7 @@ def parse_intensity(text: str | None) -> tuple[float, float] | Literal["auto"] |
     try:
         low, high = map(float, text.split(","))
     except ValueError:
-        raise ConfigError(f"--intensity is two numbers such as 0,4095, or auto, got {text!r}.") from None
+        raise ConfigError(f"--intensity must be two numbers such as 0,4095, or auto, got {text!r}.") from None
     return low, high
 
 
@@ -254,5 +254,5 @@ def pick_device(name: str | None) -> torch.device:
         torch.zeros(1, device=device).item()  # meta tensors have no values
     except (AssertionError, NotImplementedError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
-        raise ConfigError(f"--device {name} can't be used here ({reason}); leave it out, or say cpu.") from error
+        raise ConfigError(f"--device {name} is not available ({reason}); omit it, or use --device cpu.") from error
     return device

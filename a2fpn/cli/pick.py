@@ -73,8 +73,8 @@ def pick(
         table.writerow(["image", "uncertainty", "distance", "objects"])
         for one in picked:
             table.writerow([one.path.name, f"{one.uncertainty:.3f}", f"{one.distance:.4f}", len(one.result)])
-    note = f"Picked to be labeled: of {count_of(len(rest), 'image')} those of which the model is least sure and which "
-    note += "are least alike, in the order of picking. Uncertainty is 1 for an object of score 0.5, 0 for a sure one."
+    note = f"Images to label: the most uncertain and most diverse of {count_of(len(rest), 'image')}, in "
+    note += "picking order. Uncertainty is 1 for an object of score 0.5, and 0 for one of score 0 or 1."
     remarks = [f"uncertainty {one.uncertainty:.1f}" for one in picked]
     sheet = show(Path(model).name, [one.result.above(_SHOWN) for one in picked], remarks, note)
     grid, *_ = save_gallery(sheet, output / "grid")

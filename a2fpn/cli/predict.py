@@ -114,7 +114,7 @@ def predict(
     image's results as soon as it is done, and survives interruption.
     """
     if overwrite and resume:
-        raise ConfigError("--overwrite starts anew and --resume continues; give one of them.")
+        raise ConfigError("--overwrite starts over and --resume continues; give one of them.")
     options: dict[str, Any] = {
         "score_threshold": score_threshold,
         "nms_threshold": nms_threshold,
@@ -179,17 +179,17 @@ def _stopped(folder: PredictionFolder | None) -> str:
         return "Stopped before the first image; nothing was written."
     done = f"after {len(folder.objects)} of {count_of(len(folder.jobs), 'image')}"
     for path, tiles in folder.journals.items():
-        done = f"in the midst of {_shown(path.name)}, after {count_of(tiles, 'tile')}"
-    return f"Stopped {done}; the results are in {_shown(folder.folder)}. The same command with --resume does the rest."
+        done = f"within {_shown(path.name)}, after {count_of(tiles, 'tile')}"
+    return f"Stopped {done}; the results are in {_shown(folder.folder)}. Repeat the command with --resume to continue."
 
 
 def _run(folder: PredictionFolder, predictor: Predictor, *, quiet: bool, save: Path | None) -> None:
     """Predict what has no results yet; what is found is on the disk whatever happens."""
     before, pending = len(folder.objects), folder.pending
     if before and not quiet:
-        typer.echo(f"{count_of(before, 'image')} of {len(folder.jobs)} done before.", err=True)
+        typer.echo(f"{count_of(before, 'image')} of {len(folder.jobs)} already done.", err=True)
     if folder.changed:
-        typer.echo(f"{count_of(len(folder.changed), 'image')} changed since; what was found is replaced.", err=True)
+        typer.echo(f"{count_of(len(folder.changed), 'image')} changed since; their results are replaced.", err=True)
     if folder.edited:
         kept = name_some([_shown(name) for name in folder.edited])
         line = f"Changed since this run wrote them, so kept: {kept}. Delete a file to have it written again."
@@ -275,11 +275,10 @@ def image_files(sources: Sequence[Path]) -> list[Path]:
 def _tell_left_out(folder: Path, taken: set[Path]) -> None:
     """Say what of a folder is not read; hidden files are nobody's images."""
     others = [path for path in folder.iterdir() if path not in taken and not path.name.startswith(".")]
-    kinds = Counter("sub-folder" if path.is_dir() else "file of another kind" for path in others)
+    kinds = Counter("sub-folder" if path.is_dir() else "unsupported file" for path in others)
     if kinds:
         parts = [f"{number} {kind}" if number == 1 else f"{number} {_PLURALS[kind]}" for kind, number in kinds.items()]
-        verb = "is" if len(others) == 1 else "are"
-        typer.echo(f"{_shown(folder)}: {' and '.join(sorted(parts))} {verb} left out.", err=True)
+        typer.echo(f"{_shown(folder)}: {' and '.join(sorted(parts))} skipped.", err=True)
 
 
-_PLURALS = {"sub-folder": "sub-folders", "file of another kind": "files of other kinds"}
+_PLURALS = {"sub-folder": "sub-folders", "unsupported file": "unsupported files"}

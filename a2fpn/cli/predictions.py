@@ -250,15 +250,15 @@ class PredictionFolder:
             self._stamps = {row["file_name"]: {key: row[key] for key in STAMP if key in row} for row in held["images"]}
             self._own = OwnFiles(self.folder, held.get("files"))
         except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{path} is no manifest of a2fpn predict; give another --output.") from error
+            raise ConfigError(f"{path} is not a manifest of a2fpn predict; give another --output.") from error
         if any(Path(job.stem).name != job.stem for job in table.values()):
             raise ConfigError(f"{path} names files outside its folder; give another --output.")
         for key in settings.keys() | self.settings.keys():
             was, now = settings.get(key), self.settings.get(key)
             if was != now:
                 raise ConfigError(
-                    f"--resume: {key} was {was!r} in the run that {self.folder} holds, now it is {now!r}. Give the "
-                    "same settings, another --output, or --overwrite to start anew."
+                    f"--resume: {key} was {was!r} in the run in {self.folder}, got {now!r}. Give the "
+                    "same settings, another --output, or --overwrite to start over."
                 )
         return table
 
@@ -291,12 +291,12 @@ class PredictionFolder:
         paths = (self.folder / f"{job.stem}{form.suffix}" for form in self._each for job in self.jobs)
         found = next((path for path in paths if path.is_dir() and not path.is_symlink()), None)
         if found is not None:
-            raise ExistingFileError(f"{found} is a folder, where a file is to be written; give another --output.")
+            raise ExistingFileError(f"{found} is a folder, expected a file to write; give another --output.")
 
     def _refuse(self, there: Iterable[str], why: str, advice: str = "") -> None:
         names = list(there)
         if names:
-            effect = "starts anew and replaces it" if self._resumed else "replaces what is there"
+            effect = "starts over and replaces it" if self._resumed else "replaces what is there"
             raise ExistingFileError(
                 f"{self.folder} holds {name_some(names)}, {why}. {advice}--overwrite {effect}; "
                 "or give another --output."

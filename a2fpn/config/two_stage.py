@@ -173,7 +173,7 @@ class CascadeConfig(RCNNConfig):
         if any(len(weights) != 4 for weights in self.stage_box_weights):
             raise ConfigError(f"stage_box_weights must be four numbers per stage, got {self.stage_box_weights}.")
         if self.box_fg_iou != RCNNConfig.box_fg_iou:
-            raise ConfigError(f"box_fg_iou={self.box_fg_iou} has no use in a cascade; set stage_ious.")
+            raise ConfigError(f"box_fg_iou={self.box_fg_iou} is unused by a cascade; set stage_ious.")
         # The negation also rejects NaN.
         if not self.box_loss_beta >= 0:
             raise ConfigError(f"box_loss_beta must be 0 or more, got {self.box_loss_beta}.")
@@ -211,7 +211,8 @@ class HTCConfig(CascadeConfig):
         check_range(0, LARGEST_WEIGHT, semantic_loss_weight=self.semantic_loss_weight)
         if self.stage_masks != "all" or not self.stage_resampling:
             raise ConfigError(
-                "In HTC every stage samples anew and has a mask head: stage_masks='all', stage_resampling=True, got "
+                "HTC resamples proposals and has a mask head in every stage: expected stage_masks='all', "
+                "stage_resampling=True, got "
                 f"{self.stage_masks!r}, {self.stage_resampling}."
             )
 

@@ -47,7 +47,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """
     path = Path(path)
     if not path.is_file():
-        raise MissingFileError(f"There is no file {str(path)!r}.")
+        raise MissingFileError(f"File not found: {str(path)!r}.")
     if path.suffix == ".safetensors":
         return load_file(path)
     if path.suffix == ".pkl":
@@ -59,7 +59,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             reason = str(error).partition("\n")[0]
             raise ConfigError(
                 f"{str(path)!r} holds more than tensors and plain data, or is damaged: {reason} "
-                "Where you trust it, load it with the framework that wrote it and save its state dict alone: "
+                "If you trust it, load it with the framework that wrote it and save its state dict alone: "
                 "torch.save(model.state_dict(), 'weights.pth')."
             ) from error
     else:
@@ -96,8 +96,8 @@ def load_array_pickle(path: str | Path) -> Any:
         # A malicious pickle can make the unpickler raise any exception.
         except Exception as error:
             raise ConfigError(
-                f"{str(path)!r} is no pickle of numpy arrays alone, and no other is loaded, since a pickle can run any "
-                f"code: {error}"
+                f"{str(path)!r} is not a pickle of numpy arrays only; others are refused, since a pickle can run "
+                f"arbitrary code: {error}"
             ) from error
 
 
@@ -105,7 +105,7 @@ def _check_memo(file: BinaryIO) -> None:
     """Reject memo indices that no pickle of this length needs: the unpickler allocates all places before one."""
     for count, (opcode, place, _) in enumerate(pickletools.genops(file)):
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and not (place is not None and 0 <= place <= count):
-            raise pickle.UnpicklingError(f"it keeps an object at place {place:,} after {count_of(count, 'step')}")
+            raise pickle.UnpicklingError(f"it stores memo index {place:,} after {count_of(count, 'step')}")
 
 
 class _ArrayUnpickler(pickle.Unpickler):
@@ -115,7 +115,7 @@ class _ArrayUnpickler(pickle.Unpickler):
                 module = f"numpy:{module.removeprefix(root)}"
                 break
         if (module, name) not in _MEANINGS:
-            raise pickle.UnpicklingError(f"it names {module}.{name}")
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}")
         return _MEANINGS[module, name]
 
 
@@ -157,7 +157,7 @@ class _Meaning:
         return self.call(*args)
 
     def __setstate__(self, state: object) -> NoReturn:
-        raise pickle.UnpicklingError("it changes what it must only call")
+        raise pickle.UnpicklingError("it sets the state of a function")
 
 
 def _tensor(raw: bytes | bytearray | str, dtype: _DType, shape: Sequence[int], *, fortran: bool) -> Tensor:

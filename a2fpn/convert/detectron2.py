@@ -72,7 +72,7 @@ def from_detectron2(
         ValueError: For another kind of detector, or missing, unexpected or mismatched tensors, with detectron2's names.
     """
     if not name.startswith(_DETECTORS):
-        raise ConfigError(f"{name!r} has no counterpart in detectron2; take a name that begins with {_DETECTORS}.")
+        raise ConfigError(f"{name!r} has no counterpart in detectron2; use a name that begins with {_DETECTORS}.")
     mean, std = (
         tuple(state[key].flatten().tolist()) if key in state else default
         for key, default in (("pixel_mean", tuple(pixel_mean)), ("pixel_std", tuple(pixel_std)))

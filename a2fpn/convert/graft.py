@@ -175,8 +175,8 @@ def _begin_as_fpn(neck: PyramidNeck, center_bias: float) -> PyramidNeck:
         assert isinstance(output, ConvNormAct)
         if not isinstance(output.norm, nn.Identity) or not isinstance(output.act, nn.Identity):
             raise ConfigError(
-                "A neck with a bottom-up path cannot begin as an FPN that has norm_layer or act_layer: behind the "
-                "bottom-up convolutions they would change the features. Take 'a2fpn_lite' or 'carafe_fpn'."
+                "A neck with a bottom-up path cannot be initialized from an FPN with norm_layer or act_layer: after "
+                "the bottom-up convolutions they would change the features. Use 'a2fpn_lite' or 'carafe_fpn'."
             )
         last = merge.project if isinstance(merge, GACAP) else merge.down.conv
         for parameter in (*last.parameters(), *output.conv.parameters()):

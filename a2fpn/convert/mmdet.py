@@ -77,7 +77,7 @@ def from_mmdet(
             names.
     """
     if not name.startswith(_DETECTORS):
-        raise ConfigError(f"{name!r} has no counterpart in mmdetection; take a name that begins with {_DETECTORS}.")
+        raise ConfigError(f"{name!r} has no counterpart in mmdetection; use a name that begins with {_DETECTORS}.")
     pixels = Pixels(tuple(mean), tuple(std), bgr=not bgr_to_rgb)
     rules: dict[str, Any] = {**POOLING, "stride_in_1x1": style == "caffe", "rpn_post_nms_top_n_train": 1000}
     if name.startswith(("cascade", "htc")):

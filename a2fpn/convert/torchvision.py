@@ -88,9 +88,10 @@ def load_torchvision(
     if norm_eps is None:
         if known[builder].frozen_eps == 0:
             raise ConfigError(
-                f"Give norm_eps: what {builder} computes depends on it, and the file does not say. It is 0.0 if this is"
+                f"Give norm_eps: the outputs of {builder} depend on it, and the file does not store it. It is 0.0 if "
+                "this is"
                 " torchvision's COCO file, or training began with it (weights='DEFAULT'), and 1e-5 if it began with"
-                " weights_backbone= or from nothing."
+                " weights_backbone= or from scratch."
             )
         norm_eps = 1e-5
     module: nn.Module = get_model_builder(builder)(

@@ -197,7 +197,7 @@ def read_coco(source: str | Path | Mapping[str, Any] | CocoFile, *, strict: bool
     masked, objects = file.count_masks()
     if checked.has_masks and masked < objects:
         logger.warning(
-            "%s: %d of %d objects have no mask: they train and measure boxes, and masks where there are masks",
+            "%s: %d of %d objects have no mask; they are used for boxes only, in training and evaluation",
             name,
             objects - masked,
             objects,

@@ -128,14 +128,14 @@ class CocoDocument:
                 data = read_json(Path(source))
             except UnreadableTextError as error:
                 detail = str(error).removeprefix(name).lstrip(",: ").rstrip(".")
-                raise NotCocoError(str(error), f"is no readable JSON ({detail})") from error
+                raise NotCocoError(str(error), f"is not valid JSON ({detail})") from error
         what = ""
         if not isinstance(data, Mapping):
-            what = f"holds a {type(data).__name__}, no object"
+            what = f"holds a {type(data).__name__}, not an object"
         elif lacking := [key for key in LISTS if not isinstance(data.get(key), list)]:
             what = f"has no list {', '.join(lacking)}"
         if what:
-            expected = "no COCO file; expected an object with the lists images, annotations and categories"
+            expected = "not a COCO file; expected an object with the lists images, annotations and categories"
             raise NotCocoError(f"{name}: {expected}, but it {what}.", what)
         images, image_faults = _entries("image", data["images"], _parse_image)
         classes, category_faults = _entries("category", data["categories"], _parse_category)

@@ -94,9 +94,7 @@ class HfDataset(StreamDataset):
             raise DataError(f"{name}: objects need bbox and one of {', '.join(_CATEGORY)}, got {', '.join(objects)}.")
         names = getattr(_innermost(objects[self._category_key]), "names", None)
         if names is None and categories is None:
-            raise DataError(
-                f"{name}: {self._category_key} is no ClassLabel, so the classes must be given as categories."
-            )
+            raise DataError(f"{name}: {self._category_key} is not a ClassLabel; pass the classes as categories.")
         classes = [Category(number, label) for number, label in enumerate(names or ())]
         if categories is not None:
             classes = list(categories)
@@ -112,7 +110,7 @@ class HfDataset(StreamDataset):
         elif num_samples is None and dataset.info.splits and dataset.split:
             num_samples = dataset.info.splits[str(dataset.split)].num_examples
         if not num_samples:
-            raise DataError(f"{name}: does not say how many rows it has; give num_samples.")
+            raise DataError(f"{name}: the number of rows is unknown; give num_samples.")
         super().__init__(
             name,
             source_categories=classes,
@@ -185,8 +183,8 @@ class HfDataset(StreamDataset):
             if self._split_by_file and world_size > 1:
                 if stream.num_shards % world_size:
                     raise DataError(
-                        f"{self.name}: has {stream.num_shards} files, which {world_size} processes can't share "
-                        f"equally; turn split_by_file off or repack it."
+                        f"{self.name}: has {stream.num_shards} files, not divisible by {world_size} processes; set "
+                        "split_by_file=False or repack it."
                     )
                 stream = library.distributed.split_dataset_by_node(stream, rank, world_size)
                 rows = iter(stream.skip(start * share))

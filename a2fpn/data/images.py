@@ -60,7 +60,7 @@ def open_image(file: Path | BinaryIO, *, max_pixels: int | None = MAX_PIXELS) ->
             reason = accepted
         elif accepted:
             return _opened_by(decoder, file, max_pixels)
-    raise ValueError(reason or f"it is none of {', '.join(name for name in FORMATS if _decoder(name))}")
+    raise ValueError(reason or f"expected one of {', '.join(name for name in FORMATS if _decoder(name))}")
 
 
 def _opened_by(decoder: _Decoder, file: Path | BinaryIO, max_pixels: int | None) -> Image.Image:
@@ -69,13 +69,13 @@ def _opened_by(decoder: _Decoder, file: Path | BinaryIO, max_pixels: int | None)
         image: Image.Image = decoder.factory(str(file) if isinstance(file, Path) else file)
     except (SyntaxError, IndexError, TypeError, struct.error) as error:
         if str(error) == "unknown pixel mode":  # an intact TIFF in an unsupported mode
-            raise OSError("its kind of pixels is not read; convert it to 8 bits of gray or RGB") from error
+            raise OSError("its pixel format is not supported; convert it to 8-bit gray or RGB") from error
         raise OSError(f"damaged: {error}") from error
     if max_pixels is not None and math.prod(image.size) > max_pixels:
         image.close()
         raise ValueError(
-            f"{image.width} x {image.height} = {math.prod(image.size)} pixels are more than the limit of {max_pixels}; "
-            "raise max_pixels (--max-pixels) if the file can be trusted"
+            f"{image.width} x {image.height} = {math.prod(image.size)} pixels exceed the limit of {max_pixels}; "
+            "raise max_pixels (--max-pixels) if you trust the file"
         )
     return image
 
@@ -112,13 +112,13 @@ def image_path(folder: Path, file_name: str) -> Path:
         inner = os.path.relpath(os.path.abspath(path), os.path.abspath(folder))
         if Path(inner).parts[:1] == ("..",) or os.path.isabs(inner):
             raise ImageError(
-                f"{file_name!r} leads out of the image folder {folder}; a file name must be a path inside it."
+                f"{file_name!r} is outside the image folder {folder}; a file name must be a path inside it."
             )
         path = folder / inner
     other = folder / file_name.replace("\\", "/")
     if other != path and os.path.isfile(other) and not os.path.exists(path):
         raise ImageError(
-            f"{path}: no such file, but {other} is there; write the name with slashes (a2fpn check-data --fix does)."
+            f"{path}: no such file, but {other} exists; write the name with slashes (a2fpn check-data --fix does)."
         )
     return path
 
@@ -216,7 +216,7 @@ def read_image(
             _mark_values(opened, gray_bits=gray_bits, name=name)
             if opened.format != "MPO" and getattr(opened, "is_animated", False):
                 frames = getattr(opened, "n_frames", "several")
-                _logger.warning("%s: %s frames or pages, of which the first is read.", name, frames)
+                _logger.warning("%s: %s frames or pages; only the first is read.", name, frames)
             if hasattr(opened, "_tile_size"):  # a TIFF, for which PIL checks its own limit again before allocating
                 opened.im = Image.core.new(  # type: ignore[attr-defined]
                     opened.mode, opened._tile_size
@@ -226,7 +226,7 @@ def read_image(
         raise
     except Exception as error:  # PIL's decoders raise almost anything on a corrupt file
         reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
-        raise ImageError(f"{name}: no readable image ({reason}).") from error
+        raise ImageError(f"{name}: not a readable image ({reason}).") from error
 
 
 def _mark_values(image: Image.Image, *, gray_bits: int, name: str) -> None:
@@ -237,7 +237,7 @@ def _mark_values(image: Image.Image, *, gray_bits: int, name: str) -> None:
     """
     tags = getattr(image, "tag_v2", {})
     if image.mode in ("L", "RGB") and 2 in tags.get(_SAMPLE_FORMAT, ()):
-        raise ValueError("signed values of 8 bits have no agreed range; convert it to unsigned ones")
+        raise ValueError("signed 8-bit values have no standard range; convert them to unsigned")
     if image.mode.startswith("I"):
         image.info[_INVERTED] = tags.get(_PHOTOMETRIC) == 0
         return
@@ -245,14 +245,14 @@ def _mark_values(image: Image.Image, *, gray_bits: int, name: str) -> None:
         return
     if gray_bits != 16:
         raise ValueError(
-            f"gray_bits={gray_bits} is for gray without transparency, and this has {len(image.getbands())} channels of "
-            "16 bits; convert it to 8 bits"
+            f"gray_bits={gray_bits} supports gray without alpha only, got {len(image.getbands())} channels of 16 "
+            "bits; convert it to 8 bits"
         )
     if image.mode == "RGB" and "transparency" in image.info:
         image.info["transparency"] = tuple(value >> 8 for value in image.info["transparency"])
     values = np.asarray(image)[..., [band != "A" for band in image.getbands()]]
     if 0 < values.max() < _DARK >> 8:
-        _logger.warning("%s: values of 16 bits that stay below %d, so it is nearly black; convert it.", name, _DARK)
+        _logger.warning("%s: all 16-bit values are below %d, so the image is nearly black; convert it.", name, _DARK)
 
 
 def _check_size(image: Image.Image, size: tuple[int, int] | None, name: str) -> None:
@@ -263,11 +263,10 @@ def _check_size(image: Image.Image, size: tuple[int, int] | None, name: str) -> 
     got, wanted = (f"{width} x {height}" for height, width in (shown, size))
     if stored_size(image) == size:
         raise ImageError(
-            f"{name}: the annotations say {wanted}, which fits the picture as stored, but its EXIF orientation turns "
-            "it, as every viewer and prediction show it. Remove the tag (`exiftool -Orientation= FILE`) or annotate "
-            "the turned picture."
+            f"{name}: the annotations give {wanted}, the size without its EXIF orientation, which viewers and "
+            "predictions apply. Remove the tag (`exiftool -Orientation= FILE`) or annotate the rotated image."
         )
-    raise ImageError(f"{name}: the image is {got} pixels wide and high, the annotations say {wanted}.")
+    raise ImageError(f"{name}: the image has {got} pixels (width x height), the annotations give {wanted}.")
 
 
 def _decode_plain_jpeg(opened: Image.Image, content: bytearray) -> Tensor | None:
@@ -324,9 +323,9 @@ def read_labels(source: str | Path | bytes, size: tuple[int, int], *, name: str)
     except ImageError:
         raise
     except (OSError, SyntaxError, ValueError) as error:
-        raise ImageError(f"{name}: no readable image ({error}).") from error
+        raise ImageError(f"{name}: not a readable image ({error}).") from error
     if labels.shape != size:
-        raise ImageError(f"{name}: the map is {labels.shape[::-1]} pixels wide and high, its image {size[::-1]}.")
+        raise ImageError(f"{name}: the map has size (width, height) {labels.shape[::-1]}, its image {size[::-1]}.")
     return torch.from_numpy(labels)
 
 
@@ -349,7 +348,8 @@ def to_rgb(image: Image.Image, *, gray_bits: int = 16, name: str = "the image") 
             )
         if gray_bits == 16 and 0 < values.max() < _DARK:
             _logger.warning(
-                "%s: gray values reach %d of 65535, so it is nearly black; gray_bits=12 (--gray-bits 12) is for 12-bit "
+                "%s: the largest gray value is %d of 65535, so the image is nearly black; gray_bits=12 (--gray-bits "
+                "12) is for 12-bit "
                 "values.",
                 name,
                 values.max(),
@@ -360,7 +360,7 @@ def to_rgb(image: Image.Image, *, gray_bits: int = 16, name: str = "the image") 
             scaled[values == image.info["transparency"]] = 255
         image = Image.fromarray(scaled)
     elif image.mode == "F":
-        raise ValueError("floating-point gray values have no agreed range; convert it to 8 bits")
+        raise ValueError("floating-point gray values have no standard range; convert it to 8 bits")
     elif "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

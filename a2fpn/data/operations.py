@@ -34,7 +34,9 @@ def load_coco(source: Source) -> dict[str, Any]:
     name = "the given mapping" if isinstance(source, Mapping) else str(source)
     data = source if isinstance(source, Mapping) else read_json(Path(source))
     if not isinstance(data, Mapping) or not all(isinstance(data.get(key), list) for key in _LISTS):
-        raise DataError(f"{name}: no COCO file; expected an object with the lists images, annotations and categories.")
+        raise DataError(
+            f"{name}: not a COCO file; expected an object with the lists images, annotations and categories."
+        )
     for key, needed in (("images", ("id", "file_name")), ("categories", ("id", "name"))):
         for raw in data[key]:
             if not isinstance(raw, Mapping) or any(field not in raw for field in needed):
@@ -121,7 +123,7 @@ def merge_coco(
     if len(sources) < 2:
         raise DataError(f"merging needs two or more files, got {len(sources)}.")
     if prefixes and len(prefixes) != len(sources):
-        raise DataError(f"expected one prefix a file, got {len(prefixes)} for {len(sources)} files.")
+        raise DataError(f"expected one prefix per file, got {len(prefixes)} for {len(sources)} files.")
     result: dict[str, Any] = {key: [] for key in _LISTS}
     by_name: dict[str, dict[str, Any]] = {}
     files: dict[str, int] = {}
@@ -207,7 +209,7 @@ def subset_coco(
         data = _only(data, lambda raw: raw["id"] in used)
     if number is not None:
         if not 0 < number <= len(data["images"]):
-            raise DataError(f"number must lie in 1 to {len(data['images'])}, the images there are; got {number}.")
+            raise DataError(f"number must be between 1 and {len(data['images'])}, the number of images, got {number}.")
         ranked = sorted(data["images"], key=lambda raw: _hash(f"{seed}\0{raw['file_name']}"))
         kept = {raw["id"] for raw in ranked[:number]}
         data = _only(data, lambda raw: raw["id"] in kept)
@@ -266,7 +268,7 @@ def _merged_category(raw: Mapping[str, Any], by_name: dict[str, dict[str, Any]],
         return int(fresh["id"])
     if raw.get("keypoints") and known.get("keypoints") and raw["keypoints"] != known["keypoints"]:
         raise DataError(
-            f"the class {raw['name']!r} has other keypoints in two files: {known['keypoints']} and "
+            f"the class {raw['name']!r} has different keypoints in two files: {known['keypoints']} and "
             f"{raw['keypoints']}; rename one of them."
         )
     return int(known["id"])

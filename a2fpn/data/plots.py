@@ -48,4 +48,4 @@ def draw_stats(stats: DataStats, path: str | Path, *, title: str = "") -> None:
     try:
         figure.savefig(path)
     except ValueError as error:
-        raise DataError(f"{path}: no picture of this kind can be written ({error}).") from None
+        raise DataError(f"{path}: the image format is not supported ({error}).") from None

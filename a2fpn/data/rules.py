@@ -61,7 +61,7 @@ def _faults(table: AnnotationTable) -> Iterator[Fault]:
         "bad-iscrowd",
         table.odd_crowd,
         "kept",
-        lambda row: f"its iscrowd is {table.entries[row]['iscrowd']!r}, neither yes nor no; it counts as an object",
+        lambda row: f"its iscrowd is {table.entries[row]['iscrowd']!r}, neither 0 nor 1; it counts as an object",
     )
 
 
@@ -69,7 +69,7 @@ def _reference_faults(table: AnnotationTable) -> Iterator[Fault]:
     """Annotations without an image or a category."""
     entries = table.entries
     no_ids = (table.image == NO_ID) | (table.category == NO_ID)
-    yield Fault("bad-ids", no_ids, "left out", lambda row: f"{_NEEDED}, the ids as whole numbers")
+    yield Fault("bad-ids", no_ids, "left out", lambda row: f"{_NEEDED}, with integer ids")
     for code, key, what, column in (
         ("unknown-image", "image_id", "image", table.image),
         ("unknown-category", "category_id", "category", table.category),
@@ -92,7 +92,7 @@ def _box_faults(table: AnnotationTable) -> Iterator[Fault]:
     def malformed(row: int) -> str:
         box = entries[row].get("bbox")
         four = isinstance(box, (list, tuple, np.ndarray)) and len(box) == 4
-        return f"its box holds something else than numbers: {box}" if four else _NEEDED
+        return f"its box has non-numeric values: {box}" if four else _NEEDED
 
     def nothing(row: int) -> str:
         width, height = (int(side) if math.isfinite(side) else side for side in table.limits[row].tolist())
@@ -149,7 +149,7 @@ def _keypoint_fault(table: AnnotationTable) -> Fault:
             got = type(values).__name__ if _length(values) is None else len(values)
             fault = f"its keypoints must be a list of 3 x {count} numbers as in the rest of the file, got {got}"
         else:
-            fault = "its keypoints hold something else than numbers"
+            fault = "its keypoints have non-numeric values"
         return f"{fault}; it is kept without them"
 
     bad = [given(values) and not _are_numbers(values, 3 * count) for values in map(_points, table.entries)]

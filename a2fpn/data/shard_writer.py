@@ -65,7 +65,7 @@ def write_shards(
     """
     if shard_size < 1 or (samples_per_shard is not None and samples_per_shard < 1):
         raise ConfigError(
-            f"a shard needs room for an image, got samples_per_shard {samples_per_shard}, size {shard_size}."
+            f"a shard must hold at least one image, got samples_per_shard {samples_per_shard}, size {shard_size}."
         )
     folder, output = Path(images), Path(output)
     semantic_folder = None if semantic is None else Path(semantic)
@@ -85,7 +85,7 @@ def write_shards(
     output.mkdir(parents=True, exist_ok=True)
     old = {*output.glob("shard-*.tar"), *output.glob(INDEX_FILE)}
     if old and not force:
-        raise ExistingFileError(f"{output}: holds shards already; choose another folder, or replace them (force).")
+        raise ExistingFileError(f"{output}: already contains shards; choose another folder, or replace them (force).")
 
     shards: list[Shard] = []
     missing: list[str] = []
@@ -180,7 +180,7 @@ def _content(path: Path) -> bytes:
         OSError: If it is not a regular file, or can't be read.
     """
     if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "no regular file", str(path))
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
     return path.read_bytes()
 
 

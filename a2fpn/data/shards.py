@@ -89,15 +89,15 @@ def read_index(location: str | Path) -> ShardIndex:
     try:
         content = json.loads(read_bytes(path))
         if {key: content.pop(key, None) for key in INDEX_FORMAT} != INDEX_FORMAT:
-            raise ValueError("of another format")
+            raise ValueError("unknown format")
         content["shards"] = [Shard(**shard) for shard in content["shards"]]
         index = ShardIndex(**content)
         if any(len(shard.offsets) != shard.samples + 1 for shard in index.shards):
             raise ValueError("counts and offsets differ")
     except DataError as error:
-        raise DataError(f"{str(error)[:-1]}; `a2fpn data shard` writes it when all shards are whole.") from None
+        raise DataError(f"{str(error)[:-1]}; `a2fpn data shard` writes it when all shards are complete.") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: no index of shards that this version reads ({error}).") from error
+        raise DataError(f"{path}: not a shard index that this version can read ({error}).") from error
     return index
 
 
@@ -121,8 +121,8 @@ def check_shards(location: str | Path) -> Iterator[tuple[Shard, str | None]]:
             if hashlib.sha256(data).hexdigest() != shard.sha256:
                 found = len(_samples(path, data))
                 problem = (
-                    f"{path}: {len(data)} bytes with {found} whole samples, the index says {shard.bytes} with "
-                    f"{shard.samples}; the sha256 differs: the file is damaged or another one."
+                    f"{path}: {len(data)} bytes with {found} complete samples, the index says {shard.bytes} with "
+                    f"{shard.samples}; the sha256 differs: the file is damaged or replaced."
                 )
         except DataError as error:
             problem = str(error)
@@ -279,8 +279,8 @@ class ShardDataset(StreamDataset):
         found = _samples(path, data)
         if len(found) != len(samples):
             raise DataError(
-                f"{path}: holds {len(found)} whole samples where the index says {len(samples)}, at bytes "
-                f"{shard.offsets[begin]} to {shard.offsets[end]}; the file is damaged or another one."
+                f"{path}: holds {len(found)} complete samples where the index says {len(samples)}, at bytes "
+                f"{shard.offsets[begin]} to {shard.offsets[end]}; the file is damaged or replaced."
             )
         return found
 
@@ -296,7 +296,7 @@ class ShardDataset(StreamDataset):
         elif path.stat().st_size != shard.bytes:
             problem = (
                 f"{path}: {path.stat().st_size} bytes, the index says {shard.bytes} with {shard.samples} images; "
-                f"the file is cut off, damaged or another one."
+                "the file is cut off, damaged or replaced."
             )
         else:
             return

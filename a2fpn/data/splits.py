@@ -44,7 +44,7 @@ def assign_splits(
     if len(members) < 2:
         raise DataError(
             f"{len(names)} images are {len(members)} group{'s' * (len(members) != 1)}; a split needs two or more. "
-            "Leave val out, or group by something else."
+            "Omit val, or change group_by."
         )
     ranked = sorted(members, key=lambda group: hashlib.sha256(f"{seed}\0{group}".encode()).digest())
     split_of: dict[str, str] = {}
@@ -68,7 +68,7 @@ def _groups(names: Sequence[str], pattern: str) -> list[str]:
     try:
         expression = re.compile(pattern)
     except re.error as error:
-        raise DataError(f"group_by {pattern!r} is no regular expression ({error}).") from None
+        raise DataError(f"group_by {pattern!r} is not a valid regular expression ({error}).") from None
     matches = [expression.search(name) for name in names]
     if not any(matches):
         raise DataError(f"group_by {pattern!r} matches no image name; the first is {names[0] if names else 'none'!r}.")

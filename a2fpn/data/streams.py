@@ -73,7 +73,7 @@ class SampleDecoder:
             case {"id": int(image_id), "height": int(height), "width": int(width)} if min(height, width) > 0:
                 entry = CocoImage(image_id, raw.name, height, width)
             case _:
-                raise ImageError(f"{raw.name}: an image needs a whole-number id, height and width, got {raw.entry}.")
+                raise ImageError(f"{raw.name}: an image needs an integer id, height and width, got {raw.entry}.")
         checked = check_annotations(
             raw.annotations,
             {image_id: entry},

@@ -51,7 +51,7 @@ def read_text(path: Path) -> str:
         return content.decode(encoding)
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
-        raise UnreadableTextError(f"{path}, line {line}: no UTF-8 text (byte {content[error.start]:#x}).") from None
+        raise UnreadableTextError(f"{path}, line {line}: not UTF-8 text (byte {content[error.start]:#x}).") from None
 
 
 def read_json(path: Path) -> Any:
@@ -71,6 +71,6 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise UnreadableTextError(f"{path}, line {error.lineno}: no readable JSON ({error.msg}).") from None
+        raise UnreadableTextError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}).") from None
     except (ValueError, RecursionError) as error:
-        raise UnreadableTextError(f"{path}: no readable JSON ({error}).") from None
+        raise UnreadableTextError(f"{path}: not valid JSON ({error}).") from None

@@ -188,8 +188,8 @@ class Detector(Elsewhere, ABC):
         kind = images[0].device.type if images else "cpu"
         if dtype in (torch.float16, torch.bfloat16) and not torch.is_autocast_enabled(kind):
             raise ConfigTypeError(
-                f"The model's weights are {dtype}, in which boxes and norms are too coarse. Keep them in float32 "
-                "(model.float()) and compute in less: with torch.autocast('cuda', torch.bfloat16), or "
+                f"The model's weights are {dtype}, but boxes and norms need float32. Keep the weights in float32 "
+                "(model.float()) and use mixed precision: torch.autocast('cuda', torch.bfloat16), or "
                 "a2fpn.optimize_for_inference(model, dtype=torch.bfloat16)."
             )
         return images
@@ -280,7 +280,7 @@ class Detector(Elsewhere, ABC):
 
     def _check_targets(self, images: Sequence[Tensor], targets: Sequence[Mapping[str, Any]]) -> None:
         if len(images) != len(targets):
-            raise ConfigError(f"{len(images)} images came with {len(targets)} targets.")
+            raise ConfigError(f"Expected one target per image, got {len(images)} images and {len(targets)} targets.")
         for index, (image, target) in enumerate(zip(images, targets, strict=True)):
             where = place(target, index)
             if "boxes" not in target or "labels" not in target:

@@ -9,7 +9,7 @@ from torch import nn
 from a2fpn.errors import ConfigTypeError
 
 ModuleT = TypeVar("ModuleT", bound="Elsewhere")
-_TRAINING = "A model is trained by a2fpn train --config finetune_folder data.root=DIR."
+_TRAINING = "Train with a2fpn train --config finetune_folder data.root=DIR."
 
 
 class Elsewhere(nn.Module):
@@ -22,7 +22,7 @@ class Elsewhere(nn.Module):
     def val(self, *_: Any, **__: Any) -> NoReturn:
         """Say how a model is measured."""
         raise ConfigTypeError(
-            "A model is measured by a2fpn evaluate --model CHECKPOINT --images DIR --annotations JSON, or by "
+            "Evaluate with a2fpn evaluate --model CHECKPOINT --images DIR --annotations JSON, or with "
             "a2fpn.evaluation.evaluate_coco on its results."
         )
 
@@ -32,11 +32,11 @@ class Elsewhere(nn.Module):
 
     def export(self, *_: Any, **__: Any) -> NoReturn:
         """Say how a model is exported."""
-        raise ConfigTypeError("A model is exported by a2fpn.export_model(model, 'model.onnx').")
+        raise ConfigTypeError("Export with a2fpn.export_model(model, 'model.onnx').")
 
     def save(self, *_: Any, **__: Any) -> NoReturn:
         """Say how a model is saved."""
-        raise ConfigTypeError("A model is saved by a2fpn.save_pretrained(model, 'my_model').")
+        raise ConfigTypeError("Save with a2fpn.save_pretrained(model, 'my_model').")
 
     def save_pretrained(self, *_: Any, **__: Any) -> NoReturn:
         """Say how a model is saved."""
@@ -44,7 +44,7 @@ class Elsewhere(nn.Module):
 
     def push_to_hub(self, *_: Any, **__: Any) -> NoReturn:
         """Say how a model is published."""
-        raise ConfigTypeError("A model is published by a2fpn.push_to_hub(model, 'org/name').")
+        raise ConfigTypeError("Publish with a2fpn.push_to_hub(model, 'org/name').")
 
     def train(self: ModuleT, mode: bool = True, **settings: Any) -> ModuleT:
         """Set the training mode, as of every module.

@@ -51,7 +51,8 @@ class OneStage(Detector):
         source = list((neck.out_spec if heads.top_source == "neck" else backbone.out_spec).values())[-1]
         if source.stride != coarsest:
             raise ConfigError(
-                f"The levels beyond stride {coarsest} cannot be made of the backbone's map of stride {source.stride}; "
+                f"The levels beyond stride {coarsest} cannot be computed from the backbone's map of stride "
+                f"{source.stride}; "
                 "set top_source='neck' or neck_args={'extra_levels': 0}."
             )
         levels = [*neck.out_spec.strides, *(coarsest << (i + 1) for i in range(heads.top_levels))]

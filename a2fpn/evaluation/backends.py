@@ -29,8 +29,8 @@ def load_library(backend: Backend) -> tuple[Any, Any]:
         import hotcoco
     except ImportError as error:
         if backend == "hotcoco":
-            raise ConfigError(f"hotcoco can't be imported ({error}); install it, or take 'pycocotools'.") from error
-        logger.warning("hotcoco can't be imported (%s): pycocotools evaluates, which takes many times as long", error)
+            raise ConfigError(f"hotcoco can't be imported ({error}); install it, or use 'pycocotools'.") from error
+        logger.warning("hotcoco can't be imported (%s): using pycocotools, which is many times slower", error)
         return _silent_pycocotools()
     return hotcoco.COCO, hotcoco.COCOeval
 

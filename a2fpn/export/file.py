@@ -69,7 +69,7 @@ def export_model(
     detector = eval_view(model)
     device = next(detector.parameters()).device
     if device.type != "cpu":
-        raise ConfigError(f"A detector is exported on the CPU, and this one is on {device}; call model.cpu() first.")
+        raise ConfigError(f"Export requires a detector on the CPU, got {device}; call model.cpu() first.")
     program = trace(detector, size=size, dtype=DTYPES[dtype])
     outputs = [str(name) for name in program.call_spec.out_spec.context]
     facts = describe(detector, dtype=dtype, outputs=outputs)
@@ -94,14 +94,15 @@ def check_export(
     if not isinstance(model, Detector):
         raise ConfigTypeError(
             "export_model expects a detector of a2fpn.create_model(...) or a2fpn.from_pretrained(...), got "
-            f"{type(model).__name__}. Runtimes fold and fuse by themselves: export the model that was not optimized."
+            f"{type(model).__name__}. Export the model without optimize_for_inference: runtimes fold and fuse "
+            "themselves."
         )
     kind = format or {".onnx": "onnx", ".pt2": "torch"}.get(path.suffix)
     if kind not in FORMATS:
         raise ConfigError(
             f"format must be one of {', '.join(FORMATS)}, got {format!r}."
             if format
-            else f"{path.name!r} ends neither in .onnx nor in .pt2; say format='onnx' or 'torch'."
+            else f"{path.name!r} ends neither in .onnx nor in .pt2; set format='onnx' or 'torch'."
         )
     if dtype not in DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
@@ -110,9 +111,7 @@ def check_export(
     if not path.parent.is_dir():
         raise MissingFileError(f"{path.parent}: no such folder to write {path.name} into.")
     if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
-        raise ConfigError(
-            f"Export needs torch {'.'.join(map(str, OLDEST_TORCH))} or newer, this is {torch.__version__}."
-        )
+        raise ConfigError(f"Export needs torch {'.'.join(map(str, OLDEST_TORCH))} or newer, got {torch.__version__}.")
     if kind == "onnx":
         _check_onnx(model)
     return kind
@@ -121,12 +120,12 @@ def check_export(
 def _check_onnx(model: Detector) -> None:
     for name in ("onnx", "onnxscript"):
         if importlib.util.find_spec(name) is None:
-            raise ConfigError(f'{name}, with which torch writes ONNX, is not installed: pip install "a2fpn[onnx]".')
+            raise ConfigError(f'{name}, required for ONNX export, is not installed: pip install "a2fpn[onnx]".')
     weights = sum(x.numel() * x.element_size() for x in model.state_dict().values())
     if weights > _LARGEST:
         raise ExportError(
             f"An ONNX file holds at most 2 GiB and {model.config.architecture!r} has {weights / 2**30:.1f} GiB of "
-            "weights; take format='torch'."
+            "weights; use format='torch'."
         )
 
 
@@ -150,7 +149,7 @@ def _to_onnx(program: torch.export.ExportedProgram, facts: dict[str, str], outpu
         )
     except Exception as error:  # torch raises errors of any type
         reason = str(error.__cause__ or error).strip().partition("\n")[0]
-        raise ExportError(f"The detector has no form in ONNX ({reason}); take format='torch'.") from error
+        raise ExportError(f"The detector can't be converted to ONNX ({reason}); use format='torch'.") from error
     fold_shapes(converted.model)
     # They contain source locations with local paths.
     common.ClearMetadataAndDocStringPass()(converted.model)

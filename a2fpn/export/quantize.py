@@ -43,7 +43,7 @@ def quantize(path: str | Path, images: Iterable[Tensor], output: str | Path | No
     """
     path = Path(path)
     if path.suffix != ".onnx":
-        raise ConfigError(f"{path.name}: int8 is made of .onnx files alone.")
+        raise ConfigError(f"{path.name}: int8 quantization supports .onnx files only.")
     try:
         import onnx
         from onnxruntime import quantization
@@ -122,6 +122,4 @@ class _Reader:
             seen = seen or bool(len(detector.run(image[None])["scores"]))
             yield {"images": detector.to_input(image[None]).numpy()}
         if not seen:
-            raise ConfigError(
-                "int8: no object was found in any image; calibrate on images like those that the model is for."
-            )
+            raise ConfigError("int8: no object was found in any image; calibrate on images of the model's domain.")

@@ -72,7 +72,7 @@ def trace(
         try:
             return torch.export.export(Stacked(folded), (images,), dynamic_shapes={"images": shape}, strict=False)
         except Exception as error:  # torch raises errors of any type if it can't trace
-            advice = "" if size else " One size for all images (size, --size HxW) is easier to trace."
+            advice = "" if size else " A fixed image size (size, --size HxW) is easier to trace."
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             name = f"{config.architecture!r} on the backbone {config.backbone.name!r}"
             raise ExportError(f"torch can't trace {name} ({reason}).{advice}") from error

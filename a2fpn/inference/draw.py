@@ -194,7 +194,7 @@ def draw_grid(results: Sequence[Drawable], notes: Sequence[str], *, columns: int
     """
     line, inset = _LINE * _CAPTION, _INSET * _CAPTION
     if not results or len(notes) != len(results):
-        raise ConfigError(f"Expected a remark for each of at least one image, got {len(notes)} for {len(results)}.")
+        raise ConfigError(f"Expected one note per image and at least one image, got {len(notes)} for {len(results)}.")
     cells = []
     for result, note in zip(results, notes, strict=True):
         picture = draw(result, result.load_image(), legend=False, scores=False, fit=_CELL)

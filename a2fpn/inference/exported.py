@@ -186,7 +186,7 @@ class ExportedDetector(nn.Module):
             ConfigError: If training mode is requested.
         """
         if mode:
-            raise ConfigError("An exported detector can't be trained; train the checkpoint that it was made from.")
+            raise ConfigError("An exported detector can't be trained; train the original checkpoint.")
         return super().train(False)
 
 
@@ -208,7 +208,7 @@ def _refuse(path: Path, error: Exception) -> NoReturn:
     """Raise the error for a file that was not written by this package."""
     reason = " ".join(str(error).split())[:200]
     raise CheckpointError(
-        f"{path} is no file of a2fpn export, or a damaged one ({type(error).__name__}: {reason}). Make one with "
+        f"{path} was not written by a2fpn export, or is damaged ({type(error).__name__}: {reason}). Make one with "
         "`a2fpn export MODEL --output FILE`."
     ) from error
 
@@ -245,7 +245,7 @@ def _open_openvino(path: Path) -> tuple[Run, Mapping[str, str]]:
         network = core.read_model(path)
         facts = {key: value.astype(str) for key, value in network.get_rt_info()["framework"].items()}
         if "precision" in facts:
-            raise ConfigError(f"{path.name} is an int8 file, with which OpenVINO finds nothing; ONNX Runtime runs it.")
+            raise ConfigError(f"{path.name} is an int8 file, in which OpenVINO finds no objects; use ONNX Runtime.")
         compiled = core.compile_model(network, "CPU")
     except (RuntimeError, KeyError) as error:
         _refuse(path, error)

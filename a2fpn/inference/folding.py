@@ -125,8 +125,8 @@ def fold_norms(detector: Detector, *, fuse: bool = True) -> None:
     for name, x in before.items():
         if float((x - after[name]).abs().max()) > _TOLERANCE * float(x.abs().max()):
             raise RuntimeError(
-                f"Folding the batch norms of {detector.config.backbone.name} changed the level {name}. Run the model "
-                "as it is, and please report it."
+                f"Folding the batch norms of {detector.config.backbone.name} changed the level {name}. Use the model "
+                "without folding, and please report this."
             )
 
 

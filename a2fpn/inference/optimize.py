@@ -89,7 +89,7 @@ class OptimizedDetector(nn.Module):
             ValueError: If training mode is requested.
         """
         if mode:
-            raise ConfigError("An optimized detector can't be trained; train the model that it was made from.")
+            raise ConfigError("An optimized detector can't be trained; train the original model.")
         return super().train(False)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
@@ -99,8 +99,8 @@ class OptimizedDetector(nn.Module):
             ValueError: Always.
         """
         raise ConfigError(
-            "An optimized detector can't be saved: its tensors are not those that a checkpoint holds. Save the model "
-            "that it was made from, and optimize what from_pretrained gives."
+            "An optimized detector can't be saved: its tensors differ from those of a checkpoint. Save the original "
+            "model, and optimize after from_pretrained."
         )
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
@@ -109,7 +109,7 @@ class OptimizedDetector(nn.Module):
         Raises:
             ValueError: Always.
         """
-        raise ConfigError("An optimized detector takes no weights; load them into the model that it is made from.")
+        raise ConfigError("An optimized detector can't load weights; load them into the original model.")
 
 
 def optimize_for_inference(model: Detector, *, dtype: torch.dtype = torch.float32) -> OptimizedDetector:

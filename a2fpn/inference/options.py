@@ -78,7 +78,7 @@ class PredictOptions:
             if value is not None and not 1 / _LARGEST_SCALE <= value <= _LARGEST_SCALE:
                 raise ConfigError(f"{name} must be between {1 / _LARGEST_SCALE} and {_LARGEST_SCALE}, got {value}.")
         if self.scale is not None and self.microns_per_pixel is not None:
-            raise ConfigError("scale and microns_per_pixel both say what the network sees; give one of them.")
+            raise ConfigError("scale and microns_per_pixel are mutually exclusive; give one of them.")
         self.reading()
 
     @property

@@ -75,13 +75,13 @@ def pick_images(
         ConfigError: If fewer than ``number`` images can be read.
     """
     if not 1 <= number <= len(images):
-        raise ConfigError(f"number must lie in 1 to {len(images)}, the images to choose from; got {number}.")
+        raise ConfigError(f"number must be between 1 and {len(images)}, the number of images, got {number}.")
     pool: list[tuple[float, int, Result]] = []  # a heap of the most uncertain
     for position, path in enumerate(track(images, "predicting")):
         try:
             (result,) = predictor([path])
         except ImageError as error:
-            logger.warning("left out: %s", error)
+            logger.warning("skipped: %s", error)
             continue
         entry = (uncertainty(result.scores), -position, result)
         if len(pool) < POOL * number:
@@ -89,7 +89,7 @@ def pick_images(
         else:
             heapq.heappushpop(pool, entry)
     if len(pool) < number:
-        raise ConfigError(f"only {len(pool)} of {len(images)} images can be read, {number} are wanted.")
+        raise ConfigError(f"only {len(pool)} of {len(images)} images can be read, expected at least {number}.")
     pool.sort(key=lambda entry: entry[:2], reverse=True)
     paths = [images[-position] for _, position, _ in pool]
     features = np.stack([embedding(predictor, path) for path in track(paths, "comparing")])

@@ -101,7 +101,9 @@ class Predictor:
                 f"or .pt2 file of a2fpn.export_model(...), got {got}."
             )
         if isinstance(model, ExportedDetector) and device is not None and torch.device(device).type != "cpu":
-            raise ConfigError(f"{model.path.name} is run on the CPU, got device={str(device)!r}; load the checkpoint.")
+            raise ConfigError(
+                f"{model.path.name} supports the CPU only, got device={str(device)!r}; load the checkpoint."
+            )
         if max_pixels is not None and max_pixels < 1:
             raise ConfigError(f"max_pixels must be at least 1 or None, got {max_pixels}.")
         self.options = PredictOptions.of(options)
@@ -251,7 +253,7 @@ class Predictor:
         if limit is not None and pixels > limit:
             slide.close()
             advice = "cut it into parts" if chosen.tile else "predict it in tiles, or raise max_pixels (--max-pixels)"
-            raise ImageError(f"{slide.name}: its {pixels} pixels are more than the limit of {limit}; {advice}.")
+            raise ImageError(f"{slide.name}: its {pixels} pixels exceed the limit of {limit}; {advice}.")
         return slide
 
     def _detect(
@@ -322,10 +324,10 @@ class Predictor:
         most = options.max_objects or self.model.rule.detections_per_image
         own = getattr(heads, "rpn_post_nms_top_n_test", 0) or getattr(heads, "candidates_per_level", 0)
         if count >= most:
-            yield f"there are {most} objects or more, of which no more are kept; raise max_objects (--max-objects)."
+            yield f"the limit of {most} objects is reached; raise max_objects (--max-objects)."
         elif options.max_objects is None and count * _CANDIDATES >= own:
             yield (
-                f"{count} objects were found among the {own} candidates that the model looks at; there may be more; "
+                f"{count} objects were found among the model's {own} candidates; there may be more; "
                 "give max_objects (--max-objects), which raises all limits."
             )
 
@@ -367,7 +369,7 @@ def _scale(options: PredictOptions, slide: Slide | None) -> float | None:
         return options.scale
     if slide is None or slide.microns_per_pixel is None:
         name = "an image in memory" if slide is None else slide.name
-        raise ConfigError(f"{name} doesn't say what its pixels measure; give scale in place of microns_per_pixel.")
+        raise ConfigError(f"{name} does not state its pixel size; give scale instead of microns_per_pixel.")
     return slide.microns_per_pixel / options.microns_per_pixel
 
 

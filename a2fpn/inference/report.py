@@ -36,7 +36,7 @@ def draw_report(report: DataReport, images: str | Path) -> Image.Image:
     from a2fpn.inference import Result
 
     if not report.examples:
-        raise ConfigError(f"{report.name}: no image to draw.")
+        raise ConfigError(f"{report.name}: no images to draw.")
     # As in the report, with escaped control characters.
     classes = [replace(count.category, name=repr(count.category.name)[1:-1]) for count in report.classes]
     categories = (*classes, *(replace(category, name=f"{category.name} (crowd)") for category in classes))

@@ -103,14 +103,14 @@ class Result:
         if isinstance(index, str):
             known = [category.name for category in self.categories]
             if index not in known:
-                raise ConfigError(f"The model knows no class {index!r}. {did_you_mean(index, known)}")
+                raise ConfigError(f"Unknown class {index!r}. {did_you_mean(index, known)}")
             return self._kept(np.flatnonzero(np.asarray(self.names) == index))
         chosen = index.cpu().numpy() if isinstance(index, Tensor) else index
         if not isinstance(chosen, slice):
             chosen = np.asarray(chosen, dtype=None if np.size(chosen) else np.int64)
             if chosen.dtype.kind not in "biu" or chosen.ndim > 1:
                 raise ConfigTypeError(
-                    f"Objects are chosen by a number, a slice, a class, a list of numbers or a mask, got {index!r}."
+                    f"Objects are selected by a number, a slice, a class, a list of numbers or a mask, got {index!r}."
                 )
         kept = np.arange(len(self))[chosen]
         return self._object(int(kept)) if np.ndim(kept) == 0 else self._kept(kept)
@@ -241,7 +241,7 @@ class Result:
         known = {category.id: label for label, category in enumerate(categories)}
         unknown = {record["category_id"] for record in records} - known.keys()
         if unknown:
-            raise ConfigError(f"category_id {min(unknown)} is none of the {len(categories)} classes' ids.")
+            raise ConfigError(f"Unknown category_id {min(unknown)}; expected an id of the {len(categories)} classes.")
         boxes = np.array([record["bbox"] for record in records], dtype=np.float64).reshape(-1, 4)
         points = [np.reshape(record["keypoints"], (-1, 3)) for record in records if "keypoints" in record]
         return cls(

@@ -25,11 +25,7 @@ def list_images(source: ImagePath) -> list[Path]:
     paths = sorted(path for path in found if path.suffix.lower() in SUFFIXES and not path.is_dir())
     if not paths:
         raise ConfigError(
-            (
-                f"No image fits {os.fspath(source)}"
-                if pattern
-                else f"No image lies in the folder {os.fspath(source)} itself"
-            )
+            (f"No image matches {os.fspath(source)}" if pattern else f"No images in the folder {os.fspath(source)}")
             + f"; expected names that end in {', '.join(SUFFIXES)}"
             + ("." if pattern else " (sub-folders are not searched).")
         )
@@ -54,10 +50,11 @@ def check_source(source: ImagePath) -> None:
     scheme = re.match(r"(https?|s3|gs|ftp|rtsp|data):", text, flags=re.IGNORECASE)
     if scheme:
         raise ImageError(
-            f"{text[:200]}: addresses are not read; download the image first (curl -LO ADDRESS) and give its path."
+            f"{text[:200]}: URLs are not supported; download the image first (curl -LO URL) and give its path."
         )
     if Path(text).suffix.lower() in _VIDEOS:
         raise ImageError(
-            f"{text}: videos are not read; write the frames to a folder (ffmpeg -i VIDEO frames/%06d.png) and give "
+            f"{text}: videos are not supported; write the frames to a folder (ffmpeg -i VIDEO frames/%06d.png) and "
+            "give "
             "that."
         )

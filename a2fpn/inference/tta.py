@@ -110,7 +110,7 @@ def detect_augmented(
         view = _resized(image, (height, width), interpolation)
         detection = detect(view.flip(flips))
         if "keypoints" in detection:
-            raise ConfigError("Test-time augmentation can't mirror keypoints; use a detector of boxes or masks.")
+            raise ConfigError("Test-time augmentation can't flip keypoints; use a detector of boxes or masks.")
         found.append(_moved_back(detection, flips, (height, width), (int(image.shape[1]), int(image.shape[2]))))
     fused = fuse(found, iou=augmentation.iou)
     kept = torch.where(fused["scores"] > rule.score_threshold)[0][: rule.detections_per_image]

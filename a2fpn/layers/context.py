@@ -91,7 +91,7 @@ class MGC(nn.Module):
         for n, c in zip(nodes, in_channels, strict=True):
             if not 1 <= n <= c:
                 raise ConfigError(
-                    f"{n} nodes on a level of {c} channels: between 1 and {c} are possible, since the entities are "
+                    f"{n} nodes on a level of {c} channels: expected 1 to {c}, since the entities are "
                     f"rows of length {c} and must be orthonormal. Lower nodes={list(nodes)}."
                 )
         self.attention: AttentionKind = attention

@@ -68,5 +68,5 @@ def resolve_layer(argument: Literal["norm_layer", "act_layer"], name: str) -> ty
     try:
         layer = (get_norm_layer if argument == "norm_layer" else get_act_layer)(name)
     except (KeyError, AssertionError, AttributeError) as error:
-        raise ConfigError(f"{argument}={name!r} is no layer that timm knows; try 'batchnorm2d' or 'relu'.") from error
+        raise ConfigError(f"{argument}={name!r} is not a layer known to timm; try 'batchnorm2d' or 'relu'.") from error
     return layer  # type: ignore[no-any-return]

@@ -275,7 +275,7 @@ def run_lengths(texts: Sequence[bytes]) -> tuple[NDArray[np.int64], NDArray[np.i
     negative = np.minimum.reduceat(values, firsts) < 0
     problems = {}
     for number in (damaged | negative).nonzero()[0].tolist():
-        problem = "are no compressed RLE" if damaged[number] else "hold a negative run length"
+        problem = "are not a compressed RLE" if damaged[number] else "hold a negative run length"
         problems[number] = f"the counts {shorten(texts[number])} {problem}"
     return values, firsts, problems
 

@@ -195,7 +195,7 @@ class _Polygons:
         for number in np.flatnonzero(~good).tolist():
             shown = shorten(points[bounds[number] : bounds[number + 1]].reshape(-1).tolist())
             faulty.setdefault(int(owners[number]), []).append(
-                f"a polygon has a coordinate that is no pixel position: {shown}"
+                f"a polygon has a coordinate that is not a valid pixel position: {shown}"
             )
         lengths = np.diff(bounds)
         return points[good.repeat(lengths)], np.concatenate([[0], lengths[good].cumsum()]), owners[good]

@@ -190,14 +190,14 @@ def read_checkpoint(directory: str | Path) -> Checkpoint:
             if held
             else ""
         )
-        raise CheckpointError(f"{str(directory)!r} is no checkpoint folder: it has no {CONFIG_FILE}.{advice}")
+        raise CheckpointError(f"{str(directory)!r} is not a checkpoint folder: it has no {CONFIG_FILE}.{advice}")
     if path.stat().st_size > CONFIG_LIMIT:
-        raise CheckpointError(f"{str(path)!r} has {path.stat().st_size} bytes, more than any configuration needs.")
+        raise CheckpointError(f"{str(path)!r} has {path.stat().st_size} bytes, too large for a configuration.")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     # Apart from invalid JSON: numbers with thousands of digits, and deep nesting.
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{str(path)!r} is no valid JSON: {error}.") from error
+        raise CheckpointError(f"{str(path)!r} is not valid JSON: {error}.") from error
     version = data.get("format_version") if isinstance(data, dict) else None
     if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise CheckpointError(
@@ -232,7 +232,7 @@ def _check_packages(data: Mapping[str, Any], where: str) -> None:
     if missing:
         names = ", ".join(missing)
         raise CheckpointError(
-            f"{where!r} needs {names}, which defines parts of the model: install it if need be and `import {names}` "
+            f"{where!r} needs {names}, which defines parts of the model: install it if necessary and `import {names}` "
             f"first, or give commands --import {missing[0]}."
         )
 
@@ -243,8 +243,8 @@ def missing_weights(where: str, files: Iterable[str]) -> str:
     if not pickles:
         return f"{where} has no {WEIGHTS_FILE}; only safetensors are loaded."
     return (
-        f"{where} has no {WEIGHTS_FILE} but {', '.join(pickles[:5])}: a pickle can run any code and is never loaded. "
-        "Turn the weights of another framework into a checkpoint with `a2fpn hub convert`."
+        f"{where} has no {WEIGHTS_FILE} but {', '.join(pickles[:5])}: pickles can run arbitrary code and are never "
+        "loaded. Convert weights of another framework with `a2fpn hub convert`."
     )
 
 
@@ -265,10 +265,7 @@ def check_weights(directory: str | Path, checkpoint: Checkpoint) -> Path:
 
 def wrong_weights(where: str, digest: str, expected: str) -> str:
     """Return the message for weights that do not match their ``config.json``."""
-    return (
-        f"{where} is damaged or not the file that belongs here: its sha256 is {digest}, "
-        f"{CONFIG_FILE} expects {expected}."
-    )
+    return f"{where} is damaged or was replaced: its sha256 is {digest}, {CONFIG_FILE} expects {expected}."
 
 
 def read_weights(directory: str | Path, checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -289,7 +286,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise CheckpointError(f"{str(path)!r} is no safetensors file: {error}.") from error
+        raise CheckpointError(f"{str(path)!r} is not a safetensors file: {error}.") from error
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -307,7 +304,7 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             for name, x in own.items()
             if name in state and state[name].shape != x.shape
         ],
-        "of another kind of number": [
+        "of another dtype": [
             f"{name} {_dtype(state[name])} instead of {_dtype(x)}"
             for name, x in own.items()
             if name in state and _kind(state[name]) != _kind(x)
@@ -315,7 +312,7 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     }
     found = [f"{len(names)} {kind}: {', '.join(names[:5])}" for kind, names in problems.items() if names]
     if found:
-        raise CheckpointError(f"The weights do not fit the model; tensors {'; '.join(found)}.")
+        raise CheckpointError(f"The weights do not match the model; tensors {'; '.join(found)}.")
     with torch.no_grad():
         for name, x in own.items():
             x.copy_(state[name])

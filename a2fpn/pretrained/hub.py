@@ -91,9 +91,12 @@ def _check_files(api: Client, repo: Repo, commit: str, names: Sequence[str]) -> 
     if WEIGHTS_FILE in names and WEIGHTS_FILE not in sizes:
         raise HubNotFoundError(missing_weights(location(repo), sizes))
     if CONFIG_FILE in names and CONFIG_FILE not in sizes:
-        raise HubNotFoundError(f"{location(repo)} is no checkpoint of a2fpn: it has no {CONFIG_FILE}.")
+        raise HubNotFoundError(f"{location(repo)} is not a checkpoint of a2fpn: it has no {CONFIG_FILE}.")
     if CONFIG_FILE in names and sizes[CONFIG_FILE] > CONFIG_LIMIT:
-        raise CheckpointError(f"{location(repo)} has a {CONFIG_FILE} of {sizes[CONFIG_FILE]} bytes; refused unread.")
+        raise CheckpointError(
+            f"{location(repo)} has a {CONFIG_FILE} of {sizes[CONFIG_FILE]} bytes, too large for a configuration; it "
+            "was not read."
+        )
 
 
 def _download(repo: Repo, name: str, commit: str, *, offline: bool, expected: str | None = None) -> Path:
@@ -126,9 +129,7 @@ def _download(repo: Repo, name: str, commit: str, *, offline: bool, expected: st
             break
         if not path.is_symlink():
             path.unlink()  # an existing copy would not be replaced
-    advice = (
-        "nothing can be downloaded now; load it once with a network" if offline else "downloading it again did not help"
-    )
+    advice = "downloads are off; load it once with network access" if offline else "downloading it again did not help"
     raise HubIntegrityError(
         f"{name} of {location(repo)} is damaged: its hash is {found}, it should be {wanted}; {advice}."
     )
@@ -166,15 +167,15 @@ def push_to_hub(
     """
     repo = Repo.parse(repo_id, token=token)
     if isinstance(model, (str, Path)) and metadata:
-        raise ConfigError("A checkpoint folder has its own metadata; metadata= goes with a detector.")
+        raise ConfigError("A checkpoint folder has its own metadata; metadata= is only for a detector.")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         if isinstance(model, (str, Path)):
             check_weights(model, read_checkpoint(model))
             if (Path(model) / CARD_FILE).is_symlink():
                 raise ConfigError(
-                    f"{CARD_FILE} of {str(model)!r} is a link; what it leads to would be published. Put the file "
-                    "itself there."
+                    f"{CARD_FILE} of {str(model)!r} is a symlink, whose target would be published. Replace it with "
+                    "the file itself."
                 )
             for name in (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE):
                 if (Path(model) / name).is_file():

@@ -61,7 +61,7 @@ class Repo:
         """
         repo_id, _, tagged = name.partition("@")
         if not is_repo_id(repo_id):
-            raise ConfigError(f"{name!r} is no repository of the Hub; expected 'org/name' or 'org/name@revision'.")
+            raise ConfigError(f"{name!r} is not a Hub repository; expected 'org/name' or 'org/name@revision'.")
         if tagged and revision and tagged != revision:
             raise ConfigError(f"{name!r} names a revision and so does revision={revision!r}; give one of them.")
         return cls(repo_id, tagged or revision, **options)
@@ -140,7 +140,7 @@ def offline_message(repo: Repo, missing: Sequence[str], cause: BaseException | N
     command += ["--cache-dir", str(repo.cache_dir)] if repo.cache_dir else []
     return (
         f"{' and '.join(missing)} of {location(repo)} {'are' if len(missing) > 1 else 'is'} not in the cache "
-        f"{_cache(repo)}, and {reason}. Where there is a network, run: {shlex.join(command)}"
+        f"{_cache(repo)}, and {reason}. With network access, run: {shlex.join(command)}"
     )
 
 
@@ -178,13 +178,15 @@ def _translated(error: Exception, repo: Repo, files: Sequence[str]) -> HubError:
     if isinstance(cause, errors.GatedRepoError):
         return HubAccessError(f"{where} is gated: ask for access at {constants.ENDPOINT}/{repo.id}, then {log_in}.")
     if isinstance(cause, errors.RepositoryNotFoundError):
-        return HubNotFoundError(f"{where} does not exist, or is private and not for this token: {log_in}.")
+        return HubNotFoundError(f"{where} does not exist, or is private and this token has no access: {log_in}.")
     if isinstance(cause, errors.RevisionNotFoundError):
         return HubNotFoundError(f"{repo.id!r} of {constants.ENDPOINT} has no revision {repo.revision!r}.")
     if isinstance(cause, errors.HfHubHTTPError):
         status = cause.response.status_code
         if status in (401, 403):
-            return HubAccessError(f"{where} is not for this token (the server answered {status}): {log_in}.")
+            return HubAccessError(
+                f"{where} is not accessible with this token (the server answered {status}): {log_in}."
+            )
         return HubServerError(f"{where}: the server answered {status} ({_detail(cause)}).")
     if isinstance(cause, OSError) and cause.errno in _CACHE_ERRORS:
         return HubCacheError(
@@ -194,7 +196,7 @@ def _translated(error: Exception, repo: Repo, files: Sequence[str]) -> HubError:
         if files:
             return HubOfflineError(offline_message(repo, files, cause))
         return HubOfflineError(f"Nothing was published to {where}: it cannot be reached ({_detail(cause)}).")
-    return HubServerError(f"{where}: the connection failed ({_detail(cause)}); nothing half-done was kept.")
+    return HubServerError(f"{where}: the connection failed ({_detail(cause)}); no partial files were kept.")
 
 
 _CACHE_ERRORS = {

@@ -108,8 +108,8 @@ def create_model(
     for argument, value in {"pretrained": pretrained, "pretrained_backbone": pretrained_backbone}.items():
         if not isinstance(value, bool):
             raise ConfigTypeError(
-                f"{argument} is True or False, got {value!r}. A checkpoint is loaded by from_pretrained(FOLDER), "
-                "weights of a backbone by backbone_weights=FILE."
+                f"{argument} must be True or False, got {value!r}. Load a checkpoint with from_pretrained(FOLDER), "
+                "weights of a backbone with backbone_weights=FILE."
             )
     check_name(name, overrides.get("backbone"))
     given = _prefixed(name, load=pretrained)
@@ -121,7 +121,7 @@ def create_model(
     if weights is not None and (pretrained or name == weights[0]):
         if pretrained_backbone and not pretrained:
             raise ConfigError(
-                f"{name!r} names trained weights. Pass pretrained=True to load them, or leave the tag out to start "
+                f"{name!r} names trained weights. Pass pretrained=True to load them, or omit the tag to start "
                 "from a pretrained backbone."
             )
         listed = read_pretrained(weights[1], load=pretrained)
@@ -167,7 +167,7 @@ def from_pretrained(
     """
     if not isinstance(source, str | os.PathLike):
         raise ConfigTypeError(
-            f"A checkpoint is a folder, a repository of the Hub or a name, got a {type(source).__name__}."
+            f"A checkpoint must be a folder, a repository of the Hub or a name, got a {type(source).__name__}."
         )
     options: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
     options["local_files_only"] = local_files_only
@@ -188,7 +188,7 @@ def from_pretrained(
         try:
             weights = _from_hub(Repo.parse(name, **options), load=True)
         except HubError as error:
-            raise type(error)(f"There is no folder {name!r} here, and: {error}") from error
+            raise type(error)(f"No local folder {name!r}, and: {error}") from error
     if weights is None:
         raise ConfigError(
             f"{name!r} is neither a checkpoint folder, nor a repository of the Hub ('org/name'), nor the name of "
@@ -232,7 +232,7 @@ _CONVERT = "convert it first: a2fpn hub convert FILE --from torchvision|detectro
 def _advice(name: str) -> str:
     """Advice for a name without pretrained weights."""
     if name.endswith((".pt", ".pth", ".pkl", ".ckpt", ".bin")):
-        return f"There is no such file; if there were, {_CONVERT}."
+        return f"File not found. For a weights file, {_CONVERT}."
     return advice_on_model(name) or did_you_mean(name, PRETRAINED)
 
 
@@ -269,8 +269,8 @@ def _from_hub(repo: Repo, *, load: bool, sha256: str | None = None) -> Weights:
     folder, checkpoint = download_checkpoint(repo, weights=load)
     if sha256 is not None and checkpoint.sha256 != sha256:
         raise HubIntegrityError(
-            f"{repo.id!r} at revision {repo.revision!r} is not what this version of a2fpn lists: its weights have the "
-            f"sha256 {checkpoint.sha256}, expected {sha256}."
+            f"{repo.id!r} at revision {repo.revision!r} does not match the catalog of this version of a2fpn: its "
+            f"weights have the sha256 {checkpoint.sha256}, expected {sha256}."
         )
     state = read_tensors(folder / WEIGHTS_FILE) if load else None
     return Weights(checkpoint.model, state, checkpoint.format_version, checkpoint.metadata)
@@ -315,8 +315,8 @@ def _(weights: GraftedWeights, *, load: bool, **options: Any) -> Weights:
     if tensors is None:
         return Weights(config, None)
     _logger.warning(
-        "The neck %s is grafted, not trained: it holds the weights of %s, set up to compute nearly the same, ready to "
-        "be fine-tuned. For the trained detector itself: create_model(%r, pretrained=True).",
+        "The neck %s is grafted, not trained: it is initialized from %s with nearly the same outputs, to be "
+        "fine-tuned. For the trained detector itself: create_model(%r, pretrained=True).",
         weights.neck,
         weights.base,
         weights.base,
@@ -339,7 +339,7 @@ def _assemble(
     except ConfigError as error:
         if overrides:  # which may have caused it
             raise
-        raise CheckpointError(f"The config of {where!r} describes no model that can be built: {error}") from error
+        raise CheckpointError(f"The config of {where!r} is not a valid model: {error}") from error
     if state is None:
         return model
     if version == 1:
@@ -350,7 +350,7 @@ def _assemble(
         renewed = [key for key in fresh if key.startswith(model.class_dependent) and key in state]
         state |= {key: fresh[key] for key in renewed}
         _logger.warning(
-            "num_classes %d -> %d: these tensors start anew: %s",
+            "num_classes %d -> %d: re-initialized tensors: %s",
             saved.num_classes,
             config.num_classes,
             ", ".join(renewed),

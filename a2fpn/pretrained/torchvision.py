@@ -111,11 +111,11 @@ def _download(wanted: Download, digest: str) -> None:
                 file.write(part)
                 bar.update(len(part))
         if length is not None and partial.stat().st_size != length:
-            raise ConnectionError(f"{partial.stat().st_size} of {length} bytes came")
+            raise ConnectionError(f"{partial.stat().st_size} of {length} bytes received")
         found = file_sha256(partial)
         if not found.startswith(digest):
             raise HubIntegrityError(
-                _cannot(wanted, f"what comes from there is another file (sha256 {found}, expected {digest}...)")
+                _cannot(wanted, f"the downloaded file has another hash (sha256 {found}, expected {digest}...)")
             )
 
 
@@ -142,6 +142,6 @@ def _explained(wanted: Download) -> Iterator[None]:
     except urllib.error.URLError as error:
         raise HubOfflineError(_cannot(wanted, f"it cannot be reached ({error.reason})")) from error
     except (http.client.HTTPException, ConnectionError, TimeoutError) as error:
-        raise HubServerError(_cannot(wanted, f"the connection broke ({type(error).__name__})")) from error
+        raise HubServerError(_cannot(wanted, f"the connection failed ({type(error).__name__})")) from error
     except OSError as error:
         raise HubCacheError(_cannot(wanted, error.strerror or str(error))) from error

@@ -116,7 +116,7 @@ def compare(
             f"Expected models, images and a count of at least 1, got {len(models)}, {len(images)}, {count}."
         )
     if pick == "worst" and coco is None:
-        raise ConfigError("Images can't be the worst without annotations: give them, or pick 'random' or 'disagree'.")
+        raise ConfigError("'worst' needs annotations: give them, or pick 'random' or 'disagree'.")
     if coco is not None:
         for name, predictor in models.items():
             _check_categories(name, predictor, coco)
@@ -167,8 +167,8 @@ def _check_categories(name: str, predictor: Predictor, coco: CocoFile) -> None:
     shared = [category for category in coco.categories if category.id in names]
     wrong = [category for category in shared if names[category.id].casefold() != category.name.casefold()]
     if wrong or not shared:
-        first = f"{wrong[0].id} is {names[wrong[0].id]!r} and {wrong[0].name!r}" if wrong else "none is shared"
-        raise ConfigError(f"{name} has other classes than {coco.name}: of the ids {first}.")
+        first = f"id {wrong[0].id} is {names[wrong[0].id]!r} and {wrong[0].name!r}" if wrong else "no id is shared"
+        raise ConfigError(f"The categories of {name} and {coco.name} differ: {first}.")
 
 
 def _image_ids(images: Sequence[Path], coco: CocoFile, folder: Path | None) -> list[int]:
@@ -225,7 +225,7 @@ def _pick(
             f"{', the mean of the models' if len(names) > 1 else ''}. {_overall(quality)}"
         )
     if len(names) < 2:
-        raise ConfigError("One model can't disagree with itself: give two or more, or pick 'random' or 'worst'.")
+        raise ConfigError("'disagree' needs two models or more: give another, or pick 'random' or 'worst'.")
     first, last = names[0], names[-1]
     if quality is None:
         agreement = {

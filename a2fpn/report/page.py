@@ -126,10 +126,10 @@ def write_report(
         ValueError: If a detection can't be evaluated.
     """
     if len(runs) not in (1, 2):
-        raise ConfigError(f"A report is about one model or two, got {len(runs)}.")
+        raise ConfigError(f"A report supports one or two models, got {len(runs)}.")
     coco = read_coco(ground_truth)
     if not coco.images:
-        raise ConfigError(f"{coco.name} has no image to report on.")
+        raise ConfigError(f"{coco.name} has no images to report on.")
     masks = coco.has_masks and all("segmentation" in d for run in runs for d in run.detections)
     kinds = list(iou_types or (["bbox", "segm"] if masks else ["bbox"]))
     measured = metrics or [

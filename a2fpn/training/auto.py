@@ -151,7 +151,7 @@ def choose(data: DataSection, *, given: Collection[str] = (), machine: Machine |
 
 
 def _model(look: Look, machine: Machine, given: Collection[str]) -> Iterator[Choice]:
-    detector, why = "fasterrcnn", "the objects have boxes alone"
+    detector, why = "fasterrcnn", "the objects have boxes only"
     if look.coco.num_keypoints:
         detector, why = "keypointrcnn", "the objects have keypoints"
     elif look.coco.has_masks:
@@ -159,21 +159,21 @@ def _model(look: Look, machine: Machine, given: Collection[str]) -> Iterator[Cho
     own = "model.name" in given or "model.backbone_weights" in given
     if machine is GPU and not own:
         yield Choice("model.name", f"{detector}_a2fpn_r50", f"{why}; a GPU trains a ResNet-50 in minutes")
-        yield Choice("model.pretrained", True, "COCO's weights are nearer to any photo than ImageNet's")
+        yield Choice("model.pretrained", True, "COCO weights transfer better to photos than ImageNet's")
     else:
-        yield Choice("model.name", f"{detector}_fpn_lite0", f"{why}; the smallest backbone and neck there are")
+        yield Choice("model.name", f"{detector}_fpn_lite0", f"{why}; the smallest backbone and neck")
         if "model.backbone_weights" not in given:
-            yield Choice("model.pretrained_backbone", True, "a backbone that starts at random needs many more images")
+            yield Choice("model.pretrained_backbone", True, "training a backbone from scratch needs many more images")
     few = len(look.counts) < _FEW
     if few:
-        reason = f"{len(look.counts)} images are too few to teach the backbone's first stages anything"
+        reason = f"{len(look.counts)} images are too few to fine-tune the backbone's first stages"
         yield Choice("model.overrides.trainable_layers", 2, reason)
     rare = min(look.shares, key=lambda name: look.shares[name])
     if look.shares[rare] < _RARE:
-        reason = f"{rare} is on {look.shares[rare]:.1%} of the images: those of rare classes are seen more often"
+        reason = f"{rare} is on {look.shares[rare]:.1%} of the images: images of rare classes are oversampled"
         yield Choice("data.repeat_threshold", _RARE, reason)
     strength = 0.4 if few else 0.2
-    yield Choice("data.transforms.color_jitter", strength, "few images vary less than others will" if few else "usual")
+    yield Choice("data.transforms.color_jitter", strength, "few images vary too little" if few else "usual")
 
 
 def _sizes(look: Look, machine: Machine) -> Iterator[Choice]:
@@ -192,22 +192,22 @@ def _sizes(look: Look, machine: Machine) -> Iterator[Choice]:
     if high < _ONE_SIZE * low:
         kind, reason = "shortest_edge", "the images have about one size"
     elif absolute <= relative:
-        kind, reason = "at_least", f"{vary}: large images show more at the same scale, and stay as large"
+        kind, reason = "at_least", f"{vary}: large images show more at the same scale, and keep their size"
         max_size = max(max_size, min(2 * machine.short_side, 32 * math.ceil(float(look.longs.max()) / 32)))
     else:
         kind, reason = "shortest_edge", f"{vary}: large images show the same at a larger scale"
     yield Choice("model.overrides.resize", kind, reason)
-    reason = f"a quarter of the objects is below {quartile:.0f} pixels on images of {short:.0f}, and should be "
+    reason = f"a quarter of the objects is below {quartile:.0f} pixels on images of {short:.0f}; target: "
     reason += f"{4 * _CELLS}"
     if factor > wanted:
-        reason += "; smaller images would take less time, but show less"
+        reason += "; smaller images would take less time, but lose detail"
     elif factor < 0.9 * wanted:
-        limit = "three times the image's size" if factor == _ENLARGED else f"what {machine.name} does in time"
+        limit = "three times the image's size" if factor == _ENLARGED else f"what {machine.name} can train in time"
         reason += f"; this is {limit}"
     yield Choice("model.overrides.min_size", min_size, reason)
-    yield Choice("model.overrides.max_size", max_size, "room for the long sides of images at that size")
+    yield Choice("model.overrides.max_size", max_size, "fits the long sides of images at that size")
     if max_size > machine.crop:
-        reason = f"training on parts of {machine.crop} pixels takes the same time however large images are"
+        reason = f"training on crops of {machine.crop} pixels takes the same time however large images are"
         yield Choice("data.transforms.crop_size", machine.crop, reason)
 
     if kind == "shortest_edge":
@@ -218,10 +218,10 @@ def _sizes(look: Look, machine: Machine) -> Iterator[Choice]:
     usual, more = (max(_fit(shown, base, ratios) for base in _BASES) for ratios in _RATIOS)
     wide = more[0] > usual[0] + _GAIN
     share, _, base = more if wide else usual
-    reason = f"they have about the shape of {share:.0%} of the objects (IoU 0.5), others of fewer"
+    reason = f"they match {share:.0%} of the objects (IoU 0.5), other sizes fewer"
     yield Choice("model.overrides.anchor_sizes", _anchors(base), reason)
     if wide:
-        reason = f"the usual three have that of {usual[0]:.0%} at best: objects are long and narrow"
+        reason = f"the usual three match {usual[0]:.0%} at best: objects are long and narrow"
         yield Choice("model.overrides.anchor_ratios", list(_RATIOS[1]), reason)
 
 
@@ -239,7 +239,7 @@ def _objects(look: Look, machine: Machine) -> Iterator[Choice]:
     """Choose the limits of objects and proposals."""
     most, median = int(look.counts.max()), float(np.median(look.counts))
     detections = max(100, 100 * math.ceil(1.5 * most / 100))
-    reason = f"an image holds up to {most} objects, half as many again are let through"
+    reason = f"an image holds up to {most} objects, 1.5 times as many are kept"
     yield Choice("model.overrides.detections_per_image", detections, reason)
     yield Choice("run.max_detections", detections, "the evaluation counts as many")
     proposals = min(2000, max(machine.proposals, 4 * detections))
@@ -263,7 +263,7 @@ def _length(look: Look, machine: Machine) -> Iterator[Choice]:
         f"{images:,} images are seen {_EVALUATIONS * each} times in {steps:,} steps, evaluated {_EVALUATIONS} times"
     )
     yield Choice("run.epochs", _EVALUATIONS, reason)
-    yield Choice("data.passes", each, "an epoch is so many passes")
+    yield Choice("data.passes", each, "passes over the data per epoch")
     yield Choice("optim.warmup_steps", min(200, max(20, steps // 20)), "a twentieth of the run, within 20 to 200 steps")
     if machine is GPU:
         yield Choice("run.mixed_precision", "bf16", "a GPU is twice as fast in it, without loss of accuracy")

@@ -28,10 +28,10 @@ _FROM_WEIGHTS = "model.name=local-dir:{folder} model.pretrained=true run.output=
 
 REFUSED = {
     "model.name": _ANOTHER_MODEL,
-    "model.pretrained": "A run goes on from its own weights. Set it back, or start another run in another run.output",
-    "model.pretrained_backbone": "A run goes on from its own weights. Set it back, or start another run in another "
+    "model.pretrained": "A resumed run uses its own weights. Set it back, or start another run in another run.output",
+    "model.pretrained_backbone": "A resumed run uses its own weights. Set it back, or start another run in another "
     "run.output",
-    "model.backbone_weights": "A run goes on from its own weights. Name a file of the same content, or start another "
+    "model.backbone_weights": "A resumed run uses its own weights. Name a file of the same content, or start another "
     "run in another run.output",
     "model.overrides": _ANOTHER_MODEL,
     "optim.name": f"Set it back, or start another run from these weights: {_FROM_WEIGHTS}",
@@ -149,8 +149,8 @@ def check_model(source: Generation, model: ModelConfig) -> None:
         classes = [", ".join(f"{c.name} ({c.id})" for c in config.categories) for config in (before, model)]
         raise ConfigError(
             f"The classes of the training set were {classes[0]} in {source.folder} and are {classes[1]} now. Set "
-            "data.train_annotations back, or start another run from these weights, in which what depends on the "
-            f"classes starts anew: {_FROM_WEIGHTS.format(folder=source.folder)}."
+            "data.train_annotations back, or start another run from these weights, which re-initializes the layers "
+            f"that depend on the classes: {_FROM_WEIGHTS.format(folder=source.folder)}."
         )
     old, new = flat(to_dict(before)), flat(to_dict(model))
     changed = [

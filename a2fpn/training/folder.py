@@ -145,7 +145,9 @@ class RunFolder:
             except OldFormatError:
                 raise
             except CheckpointError as error:
-                raise CheckpointError(f"{error} run.resume=auto goes on from the newest whole checkpoint.") from error
+                raise CheckpointError(
+                    f"{error} run.resume=auto continues from the newest intact checkpoint."
+                ) from error
         whole, damaged = (self._whole, self._damaged) if start == own else read_generations(start)
         self.notes += damaged.values()
         self.notes += [
@@ -157,10 +159,10 @@ class RunFolder:
             source = newest(whole, damaged)
             if damaged:
                 place = f"{source.folder.name} (step {source.state.step})"
-                self.notes.append(f"Going on from {place}, the newest whole checkpoint.")
+                self.notes.append(f"Continuing from {place}, the newest intact checkpoint.")
             return source
         if damaged:
-            raise CheckpointError(f"No checkpoint of {start} is whole: {' '.join(damaged.values())} {START_ANEW}")
+            raise CheckpointError(f"No checkpoint of {start} is intact: {' '.join(damaged.values())} {START_ANEW}")
         if resume != "auto":
             raise MissingFileError(f"run.resume: no training state in {start}; start without run.resume.")
         self._refuse(METRICS_FILE, or_else="remove it, as its checkpoints are")
@@ -255,7 +257,8 @@ class RunFolder:
         remove(self.output / f"last{FAILED}")
         aside = self._set_aside("last", FAILED)
         return (
-            f"{found}, from which run.resume=auto goes on; the one of step {step} holds the weights that failed and is "
+            f"{found}, from which run.resume=auto continues; the one of step {step} holds the weights that failed and "
+            "is "
             f"kept as {aside.name}."
         )
 
@@ -338,7 +341,9 @@ class RunFolder:
             for name in NAMES:
                 remove(self._hidden(name, "partial"))
             kept = [name for name in NAMES if (self.output / name).exists()]
-            untouched = f"{', '.join(kept)} untouched; run.resume=auto goes on from there" if kept else "none before it"
+            untouched = (
+                f"{', '.join(kept)} untouched; run.resume=auto continues from there" if kept else "none before it"
+            )
             raise CheckpointWriteError(
                 f"cannot write a checkpoint to {self.output}: {' '.join(str(error).split())} "
                 f"({shutil.disk_usage(self.output).free / 2**20:.0f} MiB free); {untouched}."

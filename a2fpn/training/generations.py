@@ -201,9 +201,9 @@ def _read_record(path: Path) -> Record:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # intact, as its hash shows, but not written by this package
-        raise CheckpointError(f"{path} is no JSON: {error}.") from error
+        raise CheckpointError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(document, dict):
-        raise CheckpointError(f"{path} holds no record of a run, but a {type(document).__name__}.")
+        raise CheckpointError(f"{path} is not the record of a run, but a {type(document).__name__}.")
     version = document.get("format")
     if version != FORMAT:
         raise CheckpointError(

@@ -60,8 +60,8 @@ def check_before_saving(
         tensors = {**others, **weights}
         names = [name for name, x in tensors.items() if not float(total_norm([x])) < float("inf")]
         raise DivergedError(
-            f"The weights after step {step} are not saved: {len(names)} tensors hold NaN, infinity or what is about as "
-            f"large: {', '.join(names[:3])}."
+            f"The weights after step {step} are not saved: {len(names)} tensors hold NaN, infinity or values whose "
+            f"norm overflows: {', '.join(names[:3])}."
         )
     if before and norm > MOST_GROWTH * before:
         raise DivergedError(

@@ -147,9 +147,9 @@ class Keeper:
         if images not in (0, images_per_step):
             self.notes.append(f"Images per step: {images} -> {images_per_step}.")
         if source and abs(state.share - share) > 1e-9:
-            self.notes.append(f"{share:.1%} of the run were done; by its present settings these are {state.share:.1%}.")
+            self.notes.append(f"{share:.1%} of the run were done; with the current settings this is {state.share:.1%}.")
         if steps not in (0, state.steps_in_epoch):
-            self.notes.append("In the running epoch some images are seen twice or not at all, as its steps are others.")
+            self.notes.append("The steps per epoch changed: some images of this epoch are seen twice or not at all.")
         state.norm = state.norm or float(total_norm(parts.model.state_dict().values()))
         parts.losses.restore(state.sums)
         self.state = on_main(self._accelerator, partial(self._settle, state))
@@ -162,7 +162,7 @@ class Keeper:
         self._folder.settle(state)
         judges = judged_by(self._config, self._datasets[1], self._parts.metrics[0])
         if state.judged_by not in ("", judges) and state.best is not None:
-            self.notes.append("What is evaluated, or how, has changed: the best checkpoint is looked for anew.")
+            self.notes.append("The evaluation data or settings changed: the best checkpoint is reset.")
             self._folder.forget_best(state)
         state.judged_by = judges
         self._folder.write_config(self._config)

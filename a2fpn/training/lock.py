@@ -130,7 +130,7 @@ class RunLock:
         """
         before = _read(file)
         logger.info(
-            "%s was last written to by %s; waiting up to %.0f s to see whether it lives.",
+            "%s was last written to by %s; waiting up to %.0f s to check whether it is still running.",
             self._folder,
             _named(before),
             beat * PATIENCE,

@@ -49,7 +49,7 @@ def check_trackers(names: Sequence[str]) -> None:
         if name not in LOGGER_TYPE_TO_CLASS:
             raise ConfigError(f"run.trackers: unknown tracker {name!r}. {did_you_mean(name, LOGGER_TYPE_TO_CLASS)}")
         if name not in installed:
-            raise ConfigError(f"run.trackers: {name} is not installed; install it, or leave it out of run.trackers.")
+            raise ConfigError(f"run.trackers: {name} is not installed; install it, or remove it from run.trackers.")
 
 
 def on_main(accelerator: Accelerator, call: Callable[[], T]) -> T:

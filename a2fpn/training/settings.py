@@ -49,7 +49,7 @@ def load_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{where}: no YAML: {error}") from None
+        raise ConfigError(f"{where}: invalid YAML: {error}") from None
 
 
 def dump_yaml(value: Any) -> str:
@@ -173,7 +173,7 @@ def read_file(path: Path) -> dict[str, Any]:
     try:
         settings = migrate_keys(load_yaml(path.read_text(encoding="utf-8"), str(path)))
     except UnicodeDecodeError:
-        raise ConfigError(f"{path}: no text in UTF-8.") from None
+        raise ConfigError(f"{path}: not UTF-8 text.") from None
     if not isinstance(settings or {}, dict):
         raise ConfigTypeError(f"{path}: expected settings by section, got {settings!r}.")
     for name in flat(settings or {}):
@@ -191,7 +191,7 @@ def read_arguments(arguments: Iterable[str]) -> Iterator[tuple[str, Any]]:
     for argument in remaining:
         name, equals, text = argument.removeprefix("--").partition("=")
         if not equals and not argument.startswith("--"):
-            raise ConfigError(f"unexpected argument {argument!r}; settings read section.key=value.")
+            raise ConfigError(f"unexpected argument {argument!r}; expected section.key=value.")
         type_of(name)
         if not equals:
             text = next(remaining, "--")

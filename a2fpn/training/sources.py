@@ -39,7 +39,7 @@ def open_training_set(data: DataSection) -> TrainingSet:
     """
     stream = data.stream
     if stream.shards and stream.dataset:
-        raise ConfigError("data.stream.shards and data.stream.dataset exclude each other.")
+        raise ConfigError("data.stream.shards and data.stream.dataset are mutually exclusive.")
     if not stream.shards and not stream.dataset:
         return _folder(data, data.train_images, data.train_annotations, data.train_semantic)
     folder_only = {"group_by_aspect": data.group_by_aspect, "repeat_threshold": data.repeat_threshold}
@@ -177,12 +177,14 @@ def log_odd_plans(config: TrainConfig, model: Any, datasets: Sequence[TrainingSe
     for dataset in datasets:
         masked, objects = dataset.coco.count_masks() if isinstance(dataset, CocoDataset) else (0, 0)
         if "masks" in model.target_keys and masked < objects:
-            logger.warning("%s: %d of %d objects have masks; the others count as boxes", dataset.name, masked, objects)
+            logger.warning(
+                "%s: %d of %d objects have masks; the others are used for boxes only", dataset.name, masked, objects
+            )
     names, transforms = datasets[0].keypoint_names, config.data.transforms
     flips = transforms.horizontal_flip or transforms.vertical_flip
     if "keypoints" in model.target_keys and flips and mirrored_keypoints(names) is None:
         logger.warning(
-            "Images are not flipped: the names of the keypoints, %s, don't tell left from right. Name them in pairs, "
+            "Images are not flipped: the keypoint names, %s, do not distinguish left from right. Name them in pairs, "
             "such as left_eye and right_eye, in the categories' keypoints",
             ", ".join(names) or "which are missing",
         )

@@ -297,11 +297,11 @@ class Trainer:
         self._skipped_in_a_row += 1
         if self.config.run.nonfinite == "stop" or self._skipped_in_a_row > MOST_SKIPPED:
             raise NonFiniteLossError(
-                f"{problem} Look at their annotations, lower optim.lr, set optim.clip_norm, or leave such steps out by "
+                f"{problem} Look at their annotations, lower optim.lr, set optim.clip_norm, or skip such steps with "
                 f"run.nonfinite=skip. {self.keeper.last_good()}"
             )
         self.state.skipped_steps += 1
-        logger.warning("%s The step is left out.", problem)
+        logger.warning("%s The step is skipped.", problem)
 
     def _evaluate(self, signals: Signals) -> dict[str, Any]:
         """Evaluate on all processes; return the metrics on the main one, else nothing.

@@ -33,7 +33,7 @@ def write_labels(result: Result, path: Path) -> None:
     except ModuleNotFoundError as error:
         raise ConfigError('Label images are written by tifffile: pip install "a2fpn[slides]".') from error
     if result.rles is None and len(result):
-        raise ConfigError("A label image needs masks, and this model finds boxes alone.")
+        raise ConfigError("A label image needs masks, and this model predicts boxes only.")
     dtype = np.dtype(np.uint16 if len(result) <= _MOST_16 else np.uint32)
     scale = result.microns_per_pixel
     with replaced_file(path) as partial:

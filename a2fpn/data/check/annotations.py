@@ -22,18 +22,18 @@ _LEAST_FILL = 0.01  # minimum share of its box for the area of an object without
 _FAULTS: dict[str, tuple[Severity, str, str]] = {
     "bad-ids": (
         "warning",
-        "An image_id or category_id that is no whole number",
-        "Write image_id and category_id as whole numbers, not as text.",
+        "An image_id or category_id that is not an integer",
+        "Write image_id and category_id as integers, not as strings.",
     ),
     "unknown-image": (
         "warning",
         "An image_id that the file doesn't list",
-        "List the image, or remove what belonged to it.",
+        "Add the image, or remove its annotations.",
     ),
     "unknown-category": (
         "warning",
         "A category_id that the file doesn't list",
-        "List the category; without a name it can't be learned.",
+        "Add the category with its name.",
     ),
     "bad-box": (
         "warning",
@@ -44,11 +44,11 @@ _FAULTS: dict[str, tuple[Severity, str, str]] = {
     "box-outside": (
         "warning",
         "A box outside its image",
-        "Compare with the size of the image: was it cropped, resized or turned after annotating?",
+        "Compare with the size of the image: was it cropped, resized or rotated after annotating?",
     ),
     "box-from-mask": (
         "note",
-        "No box, or one that holds nothing,",
+        "No box, or an empty one,",
         "It is computed from the mask; --fix writes it into the file.",
     ),
     "bad-keypoints": (
@@ -59,7 +59,7 @@ _FAULTS: dict[str, tuple[Severity, str, str]] = {
     "no-segmentation": (
         "warning",
         "No segmentation",
-        "They train and measure boxes, and masks where there are masks. Give them masks if they should.",
+        "They are used for boxes only, in training and evaluation. Add masks if needed.",
     ),
     "bad-polygon": (
         "warning",
@@ -77,12 +77,12 @@ _FAULTS: dict[str, tuple[Severity, str, str]] = {
         "The run lengths must fill the image, and size be [height, width]; was the image resized?",
     ),
     "empty-mask": ("warning", "A mask without area", "Remove them, or draw them again."),
-    "bad-iscrowd": ("warning", "An iscrowd that is neither yes nor no", "Write 0 or 1; they count as objects."),
+    "bad-iscrowd": ("warning", "An iscrowd that is neither 0 nor 1", "Write 0 or 1; they count as objects."),
 }
 """Severity, statement and advice for each of the reader's faults."""
 
 _LOST: dict[Outcome, str] = {
-    "left out": " The reader leaves them out.",
+    "left out": " The reader skips them.",
     "without mask": " The reader keeps the boxes without a mask.",
     "without a part": " The reader keeps the other parts.",
     "without keypoints": " The reader keeps the objects without keypoints.",
@@ -117,13 +117,13 @@ def id_problems(table: AnnotationTable) -> Iterator[Problem]:
         np.array([good and test(value) for value, good in zip(ids, whole, strict=True)], dtype=np.bool_)
         for test in (lambda value: value == 0, lambda value: uses[value] > 1)
     )
-    advice = "Nothing here depends on it, but pycocotools takes an object that matches id 0 for missed; count from 1."
+    advice = "a2fpn does not use it, but pycocotools counts an object matched to id 0 as missed; start at 1."
     yield Problem("note", "annotation-id-zero", zero, "The id 0", advice)
-    advice = "Nothing here depends on ids, but pycocotools keeps one annotation of each; look for a file merged twice."
-    yield Problem("warning", "duplicate-annotation-id", duplicate, "An id that others have too", advice)
+    advice = "a2fpn does not use ids, but pycocotools keeps one annotation per id; was a file merged twice?"
+    yield Problem("warning", "duplicate-annotation-id", duplicate, "A duplicate id", advice)
     missing = ~np.array(whole, dtype=np.bool_)
-    advice = "Nothing here depends on it, but pycocotools needs whole-number ids."
-    yield Problem("note", "no-annotation-id", missing, "No whole-number id", advice)
+    advice = "a2fpn does not use it, but pycocotools needs integer ids."
+    yield Problem("note", "no-annotation-id", missing, "No integer id", advice)
 
 
 def box_problems(table: AnnotationTable) -> Iterator[Problem]:
@@ -132,8 +132,8 @@ def box_problems(table: AnnotationTable) -> Iterator[Problem]:
         "note",
         "box-over-edge",
         over_edge(table),
-        "A box that reaches over the edge of its image",
-        "It is cut off there.",
+        "A box that extends beyond its image",
+        "It is clipped to the image.",
     )
     advice = "Compute the boxes from the masks; were the masks made for another version of the images?"
     yield Problem("warning", "mask-box-mismatch", apart(table), "A mask that doesn't fill its box", advice)
@@ -159,10 +159,10 @@ def apart(table: AnnotationTable) -> Rows:
 def area_problems(table: AnnotationTable) -> Iterator[Problem]:
     """Yield problems of areas, with which evaluation would misjudge the size of objects or drop them."""
     stated = np.array([given(raw.get("area")) for raw in table.entries], dtype=np.bool_)
-    advice = "It decides what counts as small or large; here it is computed, other tools take it. --fix writes it."
+    advice = "It decides which objects are small or large; a2fpn computes it, other tools read it. --fix writes it."
     bad = stated & ~((table.area > 0) & np.isfinite(table.area))
     yield Problem("warning", "bad-area", bad, "An area that is not above 0", advice)
-    advice = "It decides what counts as small or large, and how near keypoints must be. Compute it; --fix does."
+    advice = "It decides which objects are small or large, and scales OKS. Compute it; --fix does."
     statement = "An area that the mask or the box contradicts"
     yield Problem("warning", "area-mismatch", contradicted_areas(table), statement, advice)
 
@@ -188,8 +188,8 @@ def box_format(table: AnnotationTable) -> Iterator[Finding]:
     over = any_column(low + last > limits + _EDGE).mean()
     corners = ((last > low) & (last <= limits + _EDGE)).all(1).mean()
     if over > 1 / 3 and corners > 0.99:
-        message = f"{over:.0%} of the boxes reach over the edge, but all fit if they are read as [x0, y0, x1, y1]."
+        message = f"{over:.0%} of the boxes extend beyond the image, but all fit if they are read as [x0, y0, x1, y1]."
         yield Finding("error", "box-corners", message, "A bbox is [x, y, width, height]: convert them.", len(box))
     if ((box >= 0) & (box <= 1)).all() and (limits > 8).all():
-        message = f"All {count_of(len(box), 'box')} lie between 0 and 1: they seem to be shares of the image's sides."
+        message = f"All {count_of(len(box), 'box')} lie between 0 and 1: they seem to be relative to the image size."
         yield Finding("error", "box-shares", message, "Multiply them by width and height.", len(box), fatal=True)

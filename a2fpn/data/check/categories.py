@@ -18,7 +18,9 @@ def compare_with_model(model: Mapping[int, str], file: CocoDocument, table: Anno
     unseen = model.keys() - file.categories.keys()
     if unseen and len(unseen) < len(model):
         message = f"{count_of(len(unseen), 'class')} of the model not in {file.name}: {named(model, unseen)}."
-        yield Finding("note", "class-not-in-data", message, "On this data they can only be false alarms.", len(unseen))
+        yield Finding(
+            "note", "class-not-in-data", message, "On this data they can only be false positives.", len(unseen)
+        )
 
 
 def compare_with_other(
@@ -48,7 +50,7 @@ def _compare(
     """Check that the categories of ``target`` are among those of ``source``, under the same names."""
     advice = "Give both the same ids and names."
     if source == "the model":
-        advice += " To train on other classes anew, check against the architecture without its weights' tag."
+        advice += " To train on other classes, check against the architecture without its weights' tag."
     others = {key: name for key, name in categories.items() if known.get(key, name).casefold() != name.casefold()}
     if others and known:
         pairs = (f"{key} is {known[key]!r} for {source} and {others[key]!r} in {target}" for key in others)

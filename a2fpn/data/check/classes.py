@@ -28,16 +28,16 @@ def use_findings(
     """Report usable training data: objects, crowds, unused classes and images without objects."""
     total, crowds = count_of(len(table), "annotation"), int((usable & table.crowd).sum())
     if not len(table):
-        yield Finding(
-            "error", "no-annotations", f"{file.name} has no annotation.", "Look at the export.", 0, fatal=True
-        )
+        yield Finding("error", "no-annotations", f"{file.name} has no annotation.", "Check the export.", 0, fatal=True)
         return
     if not usable.any():
         reasons = ", ".join(f"{fault.code}: {fault.rows.sum():,}" for fault in left_out)
         message = f"None of {total} can be used ({reasons})."
         yield Finding("error", "no-usable-objects", message, "See these findings.", len(table), fatal=True)
         return
-    learn = "Crowds teach nothing. Where each is one object, as in exports that mark every RLE, set iscrowd to 0."
+    learn = (
+        "Crowds are ignored in training. Where each is one object, as in exports that mark every RLE, set iscrowd to 0."
+    )
     if crowds == usable.sum():
         message = f"Every one of the {count_of(crowds, 'usable object')} is a crowd (iscrowd = 1)."
         yield Finding("error", "all-crowd", message, learn, crowds, fatal=True)
@@ -65,7 +65,7 @@ def use_findings(
     if images:
         message = f"No annotation in {len(images):,} of {count_of(len(file.images), 'image')}: "
         message += f"{few((entry.id for entry in images), len(images))}."
-        advice = "They are trained on as background; leave out those that nobody annotated."
+        advice = "They are trained on as background; remove those that nobody annotated."
         pictured = tuple(entry.id for entry in images[:PICTURED])
         yield Finding("note", "image-without-annotation", message, advice, len(images), pictured)
 

@@ -42,37 +42,37 @@ def file_findings(root: Path, images: Sequence[CocoImage], track: Track, *, deco
 
 
 _FILES: Mapping[str, tuple[Severity, str, str]] = {
-    "missing-file": ("error", "No file", "Look at the folder and at the spelling of the names."),
+    "missing-file": ("error", "No file", "Check the folder and the spelling of the names."),
     "outside-folder": (
         "error",
-        "A path that leads out of the image folder",
-        "It is not read: move the images into the folder, or name a folder above; --fix writes paths inside it.",
+        "A path outside the image folder",
+        "It is not read: move the images into the folder, or use a parent folder; --fix writes paths inside it.",
     ),
     "too-large": (
         "error",
         f"More than {MAX_PIXELS:,} pixels",
-        "Training leaves them out: cut them into tiles. Prediction takes them with --tile and --max-pixels.",
+        "Training skips them: cut them into tiles. Prediction reads them with --tile and --max-pixels.",
     ),
-    "unreadable-file": ("error", "A file that is no readable image", "Fetch the file again, or convert it to PNG."),
+    "unreadable-file": ("error", "A file that is not a readable image", "Fetch the file again, or convert it to PNG."),
     "size-mismatch": (
         "error",
-        "Another size than the JSON says",
-        "The boxes fit another version of the image: bring back that, or scale the annotations.",
+        "A size that differs from the JSON",
+        "The boxes belong to another version of the image: restore it, or scale the annotations.",
     ),
     "exif-turned": (
         "note",
-        "A stored picture that its EXIF tag turns to the size in the JSON",
-        "The reader turns such pictures; other tools may not.",
+        "An EXIF tag that rotates the image to the size in the JSON",
+        "The reader applies the tag; other tools may not.",
     ),
     "exif-ignored": (
         "error",
-        "An EXIF tag that turns the picture away from the size in the JSON",
+        "An EXIF tag that rotates the image away from the size in the JSON",
         "Remove the tag (`exiftool -Orientation= FILE`) if the boxes fit the pixels as stored.",
     ),
     "exif-ambiguous": (
         "warning",
-        "An EXIF tag that turns or mirrors the picture without changing its size",
-        "The reader obeys the tag. If boxes lie wrong (see a plot), remove it from the files.",
+        "An EXIF tag that rotates or flips the image without changing its size",
+        "The reader applies the tag. If boxes are misplaced (see a plot), remove it from the files.",
     ),
 }
 """Severity, statement and advice for the keys of :func:`_inspect`."""

@@ -184,7 +184,7 @@ class _Fixes:
     def _ids(self, raw: Mapping[str, Any]) -> Iterator[tuple[str, str, object, str]]:
         annotation_id = raw.get("id")
         if not is_whole(annotation_id) or annotation_id == 0:
-            yield "id", "id", next(self.fresh), "no whole number above 0"
+            yield "id", "id", next(self.fresh), "not an integer above 0"
         elif annotation_id in self.seen:
             yield "id", "id", next(self.fresh), "another annotation has it"
         else:
@@ -195,7 +195,7 @@ class _Fixes:
         crowd = raw.get("iscrowd")
         if "iscrowd" in raw and not (type(crowd) is int and crowd in (0, 1)):
             odd = bool(table.odd_crowd[row])
-            yield "iscrowd", "iscrowd", int(table.crowd[row]), "neither yes nor no" if odd else "0 or 1"
+            yield "iscrowd", "iscrowd", int(table.crowd[row]), "neither 0 nor 1" if odd else "0 or 1"
         if row in table.broken:
             error = table.segmentations.errors.get(table.broken[row], "no pixel inside the image")
             yield "mask", "segmentation", [], error
@@ -209,11 +209,15 @@ class _Fixes:
         box = table.box[row]
         if self.from_mask[row] or self.apart[row]:
             box = self.of_mask[row]
-            reason = "it holds nothing; of the mask" if self.from_mask[row] else "it lies elsewhere; of the mask"
+            reason = (
+                "it is empty; taken from the mask"
+                if self.from_mask[row]
+                else "it does not match the mask; taken from the mask"
+            )
             yield "box", "bbox", _rounded(self._cut(row, box)), reason
         elif self.over[row]:
             box = self._cut(row, box)
-            yield "box", "bbox", _rounded(box), "cut off at the edge of the image"
+            yield "box", "bbox", _rounded(box), "clipped to the image"
         yield from self._area(row, raw, box)
 
     def _cut(self, row: int, box: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -32,13 +32,13 @@ def read_document(source: Source, track: Track) -> tuple[CocoDocument | None, li
         *_names_with_backslashes(name, file.images),
     ]
     if not file.faults[0].count:
-        findings.append(Finding("error", "no-images", f"{name} lists no image.", "Look at the export.", 0, fatal=True))
+        findings.append(Finding("error", "no-images", f"{name} lists no image.", "Check the export.", 0, fatal=True))
     return file, findings
 
 
 _NEEDED = {
-    "image": "a whole-number id, a file_name, and height and width in pixels",
-    "category": "a whole-number id and a name",
+    "image": "an integer id, a file_name, and height and width in pixels",
+    "category": "an integer id and a name",
 }
 
 
@@ -46,12 +46,12 @@ def _entry_findings(name: str, faults: EntryFaults) -> Iterator[Finding]:
     """Report images or categories for which the reader refuses the whole file."""
     kind, bad, twice = faults.kind, faults.bad, faults.repeated
     if bad:
-        message = f"{name}: {len(bad)} of {faults.count} entries are no {kind}, at position {few(bad, len(bad))}."
-        advice = f"An entry needs {_NEEDED[kind]}; the reader refuses the file."
+        message = f"{name}: {len(bad)} of {faults.count} {kind} entries are invalid, at position {few(bad, len(bad))}."
+        advice = f"An entry needs {_NEEDED[kind]}; the reader rejects the file."
         yield Finding("error", f"bad-{kind}", message, advice, len(bad), fatal=True)
     if twice:
         message = f"{name}: several entries have the same {kind} id: {few(twice, len(twice))}."
-        advice = "Give each entry an id of its own; the reader refuses the file."
+        advice = "Give each entry an id of its own; the reader rejects the file."
         pictured = tuple(twice[:PICTURED]) if kind == "image" else ()
         yield Finding("error", f"duplicate-{kind}-id", message, advice, len(twice), pictured, fatal=True)
 
@@ -72,6 +72,6 @@ def _names_with_backslashes(name: str, images: Sequence[CocoImage]) -> Iterator[
     if odd:
         shown = few((f"{entry.id} ({shorten(repr(entry.file_name), 60)})" for entry in odd), len(odd))
         message = f"{name}: backslashes in the names of {len(odd):,} of {len(images):,} images: {shown}."
-        advice = "They part folders on Windows alone: write slashes, or let --fix do it."
+        advice = "They separate folders on Windows only: use slashes, or let --fix do it."
         pictured = tuple(entry.id for entry in odd[:PICTURED])
         yield Finding("warning", "backslash-in-name", message, advice, len(odd), pictured)

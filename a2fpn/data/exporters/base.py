@@ -112,7 +112,8 @@ class Exporter(ABC):
             if shown[number] < areas[number]:
                 covered = areas[number] - int(shown[number])
                 detail = (
-                    f"{covered} of its {areas[number]} pixels lie under others, and a picture holds one number a pixel"
+                    f"{covered} of its {areas[number]} pixels are covered by other objects; "
+                    "a label image stores one id per pixel"
                 )
                 self.lose("overlap", image, labeled, detail)
         return canvas

@@ -57,7 +57,7 @@ def convert_data(
     track = track or _untracked
     EXPORTERS[to]  # raises for an unknown name before anything is read
     if output.resolve().is_relative_to(Folder.of(source).root.resolve()):
-        raise DataError(f"the output {output} lies in the source {source}; choose a folder outside it.")
+        raise DataError(f"the output {output} is inside the source {source}; choose a folder outside it.")
     log = LossLog(strict=strict)
     importer = open_source(source, log, format=format, categories=categories, category=category, unlabeled="keep")
     found = list(track(importer.read(), f"reading {importer.name}", importer.total))

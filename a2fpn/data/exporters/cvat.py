@@ -57,7 +57,7 @@ class CvatExporter(Exporter):
         elif segmentation is not None:
             window, (left, top, right, bottom) = window_of(segmentation, image.height, image.width)
             if not window.size:
-                self.lose("unusable-object", image, labeled, "its mask is empty; left out")
+                self.lose("unusable-object", image, labeled, "its mask is empty; skipped")
                 return
             flat = window.ravel()
             edges = np.flatnonzero(np.diff(flat.astype(np.int8), prepend=np.int8(0)))

@@ -25,9 +25,9 @@ class LabelImageExporter(Exporter):
             if labeled.keypoints:
                 self.lose("keypoints", image, labeled, "a label image has no keypoints")
             if labeled.segmentation is None:
-                self.lose("box", image, labeled, "an object without a mask; left out")
+                self.lose("box", image, labeled, "an object without a mask; skipped")
             elif labeled.iscrowd:
-                self.lose("crowd", image, labeled, "the format has no crowds; left out")
+                self.lose("crowd", image, labeled, "the format has no crowds; skipped")
             else:
                 by_class.setdefault(labeled.category, []).append(position)
         if not by_class:

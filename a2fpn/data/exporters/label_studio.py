@@ -32,7 +32,7 @@ class LabelStudioExporter(Exporter):
         results: list[dict[str, Any]] = []
         for number, labeled in enumerate(image.objects, 1):
             if labeled.keypoints:
-                self.lose("keypoints", image, labeled, "keypoints have no place in a region")
+                self.lose("keypoints", image, labeled, "regions do not support keypoints")
             for kind, value in self._regions(labeled, image):
                 region = f"{number}-{len(results)}"
                 common = {

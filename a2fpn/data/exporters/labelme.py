@@ -55,7 +55,7 @@ class LabelmeExporter(Exporter):
         elif segmentation is not None:
             window, (left, top, right, bottom) = window_of(segmentation, image.height, image.width)
             if not window.size:
-                self.lose("unusable-object", image, labeled, "its mask is empty; left out")
+                self.lose("unusable-object", image, labeled, "its mask is empty; skipped")
                 return []
             corners = [[float(left), float(top)], [right - 1.0, bottom - 1.0]]
             file = io.BytesIO()

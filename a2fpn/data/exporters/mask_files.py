@@ -32,7 +32,7 @@ class MaskFileExporter(Exporter):
                 self.lose("keypoints", image, labeled, "the format has no keypoints")
             if labeled.segmentation is None or labeled.iscrowd:
                 kind = "crowd" if labeled.iscrowd else "box"
-                self.lose(kind, image, labeled, "the format holds masks of single objects; left out")
+                self.lose(kind, image, labeled, "the format holds masks of single objects; skipped")
                 continue
             window, (left, top, right, bottom) = window_of(labeled.segmentation, image.height, image.width)
             pixels = np.zeros((image.height, image.width), dtype=np.uint8)

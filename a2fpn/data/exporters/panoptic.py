@@ -37,7 +37,7 @@ class PanopticExporter(Exporter):
             if labeled.keypoints:
                 self.lose("keypoints", image, labeled, "the format has no keypoints")
             if labeled.segmentation is None:
-                self.lose("box", image, labeled, "an object without a mask; left out")
+                self.lose("box", image, labeled, "an object without a mask; skipped")
             else:
                 masked.append((number, labeled))
         labels = self.paint(image, masked)

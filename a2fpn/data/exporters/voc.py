@@ -35,7 +35,12 @@ class VocExporter(Exporter):
         masked = [(n, o) for n, o in enumerate(image.objects, 1) if o.segmentation is not None]
         for number, labeled in masked:
             if number > _MOST:
-                self.lose("mask", image, labeled, f"object {number}, and 8 bits number {_MOST} masks; its box is kept")
+                self.lose(
+                    "mask",
+                    image,
+                    labeled,
+                    f"object {number} exceeds the {_MOST} masks of an 8-bit image; its box is kept",
+                )
         masked = [(number, labeled) for number, labeled in masked if number <= _MOST]
         if masked:
             labels = self.paint(image, masked)

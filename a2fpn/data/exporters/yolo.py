@@ -51,7 +51,7 @@ class YoloExporter(Exporter):
 
     def _line(self, labeled: LabeledObject, image: LabeledImage) -> str:
         if labeled.iscrowd:
-            self.lose("crowd", image, labeled, "the format has no crowds; left out")
+            self.lose("crowd", image, labeled, "the format has no crowds; skipped")
             return ""
         sides = np.array([image.width, image.height], dtype=np.float64)
         index = self.index[labeled.category]
@@ -67,7 +67,7 @@ class YoloExporter(Exporter):
             return f"{index} {_text(_center(labeled, sides, image))}"
         ring = to_one_ring(labeled.segmentation, image.height, image.width)
         if ring is None:
-            self.lose("unusable-object", image, labeled, "its mask is empty; left out")
+            self.lose("unusable-object", image, labeled, "its mask is empty; skipped")
             return ""
         return f"{index} {_text((ring / sides).clip(0, 1).ravel())}"
 

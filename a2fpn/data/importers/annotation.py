@@ -35,7 +35,7 @@ def measure(labeled: LabeledObject, height: int, width: int) -> tuple[Box, float
         # NaN and infinity propagate to the area, even if they escape the minimum and maximum.
         reach = max(-extent[0], -extent[1], extent[0] + extent[2], extent[1] + extent[3])
         if not (reach < COORDINATE_LIMIT and math.isfinite(area)):
-            raise ValueError("a polygon has a coordinate that is no pixel position")
+            raise ValueError("a polygon has a coordinate that is not a valid pixel position")
         box = _given_box(labeled) or extent
     elif segmentation is not None:
         rle = parse_segmentation(segmentation, height, width)
@@ -55,7 +55,7 @@ def measure(labeled: LabeledObject, height: int, width: int) -> tuple[Box, float
         raise ValueError("it has neither box nor mask")
     x, y, w, h = box
     if not all(map(math.isfinite, box)):
-        raise ValueError(f"its box {list(box)} holds something else than numbers")
+        raise ValueError(f"its box {list(box)} has non-numeric values")
     if min(w, h) < LEAST_SIDE:
         raise ValueError(f"its box {_rounded(box)} has no area")
     if min(min(x + w, width) - max(x, 0), min(y + h, height) - max(y, 0)) < LEAST_SIDE:

@@ -83,7 +83,7 @@ class Importer(ABC):
         path = self.folder.root / IDS_FILE
         data = read_json(path) if path.is_file() else {}
         if not isinstance(data, Mapping) or not all(type(value) is int for value in data.values()):
-            raise DataError(f"{path}: expected an object of whole-number ids by image name; remove it to number anew.")
+            raise DataError(f"{path}: expected an object of integer ids by image name; delete it to assign new ids.")
         return data
 
     def class_of(self, folder: str) -> str:
@@ -136,10 +136,10 @@ class Importer(ABC):
             Height and width; None on failure.
         """
         if file is None:
-            self.log.add("missing-image", path, f"its image {named!r} is not there{remark}; left out", place=place)
+            self.log.add("missing-image", path, f"image {named!r} not found{remark}; skipped", place=place)
             return None
         if file in used and own_file:
-            self.log.add("duplicate-stem", path, f"its image {file.name} has another label file too; left out")
+            self.log.add("duplicate-stem", path, f"image {file.name} has another label file; skipped")
             return None
         if file in used:
             self.log.add("duplicate-image", path, f"{file.name} is listed twice; the first is kept", place=place)
@@ -169,7 +169,7 @@ class Importer(ABC):
             return size
         if said == size[::-1]:
             return size[::-1]
-        detail = f"it says {said[1]} x {said[0]} pixels, {name} has {size[1]} x {size[0]}; left out"
+        detail = f"it gives {said[1]} x {said[0]} pixels, {name} has {size[1]} x {size[0]}; skipped"
         self.log.add("size-mismatch", path, detail, place=place)
         return None
 
@@ -185,9 +185,9 @@ class Importer(ABC):
         if not rest:
             return
         if self.options.unlabeled == "skip" or (self.options.unlabeled == "auto" and not keep):
-            self.log.note("images without labels, left out (--unlabeled keep takes them as backgrounds)", len(rest))
+            self.log.note("images without labels, skipped (--unlabeled keep uses them as background)", len(rest))
             return
-        self.log.note("images without labels, kept as backgrounds", len(rest))
+        self.log.note("images without labels, kept as background", len(rest))
         for path in rest:
             size = self.images.size(path, self.log)
             if size is not None:
@@ -251,13 +251,14 @@ def detect(path: str | Path | Folder) -> str:
     signs = {name: sign for name in IMPORTERS if (sign := IMPORTERS[name].detect(folder))}
     if len(signs) > 1:
         raise DataError(
-            f"{path} could be {' or '.join(f'{n} ({s})' for n, s in signs.items())}; say which with --from."
+            f"{path} matches several formats: {' or '.join(f'{n} ({s})' for n, s in signs.items())}; choose one with "
+            "--from."
         )
     if not signs:
         seen = ", ".join(f"{len(paths)} {suffix or 'without suffix'}" for suffix, paths in folder.by_suffix.items())
         raise DataError(
-            f"{path}: no known format; expected one of {', '.join(IMPORTERS)}, found {seen or 'no file'}. "
-            "Name it with --from."
+            f"{path}: unknown format; expected one of {', '.join(IMPORTERS)}, found {seen or 'no file'}. "
+            "Set it with --from."
         )
     return next(iter(signs))
 
@@ -273,11 +274,11 @@ def read_categories(path: str | Path) -> list[CategoryInfo]:
         names = [line.strip() for line in read_text(path).splitlines()]
         names = [name for name in names if name and name not in ("__ignore__", "_background_")]
         if not names:
-            raise DataError(f"{path}: no class; expected one name a line.")
+            raise DataError(f"{path}: no classes; expected one name per line.")
         return [CategoryInfo(name) for name in names]
     data = read_json(path)
     entries = data.get("categories") if isinstance(data, Mapping) else data
     try:
         return [CategoryInfo.from_coco(raw) for raw in entries or ()]
     except (KeyError, TypeError, ValueError):
-        raise DataError(f"{path}: no list of categories; each needs a whole-number id and a name.") from None
+        raise DataError(f"{path}: no list of categories; each needs an integer id and a name.") from None

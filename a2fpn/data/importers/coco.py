@@ -46,7 +46,7 @@ class CocoImporter(JsonImporter):
             if not isinstance(data, Mapping) or not all(
                 isinstance(data.get(key), list) for key in ("images", "annotations", "categories")
             ):
-                raise DataError(f"{path}: no COCO file; expected the lists images, annotations and categories.")
+                raise DataError(f"{path}: not a COCO file; expected the lists images, annotations and categories.")
             yield from self._file(path, data, used)
         yield from self.unlabeled(used)
 
@@ -54,7 +54,7 @@ class CocoImporter(JsonImporter):
         try:
             infos = {int(raw["id"]): CategoryInfo.from_coco(raw) for raw in data["categories"]}
         except (KeyError, TypeError, ValueError):
-            raise DataError(f"{path}: a category needs a whole-number id and a name.") from None
+            raise DataError(f"{path}: a category needs an integer id and a name.") from None
         known = {info.name: info.id for info in self.categories}
         taken = {info.id for info in self.categories}
         for info in infos.values():
@@ -70,7 +70,7 @@ class CocoImporter(JsonImporter):
                 labeled = _object(raw, infos, place)
             except (KeyError, TypeError, ValueError) as error:
                 reason = f"it lacks {error.args[0]}" if isinstance(error, KeyError) else str(error)
-                self.log.add("bad-annotation", path, f"{reason}; left out", place=place)
+                self.log.add("bad-annotation", path, f"{reason}; skipped", place=place)
                 continue
             objects.setdefault(raw["image_id"], []).append(labeled)
         split = split_name(path.stem.partition(".")[0]) or split_name(path.parent.name)
@@ -107,7 +107,7 @@ class CocoImporter(JsonImporter):
         if file is None or not file.is_file():
             file = self.images.find(named, near or self.root / (split or "images"))
         if file is None:
-            self.log.add("missing-image", path, f"{named} is not there; left out with {len(found)} objects")
+            self.log.add("missing-image", path, f"{named} not found; skipped with {len(found)} objects")
             return None
         if file in used:
             self.log.add("duplicate-image", path, f"{named} is listed twice; the first is kept")

@@ -48,11 +48,11 @@ class CvatImporter(Importer):
         used: set[Path] = set()
         for path in self.paths:
             if b"<!ENTITY" in read_bytes(path):
-                raise DataError(f"{path}: the file defines entities, which label files don't need; it isn't read.")
+                raise DataError(f"{path}: the file defines XML entities, which are not supported.")
             try:
                 yield from self._file(path, used)
             except ET.ParseError as error:
-                detail = "the file is empty" if not read_bytes(path).strip() else f"no XML ({error})"
+                detail = "the file is empty" if not read_bytes(path).strip() else f"invalid XML ({error})"
                 self.log.add(
                     "unreadable-labels", path, f"{detail}; the rest is lost", place=f"line {error.position[0]}"
                 )
@@ -67,7 +67,7 @@ class CvatImporter(Importer):
             elif node.tag == "labels":
                 self._declare(node)
             elif node.tag == "track":
-                detail = "a track of a video is not read; export the task as 'CVAT for images'"
+                detail = "video tracks are not supported; export the task as 'CVAT for images'"
                 self.log.add("unsupported-shape", path, detail, place=f"track {node.get('id', '')}")
                 node.clear()
             elif node.tag == "image":
@@ -105,7 +105,7 @@ class CvatImporter(Importer):
         for number, shape in enumerate(node):
             where = f"{place}, {shape.tag} {number + 1}"
             if shape.tag in _LOST:
-                self.log.add("unsupported-shape", path, f"a {shape.tag} is no object of a COCO file", place=where)
+                self.log.add("unsupported-shape", path, f"a {shape.tag} is not supported by COCO", place=where)
                 continue
             if shape.tag not in _SHAPES:
                 continue
@@ -113,7 +113,7 @@ class CvatImporter(Importer):
                 group = shape.get("group_id")
                 shapes.append((None if group in (None, "0", "") else group, self._shape(shape, size, where)))
             except ValueError as error:
-                self.log.add("bad-shape", path, f"{error}; left out", place=where)
+                self.log.add("bad-shape", path, f"{error}; skipped", place=where)
         name, split = self.images.name_and_split(file)
         subset = node.get("subset", "")
         split = split_name(subset) or ("" if subset == "default" else subset) or split
@@ -170,7 +170,7 @@ def _points(text: str, least: int = 3) -> list[float]:
     try:
         points = [float(value) for pair in text.split(";") for value in pair.split(",")]
     except ValueError:
-        raise ValueError(f"its points are no numbers x,y;x,y: {text[:40]!r}") from None
+        raise ValueError(f"its points must be numbers x,y;x,y, got {text[:40]!r}") from None
     if len(points) % 2 or len(points) < 2 * least:
         raise ValueError(f"it has {len(points)} coordinates, expected {least} or more pairs")
     return points
@@ -190,7 +190,7 @@ def _mask(shape: ET.Element, size: tuple[int, int]) -> Rle:
     try:
         runs = np.array([int(run) for run in shape.get("rle", "").split(",")], dtype=np.int64)
     except (ValueError, OverflowError):
-        raise ValueError("its rle holds something else than whole numbers") from None
+        raise ValueError("its rle has non-integer values") from None
     if min(left, top, width, height, int(runs.min())) < 0 or left + width > size[1] or top + height > size[0]:
         raise ValueError(f"its window of {width} x {height} at {left}, {top} does not fit the image")
     if runs.sum() > width * height:

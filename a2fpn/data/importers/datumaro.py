@@ -37,7 +37,7 @@ class DatumaroImporter(JsonImporter):
         for path in self.paths:
             data = read_json(path)
             if not isinstance(data, Mapping) or not isinstance(data.get("items"), list):
-                raise DataError(f"{path}: no Datumaro file; expected an object with items and categories.")
+                raise DataError(f"{path}: not a Datumaro file; expected an object with items and categories.")
             names = self._declare(path, data)
             subset = split_name(path.stem) or ("" if path.stem == "default" else path.stem)
             for number, item in enumerate(data["items"]):
@@ -71,7 +71,7 @@ class DatumaroImporter(JsonImporter):
     ) -> LabeledImage | None:
         place = f"items[{number}]"
         if not isinstance(item, Mapping):
-            self.log.add("bad-item", path, "it is no object; left out", place=place)
+            self.log.add("bad-item", path, "it is not an object; skipped", place=place)
             return None
         said = item.get("image") if isinstance(item.get("image"), Mapping) else {}
         named = str(said.get("path") or item.get("id") or "")  # type: ignore[union-attr]
@@ -89,12 +89,12 @@ class DatumaroImporter(JsonImporter):
             where = f"{place}.annotations[{index}]"
             kind = raw.get("type") if isinstance(raw, Mapping) else None
             if kind not in _SHAPES:
-                self.log.add("unsupported-shape", path, f"a {kind} is no object of a COCO file", place=where)
+                self.log.add("unsupported-shape", path, f"a {kind} is not supported by COCO", place=where)
                 continue
             try:
                 shapes.append(_shape(raw, names, size, where))
             except (TypeError, ValueError) as error:
-                self.log.add("bad-shape", path, f"{error}; left out", place=where)
+                self.log.add("bad-shape", path, f"{error}; skipped", place=where)
         name, split = self.images.name_and_split(file)
         return LabeledImage(file, name, *size, list(grouped(shapes)), subset or split, str(path))
 

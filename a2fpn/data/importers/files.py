@@ -82,7 +82,7 @@ class ImageIndex:
         try:
             return image_size(path)
         except Exception as error:  # PIL raises almost anything on a corrupt file
-            log.add("unreadable-image", path, f"no readable image ({str(error) or type(error).__name__}); left out")
+            log.add("unreadable-image", path, f"not a readable image ({str(error) or type(error).__name__}); skipped")
             return None
 
 
@@ -191,8 +191,8 @@ def read_xml(path: Path) -> ET.Element:
     if not content.strip():
         raise DataError(f"{path}: the file is empty.")
     if b"<!ENTITY" in content:
-        raise DataError(f"{path}: the file defines entities, which label files don't need; it isn't read.")
+        raise DataError(f"{path}: the file defines XML entities, which are not supported.")
     try:
         return ET.fromstring(content)
     except ET.ParseError as error:
-        raise DataError(f"{path}, line {error.position[0]}: no XML ({error}).") from None
+        raise DataError(f"{path}, line {error.position[0]}: invalid XML ({error}).") from None

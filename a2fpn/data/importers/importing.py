@@ -132,7 +132,7 @@ def import_data(
     source, output = Path(source), Path(output)
     track = track or _untracked
     if output.resolve().is_relative_to(Folder.of(source).root.resolve()):
-        raise DataError(f"the output {output} lies in the source {source}; choose a folder outside it.")
+        raise DataError(f"the output {output} is inside the source {source}; choose a folder outside it.")
     log = LossLog(strict=strict)
     rule = SplitRule(val, test, group_by, seed)
     writer = CocoWriter(output, log, placing=images, box_masks=box_masks, splits=rule, overwrite=overwrite)

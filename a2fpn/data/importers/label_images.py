@@ -57,7 +57,9 @@ class LabelImageImporter(Importer):
     def read(self) -> Iterator[LabeledImage]:
         """See :meth:`Importer.read`."""
         if not self.labels:
-            raise DataError(f"{self.root}: no label image; expected them in labels/ or masks/, named like the images.")
+            raise DataError(
+                f"{self.root}: no label images found; expected them in labels/ or masks/, named like the images."
+            )
         by_image: dict[Path, list[tuple[str, Path]]] = {}
         images = self.keys
         for path in self.labels:
@@ -66,9 +68,9 @@ class LabelImageImporter(Importer):
                 images.get((split, key)) or images.get(("", key)) or (images.get((None, key)) if not split else None)
             )
             if found is None:
-                self.log.add("missing-image", path, "no image of this name; its labels are lost")
+                self.log.add("missing-image", path, "no image with this name; its labels are lost")
             elif any(category == other for other, _ in by_image.get(found, ())):
-                self.log.add("duplicate-stem", path, f"{found.name} has another label image too; left out")
+                self.log.add("duplicate-stem", path, f"{found.name} has another label image too; skipped")
             else:
                 by_image.setdefault(found, []).append((category, path))
         for image in self.images.files:
@@ -85,7 +87,7 @@ class LabelImageImporter(Importer):
             name, split = self.images.name_and_split(path)
             key = str(Path(name).with_suffix("")).lower()
             if (split, key) in keys:
-                self.log.add("duplicate-stem", path, f"{keys[split, key].name} has the same stem; left out")
+                self.log.add("duplicate-stem", path, f"{keys[split, key].name} has the same stem; skipped")
                 continue
             keys[split, key] = path
             keys.setdefault((None, key), path)
@@ -117,10 +119,10 @@ class LabelImageImporter(Importer):
             try:
                 values = read_label_image(label_path)
             except (OSError, SyntaxError, ValueError) as error:
-                self.log.add("unreadable-labels", label_path, f"no label image ({error}); left out")
+                self.log.add("unreadable-labels", label_path, f"not a label image ({error}); skipped")
                 continue
             if values.shape != size:
-                detail = f"{values.shape[1]} x {values.shape[0]} pixels, its image has {size[1]} x {size[0]}; left out"
+                detail = f"{values.shape[1]} x {values.shape[0]} pixels, its image has {size[1]} x {size[0]}; skipped"
                 self.log.add("size-mismatch", label_path, detail)
                 continue
             rles = encode_labels(values)
@@ -139,17 +141,17 @@ def read_label_image(path: Path) -> NDArray[np.int64]:
     with open_image(path) as image:
         pages = getattr(image, "n_frames", 1)
         if pages > 1:
-            raise ValueError(f"it has {pages} pages; export one slice a file")
+            raise ValueError(f"it has {pages} pages; export one slice per file")
         if image.mode not in ("1", "L", "P", "F") and not image.mode.startswith("I"):
-            raise ValueError(f"expected one number a pixel, got the mode {image.mode}")
+            raise ValueError(f"expected a single channel, got mode {image.mode}")
         values = np.asarray(image)
     if values.dtype.kind == "f" and not (values == np.round(values)).all():
-        raise ValueError("its floating-point values are no whole numbers")
+        raise ValueError("its floating-point values are not integers")
     if values.ndim != 2:
-        raise ValueError(f"expected one number a pixel, got the shape {values.shape}")
+        raise ValueError(f"expected a single channel, got shape {values.shape}")
     whole = values.astype(np.int64)
     if whole.size and whole.min() < 0:
-        raise ValueError(f"it has the negative number {whole.min()}")
+        raise ValueError(f"it has the negative value {whole.min()}")
     return whole
 
 

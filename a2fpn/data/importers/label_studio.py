@@ -44,7 +44,7 @@ class LabelStudioImporter(JsonImporter):
             tasks = read_json(path)
             if not isinstance(tasks, list):
                 raise DataError(
-                    f"{path}: no Label Studio export; expected a list of tasks. Export as JSON, not JSON-MIN."
+                    f"{path}: not a Label Studio export; expected a list of tasks. Export as JSON, not JSON-MIN."
                 )
             for number, task in enumerate(tasks):
                 image = self._image(path, task, number, used)
@@ -57,18 +57,18 @@ class LabelStudioImporter(JsonImporter):
         data = task.get("data") if isinstance(task, Mapping) else None
         names = [value for value in data.values() if isinstance(value, str)] if isinstance(data, Mapping) else []
         if not names:
-            self.log.add("bad-item", path, "it names no image; left out", place=place)
+            self.log.add("bad-item", path, "it names no image; skipped", place=place)
             return None
         file = next((found for name in names if (found := self._find(name)) is not None), None)
         done = [a for a in task.get("annotations") or [] if isinstance(a, Mapping) and not a.get("was_cancelled")]
         if file is not None and not done:
-            self.log.note("tasks without annotation, taken as images without labels")
+            self.log.note("tasks without annotation, used as images without labels")
             return None
         size = self.claim(file, used, path, named=names[0], place=place)
         if file is None or size is None:
             return None
         if len(done) > 1:
-            detail = f"{len(done)} annotations of one image; the last is taken"
+            detail = f"{len(done)} annotations of one image; the last is used"
             self.log.add("several-annotations", path, detail, place=place)
         result = done[-1].get("result")
         name, split = self.images.name_and_split(file)
@@ -94,14 +94,14 @@ class LabelStudioImporter(JsonImporter):
             if kind in ("choices", "textarea", "rating", "number"):
                 continue
             if kind not in _KINDS:
-                self.log.add("unsupported-shape", path, f"{kind} is not read", place=where)
+                self.log.add("unsupported-shape", path, f"{kind} is not supported", place=where)
                 continue
             try:
                 group = (raw.get("meta") or {}).get("group")
                 shapes.append((group, _shape(raw, size, where, crowd=raw.get("id") in crowds)))
             except (TypeError, ValueError, KeyError) as error:
                 reason = f"it lacks {error.args[0]}" if isinstance(error, KeyError) else str(error)
-                self.log.add("bad-shape", path, f"{reason}; left out", place=where)
+                self.log.add("bad-shape", path, f"{reason}; skipped", place=where)
         return list(grouped(shapes))
 
 
@@ -150,7 +150,7 @@ def _brush(value: Mapping[str, Any], size: tuple[int, int]) -> NDArray[np.bool_]
     try:
         content = np.array(value["rle"], dtype=np.uint8)
     except (OverflowError, ValueError):
-        raise ValueError("the rle of a brush holds something else than bytes") from None
+        raise ValueError("the rle of a brush has values that are not bytes") from None
     values = unpack_runs(content, size[0] * size[1] * 4)
     return values.reshape(*size, 4)[:, :, 3] > 127
 
@@ -171,7 +171,7 @@ def unpack_runs(content: NDArray[np.uint8], expected: int) -> NDArray[np.uint8]:
     """
     bits = "".join(map("{:08b}".format, content.tolist()))
     if len(bits) < 53:
-        raise ValueError("the rle of a brush ends too early")
+        raise ValueError("the rle of a brush is truncated")
     total = int(bits[:32], 2)
     if total != expected:
         raise ValueError(f"the rle of a brush holds {total} values, the image needs {expected}")
@@ -185,7 +185,7 @@ def unpack_runs(content: NDArray[np.uint8], expected: int) -> NDArray[np.uint8]:
         width = lengths[int(bits[position + 1 : position + 3] or "0", 2)]
         position += 3
         if position + width > len(bits):
-            raise ValueError("the rle of a brush ends too early")
+            raise ValueError("the rle of a brush is truncated")
         count = int(bits[position : position + width], 2) + 1
         position += width
         for _ in range(1 if repeated else count):
@@ -194,7 +194,7 @@ def unpack_runs(content: NDArray[np.uint8], expected: int) -> NDArray[np.uint8]:
             values[done : done + (count if repeated else 1)] = value
             done += count if repeated else 1
     if position > len(bits):
-        raise ValueError("the rle of a brush ends too early")
+        raise ValueError("the rle of a brush is truncated")
     return values
 
 

@@ -62,7 +62,7 @@ class LabelmeImporter(Importer):
                 self.log.add_error("unreadable-labels", path, error)
                 continue
             if not isinstance(data, Mapping) or not isinstance(data.get("shapes"), list):
-                self.log.add("unreadable-labels", path, "no labelme file; expected an object with the list shapes")
+                self.log.add("unreadable-labels", path, "not a labelme file; expected an object with the list shapes")
                 continue
             image = self._image(path, data, used)
             if image is not None:
@@ -74,7 +74,7 @@ class LabelmeImporter(Importer):
         file = (self.images.find(named, path.parent) if named else None) or self.images.by_stem(
             [path.stem], path.parent
         )
-        embedded = " (the one embedded in the file is not taken)" if data.get("imageData") else ""
+        embedded = " (the one embedded in the file is not used)" if data.get("imageData") else ""
         size = self.claim(file, used, path, named=named or path.stem, own_file=True, remark=embedded)
         said = (data.get("imageHeight"), data.get("imageWidth"))
         size = size and self.agreed_size(said, size, path, name=named)
@@ -87,7 +87,7 @@ class LabelmeImporter(Importer):
             try:
                 group, found = self._shape(shape, size, place, points)
             except (TypeError, ValueError, KeyError) as error:
-                self.log.add("bad-shape", path, f"{error}; left out", place=place)
+                self.log.add("bad-shape", path, f"{error}; skipped", place=place)
                 continue
             if found is not None:
                 shapes.append((group, found))
@@ -132,8 +132,8 @@ class LabelmeImporter(Importer):
             seen = 1.0 if isinstance(flags, Mapping) and flags.get("hidden") else 2.0
             points_of.setdefault(group, {})[label] = (flat[0], flat[1], seen)
             return group, None
-        reason = "a line is no object" if kind in _SKIPPED else f"expected another number of points than {count}"
-        raise ValueError(f"a {kind} is not read ({reason})")
+        reason = "lines have no area" if kind in _SKIPPED else f"got {count} points"
+        raise ValueError(f"a {kind} is not supported ({reason})")
 
     def _add_points(
         self, shapes: list[tuple[object, LabeledObject]], points: _Points
@@ -175,9 +175,9 @@ def _mask(encoded: Any, corners: list[float], size: tuple[int, int]) -> Rle:
         with open_image(io.BytesIO(base64.b64decode(encoded))) as image:
             window = np.asarray(image.convert("L")) > 0
     except (binascii.Error, OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"its mask is no PNG ({error})") from None
+        raise ValueError(f"its mask is not a PNG ({error})") from None
     left, top = (round(value) for value in corners[:2])
     height, width = window.shape
     if left < 0 or top < 0 or top + height > size[0] or left + width > size[1]:
-        raise ValueError(f"its mask of {width} x {height} at {left}, {top} reaches over the image")
+        raise ValueError(f"its mask of {width} x {height} at {left}, {top} extends beyond the image")
     return encode_window(window, top, left, size)

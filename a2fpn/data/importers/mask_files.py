@@ -43,7 +43,7 @@ class MaskFilesImporter(Importer):
         for unit in self.units:
             images = [path for path in sorted((unit / "images").iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES]
             if len(images) != 1:
-                self.log.add("missing-image", unit / "images", f"expected one image, got {len(images)}; left out")
+                self.log.add("missing-image", unit / "images", f"expected one image, got {len(images)}; skipped")
                 used.update(images)
                 continue
             image = images[0]
@@ -69,14 +69,14 @@ class MaskFilesImporter(Importer):
             with open_image(path) as image:
                 mask = np.asarray(image.convert("L")) > 0
         except (OSError, SyntaxError, ValueError) as error:
-            self.log.add("unreadable-labels", path, f"no mask ({error}); left out")
+            self.log.add("unreadable-labels", path, f"not a mask ({error}); skipped")
             return None
         if mask.shape != size:
-            detail = f"{mask.shape[1]} x {mask.shape[0]} pixels, its image has {size[1]} x {size[0]}; left out"
+            detail = f"{mask.shape[1]} x {mask.shape[0]} pixels, its image has {size[1]} x {size[0]}; skipped"
             self.log.add("size-mismatch", path, detail)
             return None
         if not mask.any():
-            self.log.add("unusable-object", path, "the mask is empty; left out")
+            self.log.add("unusable-object", path, "the mask is empty; skipped")
             return None
         folders = path.relative_to(unit / "masks").parts[:-1]
         return LabeledObject(self.class_of(folders[0] if folders else ""), None, encode_masks(mask[None])[0])

@@ -52,7 +52,7 @@ class PanopticImporter(JsonImporter):
                 entries = list(data["annotations"])
             except (KeyError, TypeError, ValueError) as error:
                 raise DataError(
-                    f"{path}: no panoptic file; expected images, annotations and categories ({error!r})."
+                    f"{path}: not a panoptic file; expected images, annotations and categories ({error!r})."
                 ) from None
             known = {info.name for info in self.categories}
             self.categories += [info for key, info in infos.items() if key in things and info.name not in known]
@@ -74,7 +74,7 @@ class PanopticImporter(JsonImporter):
     ) -> LabeledImage | None:
         raw = images.get(entry.get("image_id")) if isinstance(entry, Mapping) else None
         if raw is None:
-            self.log.add("unknown-image", path, "its image is not in the file; left out", place=place)
+            self.log.add("unknown-image", path, "its image is not in the file; skipped", place=place)
             return None
         named = str(raw.get("file_name", ""))
         file = self.images.find(named, self.root / "images")
@@ -85,10 +85,10 @@ class PanopticImporter(JsonImporter):
         try:
             ids = read_ids(map_path)
         except (OSError, SyntaxError, ValueError) as error:
-            self.log.add("unreadable-image", map_path, f"no map of segments ({error}); {named} is left out")
+            self.log.add("unreadable-image", map_path, f"not a segment map ({error}); {named} is skipped")
             return None
         if ids.shape != size:
-            detail = f"{ids.shape[1]} x {ids.shape[0]} pixels, {named} has {size[1]} x {size[0]}; left out"
+            detail = f"{ids.shape[1]} x {ids.shape[0]} pixels, {named} has {size[1]} x {size[0]}; skipped"
             self.log.add("size-mismatch", map_path, detail)
             return None
         rles = encode_labels(ids)
@@ -96,14 +96,14 @@ class PanopticImporter(JsonImporter):
         for segment in entry.get("segments_info", []):
             category = segment.get("category_id")
             if category in infos and category not in things:
-                self.log.note("segments of stuff, left out")
+                self.log.note("segments of stuff, skipped")
                 continue
             rle = rles.get(segment.get("id"))
             if category not in infos or rle is None:
                 why = (
                     f"category {category} is not in the file" if category not in infos else "it has no pixel in the map"
                 )
-                self.log.add("bad-segment", path, f"segment {segment.get('id')}: {why}; left out", place=place)
+                self.log.add("bad-segment", path, f"segment {segment.get('id')}: {why}; skipped", place=place)
                 continue
             crowd = bool(segment.get("iscrowd", 0))
             objects.append(LabeledObject(infos[category].name, None, rle, crowd, line=f"segment {segment['id']}"))
@@ -121,7 +121,7 @@ def read_ids(path: Path) -> NDArray[np.int64]:
     """
     with open_image(path) as image:
         if image.mode not in ("RGB", "RGBA"):
-            raise ValueError(f"expected colors R, G, B, got the mode {image.mode}")
+            raise ValueError(f"expected RGB, got mode {image.mode}")
         pixels = np.asarray(image.convert("RGB"), dtype=np.int64)
     return pixels[..., 0] + 256 * pixels[..., 1] + 256**2 * pixels[..., 2]
 

@@ -82,7 +82,7 @@ class VocImporter(Importer):
             return None
         said = tuple(int(float(root.findtext(f"size/{side}") or 0)) for side in ("height", "width"))
         if all(said) and said != size:
-            detail = f"it says {said[1]} x {said[0]} pixels, {file.name} has {size[1]} x {size[0]}; left out"
+            detail = f"it gives {said[1]} x {said[0]} pixels, {file.name} has {size[1]} x {size[0]}; skipped"
             self.log.add("size-mismatch", path, detail)
             return None
         labels = self._labels(key, size)
@@ -92,7 +92,7 @@ class VocImporter(Importer):
                 objects.append(self._object(node, number, labels, size))
             except ValueError as error:
                 place = f"line {_line_of(path, number)}"
-                self.log.add("bad-object", path, f"object {number}: {error}; left out", place=place)
+                self.log.add("bad-object", path, f"object {number}: {error}; skipped", place=place)
         name, split = self.images.name_and_split(file)
         # VOC's lists have stems; those of other tools may have paths.
         split = self.splits.get(key, "") or self.splits.get(path.stem, "") or split or split_name(path.parent.name)
@@ -106,10 +106,10 @@ class VocImporter(Importer):
             with open_image(path) as image:
                 labels = np.asarray(image)
         except (OSError, SyntaxError) as error:
-            self.log.add("unreadable-image", path, f"no readable image ({error}); its masks are lost")
+            self.log.add("unreadable-image", path, f"not a readable image ({error}); its masks are lost")
             return None
         if labels.shape != size:
-            detail = f"its shape {labels.shape} is not the image's {size}, or it is no palette image"
+            detail = f"its shape {labels.shape} is not the image's {size}, or it is not a palette image"
             self.log.add("size-mismatch", path, f"{detail}; its masks are lost")
             return None
         return labels.astype(np.uint8, copy=False)
@@ -132,7 +132,7 @@ class VocImporter(Importer):
         if polygon is not None:  # as written by Roboflow
             return LabeledObject(name, None, [_polygon(polygon)], crowd, line=place)
         if node.find("robndbox") is not None and node.find("bndbox") is None:
-            raise ValueError("a rotated box (robndbox) has no place in a COCO file")
+            raise ValueError("rotated boxes (robndbox) are not supported by COCO")
         return LabeledObject(name, _box(node), None, crowd, line=place)
 
 

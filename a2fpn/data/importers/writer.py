@@ -111,7 +111,7 @@ class CocoWriter:
     def add(self, image: LabeledImage) -> None:
         """Add an image; objects that the reader would drop are logged."""
         if os.path.isabs(image.name) or ".." in image.name.split("/"):
-            self.log.add("unsafe-name", image.source, f"{image.name} leads out of the folder of images; left out")
+            self.log.add("unsafe-name", image.source, f"{image.name} is outside the image folder; skipped")
             return
         split = image.split or "train"
         key = image.name.lower()
@@ -173,7 +173,7 @@ class CocoWriter:
         except ValueError as error:
             kept = without_unusable(labeled, image.height, image.width)
             left = "unusable-object" if kept is None else "unusable-mask"
-            outcome = "left out" if kept is None else "kept without that"
+            outcome = "skipped" if kept is None else "kept without that"
             self.log.add(left, image.source, f"{labeled.category}: {error}; {outcome}", place=labeled.line)
             return None if kept is None else self._annotation(kept, image)
         record: dict[str, Any] = {"bbox": box, "area": area, "iscrowd": int(labeled.iscrowd)}
@@ -191,8 +191,8 @@ class CocoWriter:
         if rule.val or rule.test:
             if named - {"train"}:
                 raise DataError(
-                    f"the source has the splits {', '.join(sorted(named))}; leave out val and test (--val, --test) "
-                    "to keep them, or import each of its folders alone."
+                    f"the source has the splits {', '.join(sorted(named))}; omit val and test (--val, --test) "
+                    "to keep them, or import each of its folders separately."
                 )
             names = [entry.name for entry in entries]
             new = assign_splits(names, val=rule.val, test=rule.test, group_by=rule.group_by, seed=rule.seed)
@@ -247,9 +247,9 @@ class CocoWriter:
             listed = ",\n".join(encode(info.to_coco(category_id)) for category_id, info in infos.items())
             file.write(f'\n],\n"categories":[\n{listed}\n]}}\n')
         if boxes and self.box_masks:
-            self.log.note("boxes that became masks of their shape", boxes)
+            self.log.note("boxes converted to rectangular masks", boxes)
         elif boxes:
-            self.log.note("objects among others with masks that have a box alone, and train no masks", boxes)
+            self.log.note("objects without a mask among objects with masks, used for boxes only", boxes)
         return SplitCount(len(entries), annotations, empty, masks, crowds)
 
 

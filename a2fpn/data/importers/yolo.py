@@ -83,7 +83,9 @@ class YoloImporter(Importer):
     def read(self) -> Iterator[LabeledImage]:
         """See :meth:`Importer.read`."""
         if not self.jobs:
-            raise DataError(f"{self.root}: no image; expected images/ beside labels/, or train, val in data.yaml.")
+            raise DataError(
+                f"{self.root}: no images found; expected images/ next to labels/, or train, val in data.yaml."
+            )
         used: set[str] = set()
         lists: dict[str, set[str]] = {}
         missing, root = 0, os.path.join(self.root, "")
@@ -97,7 +99,7 @@ class YoloImporter(Importer):
             name, named = name_and_split(relative.lstrip("./"))
             has_label = os.path.basename(label) in lists[folder]
             if has_label and label in used:
-                detail = f"{os.path.basename(label)} belongs to another image of the same stem too; left out"
+                detail = f"{os.path.basename(label)} belongs to another image of the same stem; skipped"
                 self.log.add("duplicate-stem", path, detail)
                 continue
             if not has_label and self.options.unlabeled == "skip":
@@ -113,7 +115,7 @@ class YoloImporter(Importer):
             else:
                 missing += 1
             yield LabeledImage(Path(path), name, *size, objects, split or named, source=label)
-        left = "left out" if self.options.unlabeled == "skip" else "kept as backgrounds"
+        left = "skipped" if self.options.unlabeled == "skip" else "kept as background"
         if missing:
             self.log.note(f"images without a label file, {left}", missing)
         self._orphans(used, lists)
@@ -123,9 +125,9 @@ class YoloImporter(Importer):
         try:
             return image_size(path)
         except FileNotFoundError:
-            self.log.add("missing-image", path, "no such file; left out")
+            self.log.add("missing-image", path, "no such file; skipped")
         except Exception as error:  # PIL raises almost anything on a corrupt file
-            self.log.add("unreadable-image", path, f"no readable image ({error}); left out")
+            self.log.add("unreadable-image", path, f"not a readable image ({error}); skipped")
         return None
 
     def _orphans(self, used: set[str], lists: Mapping[str, set[str]]) -> None:
@@ -146,7 +148,7 @@ class YoloImporter(Importer):
                     if any(os.path.isfile(stem + suffix) for suffix in IMAGE_SUFFIXES):
                         other += 1
                     else:
-                        self.log.add("missing-image", path, "no image of this name; its labels are lost")
+                        self.log.add("missing-image", path, "no image with this name; its labels are lost")
         if other:
             self.log.note("label files of images that no split lists", other)
 
@@ -198,7 +200,7 @@ class YoloImporter(Importer):
                 for path in self._resolve(str(value), key):
                     path = os.path.normpath(path)
                     if path in jobs and jobs[path] != (split_name(key) or key):
-                        self.log.note(f"images that {jobs[path]} and {key} both name, kept in {jobs[path]}")
+                        self.log.note(f"images listed in {jobs[path]} and {key}, kept in {jobs[path]}")
                     jobs.setdefault(path, split_name(key) or key)
         if keys:
             return list(jobs.items())
@@ -219,10 +221,10 @@ class YoloImporter(Importer):
                 if os.path.isfile(candidate):
                     return self._listed(candidate)
         if key == "test":  # often listed but missing
-            self.log.note(f"split {key}: {value} is not there")
+            self.log.note(f"split {key}: {value} not found")
             return []
         raise DataError(
-            f"{self.yaml_path}: {key}: {value} is no folder of images and no list of them below {self.root}; "
+            f"{self.yaml_path}: {key}: {value} is neither an image folder nor a list of images below {self.root}; "
             "correct it, or path."
         )
 
@@ -243,7 +245,7 @@ class YoloImporter(Importer):
             )
             match = next((candidate for candidate in candidates if os.path.isfile(candidate)), None)
             if match is None:
-                self.log.add("missing-image", path, f"{name} is not there", place=f"line {number}")
+                self.log.add("missing-image", path, f"{name} not found", place=f"line {number}")
             else:
                 found.append(match)
         return found
@@ -266,13 +268,13 @@ class YoloImporter(Importer):
             if not fields:
                 continue
             if line in seen:
-                self.log.add("duplicate-line", path, "the same as a line before; left out", place=f"line {number}")
+                self.log.add("duplicate-line", path, "duplicate of an earlier line; skipped", place=f"line {number}")
                 continue
             seen.add(line)
             try:
                 objects.append(self._object(fields, height, width, number))
             except ValueError as error:
-                self.log.add("bad-line", path, f"{error}; left out", place=f"line {number}")
+                self.log.add("bad-line", path, f"{error}; skipped", place=f"line {number}")
         return objects
 
     def _polygons(self, lines: Sequence[str], height: int, width: int) -> list[LabeledObject] | None:
@@ -321,13 +323,13 @@ class YoloImporter(Importer):
         if self.num_keypoints:
             if len(numbers) != expected:
                 detail = f"a box and {self.num_keypoints} keypoints of {self.dims}"
-                raise ValueError(f"expected {expected} numbers ({detail}) behind the class, got {len(numbers)}")
+                raise ValueError(f"expected {expected} numbers ({detail}) after the class, got {len(numbers)}")
             keypoints = _keypoints(np.array(numbers[4:]).reshape(-1, self.dims), height, width)
             return LabeledObject(name, _box(numbers[:4], height, width), keypoints=keypoints, line=place)
         if len(numbers) == 4:
             return LabeledObject(name, _box(numbers, height, width), line=place)
         if len(numbers) == 5:
-            raise ValueError("6 numbers: a box with a score, or half a polygon; expected 5, or 7 and more")
+            raise ValueError("6 numbers: a box with a score, or an incomplete polygon; expected 5, or 7 or more")
         if len(numbers) < 4 or len(numbers) % 2:
             raise ValueError(f"{len(numbers)} coordinates; expected a box of 4, or a polygon of pairs x y")
         _check_range(numbers)
@@ -344,7 +346,7 @@ def _check_range(numbers: Sequence[float]) -> None:
     if not (min(numbers) >= -_SLACK and max(numbers) <= 1 + _SLACK and math.isfinite(sum(numbers))):
         bad = next(value for value in numbers if not -_SLACK <= value <= 1 + _SLACK)
         pixels = "; are these pixels?" if bad > 2 else ""
-        raise ValueError(f"the coordinate {bad:g} lies outside 0 to 1, shares of the image's sides{pixels}")
+        raise ValueError(f"the coordinate {bad:g} must be in [0, 1], relative to the image size{pixels}")
 
 
 def _box(numbers: Sequence[float], height: int, width: int) -> Box:

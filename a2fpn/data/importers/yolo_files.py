@@ -34,7 +34,7 @@ def read_yaml(path: Path) -> Mapping[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark is not None else ""
-        raise DataError(f"{path}{line}: no YAML ({getattr(error, 'problem', error)}).") from None
+        raise DataError(f"{path}{line}: invalid YAML ({getattr(error, 'problem', error)}).") from None
     if not isinstance(data, Mapping):
         raise DataError(f"{path}: expected keys such as train, val and names, got {type(data).__name__}.")
     return data
@@ -50,7 +50,7 @@ def read_class_list(path: Path) -> list[str]:
     while names and not names[-1]:
         names.pop()
     if not names:
-        raise DataError(f"{path}: no class; expected one name a line.")
+        raise DataError(f"{path}: no classes; expected one name per line.")
     return names
 
 

@@ -150,6 +150,6 @@ def to_8_bit(
             raise ImageError(f"{name}: a value of {wide.max()} doesn't fit gray_bits={bits} (--gray-bits).")
         return np.asarray(((2 * 255 * wide + most) // (2 * most)).astype(np.uint8))  # as in read_image
     raise ImageError(
-        f"{name}: {values.dtype} values have no agreed range; give the values that become black and white, "
+        f"{name}: {values.dtype} values have no standard range; give the values that become black and white, "
         "intensity=(low, high) (--intensity LOW,HIGH), or auto."
     )

@@ -29,7 +29,9 @@ class WholeSlide(Slide):
 
     def __init__(self, path: Path, options: SlideOptions) -> None:
         if options.channels is not None or options.intensity is not None:
-            raise ConfigError(f"{path}: channels and intensity are chosen of TIFF files that are read in tiles.")
+            raise ConfigError(
+                f"{path}: channels and intensity are supported only for TIFF files that are read in tiles."
+            )
         self.name = str(path)
         self._pixels: Tensor = read_image(path, max_pixels=options.max_pixels, gray_bits=options.gray_bits)
         self.size = (int(self._pixels.shape[1]), int(self._pixels.shape[2]))

@@ -57,7 +57,7 @@ class PngSlide(Slide):
                 turned = orientation(image) != 1
                 dots = image.info.get("dpi")
         except (OSError, ValueError) as error:
-            raise ImageError(f"{path}: no readable image ({error}).") from error
+            raise ImageError(f"{path}: not a readable image ({error}).") from error
         self._file: BinaryIO = path.open("rb")
         self._lock = threading.Lock()
         self._header, self._colors = self._read_head()
@@ -67,7 +67,7 @@ class PngSlide(Slide):
         self._pixel = max(1, bits * _SAMPLES[kind] // 8)
         if interlaced or turned or self._pixel not in _STAND_INS:
             self._file.close()
-            raise UnreadablePngError("interlaced, turned, or of 16 bits in several channels")
+            raise UnreadablePngError("interlaced, rotated, or 16-bit with several channels")
         self.microns_per_pixel = of_dots(dots)
         self._rows: NDArray[np.uint8]
         self._restart()
@@ -130,7 +130,7 @@ class PngSlide(Slide):
                     pending = pending or next(parts)
                     filtered += inflate.decompress(pending, wanted - len(filtered))
                 except (StopIteration, zlib.error) as error:
-                    reason = str(error) or "it ends too early"
+                    reason = str(error) or "the file is truncated"
                     raise ImageError(f"{self.name}: damaged around row {start} ({reason}).") from error
                 pending = inflate.unconsumed_tail
             yield bytes(filtered)

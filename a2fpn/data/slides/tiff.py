@@ -103,7 +103,7 @@ class TiffSlide(Slide):
     def _describe(self) -> None:
         """Find the planes of the first image, its size and its scale."""
         if not self._file.series:
-            raise ImageError(f"{self.name}: no readable TIFF (it holds no image).")
+            raise ImageError(f"{self.name}: not a readable TIFF (it contains no image).")
         series = self._file.series[0]
         page = series.keyframe
         shade = getattr(page.photometric, "name", "another color").lower()
@@ -111,18 +111,18 @@ class TiffSlide(Slide):
             raise UnreadableTiffError(f"{shade} of {page.bitspersample} bits")
         turned = page.tags.get("Orientation")
         if turned is not None and turned.value != 1:
-            raise UnreadableTiffError("turned by its EXIF orientation")
+            raise UnreadableTiffError("rotated by its EXIF orientation")
         names = series.axes
         if "C" not in names and self._options.channels is not None:
             names = names.replace("Q", "C").replace("I", "C")  # pages with unspecified meaning
         axes = dict(zip(names, series.shape, strict=True))
         if axes.get("Y", 0) < 1 or axes.get("X", 0) < 1:
-            raise ImageError(f"{self.name}: its first image has the axes {names}, no height and width.")
+            raise ImageError(f"{self.name}: its first image has the axes {names}, expected height and width.")
         self.size = (axes["Y"], axes["X"])
         others = {axis: count for axis, count in axes.items() if axis not in "YXSC" and count > 1}
         if others:
             what = ", ".join(f"{count} along {axis}" for axis, count in others.items())
-            _logger.warning("%s: %s, of which the first is read.", self.name, what)
+            _logger.warning("%s: %s; only the first is read.", self.name, what)
         self._dtype = np.dtype(page.dtype).newbyteorder(self._file.byteorder)
         planes = list(self._planes(series, axes))
         count = sum(plane.samples for plane in planes)
@@ -163,8 +163,8 @@ class TiffSlide(Slide):
         if wanted is None:
             if count - alpha not in (1, model):
                 raise ConfigError(
-                    f"{self.name} has {count} channels, the model {model}; choose with channels=(...) (--channels), "
-                    f"from 0 to {count - 1}: {model} of them, or one that is shown as gray."
+                    f"{self.name} has {count} channels, the model {model}; set channels=(...) (--channels) to {model} "
+                    f"numbers from 0 to {count - 1}, or to one, which is used as gray."
                 )
             wanted = tuple(range(count))
         elif len(wanted) not in (1, model) or not all(0 <= channel < count for channel in wanted):
@@ -287,4 +287,4 @@ def _open(path: Path) -> tifffile.TiffFile:
 
 def _unreadable(path: Path, error: Exception) -> ImageError:
     reason = str(error).partition("\n")[0] or type(error).__name__
-    return ImageError(f"{path}: no readable TIFF ({reason}).")
+    return ImageError(f"{path}: not a readable TIFF ({reason}).")

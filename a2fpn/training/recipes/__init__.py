@@ -38,7 +38,7 @@ def find_recipe(name: str) -> Path:
     packaged = FOLDER / f"{path.stem if path.suffix == '.yaml' else path.name}.yaml"
     if packaged.is_file() and path.parent.name in ("", "recipes"):
         return packaged
-    raise ConfigError(f"There is neither a file nor a recipe {name!r}. {did_you_mean(path.stem, list_recipes())}")
+    raise ConfigError(f"{name!r} is neither a file nor a recipe. {did_you_mean(path.stem, list_recipes())}")
 
 
 def copy_recipe(name: str, file: Path) -> None:
