@@ -131,7 +131,7 @@ def _partners(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> Tens
     distance = torch.cdist(expected["boxes"], got["boxes"], p=float("inf"))
     distance = distance + (expected["scores"][:, None] - got["scores"]).abs()
     distance = distance + (expected["labels"][:, None] != got["labels"]) * 1e6
-    distance = distance.nan_to_num(nan=1e9)
+    distance = distance.nan_to_num(nan=1e9, posinf=1e9)  # or no partner would be the nearest
     rows = torch.full((len(distance),), -1)
     while (rows < 0).any():
         nearest, back = distance.argmin(1), distance.argmin(0)
