@@ -28,9 +28,11 @@ TINY = (
 def run(*command: object, script: str = "a2fpn", **environment: str) -> str:
     line = [str(SCRIPTS / script), *map(str, command)]
     print("$", *line, flush=True)
-    done = subprocess.run(line, check=False, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True)
-    print(done.stdout, flush=True)
-    done.check_returncode()
+    done = subprocess.run(line, check=False, env={**os.environ, **environment}, capture_output=True, text=True)
+    print(done.stdout, done.stderr, sep="\n", flush=True)
+    if done.returncode:  # again and last, because a log is read from its end
+        reason = "\n".join(done.stderr.splitlines()[-40:])
+        raise SystemExit(f"{script} {command[0]} ended with exit code {done.returncode}:\n{reason}")
     return done.stdout
 
 

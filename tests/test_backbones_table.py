@@ -391,7 +391,13 @@ def test_a_small_member_of_each_family_trains(name: str) -> None:
 
 
 @same_timm
-@pytest.mark.parametrize("name", smallest_of_families())
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if place % 4 else ())
+        for place, name in enumerate(smallest_of_families())
+    ],
+)
 def test_every_parameter_of_each_family_has_a_layer(name: str) -> None:
     with torch.device("meta"):
         backbone = TimmBackbone(BackboneConfig(name))

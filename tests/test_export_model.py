@@ -3,15 +3,16 @@
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 import a2fpn
-from a2fpn.detectors import DETECTORS
+from a2fpn.detectors import DETECTORS, Detector
 from a2fpn.errors import CheckpointError, ConfigError
 from a2fpn.export import verify
 from a2fpn.inference.exported import ExportedDetector
@@ -53,6 +54,23 @@ def test_what_differs_is_seen(exported: Exported) -> None:
         other.roi_heads.box_predictor.bbox_pred.bias.add_(0.1)
     results = list(verify(other, ExportedDetector(exported.path), [("noise", noise((64, 96), 1))]))
     assert not results[0].equal
+
+
+def test_an_object_that_the_file_lacks_takes_no_partner_of_another(exported: Exported) -> None:
+    """The first of two boxes is another one in the file, and nearer to the second than to what is there instead."""
+    same = {"scores": torch.tensor([0.9, 0.8]), "labels": torch.zeros(2, dtype=torch.int64)}
+    boxes = torch.tensor([[0.0, 0.0, 30.0, 30.0], [3.0, 0.0, 33.0, 30.0]])
+
+    class File:
+        def run(self, images: Tensor) -> dict[str, Tensor]:
+            others = torch.tensor([[60.0, 30.0, 90.0, 60.0], [3.0, 0.0, 33.0, 30.0]])
+            return {"image_index": torch.zeros(2, dtype=torch.int64), "boxes": others, **same}
+
+    def detect(images: list[Tensor], *, paste_masks: bool) -> list[dict[str, Tensor]]:
+        return [{"boxes": boxes, **same}]
+
+    result = next(verify(cast(Detector, detect), File(), [("image", NOTHING)]))
+    assert (result.box, result.apart, result.equal) == (60, 1, False)
 
 
 def test_no_objects(path: Path) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from a2fpn.detectors import Detector
 from a2fpn.heads.batched import split_images
-from a2fpn.inference.exported import ExportedDetector
 from a2fpn.masks.paste import mask_windows
 
 BOX_TOLERANCE = 1e-2
@@ -19,6 +19,15 @@ SCORE_TOLERANCE = 1e-4
 """Maximum difference of a score."""
 MASK_IOU = 0.999
 """Minimum IoU of the masks of an image's objects, with their pixels pooled."""
+_APART = 1.0
+"""Difference of a box's edge from which it is that of another object, pixels."""
+
+
+class Runs(Protocol):
+    """Anything that is run like an exported file."""
+
+    def run(self, images: Tensor) -> dict[str, Tensor]:
+        """See :meth:`~a2fpn.inference.exported.ExportedDetector.run`."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +38,11 @@ class Comparison:
         name: The compared image.
         expected: Number of objects from the detector.
         found: Number of objects from the file.
-        box: Maximum difference of a box's edge, pixels.
+        box: Maximum difference of a box's edge, pixels; infinite between objects of different categories.
         score: Maximum difference of a score.
         mask_iou: IoU of the masks, with the pixels of all objects pooled; None without masks or objects.
+        apart: Number of the detector's objects for which the file has another one, of another category or with a box
+            more than a pixel off.
     """
 
     name: str
@@ -40,6 +51,7 @@ class Comparison:
     box: float = 0.0
     score: float = 0.0
     mask_iou: float | None = None
+    apart: int = 0
 
     @property
     def equal(self) -> bool:
@@ -52,14 +64,12 @@ class Comparison:
         )
 
 
-def verify(
-    detector: Detector, exported: ExportedDetector, images: Iterable[tuple[str, Tensor]]
-) -> Iterator[Comparison]:
+def verify(detector: Detector, exported: Runs, images: Iterable[tuple[str, Tensor]]) -> Iterator[Comparison]:
     """Compare a file with its detector: on each image alone, batched with its mirror image, and without any object.
 
     Args:
         detector: A detector in evaluation mode, on the CPU.
-        exported: The file.
+        exported: The file, an :class:`~a2fpn.inference.exported.ExportedDetector`.
         images: Names and ``(C, H, W)`` uint8 images.
 
     Yields:
@@ -81,7 +91,7 @@ def _ramp(like: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def _compare(detector: Detector, exported: ExportedDetector, images: Mapping[str, Tensor]) -> Iterator[Comparison]:
+def _compare(detector: Detector, exported: Runs, images: Mapping[str, Tensor]) -> Iterator[Comparison]:
     got = exported.run(torch.stack(list(images.values())))
     got["images"] = got.pop("image_index")
     found = split_images(got, len(images))
@@ -107,24 +117,29 @@ def _differences(
             both, either = _areas(a, b)
             overlap, union = overlap + both, union + either
         iou = overlap / union if union else None
-    box = float((expected["boxes"] - got["boxes"][rows]).abs().max())
+    off = (expected["boxes"] - got["boxes"][rows]).abs().amax(1)
+    off = off.masked_fill(expected["labels"] != got["labels"][rows], torch.inf)
     score = float((expected["scores"] - got["scores"][rows]).abs().max())
-    same = bool((expected["labels"] == got["labels"][rows]).all())
-    return Comparison(name, *counts, box if same else float("inf"), score, iou)
+    return Comparison(name, *counts, float(off.max()), score, iou, int((off > _APART).sum()))
 
 
 def _partners(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> Tensor:
-    """Match the file's objects to the detector's, since equal scores may be in another order."""
+    """Match the file's objects to the detector's, the most alike first, since equal scores may be in another order.
+
+    In the order of the scores, an object that the file lacks would take the partner of another one.
+    """
     distance = torch.cdist(expected["boxes"], got["boxes"], p=float("inf"))
     distance = distance + (expected["scores"][:, None] - got["scores"]).abs()
     distance = distance + (expected["labels"][:, None] != got["labels"]) * 1e6
-    free = torch.zeros(len(got["scores"]))
-    rows = []
-    for own in distance:
-        row = int((own + free).argmin())
-        free[row] = torch.inf
-        rows.append(row)
-    return torch.tensor(rows)
+    distance = distance.nan_to_num(nan=1e9, posinf=1e9)  # or no partner would be the nearest
+    rows = torch.full((len(distance),), -1)
+    while (rows < 0).any():
+        nearest, back = distance.argmin(1), distance.argmin(0)
+        mutual = (rows < 0) & (back[nearest] == torch.arange(len(rows)))
+        rows[mutual] = nearest[mutual]
+        distance[mutual] = torch.inf
+        distance[:, nearest[mutual]] = torch.inf
+    return rows
 
 
 def _areas(a: tuple[Tensor, int, int], b: tuple[Tensor, int, int]) -> tuple[int, int]:
