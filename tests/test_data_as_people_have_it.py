@@ -401,7 +401,7 @@ def test_only_regular_files_go_into_shards(inner: Path) -> None:
     os.symlink("/dev/zero", inner / "endless.png")
     path = inner.parent / "a.json"
     path.write_text(json.dumps(coco(entry(1), images=[IMAGE | {"file_name": "endless.png"}])))
-    with pytest.raises(DataError, match=r"endless\.png: can't be read \(no regular file\)"):
+    with pytest.raises(DataError, match=r"endless\.png: can't be read \(not a regular file\)"):
         write_shards(inner, path, inner.parent / "shards")
 
 

@@ -177,7 +177,7 @@ def test_the_command_writes_a_copy_and_lists_every_change(folder: Path, tmp_path
     assert path.read_text(encoding="utf-8-sig") == content
     assert read_coco(output, strict=True).annotations[1][0].area == 2500
     assert output.read_bytes()[:1] == b"{"
-    for given, message in ((output, "exists already; choose another name"), (path, "the file that is checked")):
+    for given, message in ((output, "exists already; choose another name"), (path, "the checked file")):
         assert message in fails("check-data", "--annotations", path, "--images", folder, "--fix", given)
     again = run("check-data", "--annotations", output, "--images", folder, "--fix", tmp_path / "c.json")
     assert "Nothing to repair" in again

@@ -148,5 +148,5 @@ def test_a_pickle_named_safetensors_and_a_tensor_of_10_gb(folder, config, tmp_pa
 def test_a_folder_of_pickles_is_refused(folder, tmp_path):
     (tmp_path / CONFIG_FILE).write_text((folder / CONFIG_FILE).read_text())
     (tmp_path / "model.pth").write_bytes(b"\x80\x04.")
-    with pytest.raises(CheckpointError, match=r"but model.pth: a pickle .* never loaded.* `a2fpn hub convert`\."):
+    with pytest.raises(CheckpointError, match=r"but model.pth: pickles .* never loaded.* `a2fpn hub convert`\."):
         a2fpn.from_pretrained(tmp_path)

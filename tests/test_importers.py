@@ -148,7 +148,7 @@ def test_what_lies_under_others_is_reported(tmp_path: Path, name: str) -> None:
     path.write_text(json.dumps(data))
     report = convert_data(root, tmp_path / name, to=name)
     assert report.counts == {"overlap": 1}
-    assert "400 of its 900 pixels are covered by others" in str(report)
+    assert "400 of its 900 pixels are covered by other objects" in str(report)
 
 
 @pytest.mark.parametrize("name", ["cvat", "datumaro", "labelme", "yolo"])
@@ -285,8 +285,8 @@ def annotations(folder: Path, split: str = "train") -> list[dict[str, Any]]:
         ("0 .5 .5 .5 x", "expected numbers, got '0 .5 .5 .5 x'"),
         ("0 .5 1.3 .5 .5", "the coordinate 1.3 must be in [0, 1]"),
         ("0 20 20 10 10", "the coordinate 20 must be in [0, 1], relative to the image size; are these pixels"),
-        ("0 nan .5 .5 .5", "the coordinate nan lies outside"),
-        ("0 .1 .1 .2 .2 .3 inf", "the coordinate inf lies outside"),
+        ("0 nan .5 .5 .5", "the coordinate nan must be in"),
+        ("0 .1 .1 .2 .2 .3 inf", "the coordinate inf must be in"),
         ("0 .5 .5 0 .5", "has no area"),
     ],
 )
@@ -364,7 +364,7 @@ def test_lists_of_other_machines_are_resolved(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="train: nowhere is neither an image folder nor a list"):
         import_data(root, tmp_path / "z")
     (root / "data.yaml").write_text("names: [cat\ntrain: x")
-    with pytest.raises(DataError, match=r"data.yaml, line 2: no YAML"):
+    with pytest.raises(DataError, match=r"data.yaml, line 2: invalid YAML"):
         import_data(root, tmp_path / "z")
 
 
@@ -455,19 +455,19 @@ def studio(**changes: Any) -> str:
             "labelme",
             "a.json",
             labelme([{"label": "c", "points": SQUARE, "shape_type": "linestrip"}]),
-            "a linestrip is not read",
+            "a linestrip is not supported",
         ),
-        ("labelme", "a.json", labelme([], imageHeight=41), "it says 60 x 41 pixels, a.png has 60 x 40"),
+        ("labelme", "a.json", labelme([], imageHeight=41), "it gives 60 x 41 pixels, a.png has 60 x 40"),
         ("labelme", "a.json", labelme([], imagePath="..\\b.png")[:-5], "not valid JSON"),
         ("labelme", "b.json", labelme([], imagePath="C:\\x\\b.png"), "image 'C:\\\\x\\\\b.png' not found"),
         ("labelme", "a.json", "", "the file is empty"),
         ("voc", "a.xml", VOC.format("x"), "line 1: object 1: ymax is 'x', expected a number"),
         ("voc", "a.xml", VOC.format("-3"), "object 1: its box from 1, 1 to 9, -3 has no area"),
         ("voc", "a.xml", VOC.format(9).replace("cat", ""), "object 1: it has no name"),
-        ("voc", "a.xml", VOC.format(9)[:-5], "line 1: no XML"),
+        ("voc", "a.xml", VOC.format(9)[:-5], "line 1: invalid XML"),
         ("voc", "a.xml", VOC.format(9).replace("a.png", "D:\\b.png"), None),
         ("cvat", "x.xml", CVAT.format("b.png", 60, ""), "image 'b.png': image 'b.png' not found"),
-        ("cvat", "x.xml", CVAT.format("a.png", 61, ""), "it says 61 x 40 pixels, a.png has 60 x 40"),
+        ("cvat", "x.xml", CVAT.format("a.png", 61, ""), "it gives 61 x 40 pixels, a.png has 60 x 40"),
         ("cvat", "x.xml", CVAT.format("a.png", 60, '<polygon label="c" points="1,2;3,4;5"/>'), "it has 5 coordinates"),
         (
             "cvat",
@@ -487,7 +487,7 @@ def studio(**changes: Any) -> str:
             CVAT.format("a.png", 60, '<mask label="c" rle="0, 9" left="0" top="0" width="2" height="2"/>'),
             "its runs add up to 9 pixels, its window has 4",
         ),
-        ("cvat", "x.xml", CVAT.format("a.png", 60, "")[:-9], "line 4: no XML"),
+        ("cvat", "x.xml", CVAT.format("a.png", 60, "")[:-9], "line 4: invalid XML"),
         (
             "datumaro",
             "annotations/train.json",
@@ -498,7 +498,7 @@ def studio(**changes: Any) -> str:
         ("datumaro", "annotations/train.json", datumaro(type="polyline", label_id=0), "a polyline is not supported"),
         ("labelstudio", "x.json", studio(value={"rectanglelabels": ["cat"], "x": 0}), "it lacks y"),
         ("labelstudio", "x.json", studio(original_width=61), "drawn on 61 x 40 pixels, the image has 60 x 40"),
-        ("labelstudio", "x.json", studio(type="keypointlabels"), "keypointlabels is not read"),
+        ("labelstudio", "x.json", studio(type="keypointlabels"), "keypointlabels is not supported"),
         (
             "labelstudio",
             "x.json",

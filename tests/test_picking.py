@@ -107,5 +107,5 @@ def test_the_command_leaves_links_a_table_and_a_grid(
 @pytest.mark.parametrize("number", [0, 10])
 def test_more_images_than_there_are_is_an_error(checkpoint: Path, images: Path, number: int) -> None:
     predictor = a2fpn.Predictor(a2fpn.from_pretrained(checkpoint))
-    with pytest.raises(ConfigError, match=f"number must be between 1 and 9,  .*; got {number}"):
+    with pytest.raises(ConfigError, match=f"number must be between 1 and 9, .*, got {number}"):
         pick_images(predictor, sorted(images.iterdir()), number)

@@ -85,7 +85,7 @@ def test_a_value_has_the_type_of_its_setting(argument, value):
         ("data.oks_sigmas=[x]", "data.oks_sigmas[0]: expected float, got 'x'"),
         ("model.overrides=3", "model.overrides: expected an object, got 3"),
         ("optim=3", "optim: expected an object with the fields of OptimSection, got int"),
-        ("run.epochs=[1", "run.epochs: no YAML"),
+        ("run.epochs=[1", "run.epochs: invalid YAML"),
         ("optim.lr.x=1", "unknown setting 'optim.lr.x'. Did you mean 'optim.lr'?"),
         ("--run.epochs", "--run.epochs needs a value"),
         ("epochs", "unexpected argument 'epochs'"),

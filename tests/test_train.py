@@ -91,7 +91,7 @@ def test_a_wrong_key_is_an_error_that_names_the_right_one(wrong, right, capsys):
         ("nothing_alike: 3", "unknown setting 'nothing_alike'. See --help"),
         ("optim: {lr: high}", "optim.lr: expected float, got 'high'"),
         ("optim: {name: adam}", "optim.name: expected one of 'sgd', 'adamw', got 'adam'"),
-        ("optim: {", "recipe.yaml: no YAML"),
+        ("optim: {", "recipe.yaml: invalid YAML"),
     ],
 )
 def test_a_wrong_recipe_is_one_line_and_exit_code_2(recipe, message, tmp_path, capsys):

@@ -131,7 +131,7 @@ def test_lines_and_coco_results_give_the_results_back(masks: bool, tmp_path: Pat
 
 
 def test_records_of_another_models_classes_are_refused() -> None:
-    with pytest.raises(ValueError, match="category_id 8 is none of the 1 classes' ids"):
+    with pytest.raises(ValueError, match="Unknown category_id 8; expected an id of the 1 classes"):
         Result.from_coco(result().to_coco(1), size=SIZE, categories=CATEGORIES[:1])
 
 

@@ -265,7 +265,7 @@ def check_weights(directory: str | Path, checkpoint: Checkpoint) -> Path:
 
 def wrong_weights(where: str, digest: str, expected: str) -> str:
     """Return the message for weights that do not match their ``config.json``."""
-    return f"{where} is damaged or was replaced: its sha256 is {digest}, {CONFIG_FILE} expects {expected}."
+    return f"{where} is damaged or replaced: its sha256 is {digest}, {CONFIG_FILE} expects {expected}."
 
 
 def read_weights(directory: str | Path, checkpoint: Checkpoint) -> dict[str, Tensor]:
