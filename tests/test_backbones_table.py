@@ -141,7 +141,7 @@ def test_what_cannot_be_attached_says_why_and_names_three_that_can(
     monkeypatch.setattr(attach, "read_table", lambda: table)
     find_backbone_info.cache_clear()
     with pytest.raises(
-        UnsupportedBackboneError, match=r"'test_resnet' can't be attached: It has no maps\. Near"
+        UnsupportedBackboneError, match=r"'test_resnet' can't be attached: It has no maps\. Supported"
     ) as info:
         a2fpn.create_model("maskrcnn_a2fpn", backbone="test_resnet")
     near = str(info.value).rpartition(": ")[2].rstrip(".").split(", ")

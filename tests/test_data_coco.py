@@ -430,5 +430,5 @@ def test_messages_name_images_that_are_given_as_bytes():
     maker, picture = SampleMaker(()), png(Image.new("RGB", (1, 2)))
     with pytest.raises(ImageError, match=r"^a\.png: the image has 1 x 2 pixels"):
         maker(CocoImage(5, "a.png", 3, 4), [], picture)
-    with pytest.raises(ImageError, match=r"^the semantic map of a\.png: the map is \(3, 2\) pixels"):
+    with pytest.raises(ImageError, match=r"^the semantic map of a\.png: the map has size \(width, height\) \(3, 2\)"):
         maker(CocoImage(5, "a.png", 2, 1), [], picture, semantic=png(Image.new("L", (3, 2))))

@@ -370,7 +370,7 @@ def test_a_registered_model_is_a_model(registries: None) -> None:
     other = a2fpn.create_model("tiny", backbone="test_efficientnet")
     assert other.config.backbone.name == "test_efficientnet"
     assert other.neck.out_channels == 8
-    with pytest.raises(ValueError, match="The model name 'tiny' is taken"):
+    with pytest.raises(ValueError, match="The model name 'tiny' is already registered"):
         a2fpn.register_model("tiny")(tiny)
 
 

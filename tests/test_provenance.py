@@ -76,11 +76,11 @@ def test_a_model_trained_on_names_the_data_of_its_origin_below_it(folder: Path, 
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn])
-def test_tensors_of_another_kind_of_number_are_refused(dtype: torch.dtype) -> None:
+def test_tensors_of_another_dtype_are_refused(dtype: torch.dtype) -> None:
     model = tiny_model("fasterrcnn_fpn")
     state = model.state_dict()
     name = "roi_heads.box_predictor.cls_score.weight"
-    message = rf"1 of another kind of number: {name} {str(dtype).removeprefix('torch.')} instead of float32"
+    message = rf"1 of another dtype: {name} {str(dtype).removeprefix('torch.')} instead of float32"
     with pytest.raises(CheckpointError, match=message):
         load_weights(model, {**state, name: state[name].to(dtype)})
     load_weights(model, {**state, name: state[name].to(torch.bfloat16)})

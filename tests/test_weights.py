@@ -337,7 +337,7 @@ def test_published_checkpoints_go_before_grafts(
     assert (listing.box_ap, listing.license) == (0.4, "Apache-2.0")
     published[name] = HubWeights("acme/cells", "c0ffee", "0" * 64, Facts())
     with pytest.raises(
-        HubIntegrityError, match=f"'acme/cells' at revision 'c0ffee' is not what .*{digest}, expected 000"
+        HubIntegrityError, match=f"'acme/cells' at revision 'c0ffee' does not match .*{digest}, expected 000"
     ):
         a2fpn.create_model(name, pretrained=True)
 
@@ -402,7 +402,7 @@ def test_a_download_with_another_hash_is_refused(
     site.folder.mkdir()
     (site.folder / "tiny-00000000.pth").write_bytes(b"something else")
     list_as(f"{site.url}/tiny-00000000.pth", monkeypatch)
-    with pytest.raises(HubIntegrityError, match=r"another file \(sha256 [0-9a-f]{64}, expected 00000000"):
+    with pytest.raises(HubIntegrityError, match=r"another hash \(sha256 [0-9a-f]{64}, expected 00000000"):
         a2fpn.from_pretrained(NAME)
     assert list(home.iterdir()) == []
 
