@@ -59,12 +59,13 @@ build/npm/installed: docs/web/package.json docs/web/package-lock.json
 
 # What a user gets from a package index: a built wheel in an empty environment, away from this folder, that predicts,
 # trains, converts and publishes.
-wheel-check: .venv/installed-dev
-	rm -rf build/wheel && mkdir -p build/wheel
-	.venv/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/wheel .
+wheel-check:
+	rm -rf build/wheel && mkdir -p build/wheel/empty
 	$(PYTHON) -m venv build/wheel/venv
+	build/wheel/venv/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/wheel .
 	wheel=$$(echo build/wheel/*.whl) && build/wheel/venv/bin/python -m pip install --quiet --disable-pip-version-check "$$wheel[train]"
-	mkdir build/wheel/empty && cd build/wheel/empty && ../venv/bin/python ../../../.ci/wheel_check.py
+	cd build/wheel/empty && ../venv/bin/python ../../../.ci/wheel_check.py
+	rm -rf build/wheel/venv build/wheel/empty
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -126,7 +126,7 @@ def peak_memory(prepare: Callable[..., Call], *args: object) -> float:
         Bytes; NaN where there is no ``/proc`` (Linux has it).
 
     Raises:
-        RuntimeError: If the other process failed; its traceback is on stderr.
+        RuntimeError: If the other process failed; with its error.
     """
     # A server that has imported the libraries, and run nothing, is forked for each measurement.
     context = multiprocessing.get_context("forkserver")
@@ -136,11 +136,13 @@ def peak_memory(prepare: Callable[..., Call], *args: object) -> float:
     process.start()
     sender.close()
     try:
-        peak: float = receiver.recv()
-    except EOFError as error:
-        raise RuntimeError(f"The process that measures {prepare.__qualname__}{args} failed.") from error
+        peak: float | str = receiver.recv()
+    except EOFError:
+        peak = "it was killed"
     finally:
         process.join()
+    if isinstance(peak, str):
+        raise RuntimeError(f"The process that measures {prepare.__qualname__}{args} failed: {peak}.")
     return peak
 
 
@@ -155,7 +157,10 @@ def peak_memories(
 
 def _send_peak(sender: Connection, prepare: Callable[..., Call], args: tuple[object, ...], threads: int) -> None:
     torch.set_num_threads(threads)
-    sender.send(_peak_of(prepare(*args)))
+    try:
+        sender.send(_peak_of(prepare(*args)))
+    except Exception as error:
+        sender.send(f"{type(error).__name__}: {error}")
 
 
 def _peak_of(call: Call) -> float:

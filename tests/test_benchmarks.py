@@ -2,7 +2,9 @@
 
 import functools
 import json
+import os
 import re
+import signal
 import sys
 
 import numpy as np
@@ -129,8 +131,14 @@ def test_peak_memory_counts_what_the_call_allocates_alone():
 
 
 def test_a_failure_while_measuring_memory_is_raised():
-    with pytest.raises(RuntimeError, match=r"measures touch\('no size',\) failed"):
+    with pytest.raises(RuntimeError, match=r"measures touch\('no size',\) failed: TypeError: 'str' object"):
         measure.peak_memory(touch, "no size")
+    with pytest.raises(RuntimeError, match=r"measures die\(\) failed: it was killed"):
+        measure.peak_memory(die)
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Pause(nn.Module):
