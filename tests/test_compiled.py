@@ -14,6 +14,7 @@ from a2fpn.inference.eval_view import eval_view
 from a2fpn.layers import GACARAFE
 from a2fpn.layers.checkpointing import set_checkpointing
 from a2fpn.layers.frozen_norm import FrozenNorm2d, FrozenNormAct2d, fuse_frozen_norms
+from a2fpn.necks import NECKS
 from tests.helpers import random_target, tiny_model
 
 
@@ -72,6 +73,31 @@ def test_compiled_maps_give_the_same_losses_and_keep_the_state_dict(neck: str) -
         assert list(model.state_dict()) == keys
         found.append((losses, [p.grad for p in model.parameters()]))
     torch.testing.assert_close(found[1], found[0])
+
+
+@pytest.mark.parametrize("neck", sorted(set(NECKS) - {"bifpn", "simple_fpn"}))  # crops compile; needs a transformer
+def test_no_level_is_a_strided_view(neck: str) -> None:
+    """A compiled module that receives one of dynamic size can't be compiled anew for it."""
+    model = tiny_model(f"maskrcnn_{neck}", backbone="test_resnet").eval()
+    with torch.no_grad():
+        pyramid = model.neck(model.backbone(torch.rand(1, 3, 64, 96)))
+    assert [name for name, x in pyramid.items() if x._base is not None and not x.is_contiguous()] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("training", [True, False])
+def test_compiled_maps_take_images_of_any_size(training: bool) -> None:
+    """The second size is compiled anew with dynamic shapes, which must hold for the others."""
+    model = tiny_model("maskrcnn_fpn", backbone="test_resnet", min_size=64, max_size=256).train(training)
+    model.compile_maps(backend="aot_eager")
+    for size in ((64, 96), (64, 80), (96, 64), (130, 190)):
+        image = torch.rand(3, *size)
+        if training:
+            target = random_target([[4.0, 4.0, 30.0, 40.0]], size)
+            torch.stack(list(model([image], [target]).values())).sum().backward()
+        else:
+            with torch.no_grad():
+                assert len(model([image], paste_masks=False)) == 1
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,8 @@ class Neck(nn.Module, ABC):
         if len(pyramid) > len(self.out_spec):
             raise ConfigError(f"The neck declares {len(self.out_spec)} levels and returned {len(pyramid)}.")
         while len(pyramid) < len(self.out_spec):
-            pyramid.append(pyramid[-1][..., ::2, ::2])
+            # Not a slice: torch.compile fails where a module receives a strided view of dynamic size.
+            pyramid.append(F.max_pool2d(pyramid[-1], kernel_size=1, stride=2))
         if not torch.compiler.is_compiling():  # would add guards on symbolic sizes
             check_pyramid(pyramid, self.out_spec, maps, self.in_spec.strides)
         return dict(zip(self.out_spec.names, pyramid, strict=True))
