@@ -1,5 +1,6 @@
 """Defaults for every test: no network, one thread, one seed."""
 
+import gc
 import os
 
 # Before anything imports huggingface_hub: no test may reach the network, here or in a subprocess.
@@ -27,6 +28,12 @@ LONG = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     rank = {f"test_{name}": place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
+def pytest_collection_finish() -> None:
+    """Leaves what stays until the end, all modules and tests, out of each collection of garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_sessionstart() -> None:
