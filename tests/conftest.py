@@ -1,5 +1,6 @@
 """Defaults for every test: no network, one thread, one seed."""
 
+import functools
 import gc
 import os
 
@@ -10,11 +11,15 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import typer.testing
 
 from tests import processes
 
 # The tensors of the tests are tiny: threads cost more than they bring, above all beside other workers.
 torch.set_num_threads(1)
+
+# For each command that a test invokes, Typer reads the signatures of all again, which takes longer than most commands.
+typer.testing._get_command = functools.cache(typer.testing._get_command)
 
 
 # Files of the longest tests, longest first: begun last, one of them would keep a worker busy after the others are done.
