@@ -1,5 +1,7 @@
 """Defaults for every test: no network, one thread, one seed."""
 
+import functools
+import gc
 import os
 
 # Before anything imports huggingface_hub: no test may reach the network, here or in a subprocess.
@@ -9,11 +11,15 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import typer.testing
 
 from tests import processes
 
 # The tensors of the tests are tiny: threads cost more than they bring, above all beside other workers.
 torch.set_num_threads(1)
+
+# For each command that a test invokes, Typer reads the signatures of all again, which takes longer than most commands.
+typer.testing._get_command = functools.cache(typer.testing._get_command)
 
 
 # Files of the longest tests, longest first: begun last, one of them would keep a worker busy after the others are done.
@@ -27,6 +33,12 @@ LONG = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     rank = {f"test_{name}": place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
+def pytest_collection_finish() -> None:
+    """Leaves what stays until the end, all modules and tests, out of each collection of garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_sessionstart() -> None:

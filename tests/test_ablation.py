@@ -308,6 +308,7 @@ def test_without_the_service_programs_share_the_gpu_in_turns(monkeypatch, capsys
     assert "there is no nvidia-cuda-mps-control" in capsys.readouterr().out
 
 
+@pytest.mark.slow  # trains in two processes; what users install trains in test_train.py
 def test_a_comparison_is_made_once_and_reported_from_its_records(plan, monkeypatch, capsys):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     options = {

@@ -399,7 +399,7 @@ def test_a_small_member_of_each_family_trains(name: str) -> None:
     ],
 )
 def test_every_parameter_of_each_family_has_a_layer(name: str) -> None:
-    with torch.device("meta"):
+    with without_values():
         backbone = TimmBackbone(BackboneConfig(name))
         ids = backbone.layer_ids()
     assert list(sorted(ids)) == sorted(name for name, _ in backbone.named_parameters())
@@ -415,12 +415,12 @@ def test_every_parameter_of_each_family_has_a_layer(name: str) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        name if position % 6 == 0 else pytest.param(name, marks=pytest.mark.slow)
+        name if position % 12 == 0 else pytest.param(name, marks=pytest.mark.slow)
         for position, name in enumerate(smallest_of_families())
     ],
 )
 def test_the_early_part_of_each_family_can_be_frozen(name: str) -> None:
-    with torch.device("meta"):
+    with without_values():
         whole, backbone = TimmBackbone(BackboneConfig(name)), TimmBackbone(BackboneConfig(name, trainable_layers=3))
     ids = backbone.layer_ids()
     # timm itself freezes some.

@@ -26,6 +26,7 @@ def test_inference_compares_equal_outputs_and_prints_ratios(capsys):
     assert re.search(r"maskrcnn_a2fpn_r50 .* ms │ +\d+\.\d\d │", out)
 
 
+@pytest.mark.slow
 def test_necks_measure_every_neck_that_takes_a_backbones_pyramid(capsys):
     necks.main(quick=True, pattern="*fpn*")
     out = capsys.readouterr().out
@@ -34,6 +35,7 @@ def test_necks_measure_every_neck_that_takes_a_backbones_pyramid(capsys):
     assert re.search(r"│ a2fpn_lite +│ +GMACs │ +\d\.\d\d │ +<= 1\.80", out)
 
 
+@pytest.mark.slow
 def test_necks_say_where_the_time_goes(capsys):
     necks.main(quick=True, pattern="a2fpn_lite", profile=True)
     out = capsys.readouterr().out

@@ -10,7 +10,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 
-from a2fpn.training import changes, trainer
+from a2fpn.training import changes, keeper, trainer
 from a2fpn.training.cli import main, parse
 from a2fpn.training.generations import read_generation
 from a2fpn.training.optim import lr_factor
@@ -71,6 +71,8 @@ def again(half, tmp_path, monkeypatch):
         return rates[-1]
 
     monkeypatch.setattr(trainer, "set_rate", note)
+    # No test here looks at the plot, which takes a quarter of such a run; test_train.py draws it, also of resumed runs.
+    monkeypatch.setattr(keeper, "plot_metrics", lambda *_: None)
 
     def go_on(*more: str):
         fresh()

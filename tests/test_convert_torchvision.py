@@ -527,17 +527,19 @@ def test_sizes_that_torchvision_rounds_down_are_few() -> None:
 @pytest.mark.parametrize(("theirs", "ours"), [(6, None), (5, 4), (4, 3), (3, 2), (2, 1), (0, 0)])
 def test_a_mobilenet_is_frozen_as_torchvision_does(theirs: int, ours: int | None) -> None:
     """Its stages there are one more: the last convolution is one of its own."""
-    body = mobilenet_backbone(
-        backbone_name="mobilenet_v3_large",
-        weights=None,
-        norm_layer=FrozenBatchNorm2d,
-        fpn=True,
-        trainable_layers=theirs,
-    ).body
-    config = backbone_config(body)
+    with without_values():
+        body = mobilenet_backbone(
+            backbone_name="mobilenet_v3_large",
+            weights=None,
+            norm_layer=FrozenBatchNorm2d,
+            fpn=True,
+            trainable_layers=theirs,
+        ).body
+        config = backbone_config(body)
+        backbone = TimmBackbone(config)
     assert config.trainable_layers == ours
     expected = [p.requires_grad for p in body.parameters()]
-    assert [p.requires_grad for p in TimmBackbone(config).body.parameters()] == expected
+    assert [p.requires_grad for p in backbone.body.parameters()] == expected
     if theirs == 3:  # what torchvision's weights come with
         assert (sum(expected), len(expected)) == (48, 78)
         assert (
@@ -577,11 +579,14 @@ def test_the_detector_of_a_state_dict_is_built_again(name: str, images: list[Ten
 
 
 def test_numbers_are_read_from_the_tensors() -> None:
-    state = tv.keypointrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_keypoints=5).state_dict()
+    with without_values():
+        keypoints = tv.keypointrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_keypoints=5)
+        retinanet = tv.retinanet_resnet50_fpn_v2(weights=None, weights_backbone=None, num_classes=7)
+    state = {key: torch.zeros(x.shape, dtype=x.dtype) for key, x in keypoints.state_dict().items()}
     module = load_torchvision(state, "keypointrcnn_resnet50_fpn", norm_eps=1e-5)
     assert module.roi_heads.keypoint_predictor.kps_score_lowres.out_channels == 5
     assert torchvision_config(module).num_classes == 1
-    state = tv.retinanet_resnet50_fpn_v2(weights=None, weights_backbone=None, num_classes=7).state_dict()
+    state = {key: torch.zeros(x.shape, dtype=x.dtype) for key, x in retinanet.state_dict().items()}
     assert torchvision_config(load_torchvision(state, "retinanet_resnet50_fpn_v2"), categories=[]).num_classes == 7
 
 

@@ -135,11 +135,11 @@ def test_a_target_may_be_of_tv_tensors_and_hold_more() -> None:
     assert all(type(loss) is Tensor for loss in losses[0].values())
 
 
-@models
+@every_detector
 @pytest.mark.parametrize("resize", [True, False])
-def test_masks_may_be_planes_or_small(name: str, resize: bool) -> None:
+def test_masks_may_be_planes_or_small(kind: str, resize: bool) -> None:
     images, targets = batch(2, 0)
-    model = tiny_model(name, resize="shortest_edge", min_size=48, max_size=80)
+    model = tiny_model(f"{kind}_fpn", resize="shortest_edge", min_size=48, max_size=80)
     small = [{**target, "masks": InstanceMasks.from_dense(target["masks"])} for target in targets]
     losses = []
     for given in (targets, small):
