@@ -39,11 +39,9 @@ from a2fpn.training.state import code_version
 NECKS = ("fpn", "pafpn", "a2fpn_lite", "a2fpn")
 NOISE = 2e-7
 """Relative noise on the weights of the detector that is compared with itself; a float32 is rounded by up to 6e-8."""
-_HEADS = ("rpn.", "roi_heads.", "head.")
-
-
 OBJECTS = 30
 """Most objects of an image; more would make the masks of a cascade most of the sweep's time."""
+_HEADS = ("rpn.", "roi_heads.", "head.")
 
 
 def make(name: str, min_size: int) -> Detector:

@@ -126,6 +126,10 @@ def touch(size):
     return functools.partial(np.ones, size, dtype=np.uint8)
 
 
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def test_peak_memory_counts_what_the_call_allocates_alone():
     few, many = (measure.peak_memory(touch, size << 20) for size in (8, 64))
     assert 7 << 20 <= few <= 10 << 20
@@ -137,10 +141,6 @@ def test_a_failure_while_measuring_memory_is_raised():
         measure.peak_memory(touch, "no size")
     with pytest.raises(RuntimeError, match=r"measures die\(\) failed: it was killed"):
         measure.peak_memory(die)
-
-
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Pause(nn.Module):

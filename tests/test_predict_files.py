@@ -42,7 +42,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def images(folder: Path, *names: str) -> Path:
-    """Pictures of four colors: drawings of noise take PNG long."""
+    """Pictures of four colors: PNG is slow to compress overlays on noise."""
     rng = np.random.default_rng(0)
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
