@@ -97,7 +97,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     ),
     "export": (
         {"_atomic", "_serialize", "_version", "detectors", "errors", "heads", "inference", "masks"},
-        {"onnx", "onnxruntime", "onnxscript", "safetensors", "torch"},
+        {"onnx", "onnx_ir", "onnxruntime", "onnxscript", "safetensors", "torch"},
     ),
     "training": (
         {

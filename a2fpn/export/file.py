@@ -13,8 +13,9 @@ from a2fpn._atomic import replaced_file
 from a2fpn.detectors import Detector
 from a2fpn.errors import ConfigError, ConfigTypeError, ExportError, MissingFileError
 from a2fpn.export.metadata import describe
-from a2fpn.export.trace import DTYPES, drop_checks, quiet, trace
-from a2fpn.export.translate import fold_shapes, translations
+from a2fpn.export.simplify import drop_checks, drop_in_place
+from a2fpn.export.trace import DTYPES, quiet, trace
+from a2fpn.export.translate import optimize, translations
 from a2fpn.inference.eval_view import eval_view
 
 Format = Literal["onnx", "torch"]
@@ -71,11 +72,11 @@ def export_model(
     if device.type != "cpu":
         raise ConfigError(f"Export requires a detector on the CPU, got {device}; call model.cpu() first.")
     program = trace(detector, size=size, dtype=DTYPES[dtype])
+    drop_checks(program)
     outputs = [str(name) for name in program.call_spec.out_spec.context]
     facts = describe(detector, dtype=dtype, outputs=outputs)
     with replaced_file(path) as partial, quiet():
         if kind == "torch":
-            drop_checks(program)
             with partial.open("wb") as file:
                 torch.export.save(program, file, extra_files=facts)
         else:
@@ -118,7 +119,7 @@ def check_export(
 
 
 def _check_onnx(model: Detector) -> None:
-    for name in ("onnx", "onnxscript"):
+    for name in ("onnx", "onnx_ir", "onnxscript"):
         if importlib.util.find_spec(name) is None:
             raise ConfigError(f'{name}, required for ONNX export, is not installed: pip install "a2fpn[onnx]".')
     weights = sum(x.numel() * x.element_size() for x in model.state_dict().values())
@@ -135,8 +136,9 @@ def _to_onnx(program: torch.export.ExportedProgram, facts: dict[str, str], outpu
     Raises:
         ExportError: If an operator has no ONNX equivalent.
     """
-    from onnxscript.ir.passes import common
+    from onnx_ir.passes import common
 
+    drop_in_place(program)
     try:
         converted: Any = torch.onnx.export(
             program,
@@ -145,12 +147,13 @@ def _to_onnx(program: torch.export.ExportedProgram, facts: dict[str, str], outpu
             output_names=outputs,
             verbose=False,
             external_data=False,
+            optimize=False,
             custom_translation_table=translations(),
         )
     except Exception as error:  # torch raises errors of any type
         reason = str(error.__cause__ or error).strip().partition("\n")[0]
         raise ExportError(f"The detector can't be converted to ONNX ({reason}); use format='torch'.") from error
-    fold_shapes(converted.model)
+    optimize(converted.model)
     # They contain source locations with local paths.
     common.ClearMetadataAndDocStringPass()(converted.model)
     converted.model.metadata_props.update(facts)

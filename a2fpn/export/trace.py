@@ -78,16 +78,6 @@ def trace(
             raise ExportError(f"torch can't trace {name} ({reason}).{advice}") from error
 
 
-def drop_checks(program: torch.export.ExportedProgram) -> None:
-    """Remove size assertions from a program: they are assumptions of the tracer, and smaller images work as well."""
-    graph = program.graph
-    for node in list(graph.nodes):
-        if node.target is torch.ops.aten._assert_scalar.default:
-            graph.erase_node(node)
-    graph.eliminate_dead_code()
-    program.graph_module.recompile()
-
-
 @contextmanager
 def quiet() -> Iterator[None]:
     """Suppress torch's deprecation warnings and the exporter's progress messages."""
