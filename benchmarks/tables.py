@@ -168,6 +168,22 @@ def export_times(document: Mapping[str, Any]) -> str:
     return f"{markdown(headings, rows)}\n\n{note} {record['capability']}; {versions}; commit `{record['commit'][:12]}`."
 
 
+def compiled(document: Mapping[str, Any]) -> str:
+    """Return times of compiled detectors beside optimized ones, and of each size's first call."""
+    rows = [
+        (
+            f"`{row['model']}`",
+            "{}×{}".format(*row["size"]),
+            f"{row['first_s']:.0f}",
+            *(f"{1e3 * row[side]:.0f}" for side in ("as it is", "optimized", "compiled")),
+            f"{row['to_optimized']:.2f} ({row['range'][0]:.2f}–{row['range'][1]:.2f})",
+        )
+        for row in document["rows"]
+    ]
+    headings = ("detector", "image", "first call, s", "as it is, ms", "optimized", "compiled", "compiled / optimized")
+    return f"{markdown(headings, rows)}\n\nImages in this order; {_cpu(document)}"
+
+
 def dense_area(document: Mapping[str, Any]) -> str:
     """Return times and memory of slides in tiles; the largest ones were measured in runs of their own."""
     parts = [document[name] for name in ("area", "area_64") if name in document]
@@ -274,6 +290,7 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "cpu-inference": ("inference_cpu.json", cpu_inference),
     "dense-recall": ("dense_cpu.json", dense_recall),
     "export-times": ("export_cpu.json", export_times),
+    "compiled": ("compiled_cpu.json", compiled),
     "dense-area": ("dense_cpu.json", dense_area),
     "dense-torchvision": ("dense_cpu.json", dense_torchvision),
     "dense-tiles": ("tiles_cpu.json", dense_tiles),

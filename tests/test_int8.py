@@ -65,6 +65,14 @@ def test_it_finds_nearly_the_same(files: tuple[Path, Path]) -> None:
     assert not torch.equal(expected[:3], found[:3])
 
 
+@pytest.mark.parametrize(("bits", "largest"), [(7, 64), (8, 127)])
+def test_weights_have_as_many_bits_as_asked_for(exported: Exported, tmp_path: Path, bits: int, largest: int) -> None:
+    images = [read_image(photo).as_subclass(torch.Tensor) for photo in sorted(exported.photos.iterdir())]
+    file = quantize(exported.path, images[:1], tmp_path / "int8.onnx", weight_bits=bits)
+    weights = [onnx.numpy_helper.to_array(x) for x in onnx.load(file).graph.initializer if x.data_type == 3]
+    assert max(abs(x.astype(int)).max() for x in weights if x.ndim == 4) == largest
+
+
 @pytest.mark.slow
 def test_the_command(files: tuple[Path, Path], exported: Exported, tmp_path: Path) -> None:
     run("export", exported.checkpoint, "--output", tmp_path / "model.onnx", "--int8", exported.photos)
@@ -90,6 +98,8 @@ def test_images_that_show_no_object(files: tuple[Path, Path], tmp_path: Path) ->
 def test_what_is_refused(exported: Exported, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model.pt2: int8 quantization supports .onnx files only"):
         quantize("model.pt2", [])
+    with pytest.raises(ConfigError, match="weight_bits must be 7 or 8, got 4"):
+        quantize(exported.path, [], weight_bits=4)
     (tmp_path / "alien.onnx").write_bytes(b"alien")
     with pytest.raises(CheckpointError, match="not written by a2fpn export"):
         quantize(tmp_path / "alien.onnx", [])
@@ -98,6 +108,9 @@ def test_what_is_refused(exported: Exported, tmp_path: Path) -> None:
         "export", exported.checkpoint, "--output", out, "--int8", exported.photos
     )
     out = tmp_path / "model.onnx"
+    assert "--weight-bits is for int8 files" in fails(
+        "export", exported.checkpoint, "--output", out, "--weight-bits", 8
+    )
     text = fails("export", exported.checkpoint, "--output", out, "--int8", exported.photos, "--verify", exported.photos)
     assert "--verify does not support int8 files" in text
     assert not out.exists()

@@ -53,6 +53,14 @@ def export(
         Path | None,
         typer.Option(help="Quantize features to int8, calibrated on a folder of images.", metavar="DIR"),
     ] = None,
+    weight_bits: Annotated[
+        int,
+        typer.Option(
+            help="Bits of weights with --int8: 7 runs everywhere, 8 is more exact but needs VNNI, AMX or ARM.",
+            min=7,
+            max=8,
+        ),
+    ] = 7,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Overwrite FILE if it exists.")] = False,
 ) -> None:
     """Export a model, from resizing to NMS and masks, to a single file that runs without this package.
@@ -72,6 +80,8 @@ def export(
         raise ConfigError(
             "--verify does not support int8 files, which differ from the model; run `a2fpn evaluate --model FILE`."
         )
+    if weight_bits != 7 and int8 is None:
+        raise ConfigError("--weight-bits is for int8 files; set --int8, too.")
     images = [] if verify is None else _images(verify, MOST_VERIFIED)
     calibration = [] if int8 is None else _images(int8, MOST_CALIBRATED)
     detector = load_checkpoint(model)
@@ -82,7 +92,7 @@ def export(
             progress.add_task("exporting", total=None)
             export_model(detector, output, format=format, size=fixed, dtype=dtype)
         if calibration:
-            _quantize(output, calibration, fixed)
+            _quantize(output, calibration, fixed, 8 if weight_bits == 8 else 7)
         typer.echo(f"Wrote {output}, {output.stat().st_size / 1e6:.1f} MB.")
         if verify is not None:
             _keep_if_equal(detector, output, images, fixed)
@@ -122,14 +132,14 @@ def _images(folder: Path, most: int) -> list[Path]:
     return [paths[i * len(paths) // count] for i in range(count)]
 
 
-def _quantize(path: Path, images: list[Path], size: tuple[int, int] | None) -> None:
+def _quantize(path: Path, images: list[Path], size: tuple[int, int] | None, weight_bits: Literal[7, 8]) -> None:
     """Turn a file into int8; where that fails nothing is left of it."""
     from a2fpn.export import quantize
 
     try:
         with progress_bar() as progress:
             opened = progress.track(_opened(images, size), total=len(images), description="calibrating")
-            quantize(path, (image for _, image in opened))
+            quantize(path, (image for _, image in opened), weight_bits=weight_bits)
     except BaseException:
         path.unlink()
         raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -22,26 +22,36 @@ _PREPARED = ("onnx.quant.pre_process", "onnxruntime.quant")
 """Metadata entry without which ONNX Runtime warns that a model was not pre-processed."""
 
 
-def quantize(path: str | Path, images: Iterable[Tensor], output: str | Path | None = None) -> Path:
+def quantize(
+    path: str | Path,
+    images: Iterable[Tensor],
+    output: str | Path | None = None,
+    *,
+    weight_bits: Literal[7, 8] = 7,
+) -> Path:
     """Quantize the features of an exported detector to int8, with per-channel weights.
 
     Activation ranges are the minima and maxima over calibration images. Convolutions that predict scores, boxes, masks
-    or kernels, linear layers and everything after them stay in float. Weights use 7 of the 8 bits, since 8 would
-    overflow on processors without VNNI or AMX.
+    or kernels, linear layers and everything after them stay in float.
 
     Args:
         path: An ``.onnx`` file of :func:`a2fpn.export_model`.
         images: ``(C, H, W)`` uint8, or float in [0, 1], representative of the detector's use; about twenty to fifty.
         output: The file to write; None replaces ``path``.
+        weight_bits: 8 is nearer to the float file, on processors with VNNI, AMX or on ARM; sums of products with 8-bit
+            weights overflow on others, such as those with AVX2 only.
 
     Returns:
         The written file.
 
     Raises:
-        ConfigError: If ONNX Runtime or onnx are not installed, the file is not ONNX, or no object is detected.
+        ConfigError: If ONNX Runtime or onnx are not installed, the file is not ONNX, no object is detected, or
+            ``weight_bits`` is another number.
         CheckpointError: If it is not a file of :func:`a2fpn.export_model`.
     """
     path = Path(path)
+    if weight_bits not in (7, 8):
+        raise ConfigError(f"weight_bits must be 7 or 8, got {weight_bits!r}.")
     if path.suffix != ".onnx":
         raise ConfigError(f"{path.name}: int8 quantization supports .onnx files only.")
     try:
@@ -63,7 +73,7 @@ def quantize(path: str | Path, images: Iterable[Tensor], output: str | Path | No
             _Reader(detector, images),
             quant_format=quantization.QuantFormat.QDQ,
             per_channel=True,
-            reduce_range=True,
+            reduce_range=weight_bits == 7,
             activation_type=quantization.QuantType.QUInt8,
             weight_type=quantization.QuantType.QInt8,
             nodes_to_quantize=[node.name for node in nodes],

@@ -6,7 +6,6 @@ forms, which would account for two of three nodes.
 
 from __future__ import annotations
 
-import operator
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,10 +25,6 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     from onnxscript.function_libs.torch_lib.ops import core, nn
 
     op: Any = opset18
-
-    def at_most(a: Any, b: Any) -> Any:
-        # torch's bounds on sums of data-dependent sizes exceed int64.
-        return op.LessOrEqual(a, min(b, 2**63 - 1) if isinstance(b, int) else b)
 
     def index(x: Any, indices: Sequence[Any]) -> Any:
         if None in indices or any(len(i.shape) != 1 for i in indices[1:]):
@@ -104,7 +99,6 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         aten._local_scalar_dense.default: item,
         aten.floor_divide.default: quotient,
         torch.ops.torchvision.roi_align.default: roi_align,
-        operator.le: at_most,
         aten.index.Tensor: index,
         aten.scaled_dot_product_attention.default: attention,
     }

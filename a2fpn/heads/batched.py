@@ -26,6 +26,9 @@ _ACROSS = 9
 _TOGETHER = 25_000
 """Boxes up to which a GPU runs one NMS for all classes and images, whose time grows with the square of their number."""
 
+_MOST_TRACED = 2**31
+"""Maximum number of objects in a batch that a tracer assumes."""
+
 
 def clip(boxes: Tensor, images: Tensor, sizes: Sizes) -> Tensor:
     """Clip boxes to their images.
@@ -108,7 +111,10 @@ def first_of_each(images: Tensor, count: int, limit: int) -> Tensor:
     numbers = (images[:, None] == torch.arange(count, device=images.device)).sum(0)
     first = numbers.cumsum(0) - numbers
     rank = place - first[images[order]]
-    return order[(rank < limit).nonzero()[:, 0]]
+    kept = (rank < limit).nonzero()[:, 0]
+    if device.is_traced():  # or a tracer's bounds of sizes computed from this one exceed an int64
+        torch._check(kept.shape[0] <= _MOST_TRACED)
+    return order[kept]
 
 
 def split_images(found: dict[str, Tensor], count: int) -> list[dict[str, Tensor]]:
