@@ -23,7 +23,7 @@ test-lowest:
 lint: .venv/installed-dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/mypy
+	MYPY_NUM_WORKERS=2 .venv/bin/mypy
 	.venv/bin/codespell
 	.venv/bin/deptry .
 	.venv/bin/python -m benchmarks.tables --check
