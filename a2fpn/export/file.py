@@ -13,7 +13,7 @@ from a2fpn._atomic import replaced_file
 from a2fpn.detectors import Detector
 from a2fpn.errors import ConfigError, ConfigTypeError, ExportError, MissingFileError
 from a2fpn.export.metadata import describe
-from a2fpn.export.simplify import drop_checks, drop_in_place
+from a2fpn.export.simplify import drop_in_place, drop_noops
 from a2fpn.export.trace import DTYPES, quiet, trace
 from a2fpn.export.translate import optimize, translations
 from a2fpn.inference.eval_view import eval_view
@@ -72,7 +72,7 @@ def export_model(
     if device.type != "cpu":
         raise ConfigError(f"Export requires a detector on the CPU, got {device}; call model.cpu() first.")
     program = trace(detector, size=size, dtype=DTYPES[dtype])
-    drop_checks(program)
+    drop_noops(program)
     outputs = [str(name) for name in program.call_spec.out_spec.context]
     facts = describe(detector, dtype=dtype, outputs=outputs)
     with replaced_file(path) as partial, quiet():

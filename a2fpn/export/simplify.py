@@ -1,6 +1,6 @@
 """Simplification of a traced program, in place, without a change of its results.
 
-Each operator that is left costs the converter to ONNX milliseconds: it runs the program four times with symbolic sizes.
+Each operator costs the converter to ONNX milliseconds: it runs the program several times with symbolic sizes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ _TO_END = 2**63 - 1
 """End of a slice without an end."""
 
 
-def drop_checks(program: torch.export.ExportedProgram) -> None:
+def drop_noops(program: torch.export.ExportedProgram) -> None:
     """Remove assertions, and conversions and slices that change nothing.
 
     Assertions about sizes are assumptions of the tracer: smaller images work as well.
@@ -36,8 +36,9 @@ def drop_in_place(program: torch.export.ExportedProgram) -> None:
     for node in program.graph.nodes:
         if isinstance(node.target, OpOverload) and node.target._schema.is_mutable and _is_own(node):
             name, _, overload = str(node.target).removeprefix("aten.").partition("_.")
-            # ReLU6 is a hardtanh, which torch defines by clamp and runs more slowly.
-            node.target = getattr(getattr(torch.ops.aten, "clamp" if name == "hardtanh" else name), overload)
+            if name == "hardtanh" and len(node.args) == 3:
+                name = "clamp"  # by which torch defines ReLU6, more slowly
+            node.target = getattr(getattr(torch.ops.aten, name, None), overload, node.target)
     _finish(program)
 
 

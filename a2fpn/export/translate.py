@@ -107,7 +107,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
 def optimize(model: Any) -> None:
     """Fold constants and shapes of a model, and merge and deduplicate its nodes.
 
-    Of the exporter's rewrite rules only three apply to detectors; matching all of them takes ten times as long.
+    Of the exporter's rewrite rules three shorten detectors; matching all of them takes ten times as long.
 
     Args:
         model: An ``onnx_ir.Model``; modified in place.
