@@ -79,9 +79,10 @@ def test_killed_at_random_times(folder, whole, count):
         code = process.wait(chance.uniform(0.2, 0.9) * length)
         if code is None:
             process.kill()
-            assert process.wait() == -signal.SIGKILL
+            code = process.wait()
+        if code == -signal.SIGKILL:
             kills += 1
-        else:
+        else:  # it was faster
             assert code == 0, process.log.read_text()
             length = time.monotonic() - start  # the undisturbed run may have waited for imports
             finish(folder, "random", whole)
