@@ -65,12 +65,22 @@ def test_it_finds_nearly_the_same(files: tuple[Path, Path]) -> None:
     assert not torch.equal(expected[:3], found[:3])
 
 
+def largest_weight(file: Path) -> int:
+    weights = [onnx.numpy_helper.to_array(x) for x in onnx.load(file).graph.initializer if x.data_type == 3]
+    return max(int(abs(x.astype(int)).max()) for x in weights if x.ndim == 4)
+
+
 @pytest.mark.parametrize(("bits", "largest"), [(7, 64), (8, 127)])
 def test_weights_have_as_many_bits_as_asked_for(exported: Exported, tmp_path: Path, bits: int, largest: int) -> None:
     images = [read_image(photo).as_subclass(torch.Tensor) for photo in sorted(exported.photos.iterdir())]
-    file = quantize(exported.path, images[:1], tmp_path / "int8.onnx", weight_bits=bits)
-    weights = [onnx.numpy_helper.to_array(x) for x in onnx.load(file).graph.initializer if x.data_type == 3]
-    assert max(abs(x.astype(int)).max() for x in weights if x.ndim == 4) == largest
+    assert largest_weight(quantize(exported.path, images[:1], tmp_path / "int8.onnx", weight_bits=bits)) == largest
+
+
+@pytest.mark.slow
+def test_the_command_passes_on_the_bits(exported: Exported, tmp_path: Path) -> None:
+    file = tmp_path / "model.onnx"
+    run("export", exported.checkpoint, "--output", file, "--int8", exported.photos, "--weight-bits", 8)
+    assert largest_weight(file) == 127
 
 
 @pytest.mark.slow
