@@ -160,8 +160,12 @@ def _flat(points: Any) -> list[float]:
         ValueError: If they are not pairs of numbers.
     """
     try:
-        flat = [float(side) if isinstance(side, str) else side for x, y in points for side in (x, y)]
-        math.fsum(flat)  # raises for anything but numbers
+        flat = [side for x, y in points for side in (x, y)]
+        try:
+            math.fsum(flat)  # raises for anything but numbers, faster than a test of each
+        except TypeError:
+            flat = [float(side) if isinstance(side, str) else side for side in flat]
+            math.fsum(flat)
     except (TypeError, ValueError, OverflowError):
         raise ValueError("its points must be pairs of numbers") from None
     return flat
