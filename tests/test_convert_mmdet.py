@@ -170,14 +170,14 @@ def test_batch_norm_can_be_trained() -> None:
         (
             "htc_fpn_r18",
             {"roi_head.mask_head.1.conv_res.conv.bias": None},
-            r"1 missing: .*mask_head\.1\.conv_res\.conv",
+            r"missing \(1\): .*mask_head\.1\.conv_res\.conv",
         ),
         (
             "cascademaskrcnn_fpn_r18",
             {"roi_head.mask_head.3.x": torch.zeros(1)},
-            r"1 left over: roi_head\.mask_head\.3\.x",
+            r"left over \(1\): roi_head\.mask_head\.3\.x",
         ),
-        ("maskrcnn_fpn_r18", {"rpn_head.rpn_reg.bias": torch.zeros(4)}, r"shape: rpn_head\.rpn_reg\.bias \(4,\), mask"),
+        ("maskrcnn_fpn_r18", {"rpn_head.rpn_reg.bias": torch.zeros(4)}, r"shape \(1\): rpn_head\.rpn_reg\.bias \(4,\), mask"),
         (
             "fasterrcnn_fpn_r18",
             {"roi_head.bbox_head.fc_cls.weight": None},

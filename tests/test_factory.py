@@ -338,7 +338,7 @@ def test_overrides_that_leave_the_weights_alone(tiny_weights: a2fpn.detectors.De
 def test_overrides_that_change_the_weights_are_an_error(
     tiny_weights: a2fpn.detectors.Detector, overrides: dict[str, Any]
 ) -> None:
-    with pytest.raises(CheckpointError, match="The weights do not match the model; tensors"):
+    with pytest.raises(CheckpointError, match="The weights do not match the model: tensors"):
         a2fpn.from_pretrained("maskrcnn_fpn_test_resnet", **overrides)
 
 

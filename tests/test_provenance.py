@@ -80,7 +80,7 @@ def test_tensors_of_another_dtype_are_refused(dtype: torch.dtype) -> None:
     model = tiny_model("fasterrcnn_fpn")
     state = model.state_dict()
     name = "roi_heads.box_predictor.cls_score.weight"
-    message = rf"1 of another dtype: {name} {str(dtype).removeprefix('torch.')} instead of float32"
+    message = rf"with another dtype \(1\): {name} {str(dtype).removeprefix('torch.')} instead of float32"
     with pytest.raises(CheckpointError, match=message):
         load_weights(model, {**state, name: state[name].to(dtype)})
     load_weights(model, {**state, name: state[name].to(torch.bfloat16)})

@@ -239,7 +239,7 @@ def test_files_are_dropped(page: Page) -> None:
     page.browser.execute_async_script(script, "model.onnx", "again.onnx")
     until(lambda: page.text("model") == "Model: again.onnx finds spot, patch.")
     page.browser.execute_async_script(script, "ort-wasm-simd-threaded.wasm", "alien.onnx")
-    assert page.answer() == "alien.onnx: This is no file of `a2fpn export`."
+    assert page.answer() == "alien.onnx: `a2fpn export` did not make this file."
     assert page.text("model").startswith("Model: again.onnx")
 
 

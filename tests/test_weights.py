@@ -479,7 +479,7 @@ def test_weights_of_another_model_are_an_error(
     site.folder = tmp_path / "other"
     site.folder.mkdir()
     list_as(f"{site.url}/{publish(site.folder, {'backbone.body.conv1.weight': torch.zeros(1)})}", monkeypatch)
-    with pytest.raises(CheckpointError, match=r"The weights do not match the model; tensors \d+ missing: "):
+    with pytest.raises(CheckpointError, match=r"The weights do not match the model: tensors missing \(\d+\): "):
         a2fpn.from_pretrained(NAME)
 
 

@@ -274,7 +274,7 @@ def convert(
         known = " or ".join(map(repr, layout.necks))
         raise ConfigError(f"{layout.framework} detectors have neck {known}, {name!r} has {model.config.neck.name!r}.")
     converted: dict[str, Tensor] = {}
-    problems: dict[str, list[str]] = {"missing": [], "of another shape": []}
+    problems: dict[str, list[str]] = {"missing": [], "with another shape": []}
     used = set()
     positions = positional_keys(model)
     for key, own in model.state_dict().items():
@@ -288,14 +288,14 @@ def convert(
             continue
         x = _reorder(key, state[source].detach(), own, pixels)
         if x.shape != own.shape:
-            problems["of another shape"].append(f"{source} {tuple(state[source].shape)}, {name} has {tuple(own.shape)}")
+            problems["with another shape"].append(f"{source} {tuple(state[source].shape)}, {name} has {tuple(own.shape)}")
         converted[key] = x.to(own.dtype)
     problems["left over"] = [
         key for key in state if key not in used and not key.startswith(layout.ignored) and not key.endswith(_TRACKED)
     ]
-    found = [f"{len(names)} {kind}: {', '.join(names[:5])}" for kind, names in problems.items() if names]
+    found = [f"{kind} ({len(names)}): {', '.join(names[:5])}" for kind, names in problems.items() if names]
     if found:
-        raise ConfigError(f"The state dict is not that of {layout.framework}'s {name}; tensors {'; '.join(found)}.")
+        raise ConfigError(f"The state dict is not that of {layout.framework}'s {name}: tensors {'; '.join(found)}.")
     return model.config, converted
 
 

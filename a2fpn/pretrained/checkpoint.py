@@ -299,20 +299,20 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     problems = {
         "missing": [name for name in own if name not in state],
         "unexpected": [name for name in state if name not in own],
-        "of another shape": [
+        "with another shape": [
             f"{name} {tuple(state[name].shape)} instead of {tuple(x.shape)}"
             for name, x in own.items()
             if name in state and state[name].shape != x.shape
         ],
-        "of another dtype": [
+        "with another dtype": [
             f"{name} {_dtype(state[name])} instead of {_dtype(x)}"
             for name, x in own.items()
             if name in state and _kind(state[name]) != _kind(x)
         ],
     }
-    found = [f"{len(names)} {kind}: {', '.join(names[:5])}" for kind, names in problems.items() if names]
+    found = [f"{kind} ({len(names)}): {', '.join(names[:5])}" for kind, names in problems.items() if names]
     if found:
-        raise CheckpointError(f"The weights do not match the model; tensors {'; '.join(found)}.")
+        raise CheckpointError(f"The weights do not match the model: tensors {'; '.join(found)}.")
     with torch.no_grad():
         for name, x in own.items():
             x.copy_(state[name])

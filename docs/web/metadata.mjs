@@ -15,7 +15,7 @@ export function readMetadata(bytes) {
   } catch (error) {
     if (!(error instanceof RangeError)) throw error; // no protocol buffer, so no names are found either
   }
-  if (!NAMES.every((name) => name in facts)) throw new Error("This is no file of `a2fpn export`.");
+  if (!NAMES.every((name) => name in facts)) throw new Error("`a2fpn export` did not make this file.");
   return {
     categories: JSON.parse(facts.categories),
     categoryIds: JSON.parse(facts.category_ids),
