@@ -282,6 +282,22 @@ def label_curve(lines: Sequence[Mapping[str, Any]]) -> str:
     return f"{markdown(headings, rows)}\n\nOne number per run. {note}"
 
 
+def auto_recipe(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Return mask AP of the automatic recipe and of those by hand, a data set a row."""
+    rows = []
+    for line in lines:
+        auto, hand = (line[side] for side in ("auto", "hand"))
+        recipe = line["settings"]["hand"][0].removesuffix(".yaml")
+        taken = f"{max(auto['train_seconds'], hand['train_seconds']) / 60:.0f}"
+        ap = [100 * side["segm/ap"] for side in (auto, hand)]
+        difference = f"{ap[0] - ap[1]:+.1f}"
+        steps = [f"{side['steps']:,}" for side in (auto, hand)]
+        rows.append((line["data"], taken, f"{ap[0]:.1f}", f"{ap[1]:.1f}", difference, *steps, f"`{recipe}`"))
+    columns = ("data", "min", "`auto`", "by hand", "difference", "steps of `auto`", "by hand", "recipe by hand")
+    commits = ", ".join(dict.fromkeys(f"`{line['commit'][:12]}`" for line in lines))
+    return f"{markdown(columns, rows)}\n\nMask AP in %, one run per side on one CPU thread; commit {commits}."
+
+
 TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "gpu-inference": ("gpu_inference.json", inference),
     "gpu-inference-more": ("gpu_inference_more.json", inference),
@@ -297,6 +313,7 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "zoo": ("gpu_inference.json", zoo),
     "gpu-reassembly": ("gpu_reassembly.json", reassembly),
     "neck-diagnostics": ("neck_diagnostics.json", neck_diagnostics),
+    "auto-recipe": ("auto_recipe_cpu.jsonl", auto_recipe),
     "label-curve": ("label_curve_nuclei.jsonl", label_curve),
 }
 

@@ -9,12 +9,15 @@ import sys
 
 import numpy as np
 import pytest
+import timm
 import torch
+import typer
+from safetensors.torch import save_file
 from torch import nn
 
 from a2fpn.masks.rle import decode_window, encode_window
 from benchmarks import _measure as measure
-from benchmarks import _nuclei, dense, evaluation, inference, label_curve, loader, necks, tiles
+from benchmarks import _nuclei, auto_recipe, dense, evaluation, inference, label_curve, loader, necks, tiles
 from tests.coco_data import write_coco
 
 
@@ -94,6 +97,26 @@ def test_the_label_curve_trains_either_side_on_the_same_images(tmp_path, capsys)
     label_curve.main(records=records, report=True, picture=tmp_path / "curve.svg")
     assert re.search(r"│ 3 +│ +\d+\.\d \(1\)", capsys.readouterr().out)
     assert (tmp_path / "curve.svg").read_text().count("<use ") >= 2  # a dot for each run
+
+
+@pytest.mark.slow
+def test_the_automatic_recipe_trains_beside_one_by_hand(tmp_path, capsys):
+    _, annotations = write_coco(tmp_path, images=4)
+    (tmp_path / "annotations").mkdir()
+    for part in ("val", "train"):
+        (tmp_path / "annotations" / f"instances_{part}.json").write_bytes(annotations.read_bytes())
+    weights = tmp_path / "lite0.safetensors"
+    save_file(timm.create_model("tf_efficientnet_lite0").state_dict(), weights)
+    with pytest.raises(typer.BadParameter, match="--hand names the recipe to compare with; one is known for nuclei,"):
+        auto_recipe.main(tmp_path, weights)
+    records = tmp_path / "records.jsonl"
+    small = ["model.name=maskrcnn_fpn_lite0", "model.overrides.min_size=64", "model.overrides.max_size=96"]
+    auto_recipe.main(tmp_path, weights, hand="finetune_folder", settings=small, records=records, quick=True)
+    (record,) = map(json.loads, records.read_text().splitlines())
+    assert record["settings"]["hand"][:2] == ["finetune_folder", "model.name=maskrcnn_fpn_lite0"]
+    assert (record["auto"]["steps"], record["hand"]["steps"]) == (2, 2)
+    assert all(0 <= record[side][name] <= 1 for side in ("auto", "hand") for name in auto_recipe.METRICS)
+    assert re.search(r"hand │ finetune_folder │ +2 │", capsys.readouterr().out)
 
 
 def test_evaluation_compares_the_numbers_of_every_library(capsys, monkeypatch):
