@@ -52,6 +52,26 @@ def overrides(values: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
+    ("fields", "detector"),
+    [({}, "maskrcnn"), ({"keypoints": [1, 1, 2]}, "keypointrcnn"), ({"keypoints": [0, 0, 0]}, "maskrcnn")],
+)
+def test_objects_decide_the_detector_not_crowds(tmp_path: Path, fields: dict[str, Any], detector: str) -> None:
+    data = write(tmp_path, [(400, 400)], [[(30, 30)]], **fields)
+    assert chosen(data)["model.name"].startswith(f"{detector}_")
+    path = tmp_path / "annotations" / "instances_train.json"
+    content = json.loads(path.read_text())
+    (drawn,) = content["annotations"]
+    boxed = {"id": 2, "image_id": 1, "category_id": 1, "bbox": [0, 0, 20, 20]}
+    path.write_text(json.dumps(content | {"annotations": [drawn | {"iscrowd": 1}, boxed]}))
+    assert chosen(data)["model.name"].startswith("fasterrcnn_")
+
+
+def test_a_tiny_image_keeps_a_valid_size(tmp_path: Path) -> None:
+    values = chosen(write(tmp_path, [(4, 9)], [[(3, 3)]]))
+    assert 1 <= values["model.overrides.min_size"] <= values["model.overrides.max_size"]
+
+
+@pytest.mark.parametrize(
     ("images", "objects", "rule"),
     [
         ([(400, 400), (1200, 1200)], [[(30, 30)], [(30, 30)]], "at_least"),  # a microscope

@@ -173,11 +173,14 @@ def test_what_carries_no_weights_is_left_out_and_batch_norm_can_be_trained() -> 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"backbone.fpn_lateral3.bias": None}, r"maskrcnn_fpn_r18: tensors missing \(1\): backbone\.fpn_lateral3\.bias\."),
+        (
+            {"backbone.fpn_lateral3.bias": None},
+            r"maskrcnn_fpn_r18: tensors missing \(1\): backbone\.fpn_lateral3\.bias\.",
+        ),
         ({"roi_heads.keypoint_head.x": torch.zeros(1)}, r"tensors left over \(1\): roi_heads\.keypoint_head\.x\."),
         (
             {"proposal_generator.rpn_head.anchor_deltas.bias": torch.zeros(4)},
-            r"with another shape \(1\): proposal_generator\.rpn_head\.anchor_deltas\.bias \(4,\), maskrcnn\w+ has \(12,\)",
+            r"shape \(1\): proposal_generator\.rpn_head\.anchor_deltas\.bias \(4,\), maskrcnn\w+ has \(12,\)",
         ),
         (
             {"roi_heads.box_predictor.cls_score.weight": None},

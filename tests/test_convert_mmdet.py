@@ -177,7 +177,11 @@ def test_batch_norm_can_be_trained() -> None:
             {"roi_head.mask_head.3.x": torch.zeros(1)},
             r"left over \(1\): roi_head\.mask_head\.3\.x",
         ),
-        ("maskrcnn_fpn_r18", {"rpn_head.rpn_reg.bias": torch.zeros(4)}, r"shape \(1\): rpn_head\.rpn_reg\.bias \(4,\), mask"),
+        (
+            "maskrcnn_fpn_r18",
+            {"rpn_head.rpn_reg.bias": torch.zeros(4)},
+            r"shape \(1\): rpn_head\.rpn_reg\.bias \(4,\), mask",
+        ),
         (
             "fasterrcnn_fpn_r18",
             {"roi_head.bbox_head.fc_cls.weight": None},

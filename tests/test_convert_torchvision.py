@@ -390,7 +390,9 @@ def test_a_state_of_another_model_is_an_error() -> None:
     state = torchvision_state({"stray.weight": torch.zeros(1), **module.state_dict()}, config)
     del state["rpn.head.cls_logits.bias"]
     model = from_torchvision(module)
-    with pytest.raises(CheckpointError, match=r"missing \(1\): rpn\.head\.cls_logits\.bias; unexpected \(1\): stray\.weight"):
+    with pytest.raises(
+        CheckpointError, match=r"missing \(1\): rpn\.head\.cls_logits\.bias; unexpected \(1\): stray\.weight"
+    ):
         a2fpn.pretrained.checkpoint.load_weights(model, state)
 
 

@@ -119,6 +119,43 @@ def test_subsets_by_class_image_number_and_size(data: dict[str, Any]) -> None:
             subset_coco(data, **options)  # type: ignore[arg-type]
 
 
+def test_a_subset_keeps_classes_of_one_name_and_images_named_like_patterns() -> None:
+    images = [{"id": i, "file_name": name} for i, name in enumerate(("a[1].png", "a1.png"))]
+    categories = [{"id": 3, "name": "cat"}, {"id": 9, "name": "cat"}, {"id": 4, "name": "dog"}]
+    annotations = [{"id": i, "image_id": 0, "category_id": category} for i, category in enumerate((3, 9, 4))]
+    data = {"images": images, "annotations": annotations, "categories": categories}
+    part = subset_coco(data, categories=["cat"])
+    assert [raw["id"] for raw in part["annotations"]] == [0, 1]
+    assert [raw["id"] for raw in part["categories"]] == [3, 9]
+    assert [raw["file_name"] for raw in subset_coco(data, images=["a[1].png"])["images"]] == ["a[1].png", "a1.png"]
+    assert [raw["file_name"] for raw in subset_coco(data, images=["a[[]1].png"])["images"]] == ["a[1].png"]
+
+
+def test_a_merged_file_keeps_names_of_keypoints_and_licenses() -> None:
+    def one(name: str, license_name: str, **fields: Any) -> dict[str, Any]:
+        return {
+            "images": [{"id": 1, "file_name": name, "license": 1}],
+            "annotations": [{"id": 1, "image_id": 1, "category_id": 1}],
+            "categories": [{"id": 1, "name": "cat", **fields}],
+            "licenses": [{"id": 1, "name": license_name}],
+        }
+
+    points = {"keypoints": ["nose", "tail"], "skeleton": [[1, 2]]}
+    first = one("a.png", "CC0")
+    merged = merge_coco([first, one("b.png", "MIT", **points), one("c.png", "CC0", **points)])
+    assert merged["categories"] == [{"id": 1, "name": "cat", **points}]
+    assert [raw["license"] for raw in merged["images"]] == [1, 2, 1]
+    assert merged["licenses"] == [{"id": 1, "name": "CC0"}, {"id": 2, "name": "MIT"}]
+    assert first["licenses"] == [{"id": 1, "name": "CC0"}]  # inputs are not modified
+    assert first["categories"] == [{"id": 1, "name": "cat"}]
+
+
+@pytest.mark.parametrize("value", ["0", "false", 0, None])
+def test_stats_read_crowds_as_the_reader_does(data: dict[str, Any], value: object) -> None:
+    plain = {**data, "annotations": [raw | {"iscrowd": value} for raw in data["annotations"]]}
+    assert (coco_stats(plain).crowds, coco_stats(plain).annotations) == (0, 36)
+
+
 def test_stats_count_without_crowds(data: dict[str, Any], tmp_path: Path) -> None:
     stats = coco_stats(data)
     assert (stats.images, stats.crowds) == (10, 1)
@@ -137,9 +174,20 @@ def test_stats_count_without_crowds(data: dict[str, Any], tmp_path: Path) -> Non
     ("change", "message"),
     [
         ({"images": None}, "not a COCO file"),
-        ({"images": [{"id": 1}]}, "an entry of images needs id and file_name"),
+        ({"images": [{"id": 1}]}, "an entry of images needs an integer id and file_name"),
+        ({"images": [{"id": [1], "file_name": "a"}]}, r"needs an integer id and file_name, got \{'id': \[1\]"),
+        ({"categories": [{"id": "x", "name": "a"}]}, "an entry of categories needs an integer id and name"),
         ({"images": [{"id": 1, "file_name": "a"}, {"id": 1, "file_name": "b"}]}, "the id 1 is listed twice in images"),
-        ({"annotations": [{"id": 1}]}, "an annotation needs image_id and category_id"),
+        ({"annotations": [{"id": 1}]}, "an annotation needs integers image_id and category_id"),
+        ({"annotations": [{"id": 1, "image_id": [1], "category_id": 7}]}, "needs integers image_id and category_id"),
+        (
+            {"annotations": [{"id": 4, "image_id": 99, "category_id": 7}]},
+            r"annotation 4 has image_id 99, which images does not list; a2fpn check-data --fix writes a copy without",
+        ),
+        (
+            {"annotations": [{"id": 4, "image_id": 100, "category_id": 99}]},
+            "annotation 4 has category_id 99, which categories does not list",
+        ),
     ],
 )
 def test_files_that_are_no_coco(data: dict[str, Any], change: dict[str, Any], message: str) -> None:

@@ -288,7 +288,9 @@ def convert(
             continue
         x = _reorder(key, state[source].detach(), own, pixels)
         if x.shape != own.shape:
-            problems["with another shape"].append(f"{source} {tuple(state[source].shape)}, {name} has {tuple(own.shape)}")
+            problems["with another shape"].append(
+                f"{source} {tuple(state[source].shape)}, {name} has {tuple(own.shape)}"
+            )
         converted[key] = x.to(own.dtype)
     problems["left over"] = [
         key for key in state if key not in used and not key.startswith(layout.ignored) and not key.endswith(_TRACKED)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from a2fpn._registry import did_you_mean
+from a2fpn.data.document import is_whole
 from a2fpn.data.importers.files import read_json
 from a2fpn.data.splits import assign_splits
 from a2fpn.errors import DataError
@@ -23,13 +24,15 @@ Coco = Mapping[str, Any]
 Source = str | Path | Coco
 
 _LISTS = ("images", "annotations", "categories")
+_REFERENCES = {"image_id": "images", "category_id": "categories"}
 
 
 def load_coco(source: Source) -> dict[str, Any]:
     """Load the content of a COCO file.
 
     Raises:
-        DataError: If it is not a COCO file, or a required id is missing or repeated.
+        DataError: If it is not a COCO file, an id is missing, repeated or not an integer, or an annotation refers to
+            an image or a class that is not listed.
     """
     name = "the given mapping" if isinstance(source, Mapping) else str(source)
     data = source if isinstance(source, Mapping) else read_json(Path(source))
@@ -39,14 +42,22 @@ def load_coco(source: Source) -> dict[str, Any]:
         )
     for key, needed in (("images", ("id", "file_name")), ("categories", ("id", "name"))):
         for raw in data[key]:
-            if not isinstance(raw, Mapping) or any(field not in raw for field in needed):
-                raise DataError(f"{name}: an entry of {key} needs {' and '.join(needed)}, got {str(raw)[:80]}.")
+            if not isinstance(raw, Mapping) or any(field not in raw for field in needed) or not is_whole(raw["id"]):
+                given = str(raw)[:80]
+                raise DataError(f"{name}: an entry of {key} needs an integer id and {needed[1]}, got {given}.")
         repeated = [value for value, count in Counter(raw["id"] for raw in data[key]).items() if count > 1]
         if repeated:
             raise DataError(f"{name}: the id {repeated[0]} is listed twice in {key}; ids must be unique.")
+    listed = {field: {raw["id"] for raw in data[key]} for field, key in _REFERENCES.items()}
     for raw in data["annotations"]:
-        if not isinstance(raw, Mapping) or "image_id" not in raw or "category_id" not in raw:
-            raise DataError(f"{name}: an annotation needs image_id and category_id, got {str(raw)[:80]}.")
+        if not isinstance(raw, Mapping) or not all(is_whole(raw.get(field)) for field in listed):
+            raise DataError(f"{name}: an annotation needs integers image_id and category_id, got {str(raw)[:80]}.")
+        for field, ids in listed.items():
+            if raw[field] not in ids:
+                raise DataError(
+                    f"{name}: annotation {raw.get('id')} has {field} {raw[field]}, which {_REFERENCES[field]} does not "
+                    "list; a2fpn check-data --fix writes a copy without such annotations."
+                )
     return dict(data)
 
 
@@ -133,8 +144,9 @@ def merge_coco(
             result = {**data, **result}
         categories = {raw["id"]: _merged_category(raw, by_name, result["categories"]) for raw in data["categories"]}
         taken = {raw["id"] for raw in result["images"]}
-        following = max((value for value in taken if isinstance(value, int)), default=0) + 1
+        following = max(taken, default=0) + 1
         ids = {}
+        licenses = _merged_licenses(data, result) if number else {}
         for raw in data["images"]:
             file_name = f"{prefixes[number] if prefixes else ''}{raw['file_name']}"
             if file_name in files:
@@ -147,16 +159,16 @@ def merge_coco(
             if new in taken:
                 new, following = following, following + 1
             taken.add(new)
-            following = max(following, new + 1) if isinstance(new, int) else following
+            following = max(following, new + 1)
             ids[raw["id"]] = new
-            result["images"].append({**raw, "id": new, "file_name": file_name})
+            changed = {"id": new, "file_name": file_name}
+            if is_whole(raw.get("license")) and raw["license"] in licenses:
+                changed["license"] = licenses[raw["license"]]
+            result["images"].append({**raw, **changed})
         start = max((raw["id"] for raw in result["annotations"] if isinstance(raw.get("id"), int)), default=0) + 1
         for offset, raw in enumerate(data["annotations"]):
-            changed = {
-                "image_id": ids.get(raw["image_id"], raw["image_id"]),
-                "category_id": categories.get(raw["category_id"], raw["category_id"]),
-            }
             own = {} if number == 0 else {"id": start + offset}
+            changed = {"image_id": ids[raw["image_id"]], "category_id": categories[raw["category_id"]]}
             result["annotations"].append({**raw, **own, **changed})
     return result
 
@@ -187,13 +199,13 @@ def subset_coco(
     """
     data = load_coco(source)
     if categories is not None:
-        known = {raw["name"]: raw["id"] for raw in data["categories"]}
+        known = [raw["name"] for raw in data["categories"]]
         wanted = list(categories)
         for name in wanted:
             if name not in known:
                 raise DataError(f"the file has no class {name!r}. {did_you_mean(name, known)}")
-        ids = {known[name] for name in wanted}
-        data["categories"] = [raw for raw in data["categories"] if raw["id"] in ids]
+        data["categories"] = [raw for raw in data["categories"] if raw["name"] in wanted]
+        ids = {raw["id"] for raw in data["categories"]}
         data["annotations"] = [raw for raw in data["annotations"] if raw["category_id"] in ids]
     if min_size > 0:
         data["annotations"] = [raw for raw in data["annotations"] if box_size(raw) >= min_size]
@@ -201,9 +213,9 @@ def subset_coco(
         patterns = list(images)
         names = [str(raw["file_name"]) for raw in data["images"]]
         for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in names):
+            if not any(_matches(name, pattern) for name in names):
                 raise DataError(f"the file has no image {pattern!r}. {did_you_mean(pattern, names)}")
-        data = _only(data, lambda raw: any(fnmatchcase(str(raw["file_name"]), pattern) for pattern in patterns))
+        data = _only(data, lambda raw: any(_matches(str(raw["file_name"]), pattern) for pattern in patterns))
     if drop_empty:
         used = {raw["image_id"] for raw in data["annotations"]}
         data = _only(data, lambda raw: raw["id"] in used)
@@ -243,9 +255,7 @@ def rename_categories(source: Source, names: Mapping[str, str], *, missing_ok: b
     for raw in data["categories"]:
         renamed = {**raw, "name": names.get(raw["name"], raw["name"])}
         ids[raw["id"]] = _merged_category(renamed, by_name, categories)
-    annotations = [
-        {**raw, "category_id": ids.get(raw["category_id"], raw["category_id"])} for raw in data["annotations"]
-    ]
+    annotations = [{**raw, "category_id": ids[raw["category_id"]]} for raw in data["annotations"]]
     return {**data, "categories": categories, "annotations": annotations}
 
 
@@ -271,7 +281,33 @@ def _merged_category(raw: Mapping[str, Any], by_name: dict[str, dict[str, Any]],
             f"the class {raw['name']!r} has different keypoints in two files: {known['keypoints']} and "
             f"{raw['keypoints']}; rename one of them."
         )
+    known.update({key: raw[key] for key in ("keypoints", "skeleton") if raw.get(key) and not known.get(key)})
     return int(known["id"])
+
+
+def _merged_licenses(data: Coco, result: dict[str, Any]) -> dict[int, int]:
+    """Add the licenses of a file to those of the merged one, and return their ids there by their own."""
+    listed, ids = _licenses(result), {}
+    for raw in _licenses(data):
+        taken = {other["id"] for other in listed}
+        same = next((other["id"] for other in listed if {**other, "id": raw["id"]} == raw), None)
+        ids[raw["id"]] = same if same is not None else raw["id"] if raw["id"] not in taken else max(taken) + 1
+        if same is None:
+            listed.append({**raw, "id": ids[raw["id"]]})
+    if ids:
+        result["licenses"] = listed
+    return ids
+
+
+def _licenses(data: Coco) -> list[Mapping[str, Any]]:
+    given = data.get("licenses")
+    entries = given if isinstance(given, list) else []
+    return [raw for raw in entries if isinstance(raw, Mapping) and is_whole(raw.get("id"))]
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Return whether a name is the pattern or matches it: ``a[1].png`` is a name as well."""
+    return name == pattern or fnmatchcase(name, pattern)
 
 
 def box_size(raw: Mapping[str, Any]) -> float:

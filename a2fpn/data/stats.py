@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from a2fpn.data.annotation_table import crowd_flag
 from a2fpn.data.operations import Source, box_size, load_coco
 
 
@@ -56,9 +57,9 @@ def coco_stats(source: Source) -> DataStats:
     """
     data = load_coco(source)
     names = {raw["id"]: str(raw["name"]) for raw in data["categories"]}
-    objects = [raw for raw in data["annotations"] if not raw.get("iscrowd")]
+    objects = [raw for raw in data["annotations"] if not crowd_flag(raw.get("iscrowd"))]
     classes = Counter({name: 0 for name in names.values()})
-    classes.update(names[raw["category_id"]] for raw in objects if raw["category_id"] in names)
+    classes.update(names[raw["category_id"]] for raw in objects)
     per_image = Counter(raw["image_id"] for raw in objects)
     return DataStats(
         len(data["images"]),

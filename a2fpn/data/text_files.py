@@ -69,7 +69,12 @@ def read_json(path: Path) -> Any:
     except orjson.JSONDecodeError:
         pass  # the standard library accepts NaN, and has better error messages
     try:
-        return json.loads(text)
+        data = json.loads(text)
+        json.dumps(data, ensure_ascii=False).encode()  # half a surrogate pair can't be written again
+        return data
+    except UnicodeEncodeError as error:
+        half = error.object[error.start].encode("unicode_escape").decode()
+        raise UnreadableTextError(f"{path}: not valid JSON (it has {half}, half of a character).") from None
     except json.JSONDecodeError as error:
         raise UnreadableTextError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}).") from None
     except (ValueError, RecursionError) as error:

@@ -90,6 +90,7 @@ class Look:
         longs: (N,) long sides.
         counts: (N,) objects per image.
         shares: Share of images with each class, by name.
+        has_keypoints: Whether any object has a keypoint.
     """
 
     coco: CocoFile
@@ -99,6 +100,7 @@ class Look:
     longs: NDArray[np.float64]
     counts: NDArray[np.int64]
     shares: Mapping[str, float]
+    has_keypoints: bool
 
     @classmethod
     def at(cls, file: Path) -> Look:
@@ -125,6 +127,7 @@ class Look:
             np.array([max(image.height, image.width) for image in images], dtype=np.float64),
             counts,
             {category.name: holders[category.id] / len(images) for category in coco.categories},
+            any(seen > 0 for members in objects.values() for a in members for *_, seen in a.keypoints or ()),
         )
 
 
@@ -152,9 +155,9 @@ def choose(data: DataSection, *, given: Collection[str] = (), machine: Machine |
 
 def _model(look: Look, machine: Machine, given: Collection[str]) -> Iterator[Choice]:
     detector, why = "fasterrcnn", "the objects have boxes only"
-    if look.coco.num_keypoints:
+    if look.has_keypoints:
         detector, why = "keypointrcnn", "the objects have keypoints"
-    elif look.coco.has_masks:
+    elif look.coco.count_masks()[0]:
         detector, why = "maskrcnn", "the objects have masks"
     own = "model.name" in given or "model.backbone_weights" in given
     if machine is GPU and not own:
@@ -184,7 +187,7 @@ def _sizes(look: Look, machine: Machine) -> Iterator[Choice]:
     wanted = 4 * _CELLS / quartile
     least = min(1.0, _LEAST_SIDE / short)
     factor = max(least, min(wanted, _ENLARGED, machine.short_side / short))
-    min_size = 32 * round(short * factor / 32)
+    min_size = 32 * max(1, round(short * factor / 32))
     max_size = 32 * math.ceil(max(1.67, float(np.median(look.longs / look.shorts))) * min_size / 32)
     low, high = np.quantile(look.shorts, (0.05, 0.95))
     vary = f"sizes of objects vary by {absolute:.2f} (of their logarithm) in pixels and by {relative:.2f} beside their "

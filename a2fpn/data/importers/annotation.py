@@ -26,12 +26,15 @@ def measure(labeled: LabeledObject, height: int, width: int) -> tuple[Box, float
     """
     segmentation = labeled.segmentation
     if isinstance(segmentation, list):
-        for polygon in segmentation:
-            if len(polygon) < 6 or len(polygon) % 2:
-                raise ValueError(f"a polygon needs 3 or more points x, y, got {len(polygon)} numbers")
         if not segmentation:
             raise ValueError("it has no polygon")
-        extent, area = polygon_box(segmentation), polygon_area(segmentation)
+        try:
+            for polygon in segmentation:
+                if len(polygon) < 6 or len(polygon) % 2:
+                    raise ValueError(f"a polygon needs 3 or more points x, y, got {len(polygon)} numbers")
+            extent, area = polygon_box(segmentation), polygon_area(segmentation)
+        except (TypeError, OverflowError):
+            raise ValueError("a polygon has a coordinate that is not a number") from None
         # NaN and infinity propagate to the area, even if they escape the minimum and maximum.
         reach = max(-extent[0], -extent[1], extent[0] + extent[2], extent[1] + extent[3])
         if not (reach < COORDINATE_LIMIT and math.isfinite(area)):

@@ -1,0 +1,119 @@
+"""COCO files that are damaged or unusual, on import."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from a2fpn.data import import_data
+from a2fpn.errors import DataError
+
+SQUARE = [5, 5, 20, 5, 20, 20, 5, 20]
+IMAGES = [{"id": number, "file_name": f"{number}.png", "height": 30, "width": 40} for number in (1, 2)]
+CATEGORIES = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
+
+
+def write(root: Path, **content: Any) -> Path:
+    (root / "images").mkdir(parents=True)
+    for image in IMAGES:
+        Image.new("RGB", (40, 30)).save(root / "images" / str(image["file_name"]))
+    (root / "annotations").mkdir()
+    data = {"images": IMAGES, "annotations": [], "categories": CATEGORIES} | content
+    (root / "annotations" / "x.json").write_text(json.dumps(data))
+    return root
+
+
+def one(**fields: Any) -> dict[str, Any]:
+    return {"id": 1, "image_id": 1, "category_id": 1, "bbox": [5, 5, 15, 15]} | fields
+
+
+def imported(folder: Path) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((folder / "annotations" / "instances_train.json").read_text())
+    return result
+
+
+def test_a_single_polygon_needs_no_list(tmp_path: Path) -> None:
+    report = import_data(write(tmp_path / "x", annotations=[one(segmentation=SQUARE)]), tmp_path / "y")
+    assert report.counts == {}
+    assert imported(tmp_path / "y")["annotations"][0]["segmentation"] == [SQUARE]
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind", "message"),
+    [
+        ({"segmentation": [[5, 5, None, 5, 9, 9]]}, "unusable-mask", "a polygon has a coordinate that is not a number"),
+        ({"segmentation": [["5", *SQUARE[1:]]]}, "unusable-mask", "a polygon has a coordinate that is not a number"),
+        ({"segmentation": [5, None, 6, 5, 9, 9]}, "unusable-mask", "a polygon has a coordinate that is not a number"),
+        ({"segmentation": 5}, "unusable-mask", "a segmentation is a list of polygons or an RLE, got 5"),
+        ({"bbox": [1, 2, 3]}, "bad-annotation", "its bbox needs x, y, width and height, got 3 numbers"),
+        ({"bbox": [1, 2, None, 3]}, "bad-annotation", r"its bbox must be a list of numbers, got \[1, 2, None, 3\]"),
+        ({"bbox": 7}, "bad-annotation", "its bbox must be a list of numbers, got 7"),
+        ({"keypoints": ["x"]}, "bad-annotation", "its keypoints must be a list of numbers"),
+        ({"image_id": [1]}, "bad-annotation", r"its image_id must be an integer, got \[1\]"),
+        ({"category_id": {}}, "bad-annotation", r"its category_id must be an integer, got \{\}"),
+        ({"category_id": 9}, "bad-annotation", "its category 9 is not in the file"),
+        ({"image_id": 9}, "unknown-image", "1 annotations of the image 9, which the file doesn't list"),
+    ],
+)
+def test_damaged_annotations_are_counted(tmp_path: Path, fields: dict[str, Any], kind: str, message: str) -> None:
+    damaged, whole = one(**fields), one(id=2, image_id=2)
+    report = import_data(write(tmp_path / "x", annotations=[damaged, whole]), tmp_path / "y")
+    assert report.counts == {kind: 1}
+    (loss,) = report.losses
+    assert kind == "unknown-image" or loss.place == "annotation 1"
+    assert re.search(message, loss.detail)
+    assert report.annotations == (2 if kind == "unusable-mask" else 1)
+
+
+def test_an_annotation_without_an_image_is_counted(tmp_path: Path) -> None:
+    lost = {key: value for key, value in one().items() if key != "image_id"}
+    report = import_data(write(tmp_path / "x", annotations=[lost, one(id=2)]), tmp_path / "y")
+    assert [loss.detail for loss in report.losses] == ["it lacks image_id; skipped"]
+    assert report.annotations == 1
+
+
+@pytest.mark.parametrize("image", [{"id": [1]}, {"width": 1e999}, {"height": "tall"}])
+def test_damaged_images_are_counted(tmp_path: Path, image: dict[str, Any]) -> None:
+    images = [IMAGES[0] | image, IMAGES[1]]
+    report = import_data(write(tmp_path / "x", images=images, annotations=[one(image_id=2)]), tmp_path / "y")
+    assert report.counts == {"bad-image": 1}
+    assert report.annotations == 1
+
+
+@pytest.mark.parametrize(
+    ("categories", "message"),
+    [
+        ([*CATEGORIES, {"id": 2, "name": "cow"}], "category 2 is listed twice; ids must be unique"),
+        ([{"id": 2**70, "name": "cat"}], "a category needs an integer id and a name, got"),
+        ([{"id": 1, "name": ""}], "a category needs an integer id and a name, got"),
+        ([5], "a category needs an integer id and a name, got 5"),
+        ([{"id": 1, "name": "\ud800"}], r"not valid JSON \(it has \\ud800, half of a character\)"),
+    ],
+)
+def test_categories_that_cannot_be_read_stop_the_import(tmp_path: Path, categories: list[Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        import_data(write(tmp_path / "x", categories=categories, annotations=[one()]), tmp_path / "y")
+
+
+def test_categories_of_one_name_are_merged_and_noted(tmp_path: Path) -> None:
+    twice = [{"id": 1, "name": "cat"}, {"id": 2, "name": "cat"}]
+    objects = [one(), one(id=2, category_id=2, bbox=[8, 8, 9, 9])]
+    report = import_data(write(tmp_path / "x", categories=twice, annotations=objects), tmp_path / "y")
+    assert report.notes == {"categories named 'cat' like another one, merged": 1}
+    assert imported(tmp_path / "y")["categories"] == twice[:1]
+    assert [raw["category_id"] for raw in imported(tmp_path / "y")["annotations"]] == [1, 1]
+
+
+def test_a_class_keeps_its_skeleton_when_another_file_has_its_id(tmp_path: Path) -> None:
+    pose = {"id": 1, "name": "pose", "keypoints": ["a", "b"], "skeleton": [[1, 2]]}
+    root = write(tmp_path / "x", annotations=[one(image_id=1)], images=IMAGES[:1])
+    drawn = one(image_id=2, keypoints=[6, 6, 2, 8, 8, 2], num_keypoints=2)
+    second = {"images": IMAGES[1:], "annotations": [drawn], "categories": [pose]}
+    (root / "annotations" / "y.json").write_text(json.dumps(second))
+    import_data(root, tmp_path / "y")
+    (found,) = (raw for raw in imported(tmp_path / "y")["categories"] if raw["name"] == "pose")
+    assert (found["keypoints"], found["skeleton"]) == (["a", "b"], [[1, 2]])
+    assert found["id"] not in (1, 2)
