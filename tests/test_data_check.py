@@ -354,6 +354,8 @@ def test_categories_must_fit_the_model_and_the_other_file():
     cats = coco(annotations=[annotation(n) for n in (2, 4, 6)])
     assert find(check(coco(), against=cats), "class-not-measured").count == 1
     assert find(check(cats, against=coco()), "class-not-learned").count == 1
+    swapped = check(coco(), against=cats, against_is="training")
+    assert find(swapped, "class-not-learned").count == 1
     broken = check(coco(), against={"images": []})
     assert codes(broken, "error") == ["no-coco"]
 

@@ -180,7 +180,7 @@ def test_a_missing_image_folder_is_an_error(tmp_path):
 
 def test_a_used_category_that_the_model_does_not_know_is_an_error(tmp_path):
     data = coco(annotation(), categories=[{"id": 7, "name": "cat"}, {"id": 8, "name": "unused"}])
-    with pytest.raises(DataError, match=r"category 7 \(cat\), which is not among the given ones with the ids 1, 2"):
+    with pytest.raises(DataError, match=r"category 7 \(cat\); the classes of the model are 1 \(a\), 2 \(b\)\."):
         CocoDataset(tmp_path, data, categories=[Category(1, "a"), Category(2, "b")])
     assert CocoDataset(tmp_path, data, categories=[Category(7, "cat")]).categories == (Category(7, "cat"),)
 

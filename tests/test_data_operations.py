@@ -266,8 +266,8 @@ def test_the_check_finds_near_duplicates_across_splits(tmp_path: Path) -> None:
     ("arguments", "expected"),
     [
         (["subset", "--number", "3"], "3 images"),
-        (["subset", "--category", "shape 7", "--drop-empty"], "1 categories"),
-        (["rename", "shape 23=shape 7"], "2 categories"),
+        (["subset", "--category", "shape 7", "--drop-empty"], "1 class\n"),
+        (["rename", "shape 23=shape 7"], "2 classes"),
     ],
 )
 def test_commands_write_and_check(

@@ -112,8 +112,8 @@ def test_the_loop_from_no_labels(tmp_path: Path, in_this_process: None) -> None:
     folder = [f"data.root={tmp_path / 'coco'}", f"run.output={tmp_path / 'run'}"]
     run("train", "--config", "few_labels", *folder, *settings, "run.trackers=[]", "run.max_detections=3")
     best = tmp_path / "run" / "best"
-    labeled = ("--labeled", annotations / "instances_train.json")
+    labeled = [f"--labeled={annotations / f'instances_{split}.json'}" for split in ("train", "val")]
     run("data", "pick", "--model", best, "--images", photos, "--number", 2, *labeled, "--output", tmp_path / "more")
     again = {path.name for path in (tmp_path / "more" / "images").iterdir()}
     assert len(again) == 2
-    assert not again & {image.file_name for image in train.images.values()}
+    assert not again & {image.file_name for part in (train, val) for image in part.images.values()}

@@ -102,6 +102,15 @@ def test_the_command_leaves_links_a_table_and_a_grid(
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
     assert "is not empty" in capsys.readouterr().err
+    more = {"images": [{"id": 1, "file_name": names[0], "height": 48, "width": 64}], "annotations": []}
+    (tmp_path / "more.json").write_text(json.dumps({**more, "categories": [{"id": 1, "name": "object"}]}))
+    (tmp_path / "picked" / "images" / "mine.txt").write_text("kept")
+    with pytest.raises(SystemExit, match="0"):
+        main([*arguments, "--labeled", str(tmp_path / "more.json"), "--overwrite"])
+    again = {path.name for path in (tmp_path / "picked" / "images").iterdir()} - {"mine.txt"}
+    assert len(again) == 3
+    assert not {"3.png", "broken.png", names[0]} & again
+    assert "Picked 3 of 8 images" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("number", [0, 10])

@@ -106,6 +106,7 @@ def test_a_wrong_recipe_is_one_line_and_exit_code_2(recipe, message, tmp_path, c
     ("override", "message"),
     [
         ("data.train_annotations=nothing.json", "holds coco labels and no nothing.json"),
+        ("data.val_annotations=nothing.json", "has no nothing.json. Split the training set: a2fpn data split"),
         ("data.val_images=nothing", "nothing: no such folder"),
         ("data.train_annotations=recipe.yaml", "not valid JSON"),
         ("model.name=maskrcnn_a2fpm_r50", "Did you mean 'maskrcnn_a2fpn_r50'"),
@@ -362,6 +363,13 @@ def test_the_log_says_to_what_the_rate_was_scaled(arguments, tmp_path):
     assert (
         "learning rate 0.02, which is 0.16 for 16 images, scaling: linear" in (tmp_path / "run/train.log").read_text()
     )
+
+
+def test_images_of_both_splits_are_named(arguments, tmp_path):
+    both = ["data.val_images=train/images", "data.val_annotations=train/annotations.json", "run.max_steps=1"]
+    assert main([*arguments, *both]) == 0
+    log = (tmp_path / "run/train.log").read_text()
+    assert "the training and the validation set have 4 images in common, such as 0.png: the metrics will be" in log
 
 
 def test_data_as_people_have_it_trains_and_is_named_in_the_log(arguments, tmp_path):

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from a2fpn._text import count_of
 from a2fpn.cli.format import progress_bar, say, write_json
 from a2fpn.cli.options import Json as SaveJson
 from a2fpn.cli.options import Quiet
@@ -314,7 +315,8 @@ def _pairs(texts: Iterable[str]) -> dict[str, str]:
 
 def _save(data: Any, output: Path, images: Path | None, *, overwrite: bool, save: Any) -> None:
     save(data, output, overwrite=overwrite)
-    counts = ", ".join(f"{len(data[key])} {key}" for key in ("images", "annotations", "categories"))
+    nouns = {"images": "image", "annotations": "annotation", "categories": "class"}
+    counts = ", ".join(count_of(len(data[key]), noun) for key, noun in nouns.items())
     typer.echo(f"{output}: {counts}")
     _check({"": output}, images)
 
@@ -331,11 +333,13 @@ def _check(files: dict[str, Path], images: Path | None) -> None:
                 images,
                 path,
                 against=against,
+                against_is="training",
                 sample=_OPENED,
                 duplicates=against is not None and images is not None,
                 track=_Track(progress),
             )
             found = [*report.errors, *report.warnings]
-            typer.echo(f"check of {path}: {len(report.errors)} errors, {len(report.warnings)} warnings")
+            counts = f"{count_of(len(report.errors), 'error')}, {count_of(len(report.warnings), 'warning')}"
+            typer.echo(f"check of {path}: {counts}")
             for finding in found:
                 typer.echo(finding)

@@ -23,13 +23,14 @@ def pick(
     images: Annotated[Path, typer.Option(help="Folder of images to pick from.", metavar="DIR")],
     number: Annotated[int, typer.Option(min=1, help="Number of images to pick.")] = 20,
     labeled: Annotated[
-        Path | None,
+        list[Path] | None,
         typer.Option(
-            help="COCO file of already labeled images: exclude them, and rank images similar to them last.",
+            help="COCO file of already labeled images: exclude them, and rank images similar to them last. Repeatable.",
             metavar="JSON",
         ),
     ] = None,
     output: Output = Path("picked"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Allow an output folder that is not empty.")] = False,
     tile: Tile = None,
     device: Device = None,
 ) -> None:
@@ -52,8 +53,9 @@ def pick(
     from a2fpn.report.sheet import save_gallery
 
     files = list_images(images)
-    check_output(output, overwrite=False)
-    done = {(images / entry.file_name).resolve() for entry in read_coco(labeled).images.values()} if labeled else set()
+    check_output(output, overwrite=overwrite)
+    listed = [entry.file_name for file in labeled or () for entry in read_coco(file).images.values()]
+    done = {(images / name).resolve() for name in listed}
     rest = [path for path in files if path.resolve() not in done]
     if number > len(rest):
         raise ConfigError(f"{images} holds {count_of(len(rest), 'image')} without labels, but --number is {number}.")
@@ -66,6 +68,8 @@ def pick(
 
         picked = pick_images(predictor, rest, number, labeled=known, track=track)
     (output / "images").mkdir(parents=True, exist_ok=True)
+    for link in filter(Path.is_symlink, (output / "images").iterdir()):
+        link.unlink()  # of the picks before
     for one in picked:
         place(one.path, output / "images" / one.path.name, "link")
     with (output / "picked.csv").open("w", encoding="utf-8", newline="") as file:

@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
+from a2fpn._text import shorten
 from a2fpn.config import Category
 from a2fpn.data.coco_file import Annotation, CocoFile, read_coco
 from a2fpn.data.document import CocoImage
@@ -275,10 +276,10 @@ class CocoDataset(Dataset[Sample]):
         used = {a.category_id for annotations in self.coco.annotations.values() for a in annotations}
         unknown = [f"{c.id} ({c.name})" for c in self.coco.categories if c.id in used - self.make_sample.labels.keys()]
         if unknown:
-            known = ", ".join(str(category.id) for category in self.categories)
+            known = shorten(", ".join(f"{category.id} ({category.name})" for category in self.categories), 200)
             raise DataError(
-                f"{self.coco.name}: annotations have the category {', '.join(unknown)}, "
-                f"which is not among the given ones with the ids {known}."
+                f"{self.coco.name}: annotations have the category {', '.join(unknown)}; the classes of the model are "
+                f"{known}."
             )
 
 

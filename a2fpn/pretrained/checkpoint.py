@@ -188,7 +188,7 @@ def read_checkpoint(directory: str | Path) -> Checkpoint:
         advice = (
             f" It is a training run, whose checkpoints are in {' and '.join(held)}: {path.parent / held[0]}."
             if held
-            else ""
+            else " Names of models with weights: a2fpn list --pretrained."
         )
         raise CheckpointError(f"{str(directory)!r} is not a checkpoint folder: it has no {CONFIG_FILE}.{advice}")
     if path.stat().st_size > CONFIG_LIMIT:

@@ -9,6 +9,7 @@ from typing import Any
 from accelerate import Accelerator
 
 import a2fpn
+from a2fpn._text import count_of
 from a2fpn.data import (
     CocoDataset,
     CopyPaste,
@@ -79,6 +80,12 @@ def _folder(data: DataSection, images: str, annotations: str, semantic: str | No
     root = Path(data.root)
     maps = root / semantic if semantic else None
     if root.is_dir() and not (root / annotations).exists():
+        if annotations != data.train_annotations and (root / data.train_annotations).is_file():
+            command = f"a2fpn data split {root / data.train_annotations} --output {root / 'splits'} --val {VAL_SHARE}"
+            raise DataError(
+                f"{root} has no {annotations}. Split the training set: {command}, then "
+                "data.train_annotations=splits/instances_train.json data.val_annotations=splits/instances_val.json."
+            )
         _say_how_to_import(root, annotations)
     options = {"semantic": maps, "gray_bits": data.gray_bits, "strict": data.strict, **options}
     dataset = CocoDataset(root / images, root / annotations, **options)
@@ -180,6 +187,15 @@ def log_odd_plans(config: TrainConfig, model: Any, datasets: Sequence[TrainingSe
             logger.warning(
                 "%s: %d of %d objects have masks; the others are used for boxes only", dataset.name, masked, objects
             )
+    folders = [dataset for dataset in datasets if isinstance(dataset, CocoDataset)]
+    files = [{dataset.root / entry.file_name for entry in dataset.coco.images.values()} for dataset in folders]
+    if len(files) > 1 and (shared := files[0] & files[1]):
+        logger.warning(
+            "the training and the validation set have %s in common, such as %s: the metrics will be too high; "
+            "a2fpn data split makes splits without common images",
+            count_of(len(shared), "image"),
+            min(shared).name,
+        )
     names, transforms = datasets[0].keypoint_names, config.data.transforms
     flips = transforms.horizontal_flip or transforms.vertical_flip
     if "keypoints" in model.target_keys and flips and mirrored_keypoints(names) is None:

@@ -26,7 +26,7 @@ def compare_with_model(model: Mapping[int, str], file: CocoDocument, table: Anno
 def compare_with_other(
     file: CocoDocument, table: AnnotationTable, other: CocoDocument, other_table: AnnotationTable
 ) -> Iterator[Finding]:
-    """Compare the categories of two files, and their classes with objects."""
+    """Compare the categories of the training and the validation file, and their classes with objects."""
     used, other_used = used_categories(file, table), used_categories(other, other_table)
     yield from _compare(file.name, names_of(file), other.name, names_of(other), other_used)
     shared = file.categories.keys() & other.categories.keys()

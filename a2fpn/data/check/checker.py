@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 
@@ -52,6 +52,7 @@ def check_data(
     annotations: Source,
     *,
     against: Source | None = None,
+    against_is: Literal["validation", "training"] = "validation",
     categories: Sequence[Category] = (),
     target_size: Callable[[int, int], tuple[int, int]] | None = None,
     anchor_sizes: Sequence[Sequence[float]] = (),
@@ -67,7 +68,8 @@ def check_data(
     Args:
         images: The image folder; None checks the JSON only.
         annotations: The JSON file or its content.
-        against: The validation set of a model trained on ``annotations``; its categories must be the same.
+        against: The other split of the data set; its categories must be the same.
+        against_is: Purpose of ``against``. The model trains on one of both files and is measured on the other.
         categories: The model's classes, if the data must match them.
         target_size: Function from (height, width) of an image to that of the network's input, usually
             ``model.preprocess.target_size``. Enables the check of object sizes.
@@ -110,7 +112,10 @@ def check_data(
     if against is not None:
         other, problems = read_document(against, track)
         findings += problems
-        findings += [] if other is None else compare_with_other(file, table, other, _table(other, track, masks=False))
+        if other is not None:
+            pair = [(file, table), (other, _table(other, track, masks=False))]
+            training, validation = pair if against_is == "validation" else pair[::-1]
+            findings += compare_with_other(*training, *validation)
         if duplicates and root is not None and other is not None:
             names = {entry.id: entry.file_name for entry in file.images}
             others = [entry.file_name for entry in other.images]
