@@ -356,6 +356,9 @@ def test_categories_must_fit_the_model_and_the_other_file():
     assert find(check(cats, against=coco()), "class-not-learned").count == 1
     swapped = check(coco(), against=cats, against_is="training")
     assert find(swapped, "class-not-learned").count == 1
+    alone = check(cats)
+    assert find(alone, "class-without-object").count == 1
+    assert "class-without-object" not in codes(check(cats, against=coco()), "warning")  # said by the comparison
     broken = check(coco(), against={"images": []})
     assert codes(broken, "error") == ["no-coco"]
 

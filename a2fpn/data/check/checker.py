@@ -28,6 +28,7 @@ from a2fpn.data.check.annotations import (
 from a2fpn.data.check.categories import compare_with_model, compare_with_other
 from a2fpn.data.check.classes import class_counts, scales, use_findings
 from a2fpn.data.check.files import file_findings
+from a2fpn.data.check.problem import used_categories
 from a2fpn.data.check.reader import read_document
 from a2fpn.data.check.report import (
     AnnotatedImage,
@@ -109,11 +110,13 @@ def check_data(
     table = _table(file, track)
     if categories:
         findings += compare_with_model({category.id: category.name for category in categories}, file, table)
+    elsewhere: frozenset[int] = frozenset()
     if against is not None:
         other, problems = read_document(against, track)
         findings += problems
         if other is not None:
             pair = [(file, table), (other, _table(other, track, masks=False))]
+            elsewhere = used_categories(*pair[1])
             training, validation = pair if against_is == "validation" else pair[::-1]
             findings += compare_with_other(*training, *validation)
         if duplicates and root is not None and other is not None:
@@ -128,7 +131,8 @@ def check_data(
     findings += [problem.finding(file, table) for problem in every if problem.rows.any()]
     usable = usable_rows(len(table), faults)
     findings += box_format(table)
-    findings += use_findings(file, table, usable, [fault for fault in faults if fault.outcome == "left out"])
+    left_out = [fault for fault in faults if fault.outcome == "left out"]
+    findings += use_findings(file, table, usable, left_out, elsewhere=elsewhere)
 
     objects = np.flatnonzero(usable & ~table.crowd)
     sides = table.inside[objects]

@@ -23,9 +23,22 @@ from a2fpn.data.rules import Fault
 
 
 def use_findings(
-    file: CocoDocument, table: AnnotationTable, usable: Rows, left_out: Sequence[Fault]
+    file: CocoDocument,
+    table: AnnotationTable,
+    usable: Rows,
+    left_out: Sequence[Fault],
+    *,
+    elsewhere: frozenset[int] = frozenset(),
 ) -> Iterator[Finding]:
-    """Report usable training data: objects, crowds, unused classes and images without objects."""
+    """Report usable training data: objects, crowds, unused classes and images without objects.
+
+    Args:
+        file: The file.
+        table: Its annotations.
+        usable: (N,) those that are trained on.
+        left_out: Reasons of the others.
+        elsewhere: Classes with objects in the other split, which are reported by the comparison of both.
+    """
     total, crowds = count_of(len(table), "annotation"), int((usable & table.crowd).sum())
     if not len(table):
         yield Finding("error", "no-annotations", f"{file.name} has no annotation.", "Check the export.", 0, fatal=True)
@@ -54,6 +67,7 @@ def use_findings(
         message = f"All objects are crowds in {len(only)} of {count_of(len(ids), 'class')}: "
         yield Finding("error", "class-all-crowd", f"{message}{named(names_of(file), only)}.", learn, len(only))
     without = [category_id for category_id, n, c in zip(ids, objects, crowded, strict=True) if not c and not n]
+    without = [category_id for category_id in without if category_id not in elsewhere]
     if without:
         message = f"No usable object in {len(without)} of {count_of(len(ids), 'class')}: "
         message += f"{named(names_of(file), without)}."
