@@ -117,3 +117,11 @@ def test_a_class_keeps_its_skeleton_when_another_file_has_its_id(tmp_path: Path)
     (found,) = (raw for raw in imported(tmp_path / "y")["categories"] if raw["name"] == "pose")
     assert (found["keypoints"], found["skeleton"]) == (["a", "b"], [[1, 2]])
     assert found["id"] not in (1, 2)
+
+
+def test_annotations_of_an_earlier_import_are_named(tmp_path: Path) -> None:
+    source = write(tmp_path / "x", annotations=[one(), one(id=2, image_id=2)])
+    assert import_data(source, tmp_path / "y", val=0.5).notes == {}
+    assert import_data(source, tmp_path / "y", val=0.5, overwrite=True).notes == {}
+    (note,) = import_data(source, tmp_path / "y", overwrite=True).notes
+    assert re.match(r"instances_val\.json from before stays in .*annotations; delete it if it is from an earlier", note)

@@ -15,6 +15,7 @@ from a2fpn.data.importers.base import IMPORTERS, Importer, ImportOptions, detect
 from a2fpn.data.importers.folder import REPORT_FILE, Folder
 from a2fpn.data.importers.writer import CocoWriter, Placing, SplitCount, SplitRule
 from a2fpn.data.labeled import CategoryInfo, Loss, LossLog
+from a2fpn.data.leftovers import file_states, untouched
 from a2fpn.errors import DataError
 
 T = TypeVar("T")
@@ -133,6 +134,7 @@ def import_data(
     track = track or _untracked
     if output.resolve().is_relative_to(Folder.of(source).root.resolve()):
         raise DataError(f"the output {output} is inside the source {source}; choose a folder outside it.")
+    before = file_states(output / "annotations") if overwrite else {}
     log = LossLog(strict=strict)
     rule = SplitRule(val, test, group_by, seed)
     writer = CocoWriter(output, log, placing=images, box_masks=box_masks, splits=rule, overwrite=overwrite)
@@ -141,6 +143,8 @@ def import_data(
         image_id = importer.image_ids.get(image.name)
         writer.add(image if image_id is None else dataclasses.replace(image, id=image_id))
     splits, names = writer.close(importer.categories, track)
+    for path in untouched(output / "annotations", before):
+        log.note(f"{path.name} from before stays in {path.parent}; delete it if it is from an earlier import")
     report = ImportReport(
         importer.name,
         str(source),
