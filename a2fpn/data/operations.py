@@ -6,6 +6,7 @@ All functions take the content of a file, or its path, and return new content; i
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from a2fpn._registry import did_you_mean
+from a2fpn._text import count_of
 from a2fpn.data.document import is_whole
 from a2fpn.data.importers.files import read_json
 from a2fpn.data.splits import assign_splits
 from a2fpn.errors import DataError
 
+logger = logging.getLogger(__name__)
 Coco = Mapping[str, Any]
 Source = str | Path | Coco
 
@@ -28,11 +31,10 @@ _REFERENCES = {"image_id": "images", "category_id": "categories"}
 
 
 def load_coco(source: Source) -> dict[str, Any]:
-    """Load the content of a COCO file.
+    """Load the content of a COCO file, without annotations of images or classes that it doesn't list.
 
     Raises:
-        DataError: If it is not a COCO file, an id is missing, repeated or not an integer, or an annotation refers to
-            an image or a class that is not listed.
+        DataError: If it is not a COCO file, or an id is missing, repeated or not an integer.
     """
     name = "the given mapping" if isinstance(source, Mapping) else str(source)
     data = source if isinstance(source, Mapping) else read_json(Path(source))
@@ -52,12 +54,19 @@ def load_coco(source: Source) -> dict[str, Any]:
     for raw in data["annotations"]:
         if not isinstance(raw, Mapping) or not all(is_whole(raw.get(field)) for field in listed):
             raise DataError(f"{name}: an annotation needs integers image_id and category_id, got {str(raw)[:80]}.")
-        for field, ids in listed.items():
-            if raw[field] not in ids:
-                raise DataError(
-                    f"{name}: annotation {raw.get('id')} has {field} {raw[field]}, which {_REFERENCES[field]} does not "
-                    "list; a2fpn check-data --fix writes a copy without such annotations."
-                )
+    for field, ids in listed.items():
+        unknown = [raw for raw in data["annotations"] if raw[field] not in ids]
+        if unknown:
+            logger.warning(
+                "%s: left out %s whose %s is not in %s, the first with %s %s",
+                name,
+                count_of(len(unknown), "annotation"),
+                field,
+                _REFERENCES[field],
+                field,
+                unknown[0][field],
+            )
+            data = {**data, "annotations": [raw for raw in data["annotations"] if raw[field] in ids]}
     return dict(data)
 
 
