@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import operator
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ Box = tuple[float, float, float, float]
 
 _REMEMBERED = 10_000  # losses that are kept in detail; all are counted
 _SHOWN = 3  # examples of a kind in the summary
+_NO_FOLDER = re.compile(r'^\.*\Z|[%/\\:*?"<>|\x00-\x1f]')
 
 
 @dataclass(frozen=True)
@@ -213,13 +215,13 @@ def split_name(name: str) -> str:
 
 
 def folder_name(category: str) -> str:
-    """Return a class as the name of a folder.
+    """Return a class as the name of a folder, different for each class.
 
     Example:
-        >>> folder_name("stop sign"), folder_name("a/b")
-        ('stop sign', 'a_b')
+        >>> folder_name("stop sign"), folder_name("a/b"), folder_name("..")
+        ('stop sign', 'a%2Fb', '%2E%2E')
     """
-    return Path("".join("_" if character in '/\\:*?"<>|' else character for character in category)).name or "_"
+    return _NO_FOLDER.sub(lambda found: "".join(f"%{ord(c):02X}" for c in found[0]) or "%", category)
 
 
 def polygon_box(polygons: Sequence[Sequence[float]]) -> Box:

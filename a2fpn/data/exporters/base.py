@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from pycocotools import mask as mask_utils
 
 from a2fpn._registry import Registry
-from a2fpn.data.exporters.rings import window_of
+from a2fpn.data.exporters.rings import rle_of, window_of
+from a2fpn.data.importers.annotation import usable
 from a2fpn.data.importers.folder import CATEGORIES_FILE, IDS_FILE
 from a2fpn.data.importers.writer import Placing, check_output, place
-from a2fpn.data.labeled import CategoryInfo, LabeledImage, LabeledObject, LossLog
+from a2fpn.data.labeled import Box, CategoryInfo, LabeledImage, LabeledObject, LossLog, folder_name, polygon_box
+
+_TOLERANCE = 1  # pixels by which a box may differ from its mask's and count as the same
 
 
 @dataclass(frozen=True)
@@ -39,9 +46,17 @@ class Exporter(ABC):
         categories: All classes, in their order.
         log: Log of losses.
         options: The options.
+
+    Attributes:
+        stems: Whether files of labels have the stems of their images, which must differ then.
+        split_folders: Whether each split has its own folders.
+        reserved: Stems, lower case, of files that the importer does not read.
     """
 
     name = ""
+    stems = True
+    split_folders = True
+    reserved: frozenset[str] = frozenset()
 
     def __init__(
         self, output: Path, categories: Sequence[CategoryInfo], log: LossLog, options: ExportOptions | None = None
@@ -52,10 +67,11 @@ class Exporter(ABC):
         self.log = log
         self.options = options or ExportOptions()
         self.written = 0
+        self._taken: set[str] = set()
 
     @abstractmethod
     def write(self, image: LabeledImage) -> None:
-        """Write an image with its objects; losses are logged."""
+        """Write an image with its objects, as returned by :meth:`prepared`; losses are logged."""
 
     def close(self) -> None:
         """Write files shared by all images; ``categories.json`` preserves ids for a later import."""
@@ -64,6 +80,42 @@ class Exporter(ABC):
             for number, category in enumerate(self.categories, 1)
         ]
         self.save(self.output / CATEGORIES_FILE, json.dumps(entries, indent=1, ensure_ascii=False) + "\n")
+
+    def prepared(self, image: LabeledImage) -> LabeledImage:
+        """Return an image under a name of its own, with usable objects, all of which have boxes; losses are logged."""
+        split = folder_name(image.split) if image.split else ""
+        found = (self._usable(labeled, image) for labeled in image.objects)
+        objects = [labeled for labeled in found if labeled is not None]
+        return self._named(replace(image, split=split, objects=objects))
+
+    def _usable(self, labeled: LabeledObject, image: LabeledImage) -> LabeledObject | None:
+        values = labeled.keypoints
+        known = len(self.categories[self.index[labeled.category]].keypoints)
+        if len(values) % 3 or (known and len(values) > 3 * known) or not all(map(math.isfinite, values)):
+            wanted = f"x, y and visibility of {known or 'all'} keypoints"
+            self.lose("keypoints", image, labeled, f"{len(values)} numbers are not {wanted}; kept without them")
+            labeled = replace(labeled, keypoints=())
+        found = usable(labeled, image.height, image.width, self.log, image.source or image.name)
+        return found and replace(found[0], bbox=found[1])
+
+    def _named(self, image: LabeledImage) -> LabeledImage:
+        """Rename an image that the importer would skip, or whose files would replace another one's."""
+        parts = [part for part in image.name.split("/") if part]
+        hidden = [part.startswith(".") or os.path.splitext(part)[0].lower() in self.reserved for part in parts]
+        stem, suffix = os.path.splitext("/".join("_" * hide + part for part, hide in zip(parts, hidden, strict=True)))
+        folder = self.split_of(image) if self.split_folders else ""
+        name = self.unique(stem, folder, "" if self.stems else suffix) + suffix
+        if name != image.name:
+            reason = "such names are not read" if any(hidden) else "another image has this name or stem"
+            self.log.add("image-name", image.source or image.name, f"{image.name} is written as {name}, as {reason}")
+        return replace(image, name=name)
+
+    def unique(self, path: str, folder: str = "", suffix: str = "") -> str:
+        """Return a path that no other image has in a folder, numbered if necessary; importers ignore the case."""
+        numbered = (f"{path}_{number}" for number in itertools.count(2))
+        free = next(x for x in itertools.chain([path], numbered) if f"{folder}/{x}{suffix}".lower() not in self._taken)
+        self._taken.add(f"{folder}/{free}{suffix}".lower())
+        return free
 
     def split_of(self, image: LabeledImage) -> str:
         """Folder of an image's split; empty without splits."""
@@ -87,6 +139,25 @@ class Exporter(ABC):
         """Log the loss of an object, or of a part of it."""
         self.log.add(kind, image.name, f"{labeled.category}: {detail}", place=labeled.line)
 
+    def own_box(self, labeled: LabeledObject, image: LabeledImage) -> Box | None:
+        """Return the box of an object if it is not that of its mask."""
+        segmentation = labeled.segmentation
+        if segmentation is None or labeled.bbox is None:
+            return None
+        if isinstance(segmentation, list):
+            extent = polygon_box(segmentation)
+        else:
+            extent = mask_utils.toBbox(rle_of(segmentation, image.height, image.width))
+        corners = np.array([labeled.bbox, extent], dtype=np.float64).reshape(2, 2, 2)
+        corners[:, 1] += corners[:, 0]
+        corners = corners.clip(0, (image.width, image.height))
+        return labeled.bbox if np.abs(corners[0] - corners[1]).max() > _TOLERANCE else None
+
+    def lose_box(self, labeled: LabeledObject, image: LabeledImage) -> None:
+        """Log the loss of a box that is not that of its mask."""
+        if self.own_box(labeled, image) is not None:
+            self.lose("box", image, labeled, "the format has no boxes of objects with masks, and its box differs")
+
     def paint(self, image: LabeledImage, objects: Sequence[tuple[int, LabeledObject]]) -> NDArray[np.int32]:
         """Paint objects as numbers into one label image, small ones on top; occlusions are logged.
 
@@ -109,7 +180,9 @@ class Exporter(ABC):
             areas[number] = int(window.sum())
         shown = np.bincount(canvas.ravel(), minlength=max(areas, default=0) + 1)
         for number, labeled, *_ in windows:
-            if shown[number] < areas[number]:
+            if not areas[number]:
+                self.lose("mask", image, labeled, "its mask covers no pixel")
+            elif shown[number] < areas[number]:
                 covered = areas[number] - int(shown[number])
                 detail = (
                     f"{covered} of its {areas[number]} pixels are covered by other objects; "
@@ -164,7 +237,7 @@ def export_images(
     log = log or LossLog()
     exporter = EXPORTERS[format](output, categories, log, options)
     ids = {}
-    for image in images:
+    for image in map(exporter.prepared, images):
         exporter.write(image)
         exporter.written += 1
         if image.id is not None:

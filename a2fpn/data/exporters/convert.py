@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -66,6 +67,7 @@ def convert_data(
     known = {info.name for info in importer.categories}
     used = {labeled.category for image in found for labeled in image.objects}
     infos = [*importer.categories, *(CategoryInfo(name) for name in sorted(used - known, key=natural_key))]
+    infos = _with_keypoint_names(infos, found, log)
     options = ExportOptions(images)
     tracked = track(found, f"writing {to}", len(found))
     export_images(tracked, output, format=to, categories=infos, options=options, log=log, overwrite=overwrite)
@@ -82,6 +84,24 @@ def convert_data(
     )
     (output / REPORT_FILE).write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
     return report
+
+
+def _with_keypoint_names(
+    infos: Sequence[CategoryInfo], images: Sequence[LabeledImage], log: LossLog
+) -> list[CategoryInfo]:
+    """Name the keypoints of classes without names, since formats store them by name or in the order of names."""
+    most: dict[str, int] = {}
+    for labeled in (labeled for image in images for labeled in image.objects if labeled.keypoints):
+        most[labeled.category] = max(most.get(labeled.category, 0), len(labeled.keypoints) // 3)
+    unnamed = {info.name for info in infos if not info.keypoints and most.get(info.name)}
+    if unnamed:
+        log.note("classes whose keypoints have no names, now point 1, point 2, ...", len(unnamed))
+    return [
+        replace(info, keypoints=tuple(f"point {n}" for n in range(1, most[info.name] + 1)))
+        if info.name in unnamed
+        else info
+        for info in infos
+    ]
 
 
 def _counts(images: Sequence[LabeledImage]) -> dict[str, SplitCount]:

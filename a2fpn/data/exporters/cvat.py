@@ -20,6 +20,8 @@ class CvatExporter(Exporter):
     Crowds carry the attribute ``iscrowd``, predictions the attribute ``score``.
     """
 
+    stems = False
+
     def __init__(
         self, output: Path, categories: Sequence[CategoryInfo], log: LossLog, options: ExportOptions | None = None
     ) -> None:
@@ -56,18 +58,16 @@ class CvatExporter(Exporter):
             parts = [("polygon", f'points="{_points(polygon)}"') for polygon in segmentation]
         elif segmentation is not None:
             window, (left, top, right, bottom) = window_of(segmentation, image.height, image.width)
-            if not window.size:
-                self.lose("unusable-object", image, labeled, "its mask is empty; skipped")
-                return
             flat = window.ravel()
             edges = np.flatnonzero(np.diff(flat.astype(np.int8), prepend=np.int8(0)))
             runs = np.diff(edges, prepend=0, append=flat.size)
             rle = ", ".join(map(str, runs.tolist()))
             place = f'left="{left}" top="{top}" width="{right - left}" height="{bottom - top}"'
             parts = [("mask", f'rle="{rle}" {place}')]
-        elif labeled.bbox is not None:
-            x, y, w, h = labeled.bbox
-            parts = [("box", f'xtl="{_n(x)}" ytl="{_n(y)}" xbr="{_n(x + w)}" ybr="{_n(y + h)}"')]
+        box = labeled.bbox if segmentation is None else self.own_box(labeled, image)
+        if box is not None:
+            x, y, w, h = box
+            parts += [("box", f'xtl="{_n(x)}" ytl="{_n(y)}" xbr="{_n(x + w)}" ybr="{_n(y + h)}"')]
         skeleton = self._skeleton(labeled)
         group = f' group_id="{number}"' if len(parts) + bool(skeleton) > 1 else ""
         head = f'label={quoteattr(labeled.category)} source="manual" occluded="0"{group} z_order="0"'

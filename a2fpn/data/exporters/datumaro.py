@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from a2fpn.data.exporters.base import Exporter, ExportOptions, register_exporter
-from a2fpn.data.labeled import CategoryInfo, LabeledImage, LabeledObject, LossLog
+from a2fpn.data.labeled import Box, CategoryInfo, LabeledImage, LabeledObject, LossLog
 
 
 @register_exporter("datumaro")
 class DatumaroExporter(Exporter):
     """Writes boxes, polygons, masks and points; parts of one object share a group."""
+
+    stems = False
 
     def __init__(
         self, output: Path, categories: Sequence[CategoryInfo], log: LossLog, options: ExportOptions | None = None
@@ -27,7 +29,7 @@ class DatumaroExporter(Exporter):
         self.place(image, "images", subset)
         annotations: list[dict[str, Any]] = []
         for number, labeled in enumerate(image.objects, 1):
-            parts = list(_parts(labeled, image))
+            parts = _parts(labeled, self.own_box(labeled, image))
             group = number if len(parts) > 1 else 0
             attributes: dict[str, Any] = {"is_crowd": labeled.iscrowd}
             if labeled.score is not None:
@@ -59,14 +61,16 @@ class DatumaroExporter(Exporter):
             self.save(self.output / "annotations" / f"{subset}.json", json.dumps(record, ensure_ascii=False))
 
 
-def _parts(labeled: LabeledObject, image: LabeledImage) -> list[dict[str, Any]]:
+def _parts(labeled: LabeledObject, box: Box | None) -> list[dict[str, Any]]:
     parts: list[dict[str, Any]] = []
     if isinstance(labeled.segmentation, list):
         parts = [{"type": "polygon", "points": polygon, "z_order": 0} for polygon in labeled.segmentation]
     elif labeled.segmentation is not None:
         parts = [{"type": "mask", "rle": dict(labeled.segmentation), "z_order": 0}]
-    elif labeled.bbox is not None:
-        parts = [{"type": "bbox", "bbox": list(labeled.bbox), "z_order": 0}]
+    else:
+        box = labeled.bbox
+    if box is not None:
+        parts.append({"type": "bbox", "bbox": list(box), "z_order": 0})
     if labeled.keypoints:
         values = labeled.keypoints
         flat = [value for pair in zip(values[::3], values[1::3], strict=True) for value in pair]

@@ -20,7 +20,7 @@ class LabelImageExporter(Exporter):
         split = self.split_of(image)
         self.place(image, "images", split)
         several = len(self.categories) > 1
-        by_class: dict[str, list[int]] = {} if several or not self.categories else {self.categories[0].name: []}
+        by_class: dict[str, list[int]] = {}
         for position, labeled in enumerate(image.objects):
             if labeled.keypoints:
                 self.lose("keypoints", image, labeled, "a label image has no keypoints")
@@ -29,12 +29,14 @@ class LabelImageExporter(Exporter):
             elif labeled.iscrowd:
                 self.lose("crowd", image, labeled, "the format has no crowds; skipped")
             else:
+                self.lose_box(labeled, image)
                 by_class.setdefault(labeled.category, []).append(position)
         if not by_class:
-            by_class[""] = []  # a background, which without a label image would count as unlabeled
+            # A background, which without a label image would count as unlabeled.
+            by_class[self.categories[0].name if self.categories else ""] = []
         for category, positions in by_class.items():
             labels = self.paint(image, [(n, image.objects[position]) for n, position in enumerate(positions, 1)])
-            folder = folder_name(category) if several and category else ""
+            folder = folder_name(category) if several else ""
             path = self.output.joinpath("labels", split, folder, image.name)
             path.parent.mkdir(parents=True, exist_ok=True)
             if len(positions) > _MOST:

@@ -19,6 +19,8 @@ from a2fpn.data.labeled import CategoryInfo, LabeledImage, LabeledObject, LossLo
 class LabelStudioExporter(Exporter):
     """Writes rectangles, polygons and brushes (with holes); parts of one object share ``meta.group``."""
 
+    stems = False
+
     def __init__(
         self, output: Path, categories: Sequence[CategoryInfo], log: LossLog, options: ExportOptions | None = None
     ) -> None:
@@ -33,7 +35,8 @@ class LabelStudioExporter(Exporter):
         for number, labeled in enumerate(image.objects, 1):
             if labeled.keypoints:
                 self.lose("keypoints", image, labeled, "regions do not support keypoints")
-            for kind, value in self._regions(labeled, image):
+            regions = self._regions(labeled, image)
+            for kind, value in regions:
                 region = f"{number}-{len(results)}"
                 common = {
                     "id": region,
@@ -44,7 +47,7 @@ class LabelStudioExporter(Exporter):
                     "image_rotation": 0,
                 }
                 results.append({**common, "type": kind, "value": {**value, kind: [labeled.category]}})
-                if isinstance(labeled.segmentation, list) and len(labeled.segmentation) > 1:
+                if len(regions) > 1:
                     results[-1]["meta"] = {"group": number}
                 if labeled.score is not None:
                     results[-1]["score"] = labeled.score
@@ -62,21 +65,21 @@ class LabelStudioExporter(Exporter):
 
     def _regions(self, labeled: LabeledObject, image: LabeledImage) -> list[tuple[str, dict[str, Any]]]:
         width, height = image.width, image.height
+        regions: list[tuple[str, dict[str, Any]]] = []
+        box = self.own_box(labeled, image)
         if isinstance(labeled.segmentation, list):
-            return [
-                (
-                    "polygonlabels",
-                    {"points": (np.array(p).reshape(-1, 2) * (100 / width, 100 / height)).tolist(), "closed": True},
-                )
-                for p in labeled.segmentation
-            ]
-        if labeled.segmentation is not None:
+            for polygon in labeled.segmentation:
+                points = np.array(polygon).reshape(-1, 2) * (100 / width, 100 / height)
+                regions.append(("polygonlabels", {"points": points.tolist(), "closed": True}))
+        elif labeled.segmentation is not None:
             window, (left, top, right, bottom) = window_of(labeled.segmentation, height, width)
             full = np.zeros((height, width), dtype=np.uint8)
             full[top:bottom, left:right] = window * 255
-            return [("brushlabels", {"format": "rle", "rle": pack_runs(full.ravel(), repeats=4)})]
-        if labeled.bbox is None:
-            return []
-        x, y, w, h = labeled.bbox
-        shares = {"x": x / width, "y": y / height, "width": w / width, "height": h / height}
-        return [("rectanglelabels", {key: 100 * value for key, value in shares.items()} | {"rotation": 0})]
+            regions = [("brushlabels", {"format": "rle", "rle": pack_runs(full.ravel(), repeats=4)})]
+        else:
+            box = labeled.bbox
+        if box is not None:
+            x, y, w, h = box
+            shares = {"x": x / width, "y": y / height, "width": w / width, "height": h / height}
+            regions.append(("rectanglelabels", {key: 100 * value for key, value in shares.items()} | {"rotation": 0}))
+        return regions

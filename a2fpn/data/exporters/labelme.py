@@ -11,6 +11,7 @@ from PIL import Image
 
 from a2fpn.data.exporters.base import Exporter, register_exporter
 from a2fpn.data.exporters.rings import window_of
+from a2fpn.data.importers.folder import OWN_FILES
 from a2fpn.data.labeled import LabeledImage, LabeledObject
 
 _VERSION = "5.5.0"  # the first version whose format has masks and descriptions
@@ -22,6 +23,8 @@ class LabelmeExporter(Exporter):
 
     Crowds carry the flag ``iscrowd``, predictions their score in the description.
     """
+
+    reserved = frozenset(name.removesuffix(".json") for name in OWN_FILES)
 
     def write(self, image: LabeledImage) -> None:
         """See :meth:`Exporter.write`."""
@@ -54,18 +57,16 @@ class LabelmeExporter(Exporter):
             parts = [{"points": _pairs(p), "shape_type": "polygon"} for p in segmentation]
         elif segmentation is not None:
             window, (left, top, right, bottom) = window_of(segmentation, image.height, image.width)
-            if not window.size:
-                self.lose("unusable-object", image, labeled, "its mask is empty; skipped")
-                return []
             corners = [[float(left), float(top)], [right - 1.0, bottom - 1.0]]
             file = io.BytesIO()
             Image.fromarray(window * 255).convert("1").save(file, "png")
             parts = [
                 {"points": corners, "shape_type": "mask", "mask": base64.b64encode(file.getvalue()).decode("ascii")}
             ]
-        elif labeled.bbox is not None:
-            x, y, w, h = labeled.bbox
-            parts = [{"points": [[x, y], [x + w, y + h]], "shape_type": "rectangle"}]
+        box = labeled.bbox if segmentation is None else self.own_box(labeled, image)
+        if box is not None:
+            x, y, w, h = box
+            parts += [{"points": [[x, y], [x + w, y + h]], "shape_type": "rectangle"}]
         labels = self._keypoints(labeled)
         grouped = number if len(parts) + len(labels) > 1 else None
         flags = {"iscrowd": True} if labeled.iscrowd else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +18,16 @@ from a2fpn.data.labeled import LabeledImage, folder_name
 class MaskFileExporter(Exporter):
     """Writes a folder per image with ``images/`` and ``masks/``; several classes become folders below ``masks/``."""
 
+    stems = False
+
     def write(self, image: LabeledImage) -> None:
         """See :meth:`Exporter.write`."""
         name = Path(image.name)
-        unit = self.output.joinpath(self.split_of(image), name.parent, name.stem)
-        if unit.exists():  # another image with the same stem
-            unit = unit.with_name(name.name)
-        (unit / "images").mkdir(parents=True)
-        (unit / "masks").mkdir()
+        split = self.split_of(image)
+        unit = self.output.joinpath(split, self.unique(name.with_suffix("").as_posix(), f"units/{split}"))
+        for part in ("images", "masks"):
+            shutil.rmtree(unit / part, ignore_errors=True)  # of an earlier conversion
+            (unit / part).mkdir(parents=True)
         if image.path is not None:
             place(image.path, unit / "images" / name.name, self.options.images or "link")
         for number, labeled in enumerate(image.objects, 1):
@@ -35,8 +38,13 @@ class MaskFileExporter(Exporter):
                 self.lose(kind, image, labeled, "the format holds masks of single objects; skipped")
                 continue
             window, (left, top, right, bottom) = window_of(labeled.segmentation, image.height, image.width)
+            if not window.size:
+                self.lose("mask", image, labeled, "its mask covers no pixel; skipped")
+                continue
+            self.lose_box(labeled, image)
             pixels = np.zeros((image.height, image.width), dtype=np.uint8)
             pixels[top:bottom, left:right] = window * 255
             folder = unit / "masks" / (folder_name(labeled.category) if len(self.categories) > 1 else "")
             folder.mkdir(exist_ok=True)
-            Image.fromarray(pixels).save(folder / f"{number:05d}.png")
+            # The importer expects a name other than the image's.
+            Image.fromarray(pixels).save(folder / f"{name.stem}_{number:05d}.png")

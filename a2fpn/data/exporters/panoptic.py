@@ -18,6 +18,8 @@ from a2fpn.data.labeled import CategoryInfo, LabeledImage, LossLog
 class PanopticExporter(Exporter):
     """Writes masks without their overlaps; boxes without masks are lost."""
 
+    split_folders = False
+
     def __init__(
         self, output: Path, categories: Sequence[CategoryInfo], log: LossLog, options: ExportOptions | None = None
     ) -> None:
@@ -39,6 +41,7 @@ class PanopticExporter(Exporter):
             if labeled.segmentation is None:
                 self.lose("box", image, labeled, "an object without a mask; skipped")
             else:
+                self.lose_box(labeled, image)
                 masked.append((number, labeled))
         labels = self.paint(image, masked)
         rows, columns = np.nonzero(labels)

@@ -8,11 +8,9 @@ from xml.sax.saxutils import escape
 
 import numpy as np
 from PIL import Image
-from pycocotools import mask as mask_utils
 
 from a2fpn.data.exporters.base import Exporter, ExportOptions, register_exporter
-from a2fpn.data.exporters.rings import rle_of
-from a2fpn.data.labeled import Box, CategoryInfo, LabeledImage, LabeledObject, LossLog
+from a2fpn.data.labeled import CategoryInfo, LabeledImage, LabeledObject, LossLog
 
 _MOST = 254  # maximum number of objects in 8 bits; 255 is void
 
@@ -20,6 +18,8 @@ _MOST = 254  # maximum number of objects in 8 bits; 255 is void
 @register_exporter("voc")
 class VocExporter(Exporter):
     """Writes boxes, and up to 254 masks per image without their overlaps."""
+
+    split_folders = False
 
     def __init__(
         self, output: Path, categories: Sequence[CategoryInfo], log: LossLog, options: ExportOptions | None = None
@@ -69,7 +69,7 @@ class VocExporter(Exporter):
     def _object(self, labeled: LabeledObject, image: LabeledImage) -> str:
         if labeled.keypoints:
             self.lose("keypoints", image, labeled, "the format has no keypoints")
-        x, y, w, h = _box(labeled, image)
+        x, y, w, h = labeled.bbox or (0, 0, 0, 0)
         corners = {"xmin": x + 1, "ymin": y + 1, "xmax": x + w, "ymax": y + h}
         box = "".join(f"<{key}>{f'{value:.4f}'.rstrip('0').rstrip('.')}</{key}>" for key, value in corners.items())
         crowd = "<iscrowd>1</iscrowd>" if labeled.iscrowd else ""
@@ -77,13 +77,6 @@ class VocExporter(Exporter):
             f"<object><name>{escape(labeled.category)}</name><pose>Unspecified</pose><truncated>0</truncated>"
             f"<difficult>0</difficult>{crowd}<bndbox>{box}</bndbox></object>\n"
         )
-
-
-def _box(labeled: LabeledObject, image: LabeledImage) -> Box:
-    if labeled.bbox is not None:
-        return labeled.bbox
-    x, y, w, h = mask_utils.toBbox(rle_of(labeled.segmentation or [], image.height, image.width)).tolist()
-    return x, y, w, h
 
 
 def _palette() -> list[int]:

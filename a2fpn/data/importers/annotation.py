@@ -9,7 +9,7 @@ import orjson
 from pycocotools import mask as mask_utils
 
 from a2fpn.data.annotation_table import LEAST_SIDE
-from a2fpn.data.labeled import Box, LabeledObject, polygon_area, polygon_box
+from a2fpn.data.labeled import Box, LabeledObject, LossLog, polygon_area, polygon_box
 from a2fpn.masks.segmentation import COORDINATE_LIMIT, Polygons, Segmentations, parse_segmentation
 
 
@@ -89,6 +89,20 @@ def without_unusable(labeled: LabeledObject, height: int, width: int) -> Labeled
     if not found.fragments or not isinstance(mask, Polygons):
         return None  # the fault is not in the mask
     return replace(labeled, segmentation=[points.reshape(-1).tolist() for points in mask.points])
+
+
+def usable(
+    labeled: LabeledObject, height: int, width: int, log: LossLog, file: str
+) -> tuple[LabeledObject, Box, float] | None:
+    """Return what the reader would keep of an object, with its box and area; None for nothing. Losses are logged."""
+    try:
+        return labeled, *measure(labeled, height, width)
+    except ValueError as error:
+        kept = without_unusable(labeled, height, width)
+        left = "unusable-object" if kept is None else "unusable-mask"
+        outcome = "skipped" if kept is None else "kept without that"
+        log.add(left, file, f"{labeled.category}: {error}; {outcome}", place=labeled.line)
+        return kept and usable(kept, height, width, log, file)
 
 
 def with_keypoints(text: str, length: int) -> str:

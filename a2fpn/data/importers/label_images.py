@@ -20,7 +20,7 @@ from a2fpn.data.importers.base import Importer, ImportOptions, register_importer
 from a2fpn.data.importers.files import IMAGE_SUFFIXES, ImageIndex
 from a2fpn.data.importers.folder import Folder
 from a2fpn.data.importers.mask_files import mask_units
-from a2fpn.data.labeled import LabeledImage, LabeledObject, LossLog, split_name
+from a2fpn.data.labeled import LabeledImage, LabeledObject, LossLog, folder_name, split_name
 from a2fpn.errors import DataError
 from a2fpn.masks.rle import Rle
 
@@ -48,6 +48,8 @@ class LabelImageImporter(Importer):
     def __init__(self, folder: Folder, log: LossLog, options: ImportOptions) -> None:
         super().__init__(folder, log, options)
         self.labels = _pairs(folder)
+        several = len(self.categories) > 1
+        self.class_folders = {folder_name(info.name) for info in self.categories if several}
         self.images = ImageIndex(self.root, _FOLDERS)
         taken = set(self.labels)
         self.images.files = [path for path in self.images.files if path not in taken]
@@ -61,12 +63,8 @@ class LabelImageImporter(Importer):
                 f"{self.root}: no label images found; expected them in labels/ or masks/, named like the images."
             )
         by_image: dict[Path, list[tuple[str, Path]]] = {}
-        images = self.keys
         for path in self.labels:
-            category, key, split = self._key(path)
-            found = (
-                images.get((split, key)) or images.get(("", key)) or (images.get((None, key)) if not split else None)
-            )
+            category, found = self._match(path)
             if found is None:
                 self.log.add("missing-image", path, "no image with this name; its labels are lost")
             elif any(category == other for other, _ in by_image.get(found, ())):
@@ -93,22 +91,32 @@ class LabelImageImporter(Importer):
             keys.setdefault((None, key), path)
         return keys
 
-    def _key(self, path: Path) -> tuple[str, str, str]:
-        """Class, stem without ending, and split of a label image."""
+    def _match(self, path: Path) -> tuple[str, Path | None]:
+        """Class and image of a label image."""
         split = ""
         parts: list[str] = []
+        inside = False
         for part in path.relative_to(self.root).parts[:-1]:
             # Only the first may be a split: "train" may also be a class.
             if not parts and not split and split_name(part):
                 split = split_name(part)
-            elif part.lower() not in _FOLDERS | {"images"}:
+            elif part.lower() not in _FOLDERS | {"images"} or (inside and part in self.class_folders):
                 parts.append(part)
-        stem = _ENDINGS.sub("", path.stem)
-        names = [*parts, stem]
-        key = "/".join(names).lower()
-        if (split, key) in self.keys or (None, key) in self.keys:
-            return self.class_of(""), key, split
-        return self.class_of(parts[0] if parts else ""), "/".join(names[1:] if parts else names).lower(), split
+            else:
+                inside = True
+        readings = [(self.class_of(""), parts)]
+        if parts:
+            readings.append((self.class_of(parts[0]), parts[1:]))
+            if parts[0] in self.class_folders:  # rather than a folder of images
+                readings.reverse()
+        for stem in (path.stem, _ENDINGS.sub("", path.stem)):
+            for category, folders in readings:
+                key = "/".join((*folders, stem)).lower()
+                found = self.keys.get((split, key)) or self.keys.get(("", key))
+                found = found or (None if split else self.keys.get((None, key)))
+                if found is not None:
+                    return category, found
+        return "", None
 
     def _image(self, path: Path, labels: list[tuple[str, Path]]) -> LabeledImage | None:
         size = self.images.size(path, self.log)
@@ -184,13 +192,17 @@ def encode_labels(values: NDArray[np.int64]) -> dict[int, Rle]:
 
 def _pairs(folder: Folder) -> list[Path]:
     """Candidates for label images: files in a folder for them, or with an ending for them."""
-    found = []
+    inside: list[Path] = []
+    beside: list[Path] = []
     for suffix in _LABEL_SUFFIXES:
         for path in folder.of_type(suffix):
             folders = {part.lower() for part in path.relative_to(folder.root).parts[:-1]}
-            if folders & _FOLDERS or _ENDINGS.search(path.stem):
-                found.append(path)
-    return sorted(found)
+            if folders & _FOLDERS:
+                inside.append(path)
+            elif _ENDINGS.search(path.stem):
+                beside.append(path)
+    labeled = {path.stem for path in inside}  # an image may have such an ending itself
+    return sorted([*inside, *(path for path in beside if path.stem not in labeled)])
 
 
 def _may_be_labels(path: Path) -> bool:

@@ -83,13 +83,18 @@ class MaskFilesImporter(Importer):
 
 
 def mask_units(root: Path) -> list[Path]:
-    """Return the folders with one image in ``images/`` and masks with other names in ``masks/``."""
+    """Return the folders with one image in ``images/`` and masks with other names in ``masks/``.
+
+    Among such folders a mask may also have the name of its image.
+    """
     units = []
+    certain = False
     for masks in sorted(root.rglob("masks")):
         images = masks.parent / "images"
         if masks.parent == root or not masks.is_dir() or not images.is_dir():
             continue
         stems = {path.stem for path in images.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES}
-        if len(stems) <= 1 and not stems & {path.stem for path in masks.iterdir()}:
+        if len(stems) <= 1:
             units.append(masks.parent)
-    return units
+            certain = certain or not any(path.stem in stems and path.is_file() for path in masks.iterdir())
+    return units if certain else []

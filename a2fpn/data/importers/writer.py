@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from a2fpn._registry import natural_key
 from a2fpn.data.check.report import Track
-from a2fpn.data.importers.annotation import encode, measure, with_box_mask, with_keypoints, without_unusable
+from a2fpn.data.importers.annotation import encode, usable, with_box_mask, with_keypoints
 from a2fpn.data.labeled import CategoryInfo, LabeledImage, LabeledObject, LossLog
 from a2fpn.data.splits import assign_splits
 from a2fpn.errors import DataError
@@ -168,14 +168,10 @@ class CocoWriter:
 
     def _annotation(self, labeled: LabeledObject, image: LabeledImage) -> str | None:
         """Format an annotation as JSON text without its ids."""
-        try:
-            box, area = measure(labeled, image.height, image.width)
-        except ValueError as error:
-            kept = without_unusable(labeled, image.height, image.width)
-            left = "unusable-object" if kept is None else "unusable-mask"
-            outcome = "skipped" if kept is None else "kept without that"
-            self.log.add(left, image.source, f"{labeled.category}: {error}; {outcome}", place=labeled.line)
-            return None if kept is None else self._annotation(kept, image)
+        found = usable(labeled, image.height, image.width, self.log, image.source)
+        if found is None:
+            return None
+        labeled, box, area = found
         record: dict[str, Any] = {"bbox": box, "area": area, "iscrowd": int(labeled.iscrowd)}
         if labeled.segmentation is not None:
             record["segmentation"] = labeled.segmentation
