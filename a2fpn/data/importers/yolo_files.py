@@ -53,11 +53,10 @@ def by_class(entries: object, path: Path, what: str) -> dict[int, Any]:
     """
     if isinstance(entries, list):
         return dict(enumerate(entries))
-    keys = list(entries) if isinstance(entries, Mapping) else [type(entries).__name__]
-    bad = next((key for key in keys if not is_class_number(key)), None)
-    if bad is not None:
-        raise DataError(f"{path}: {what} needs class numbers from 0 to 99999 as keys, got {shorten(bad)}.")
-    return {int(key): entries[key] for key in keys}
+    if not isinstance(entries, Mapping) or (bad := [key for key in entries if not is_class_number(key)]):
+        got = f"{bad[0]!r:.60}" if isinstance(entries, Mapping) else type(entries).__name__
+        raise DataError(f"{path}: {what} needs class numbers from 0 to 99999 as keys, got {got}.")
+    return {int(key): value for key, value in entries.items()}
 
 
 def check_text(values: Iterable[object], path: Path, what: str) -> None:
