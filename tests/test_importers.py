@@ -398,6 +398,7 @@ def test_exif_turns_the_image_that_shares_are_taken_of(tmp_path: Path) -> None:
     [
         ("images/a.png", "images/a.txt"),
         ("images/a.png", "images/a.TXT"),
+        ("images/a.png", "labels/a.txt"),
         ("images/a.png", "labels/a.TXT"),
         ("train/a.png", "train/a.Txt"),
         ("images/b/images/a.PNG", "images/b/labels/a.txt"),
@@ -431,6 +432,13 @@ def test_label_files_that_no_image_uses_are_lost(tmp_path: Path) -> None:
 def test_yaml_is_read_as_text(tmp_path: Path) -> None:
     root = yolo(tmp_path / "x", {"a": ""}, names="names: [no, 01, 2020-13-45, null, 1.50]\ntest: null\nval:\n")
     assert list(import_data(root, tmp_path / "y").categories.values()) == ["no", "01", "2020-13-45", "null", "1.50"]
+
+
+def test_classes_that_share_a_name_are_one(tmp_path: Path) -> None:
+    root = yolo(tmp_path / "x", {"a": "0 .5 .5 .5 .5\n2 .2 .2 .1 .1\n"}, names="names: [cat, dog, cat]")
+    report = import_data(root, tmp_path / "y")
+    assert (report.categories, report.annotations) == ({1: "cat", 2: "dog"}, 2)
+    assert report.notes == {"classes with the name of another, merged with it": 1}
 
 
 @pytest.mark.parametrize(

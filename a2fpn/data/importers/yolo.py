@@ -80,6 +80,8 @@ class YoloImporter(Importer):
                 self.root = named
         self.names = self._class_names()
         self.declare(self.names)
+        if merged := len(self.names) - len(set(self.names)):
+            self.log.note("classes with the name of another, merged with it", merged)
         self.num_keypoints, self.dims = self._keypoint_shape()
         points = {category.name: len(category.keypoints) for category in self.categories}
         self.points = [points[name] for name in self.names]

@@ -97,9 +97,7 @@ class LabelFiles:
 
     def find(self, image: str) -> str:
         """Return the label file of an image: at :func:`label_stem`, or next to it; empty if there is none."""
-        beside = os.path.splitext(image)[0]
-        stem = label_stem(image)
-        return self._at(stem) or (self._at(beside) if stem != beside else "")
+        return self._at(label_stem(image)) or self._at(os.path.splitext(image)[0])
 
     def _at(self, stem: str) -> str:
         folder = os.path.dirname(stem)
