@@ -1,8 +1,10 @@
 """Imports: every format comes back as it was written; damaged members are named and counted."""
 
 import json
+import math
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,12 @@ from PIL import Image
 
 from a2fpn.cli import main
 from a2fpn.data import check_data, read_coco, read_image
-from a2fpn.data.exporters import EXPORTERS, convert_data
+from a2fpn.data.exporters import EXPORTERS, convert_data, export_images
 from a2fpn.data.exporters.rings import bridge, to_one_ring, trace
 from a2fpn.data.importers import IMPORTERS, detect, import_data, list_formats
 from a2fpn.data.importers.files import image_size
 from a2fpn.data.importers.label_studio import pack_runs, unpack_runs
+from a2fpn.data.labeled import CategoryInfo, LabeledImage, LabeledObject
 from a2fpn.data.splits import assign_splits
 from a2fpn.errors import DataError
 from a2fpn.masks.rle import decode_rle, encode_masks
@@ -28,6 +31,7 @@ from tests.coco_data import write_coco
 
 NO_CROWDS = {"yolo", "labels", "mask_files"}
 ONE_NUMBER_A_PIXEL = {"labels", "panoptic", "voc"}
+ONLY_MASKS = {"labels", "mask_files", "panoptic"}
 FORMATS = EXPORTERS.names()
 
 
@@ -169,6 +173,192 @@ def test_keypoints_come_back(tmp_path: Path, name: str) -> None:
     (annotation,) = back["annotations"]
     assert annotation["keypoints"] == points
     assert annotation["bbox"] == [5, 6, 30, 20]
+
+
+OUTLINE = [5, 5, 20, 5, 20, 20, 5, 20]
+
+
+def small_set(
+    root: Path, names: list[str], entries: list[dict[str, Any]], categories: list[dict[str, Any]] | None = None
+) -> Path:
+    """A COCO folder of images of 40 x 30 pixels; an entry without image_id belongs to the first."""
+    for name in names:
+        picture(root / "images" / name, (40, 30))
+    data = {
+        "images": [{"id": n, "file_name": name, "height": 30, "width": 40} for n, name in enumerate(names, 1)],
+        "annotations": [{"id": n, "image_id": 1, "category_id": 1, **entry} for n, entry in enumerate(entries, 1)],
+        "categories": categories or [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
+    }
+    (root / "annotations").mkdir()
+    (root / "annotations" / "instances_train.json").write_text(json.dumps(data))
+    return root
+
+
+def square(image: int = 1, category: int = 1, **entry: Any) -> dict[str, Any]:
+    return {"image_id": image, "category_id": category, "bbox": [5, 5, 15, 15], "segmentation": [OUTLINE], **entry}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["a.png", "a.jpg", "a.jpg.png", "a_2.png"],
+        ["A.png", "a.png", "sub/a.png"],
+        ["00001.png", "a_00001.png", "a.png"],
+        ["face.png", "face_mask.jpg", "x_gt.png", "y-seg.png", "z_labels.png"],
+        [".hidden.png", "categories.png", "image_ids.png"],
+    ],
+)
+def test_no_image_takes_the_files_of_another(tmp_path: Path, name: str, names: list[str]) -> None:
+    if names[0] == "A.png" and name not in ("cvat", "labels", "labelstudio", "mask_files", "yolo"):
+        names = names[:2]  # these find no a.png beside sub/a.png, and report it
+    classes = ["cat"] if name == "mask_files" else ["cat", "dog"]  # one has no folder of its own
+    entries = [square(n, 1 + n % len(classes)) for n in range(1, len(names) + 1)]
+    categories = [{"id": n, "name": text} for n, text in enumerate(classes, 1)]
+    written = convert_data(small_set(tmp_path / "coco", names, entries, categories), tmp_path / "x", to=name)
+    back = import_data(tmp_path / "x", tmp_path / "y")
+    assert (back.format, back.images, back.annotations, back.counts) == (name, len(names), len(names), {})
+    data = json.loads((tmp_path / "y" / "annotations" / "instances_train.json").read_text())
+    assert {raw["image_id"]: raw["category_id"] for raw in data["annotations"]} == {
+        entry["image_id"]: entry["category_id"] for entry in entries
+    }
+    renamed = {raw["file_name"] for raw in data["images"]} - set(names)
+    assert written.counts == ({"image-name": len(renamed)} if renamed else {})
+    for file in renamed:
+        assert f" is written as {file}, as " in str([str(loss) for loss in written.losses])
+
+
+def test_names_of_images_are_kept_where_only_stems_agree(tmp_path: Path) -> None:
+    root = small_set(tmp_path / "coco", ["a.png", "a.jpg"], [square(1), square(2)])
+    for name in ("cvat", "datumaro", "labelstudio", "mask_files"):
+        assert not convert_data(root, tmp_path / name, to=name).counts
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_images_of_one_name_in_two_splits_are_exported(tmp_path: Path, name: str) -> None:
+    for number, split in enumerate(("train", "valid")):
+        picture(tmp_path / "in" / split / "a.png", (40, 30))
+        data = {
+            "images": [{"id": number, "file_name": "a.png", "height": 30, "width": 40}],
+            "annotations": [square(number, 1 + number)],
+            "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
+        }
+        (tmp_path / "in" / split / "_annotations.coco.json").write_text(json.dumps(data))
+    convert_data(tmp_path / "in", tmp_path / "x", to=name, format="coco")
+    back = import_data(tmp_path / "x", tmp_path / "y")
+    assert {split: (count.images, count.annotations) for split, count in back.splits.items()} == {
+        "train": (1, 1),
+        "val": (1, 1),
+    }
+    assert [raw["category_id"] for raw in annotations(tmp_path / "y", "val")] == [2]
+
+
+@pytest.mark.parametrize(("name", "split"), [("../../up/a.png", ""), ("{root}/up/a.png", ""), ("a.png", "../up")])
+def test_no_file_is_written_outside_the_output(tmp_path: Path, name: str, split: str) -> None:
+    name = name.format(root=tmp_path)
+    image = LabeledImage(picture(tmp_path / "a.png"), name, 40, 60, [LabeledObject("cat", (1, 1, 5, 5))], split)
+    for format in FORMATS:
+        output = tmp_path / "out" / "in" / format
+        export_images([image], output, format=format, categories=[CategoryInfo("cat")])
+    assert {path.name for path in tmp_path.iterdir()} == {"a.png", "out"}
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["in"]
+    assert {path.name for path in (tmp_path / "out" / "in").iterdir()} == set(FORMATS)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_any_class_has_a_folder_of_its_own(tmp_path: Path, name: str) -> None:
+    names = ["mask", "no_mask", "..", ".", "a/b", "a_b", "a%2Fb", "images", "labels", "train", "a", "100%"]
+    categories = [{"id": n, "name": text} for n, text in enumerate(names, 1)]
+    files = [f"{n}.png" for n in range(len(names))] + ["a/0.png"]
+    entries = [square(n, n) for n in range(1, len(names) + 1)]
+    assert not convert_data(small_set(tmp_path / "coco", files, entries, categories), tmp_path / "x", to=name).counts
+    back = import_data(tmp_path / "x", tmp_path / "y", format=name, unlabeled="keep")
+    assert back.categories == dict(enumerate(names, 1))
+    if name in ("cvat", "labels", "labelstudio", "mask_files", "yolo"):  # as above
+        assert {raw["image_id"]: raw["category_id"] for raw in annotations(tmp_path / "y")} == {
+            n: n for n in range(1, len(names) + 1)
+        }
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_conversion_drops_what_the_reader_drops(tmp_path: Path, name: str) -> None:
+    entries = [
+        square(segmentation=[OUTLINE, [5, 5, 6, 6]]),
+        square(segmentation=[OUTLINE[:7]], bbox=[1, 1, 9, 9]),
+        square(segmentation={"size": [30, 40], "counts": [7]}, bbox=[2, 2, 9, 9]),
+        {"bbox": [100, 100, 5, 5]},
+        {"category_id": 2},
+        {"category_id": 2, "keypoints": [1, 2, 3, 4]},
+        {"category_id": 2, "bbox": [3, 3, 9, 9], "keypoints": [1, 2, 2] * 3},
+        {"category_id": 2, "bbox": [4, 4, 9, 9], "keypoints": [math.nan, 2, 2]},
+        {"category_id": 2, "keypoints": [9, 9, 2, 14, 14, 2]},
+    ]
+    categories = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog", "keypoints": ["nose", "tail"]}]
+    report = convert_data(small_set(tmp_path / "coco", ["a.png"], entries, categories), tmp_path / "x", to=name)
+    losses = [str(loss) for loss in report.losses]
+    assert report.counts["unusable-mask"] == 3
+    assert report.counts["unusable-object"] == 3
+    for place, message in (
+        ("annotation 1", "got 4 numbers; kept without that"),
+        ("annotation 3", "the run lengths of the mask add up to 7 pixels, the image has 30 x 40 = 1200"),
+        ("annotation 4", "lies outside the image of 40 x 30 pixels; skipped"),
+        ("annotation 5", "it has neither box nor mask; skipped"),
+        ("annotation 6", "4 numbers are not x, y and visibility of 2 keypoints; kept without them"),
+        ("annotation 7", "9 numbers are not x, y and visibility of 2 keypoints; kept without them"),
+        ("annotation 8", "3 numbers are not x, y and visibility of 2 keypoints; kept without them"),
+    ):
+        assert [text for text in losses if f", {place}: " in text and message in text], (place, losses)
+    import_data(tmp_path / "x", tmp_path / "y")
+    boxes = [raw["bbox"] for raw in annotations(tmp_path / "y")]
+    wanted = [[1, 1, 9, 9], [2, 2, 9, 9], [3, 3, 9, 9], [4, 4, 9, 9], [5, 5, 15, 15], [8, 8, 7, 7]]
+    assert sorted(boxes) == ([[5, 5, 15, 15]] if name in ONLY_MASKS else wanted)
+
+
+@pytest.mark.parametrize("name", ["cvat", "datumaro", "labelme", "labelstudio", "voc", *sorted(ONLY_MASKS)])
+def test_a_box_that_is_not_that_of_its_mask_is_kept_or_reported(tmp_path: Path, name: str) -> None:
+    rle = {"size": [30, 40], "counts": [905, 10, 285]}
+    other = [22, 2, 30, 2, 30, 10, 22, 10]
+    entries = [
+        square(bbox=[1, 1, 25, 25]),
+        square(category=2, segmentation=rle, bbox=[25, 0, 15, 30]),
+        square(segmentation=[other], bbox=[21.5, 2, 9, 8]),  # by rounding
+    ]
+    report = convert_data(small_set(tmp_path / "coco", ["a.png"], entries), tmp_path / "x", to=name)
+    assert report.counts == ({"box": 2} if name in ONLY_MASKS else {})
+    import_data(tmp_path / "x", tmp_path / "y")
+    back = annotations(tmp_path / "y")
+    assert all("segmentation" in raw for raw in back)
+    if name not in ONLY_MASKS:
+        assert [raw["bbox"] for raw in back[:2]] == [[1, 1, 25, 25], [25, 0, 15, 30]]
+        assert name == "voc" or back[2]["bbox"] == [22, 2, 8, 8]
+
+
+@pytest.mark.parametrize("name", sorted({*ONLY_MASKS, "voc"}))
+def test_masks_between_pixels_are_reported(tmp_path: Path, name: str) -> None:
+    entry = square(segmentation=[[5.1, 5.1, 5.2, 5.1, 5.2, 5.2]], bbox=[5, 5, 1, 1])
+    report = convert_data(small_set(tmp_path / "coco", ["a.png"], [entry]), tmp_path / "x", to=name)
+    assert report.counts == {"mask": 1}
+    assert "its mask covers no pixel" in str(report)
+
+
+@pytest.mark.parametrize("name", ["cvat", "datumaro", "labelme", "yolo"])
+def test_keypoints_without_names_keep_their_order(tmp_path: Path, name: str) -> None:
+    every = [number for n in range(12) for number in (n + 1, n + 2, 2)]
+    some = [0, 0, 0] + every[3:-3] + [0, 0, 0]
+    root = small_set(tmp_path / "coco", ["a.png", "b.png"], [square(1, keypoints=some), square(2, keypoints=every)])
+    report = convert_data(root, tmp_path / "x", to=name)
+    assert report.notes == {"classes whose keypoints have no names, now point 1, point 2, ...": 1}
+    import_data(tmp_path / "x", tmp_path / "y")
+    assert [raw["keypoints"] for raw in annotations(tmp_path / "y")] == [some, every]
+
+
+def test_mask_files_are_written_again(tmp_path: Path) -> None:
+    for entries in ([square(), square(category=2)], [square()], [square()]):
+        shutil.rmtree(tmp_path / "coco", ignore_errors=True)
+        root = small_set(tmp_path / "coco", ["a.png"], entries)
+        convert_data(root, tmp_path / "x", to="mask_files", overwrite=True)
+        back = import_data(tmp_path / "x", tmp_path / "y", overwrite=True)
+        assert (back.images, back.annotations, back.counts) == (1, len(entries), {})
 
 
 def test_names_of_formats_are_checked(tmp_path: Path, coco: Path) -> None:
@@ -783,6 +973,16 @@ def test_the_layout_of_the_data_science_bowl(tmp_path: Path) -> None:
     assert (report.format, report.annotations) == ("mask_files", 2)
     assert report.counts == {"unusable-object": 1}
     assert [raw["bbox"] for raw in annotations(tmp_path / "y")] == [[2, 2, 7, 7], [20, 5, 10, 10]]
+
+
+def test_a_mask_file_may_have_the_name_of_its_image(tmp_path: Path) -> None:
+    for unit, masks in (("1", "12"), ("7", "12")):
+        picture(tmp_path / "x" / unit / "images" / f"{unit}.png")
+        for mask in masks:
+            picture(tmp_path / "x" / unit / "masks" / f"{mask}.png", mode="L")
+            Image.new("L", (60, 40), 255).save(tmp_path / "x" / unit / "masks" / f"{mask}.png")
+    report = import_data(tmp_path / "x", tmp_path / "y")
+    assert (report.format, report.images, report.annotations) == ("mask_files", 2, 4)
 
 
 # Rings and runs

@@ -102,7 +102,7 @@ def usable(
         left = "unusable-object" if kept is None else "unusable-mask"
         outcome = "skipped" if kept is None else "kept without that"
         log.add(left, file, f"{labeled.category}: {error}; {outcome}", place=labeled.line)
-        return kept and usable(kept, height, width, log, file)
+        return None if kept is None else usable(kept, height, width, log, file)
 
 
 def with_keypoints(text: str, length: int) -> str:
