@@ -608,15 +608,37 @@ def test_labels_of_yolo_are_found_where_they_are(
     assert (report.images, report.annotations, report.notes) == (1, 1, {})
 
 
+def test_images_of_yolo_keep_their_names(tmp_path: Path) -> None:
+    root = yolo(tmp_path / "x", {"a": "", ".a": "0 .5 .5 .5 .5\n"})
+    assert import_data(root, tmp_path / "y", strict=True).images == 2
+    (tmp_path / "elsewhere").mkdir()
+    (root / "data.yaml").rename(tmp_path / "elsewhere" / "data.yaml")
+    (tmp_path / "elsewhere" / "data.yaml").write_text("train: ../x/images\nnames: [cat]\n")
+    import_data(tmp_path / "elsewhere", tmp_path / "z", format="yolo", strict=True)
+    assert sorted(path.name for path in (tmp_path / "z" / "images" / "x" / "images").iterdir()) == [".a.png", "a.png"]
+
+
 def test_label_files_that_no_image_uses_are_lost(tmp_path: Path) -> None:
     root = yolo(tmp_path / "x", {"a": "0 .5 .5 .5 .5\n"})
     (root / "labels" / "a.TXT").write_text("0 .2 .2 .1 .1\n")
     report = import_data(root, tmp_path / "y")
     assert (report.annotations, report.counts) == (1, {"duplicate-stem": 1})
     assert f"{root / 'labels' / 'a.TXT'}: its image has another label file; skipped" in str(report)
+    picture(root / "images" / "b.png")
+    (root / "labels" / "far").mkdir()
+    (root / "labels" / "far" / "c.txt").symlink_to("nowhere")
+    assert import_data(root, tmp_path / "v").counts == {"duplicate-stem": 1, "missing-image": 1}
     (root / "labels").rename(root / "Labels")
     report = import_data(root, tmp_path / "z")
-    assert report.counts == {"missing-image": 2}
+    assert report.counts == {"missing-image": 3}
+
+
+def test_labels_outside_the_data_set_are_not_its_own(tmp_path: Path) -> None:
+    for above in ("labels", "labels_of_2024"):
+        picture(tmp_path / above / "x" / "images" / "b.png")
+        yolo(tmp_path / above / "x", {"a": "0 .5 .5 .5 .5\n"})
+        (tmp_path / above / "other.txt").write_text("0 .5 .5 .5 .5\n")
+        assert import_data(tmp_path / above / "x", tmp_path / f"{above}_y", strict=True).annotations == 1
 
 
 def test_yaml_is_read_as_text(tmp_path: Path) -> None:

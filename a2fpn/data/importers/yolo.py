@@ -37,6 +37,7 @@ from a2fpn.data.importers.yolo_files import (
     is_list,
     is_number,
     is_text_file,
+    labels_above,
     read_class_list,
     read_yaml,
 )
@@ -99,9 +100,9 @@ class YoloImporter(Importer):
         missing, root = 0, os.path.join(self.root, "")
         for path, split in self.jobs:
             inside = path.startswith(root)
-            relative = (path[len(root) :] if inside else os.path.relpath(path, self.root)).replace(os.sep, "/")
+            relative = path[len(root) :] if inside else os.path.relpath(path, self.root).replace(f"..{os.sep}", "")
             label = labels.find(path)
-            name, named = name_and_split(relative.lstrip("./"))
+            name, named = name_and_split(relative.replace(os.sep, "/"))
             if label in used:
                 detail = f"{os.path.basename(label)} belongs to another image of the same stem; skipped"
                 self.log.add("duplicate-stem", path, detail)
@@ -134,14 +135,15 @@ class YoloImporter(Importer):
 
     def _orphans(self, used: set[str], folders: Iterable[str]) -> None:
         """Log label files that no image used."""
-        # If none was used, the labels may be anywhere.
-        tops = {folder.rpartition(f"{os.sep}labels")[0] or folder for folder in folders} if used else {str(self.root)}
         listed = {os.path.splitext(path)[0] for path, _ in self.jobs}
+        beside = {os.path.dirname(stem) for stem in listed}
+        tops = {folder if folder in beside else labels_above(folder) for folder in folders}
+        if not used:  # the labels may be anywhere
+            tops = {str(self.root)}
         seen = set(used)
         other = 0
         for top in sorted(tops):
-            labels = os.path.join(top, "labels")
-            for folder, _, names in os.walk(labels if used and os.path.isdir(labels) else top):
+            for folder, _, names in os.walk(top):
                 for name in sorted(names):
                     path = os.path.join(folder, name)
                     if not is_text_file(name) or path in seen or name in CLASS_FILES or is_list(path):

@@ -119,6 +119,12 @@ def image_stem(label: str) -> str:
     return _moved(label, "labels", "images")
 
 
+def labels_above(folder: str) -> str:
+    """Return the last folder "labels" of a path."""
+    head, found, _ = f"{os.sep}{folder}{os.sep}".rpartition(f"{os.sep}labels{os.sep}")
+    return f"{head}{found}"[1:-1] if found else folder
+
+
 def _moved(path: str, old: str, new: str) -> str:
     """Return a path without its suffix and with its last folder of one name replaced by another."""
     # A relative path may begin with the folder.
@@ -133,8 +139,11 @@ def is_text_file(name: str) -> bool:
 
 def is_list(path: str) -> bool:
     """Return whether a text file is not a label file, such as a list of images."""
-    with open(path, "rb") as file:
-        first = file.readline().split()
+    try:
+        with open(path, "rb") as file:
+            first = file.readline().split()
+    except OSError:  # such as a broken link
+        return False
     return bool(first) and not is_number(first[0].lstrip(b"\xef\xbb\xbf"))
 
 
