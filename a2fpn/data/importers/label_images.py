@@ -39,7 +39,7 @@ class LabelImageImporter(Importer):
         """See :meth:`Importer.detect`."""
         if folder.file is not None or any(folder.by_suffix.get(suffix) for suffix in (".xml", ".yaml", ".yml")):
             return ""
-        pairs = _pairs(folder.root)
+        pairs = _pairs(folder)
         if not pairs or mask_units(folder.root):
             return ""
         tried = pairs[:_TRIED]
@@ -47,7 +47,7 @@ class LabelImageImporter(Importer):
 
     def __init__(self, folder: Folder, log: LossLog, options: ImportOptions) -> None:
         super().__init__(folder, log, options)
-        self.labels = _pairs(self.root)
+        self.labels = _pairs(folder)
         several = len(self.categories) > 1
         self.class_folders = {folder_name(info.name) for info in self.categories if several}
         self.images = ImageIndex(self.root, _FOLDERS)
@@ -190,13 +190,13 @@ def encode_labels(values: NDArray[np.int64]) -> dict[int, Rle]:
     return result
 
 
-def _pairs(root: Path) -> list[Path]:
+def _pairs(folder: Folder) -> list[Path]:
     """Candidates for label images: files in a folder for them, or with an ending for them."""
     inside: list[Path] = []
     beside: list[Path] = []
     for suffix in _LABEL_SUFFIXES:
-        for path in root.rglob(f"*{suffix}"):
-            folders = {part.lower() for part in path.relative_to(root).parts[:-1]}
+        for path in folder.of_type(suffix):
+            folders = {part.lower() for part in path.relative_to(folder.root).parts[:-1]}
             if folders & _FOLDERS:
                 inside.append(path)
             elif _ENDINGS.search(path.stem):

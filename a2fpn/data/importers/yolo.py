@@ -12,7 +12,7 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,19 @@ from a2fpn.data.importers.files import IMAGE_SUFFIXES, clean_path, image_size, n
 from a2fpn.data.importers.folder import Folder
 from a2fpn.data.importers.yolo_files import (
     CLASS_FILES,
+    LabelFiles,
     below,
+    by_class,
+    check_text,
     find_yaml,
     image_stem,
     images_below,
+    is_class_number,
     is_image,
     is_list,
     is_number,
-    label_file,
+    is_text_file,
+    labels_above,
     read_class_list,
     read_yaml,
 )
@@ -76,7 +81,11 @@ class YoloImporter(Importer):
                 self.root = named
         self.names = self._class_names()
         self.declare(self.names)
+        if merged := len(self.names) - len(set(self.names)):
+            self.log.note("classes with the name of another, merged with it", merged)
         self.num_keypoints, self.dims = self._keypoint_shape()
+        points = {category.name: len(category.keypoints) for category in self.categories}
+        self.points = [points[name] for name in self.names]
         self.jobs = self._jobs()
         self.total = len(self.jobs)
 
@@ -87,38 +96,32 @@ class YoloImporter(Importer):
                 f"{self.root}: no images found; expected images/ next to labels/, or train, val in data.yaml."
             )
         used: set[str] = set()
-        lists: dict[str, set[str]] = {}
+        labels = LabelFiles()
         missing, root = 0, os.path.join(self.root, "")
         for path, split in self.jobs:
             inside = path.startswith(root)
-            relative = (path[len(root) :] if inside else os.path.relpath(path, self.root)).replace(os.sep, "/")
-            label = label_file(path)
-            folder = os.path.dirname(label)
-            if folder not in lists:
-                lists[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-            name, named = name_and_split(relative.lstrip("./"))
-            has_label = os.path.basename(label) in lists[folder]
-            if has_label and label in used:
+            relative = path[len(root) :] if inside else os.path.relpath(path, self.root).replace(f"..{os.sep}", "")
+            label = labels.find(path)
+            name, named = name_and_split(relative.replace(os.sep, "/"))
+            if label in used:
                 detail = f"{os.path.basename(label)} belongs to another image of the same stem; skipped"
                 self.log.add("duplicate-stem", path, detail)
                 continue
-            if not has_label and self.options.unlabeled == "skip":
+            if not label and self.options.unlabeled == "skip":
                 missing += 1
                 continue
+            if label:
+                used.add(label)
             size = self.images_size(path)
             if size is None:
                 continue
-            objects: Sequence[LabeledObject] = ()
-            if has_label:
-                used.add(label)
-                objects = self._objects(label, *size)
-            else:
-                missing += 1
-            yield LabeledImage(Path(path), name, *size, objects, split or named, source=label)
+            missing += not label
+            objects = self._objects(label, *size) if label else ()
+            yield LabeledImage(Path(path), name, *size, objects, split or named, source=label or path)
         left = "skipped" if self.options.unlabeled == "skip" else "kept as background"
         if missing:
             self.log.note(f"images without a label file, {left}", missing)
-        self._orphans(used, lists)
+        self._orphans(used, labels.folders)
 
     def images_size(self, path: str) -> tuple[int, int] | None:
         """Return height and width, or None with a loss."""
@@ -130,22 +133,26 @@ class YoloImporter(Importer):
             self.log.add("unreadable-image", path, f"not a readable image ({error}); skipped")
         return None
 
-    def _orphans(self, used: set[str], lists: Mapping[str, set[str]]) -> None:
-        """Log label files without an image."""
-        tops = {folder.rpartition(f"{os.sep}labels")[0] or folder for folder in lists}
+    def _orphans(self, used: set[str], folders: Iterable[str]) -> None:
+        """Log label files that no image used."""
         listed = {os.path.splitext(path)[0] for path, _ in self.jobs}
+        beside = {os.path.dirname(stem) for stem in listed}
+        tops = {folder if folder in beside else labels_above(folder) for folder in folders}
+        if not used:  # the labels may be anywhere
+            tops = {str(self.root)}
+        seen = set(used)
         other = 0
         for top in sorted(tops):
-            labels = os.path.join(top, "labels")
-            for folder, _, names in os.walk(labels if os.path.isdir(labels) else top):
+            for folder, _, names in os.walk(top):
                 for name in sorted(names):
                     path = os.path.join(folder, name)
-                    if not name.endswith(".txt") or path in used or name in CLASS_FILES or is_list(path):
+                    if not is_text_file(name) or path in seen or name in CLASS_FILES or is_list(path):
                         continue
-                    stem = image_stem(path)
-                    if stem in listed:
-                        continue
-                    if any(os.path.isfile(stem + suffix) for suffix in IMAGE_SUFFIXES):
+                    seen.add(path)
+                    stems = {image_stem(path), os.path.splitext(path)[0]}
+                    if stems & listed:
+                        self.log.add("duplicate-stem", path, "its image has another label file; skipped")
+                    elif any(os.path.isfile(stem + suffix) for stem in stems for suffix in IMAGE_SUFFIXES):
                         other += 1
                     else:
                         self.log.add("missing-image", path, "no image with this name; its labels are lost")
@@ -154,19 +161,16 @@ class YoloImporter(Importer):
 
     def _class_names(self) -> list[str]:
         names = self.yaml.get("names")
-        if isinstance(names, Mapping):
-            try:
-                numbers = sorted(int(key) for key in names)
-            except (TypeError, ValueError):
-                raise DataError(f"{self.yaml_path}: the keys of names must be class numbers, got {names}.") from None
-            return [str(names.get(number, names.get(str(number), number))) for number in range(max(numbers) + 1)]
-        if isinstance(names, list) and names:
-            return [str(name) for name in names]
         if isinstance(names, str):
             named = self.root / names
             if named.is_file():
                 return read_class_list(named)
-        for folder in (self.root, self.root / "labels", self.root / "train", self.root / "labels" / "train"):
+        elif names:
+            listed = by_class(names, self.yaml_path, "names")
+            check_text(listed.values(), self.yaml_path, "a class name")
+            return [listed.get(number, str(number)) for number in range(max(listed) + 1)]
+        for below_root in ("", "labels", "images", "train", "labels/train"):
+            folder = self.root / below_root
             for name in CLASS_FILES:
                 if (folder / name).is_file():
                     return read_class_list(folder / name)
@@ -178,26 +182,39 @@ class YoloImporter(Importer):
         )
 
     def _keypoint_shape(self) -> tuple[int, int]:
+        """Return the number of keypoints of a line and their numbers of values, and name those of the classes."""
         shape = self.yaml.get("kpt_shape")
         if shape is None:
             return 0, 0
-        if not (isinstance(shape, list) and len(shape) == 2 and shape[0] > 0 and shape[1] in (2, 3)):
-            raise DataError(f"{self.yaml_path}: kpt_shape must be [number, 2 or 3], got {shape}.")
-        named = self.yaml.get("kpt_names")
+        match shape:
+            case [str(count), ("2" | "3") as dims] if is_class_number(count) and int(count):
+                self._name_keypoints(int(count))
+                return int(count), int(dims)
+        raise DataError(f"{self.yaml_path}: kpt_shape must be [number, 2 or 3], such as [17, 3].")
+
+    def _name_keypoints(self, count: int) -> None:
+        """Name the keypoints of the classes: as in ``kpt_names``, where a class may have fewer, else by numbers."""
+        listed = self.yaml.get("kpt_names", {})
+        same = isinstance(listed, list) and all(isinstance(name, str) for name in listed)
+        named = dict.fromkeys(range(len(self.names)), listed) if same else by_class(listed, self.yaml_path, "kpt_names")
+        for names in named.values():
+            if not isinstance(names, list) or len(names) > count:
+                raise DataError(f"{self.yaml_path}: kpt_names must be lists of up to {count} names, as in kpt_shape.")
+            check_text(names, self.yaml_path, "a name of a keypoint")
         for number, name in enumerate(self.names):
-            points = named.get(number) if isinstance(named, Mapping) else None
             if not self.keypoint_names(name):
-                self.declare_keypoints(name, points or [f"point {i + 1}" for i in range(shape[0])])
-        return shape[0], shape[1]
+                self.declare_keypoints(name, named.get(number, [f"point {i + 1}" for i in range(count)]))
 
     def _jobs(self) -> list[tuple[str, str]]:
         """List the image files with their splits, each once."""
         jobs: dict[str, str] = {}
-        keys = [key for key in _SPLITS if self.yaml.get(key)]
+        others = (key for key, value in self.yaml.items() if value == f"images/{key}" and key not in _SPLITS)
+        keys = [key for key in (*_SPLITS, *others) if self.yaml.get(key)]
         for key in keys:
-            values = self.yaml[key]
-            for value in values if isinstance(values, list) else [values]:
-                for path in self._resolve(str(value), key):
+            values = self.yaml[key] if isinstance(self.yaml[key], list) else [self.yaml[key]]
+            check_text(values, self.yaml_path, f"a path of {key}")
+            for value in values:
+                for path in self._resolve(value, key):
                     path = os.path.normpath(path)
                     if path in jobs and jobs[path] != (split_name(key) or key):
                         self.log.note(f"images listed in {jobs[path]} and {key}, kept in {jobs[path]}")
@@ -272,7 +289,7 @@ class YoloImporter(Importer):
                 continue
             seen.add(line)
             try:
-                objects.append(self._object(fields, height, width, number))
+                objects.append(self._object(fields, height, width, path, number))
             except ValueError as error:
                 self.log.add("bad-line", path, f"{error}; skipped", place=f"line {number}")
         return objects
@@ -304,7 +321,7 @@ class YoloImporter(Importer):
             start = end
         return found
 
-    def _object(self, fields: Sequence[str], height: int, width: int, line: int) -> LabeledObject:
+    def _object(self, fields: Sequence[str], height: int, width: int, path: str, line: int) -> LabeledObject:
         """Parse the object of a line.
 
         Raises:
@@ -325,7 +342,10 @@ class YoloImporter(Importer):
                 detail = f"a box and {self.num_keypoints} keypoints of {self.dims}"
                 raise ValueError(f"expected {expected} numbers ({detail}) after the class, got {len(numbers)}")
             keypoints = _keypoints(np.array(numbers[4:]).reshape(-1, self.dims), height, width)
-            return LabeledObject(name, _box(numbers[:4], height, width), keypoints=keypoints, line=place)
+            box, end = _box(numbers[:4], height, width), 3 * self.points[index]
+            if any(keypoints[end:]):
+                self.log.add("keypoints", path, f"{name} has {end // 3} keypoints; the others are skipped", place=place)
+            return LabeledObject(name, box, keypoints=keypoints[:end], line=place)
         if len(numbers) == 4:
             return LabeledObject(name, _box(numbers, height, width), line=place)
         if len(numbers) == 5:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from a2fpn._registry import natural_key
 from a2fpn.data.importers.files import IMAGE_SUFFIXES, read_text
 from a2fpn.data.importers.folder import Folder
 from a2fpn.errors import DataError
+from a2fpn.masks.rle import shorten
 
 CLASS_FILES = ("classes.txt", "obj.names", "classes.names", "labels.txt", "predefined_classes.txt")
+_CLASS_NUMBER = re.compile("[0-9]{1,5}")
 
 
 def find_yaml(folder: Folder) -> Path | None:
@@ -24,20 +27,48 @@ def find_yaml(folder: Folder) -> Path | None:
 
 
 def read_yaml(path: Path) -> Mapping[str, Any]:
-    """Read ``data.yaml``.
+    """Read ``data.yaml``, with all scalars as text: the class ``no`` is not false, and ``01`` is not 1.
 
     Raises:
         DataError: If it has no keys.
     """
+    text = read_text(path)
     try:
-        data = yaml.safe_load(read_text(path))
-    except yaml.YAMLError as error:
+        data = yaml.load(text, yaml.BaseLoader)
+    except (yaml.YAMLError, ArithmeticError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark is not None else ""
-        raise DataError(f"{path}{line}: invalid YAML ({getattr(error, 'problem', error)}).") from None
+        problem = str(getattr(error, "problem", error)).partition("\n")[0]
+        raise DataError(f"{path}{line}: invalid YAML ({problem}).") from None
     if not isinstance(data, Mapping):
         raise DataError(f"{path}: expected keys such as train, val and names, got {type(data).__name__}.")
-    return data
+    return {key: value for key, value in data.items() if value not in ("", "~", "null", "Null", "NULL")}
+
+
+def by_class(entries: object, path: Path, what: str) -> dict[int, Any]:
+    """Return the entries of a list or a mapping of ``data.yaml`` by their class numbers.
+
+    Raises:
+        DataError: If a key is not a class number.
+    """
+    if isinstance(entries, list):
+        return dict(enumerate(entries))
+    if not isinstance(entries, Mapping) or (bad := [key for key in entries if not is_class_number(key)]):
+        got = f"{bad[0]!r:.60}" if isinstance(entries, Mapping) else type(entries).__name__
+        raise DataError(f"{path}: {what} needs class numbers from 0 to 99999 as keys, got {got}.")
+    return {int(key): value for key, value in entries.items()}
+
+
+def check_text(values: Iterable[object], path: Path, what: str) -> None:
+    """Check that values of ``data.yaml`` are text.
+
+    Raises:
+        DataError: If one is a list, a mapping, or half of a surrogate pair.
+    """
+    for value in values:
+        if not isinstance(value, str) or value.encode(errors="ignore").decode() != value:
+            shown = shorten(value) if isinstance(value, str) else f"a {type(value).__name__}"
+            raise DataError(f"{path}: {what} must be text, got {shown}.")
 
 
 def read_class_list(path: Path) -> list[str]:
@@ -54,24 +85,65 @@ def read_class_list(path: Path) -> list[str]:
     return names
 
 
-def label_file(image: str) -> str:
-    """Return the label file of an image: its last folder "images" replaced by "labels", or next to it."""
-    stem = os.path.splitext(image)[0]
-    head, found, tail = stem.rpartition(f"{os.sep}images{os.sep}")
-    return (f"{head}{os.sep}labels{os.sep}{tail}" if found else stem) + ".txt"
+class LabelFiles:
+    """Finds the label files of images, whose folders it lists once.
+
+    Attributes:
+        folders: Label files by path without suffix, by folder.
+    """
+
+    def __init__(self) -> None:
+        self.folders: dict[str, dict[str, str]] = {}
+
+    def find(self, image: str) -> str:
+        """Return the label file of an image: at :func:`label_stem`, or next to it; empty if there is none."""
+        return self._at(label_stem(image)) or self._at(os.path.splitext(image)[0])
+
+    def _at(self, stem: str) -> str:
+        folder = os.path.dirname(stem)
+        if folder not in self.folders:
+            # Sorted, so that of a.TXT and a.txt the latter counts.
+            names = sorted(os.listdir(folder or os.curdir)) if os.path.isdir(folder or os.curdir) else []
+            paths = [os.path.join(folder, name) for name in names if is_text_file(name)]
+            self.folders[folder] = {os.path.splitext(path)[0]: path for path in paths}
+        return self.folders[folder].get(stem, "")
+
+
+def label_stem(image: str) -> str:
+    """Return an image's path without suffix, its last folder "images" replaced by "labels"."""
+    return _moved(image, "images", "labels")
 
 
 def image_stem(label: str) -> str:
-    """Return the path of a label file's image, without its suffix; the inverse of :func:`label_file`."""
-    stem = os.path.splitext(label)[0]
-    head, found, tail = stem.rpartition(f"{os.sep}labels{os.sep}")
-    return f"{head}{os.sep}images{os.sep}{tail}" if found else stem
+    """Return a label file's path without suffix, its last folder "labels" replaced by "images"."""
+    return _moved(label, "labels", "images")
+
+
+def labels_above(folder: str) -> str:
+    """Return the last folder "labels" of a path."""
+    head, found, _ = f"{os.sep}{folder}{os.sep}".rpartition(f"{os.sep}labels{os.sep}")
+    return f"{head}{found}"[1:-1] if found else folder
+
+
+def _moved(path: str, old: str, new: str) -> str:
+    """Return a path without its suffix and with its last folder of one name replaced by another."""
+    # A relative path may begin with the folder.
+    head, found, tail = f"{os.sep}{os.path.splitext(path)[0]}".rpartition(f"{os.sep}{old}{os.sep}")
+    return (f"{head}{os.sep}{new}{os.sep}{tail}" if found else tail)[1:]
+
+
+def is_text_file(name: str) -> bool:
+    """Return whether a file has the suffix of label files."""
+    return name[-4:].lower() == ".txt"
 
 
 def is_list(path: str) -> bool:
     """Return whether a text file is not a label file, such as a list of images."""
-    with open(path, "rb") as file:
-        first = file.readline().split()
+    try:
+        with open(path, "rb") as file:
+            first = file.readline().split()
+    except OSError:  # such as a broken link
+        return False
     return bool(first) and not is_number(first[0].lstrip(b"\xef\xbb\xbf"))
 
 
@@ -91,6 +163,11 @@ def images_below(folder: str) -> list[str]:
 def is_image(name: str) -> bool:
     """Return whether a file has the suffix of an image."""
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+
+
+def is_class_number(text: str) -> bool:
+    """Return whether a text is the number of a class; its limit keeps a typing error from filling the memory."""
+    return _CLASS_NUMBER.fullmatch(text) is not None
 
 
 def is_number(text: bytes) -> bool:
