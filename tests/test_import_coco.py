@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from a2fpn.data import import_data
+from a2fpn.data import convert_data, import_data
 from a2fpn.errors import DataError
 
 SQUARE = [5, 5, 20, 5, 20, 20, 5, 20]
@@ -125,3 +125,26 @@ def test_annotations_of_an_earlier_import_are_named(tmp_path: Path) -> None:
     assert import_data(source, tmp_path / "y", val=0.5, overwrite=True).notes == {}
     (note,) = import_data(source, tmp_path / "y", overwrite=True).notes
     assert re.match(r"instances_val\.json from before stays in .*annotations; delete it if it is from an earlier", note)
+
+
+@pytest.mark.parametrize("format", ["yolo", "voc", "labelme", "labels", "mask_files", "cvat", "datumaro", "panoptic"])
+def test_labels_of_an_earlier_conversion_are_named(tmp_path: Path, format: str) -> None:
+    objects = [one(segmentation=[SQUARE]), one(id=2, image_id=2, segmentation=[SQUARE])]
+    both = write(tmp_path / "both", annotations=objects)
+    first = write(tmp_path / "first", annotations=objects[:1], images=IMAGES[:1])
+    (first / "images" / "2.png").unlink()
+    out = tmp_path / "out"
+    convert_data(both, out, to=format)
+    assert not [note for note in convert_data(both, out, to=format, overwrite=True).notes if "before" in note]
+    stays = [note for note in convert_data(first, out, to=format, overwrite=True).notes if "files from before" in note]
+    assert bool(stays) == any(path.stem == "2" for path in out.rglob("*"))
+    assert len(stays) == 1
+
+
+def test_label_images_of_one_value_are_noted(tmp_path: Path) -> None:
+    for number in range(3):
+        for folder in ("images", "masks"):
+            (tmp_path / "x" / folder).mkdir(parents=True, exist_ok=True)
+            Image.new("L", (40, 30), 255).save(tmp_path / "x" / folder / f"{number}.png")
+    notes = import_data(tmp_path / "x", tmp_path / "y").notes
+    assert notes == {"images with a single label: if labels are classes, number the objects first": 3}

@@ -18,9 +18,10 @@ from pycocotools import mask as mask_utils
 from a2fpn._registry import Registry
 from a2fpn.data.exporters.rings import rle_of, window_of
 from a2fpn.data.importers.annotation import usable
-from a2fpn.data.importers.folder import CATEGORIES_FILE, IDS_FILE
+from a2fpn.data.importers.folder import CATEGORIES_FILE, IDS_FILE, REPORT_FILE
 from a2fpn.data.importers.writer import Placing, check_output, place
 from a2fpn.data.labeled import Box, CategoryInfo, LabeledImage, LabeledObject, LossLog, folder_name, polygon_box
+from a2fpn.data.leftovers import file_states, untouched
 
 _TOLERANCE = 1  # pixels by which a box may differ from its mask's and count as the same
 
@@ -234,6 +235,7 @@ def export_images(
     """
     output = Path(output)
     check_output(output, overwrite=overwrite)
+    before = file_states(output) if overwrite else {}
     log = log or LossLog()
     exporter = EXPORTERS[format](output, categories, log, options)
     ids = {}
@@ -245,4 +247,6 @@ def export_images(
     exporter.close()
     if ids:
         exporter.save(output / IDS_FILE, json.dumps(ids, ensure_ascii=False, indent=0) + "\n")
+    if kept := [path for path in untouched(output, before) if path.name != REPORT_FILE]:
+        log.note(f"files from before stay in {output}, such as {kept[0].name}; an import reads them too", len(kept))
     return log

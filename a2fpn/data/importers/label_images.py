@@ -71,11 +71,15 @@ class LabelImageImporter(Importer):
                 self.log.add("duplicate-stem", path, f"{found.name} has another label image too; skipped")
             else:
                 by_image.setdefault(found, []).append((category, path))
+        objects: list[int] = []
         for image in self.images.files:
             if image in by_image:
                 labeled = self._image(image, by_image[image])
                 if labeled is not None:
+                    objects.append(len(labeled.objects))
                     yield labeled
+        if len(objects) > 2 and set(objects) == {1}:
+            self.log.note("images with a single label: if labels are classes, number the objects first", len(objects))
         yield from self.unlabeled(set(by_image))
 
     def _keys(self) -> dict[tuple[str | None, str], Path]:
