@@ -69,7 +69,9 @@ def read_json(path: Path) -> Any:
     except orjson.JSONDecodeError:
         pass  # the standard library accepts NaN, and has better error messages
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()  # raises for surrogates, which are no text
+        return value
     except json.JSONDecodeError as error:
         raise UnreadableTextError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}).") from None
     except (ValueError, RecursionError) as error:

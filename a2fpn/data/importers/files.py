@@ -119,7 +119,7 @@ def _closest(found: list[Path], parts: list[str], near: Path | None) -> Path | N
         return found[0] if found else None
 
     def likeness(path: Path) -> list[tuple[bool, int]]:
-        """Whether the name is the same, and the number of the same folders; first ignoring case."""
+        """Compare the name, and count the same folders; first ignoring case."""
         return [
             (key(parts[-1]) in (key(path.name), key(path.stem)), _shared_end(path.parts[:-1], parts[:-1], key))
             for key in (_folded, str)

@@ -58,8 +58,8 @@ class LabelStudioImporter(JsonImporter):
             self.log.add("bad-item", path, "it names no image; skipped", place=place)
             return None
         file = next((found for name in names if (found := self._find(name)) is not None), None)
-        found = list_of(task.get("annotations"), "annotations")
-        done = [a for a in found if not self.flag(a.get("was_cancelled"), "was_cancelled")]
+        given = list_of(task.get("annotations"), "annotations")
+        done = [a for a in given if not self.flag(a.get("was_cancelled"), "was_cancelled")]
         if file is not None and not done:
             self.log.note("tasks without annotation, used as images without labels")
             return None

@@ -24,6 +24,7 @@ from a2fpn.errors import DataError
 Placing = Literal["link", "copy"]
 _ID_LIMIT = 2**53  # above it, readers of JSON that use floats take different ids for one
 _LONGEST = 48  # characters of a split, up to 4 bytes each in a name of up to 255
+_SURROGATES = re.compile("[\ud800-\udfff]")  # bytes of a file's name that are not UTF-8
 _THREADS = 4  # to place images, which mostly waits for the file system
 
 
@@ -119,6 +120,9 @@ class CocoWriter:
         if os.path.isabs(image.name) or ".." in image.name.split("/"):
             self.log.add("unsafe-name", image.source, f"{image.name} is outside the image folder; skipped")
             return
+        if _SURROGATES.search(image.name):
+            self.log.add("unsafe-name", image.source, f"the name {image.name} is not valid UTF-8; skipped")
+            return
         split = _file_part(image.split)
         if split != image.split:
             self.log.note(f"images of the split {image.split!r}, called {split or 'train'!r}")
@@ -148,7 +152,7 @@ class CocoWriter:
 
     @cached_property
     def _folds_case(self) -> bool:
-        """Whether names that differ in case only are one file in the output."""
+        """Indifference of the output's file system to case."""
         self.output.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(prefix="case", dir=self.output) as probe:
             return self.output.joinpath(Path(probe.name).name.swapcase()).exists()
@@ -200,20 +204,20 @@ class CocoWriter:
         """Format an annotation as JSON text without its ids."""
         try:
             box, area = measure(labeled, image.height, image.width)
-            record: dict[str, Any] = {"bbox": box, "area": area, "iscrowd": int(labeled.iscrowd)}
-            if labeled.segmentation is not None:
-                record["segmentation"] = labeled.segmentation
-            if labeled.keypoints:
-                record |= {"keypoints": labeled.keypoints, "num_keypoints": sum(v > 0 for v in labeled.keypoints[2::3])}
-            if labeled.score is not None:
-                record["score"] = labeled.score
-            return encode(record)[1:]
-        except (TypeError, ValueError) as error:  # integers beyond 64 bits are a TypeError
+        except ValueError as error:
             kept = without_unusable(labeled, image.height, image.width)
             left = "unusable-object" if kept is None else "unusable-mask"
             outcome = "skipped" if kept is None else "kept without that"
             self.log.add(left, image.source, f"{labeled.category}: {error}; {outcome}", place=labeled.line)
             return None if kept is None else self._annotation(kept, image)
+        record: dict[str, Any] = {"bbox": box, "area": area, "iscrowd": int(labeled.iscrowd)}
+        if labeled.segmentation is not None:
+            record["segmentation"] = labeled.segmentation
+        if labeled.keypoints:
+            record |= {"keypoints": labeled.keypoints, "num_keypoints": sum(v > 0 for v in labeled.keypoints[2::3])}
+        if labeled.score is not None:
+            record["score"] = labeled.score
+        return encode(record)[1:]
 
     def _split(self, entries: Sequence[_Entry]) -> None:
         named = {entry.split for entry in entries} - {""}
