@@ -579,8 +579,8 @@ def datumaro_file(**changes: Any) -> str:
 
 LABELS = {"label": {"labels": [{"name": "cat"}]}}
 POLYGON = {"type": "polygon", "label_id": 0, "points": [1, 2, 9, 2, 9, 9]}
-CAT = {"label": "cat", "points": SQUARE}
-POINT = {"label": "nose", "points": [[3, 3]], "shape_type": "point"}
+CAT_SHAPE = {"label": "cat", "points": SQUARE}
+NOSE_SHAPE = {"label": "nose", "points": [[3, 3]], "shape_type": "point"}
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEAsTj2FAAAAABJRU5ErkJggg=="
 CVAT_MASK = '<mask label="c" rle="{}" left="{}" top="0" width="2" height="2"/>'
 
@@ -588,29 +588,36 @@ CVAT_MASK = '<mask label="c" rle="{}" left="{}" top="0" width="2" height="2"/>'
 @pytest.mark.parametrize(
     ("name", "content", "kind", "loss"),
     [
-        ("labelme", labelme([{**CAT, "group_id": [1]}]), "bad-shape", "shapes[0]: its group is [1], expected a number"),
         (
             "labelme",
-            labelme([{**CAT, "points": [[math.inf] * 2] * 2, "shape_type": "mask", "mask": PNG}]),
+            labelme([{**CAT_SHAPE, "group_id": [1]}]),
+            "bad-shape",
+            "shapes[0]: its group is [1], expected a number",
+        ),
+        (
+            "labelme",
+            labelme([{**CAT_SHAPE, "points": [[math.inf] * 2] * 2, "shape_type": "mask", "mask": PNG}]),
             "bad-shape",
             "shapes[0]: a value of the wrong type or size (cannot convert float infinity",
         ),
-        ("labelme", labelme([{**CAT, "label": "\ud800"}]), "unreadable-labels", "surrogates not allowed"),
+        ("labelme", labelme([{**CAT_SHAPE, "label": "\ud800"}]), "unreadable-labels", "surrogates not allowed"),
         (
             "labelme",
-            labelme([CAT, POINT | {"group_id": 4}]),
+            labelme([CAT_SHAPE, NOSE_SHAPE | {"group_id": 4}]),
             "bad-shape",
             "shapes[1]: the group 4 of the point has no obj",
         ),
         (
             "labelme",
-            labelme([CAT | {"group_id": 4}, POINT | {"group_id": 4}, POINT | {"group_id": 4}]),
+            labelme([CAT_SHAPE | {"group_id": 4}, NOSE_SHAPE | {"group_id": 4}, NOSE_SHAPE | {"group_id": 4}]),
             "bad-shape",
             "shapes[2]: the group 4 has another point 'nose'",
         ),
         (
             "labelme",
-            labelme([CAT | {"group_id": 4}, CAT | {"group_id": 4, "label": "dog"}, POINT | {"group_id": 4}]),
+            labelme(
+                [CAT_SHAPE | {"group_id": 4}, CAT_SHAPE | {"group_id": 4, "label": "dog"}, NOSE_SHAPE | {"group_id": 4}]
+            ),
             "ambiguous-points",
             "shapes[0]: the group 4 has several objects; its points are those of the first",
         ),
@@ -787,7 +794,7 @@ def test_flags_are_read_in_any_spelling(tmp_path: Path, name: str, value: Any, c
         attribute = f'<attribute name="iscrowd">{text}</attribute>'
         (root / ("a.xml" if name in ("voc", "cvat") else "train.json")).write_text(
             {
-                "labelme": labelme([CAT | {"flags": {"iscrowd": value}}]),
+                "labelme": labelme([CAT_SHAPE | {"flags": {"iscrowd": value}}]),
                 "voc": VOC.format(9).replace("<bndbox>", f"<iscrowd>{text}</iscrowd><bndbox>"),
                 "cvat": CVAT.format("a.png", 60, f'<polygon label="c" points="1,2;9,2;9,9">{attribute}</polygon>'),
                 "datumaro": datumaro(**POLYGON, attributes={"is_crowd": value}),
@@ -866,7 +873,7 @@ def test_names_that_differ_in_case_are_two_images(tmp_path: Path, name: str, nam
     for number, file in enumerate(names):
         picture(root / file)
         content = {
-            "labelme": labelme([CAT | {"label": file}], imagePath=Path(file).name),
+            "labelme": labelme([CAT_SHAPE | {"label": file}], imagePath=Path(file).name),
             "voc": VOC.format(9).replace("cat", file),
             "cvat": CVAT.format(file, 60, f'<polygon label="{file}" points="1,2;9,2;9,9"/>'),
             "datumaro": datumaro(**POLYGON)
@@ -900,7 +907,7 @@ def test_names_in_another_composition_are_found(tmp_path: Path) -> None:
 def test_names_that_are_no_text_are_counted(tmp_path: Path) -> None:
     for name in (b"\xe9.png", b"a.png"):
         picture(tmp_path / "x" / os.fsdecode(name))
-    (tmp_path / "x" / "a.json").write_text(labelme([CAT]))
+    (tmp_path / "x" / "a.json").write_text(labelme([CAT_SHAPE]))
     report = import_data(tmp_path / "x", tmp_path / "y", unlabeled="keep")
     assert (report.images, report.counts) == (1, {"unsafe-name": 1})
     assert "the name \\udce9.png is not valid UTF-8; skipped" in str(report)
@@ -923,7 +930,7 @@ def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
 def test_files_in_utf_16_are_detected(tmp_path: Path, name: str) -> None:
     picture(tmp_path / "x" / "a.png")
     shape = '<box label="c" xtl="1" ytl="2" xbr="9" ybr="9"/>'
-    content = {"voc": VOC.format(9), "cvat": CVAT.format("a.png", 60, shape), "labelme": labelme([CAT])}[name]
+    content = {"voc": VOC.format(9), "cvat": CVAT.format("a.png", 60, shape), "labelme": labelme([CAT_SHAPE])}[name]
     path = tmp_path / "x" / ("a.json" if name == "labelme" else "a.xml")
     path.write_text(content, encoding="utf-16")
     report = import_data(tmp_path / "x", tmp_path / "y")
