@@ -20,7 +20,7 @@ from a2fpn.data import check_data, read_coco, read_image
 from a2fpn.data.exporters import EXPORTERS, convert_data
 from a2fpn.data.exporters.rings import bridge, to_one_ring, trace
 from a2fpn.data.importers import IMPORTERS, detect, import_data, list_formats
-from a2fpn.data.importers.files import image_size
+from a2fpn.data.importers.files import ImageIndex, image_size
 from a2fpn.data.importers.label_studio import pack_runs, unpack_runs
 from a2fpn.data.splits import assign_splits
 from a2fpn.errors import DataError
@@ -893,6 +893,15 @@ def test_names_that_differ_in_case_are_two_images(tmp_path: Path, name: str, nam
         files = {raw["id"]: raw["file_name"] for raw in data["images"]}
         images |= {files[raw["image_id"]]: classes[raw["category_id"]] for raw in data["annotations"]}
     assert images == dict(zip(names, names, strict=True))
+
+
+def test_an_ambiguous_name_is_not_taken_for_a_stem(tmp_path: Path) -> None:
+    for file in ("b/a.png", "c/a.png", "a.png.jpg"):
+        picture(tmp_path / file)
+    index = ImageIndex(tmp_path)
+    assert index.find("a.png") is None
+    assert index.find("x/c/a.png") == tmp_path / "c" / "a.png"
+    assert index.find("/data/local-files/?d=b/a.png") == tmp_path / "b" / "a.png"
 
 
 def test_names_in_another_composition_are_found(tmp_path: Path) -> None:

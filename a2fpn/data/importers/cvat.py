@@ -143,17 +143,11 @@ class CvatImporter(Importer):
         found = {}
         for node in skeleton.findall("points"):
             x, y = _points(node.get("points", ""), least=1)[:2]
-            seen = (
-                0
-                if self.flag(node.get("outside"), "outside")
-                else 1
-                if self.flag(node.get("occluded"), "occluded")
-                else 2
-            )
+            seen = 1.0 if self.flag(node.get("occluded"), "occluded") else 2.0
             name = node.get("label", "")
             if name in found:
                 raise ValueError(f"it has two points {name!r}")
-            found[name] = (x, y, float(seen)) if seen else (0.0, 0.0, 0.0)
+            found[name] = (0.0, 0.0, 0.0) if self.flag(node.get("outside"), "outside") else (x, y, seen)
         known = self.keypoint_names(label)
         names = [*known, *(name for name in found if name not in known)]
         if len(names) > len(known):

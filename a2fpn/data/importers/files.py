@@ -62,10 +62,9 @@ class ImageIndex:
         meanings = dict.fromkeys((name, _local_path(name), clean_path(name)))
         split = [[part for part in path.split("/") if part not in ("", ".", "..")] for path in meanings]
         for known, key in ((self._by_name, str), (self._by_stem, str), (self._by_stem, _stem)):
-            for parts in filter(None, split):
-                found = _closest(known.get(_folded(key(parts[-1])), []), parts, near)
-                if found is not None:
-                    return found
+            alike = [(parts, known.get(_folded(key(parts[-1])), [])) for parts in split if parts]
+            if any(files for _, files in alike):  # a stem is no way out if a name is ambiguous
+                return next((found for parts, files in alike if (found := _closest(files, parts, near))), None)
         return None
 
     def by_stem(self, parts: list[str], near: Path | None = None) -> Path | None:
