@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from a2fpn.data import check_data, read_coco, read_image
 from a2fpn.data.exporters import EXPORTERS, convert_data, export_images
 from a2fpn.data.exporters.rings import bridge, to_one_ring, trace
 from a2fpn.data.importers import IMPORTERS, detect, import_data, list_formats
-from a2fpn.data.importers.files import image_size
+from a2fpn.data.importers.files import ImageIndex, image_size
 from a2fpn.data.importers.label_studio import pack_runs, unpack_runs
 from a2fpn.data.labeled import CategoryInfo, LabeledImage, LabeledObject
 from a2fpn.data.splits import assign_splits
@@ -940,6 +941,409 @@ def test_xml_with_entities_of_its_own_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x" / "a.xml").write_text(bomb)
     with pytest.raises(DataError, match="defines XML entities"):
         import_data(tmp_path / "x", tmp_path / "y")
+
+
+# Malformed records and odd names
+
+
+def panoptic(root: Path, segments: Any, *, name: str = "a.png", category: Any = None, file: str = "x") -> Path:
+    """A panoptic set of one image, whose map has the ids 1 in its left half and 2 in its right half."""
+    picture(root / "images" / name)
+    ids = np.zeros((40, 60, 3), np.uint8)
+    ids[:, :30, 0], ids[:, 30:, 0] = 1, 2
+    (root / file).mkdir(parents=True, exist_ok=True)
+    Image.fromarray(ids).save(root / file / "a.png")
+    data = {
+        "images": [{"id": 1, "file_name": name, "height": 40, "width": 60}],
+        "annotations": [{"image_id": 1, "file_name": "a.png", "segments_info": segments}],
+        "categories": [category or {"id": 1, "name": "cat", "isthing": 1}],
+    }
+    (root / f"{file}.json").write_text(json.dumps(data))
+    return root
+
+
+SEGMENTS = [{"id": 1, "category_id": 1, "iscrowd": 0}, {"id": 2, "category_id": 1, "iscrowd": 0}]
+
+
+def task(**changes: Any) -> str:
+    return json.dumps([{"id": 5, "data": {"image": "a.png"}, "annotations": [{"result": [STUDIO]}]} | changes])
+
+
+def datumaro_file(**changes: Any) -> str:
+    return json.dumps(json.loads(datumaro(type="bbox", label_id=0, bbox=[1, 2, 3, 4])) | changes)
+
+
+LABELS = {"label": {"labels": [{"name": "cat"}]}}
+POLYGON = {"type": "polygon", "label_id": 0, "points": [1, 2, 9, 2, 9, 9]}
+CAT_SHAPE = {"label": "cat", "points": SQUARE}
+NOSE_SHAPE = {"label": "nose", "points": [[3, 3]], "shape_type": "point"}
+PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEAsTj2FAAAAABJRU5ErkJggg=="
+CVAT_MASK = '<mask label="c" rle="{}" left="{}" top="0" width="2" height="2"/>'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "kind", "loss"),
+    [
+        (
+            "labelme",
+            labelme([{**CAT_SHAPE, "group_id": [1]}]),
+            "bad-shape",
+            "shapes[0]: its group is [1], expected a number",
+        ),
+        (
+            "labelme",
+            labelme([{**CAT_SHAPE, "points": [[math.inf] * 2] * 2, "shape_type": "mask", "mask": PNG}]),
+            "bad-shape",
+            "shapes[0]: a value of the wrong type or size (cannot convert float infinity",
+        ),
+        ("labelme", labelme([{**CAT_SHAPE, "label": "\ud800"}]), "unreadable-labels", "surrogates not allowed"),
+        (
+            "labelme",
+            labelme([CAT_SHAPE, NOSE_SHAPE | {"group_id": 4}]),
+            "bad-shape",
+            "shapes[1]: the group 4 of the point has no obj",
+        ),
+        (
+            "labelme",
+            labelme([CAT_SHAPE | {"group_id": 4}, NOSE_SHAPE | {"group_id": 4}, NOSE_SHAPE | {"group_id": 4}]),
+            "bad-shape",
+            "shapes[2]: the group 4 has another point 'nose'",
+        ),
+        (
+            "labelme",
+            labelme(
+                [CAT_SHAPE | {"group_id": 4}, CAT_SHAPE | {"group_id": 4, "label": "dog"}, NOSE_SHAPE | {"group_id": 4}]
+            ),
+            "ambiguous-points",
+            "shapes[0]: the group 4 has several objects; its points are those of the first",
+        ),
+        (
+            "voc",
+            VOC.format(9).replace("<object>", "<size><width>abc</width></size><object>"),
+            "unreadable-",
+            "is 'abc', ex",
+        ),
+        (
+            "voc",
+            VOC.format(9).replace("<object>", "<size><width>inf</width></size><object>"),
+            "unreadable-",
+            "is 'inf', ex",
+        ),
+        (
+            "voc",
+            VOC.format(9).replace("<object>", "<size><height>nan</height></size><object>"),
+            "unreadable-",
+            "is 'nan'",
+        ),
+        (
+            "cvat",
+            CVAT.format("a.png", 60, CVAT_MASK.format("0, 4", "inf")),
+            "bad-shape",
+            "left is 'inf', expected a number",
+        ),
+        (
+            "cvat",
+            CVAT.format("a.png", 60, CVAT_MASK.format(f"{2**62},{2**62}", 0)),
+            "bad-shape",
+            "its runs add up to 9223",
+        ),
+        ("cvat", CVAT.format("a.png", 60, '<bax label="c"/>'), "unsupported-shape", "bax 1: a bax is not supported"),
+        (
+            "cvat",
+            CVAT.format("a.png", 60, '<skeleton label="c">' + 2 * '<points label="n" points="1,2"/>' + "</skeleton>"),
+            "bad-shape",
+            "it has two points 'n'",
+        ),
+        (
+            "datumaro",
+            datumaro(**POLYGON, attributes=[1]),
+            "bad-shape",
+            "items[0].annotations[0]: a value of the wrong type",
+        ),
+        ("datumaro", datumaro(**POLYGON, group=[1]), "bad-shape", "items[0].annotations[0]: its group is [1]"),
+        (
+            "datumaro",
+            datumaro(**POLYGON | {"type": [1]}),
+            "bad-shape",
+            "items[0].annotations[0]: a value of the wrong type",
+        ),
+        (
+            "datumaro",
+            datumaro(**POLYGON | {"points": [[1], 2]}),
+            "bad-shape",
+            "items[0].annotations[0]: a value of the wr",
+        ),
+        (
+            "datumaro",
+            datumaro_file(items=[{"id": "a", "annotations": 5}]),
+            "bad-item",
+            "annotations is '5', expected a list",
+        ),
+        (
+            "datumaro",
+            datumaro_file(categories=LABELS | {"points": [1]}),
+            "bad-categories",
+            "categories.points: a value of",
+        ),
+        (
+            "datumaro",
+            datumaro_file(categories=LABELS | {"points": {"items": [5]}}),
+            "bad-categories",
+            "categories.points:",
+        ),
+        (
+            "datumaro",
+            datumaro_file(categories=LABELS | {"points": {"items": [{"label_id": "x"}]}}),
+            "bad-categories",
+            "categories.points: a value of the wrong type",
+        ),
+        ("labelstudio", studio(value=[1]), "bad-shape", "task 5, result[0]: a value of the wrong type"),
+        ("labelstudio", studio(meta=[1]), "bad-shape", "task 5, result[0]: a value of the wrong type"),
+        ("labelstudio", studio(meta={"group": [1]}), "bad-shape", "task 5, result[0]: its group is [1]"),
+        ("labelstudio", studio(type="choices", value=[1]), "", ""),
+        ("labelstudio", task(annotations=5), "bad-item", "tasks[0]: annotations is '5', expected a list"),
+        ("labelstudio", task(annotations=[{"result": {"a": 1}}]), "bad-item", "tasks[0]: result is"),
+        (
+            "labelstudio",
+            studio(value=STUDIO["value"] | {"rectanglelabels": ["cat", "dog"]}),
+            "several-labels",
+            "task 5, result[0]: it has the labels cat, dog; the first is used",
+        ),
+        ("labelstudio", studio(value=STUDIO["value"] | {"rectanglelabels": [None]}), "bad-shape", "it has no label in"),
+    ],
+)
+def test_malformed_records_are_counted(tmp_path: Path, name: str, content: str, kind: str, loss: str) -> None:
+    for image in ("a.png", "untouched.png"):
+        picture(tmp_path / "x" / image)
+    path = tmp_path / "x" / ("a.xml" if name in ("voc", "cvat") else "a.json")
+    path.write_text(content)
+    report = import_data(tmp_path / "x", tmp_path / "y", format=name, unlabeled="keep")
+    assert [(found.kind.startswith(kind), found.file, loss in str(found)) for found in report.losses] == [
+        (True, str(path), True)
+    ] * bool(kind)
+
+
+@pytest.mark.parametrize(
+    ("segments", "loss"),
+    [
+        (None, None),
+        ([5], "annotations[0].segments_info[0]: a value of the wrong type"),
+        ([SEGMENTS[0] | {"id": [1]}], "annotations[0].segments_info[0]: a value of the wrong type or size (unhashable"),
+        (
+            [SEGMENTS[0] | {"category_id": [1]}],
+            "annotations[0].segments_info[0]: a value of the wrong type or size (unh",
+        ),
+        ([{"id": 1}], "annotations[0].segments_info[0]: it lacks category_id"),
+        ([SEGMENTS[0] | {"id": 7}], "annotations[0].segments_info[0]: segment 7: it has no pixel in the map"),
+        (5, "annotations[0]: segments_info is '5', expected a list"),
+    ],
+)
+def test_malformed_segments_are_counted(tmp_path: Path, segments: Any, loss: str | None) -> None:
+    root = panoptic(tmp_path / "x", segments)
+    picture(root / "images" / "untouched.png")
+    losses = list(map(str, import_data(root, tmp_path / "y", unlabeled="keep").losses))
+    if loss is not None:
+        assert losses.pop(0).startswith(f"{root / 'x.json'}, {loss}")
+    if segments != 5:
+        assert losses.pop().startswith(f"{root / 'x' / 'a.png'}: pixels of ")
+    assert losses == []
+
+
+def test_classes_of_one_id_or_one_name(tmp_path: Path) -> None:
+    """In two files the same id may be another class; in one file it may not."""
+    panoptic(tmp_path / "x", SEGMENTS, file="panoptic_train")
+    dog = {"id": 1, "name": "dog", "isthing": 1}
+    root = panoptic(tmp_path / "x", SEGMENTS, name="b.png", category=dog, file="panoptic_val")
+    report = import_data(root, tmp_path / "y")
+    assert report.categories == {1: "cat", 2: "dog"}
+    assert report.notes == {"classes whose id is taken or too large, with a new one": 1}
+    assert [raw["category_id"] for split in ("train", "val") for raw in annotations(tmp_path / "y", split)] == [
+        1,
+        1,
+        2,
+        2,
+    ]
+    data = json.loads((root / "panoptic_val.json").read_text())
+    (root / "panoptic_val.json").write_text(json.dumps(data | {"categories": [dog, dog | {"name": "cat"}]}))
+    with pytest.raises(DataError, match=r"panoptic_val\.json: two categories have the same id"):
+        import_data(root, tmp_path / "z")
+    (tmp_path / "x").rename(tmp_path / "w")
+    segments = [segment | {"category_id": 2**70} for segment in SEGMENTS]
+    panoptic(tmp_path / "x", segments, category={"id": 2**70, "name": "cat"})
+    (tmp_path / "x" / "categories.json").write_text(
+        json.dumps([{"id": 2**70, "name": "cat"}, {"id": 5, "name": "cat"}])
+    )
+    report = import_data(tmp_path / "x", tmp_path / "v")
+    assert (report.categories, report.annotations) == ({1: "cat"}, 2)
+    assert report.notes["classes with the name of another, merged with it"] == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "crowd"), [("0", 0), ("false", 0), ("True", 1), (1, 1), ("yes", 1), (None, 0), (2, 0)]
+)
+@pytest.mark.parametrize("name", ["labelme", "voc", "cvat", "datumaro", "panoptic"])
+def test_flags_are_read_in_any_spelling(tmp_path: Path, name: str, value: Any, crowd: int) -> None:
+    root = panoptic(tmp_path / "x", [segment | {"iscrowd": value} for segment in SEGMENTS])
+    if name != "panoptic":
+        (root / "x.json").unlink()
+        text = "" if value is None else str(value)
+        attribute = f'<attribute name="iscrowd">{text}</attribute>'
+        (root / ("a.xml" if name in ("voc", "cvat") else "train.json")).write_text(
+            {
+                "labelme": labelme([CAT_SHAPE | {"flags": {"iscrowd": value}}]),
+                "voc": VOC.format(9).replace("<bndbox>", f"<iscrowd>{text}</iscrowd><bndbox>"),
+                "cvat": CVAT.format("a.png", 60, f'<polygon label="c" points="1,2;9,2;9,9">{attribute}</polygon>'),
+                "datumaro": datumaro(**POLYGON, attributes={"is_crowd": value}),
+            }[name]
+        )
+        for path in (root / "x").iterdir():
+            path.unlink()
+    report = import_data(root, tmp_path / "y", format=name)
+    assert {raw["iscrowd"] for raw in annotations(tmp_path / "y")} == {crowd}
+    assert [note.startswith("values of is") for note in report.notes] == [True] * (value == 2)
+
+
+def test_values_of_masks_beyond_8_bits(tmp_path: Path) -> None:
+    picture(tmp_path / "x" / "JPEGImages" / "a.png")
+    (tmp_path / "x" / "Annotations").mkdir()
+    (tmp_path / "x" / "Annotations" / "a.xml").write_text(VOC.format(9))
+    values = np.zeros((40, 60), np.uint16)
+    values[2:9, 2:9], values[20:30, 20:30] = 1, 257
+    (tmp_path / "x" / "SegmentationObject").mkdir()
+    Image.fromarray(values).save(tmp_path / "x" / "SegmentationObject" / "a.png")
+    report = import_data(tmp_path / "x", tmp_path / "y")
+    assert annotations(tmp_path / "y")[0]["area"] == 49
+    assert "SegmentationObject/a.png: pixels of 257, which are no objects of a.xml; skipped" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("subset", "split"),
+    [("site/1", "site_1"), ("../x", "_x"), ("..", "train"), ("é" * 300, "é" * 48)],
+)
+def test_splits_of_any_name_are_safe_names_of_files(tmp_path: Path, subset: str, split: str) -> None:
+    picture(tmp_path / "x" / "a.png")
+    content = CVAT.format("a.png", 60, '<polygon label="c" points="1,2;9,2;9,9"/>')
+    (tmp_path / "x" / "a.xml").write_text(content.replace("<image ", f'<image subset="{subset}" '))
+    report = import_data(tmp_path / "x", tmp_path / "y")
+    assert list(report.splits) == [split]
+    assert len(annotations(tmp_path / "y", split)) == 1
+    assert report.notes == {f"images of the split {subset!r}, called {split!r}": 1}
+
+
+@pytest.mark.parametrize("name", sorted(set(FORMATS) - {"yolo", "labels", "mask_files"}))
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("a%20b.png", "a b.png"),
+        ("x?d=y.png", "y.png"),
+        ("c:d.png", "d.png"),
+        (" lead.png", "lead.png"),
+        ("a%2520b.png", "a%20b.png"),
+    ],
+)
+def test_names_like_others_are_not_confused(tmp_path: Path, name: str, names: tuple[str, str]) -> None:
+    data: dict[str, Any] = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "cat"}]}
+    for number, file in enumerate(names, 1):
+        picture(tmp_path / "x" / "images" / file)
+        data["images"].append({"id": number, "file_name": file, "height": 40, "width": 60})
+        left = 10 * number
+        polygon = [left, 5, left + 5, 5, left + 5, 20, left, 20]
+        entry = {"id": number, "image_id": number, "category_id": 1, "segmentation": [polygon], "iscrowd": 0}
+        data["annotations"].append(entry | {"bbox": [left, 5, 5, 15], "area": 75})
+    (tmp_path / "x" / "annotations").mkdir()
+    (tmp_path / "x" / "annotations" / "instances_train.json").write_text(json.dumps(data))
+    assert not convert_data(tmp_path / "x", tmp_path / "z", to=name).counts
+    report = import_data(tmp_path / "z", tmp_path / "y")
+    assert (report.images, report.counts) == (2, {})
+    back = json.loads((tmp_path / "y" / "annotations" / "instances_train.json").read_text())
+    files = {raw["id"]: raw["file_name"] for raw in back["images"]}
+    assert {files[raw["image_id"]]: raw["bbox"][0] for raw in back["annotations"]} == dict(
+        zip(names, (10, 20), strict=True)
+    )
+
+
+@pytest.mark.parametrize("name", ["labelme", "voc", "cvat", "datumaro"])
+@pytest.mark.parametrize("names", [("A.png", "a.png"), ("Site/a.png", "site/a.png")])
+def test_names_that_differ_in_case_are_two_images(tmp_path: Path, name: str, names: tuple[str, str]) -> None:
+    root = tmp_path / "x"
+    for number, file in enumerate(names):
+        picture(root / file)
+        content = {
+            "labelme": labelme([CAT_SHAPE | {"label": file}], imagePath=Path(file).name),
+            "voc": VOC.format(9).replace("cat", file),
+            "cvat": CVAT.format(file, 60, f'<polygon label="{file}" points="1,2;9,2;9,9"/>'),
+            "datumaro": datumaro(**POLYGON)
+            .replace('"path": "a.png"', f'"path": "{file}"')
+            .replace('"cat"', f'"{file}"'),
+        }[name]
+        suffix = ".xml" if name in ("voc", "cvat") else ".json"
+        path = root / file if name in ("labelme", "voc") else root / f"{number}.png"
+        path.with_suffix(suffix).write_text(content)
+    if (root / names[0]).samefile(root / names[1]):
+        pytest.skip("the file system ignores case")
+    report = import_data(root, tmp_path / "y")
+    assert (report.images, report.annotations, report.counts) == (2, 2, {})
+    classes, images = report.categories, {}
+    for split in report.splits:
+        data = json.loads((tmp_path / "y" / "annotations" / f"instances_{split}.json").read_text())
+        files = {raw["id"]: raw["file_name"] for raw in data["images"]}
+        images |= {files[raw["image_id"]]: classes[raw["category_id"]] for raw in data["annotations"]}
+    assert images == dict(zip(names, names, strict=True))
+
+
+def test_an_ambiguous_name_is_not_taken_for_a_stem(tmp_path: Path) -> None:
+    for file in ("b/a.png", "c/a.png", "a.png.jpg"):
+        picture(tmp_path / file)
+    index = ImageIndex(tmp_path)
+    assert index.find("a.png") is None
+    assert index.find("x/c/a.png") == tmp_path / "c" / "a.png"
+    assert index.find("/data/local-files/?d=b/a.png") == tmp_path / "b" / "a.png"
+
+
+def test_names_in_another_composition_are_found(tmp_path: Path) -> None:
+    """As macOS decomposes them."""
+    picture(tmp_path / "x" / "e\u0301.png")
+    (tmp_path / "x" / "a.xml").write_text(CVAT.format("\u00e9.png", 60, ""), encoding="utf-8")
+    report = import_data(tmp_path / "x", tmp_path / "y")
+    assert (report.images, report.counts) == (1, {})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are Unicode")
+def test_names_that_are_no_text_are_counted(tmp_path: Path) -> None:
+    for name in (b"\xe9.png", b"a.png"):
+        picture(tmp_path / "x" / os.fsdecode(name))
+    (tmp_path / "x" / "a.json").write_text(labelme([CAT_SHAPE]))
+    report = import_data(tmp_path / "x", tmp_path / "y", unlabeled="keep")
+    assert (report.images, report.counts) == (1, {"unsafe-name": 1})
+    assert "the name \\udce9.png is not valid UTF-8; skipped" in str(report)
+
+
+def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
+    convert_data(write_set(tmp_path / "coco", ("train",)), tmp_path / "x", to="voc")
+    for number, folder in enumerate(("JPEGImages", "Annotations", "SegmentationObject", "ImageSets")):
+        (tmp_path / "x" / folder).rename(tmp_path / f"data_{number}")
+        (tmp_path / "x" / folder).symlink_to(tmp_path / f"data_{number}")
+    (tmp_path / "x" / "again").symlink_to("JPEGImages")
+    (tmp_path / "x" / "up").symlink_to("..")
+    picture(tmp_path / "unrelated.png")
+    report = import_data(tmp_path / "x", tmp_path / "y", unlabeled="keep")
+    assert (report.format, report.images, report.counts) == ("voc", 3, {})
+    assert report.splits["train"].masks == 6
+
+
+@pytest.mark.parametrize("name", ["voc", "cvat", "labelme"])
+def test_files_in_utf_16_are_detected(tmp_path: Path, name: str) -> None:
+    picture(tmp_path / "x" / "a.png")
+    shape = '<box label="c" xtl="1" ytl="2" xbr="9" ybr="9"/>'
+    content = {"voc": VOC.format(9), "cvat": CVAT.format("a.png", 60, shape), "labelme": labelme([CAT_SHAPE])}[name]
+    path = tmp_path / "x" / ("a.json" if name == "labelme" else "a.xml")
+    path.write_text(content, encoding="utf-16")
+    report = import_data(tmp_path / "x", tmp_path / "y")
+    assert (report.format, report.annotations, report.counts) == (name, 1, {})
+    if name != "labelme":
+        path.write_text('<!DOCTYPE a [<!ENTITY b "c">]>\n' + content, encoding="utf-16")
+        with pytest.raises(DataError, match="defines XML entities"):
+            import_data(tmp_path / "x", tmp_path / "z", strict=True)
 
 
 # Label images

@@ -163,11 +163,13 @@ class LossLog:
         Raises:
             DataError: If ``strict``.
         """
-        loss = Loss(kind, str(file), place, detail)
+        # Names of files may have bytes that are not UTF-8; they could not be printed.
+        file, detail = (text.encode(errors="backslashreplace").decode() for text in (str(file), detail))
+        loss = Loss(kind, file, place, detail)
         if self.strict:
             raise DataError(str(loss))
         self.counts[kind] += 1
-        self.files.setdefault(str(file), Counter())[kind] += 1
+        self.files.setdefault(file, Counter())[kind] += 1
         if len(self.losses) < _REMEMBERED:
             self.losses.append(loss)
 

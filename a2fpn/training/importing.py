@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import track
 
 from a2fpn.data.importers import detect, import_data
+from a2fpn.data.importers.files import walk
 from a2fpn.data.operations import save_coco, split_coco
 from a2fpn.errors import DataError
 from a2fpn.training.config import DataSection
@@ -99,7 +100,8 @@ def _default_cache() -> Path:
 def _state(root: Path) -> str:
     """Hash of the folder's path and of the names, sizes and times of its files."""
     digest = hashlib.sha256(os.fsencode(root.resolve()))
-    for path in sorted(path for path in root.rglob("*") if path.is_file()):
+    paths = (Path(folder, name) for folder, _, names in walk(root) for name in names)
+    for path in sorted(filter(Path.is_file, paths)):
         status = path.stat()
         digest.update(os.fsencode(path) + f"\0{status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:16]

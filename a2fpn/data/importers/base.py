@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from a2fpn._registry import Registry
+from a2fpn.data.annotation_table import crowd_flag
 from a2fpn.data.importers.files import ImageIndex, read_json, read_text
 from a2fpn.data.importers.folder import CATEGORIES_FILE, IDS_FILE, Folder
 from a2fpn.data.labeled import CategoryInfo, LabeledImage, LossLog, folder_name
 from a2fpn.errors import DataError
+
+FAULTS = (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError)
+"""Errors of reading a record whose values have other types than expected; see :meth:`Importer.skip`."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,33 @@ class Importer(ABC):
         if not isinstance(data, Mapping) or not all(type(value) is int for value in data.values()):
             raise DataError(f"{path}: expected an object of integer ids by image name; delete it to assign new ids.")
         return data
+
+    def skip(self, kind: str, path: Path, error: Exception, place: str = "") -> None:
+        """Log a record that can't be read.
+
+        Args:
+            kind: Kind of the loss.
+            path: The file.
+            error: One of :data:`FAULTS`; a :class:`DataError` is raised again, as it concerns more than the record.
+            place: Position in the file.
+        """
+        if isinstance(error, DataError):
+            raise error
+        reason = str(error)
+        if isinstance(error, KeyError):
+            reason = f"it lacks {error.args[0]}"
+        elif not isinstance(error, ValueError):
+            reason = f"a value of the wrong type or size ({error})"
+        self.log.add(kind, path, f"{reason}; skipped", place=place)
+
+    def flag(self, value: object, name: str = "iscrowd") -> bool:
+        """Parse a flag in any spelling; one that is neither yes nor no is noted, and means no."""
+        if value is None:
+            return False
+        parsed = crowd_flag(value)
+        if parsed is None:
+            self.log.note(f"values of {name} that are neither yes nor no, used as no")
+        return bool(parsed)
 
     def class_of(self, folder: str) -> str:
         """Return the class of a folder of masks; the default for an empty name."""
@@ -212,6 +244,28 @@ class JsonImporter(Importer):
             self.root = folder.root.parent
         self.total = len(self.images.files)
 
+    def each(
+        self, read: Callable[..., LabeledImage | None], path: Path, name: str, records: Sequence[Any], *context: Any
+    ) -> Iterator[LabeledImage]:
+        """Yield the image of each record of a file; malformed records are logged.
+
+        Args:
+            read: Called with the file, the record, its place and the context.
+            path: The file.
+            name: Name of the list of records, for messages.
+            records: The records.
+            *context: Further arguments.
+        """
+        for number, record in enumerate(records):
+            place = f"{name}[{number}]"
+            try:
+                image = read(path, record, place, *context)
+            except FAULTS as error:
+                self.skip("bad-item", path, error, place)
+                continue
+            if image is not None:
+                yield image
+
     @classmethod
     @abstractmethod
     def owns(cls, folder: Folder, path: Path) -> bool:
@@ -222,6 +276,43 @@ class JsonImporter(Importer):
         """See :meth:`Importer.detect`."""
         path = next((path for path in folder.of_type(".json") if cls.owns(folder, path)), None)
         return "" if path is None else f"{path.name} with {cls.sign}"
+
+
+def number_of(text: str | None, key: str) -> float:
+    """Parse a finite number.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    try:
+        value = float(text or "")
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"{key} is {text!r}, expected a number")
+    return value
+
+
+def list_of(value: object, key: str) -> Sequence[Any]:
+    """Return a list of a JSON file; empty if it is missing or null.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    if value is not None and not isinstance(value, list):
+        raise ValueError(f"{key} is {str(value)[:40]!r}, expected a list")
+    return value or ()
+
+
+def group_of(value: object) -> Hashable:
+    """Return the key of a group of shapes, a number or text; None for no group.
+
+    Raises:
+        ValueError: If it is a list or an object.
+    """
+    if not isinstance(value, Hashable):
+        raise ValueError(f"its group is {str(value)[:40]}, expected a number or text")
+    return value
 
 
 IMPORTERS: Registry[type[Importer]] = Registry("data format")
@@ -280,5 +371,5 @@ def read_categories(path: str | Path) -> list[CategoryInfo]:
     entries = data.get("categories") if isinstance(data, Mapping) else data
     try:
         return [CategoryInfo.from_coco(raw) for raw in entries or ()]
-    except (KeyError, TypeError, ValueError):
+    except FAULTS:
         raise DataError(f"{path}: no list of categories; each needs an integer id and a name.") from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +67,7 @@ class CocoImporter(JsonImporter):
                 if info.name in [other.name for key, other in infos.items() if key != info.id]:
                     self.log.note(f"categories named {info.name!r} like another one, merged")
                 continue
-            taken = any(info.id == known.id for known in self.categories)
-            self.categories.append(replace(info, id=None) if taken else info)
+            self.categories.append(info)
         objects: dict[Any, list[LabeledObject]] = {}
         for number, raw in enumerate(data["annotations"]):
             place = f"annotation {raw.get('id', number) if isinstance(raw, Mapping) else number}"

@@ -14,16 +14,14 @@ from pathlib import Path
 
 import numpy as np
 
-from a2fpn.data.importers.base import Importer, ImportOptions, register_importer
-from a2fpn.data.importers.files import read_bytes
+from a2fpn.data.importers.base import FAULTS, Importer, ImportOptions, number_of, register_importer
+from a2fpn.data.importers.files import read_bytes, xml_bytes
 from a2fpn.data.importers.folder import Folder
 from a2fpn.data.labeled import LabeledImage, LabeledObject, LossLog, grouped, split_name
-from a2fpn.errors import DataError
 from a2fpn.masks.rle import Rle, encode_window
 
 _ELLIPSE_POINTS = 64
 _SHAPES = frozenset(("box", "polygon", "mask", "ellipse", "skeleton"))
-_LOST = frozenset(("polyline", "points", "cuboid", "tag"))
 
 
 @register_importer("cvat")
@@ -47,8 +45,7 @@ class CvatImporter(Importer):
         """See :meth:`Importer.read`."""
         used: set[Path] = set()
         for path in self.paths:
-            if b"<!ENTITY" in read_bytes(path):
-                raise DataError(f"{path}: the file defines XML entities, which are not supported.")
+            xml_bytes(path)  # refuses entities
             try:
                 yield from self._file(path, used)
             except ET.ParseError as error:
@@ -104,16 +101,14 @@ class CvatImporter(Importer):
         shapes: list[tuple[object, LabeledObject]] = []
         for number, shape in enumerate(node):
             where = f"{place}, {shape.tag} {number + 1}"
-            if shape.tag in _LOST:
-                self.log.add("unsupported-shape", path, f"a {shape.tag} is not supported by COCO", place=where)
-                continue
             if shape.tag not in _SHAPES:
+                self.log.add("unsupported-shape", path, f"a {shape.tag} is not supported by COCO", place=where)
                 continue
             try:
                 group = shape.get("group_id")
                 shapes.append((None if group in (None, "0", "") else group, self._shape(shape, size, where)))
-            except ValueError as error:
-                self.log.add("bad-shape", path, f"{error}; skipped", place=where)
+            except FAULTS as error:
+                self.skip("bad-shape", path, error, where)
         name, split = self.images.name_and_split(file)
         subset = node.get("subset", "")
         split = split_name(subset) or ("" if subset == "default" else subset) or split
@@ -123,10 +118,10 @@ class CvatImporter(Importer):
         label = shape.get("label", "")
         if not label:
             raise ValueError("it has no label")
-        crowd = any(a.get("name") == "iscrowd" and a.text in ("1", "true") for a in shape.findall("attribute"))
+        crowd = any(a.get("name") == "iscrowd" and self.flag(a.text) for a in shape.findall("attribute"))
         if shape.tag == "box":
-            x0, y0, x1, y1 = (_number(shape, key) for key in ("xtl", "ytl", "xbr", "ybr"))
-            angle = float(shape.get("rotation", "0"))
+            x0, y0, x1, y1 = (number_of(shape.get(key), key) for key in ("xtl", "ytl", "xbr", "ybr"))
+            angle = number_of(shape.get("rotation", "0"), "rotation")
             if angle:
                 corners = np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)])
                 return LabeledObject(label, None, [_turned(corners, angle)], crowd, line=place)
@@ -135,10 +130,10 @@ class CvatImporter(Importer):
         if shape.tag == "polygon":
             return LabeledObject(label, None, [_points(shape.get("points", ""))], crowd, line=place)
         if shape.tag == "ellipse":
-            cx, cy, rx, ry = (_number(shape, key) for key in ("cx", "cy", "rx", "ry"))
+            cx, cy, rx, ry = (number_of(shape.get(key), key) for key in ("cx", "cy", "rx", "ry"))
             angles = np.linspace(0, 2 * math.pi, _ELLIPSE_POINTS, endpoint=False)
             ring = np.stack([cx + rx * np.cos(angles), cy + ry * np.sin(angles)], 1)
-            points = _turned(ring, float(shape.get("rotation", "0")), (cx, cy))
+            points = _turned(ring, number_of(shape.get("rotation", "0"), "rotation"), (cx, cy))
             return LabeledObject(label, None, [points], crowd, line=place)
         if shape.tag == "mask":
             return LabeledObject(label, None, _mask(shape, size), crowd, line=place)
@@ -148,21 +143,16 @@ class CvatImporter(Importer):
         found = {}
         for node in skeleton.findall("points"):
             x, y = _points(node.get("points", ""), least=1)[:2]
-            seen = 0 if node.get("outside") == "1" else 1 if node.get("occluded") == "1" else 2
-            found[node.get("label", "")] = (x, y, float(seen)) if seen else (0.0, 0.0, 0.0)
+            seen = 1.0 if self.flag(node.get("occluded"), "occluded") else 2.0
+            name = node.get("label", "")
+            if name in found:
+                raise ValueError(f"it has two points {name!r}")
+            found[name] = (0.0, 0.0, 0.0) if self.flag(node.get("outside"), "outside") else (x, y, seen)
         known = self.keypoint_names(label)
         names = [*known, *(name for name in found if name not in known)]
         if len(names) > len(known):
             self.declare_keypoints(label, names)
         return tuple(value for name in names for value in found.get(name, (0.0, 0.0, 0.0)))
-
-
-def _number(node: ET.Element, key: str) -> float:
-    text = node.get(key)
-    try:
-        return float(text or "")
-    except ValueError:
-        raise ValueError(f"{key} is {text!r}, expected a number") from None
 
 
 def _points(text: str, least: int = 3) -> list[float]:
@@ -186,15 +176,16 @@ def _turned(points: np.ndarray, degrees: float, center: tuple[float, float] | No
 
 
 def _mask(shape: ET.Element, size: tuple[int, int]) -> Rle:
-    left, top, width, height = (int(_number(shape, key)) for key in ("left", "top", "width", "height"))
+    left, top, width, height = (int(number_of(shape.get(key), key)) for key in ("left", "top", "width", "height"))
     try:
-        runs = np.array([int(run) for run in shape.get("rle", "").split(",")], dtype=np.int64)
-    except (ValueError, OverflowError):
+        runs = [int(run) for run in shape.get("rle", "").split(",")]
+    except ValueError:
         raise ValueError("its rle has non-integer values") from None
-    if min(left, top, width, height, int(runs.min())) < 0 or left + width > size[1] or top + height > size[0]:
+    if min(left, top, width, height, *runs) < 0 or left + width > size[1] or top + height > size[0]:
         raise ValueError(f"its window of {width} x {height} at {left}, {top} does not fit the image")
-    if runs.sum() > width * height:
-        raise ValueError(f"its runs add up to {runs.sum()} pixels, its window has {width * height}")
+    total = sum(runs)  # of Python's integers, which don't overflow
+    if total > width * height:
+        raise ValueError(f"its runs add up to {total} pixels, its window has {width * height}")
     window = np.zeros(width * height, dtype=np.bool_)
-    window[: runs.sum()] = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
+    window[:total] = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
     return encode_window(window.reshape(height, width), top, left, size)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from a2fpn.data.importers.base import JsonImporter, register_importer
+from a2fpn.data.importers.base import FAULTS, JsonImporter, group_of, list_of, register_importer
 from a2fpn.data.importers.files import read_json
 from a2fpn.data.importers.folder import Folder
 from a2fpn.data.labeled import CategoryInfo, LabeledImage, LabeledObject, grouped, split_name
@@ -40,17 +40,16 @@ class DatumaroImporter(JsonImporter):
                 raise DataError(f"{path}: not a Datumaro file; expected an object with items and categories.")
             names = self._declare(path, data)
             subset = split_name(path.stem) or ("" if path.stem == "default" else path.stem)
-            for number, item in enumerate(data["items"]):
-                image = self._image(path, item, number, names, subset, used)
-                if image is not None:
-                    yield image
+            yield from self.each(self._image, path, "items", data["items"], names, subset, used)
         yield from self.unlabeled(used)
 
     def _declare(self, path: Path, data: Mapping[str, Any]) -> list[str]:
         try:
             labels = data["categories"]["label"]["labels"]
-            names = [str(label["name"]) for label in labels]
-        except (KeyError, TypeError):
+            names = [label["name"] for label in labels]
+            if not all(isinstance(name, str) for name in names):
+                raise TypeError
+        except FAULTS:
             raise DataError(
                 f"{path}: no list of classes; expected categories.label.labels, each with a name."
             ) from None
@@ -60,16 +59,18 @@ class DatumaroImporter(JsonImporter):
             for name, label in zip(names, labels, strict=True)
             if name not in given
         ]
-        for item in (data["categories"].get("points") or {}).get("items", []):
-            index = item.get("label_id", -1)
-            if 0 <= index < len(names) and not self.keypoint_names(names[index]):
-                self.declare_keypoints(names[index], list(map(str, item.get("labels", []))))
+        try:
+            for item in (data["categories"].get("points") or {}).get("items", []):
+                index = item.get("label_id", -1)
+                if 0 <= index < len(names) and not self.keypoint_names(names[index]):
+                    self.declare_keypoints(names[index], list(map(str, item.get("labels", []))))
+        except FAULTS as error:
+            self.skip("bad-categories", path, error, "categories.points")
         return names
 
     def _image(
-        self, path: Path, item: Any, number: int, names: Sequence[str], subset: str, used: set[Path]
+        self, path: Path, item: Any, place: str, names: Sequence[str], subset: str, used: set[Path]
     ) -> LabeledImage | None:
-        place = f"items[{number}]"
         if not isinstance(item, Mapping):
             self.log.add("bad-item", path, "it is not an object; skipped", place=place)
             return None
@@ -84,42 +85,39 @@ class DatumaroImporter(JsonImporter):
         if file is None or size is None:
             return None
         shapes = []
-        annotations = item.get("annotations")
-        for index, raw in enumerate(annotations if isinstance(annotations, list) else []):
+        for index, raw in enumerate(list_of(item.get("annotations"), "annotations")):
             where = f"{place}.annotations[{index}]"
-            kind = raw.get("type") if isinstance(raw, Mapping) else None
-            if kind not in _SHAPES:
-                self.log.add("unsupported-shape", path, f"a {kind} is not supported by COCO", place=where)
-                continue
             try:
-                shapes.append(_shape(raw, names, size, where))
-            except (TypeError, ValueError) as error:
-                self.log.add("bad-shape", path, f"{error}; skipped", place=where)
+                if raw.get("type") not in _SHAPES:
+                    detail = f"a {raw.get('type')} is not supported by COCO"
+                    self.log.add("unsupported-shape", path, detail, place=where)
+                    continue
+                crowd = self.flag((raw.get("attributes") or {}).get("is_crowd"), "is_crowd")
+                shapes.append((group_of(raw.get("group") or None), _shape(raw, names, size, where, crowd=crowd)))
+            except FAULTS as error:
+                self.skip("bad-shape", path, error, where)
         name, split = self.images.name_and_split(file)
         return LabeledImage(file, name, *size, list(grouped(shapes)), subset or split, str(path))
 
 
 def _shape(
-    raw: Mapping[str, Any], names: Sequence[str], size: tuple[int, int], place: str
-) -> tuple[object, LabeledObject]:
+    raw: Mapping[str, Any], names: Sequence[str], size: tuple[int, int], place: str, *, crowd: bool
+) -> LabeledObject:
     label = raw.get("label_id")
     if not isinstance(label, int) or not 0 <= label < len(names):
         raise ValueError(f"label_id is {label!r}, the file lists 0 to {len(names) - 1}")
-    attributes = raw.get("attributes") or {}
-    crowd = bool(attributes.get("is_crowd"))
-    group = raw.get("group") or None
     kind, name = raw["type"], names[label]
     if kind == "bbox":
         box = raw.get("bbox")
         if not isinstance(box, list) or len(box) != 4:
             raise ValueError(f"bbox must be [x, y, width, height], got {box!r}")
         x, y, w, h = map(float, box)
-        return group, LabeledObject(name, (x, y, w, h), None, crowd, line=place)
+        return LabeledObject(name, (x, y, w, h), None, crowd, line=place)
     if kind == "mask":
         rle = parse_segmentation(raw.get("rle"), *size)
         if not isinstance(rle, dict):
             raise ValueError("rle must be an object with counts and size")
-        return group, LabeledObject(name, None, rle, crowd, line=place)
+        return LabeledObject(name, None, rle, crowd, line=place)
     points = raw.get("points")
     if not isinstance(points, list) or len(points) % 2:
         count = len(points) if isinstance(points, list) else type(points).__name__
@@ -128,8 +126,8 @@ def _shape(
     if kind == "polygon":
         if len(flat) < 6:
             raise ValueError(f"a polygon needs 3 points, got {len(flat) // 2}")
-        return group, LabeledObject(name, None, [flat], crowd, line=place)
+        return LabeledObject(name, None, [flat], crowd, line=place)
     # Datumaro: 0 absent, 1 hidden, 2 visible, as in COCO.
     seen = raw.get("visibility") or [2] * (len(flat) // 2)
     keypoints = tuple(v for x, y, s in zip(flat[::2], flat[1::2], seen, strict=True) for v in (x, y, float(s)))
-    return group, LabeledObject(name, None, None, crowd, keypoints, line=place)
+    return LabeledObject(name, None, None, crowd, keypoints, line=place)

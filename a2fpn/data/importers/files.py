@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import struct
+import unicodedata
 import warnings
 import xml.etree.ElementTree as ET
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PureWindowsPath
 from urllib.parse import unquote
 
@@ -34,18 +37,20 @@ class ImageIndex:
     def __init__(self, root: Path, skip: frozenset[str] = frozenset()) -> None:
         self.root = root
         found = []
-        for folder, folders, names in os.walk(root):
+        for folder, folders, names in walk(root):
             folders[:] = [name for name in folders if name.lower() not in skip and not name.startswith(".")]
             found += [Path(folder, name) for name in names if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES]
         self.files = sorted(found, key=lambda path: natural_key(str(path)))
         self._by_name: dict[str, list[Path]] = {}
         self._by_stem: dict[str, list[Path]] = {}
         for path in self.files:
-            self._by_name.setdefault(path.name.lower(), []).append(path)
-            self._by_stem.setdefault(path.stem.lower(), []).append(path)
+            self._by_name.setdefault(_folded(path.name), []).append(path)
+            self._by_stem.setdefault(_folded(path.stem), []).append(path)
 
     def find(self, name: str, near: Path | None = None) -> Path | None:
         """Find the image named in a label file, perhaps by a path of another machine.
+
+        The name as written is preferred, as files may have any name; then the one that it encodes as a URL or path.
 
         Args:
             name: A name, a path with slashes or backslashes, or a stem.
@@ -54,16 +59,17 @@ class ImageIndex:
         Returns:
             The file; None if there is none, or several that match equally well.
         """
-        parts = [part.lower() for part in clean_path(name).split("/") if part not in ("", ".", "..")]
-        if not parts:
-            return None
-        found = self._by_name.get(parts[-1]) or self._by_stem.get(parts[-1]) or self._by_stem.get(_stem(parts[-1]), [])
-        return _closest(found, parts, near)
+        meanings = dict.fromkeys((name, _local_path(name), clean_path(name)))
+        split = [[part for part in path.split("/") if part not in ("", ".", "..")] for path in meanings]
+        for known, key in ((self._by_name, str), (self._by_stem, str), (self._by_stem, _stem)):
+            alike = [(parts, known.get(_folded(key(parts[-1])), [])) for parts in split if parts]
+            if any(files for _, files in alike):  # a stem is no way out if a name is ambiguous
+                return next((found for parts, files in alike if (found := _closest(files, parts, near))), None)
+        return None
 
     def by_stem(self, parts: list[str], near: Path | None = None) -> Path | None:
         """Find an image by its stem and its folders."""
-        lowered = [part.lower() for part in parts]
-        return _closest(self._by_stem.get(lowered[-1], []), lowered, near)
+        return _closest(self._by_stem.get(_folded(parts[-1]), []), parts, near)
 
     def name_and_split(self, path: Path) -> tuple[str, str]:
         """Return the name of an image in a data set, and the split named by its folders.
@@ -106,22 +112,30 @@ def name_and_split(relative: str) -> tuple[str, str]:
 
 def _closest(found: list[Path], parts: list[str], near: Path | None) -> Path | None:
     """Return the path that shares the most folders with the requested one, if it is unique."""
+    if near is not None and len(found) > 1:
+        found = [path for path in found if near in path.parents] or found
     if len(found) < 2:
         return found[0] if found else None
-    if near is not None and len(close := [path for path in found if near in path.parents]) >= 1:
-        found = close
 
-    def shared(path: Path) -> int:
-        count = 0
-        for ours, theirs in zip(reversed(path.parts[:-1]), reversed(parts[:-1]), strict=False):
-            if ours.lower() != theirs:
-                break
-            count += 1
-        return count
+    def likeness(path: Path) -> list[tuple[bool, int]]:
+        """Compare the name, and count the same folders; first ignoring case."""
+        return [
+            (key(parts[-1]) in (key(path.name), key(path.stem)), _shared_end(path.parts[:-1], parts[:-1], key))
+            for key in (_folded, str)
+        ]
 
-    exact = [path for path in found if path.name.lower() == parts[-1]] or found
-    ranked = sorted(exact, key=shared, reverse=True)
-    return ranked[0] if len(ranked) == 1 or shared(ranked[0]) > shared(ranked[1]) else None
+    best, second, *_ = sorted(found, key=likeness, reverse=True)
+    return best if likeness(best) > likeness(second) else None
+
+
+def _shared_end(first: Sequence[str], second: Sequence[str], key: Callable[[str], str]) -> int:
+    pairs = zip(map(key, reversed(first)), map(key, reversed(second)), strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _folded(name: str) -> str:
+    """Return a name without differences of case and of Unicode composition, in which macOS renames files."""
+    return unicodedata.normalize("NFC", name).lower()
 
 
 def _stem(name: str) -> str:
@@ -135,6 +149,11 @@ def clean_path(name: str) -> str:
         >>> clean_path(r"C:\\data\\a.png"), clean_path("/data/local-files/?d=set/a%20b.png")
         ('data/a.png', 'set/a b.png')
     """
+    return unquote(_local_path(name)).strip().lstrip("/")
+
+
+def _local_path(name: str) -> str:
+    """Return the part of a URL or of a path of any system that can be a path below a folder, still encoded."""
     if "?d=" in name:
         name = name.partition("?d=")[2]
     if "://" in name:
@@ -142,7 +161,36 @@ def clean_path(name: str) -> str:
     if "\\" in name or name[1:2] == ":":
         path = PureWindowsPath(name)
         name = path.relative_to(path.anchor).as_posix() if path.anchor else path.as_posix()
-    return unquote(name).strip().lstrip("/")
+    return name
+
+
+def walk(root: str | Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Walk a folder like :func:`os.walk`, also through links to folders, but into each folder only once.
+
+    Links are followed last, so that a file is found under its own path if it has one below the root.
+    """
+    # The folders that contain the root count as seen: a link to one of them would add unrelated files.
+    seen = {_identity(parent) for parent in Path(root).resolve().parents}
+    pending = [os.fspath(root)]
+    while pending:
+        for folder, folders, names in os.walk(pending.pop(0)):
+            identity = _identity(folder)
+            if identity in seen:
+                folders.clear()
+                continue
+            seen.add(identity)
+            yield folder, folders, names
+            pending += filter(os.path.islink, (os.path.join(folder, name) for name in folders))
+
+
+def folders_named(root: Path, name: str) -> list[Path]:
+    """Return the folders with a name at or below a folder, through links."""
+    return sorted(Path(folder) for folder, *_ in walk(root) if os.path.basename(folder) == name)
+
+
+def _identity(folder: str | Path) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
@@ -181,17 +229,27 @@ def _size_of_plain_jpeg(head: bytes) -> tuple[int, int] | None:
     return None
 
 
+def xml_bytes(path: Path) -> bytes:
+    """Read a file of XML; custom entities, which can expand small files to huge ones, are refused.
+
+    Raises:
+        DataError: If it defines entities, or can't be read.
+    """
+    content = read_bytes(path)
+    if b"<!ENTITY" in content.replace(b"\0", b""):  # in UTF-16, zeros are between the letters
+        raise DataError(f"{path}: the file defines XML entities, which are not supported.")
+    return content
+
+
 def read_xml(path: Path) -> ET.Element:
-    """Read XML; custom entities, which can expand small files to huge ones, are refused.
+    """Read XML as a tree.
 
     Raises:
         DataError: If it can't be read; the message names the line.
     """
-    content = read_bytes(path)
+    content = xml_bytes(path)
     if not content.strip():
         raise DataError(f"{path}: the file is empty.")
-    if b"<!ENTITY" in content:
-        raise DataError(f"{path}: the file defines XML entities, which are not supported.")
     try:
         return ET.fromstring(content)
     except ET.ParseError as error:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from a2fpn.data.importers.files import IMAGE_SUFFIXES
+from a2fpn.data.importers.files import IMAGE_SUFFIXES, walk
 from a2fpn.errors import DataError
 
 _HEAD = 4096  # bytes read to identify a file
@@ -63,7 +63,7 @@ class Folder:
         return groups
 
     def _found(self) -> Iterator[str]:
-        for folder, _, names in os.walk(self.root):
+        for folder, _, names in walk(self.root):
             for name in names:
                 if not name.startswith(".") and name not in OWN_FILES:
                     yield os.path.join(folder, name)
@@ -75,11 +75,11 @@ class Folder:
         return self._paths[suffix]
 
     def head(self, path: Path) -> bytes:
-        """Return the first 4 KB of a file; empty if it can't be read."""
+        """Return the first 4 KB of a file, without the zeros of UTF-16; empty if it can't be read."""
         if path not in self._heads:
             try:
                 with path.open("rb") as file:
-                    self._heads[path] = file.read(_HEAD)
+                    self._heads[path] = file.read(_HEAD).replace(b"\0", b"")
             except OSError:
                 self._heads[path] = b""
         return self._heads[path]

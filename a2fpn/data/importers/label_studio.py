@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from a2fpn.data.importers.base import JsonImporter, register_importer
+from a2fpn.data.importers.base import FAULTS, JsonImporter, group_of, list_of, register_importer
 from a2fpn.data.importers.files import clean_path, read_json
 from a2fpn.data.importers.folder import Folder
 from a2fpn.data.labeled import LabeledImage, LabeledObject, grouped, split_name
@@ -46,21 +46,20 @@ class LabelStudioImporter(JsonImporter):
                 raise DataError(
                     f"{path}: not a Label Studio export; expected a list of tasks. Export as JSON, not JSON-MIN."
                 )
-            for number, task in enumerate(tasks):
-                image = self._image(path, task, number, used)
-                if image is not None:
-                    yield image
+            yield from self.each(self._image, path, "tasks", tasks, used)
         yield from self.unlabeled(used)
 
-    def _image(self, path: Path, task: Any, number: int, used: set[Path]) -> LabeledImage | None:
-        place = f"task {task.get('id', number) if isinstance(task, Mapping) else number}"
+    def _image(self, path: Path, task: Any, place: str, used: set[Path]) -> LabeledImage | None:
+        if isinstance(task, Mapping) and "id" in task:
+            place = f"task {task['id']}"
         data = task.get("data") if isinstance(task, Mapping) else None
         names = [value for value in data.values() if isinstance(value, str)] if isinstance(data, Mapping) else []
         if not names:
             self.log.add("bad-item", path, "it names no image; skipped", place=place)
             return None
         file = next((found for name in names if (found := self._find(name)) is not None), None)
-        done = [a for a in task.get("annotations") or [] if isinstance(a, Mapping) and not a.get("was_cancelled")]
+        given = list_of(task.get("annotations"), "annotations")
+        done = [a for a in given if not self.flag(a.get("was_cancelled"), "was_cancelled")]
         if file is not None and not done:
             self.log.note("tasks without annotation, used as images without labels")
             return None
@@ -70,24 +69,23 @@ class LabelStudioImporter(JsonImporter):
         if len(done) > 1:
             detail = f"{len(done)} annotations of one image; the last is used"
             self.log.add("several-annotations", path, detail, place=place)
-        result = done[-1].get("result")
+        result = list_of(done[-1].get("result"), "result")
         name, split = self.images.name_and_split(file)
         split = split_name(str(data.get("split", ""))) or split if isinstance(data, Mapping) else split
-        objects = self._objects(path, result if isinstance(result, list) else [], size, place)
+        objects = self._objects(path, result, size, place)
         return LabeledImage(file, name, *size, objects, split, str(path))
 
     def _find(self, name: str) -> Path | None:
         """Find the image of a URL; uploads have a prefix of 8 letters and a dash."""
-        cleaned = clean_path(name)
-        found = self.images.find(cleaned)
-        base = cleaned.rpartition("/")[2]
+        found = self.images.find(name)
+        base = clean_path(name).rpartition("/")[2]
         if found is None and len(base) > 9 and base[8] == "-":
             found = self.images.find(base[9:])
         return found
 
     def _objects(self, path: Path, results: Sequence[Any], size: tuple[int, int], place: str) -> list[LabeledObject]:
         shapes: list[tuple[object, LabeledObject]] = []
-        crowds = {r.get("id") for r in results if isinstance(r, Mapping) and _choices(r) == ["iscrowd"]}
+        crowds = {str(r.get("id")) for r in results if isinstance(r, Mapping) and _choices(r) == ["iscrowd"]}
         for number, raw in enumerate(results):
             where = f"{place}, result[{number}]"
             kind = raw.get("type") if isinstance(raw, Mapping) else None
@@ -97,24 +95,28 @@ class LabelStudioImporter(JsonImporter):
                 self.log.add("unsupported-shape", path, f"{kind} is not supported", place=where)
                 continue
             try:
-                group = (raw.get("meta") or {}).get("group")
-                shapes.append((group, _shape(raw, size, where, crowd=raw.get("id") in crowds)))
-            except (TypeError, ValueError, KeyError) as error:
-                reason = f"it lacks {error.args[0]}" if isinstance(error, KeyError) else str(error)
-                self.log.add("bad-shape", path, f"{reason}; skipped", place=where)
+                group = group_of((raw.get("meta") or {}).get("group"))
+                shapes.append((group, _shape(raw, size, where, crowd=str(raw.get("id")) in crowds)))
+                labels = raw["value"][kind]
+                if len(labels) > 1:
+                    detail = f"it has the labels {', '.join(map(str, labels))}; the first is used"
+                    self.log.add("several-labels", path, detail, place=where)
+            except FAULTS as error:
+                self.skip("bad-shape", path, error, where)
         return list(grouped(shapes))
 
 
 def _choices(raw: Mapping[str, Any]) -> object:
-    return (raw.get("value") or {}).get("choices") if raw.get("type") == "choices" else None
+    value = raw.get("value")
+    return value.get("choices") if raw.get("type") == "choices" and isinstance(value, Mapping) else None
 
 
 def _shape(raw: Mapping[str, Any], size: tuple[int, int], place: str, *, crowd: bool) -> LabeledObject:
     kind, value = raw["type"], raw["value"]
     labels = value.get(kind)
-    if not isinstance(labels, list) or not labels:
+    if not isinstance(labels, list) or not labels or not isinstance(labels[0], str) or not labels[0]:
         raise ValueError(f"it has no label in {kind}")
-    label = str(labels[0])
+    label = labels[0]
     said = (raw.get("original_height"), raw.get("original_width"))
     if None not in said and said != size:
         got, wanted = (f"{width} x {height}" for height, width in (said, size))

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from a2fpn.data.images import open_image
-from a2fpn.data.importers.base import Importer, ImportOptions, read_categories, register_importer
+from a2fpn.data.importers.base import FAULTS, Importer, ImportOptions, group_of, read_categories, register_importer
 from a2fpn.data.importers.files import read_json
 from a2fpn.data.importers.folder import Folder
 from a2fpn.data.labeled import LabeledImage, LabeledObject, LossLog, grouped
@@ -28,7 +28,7 @@ from a2fpn.masks.rle import Rle, encode_window
 _CIRCLE_POINTS = 64
 _SKIPPED = ("line", "linestrip")
 
-_Points = dict[object, dict[str, tuple[float, float, float]]]
+_Points = dict[object, dict[str, tuple[str, tuple[float, float, float]]]]  # place and point by group and name
 
 
 @register_importer("labelme")
@@ -86,12 +86,12 @@ class LabelmeImporter(Importer):
             place = f"shapes[{number}]"
             try:
                 group, found = self._shape(shape, size, place, points)
-            except (TypeError, ValueError, KeyError) as error:
-                self.log.add("bad-shape", path, f"{error}; skipped", place=place)
+            except FAULTS as error:
+                self.skip("bad-shape", path, error, place)
                 continue
             if found is not None:
                 shapes.append((group, found))
-        objects = list(grouped(self._add_points(shapes, points)))
+        objects = list(grouped(self._add_points(path, shapes, points) if points else shapes))
         name, split = self.images.name_and_split(file)
         return LabeledImage(file, name, *size, objects, split, str(path))
 
@@ -106,8 +106,8 @@ class LabelmeImporter(Importer):
         label = label.strip()
         kind = shape.get("shape_type") or "polygon"
         flags = shape.get("flags") or {}
-        crowd = bool(isinstance(flags, Mapping) and flags.get("iscrowd"))
-        group = shape.get("group_id")
+        crowd = isinstance(flags, Mapping) and self.flag(flags.get("iscrowd"))
+        group = group_of(shape.get("group_id"))
         points = shape.get("points")
         flat = _flat(points)
         count = len(flat) // 2
@@ -129,27 +129,37 @@ class LabelmeImporter(Importer):
         if kind == "point" and count == 1:
             if group is None:
                 raise ValueError("a point without group_id belongs to no object")
-            seen = 1.0 if isinstance(flags, Mapping) and flags.get("hidden") else 2.0
-            points_of.setdefault(group, {})[label] = (flat[0], flat[1], seen)
+            named = points_of.setdefault(group, {})
+            if label in named:
+                raise ValueError(f"the group {group!r} has another point {label!r}")
+            seen = 1.0 if isinstance(flags, Mapping) and self.flag(flags.get("hidden"), "hidden") else 2.0
+            named[label] = place, (flat[0], flat[1], seen)
             return group, None
         reason = "lines have no area" if kind in _SKIPPED else f"got {count} points"
         raise ValueError(f"a {kind} is not supported ({reason})")
 
     def _add_points(
-        self, shapes: list[tuple[object, LabeledObject]], points: _Points
+        self, path: Path, shapes: list[tuple[object, LabeledObject]], points: _Points
     ) -> list[tuple[object, LabeledObject]]:
         """Attach keypoints to the first shape of each group, and their names to the classes."""
         result = []
         for group, shape in shapes:
             found = points.pop(group, None)
             if found is not None:
+                if len(list(grouped([pair for pair in shapes if pair[0] == group]))) > 1:
+                    detail = f"the group {group!r} has several objects; its points are those of the first"
+                    self.log.add("ambiguous-points", path, detail, place=shape.line)
                 known = self.keypoint_names(shape.category)
                 names = [*known, *sorted(set(found) - set(known))]
                 if len(names) > len(known):
                     self.declare_keypoints(shape.category, names)
-                flat = tuple(value for name in names for value in found.get(name, (0.0, 0.0, 0.0)))
+                absent = ("", (0.0, 0.0, 0.0))
+                flat = tuple(value for name in names for value in found.get(name, absent)[1])
                 shape = dataclasses.replace(shape, keypoints=flat)
             result.append((group, shape))
+        for group, found in points.items():
+            for place, _ in found.values():
+                self.log.add("bad-shape", path, f"the group {group!r} of the point has no object; skipped", place=place)
         return result
 
 

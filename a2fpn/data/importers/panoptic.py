@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from a2fpn.data.images import open_image
-from a2fpn.data.importers.base import ImportOptions, JsonImporter, register_importer
+from a2fpn.data.importers.base import FAULTS, ImportOptions, JsonImporter, list_of, register_importer
 from a2fpn.data.importers.coco import is_panoptic
-from a2fpn.data.importers.files import ImageIndex, read_json
+from a2fpn.data.importers.files import ImageIndex, folders_named, read_json
 from a2fpn.data.importers.folder import Folder
 from a2fpn.data.importers.label_images import encode_labels
 from a2fpn.data.labeled import CategoryInfo, LabeledImage, LabeledObject, LossLog, split_name
@@ -47,19 +47,18 @@ class PanopticImporter(JsonImporter):
             data = read_json(path)
             try:
                 infos = {raw["id"]: CategoryInfo.from_coco(raw) for raw in data["categories"]}
-                things = {raw["id"] for raw in data["categories"] if raw.get("isthing", 1)}
+                things = {raw["id"] for raw in data["categories"] if self.flag(raw.get("isthing", 1), "isthing")}
                 images = {raw["id"]: raw for raw in data["images"]}
                 entries = list(data["annotations"])
-            except (KeyError, TypeError, ValueError) as error:
+            except FAULTS as error:
                 raise DataError(
                     f"{path}: not a panoptic file; expected images, annotations and categories ({error!r})."
                 ) from None
+            if len(infos) < len(data["categories"]):
+                raise DataError(f"{path}: two categories have the same id.")
             known = {info.name for info in self.categories}
             self.categories += [info for key, info in infos.items() if key in things and info.name not in known]
-            for number, entry in enumerate(entries):
-                image = self._image(path, entry, f"annotation {number}", images, infos, things, used)
-                if image is not None:
-                    yield image
+            yield from self.each(self._image, path, "annotations", entries, images, infos, things, used)
         yield from self.unlabeled(used)
 
     def _image(
@@ -92,21 +91,29 @@ class PanopticImporter(JsonImporter):
             self.log.add("size-mismatch", map_path, detail)
             return None
         rles = encode_labels(ids)
+        left = set(rles)
         objects = []
-        for segment in entry.get("segments_info", []):
-            category = segment.get("category_id")
-            if category in infos and category not in things:
-                self.log.note("segments of stuff, skipped")
+        for number, segment in enumerate(list_of(entry.get("segments_info"), "segments_info")):
+            where = f"{place}.segments_info[{number}]"
+            try:
+                category, segment_id = segment["category_id"], segment["id"]
+                left.discard(segment_id)
+                if category not in infos:
+                    raise ValueError(f"segment {segment_id}: category {category} is not in the file")
+                if category not in things:
+                    self.log.note("segments of stuff, skipped")
+                    continue
+                if segment_id not in rles:
+                    raise ValueError(f"segment {segment_id}: it has no pixel in the map")
+                crowd = self.flag(segment.get("iscrowd"))
+            except FAULTS as error:
+                self.skip("bad-segment", path, error, where)
                 continue
-            rle = rles.get(segment.get("id"))
-            if category not in infos or rle is None:
-                why = (
-                    f"category {category} is not in the file" if category not in infos else "it has no pixel in the map"
-                )
-                self.log.add("bad-segment", path, f"segment {segment.get('id')}: {why}; skipped", place=place)
-                continue
-            crowd = bool(segment.get("iscrowd", 0))
-            objects.append(LabeledObject(infos[category].name, None, rle, crowd, line=f"segment {segment['id']}"))
+            category_name = infos[category].name
+            objects.append(LabeledObject(category_name, None, rles[segment_id], crowd, line=f"segment {segment_id}"))
+        if left:
+            detail = f"pixels of {', '.join(map(str, sorted(left)[:5]))}, which are no segments of {path.name}"
+            self.log.add("unknown-object", map_path, f"{detail}; skipped")
         split = split_name(path.stem)
         image_id = raw["id"] if isinstance(raw["id"], int) else None
         return LabeledImage(file, named.replace("\\", "/"), *size, objects, split, str(path), image_id)
@@ -131,4 +138,4 @@ def _map_folder(root: Path, path: Path) -> Path:
     beside = path.with_suffix("")
     if beside.is_dir():
         return beside
-    return next((found for found in sorted(root.rglob(path.stem)) if found.is_dir()), beside)
+    return next(iter(folders_named(root, path.stem)), beside)

@@ -10,13 +10,14 @@ import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from a2fpn.data.images import open_image
-from a2fpn.data.importers.base import Importer, ImportOptions, register_importer
-from a2fpn.data.importers.files import ImageIndex, read_text, read_xml
+from a2fpn.data.importers.base import FAULTS, Importer, ImportOptions, number_of, register_importer
+from a2fpn.data.importers.files import ImageIndex, folders_named, read_text, read_xml
 from a2fpn.data.importers.folder import Folder
 from a2fpn.data.labeled import Box, LabeledImage, LabeledObject, LossLog, split_name
 from a2fpn.errors import DataError
@@ -41,7 +42,7 @@ class VocImporter(Importer):
         self.paths = list(folder.of_type(".xml"))
         self.total = len(self.paths)
         self.images = ImageIndex(self.root, _MASKS)
-        masks = next((path for path in self.root.rglob("SegmentationObject") if path.is_dir()), None)
+        masks = next(iter(folders_named(self.root, "SegmentationObject")), None)
         self.masks = {_key(path, masks): path for path in sorted(masks.rglob("*.png"))} if masks is not None else {}
         self.splits = self._split_lists()
 
@@ -54,6 +55,9 @@ class VocImporter(Importer):
             except DataError as error:
                 self.log.add_error("unreadable-labels", path, error)
                 continue
+            except FAULTS as error:
+                self.skip("unreadable-labels", path, error)
+                continue
             if image is not None:
                 yield image
         yield from self.unlabeled(used)
@@ -61,7 +65,7 @@ class VocImporter(Importer):
     def _split_lists(self) -> dict[str, str]:
         """Split of each stem listed in ``ImageSets/*/{train,val,test}.txt``."""
         splits: dict[str, str] = {}
-        for path in sorted(self.root.rglob("ImageSets/*/*.txt")):
+        for path in sorted(p for lists in folders_named(self.root, "ImageSets") for p in lists.glob("*/*.txt")):
             if path.stem in ("train", "val", "test"):
                 for line in read_text(path).splitlines():
                     if line.split():
@@ -80,25 +84,31 @@ class VocImporter(Importer):
         size = self.claim(file, used, path, named=named or path.stem, own_file=True)
         if file is None or size is None:
             return None
-        said = tuple(int(float(root.findtext(f"size/{side}") or 0)) for side in ("height", "width"))
+        said = tuple(int(number_of(root.findtext(f"size/{side}") or "0", side)) for side in ("height", "width"))
         if all(said) and said != size:
             detail = f"it gives {said[1]} x {said[0]} pixels, {file.name} has {size[1]} x {size[0]}; skipped"
             self.log.add("size-mismatch", path, detail)
             return None
         labels = self._labels(key, size)
         objects = []
-        for number, node in enumerate(root.findall("object"), 1):
+        nodes = root.findall("object")
+        for number, node in enumerate(nodes, 1):
             try:
                 objects.append(self._object(node, number, labels, size))
             except ValueError as error:
                 place = f"line {_line_of(path, number)}"
                 self.log.add("bad-object", path, f"object {number}: {error}; skipped", place=place)
+        if labels is not None:
+            others = set(np.unique(labels).tolist()) - {*range(len(nodes) + 1), _VOID}
+            if others:
+                detail = f"pixels of {', '.join(map(str, sorted(others)[:5]))}, which are no objects of {path.name}"
+                self.log.add("unknown-object", self.masks[key], f"{detail}; skipped")
         name, split = self.images.name_and_split(file)
         # VOC's lists have stems; those of other tools may have paths.
         split = self.splits.get(key, "") or self.splits.get(path.stem, "") or split or split_name(path.parent.name)
         return LabeledImage(file, name, *size, objects, split, str(path))
 
-    def _labels(self, key: str, size: tuple[int, int]) -> NDArray[np.uint8] | None:
+    def _labels(self, key: str, size: tuple[int, int]) -> NDArray[Any] | None:
         path = self.masks.get(key)
         if path is None:
             return None
@@ -112,20 +122,20 @@ class VocImporter(Importer):
             detail = f"its shape {labels.shape} is not the image's {size}, or it is not a palette image"
             self.log.add("size-mismatch", path, f"{detail}; its masks are lost")
             return None
-        return labels.astype(np.uint8, copy=False)
+        return labels
 
     def _object(
-        self, node: ET.Element, number: int, labels: NDArray[np.uint8] | None, size: tuple[int, int]
+        self, node: ET.Element, number: int, labels: NDArray[Any] | None, size: tuple[int, int]
     ) -> LabeledObject:
         name = (node.findtext("name") or "").strip()
         if not name:
             raise ValueError("it has no name")
-        crowd = (node.findtext("iscrowd") or "0").strip() == "1"
-        if (node.findtext("difficult") or "0").strip() == "1":
+        crowd = self.flag(node.findtext("iscrowd"))
+        if self.flag(node.findtext("difficult"), "difficult"):
             self.log.note("objects marked difficult, kept like the others")
         place = f"object {number}"
         polygon = node.find("polygon")
-        if labels is not None and number < _VOID and (mask := labels == number).any():
+        if labels is not None and number != _VOID and (mask := labels == number).any():
             return LabeledObject(name, _box(node, required=False), encode_masks(mask[None])[0], crowd, line=place)
         if labels is not None:
             self.log.note("objects without pixels in SegmentationObject")
@@ -148,13 +158,7 @@ def _box(node: ET.Element, *, required: bool = True) -> Box | None:
         if required:
             raise ValueError("it has no bndbox")
         return None
-    values = {}
-    for key in ("xmin", "ymin", "xmax", "ymax"):
-        text = box.findtext(key)
-        try:
-            values[key] = float(text or "")
-        except ValueError:
-            raise ValueError(f"{key} is {text!r}, expected a number") from None
+    values = {key: number_of(box.findtext(key), key) for key in ("xmin", "ymin", "xmax", "ymax")}
     width, height = values["xmax"] - values["xmin"] + 1, values["ymax"] - values["ymin"] + 1
     if min(width, height) <= 0:
         raise ValueError(
@@ -165,7 +169,7 @@ def _box(node: ET.Element, *, required: bool = True) -> Box | None:
 
 def _polygon(node: ET.Element) -> list[float]:
     """Parse points ``x1, y1, x2, y2, ...`` in pixels."""
-    values = {child.tag: float(child.text or "nan") for child in node}
+    values = {child.tag: number_of(child.text, child.tag) for child in node}
     count = len(values) // 2
     try:
         return [values[f"{axis}{number}"] for number in range(1, count + 1) for axis in "xy"]

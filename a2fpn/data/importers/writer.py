@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +22,9 @@ from a2fpn.data.splits import assign_splits
 from a2fpn.errors import DataError
 
 Placing = Literal["link", "copy"]
+_ID_LIMIT = 2**53  # above it, readers of JSON that use floats take different ids for one
+_LONGEST = 48  # characters of a split, up to 4 bytes each in a name of up to 255
+_SURROGATES = re.compile("[\ud800-\udfff]")  # bytes of a file's name that are not UTF-8
 _THREADS = 4  # to place images, which mostly waits for the file system
 
 
@@ -103,6 +109,7 @@ class CocoWriter:
         self.box_masks = box_masks
         self.splits = splits or SplitRule()
         self._entries: dict[str, _Entry] = {}
+        self._folded: dict[str, _Entry] = {}  # by name in lower case
         self._used: set[str] = set()
 
     def __len__(self) -> int:
@@ -113,26 +120,42 @@ class CocoWriter:
         if os.path.isabs(image.name) or ".." in image.name.split("/"):
             self.log.add("unsafe-name", image.source, f"{image.name} is outside the image folder; skipped")
             return
-        split = image.split or "train"
-        key = image.name.lower()
+        if _SURROGATES.search(image.name):
+            self.log.add("unsafe-name", image.source, f"the name {image.name} is not valid UTF-8; skipped")
+            return
+        split = _file_part(image.split)
+        if split != image.split:
+            self.log.note(f"images of the split {image.split!r}, called {split or 'train'!r}")
         name = image.name
-        if key in self._entries:
-            other = self._entries[key]
-            if other.split == split:
-                self.log.add("duplicate-image", image.source, f"{image.name} is listed twice; the first is kept")
-                return
-            name = f"{split}/{image.name}"  # images with the same name in two splits
-            key = name.lower()
-            if key in self._entries:
-                self.log.add("duplicate-image", image.source, f"{name} is listed twice; the first is kept")
-                return
-        entry = _Entry(image.path, name, image.height, image.width, image.split, image.id)
+        other = self._other(name)
+        if other is not None and other.split != (split or "train"):
+            name = f"{split or 'train'}/{image.name}"  # images with the same name in two splits
+            other = self._other(name)
+        if other is not None:
+            same = "is listed twice"
+            if other.name != name:
+                same = f"is one file with {other.name} on the output's file system, which ignores case"
+            self.log.add("duplicate-image", image.source, f"{name} {same}; the first is kept")
+            return
+        entry = _Entry(image.path, name, image.height, image.width, split, image.id)
         for labeled in image.objects:
             text = self._annotation(labeled, image)
             if text is not None:
                 self._used.add(labeled.category)
                 entry.annotations.append((labeled.category, text, '"segmentation":' in text))
-        self._entries[key] = entry
+        self._entries[name] = self._folded[name.lower()] = entry
+
+    def _other(self, name: str) -> _Entry | None:
+        """Return the image whose file a new one would overwrite."""
+        other = self._entries.get(name) or self._folded.get(name.lower())
+        return other if other is not None and (other.name == name or self._folds_case) else None
+
+    @cached_property
+    def _folds_case(self) -> bool:
+        """Indifference of the output's file system to case."""
+        self.output.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(prefix="case", dir=self.output) as probe:
+            return self.output.joinpath(Path(probe.name).name.swapcase()).exists()
 
     def close(self, categories: Sequence[CategoryInfo], track: Track) -> tuple[dict[str, SplitCount], dict[int, str]]:
         """Write everything.
@@ -149,7 +172,7 @@ class CocoWriter:
         """
         if not self._entries:
             raise DataError(f"no image was read{'; ' if self.log.counts else ''}{self.log.summary()}.")
-        infos = _numbered([*categories, *(CategoryInfo(name) for name in _unlisted(categories, self._used))])
+        infos = self._classes(categories)
         entries = sorted(self._entries.values(), key=lambda entry: natural_key(entry.name))
         _number(entries)
         self._split(entries)
@@ -165,6 +188,17 @@ class CocoWriter:
             counts[split] = self._write(path, members, infos, ids, first, has_masks=has_masks)
             first += counts[split].annotations
         return counts, {category_id: info.name for category_id, info in infos.items()}
+
+    def _classes(self, categories: Sequence[CategoryInfo]) -> dict[int, CategoryInfo]:
+        """Number the listed classes and those of objects; of several with one name, the first is kept."""
+        unique: dict[str, CategoryInfo] = {}
+        for info in [*categories, *(CategoryInfo(name) for name in _unlisted(categories, self._used))]:
+            if unique.setdefault(info.name, info) is not info:
+                self.log.note("classes with the name of another, merged with it")
+        infos = _numbered(list(unique.values()))
+        if renumbered := sum(info.id not in (None, key) for key, info in infos.items()):
+            self.log.note("classes whose id is taken or too large, with a new one", renumbered)
+        return infos
 
     def _annotation(self, labeled: LabeledObject, image: LabeledImage) -> str | None:
         """Format an annotation as JSON text without its ids."""
@@ -289,13 +323,13 @@ def _unlisted(categories: Sequence[CategoryInfo], used: set[str]) -> list[str]:
 
 
 def _numbered(categories: Sequence[CategoryInfo]) -> dict[int, CategoryInfo]:
-    """Assign category ids: as given, others count up from the highest."""
-    taken = {category.id for category in categories if category.id is not None}
+    """Assign category ids: as given, but only once; others count up from the highest."""
+    taken = {category.id for category in categories if category.id is not None and abs(category.id) < _ID_LIMIT}
     following = max(taken, default=0) + 1
     infos: dict[int, CategoryInfo] = {}
     for category in categories:
         category_id = category.id
-        if category_id is None:
+        if category_id is None or category_id not in taken or category_id in infos:
             category_id, following = following, following + 1
         infos[category_id] = category
     return infos
@@ -304,7 +338,7 @@ def _numbered(categories: Sequence[CategoryInfo]) -> dict[int, CategoryInfo]:
 def _number(entries: Sequence[_Entry]) -> None:
     """Assign image ids: as given, else the file names if they are distinct numbers, else 1, 2, ..."""
     given = [entry.id for entry in entries if entry.id is not None]
-    if given and len(set(given)) == len(given):
+    if given and len(set(given)) == len(given) and max(map(abs, given)) < _ID_LIMIT:
         following = itertools.count(max(given) + 1)
         for entry in entries:
             entry.id = next(following) if entry.id is None else entry.id
@@ -316,6 +350,16 @@ def _number(entries: Sequence[_Entry]) -> None:
         numbers = list(range(1, len(entries) + 1))
     for entry, number in zip(entries, numbers, strict=True):
         entry.id = number
+
+
+def _file_part(split: str) -> str:
+    """Return a split as a part of a file name, which may come from any text.
+
+    Example:
+        >>> _file_part("site/1"), _file_part("../x"), _file_part("..")
+        ('site_1', '_x', '')
+    """
+    return re.sub(r"[^\w .-]", "_", split)[:_LONGEST].strip(" .")
 
 
 def _split_order(split: str) -> tuple[int, str]:
