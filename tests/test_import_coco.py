@@ -148,3 +148,25 @@ def test_label_images_of_one_value_are_noted(tmp_path: Path) -> None:
             Image.new("L", (40, 30), 255).save(tmp_path / "x" / folder / f"{number}.png")
     notes = import_data(tmp_path / "x", tmp_path / "y").notes
     assert notes == {"images with a single label: if labels are classes, number the objects first": 3}
+
+
+def test_a_file_away_from_its_images_is_an_error(tmp_path: Path) -> None:
+    source = write(tmp_path / "x", annotations=[one(segmentation=[SQUARE])])
+    alone = tmp_path / "alone" / "few.json"
+    alone.parent.mkdir()
+    alone.write_bytes((source / "annotations" / "x.json").read_bytes())
+    Image.new("RGB", (40, 30)).save(alone.parent / "plot.png")  # no image of the data set
+    message = "no image was read; 2 missing-image: .* Images are searched for in the given folder, or in that of the"
+    with pytest.raises(DataError, match=message):
+        import_data(alone, tmp_path / "y")
+    with pytest.raises(DataError, match=message):
+        convert_data(alone, tmp_path / "z", to="yolo")
+
+
+def test_archives_are_to_be_unpacked(tmp_path: Path) -> None:
+    path = tmp_path / "x" / "cvat.zip"
+    path.parent.mkdir()
+    path.write_bytes(b"PK")
+    for source in (path, path.parent):
+        with pytest.raises(DataError, match="an archive; unpack it and import the folder"):
+            import_data(source, tmp_path / "y")

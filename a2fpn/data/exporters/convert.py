@@ -14,7 +14,7 @@ from a2fpn.data.exporters.base import EXPORTERS, ExportOptions, export_images
 from a2fpn.data.importers import open_source
 from a2fpn.data.importers.folder import REPORT_FILE, Folder
 from a2fpn.data.importers.importing import ImportReport
-from a2fpn.data.importers.writer import Placing, SplitCount
+from a2fpn.data.importers.writer import Placing, SplitCount, no_image
 from a2fpn.data.labeled import CategoryInfo, LabeledImage, LossLog
 from a2fpn.errors import DataError
 
@@ -62,8 +62,8 @@ def convert_data(
     log = LossLog(strict=strict)
     importer = open_source(source, log, format=format, categories=categories, category=category, unlabeled="keep")
     found = list(track(importer.read(), f"reading {importer.name}", importer.total))
-    if not found:
-        raise DataError(f"{source}: no image was read. {log.summary()}")
+    if not any(image.objects for image in found) and (not found or log.counts["missing-image"]):
+        raise no_image(log)
     known = {info.name for info in importer.categories}
     used = {labeled.category for image in found for labeled in image.objects}
     infos = [*importer.categories, *(CategoryInfo(name) for name in sorted(used - known, key=natural_key))]

@@ -339,6 +339,8 @@ def detect(path: str | Path | Folder) -> str:
     """
     folder = path if isinstance(path, Folder) else Folder.of(path)
     path = folder.file or folder.root
+    if set(folder.by_suffix) == {".zip"}:
+        raise DataError(f"{path}: an archive; unpack it and import the folder.")
     signs = {name: sign for name in IMPORTERS if (sign := IMPORTERS[name].detect(folder))}
     if len(signs) > 1:
         raise DataError(

@@ -171,7 +171,7 @@ class CocoWriter:
             DataError: If there are no images, or the requested splits are not possible.
         """
         if not self._entries:
-            raise DataError(f"no image was read{'; ' if self.log.counts else ''}{self.log.summary()}.")
+            raise no_image(self.log)
         infos = self._classes(categories)
         entries = sorted(self._entries.values(), key=lambda entry: natural_key(entry.name))
         _number(entries)
@@ -316,6 +316,14 @@ def _link_or_copy(source: Path, target: str | Path, placing: Placing) -> None:
         if os.path.islink(target):
             os.remove(target)
         shutil.copyfile(source, target)
+
+
+def no_image(log: LossLog) -> DataError:
+    """Return the error of a source of which no image was read."""
+    message = f"no image was read{'; ' if log.counts else ''}{log.summary()}."
+    if log.counts["missing-image"]:
+        message += " Images are searched for in the given folder, or in that of the given file."
+    return DataError(message)
 
 
 def _unlisted(categories: Sequence[CategoryInfo], used: set[str]) -> list[str]:
