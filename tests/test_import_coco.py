@@ -170,3 +170,23 @@ def test_archives_are_to_be_unpacked(tmp_path: Path) -> None:
     for source in (path, path.parent):
         with pytest.raises(DataError, match="an archive; unpack it and import the folder"):
             import_data(source, tmp_path / "y")
+
+
+def test_names_with_spaces_and_masks_in_upper_case_come_back_from_voc(tmp_path: Path) -> None:
+    source = write(
+        tmp_path / "x", annotations=[one(segmentation=[SQUARE]), one(id=2, image_id=2, segmentation=[SQUARE])]
+    )
+    report = import_data(source, tmp_path / "y", val=0.5)
+    assert {split: count.images for split, count in report.splits.items()} == {"train": 1, "val": 1}
+    voc = tmp_path / "voc"
+    convert_data(tmp_path / "y", voc, to="voc", images="copy")
+    for path in [*voc.rglob("[12].*")]:
+        path.rename(path.with_name(f"a {path.stem}{path.suffix.upper() if 'Object' in str(path) else path.suffix}"))
+    for path in [*voc.rglob("Annotations/*.xml")]:
+        path.write_text(path.read_text().replace("<filename>", "<filename>a "))
+    for path in [*voc.rglob("ImageSets/*/*.txt")]:
+        path.write_text("".join(f"a {line}  1\n" for line in path.read_text().split()))
+    (voc / "image_ids.json").unlink(missing_ok=True)
+    again = import_data(voc, tmp_path / "z")
+    assert {split: count.images for split, count in again.splits.items()} == {"train": 1, "val": 1}
+    assert sum(count.masks for count in again.splits.values()) == 2

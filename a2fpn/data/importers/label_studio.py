@@ -61,9 +61,7 @@ class LabelStudioImporter(JsonImporter):
         given = list_of(task.get("annotations"), "annotations")
         done = [a for a in given if not self.flag(a.get("was_cancelled"), "was_cancelled")]
         if file is not None and not done:
-            self.log.note(
-                "tasks without a submitted annotation: images without labels"
-            )
+            self.log.note("tasks without a submitted annotation: images without labels")
             return None
         size = self.claim(file, used, path, named=names[0], place=place)
         if file is None or size is None:

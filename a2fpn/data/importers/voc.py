@@ -25,6 +25,7 @@ from a2fpn.masks.rle import encode_masks
 
 _MASKS = frozenset(("segmentationobject", "segmentationclass"))
 _VOID = 255
+_PRESENCE = re.compile(r"\s+-?[01]$")  # of a class, behind the stem in lists of classes
 
 
 @register_importer("voc")
@@ -43,7 +44,8 @@ class VocImporter(Importer):
         self.total = len(self.paths)
         self.images = ImageIndex(self.root, _MASKS)
         masks = next(iter(folders_named(self.root, "SegmentationObject")), None)
-        self.masks = {_key(path, masks): path for path in sorted(masks.rglob("*.png"))} if masks is not None else {}
+        found = [(masks, path) for path in sorted(masks.rglob("*"))] if masks is not None else []
+        self.masks = {_key(path, root): path for root, path in found if path.suffix.lower() == ".png"}
         self.splits = self._split_lists()
 
     def read(self) -> Iterator[LabeledImage]:
@@ -68,8 +70,8 @@ class VocImporter(Importer):
         for path in sorted(p for lists in folders_named(self.root, "ImageSets") for p in lists.glob("*/*.txt")):
             if path.stem in ("train", "val", "test"):
                 for line in read_text(path).splitlines():
-                    if line.split():
-                        splits.setdefault(line.split()[0], path.stem)
+                    if stem := _PRESENCE.sub("", line.strip()):
+                        splits.setdefault(stem, path.stem)
         return splits
 
     def _image(self, path: Path, used: set[Path]) -> LabeledImage | None:
