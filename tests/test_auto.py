@@ -88,8 +88,8 @@ def test_images_are_resized_as_their_objects_ask_for(tmp_path: Path, images: Any
     [
         (416, 24, CPU, 416),  # as it is
         (400, 20, CPU, 480),  # 24 pixels
-        (400, 12, CPU, 512),  # twice would be 800: the limit of a CPU
-        (400, 12, GPU, 800),
+        (400, 12, CPU, 800),
+        (500, 12, GPU, 800),  # twice would be 1000
         (100, 4, GPU, 288),  # three times
         (1000, 240, GPU, 384),  # a tenth would do, but shows less
         (300, 240, GPU, 288),

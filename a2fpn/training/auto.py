@@ -75,7 +75,7 @@ class Machine:
 
 
 GPU = Machine("a GPU", 800, 512, 8, 12_000, 1000)
-CPU = Machine("a CPU", 512, 320, 2, 2_000, 300)
+CPU = Machine("a CPU", 800, 320, 2, 2_000, 300)
 
 
 @dataclass(frozen=True)
@@ -165,8 +165,12 @@ def _model(look: Look, machine: Machine, given: Collection[str]) -> Iterator[Cho
         yield Choice("model.pretrained", True, "COCO weights transfer better to photos than ImageNet's")
     else:
         yield Choice("model.name", f"{detector}_fpn_lite0", f"{why}; the smallest backbone and neck")
+        yield Choice("model.overrides.roi_aligned", True, "the heads start anew: no shift by half a pixel to keep")
         if "model.backbone_weights" not in given:
             yield Choice("model.pretrained_backbone", True, "training a backbone from scratch needs many more images")
+    if detector == "maskrcnn":
+        reason = "the AP of small masks is decided at their boundaries"
+        yield Choice("model.overrides.mask_boundary_weight", 2.0, reason)
     few = len(look.counts) < _FEW
     if few:
         reason = f"{len(look.counts)} images are too few to fine-tune the backbone's first stages"
