@@ -428,7 +428,7 @@ def test_a_run_folder_says_where_its_checkpoints_are(model: a2fpn.Detector, tmp_
     with pytest.raises(ValueError, match=r"checkpoints are in best and last: .*best"):
         a2fpn.from_pretrained(tmp_path / "run")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"it has no config\.json\. Names of models with weights: a2fpn list --pretrained\.$"):
+    with pytest.raises(ValueError, match=r"it has no config\.json\. Names of models with weights: a2fpn list"):
         a2fpn.from_pretrained(tmp_path / "empty")
     with pytest.raises(ValueError, match=r"give its folder, '.*best'"):
         a2fpn.from_pretrained(tmp_path / "run" / "best" / "model.safetensors")
