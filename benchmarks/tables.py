@@ -288,12 +288,20 @@ def auto_recipe(lines: Sequence[Mapping[str, Any]]) -> str:
     for line in lines:
         auto, hand = (line[side] for side in ("auto", "hand"))
         recipe = line["settings"]["hand"][0].removesuffix(".yaml")
-        taken = f"{max(auto['train_seconds'], hand['train_seconds']) / 60:.0f}"
+        minutes = [f"{side['train_seconds'] / 60:.0f}" for side in (auto, hand)]
         ap = [100 * side["segm/ap"] for side in (auto, hand)]
         difference = f"{ap[0] - ap[1]:+.1f}"
         steps = [f"{side['steps']:,}" for side in (auto, hand)]
-        rows.append((line["data"], taken, f"{ap[0]:.1f}", f"{ap[1]:.1f}", difference, *steps, f"`{recipe}`"))
-    columns = ("data", "min", "`auto`", "by hand", "difference", "steps of `auto`", "by hand", "recipe by hand")
+        rows.append(
+            (
+                line["data"],
+                *(f"{x:.1f}" for x in ap),
+                difference,
+                *map(" in ".join, zip(steps, minutes, strict=True)),
+                f"`{recipe}`",
+            )
+        )
+    columns = ("data", "`auto`", "by hand", "difference", "steps of `auto` in minutes", "by hand", "recipe by hand")
     commits = ", ".join(dict.fromkeys(f"`{line['commit'][:12]}`" for line in lines))
     return f"{markdown(columns, rows)}\n\nMask AP in %, one run per side on one CPU thread; commit {commits}."
 

@@ -66,6 +66,14 @@ def test_objects_decide_the_detector_not_crowds(tmp_path: Path, fields: dict[str
     assert chosen(data)["model.name"].startswith("fasterrcnn_")
 
 
+@pytest.mark.parametrize("given", ["model.name", "model.pretrained"])
+def test_a_model_with_weights_keeps_the_alignment_that_it_was_trained_with(tmp_path: Path, given: str) -> None:
+    data = write(tmp_path, [(400, 400)], [[(30, 30)]])
+    assert chosen(data)["model.overrides.roi_aligned"] is True
+    assert "model.overrides.roi_aligned" not in chosen(data, given=[given])
+    assert "model.overrides.roi_aligned" not in chosen(data, GPU)
+
+
 def test_a_tiny_image_keeps_a_valid_size(tmp_path: Path) -> None:
     values = chosen(write(tmp_path, [(4, 9)], [[(3, 3)]]))
     assert 1 <= values["model.overrides.min_size"] <= values["model.overrides.max_size"]

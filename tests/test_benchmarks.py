@@ -21,6 +21,14 @@ from benchmarks import _nuclei, auto_recipe, dense, evaluation, inference, label
 from tests.coco_data import write_coco
 
 
+def write_splits(root):
+    """Write four images, which both splits list."""
+    _, annotations = write_coco(root, images=4)
+    (root / "annotations").mkdir()
+    for part in ("val", "train"):
+        (root / "annotations" / f"instances_{part}.json").write_bytes(annotations.read_bytes())
+
+
 @pytest.mark.slow
 def test_inference_compares_equal_outputs_and_prints_ratios(capsys):
     inference.main(quick=True)
@@ -84,10 +92,7 @@ def test_loader_prints_how_much_faster_it_is_and_how_masks_differ(tmp_path, caps
 
 @pytest.mark.slow
 def test_the_label_curve_trains_either_side_on_the_same_images(tmp_path, capsys):
-    _, annotations = write_coco(tmp_path, images=4)
-    (tmp_path / "annotations").mkdir()
-    for part in ("val", "train"):
-        (tmp_path / "annotations" / f"instances_{part}.json").write_bytes(annotations.read_bytes())
+    write_splits(tmp_path)
     records = tmp_path / "records.jsonl"
     for side in ("a2fpn", "torchvision"):
         label_curve.main(tmp_path, images=3, side=side, batch=2, workers=0, device="cpu", records=records, quick=True)
@@ -101,10 +106,7 @@ def test_the_label_curve_trains_either_side_on_the_same_images(tmp_path, capsys)
 
 @pytest.mark.slow
 def test_the_automatic_recipe_trains_beside_one_by_hand(tmp_path, capsys):
-    _, annotations = write_coco(tmp_path, images=4)
-    (tmp_path / "annotations").mkdir()
-    for part in ("val", "train"):
-        (tmp_path / "annotations" / f"instances_{part}.json").write_bytes(annotations.read_bytes())
+    write_splits(tmp_path)
     weights = tmp_path / "lite0.safetensors"
     save_file(timm.create_model("tf_efficientnet_lite0").state_dict(), weights)
     with pytest.raises(typer.BadParameter, match="--hand names the recipe to compare with; one is known for nuclei,"):

@@ -1,4 +1,4 @@
-"""COCO files that are damaged or unusual, on import."""
+"""COCO files that are damaged or unusual, on import; what import and convert say of the folders that they find."""
 
 import json
 import re
@@ -102,7 +102,7 @@ def test_categories_of_one_name_are_merged_and_noted(tmp_path: Path) -> None:
     twice = [{"id": 1, "name": "cat"}, {"id": 2, "name": "cat"}]
     objects = [one(), one(id=2, category_id=2, bbox=[8, 8, 9, 9])]
     report = import_data(write(tmp_path / "x", categories=twice, annotations=objects), tmp_path / "y")
-    assert report.notes == {"categories named 'cat' like another one, merged": 1}
+    assert report.notes == {"classes with the name of another, merged with it": 1}
     assert imported(tmp_path / "y")["categories"] == twice[:1]
     assert [raw["category_id"] for raw in imported(tmp_path / "y")["annotations"]] == [1, 1]
 

@@ -104,7 +104,7 @@ def test_the_command_leaves_links_a_table_and_a_grid(
     assert "is not empty" in capsys.readouterr().err
     more = {"images": [{"id": 1, "file_name": names[0], "height": 48, "width": 64}], "annotations": []}
     (tmp_path / "more.json").write_text(json.dumps({**more, "categories": [{"id": 1, "name": "object"}]}))
-    (tmp_path / "picked" / "images" / "mine.txt").write_text("kept")
+    (tmp_path / "picked" / "images" / "mine.txt").symlink_to(tmp_path / "more.json")  # such as those of an import
     with pytest.raises(SystemExit, match="0"):
         main([*arguments, "--labeled", str(tmp_path / "more.json"), "--overwrite"])
     again = {path.name for path in (tmp_path / "picked" / "images").iterdir()} - {"mine.txt"}

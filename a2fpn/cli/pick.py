@@ -14,6 +14,7 @@ from a2fpn.cli.format import progress_bar
 from a2fpn.cli.options import Device, Model, Output, Tile, build_predictor, load_detector
 from a2fpn.errors import ConfigError
 
+_TABLE = "picked.csv"
 _SHOWN = 0.3  # score from which an object is drawn: the unsure ones are what matters
 
 
@@ -68,11 +69,14 @@ def pick(
 
         picked = pick_images(predictor, rest, number, labeled=known, track=track)
     (output / "images").mkdir(parents=True, exist_ok=True)
-    for link in filter(Path.is_symlink, (output / "images").iterdir()):
-        link.unlink()  # of the picks before
+    if (output / _TABLE).is_file():  # of the picks before; other links in the folder are not ours
+        with (output / _TABLE).open(encoding="utf-8", newline="") as file:
+            links = [output / "images" / Path(row.get("image") or "").name for row in csv.DictReader(file)]
+        for link in filter(Path.is_symlink, links):
+            link.unlink()
     for one in picked:
         place(one.path, output / "images" / one.path.name, "link")
-    with (output / "picked.csv").open("w", encoding="utf-8", newline="") as file:
+    with (output / _TABLE).open("w", encoding="utf-8", newline="") as file:
         table = csv.writer(file)
         table.writerow(["image", "uncertainty", "distance", "objects"])
         for one in picked:

@@ -165,7 +165,8 @@ def _model(look: Look, machine: Machine, given: Collection[str]) -> Iterator[Cho
         yield Choice("model.pretrained", True, "COCO weights transfer better to photos than ImageNet's")
     else:
         yield Choice("model.name", f"{detector}_fpn_lite0", f"{why}; the smallest backbone and neck")
-        yield Choice("model.overrides.roi_aligned", True, "the heads start anew: no shift by half a pixel to keep")
+        if not {"model.name", "model.pretrained"} & set(given):
+            yield Choice("model.overrides.roi_aligned", True, "the heads start anew: no shift by half a pixel to keep")
         if "model.backbone_weights" not in given:
             yield Choice("model.pretrained_backbone", True, "training a backbone from scratch needs many more images")
     if detector == "maskrcnn":

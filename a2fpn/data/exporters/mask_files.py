@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import glob
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +26,9 @@ class MaskFileExporter(Exporter):
         split = self.split_of(image)
         unit = self.output.joinpath(split, self.unique(name.with_suffix("").as_posix(), f"units/{split}"))
         for part in ("images", "masks"):
-            shutil.rmtree(unit / part, ignore_errors=True)  # of an earlier conversion
-            (unit / part).mkdir(parents=True)
+            (unit / part).mkdir(parents=True, exist_ok=True)
+        for mask in (unit / "masks").rglob(f"{glob.escape(name.stem)}_{'[0-9]' * 5}.png"):
+            mask.unlink()  # of an earlier conversion
         if image.path is not None:
             place(image.path, unit / "images" / name.name, self.options.images or "link")
         for number, labeled in enumerate(image.objects, 1):

@@ -6,10 +6,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from a2fpn.data.annotation_table import crowd_flag
 from a2fpn.data.document import is_whole
 from a2fpn.data.images import image_path
-from a2fpn.data.importers.base import JsonImporter, register_importer
+from a2fpn.data.importers.base import FAULTS, JsonImporter, register_importer
 from a2fpn.data.importers.files import read_json
 from a2fpn.data.importers.folder import Folder
 from a2fpn.data.labeled import CategoryInfo, LabeledImage, LabeledObject, split_name
@@ -56,27 +55,23 @@ class CocoImporter(JsonImporter):
         for raw in data["categories"]:
             try:
                 info = CategoryInfo.from_coco(raw)
-            except (KeyError, TypeError, ValueError, OverflowError):
+            except FAULTS:
                 info = CategoryInfo("")
             if not info.name or not is_whole(info.id):
                 raise DataError(f"{path}: a category needs an integer id and a name, got {str(raw)[:80]}.")
             if info.id in infos:
                 raise DataError(f"{path}: category {info.id} is listed twice; ids must be unique.")
             infos[info.id] = info
-            if any(info.name == known.name for known in self.categories):
-                if info.name in [other.name for key, other in infos.items() if key != info.id]:
-                    self.log.note(f"categories named {info.name!r} like another one, merged")
-                continue
-            self.categories.append(info)
+        known = {info.name for info in self.categories}  # of other files
+        self.categories += [info for info in infos.values() if info.name not in known]
         objects: dict[Any, list[LabeledObject]] = {}
         for number, raw in enumerate(data["annotations"]):
             place = f"annotation {raw.get('id', number) if isinstance(raw, Mapping) else number}"
             try:
-                labeled = _object(raw, infos, place)
+                labeled = self._object(raw, infos, place)
                 objects.setdefault(raw["image_id"], []).append(labeled)
-            except (KeyError, TypeError, ValueError, OverflowError) as error:
-                reason = f"it lacks {error.args[0]}" if isinstance(error, KeyError) else str(error)
-                self.log.add("bad-annotation", path, f"{reason}; skipped", place=place)
+            except FAULTS as error:
+                self.skip("bad-annotation", path, error, place)
         split = split_name(path.stem.partition(".")[0]) or split_name(path.parent.name)
         near = path.parent if path.parent != self.root and path.parent.name != "annotations" else None
         for raw in data["images"]:
@@ -100,7 +95,7 @@ class CocoImporter(JsonImporter):
             image_id, named = raw["id"], str(raw["file_name"])
             size = int(raw["height"]), int(raw["width"])
             found = objects.pop(image_id, [])
-        except (KeyError, TypeError, ValueError, OverflowError):
+        except FAULTS:
             detail = f"an image needs id, file_name, height and width, got {str(raw)[:80]}"
             self.log.add("bad-image", path, detail)
             return None
@@ -122,30 +117,29 @@ class CocoImporter(JsonImporter):
             name, _ = self.images.name_and_split(file)
         return LabeledImage(file, name, *size, found, split, str(path), image_id if is_whole(image_id) else None)
 
-
-def _object(raw: Any, infos: Mapping[int, CategoryInfo], place: str) -> LabeledObject:
-    for key in ("image_id", "category_id"):
-        if isinstance(raw[key], (list, dict)):
-            raise ValueError(f"its {key} must be an integer, got {raw[key]}")
-    category = raw["category_id"]
-    if category not in infos:
-        raise ValueError(f"its category {category} is not in the file")
-    box = _numbers(raw, "bbox")
-    if len(box) not in (0, 4):
-        raise ValueError(f"its bbox needs x, y, width and height, got {len(box)} numbers")
-    segmentation = raw.get("segmentation") or None
-    if isinstance(segmentation, list) and isinstance(segmentation[0], (int, float)):
-        segmentation = [segmentation]  # a single polygon without its list
-    score = raw.get("score")
-    return LabeledObject(
-        infos[category].name,
-        (box[0], box[1], box[2], box[3]) if box else None,
-        segmentation,
-        bool(crowd_flag(raw.get("iscrowd"))),
-        _numbers(raw, "keypoints"),
-        None if score is None else float(score),
-        place,
-    )
+    def _object(self, raw: Any, infos: Mapping[int, CategoryInfo], place: str) -> LabeledObject:
+        for key in ("image_id", "category_id"):
+            if isinstance(raw[key], (list, dict)):
+                raise ValueError(f"its {key} must be an integer, got {raw[key]}")
+        category = raw["category_id"]
+        if category not in infos:
+            raise ValueError(f"its category {category} is not in the file")
+        box = _numbers(raw, "bbox")
+        if len(box) not in (0, 4):
+            raise ValueError(f"its bbox needs x, y, width and height, got {len(box)} numbers")
+        segmentation = raw.get("segmentation") or None
+        if isinstance(segmentation, list) and isinstance(segmentation[0], (int, float)):
+            segmentation = [segmentation]  # a single polygon without its list
+        score = raw.get("score")
+        return LabeledObject(
+            infos[category].name,
+            (box[0], box[1], box[2], box[3]) if box else None,
+            segmentation,
+            self.flag(raw.get("iscrowd")),
+            _numbers(raw, "keypoints"),
+            None if score is None else float(score),
+            place,
+        )
 
 
 def _numbers(raw: Any, key: str) -> tuple[float, ...]:
