@@ -110,6 +110,25 @@ def test_images_are_as_large_as_their_objects_need(
     assert overrides(chosen(data, machine))["min_size"] == expected
 
 
+@pytest.mark.parametrize(
+    ("machine", "longest", "holders", "crop"),
+    [
+        (CPU, 24, 3, 320),
+        (CPU, 320, 3, 320),
+        (CPU, 321, 3, 352),
+        (CPU, 321, 1, 320),  # one of forty
+        (CPU, 700, 3, 512),
+        (GPU, 500, 3, 512),
+        (GPU, 700, 3, 704),
+    ],
+)
+def test_crops_hold_most_objects(tmp_path: Path, machine: Machine, longest: int, holders: int, crop: int) -> None:
+    objects: list[Box] = [(24, 24)] * (40 - holders) + [(24, longest)] * holders
+    values = chosen(write(tmp_path, [(800, 800)] * 2, [objects, [(24, 24)]]), machine)
+    assert overrides(values)["min_size"] == 800
+    assert values["data.transforms.crop_size"] == crop
+
+
 def test_anchors_fit_the_objects_after_resizing(tmp_path: Path) -> None:
     squares = overrides(chosen(write(tmp_path / "a", [(416, 416)], [[(24, 24), (24, 24), (48, 48), (96, 96)]])))
     assert squares["min_size"] == 416

@@ -22,6 +22,7 @@ from a2fpn.data.check.sizes import covered
 from a2fpn.errors import ConfigError
 from a2fpn.training.config import DataSection
 
+_WHOLE = 0.95  # share of the objects that fit in a training crop
 _CELLS = 6  # target size of the lower quartile of objects, in pixels of the finest map (stride 4)
 _ENLARGED = 3.0  # maximum upscaling of images
 _LEAST_SIDE = 384  # short side in pixels below which images are never shrunk
@@ -61,6 +62,7 @@ class Machine:
         name: Display name.
         short_side: Maximum short side of an image, pixels.
         crop: Side of training crops, pixels.
+        largest_crop: Side of training crops for large objects.
         batch: Images per step.
         seen: Minimum number of images seen in a training run, however small the data set.
         proposals: Minimum number of proposals per image in training.
@@ -69,13 +71,14 @@ class Machine:
     name: str
     short_side: int
     crop: int
+    largest_crop: int
     batch: int
     seen: int
     proposals: int
 
 
-GPU = Machine("a GPU", 800, 512, 8, 12_000, 1000)
-CPU = Machine("a CPU", 800, 320, 2, 2_000, 300)
+GPU = Machine("a GPU", 800, 512, 800, 8, 12_000, 1000)
+CPU = Machine("a CPU", 800, 320, 512, 2, 2_000, 300)
 
 
 @dataclass(frozen=True)
@@ -214,14 +217,18 @@ def _sizes(look: Look, machine: Machine) -> Iterator[Choice]:
         reason += f"; this is {limit}"
     yield Choice("model.overrides.min_size", min_size, reason)
     yield Choice("model.overrides.max_size", max_size, "fits the long sides of images at that size")
-    if max_size > machine.crop:
-        reason = f"training on crops of {machine.crop} pixels takes the same time however large images are"
-        yield Choice("data.transforms.crop_size", machine.crop, reason)
-
     if kind == "shortest_edge":
         scales = np.repeat(min_size / look.shorts, look.counts)
     else:
         scales = np.repeat(np.maximum(1.0, min_size / look.shorts), look.counts)
+    large = float(np.quantile(look.sides.max(1) * scales, _WHOLE))
+    crop = min(max(machine.crop, 32 * math.ceil(large / 32)), machine.largest_crop)
+    if max_size > crop:
+        reason = f"training on crops of {crop} pixels takes the same time however large images are"
+        if crop > machine.crop:
+            reason += f"; smaller ones would cut objects, {1 - _WHOLE:.0%} of which are longer than {large:.0f}"
+        yield Choice("data.transforms.crop_size", crop, reason)
+
     shown = (look.sides * scales[:, None])[:: -(-len(look.sides) // 5000)]
     usual, more = (max(_fit(shown, base, ratios) for base in _BASES) for ratios in _RATIOS)
     wide = more[0] > usual[0] + _GAIN
