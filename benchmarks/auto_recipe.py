@@ -65,13 +65,11 @@ def main(
     recipe = [hand] if hand else [*HAND.get(data.name, ())]
     if not recipe:
         raise typer.BadParameter(f"--hand names the recipe to compare with; one is known for {', '.join(HAND)}.")
-    arguments = {
-        "auto": ["--config", "auto"],
-        "hand": ["--config", *recipe, "model.pretrained=false", *(settings or ())],  # some start from a checkpoint
-    }
+    arguments = {"auto": ["--config", "auto"], "hand": ["--config", *recipe, *(settings or ())]}
     common = [
         f"data.root={data.resolve()}",
         f"model.backbone_weights={backbone_weights.resolve()}",
+        "model.pretrained=false",
         "model.pretrained_backbone=false",
         "data.workers=0",
         "data.check_images=0",

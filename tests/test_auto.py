@@ -43,8 +43,9 @@ def write(
     return DataSection(root=str(root))
 
 
-def chosen(data: DataSection, machine: Machine = CPU, given: Sequence[str] = ()) -> dict[str, Any]:
-    return {choice.setting: choice.value for choice in choose(data, given=given, machine=machine)}
+def chosen(data: DataSection, machine: Machine = CPU, **given: Any) -> dict[str, Any]:
+    settings = {name.replace("__", "."): value for name, value in given.items()}
+    return {choice.setting: choice.value for choice in choose(data, given=settings, machine=machine)}
 
 
 def overrides(values: dict[str, Any]) -> dict[str, Any]:
@@ -66,11 +67,12 @@ def test_objects_decide_the_detector_not_crowds(tmp_path: Path, fields: dict[str
     assert chosen(data)["model.name"].startswith("fasterrcnn_")
 
 
-@pytest.mark.parametrize("given", ["model.name", "model.pretrained"])
-def test_a_model_with_weights_keeps_the_alignment_that_it_was_trained_with(tmp_path: Path, given: str) -> None:
+def test_a_model_with_weights_keeps_the_alignment_that_it_was_trained_with(tmp_path: Path) -> None:
     data = write(tmp_path, [(400, 400)], [[(30, 30)]])
-    assert chosen(data)["model.overrides.roi_aligned"] is True
-    assert "model.overrides.roi_aligned" not in chosen(data, given=[given])
+    for values in (chosen(data), chosen(data, model__pretrained=False)):
+        assert values["model.overrides.roi_aligned"] is True
+    for values in (chosen(data, model__name="maskrcnn_fpn_r50"), chosen(data, model__pretrained=True)):
+        assert "model.overrides.roi_aligned" not in values
     assert "model.overrides.roi_aligned" not in chosen(data, GPU)
 
 
@@ -186,10 +188,32 @@ def test_a_run_is_as_long_as_it_has_images(tmp_path: Path, images: int, seen: in
 
 def test_what_is_given_is_not_chosen(tmp_path: Path) -> None:
     data = write(tmp_path, [(400, 400)], [[(30, 30)]])
-    values = chosen(data, GPU, given=["model.name", "model.overrides.min_size"])
+    values = chosen(data, GPU, model__name="maskrcnn_fpn_r50", model__overrides__min_size=640)
     assert not {"model.name", "model.overrides.min_size", "model.pretrained"} & values.keys()
     assert values["model.pretrained_backbone"] is True
-    assert "model.pretrained_backbone" not in chosen(data, GPU, given=["model.backbone_weights"])
+    assert "model.pretrained_backbone" not in chosen(data, GPU, model__backbone_weights="x")
+
+
+def test_the_rest_fits_what_is_given(tmp_path: Path) -> None:
+    data = write(tmp_path, [(400, 400)] * 100, [[(24, 24)], *[[]] * 99])
+    usual = chosen(data)
+    assert usual["run.epochs"] * 50 * usual["data.passes"] == 1200
+    assert usual["optim.warmup_steps"] == 60
+    assert usual["model.overrides.anchor_sizes"][0] == [24]
+    assert chosen(data, run__max_steps=800)["optim.warmup_steps"] == 40
+    assert "run.epochs" not in chosen(data, run__max_steps=800)
+    assert chosen(data, run__max_steps=8)["optim.warmup_steps"] == 2
+    assert chosen(data, run__max_steps=100_000)["optim.warmup_steps"] == 200
+    assert chosen(data, data__batch_size=1)["optim.warmup_steps"] == 120
+    assert chosen(data, run__epochs=24)["optim.warmup_steps"] == 120
+    halved = chosen(data, model__overrides__min_size=200)
+    assert halved["model.overrides.anchor_sizes"][0] == [12]
+    assert halved["model.overrides.max_size"] == 352
+    assert chosen(data, model__overrides__max_size=200)["model.overrides.anchor_sizes"][0] == [12]
+    assert chosen(data, model__overrides__resize="none")["model.overrides.anchor_sizes"][0] == [24]
+    assert chosen(data, model__overrides__detections_per_image=300)["run.max_detections"] == 300
+    wrong = chosen(data, model__overrides__min_size="large", run__max_steps=None, data__batch_size=[2])
+    assert wrong["optim.warmup_steps"] == 60  # the validation names them
 
 
 def test_every_choice_has_its_reason_and_is_a_setting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -198,7 +222,7 @@ def test_every_choice_has_its_reason_and_is_a_setting(tmp_path: Path, capsys: py
     assert main([*arguments, "--print_config"]) == 0
     out, err = capsys.readouterr()
     config = yaml.safe_load(out)
-    choices = choose(data, given=["optim.lr"])
+    choices = choose(data, given={"optim.lr": 0.25})
     assert [line for line in err.splitlines() if line.startswith("auto: ")] == [f"auto: {c}" for c in choices]
     assert all(len(choice.reason.split()) > 2 for choice in choices)
     assert config["optim"]["lr"] == 0.25

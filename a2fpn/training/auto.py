@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -34,6 +35,8 @@ _RATIOS = ((0.5, 1.0, 2.0), (0.25, 0.5, 1.0, 2.0, 4.0))
 _GAIN = 0.05  # minimum additional share of objects that more ratios must fit
 _FEW = 100  # images below which the backbone's first stages stay frozen
 _EVALUATIONS = 12
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+_Value = TypeVar("_Value", int, str)
 
 
 @dataclass(frozen=True)
@@ -134,12 +137,12 @@ class Look:
         )
 
 
-def choose(data: DataSection, *, given: Collection[str] = (), machine: Machine | None = None) -> list[Choice]:
+def choose(data: DataSection, *, given: Mapping[str, Any] = _NOTHING, machine: Machine | None = None) -> list[Choice]:
     """Choose settings for a data set.
 
     Args:
         data: The data set, in COCO format.
-        given: Names of settings that are already decided and not chosen.
+        given: Settings that are already decided, by name; the others are chosen to fit them.
         machine: The device's limits; None detects the device.
 
     Raises:
@@ -152,11 +155,18 @@ def choose(data: DataSection, *, given: Collection[str] = (), machine: Machine |
         on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "y", "on")
         machine = GPU if torch.cuda.is_available() and not on_cpu else CPU
     look = Look.at(Path(data.root) / data.train_annotations)
-    choices = [*_model(look, machine, given), *_sizes(look, machine), *_objects(look, machine), *_length(look, machine)]
+    parts = (_model, _sizes, _objects, _length)
+    choices = [choice for part in parts for choice in part(look, machine, given)]
     return [choice for choice in choices if choice.setting not in given]
 
 
-def _model(look: Look, machine: Machine, given: Collection[str]) -> Iterator[Choice]:
+def _decided(given: Mapping[str, Any], name: str, chosen: _Value) -> _Value:
+    """Return a given setting, or else the chosen one; a value of another type is left to the validation."""
+    value = given.get(name)
+    return value if isinstance(value, type(chosen)) and value else chosen
+
+
+def _model(look: Look, machine: Machine, given: Mapping[str, Any]) -> Iterator[Choice]:
     detector, why = "fasterrcnn", "the objects have boxes only"
     if look.has_keypoints:
         detector, why = "keypointrcnn", "the objects have keypoints"
@@ -168,7 +178,7 @@ def _model(look: Look, machine: Machine, given: Collection[str]) -> Iterator[Cho
         yield Choice("model.pretrained", True, "COCO weights transfer better to photos than ImageNet's")
     else:
         yield Choice("model.name", f"{detector}_fpn_lite0", f"{why}; the smallest backbone and neck")
-        if not {"model.name", "model.pretrained"} & set(given):
+        if "model.name" not in given and not given.get("model.pretrained"):
             yield Choice("model.overrides.roi_aligned", True, "the heads start anew: no shift by half a pixel to keep")
         if "model.backbone_weights" not in given:
             yield Choice("model.pretrained_backbone", True, "training a backbone from scratch needs many more images")
@@ -187,7 +197,7 @@ def _model(look: Look, machine: Machine, given: Collection[str]) -> Iterator[Cho
     yield Choice("data.transforms.color_jitter", strength, "few images vary too little" if few else "usual")
 
 
-def _sizes(look: Look, machine: Machine) -> Iterator[Choice]:
+def _sizes(look: Look, machine: Machine, given: Mapping[str, Any]) -> Iterator[Choice]:
     """Choose the resize rule, input size, crop and anchors."""
     sizes = np.sqrt(look.sides.prod(1))
     absolute, relative = float(np.log(sizes).std()), float(np.log(look.relative).std())
@@ -196,7 +206,8 @@ def _sizes(look: Look, machine: Machine) -> Iterator[Choice]:
     least = min(1.0, _LEAST_SIDE / short)
     factor = max(least, min(wanted, _ENLARGED, machine.short_side / short))
     min_size = 32 * max(1, round(short * factor / 32))
-    max_size = 32 * math.ceil(max(1.67, float(np.median(look.longs / look.shorts))) * min_size / 32)
+    long = max(1.67, float(np.median(look.longs / look.shorts)))
+    max_size = 32 * math.ceil(long * _decided(given, "model.overrides.min_size", min_size) / 32)
     low, high = np.quantile(look.shorts, (0.05, 0.95))
     vary = f"sizes of objects vary by {absolute:.2f} (of their logarithm) in pixels and by {relative:.2f} beside their "
     vary += "images"
@@ -208,6 +219,7 @@ def _sizes(look: Look, machine: Machine) -> Iterator[Choice]:
     else:
         kind, reason = "shortest_edge", f"{vary}: large images show the same at a larger scale"
     yield Choice("model.overrides.resize", kind, reason)
+    kind = _decided(given, "model.overrides.resize", kind)
     reason = f"a quarter of the objects is below {quartile:.0f} pixels on images of {short:.0f}; target: "
     reason += f"{4 * _CELLS}"
     if factor > wanted:
@@ -216,11 +228,10 @@ def _sizes(look: Look, machine: Machine) -> Iterator[Choice]:
         limit = "three times the image's size" if factor == _ENLARGED else f"what {machine.name} can train in time"
         reason += f"; this is {limit}"
     yield Choice("model.overrides.min_size", min_size, reason)
+    min_size = _decided(given, "model.overrides.min_size", min_size)
     yield Choice("model.overrides.max_size", max_size, "fits the long sides of images at that size")
-    if kind == "shortest_edge":
-        scales = np.repeat(min_size / look.shorts, look.counts)
-    else:
-        scales = np.repeat(np.maximum(1.0, min_size / look.shorts), look.counts)
+    max_size = _decided(given, "model.overrides.max_size", max_size)
+    scales = np.repeat(_scales(look, kind, min_size, max_size), look.counts)
     large = float(np.quantile(look.sides.max(1) * scales, _WHOLE))
     crop = min(max(machine.crop, 32 * math.ceil(large / 32)), machine.largest_crop)
     if max_size > crop:
@@ -240,6 +251,14 @@ def _sizes(look: Look, machine: Machine) -> Iterator[Choice]:
         yield Choice("model.overrides.anchor_ratios", list(_RATIOS[1]), reason)
 
 
+def _scales(look: Look, kind: str, min_size: int, max_size: int) -> NDArray[np.float64]:
+    """Factors (N,) by which images are resized; see :class:`a2fpn.config.PreprocessConfig`."""
+    if kind == "none":
+        return np.ones_like(look.shorts)
+    factors = min_size / look.shorts
+    return np.minimum(np.maximum(factors, 1) if kind == "at_least" else factors, max_size / look.longs)
+
+
 def _fit(sides: NDArray[np.float64], base: int, ratios: tuple[float, ...]) -> tuple[float, float, int]:
     """Shares of boxes (K, 2) with an anchor at IoU 0.5, in steps of 1 %, and at the positives' 0.7; and the base."""
     anchors = _anchors(base)
@@ -250,12 +269,13 @@ def _anchors(base: int) -> list[list[int]]:
     return [[base << level] for level in range(_LEVELS)]
 
 
-def _objects(look: Look, machine: Machine) -> Iterator[Choice]:
+def _objects(look: Look, machine: Machine, given: Mapping[str, Any]) -> Iterator[Choice]:
     """Choose the limits of objects and proposals."""
     most, median = int(look.counts.max()), float(np.median(look.counts))
     detections = max(100, 100 * math.ceil(1.5 * most / 100))
     reason = f"an image holds up to {most} objects, 1.5 times as many are kept"
     yield Choice("model.overrides.detections_per_image", detections, reason)
+    detections = _decided(given, "model.overrides.detections_per_image", detections)
     yield Choice("run.max_detections", detections, "the evaluation counts as many")
     proposals = min(2000, max(machine.proposals, 4 * detections))
     for phase in ("train", "test"):
@@ -266,19 +286,21 @@ def _objects(look: Look, machine: Machine) -> Iterator[Choice]:
     yield Choice("model.overrides.box_batch_size", sample, f"a typical image holds {median:.0f} objects")
 
 
-def _length(look: Look, machine: Machine) -> Iterator[Choice]:
+def _length(look: Look, machine: Machine, given: Mapping[str, Any]) -> Iterator[Choice]:
     """Choose batch size, learning rate and length."""
     images = len(look.counts)
     batch = min(machine.batch, images)
     yield Choice("data.batch_size", batch, f"fits {machine.name}")
+    batch = _decided(given, "data.batch_size", batch)
     passes = max(_EVALUATIONS, round(machine.seen / images))
-    each = max(1, round(passes / _EVALUATIONS))
-    steps = _EVALUATIONS * -(-each * images // batch)
-    reason = (
-        f"{images:,} images are seen {_EVALUATIONS * each} times in {steps:,} steps, evaluated {_EVALUATIONS} times"
-    )
-    yield Choice("run.epochs", _EVALUATIONS, reason)
+    each = _decided(given, "data.passes", max(1, round(passes / _EVALUATIONS)))
+    evaluations = _decided(given, "run.epochs", _EVALUATIONS)
+    steps = _decided(given, "run.max_steps", evaluations * -(-each * images // batch))
+    reason = f"{images:,} images are seen {steps * batch / images:.3g} times in {steps:,} steps"
+    if "run.max_steps" not in given:
+        yield Choice("run.epochs", _EVALUATIONS, f"{reason}, evaluated {_EVALUATIONS} times")
     yield Choice("data.passes", each, "passes over the data per epoch")
-    yield Choice("optim.warmup_steps", min(200, max(20, steps // 20)), "a twentieth of the run, within 20 to 200 steps")
+    warmup = min(200, max(20, steps // 20), steps // 4)
+    yield Choice("optim.warmup_steps", warmup, f"a twentieth of {steps:,} steps, within 20 to 200")
     if machine is GPU:
         yield Choice("run.mixed_precision", "bf16", "a GPU is twice as fast in it, without loss of accuracy")

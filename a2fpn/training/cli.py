@@ -12,7 +12,7 @@ import re
 import sys
 import textwrap
 import types
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -160,7 +160,7 @@ def _joined(recipes: Iterable[Path], given: Iterable[tuple[str, Any]]) -> dict[s
     return settings
 
 
-def _chosen(settings: Mapping[str, Any], decided: Collection[str]) -> dict[str, Any]:
+def _chosen(settings: Mapping[str, Any], decided: Mapping[str, Any]) -> dict[str, Any]:
     """Add settings chosen from the data, and log the reasons."""
     from a2fpn.training.auto import choose
     from a2fpn.training.importing import import_folder
