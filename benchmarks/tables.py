@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -267,19 +268,22 @@ def neck_diagnostics(document: Mapping[str, Any]) -> str:
 
 def label_curve(lines: Sequence[Mapping[str, Any]]) -> str:
     """Return mask AP over labeled images, a side a column."""
+    seeds = sorted({line["seed"] for line in lines})
 
     def cell(side: str, images: int) -> str:
-        values = [100 * line["segm/ap"] for line in lines if (line["side"], line["images"]) == (side, images)]
-        return ", ".join(f"{value:.1f}" for value in values)
+        runs = {line["seed"]: line["segm/ap"] for line in lines if (line["side"], line["images"]) == (side, images)}
+        return ", ".join(f"{100 * runs[seed]:.1f}" if seed in runs else "–" for seed in seeds)
 
     sides = ("a2fpn", "torchvision")
     rows = [
         (str(images), *(cell(side, images) for side in sides)) for images in sorted({line["images"] for line in lines})
     ]
     headings = ("labeled images", "mask AP of `maskrcnn_fpn_lite0`", "torchvision, v2 heads")
-    first = lines[0]
-    note = f"{first['steps']} steps of {first['batch']} images, {first['device']}, commit `{first['commit'][:12]}`."
-    return f"{markdown(headings, rows)}\n\nOne number per run. {note}"
+    where = Counter(f"{line['device']} at commit `{line['commit'][:12]}`" for line in lines)
+    first, number = lines[0], ", ".join(map(str, seeds))
+    note = f"{first['steps']} steps of {first['batch']} images in bfloat16, seeds {number}; "
+    note += ", ".join(f"{count} runs on {device}" for device, count in where.items())
+    return f"{markdown(headings, rows)}\n\n{note}."
 
 
 def auto_recipe(lines: Sequence[Mapping[str, Any]]) -> str:

@@ -125,7 +125,7 @@ def test_images_are_as_large_as_their_objects_need(
     ],
 )
 def test_crops_hold_most_objects(tmp_path: Path, machine: Machine, longest: int, holders: int, crop: int) -> None:
-    objects: list[Box] = [(24, 24)] * (40 - holders) + [(24, longest)] * holders
+    objects = [(24.0, 24.0)] * (40 - holders) + [(24.0, float(longest))] * holders
     values = chosen(write(tmp_path, [(800, 800)] * 2, [objects, [(24, 24)]]), machine)
     assert overrides(values)["min_size"] == 800
     assert values["data.transforms.crop_size"] == crop
