@@ -214,6 +214,7 @@ def test_the_rest_fits_what_is_given(tmp_path: Path) -> None:
     assert chosen(data, model__overrides__detections_per_image=300)["run.max_detections"] == 300
     wrong = chosen(data, model__overrides__min_size="large", run__max_steps=None, data__batch_size=[2])
     assert wrong["optim.warmup_steps"] == 60  # the validation names them
+    assert wrong["run.epochs"] == 12
 
 
 def test_every_choice_has_its_reason_and_is_a_setting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -297,7 +297,7 @@ def _length(look: Look, machine: Machine, given: Mapping[str, Any]) -> Iterator[
     evaluations = _decided(given, "run.epochs", _EVALUATIONS)
     steps = _decided(given, "run.max_steps", evaluations * -(-each * images // batch))
     reason = f"{images:,} images are seen {steps * batch / images:.3g} times in {steps:,} steps"
-    if "run.max_steps" not in given:
+    if not given.get("run.max_steps"):
         yield Choice("run.epochs", _EVALUATIONS, f"{reason}, evaluated {_EVALUATIONS} times")
     yield Choice("data.passes", each, "passes over the data per epoch")
     warmup = min(200, max(20, steps // 20), steps // 4)
