@@ -47,14 +47,20 @@ def did_you_mean(name: str, known: Iterable[str], words: Mapping[str, str] = _NO
     return f"Known: {', '.join(known[:20])}{more}."
 
 
-def natural_key(name: str) -> list[int | str]:
+def natural_key(name: str) -> list[tuple[int, str]]:
     """Sort key under which ``r18`` comes before ``r101``.
 
     Example:
         >>> sorted(["r101", "r18"], key=natural_key)
         ['r18', 'r101']
     """
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+    text, *rest = re.split(r"(\d+)", name)
+    key = [(0, text)]
+    for digits, text in zip(rest[::2], rest[1::2], strict=True):
+        # Numbers as text: a name may have more digits than int() accepts.
+        number = digits.lstrip("0")
+        key += [(len(number), number), (0, text)]
+    return key
 
 
 class Registry(Generic[T]):

@@ -172,6 +172,7 @@ def test_no_file_is_written_outside_the_output(tmp_path: Path, name: str, split:
 @pytest.mark.parametrize("name", FORMATS)
 def test_any_class_has_a_folder_of_its_own(tmp_path: Path, name: str) -> None:
     names = ["mask", "no_mask", "..", ".", "a/b", "a_b", "a%2Fb", "images", "labels", "train", "a", "100%"]
+    names += [" a ", "\u2028x", "x" * 300, "x" * 299 + "y", "é" * 200]
     categories = [{"id": n, "name": text} for n, text in enumerate(names, 1)]
     files = [f"{n}.png" for n in range(len(names))] + ["a/0.png"]
     entries = [square(n, n) for n in range(1, len(names) + 1)]
@@ -182,6 +183,27 @@ def test_any_class_has_a_folder_of_its_own(tmp_path: Path, name: str) -> None:
         assert {raw["image_id"]: raw["category_id"] for raw in annotations(tmp_path / "y")} == {
             n: n for n in range(1, len(names) + 1)
         }
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("control", ["\0", "\x1f", "\r", "\ufffe"])
+def test_a_class_that_xml_cannot_hold_is_refused(tmp_path: Path, name: str, control: str) -> None:
+    root = small_set(tmp_path / "coco", ["1.png"], [square(1, 1)], [{"id": 1, "name": f"a{control}b"}])
+    if EXPORTERS[name].xml:
+        with pytest.raises(DataError, match=rf"^{name} can't hold the name 'a\\.*b', as XML has no such control"):
+            convert_data(root, tmp_path / "x", to=name)
+    else:
+        convert_data(root, tmp_path / "x", to=name)
+        assert import_data(tmp_path / "x", tmp_path / "y", format=name).categories == {1: f"a{control}b"}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_an_image_that_xml_cannot_name_is_renamed(tmp_path: Path, name: str) -> None:
+    root = small_set(tmp_path / "coco", ["a\x01.png", "a_.png"], [square(1, 1), square(2, 2)])
+    written = convert_data(root, tmp_path / "x", to=name)
+    assert written.counts.get("image-name", 0) == (2 if EXPORTERS[name].xml else 0)
+    back = import_data(tmp_path / "x", tmp_path / "y", format=name)
+    assert (back.images, back.annotations, back.counts) == (2, 2, {})
 
 
 @pytest.mark.parametrize("name", FORMATS)

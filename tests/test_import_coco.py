@@ -13,6 +13,7 @@ from a2fpn.errors import DataError
 
 SQUARE = [5, 5, 20, 5, 20, 20, 5, 20]
 IMAGES = [{"id": number, "file_name": f"{number}.png", "height": 30, "width": 40} for number in (1, 2)]
+POSE = {"id": 1, "name": "pose", "keypoints": ["a", "b"]}
 CATEGORIES = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
 
 
@@ -87,9 +88,12 @@ def test_damaged_images_are_counted(tmp_path: Path, image: dict[str, Any]) -> No
     ("categories", "message"),
     [
         ([*CATEGORIES, {"id": 2, "name": "cow"}], "category 2 is listed twice; ids must be unique"),
-        ([{"id": 2**70, "name": "cat"}], "a category needs an integer id and a name, got"),
-        ([{"id": 1, "name": ""}], "a category needs an integer id and a name, got"),
-        ([5], "a category needs an integer id and a name, got 5"),
+        ([{"id": 2**70, "name": "cat"}], "a category needs an integer id, a name and a skeleton of pairs, got"),
+        ([{"id": 1, "name": ""}], "a category needs an integer id, a name and a skeleton of pairs, got"),
+        ([5], "a category needs an integer id, a name and a skeleton of pairs, got 5"),
+        ([POSE | {"skeleton": [[1, 1e30]]}], "a skeleton of pairs, got"),
+        ([POSE | {"skeleton": [[1, -(10**400)]]}], "a skeleton of pairs, got"),
+        ([POSE | {"skeleton": [[1]]}], "a skeleton of pairs, got"),
         ([{"id": 1, "name": "\ud800"}], r"not valid JSON \(it has \\ud800, half of a character\)"),
     ],
 )

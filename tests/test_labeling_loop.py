@@ -1,8 +1,11 @@
 """From predictions to corrected labels to a better start: what programs open, and the loop that the docs show."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ import a2fpn
 from a2fpn.cli import main
 from a2fpn.config import Category
 from a2fpn.data import decode_rle, encode_masks, import_data, read_coco
+from a2fpn.errors import DataError
 from a2fpn.inference import Result
 from a2fpn.writers import write_results
 from a2fpn.writers.labeling import PROGRAMS
@@ -52,6 +56,8 @@ def result(path: Path, *, with_masks: bool = True) -> Result:
 def test_masks_come_back_from_what_programs_open(tmp_path: Path, program: str) -> None:
     (folder,) = write_results([result(tmp_path / "a.png")], tmp_path / "found", [program])
     assert folder == tmp_path / "found" / program
+    if program == "labelstudio":
+        submit(folder / "tasks.json")
     report = import_data(folder, tmp_path / "coco")
     coco = read_coco(tmp_path / "coco" / "annotations" / "instances_train.json")
     assert {c.id: c.name for c in coco.categories} == {3: "cell", 8: "two parts"}
@@ -60,6 +66,51 @@ def test_masks_come_back_from_what_programs_open(tmp_path: Path, program: str) -
     for plane, category in zip(masks()[:3], (3, 8, 3), strict=True):
         ious = [(mask & plane).sum() / (mask | plane).sum() for label, mask in found if label == category]
         assert max(ious) >= 0.95, program
+
+
+def submit(file: Path) -> None:
+    """Accept every prediction, as Label Studio does when a task is submitted."""
+    tasks = json.loads(file.read_text())
+    for task in tasks:
+        task["annotations"] = [{"result": task["predictions"][-1]["result"]}]
+    file.write_text(json.dumps(tasks))
+
+
+def test_predictions_count_as_labels_only_once_they_are_submitted(tmp_path: Path) -> None:
+    (folder,) = write_results([result(tmp_path / name) for name in ("a.png", "b.png")], tmp_path, ["labelstudio"])
+    tasks = json.loads((folder / "tasks.json").read_text())
+    assert [set(task) for task in tasks] == [{"id", "data", "predictions"}] * 2
+    (prediction,) = tasks[0]["predictions"]
+    assert prediction["score"] == pytest.approx(0.75)
+    assert [region["score"] for region in prediction["result"]] == pytest.approx([0.9, 0.8, 0.8, 0.7, 0.6])
+    with pytest.raises(DataError, match="no image was read"):
+        import_data(folder, tmp_path / "none")
+    tasks[1]["annotations"] = [{"result": prediction["result"][:1]}]
+    (folder / "tasks.json").write_text(json.dumps(tasks))
+    report = import_data(folder, tmp_path / "coco")
+    assert (report.images, report.annotations) == (1, 1)
+    assert report.notes["tasks without a submitted annotation: images without labels"] == 1
+
+
+def test_label_studio_finds_a_control_for_each_region(tmp_path: Path) -> None:
+    found = replace(result(tmp_path / "100%.png"), categories=(Category(3, 'a "cell" & <b>'), Category(8, "two parts")))
+    boxes = result(tmp_path / "b c.png", with_masks=False)
+    (folder,) = write_results([found, replace(boxes, categories=found.categories)], tmp_path, ["labelstudio"])
+    root = ElementTree.parse(folder / "labeling_config.xml").getroot()
+    controls = {control.attrib["name"]: control for control in root}
+    assert len(controls) == len(root)  # names must be unique
+    tasks = json.loads((folder / "tasks.json").read_text())
+    regions = [region for task in tasks for region in task["predictions"][0]["result"]]
+    assert {region["type"] for region in regions} == {"polygonlabels", "brushlabels", "rectanglelabels"}
+    for region in regions:
+        control = controls[region["from_name"]]
+        assert control.tag.lower() == region["type"]
+        assert control.attrib["toName"] == region["to_name"] == "image"
+        assert {label.attrib["value"] for label in control} >= set(region["value"][region["type"]])
+    prefix = "/data/local-files/?d="
+    paths = [folder / unquote(task["data"]["image"].removeprefix(prefix)) for task in tasks]
+    assert [path.name for path in paths] == ["100%.png", "b c.png"]
+    assert all(path.is_file() for path in paths)
 
 
 def test_masks_without_holes_are_polygons_to_be_edited(tmp_path: Path) -> None:

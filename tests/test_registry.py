@@ -1,7 +1,7 @@
 import fnmatch
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from a2fpn._registry import Registry, did_you_mean, match_names, natural_key
@@ -76,3 +76,16 @@ def test_matching_keeps_exactly_the_names_that_match(names: list[str], pattern: 
 @given(st.integers(0, 10**6), st.integers(0, 10**6))
 def test_numbers_in_names_sort_as_numbers(a: int, b: int) -> None:
     assert (natural_key(f"r{a}") < natural_key(f"r{b}")) == (a < b)
+
+
+@given(st.lists(st.text("019aA²٣ .-", max_size=6)))
+@example(["1²3", "²", "a²", "12"])
+@example(["9" * 5000, "10", "9" * 4999])
+def test_any_names_can_be_sorted(names: list[str]) -> None:
+    found = sorted(names, key=natural_key)
+    assert sorted(found) == sorted(names)
+    assert found == sorted(found, key=natural_key)
+
+
+def test_more_digits_than_a_number_may_have_sort_as_a_number() -> None:
+    assert sorted(["9" * 5000, "r", "10", "9" * 4999, "2"], key=natural_key) == ["2", "10", "9" * 4999, "9" * 5000, "r"]

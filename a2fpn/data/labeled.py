@@ -5,6 +5,7 @@ COCO is one format among others; every conversion goes through :class:`LabeledIm
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import operator
 import re
@@ -22,6 +23,8 @@ Box = tuple[float, float, float, float]
 
 _REMEMBERED = 10_000  # losses that are kept in detail; all are counted
 _SHOWN = 3  # examples of a kind in the summary
+_WHOLE_LIMIT = 2**53  # above it, JSON's numbers are not exact
+_LONGEST_FOLDER = 200  # bytes; file systems permit 255
 _NO_FOLDER = re.compile(r'^\.*\Z|[%/\\:*?"<>|\x00-\x1f]')
 
 
@@ -49,13 +52,20 @@ class CategoryInfo:
 
     @classmethod
     def from_coco(cls, raw: Mapping[str, Any]) -> CategoryInfo:
-        """Read an entry of ``categories``."""
+        """Read an entry of ``categories``.
+
+        Raises:
+            TypeError, ValueError, KeyError, OverflowError: If it is invalid.
+        """
+        skeleton = tuple((int(a), int(b)) for a, b in raw.get("skeleton") or ())
+        if any(abs(end) >= _WHOLE_LIMIT for edge in skeleton for end in edge):
+            raise ValueError("its skeleton has a number too large for a keypoint")
         return cls(
             str(raw["name"]),
             int(raw["id"]),
             str(raw.get("supercategory") or ""),
             tuple(map(str, raw.get("keypoints") or ())),
-            tuple((int(a), int(b)) for a, b in raw.get("skeleton") or ()),
+            skeleton,
         )
 
     def to_coco(self, category_id: int) -> dict[str, Any]:
@@ -217,13 +227,17 @@ def split_name(name: str) -> str:
 
 
 def folder_name(category: str) -> str:
-    """Return a class as the name of a folder, different for each class.
+    """Return a class as the name of a folder, different for each class; long names end in a digest.
 
     Example:
         >>> folder_name("stop sign"), folder_name("a/b"), folder_name("..")
         ('stop sign', 'a%2Fb', '%2E%2E')
     """
-    return _NO_FOLDER.sub(lambda found: "".join(f"%{ord(c):02X}" for c in found[0]) or "%", category)
+    name = _NO_FOLDER.sub(lambda found: "".join(f"%{ord(c):02X}" for c in found[0]) or "%", category)
+    if len(name.encode()) <= _LONGEST_FOLDER:
+        return name
+    start = name.encode()[: _LONGEST_FOLDER - 17].decode(errors="ignore")
+    return f"{start}%{hashlib.sha256(category.encode()).hexdigest()[:16]}"
 
 
 def polygon_box(polygons: Sequence[Sequence[float]]) -> Box:

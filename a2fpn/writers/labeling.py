@@ -58,7 +58,7 @@ def _writer(program: str) -> RunFormat:
             path,
             format=program,
             categories=infos,
-            options=ExportOptions(splits=False),
+            options=ExportOptions(predictions=True),
             overwrite=True,
         )
 

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +23,10 @@ from a2fpn.data.importers.folder import CATEGORIES_FILE, IDS_FILE, REPORT_FILE
 from a2fpn.data.importers.writer import Placing, check_output, place
 from a2fpn.data.labeled import Box, CategoryInfo, LabeledImage, LabeledObject, LossLog, folder_name, polygon_box
 from a2fpn.data.leftovers import file_states, untouched
+from a2fpn.errors import DataError
 
+# Carriage returns are valid, but read as line feeds.
+_NOT_XML = re.compile("[^\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _TOLERANCE = 1  # pixels by which a box may differ from its mask's and count as the same
 
 
@@ -32,11 +36,11 @@ class ExportOptions:
 
     Args:
         images: Whether images are linked or copied; None leaves them in place if the format allows it.
-        splits: Whether splits become folders; False for a single set, such as predictions.
+        predictions: Whether the labels are a model's, to be corrected: they have no splits.
     """
 
     images: Placing | None = "link"
-    splits: bool = True
+    predictions: bool = False
 
 
 class Exporter(ABC):
@@ -48,15 +52,20 @@ class Exporter(ABC):
         log: Log of losses.
         options: The options.
 
+    Raises:
+        DataError: If the format can't hold the name of a class.
+
     Attributes:
         stems: Whether files of labels have the stems of their images, which must differ then.
         split_folders: Whether each split has its own folders.
+        xml: Whether names are written as XML, which has no control characters.
         reserved: Stems, lower case, of files that the importer does not read.
     """
 
     name = ""
     stems = True
     split_folders = True
+    xml = False
     reserved: frozenset[str] = frozenset()
 
     def __init__(
@@ -69,6 +78,12 @@ class Exporter(ABC):
         self.options = options or ExportOptions()
         self.written = 0
         self._taken: set[str] = set()
+        names = [name for category in categories for name in (category.name, *category.keypoints)]
+        if self.xml and (bad := [name for name in names if _NOT_XML.search(name)]):
+            raise DataError(
+                f"{self.name} can't hold the name {bad[0]!r}, as XML has no such control characters; rename it first "
+                "(a2fpn data rename)."
+            )
 
     @abstractmethod
     def write(self, image: LabeledImage) -> None:
@@ -104,10 +119,13 @@ class Exporter(ABC):
         parts = [part for part in image.name.split("/") if part]
         hidden = [part.startswith(".") or os.path.splitext(part)[0].lower() in self.reserved for part in parts]
         stem, suffix = os.path.splitext("/".join("_" * hide + part for part, hide in zip(parts, hidden, strict=True)))
+        invalid = self.xml and _NOT_XML.search(image.name) is not None
+        if invalid:
+            stem, suffix = (_NOT_XML.sub("_", part) for part in (stem, suffix))
         folder = self.split_of(image) if self.split_folders else ""
         name = self.unique(stem, folder, "" if self.stems else suffix) + suffix
         if name != image.name:
-            reason = "such names are not read" if any(hidden) else "another image has this name or stem"
+            reason = "such names are not read" if any(hidden) or invalid else "another image has this name or stem"
             self.log.add("image-name", image.source or image.name, f"{image.name} is written as {name}, as {reason}")
         return replace(image, name=name)
 
@@ -119,8 +137,8 @@ class Exporter(ABC):
         return free
 
     def split_of(self, image: LabeledImage) -> str:
-        """Folder of an image's split; empty without splits."""
-        return (image.split or "train") if self.options.splits else ""
+        """Folder of an image's split; empty for predictions."""
+        return "" if self.options.predictions else (image.split or "train")
 
     def place(self, image: LabeledImage, *folders: str) -> Path:
         """Place the image file below a folder of the output, under its name; return its actual or potential path."""

@@ -21,6 +21,7 @@ class CvatExporter(Exporter):
     """
 
     stems = False
+    xml = True
 
     def __init__(
         self, output: Path, categories: Sequence[CategoryInfo], log: LossLog, options: ExportOptions | None = None

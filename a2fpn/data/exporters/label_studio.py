@@ -1,4 +1,4 @@
-"""Label Studio: one JSON file of tasks, shapes in percent of the image."""
+"""Label Studio: one JSON file of tasks, shapes in percent of the image, and the labeling interface they need."""
 
 from __future__ import annotations
 
@@ -6,26 +6,36 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
+from xml.sax.saxutils import quoteattr
 
 import numpy as np
 
+from a2fpn._version import __version__
 from a2fpn.data.exporters.base import Exporter, ExportOptions, register_exporter
 from a2fpn.data.exporters.rings import window_of
-from a2fpn.data.importers.label_studio import pack_runs
+from a2fpn.data.importers.label_studio import SERVED, pack_runs
 from a2fpn.data.labeled import CategoryInfo, LabeledImage, LabeledObject, LossLog
+
+_CONTROLS = {"rectanglelabels": "RectangleLabels", "polygonlabels": "PolygonLabels", "brushlabels": "BrushLabels"}
 
 
 @register_exporter("labelstudio")
 class LabelStudioExporter(Exporter):
-    """Writes rectangles, polygons and brushes (with holes); parts of one object share ``meta.group``."""
+    """Writes rectangles, polygons and brushes (with holes); parts of one object share ``meta.group``.
+
+    Predictions are pre-annotations: the tool shows them, and counts a task as done only once a person submits it.
+    """
 
     stems = False
+    xml = True
 
     def __init__(
         self, output: Path, categories: Sequence[CategoryInfo], log: LossLog, options: ExportOptions | None = None
     ) -> None:
         super().__init__(output, categories, log, options)
         self.tasks: list[dict[str, Any]] = []
+        self._kinds: set[str] = set()
 
     def write(self, image: LabeledImage) -> None:
         """See :meth:`Exporter.write`."""
@@ -40,12 +50,13 @@ class LabelStudioExporter(Exporter):
                 region = f"{number}-{len(results)}"
                 common = {
                     "id": region,
-                    "from_name": "label",
+                    "from_name": kind,
                     "to_name": "image",
                     "original_width": image.width,
                     "original_height": image.height,
                     "image_rotation": 0,
                 }
+                self._kinds.add(kind)
                 results.append({**common, "type": kind, "value": {**value, kind: [labeled.category]}})
                 if len(regions) > 1:
                     results[-1]["meta"] = {"group": number}
@@ -55,13 +66,35 @@ class LabelStudioExporter(Exporter):
                     results.append(
                         {**common, "from_name": "kind", "type": "choices", "value": {"choices": ["iscrowd"]}}
                     )
-        data = {"image": path.relative_to(self.output).as_posix()} | ({"split": split} if split else {})
-        self.tasks.append({"id": len(self.tasks) + 1, "data": data, "annotations": [{"result": results}]})
+        url = f"{SERVED}{quote(path.relative_to(self.output).as_posix())}"
+        data = {"image": url} | ({"split": split} if split else {})
+        task = {"id": len(self.tasks) + 1, "data": data}
+        if self.options.predictions:
+            scores = [labeled.score for labeled in image.objects if labeled.score is not None]
+            mean = {"score": sum(scores) / len(scores)} if scores else {}
+            task["predictions"] = [{"model_version": f"a2fpn {__version__}", "result": results, **mean}]
+        else:
+            task["annotations"] = [{"result": results}]
+        self.tasks.append(task)
 
     def close(self) -> None:
         """See :meth:`Exporter.close`."""
         super().close()
         self.save(self.output / "tasks.json", json.dumps(self.tasks, ensure_ascii=False))
+        self.save(self.output / "labeling_config.xml", self._interface())
+
+    def _interface(self) -> str:
+        """Labeling interface with a control for each kind of shape, under the names that the regions refer to."""
+        labels = "".join(f"    <Label value={quoteattr(category.name)}/>\n" for category in self.categories)
+        controls = [
+            f'  <{tag} name="{kind}" toName="image">\n{labels}  </{tag}>\n'
+            for kind, tag in _CONTROLS.items()
+            if kind in self._kinds or not self._kinds
+        ]
+        crowds = (
+            '  <Choices name="kind" toName="image" perRegion="true">\n    <Choice value="iscrowd"/>\n  </Choices>\n'
+        )
+        return f'<View>\n  <Image name="image" value="$image"/>\n{"".join(controls)}{crowds}</View>\n'
 
     def _regions(self, labeled: LabeledObject, image: LabeledImage) -> list[tuple[str, dict[str, Any]]]:
         width, height = image.width, image.height

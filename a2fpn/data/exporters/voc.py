@@ -20,6 +20,7 @@ class VocExporter(Exporter):
     """Writes boxes, and up to 254 masks per image without their overlaps."""
 
     split_folders = False
+    xml = True
 
     def __init__(
         self, output: Path, categories: Sequence[CategoryInfo], log: LossLog, options: ExportOptions | None = None

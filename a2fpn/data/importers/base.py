@@ -118,6 +118,11 @@ class Importer(ABC):
             self.log.note(f"values of {name} that are neither yes nor no, used as no")
         return bool(parsed)
 
+    def label(self, text: str) -> str:
+        """Return a label without spaces around it, unless the source lists a class with them."""
+        bare = text.strip()
+        return text if bare != text and any(info.name == text for info in self.categories) else bare
+
     def class_of(self, folder: str) -> str:
         """Return the class of a folder of masks; the default for an empty name."""
         if folder:

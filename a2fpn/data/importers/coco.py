@@ -58,7 +58,9 @@ class CocoImporter(JsonImporter):
             except FAULTS:
                 info = CategoryInfo("")
             if not info.name or not is_whole(info.id):
-                raise DataError(f"{path}: a category needs an integer id and a name, got {str(raw)[:80]}.")
+                raise DataError(
+                    f"{path}: a category needs an integer id, a name and a skeleton of pairs, got {str(raw)[:80]}."
+                )
             if info.id in infos:
                 raise DataError(f"{path}: category {info.id} is listed twice; ids must be unique.")
             infos[info.id] = info

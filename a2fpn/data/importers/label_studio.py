@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,8 @@ from a2fpn.data.labeled import LabeledImage, LabeledObject, grouped, split_name
 from a2fpn.errors import DataError
 from a2fpn.masks.rle import encode_masks
 
+SERVED = "/data/local-files/?d="
+"""Label Studio's address of files below the folder that it serves."""
 _ELLIPSE_POINTS = 64
 _KINDS = ("rectanglelabels", "polygonlabels", "brushlabels", "ellipselabels")
 
@@ -77,6 +80,8 @@ class LabelStudioImporter(JsonImporter):
 
     def _find(self, name: str) -> Path | None:
         """Find the image of a URL; uploads have a prefix of 8 letters and a dash."""
+        if SERVED in name:  # always encoded
+            name = unquote(name.partition(SERVED)[2])
         found = self.images.find(name)
         base = clean_path(name).rpartition("/")[2]
         if found is None and len(base) > 9 and base[8] == "-":

@@ -103,7 +103,7 @@ class LabelmeImporter(Importer):
         label = shape.get("label")
         if not isinstance(label, str) or not label.strip():
             raise ValueError(f"it has no label, got {label!r}")
-        label = label.strip()
+        label = self.label(label)
         kind = shape.get("shape_type") or "polygon"
         flags = shape.get("flags") or {}
         crowd = isinstance(flags, Mapping) and self.flag(flags.get("iscrowd"))

@@ -129,7 +129,7 @@ class VocImporter(Importer):
     def _object(
         self, node: ET.Element, number: int, labels: NDArray[Any] | None, size: tuple[int, int]
     ) -> LabeledObject:
-        name = (node.findtext("name") or "").strip()
+        name = self.label(node.findtext("name") or "")
         if not name:
             raise ValueError("it has no name")
         crowd = self.flag(node.findtext("iscrowd"))
