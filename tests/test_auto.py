@@ -140,6 +140,20 @@ def test_anchors_fit_the_objects_after_resizing(tmp_path: Path) -> None:
     assert bars["anchor_ratios"] == [0.25, 0.5, 1.0, 2.0, 4.0]
 
 
+def test_each_class_counts_alike(tmp_path: Path) -> None:
+    """AP is the mean over classes: a thousand windows do not outvote two facades."""
+    data = write(tmp_path, [(512, 512)] * 2, [[(18, 18)] * 1000, [(400, 400)] * 2], classes=("window", "facade"))
+    path = Path(data.root) / data.train_annotations
+    content = json.loads(path.read_text())
+    for facades, anchor, crop in ((1, 16, 320), (2, 24, 416)):
+        for entry in content["annotations"]:
+            entry["category_id"] = facades if entry["bbox"][2] > 18 else 1
+        path.write_text(json.dumps(content))
+        values = chosen(data, model__overrides__min_size=512)
+        assert overrides(values)["anchor_sizes"][0] == [anchor]
+        assert values["data.transforms.crop_size"] == crop
+
+
 @pytest.mark.parametrize(("most", "detections"), [(1, 100), (66, 100), (67, 200), (375, 600)])
 def test_detections_are_half_as_many_again_as_objects(tmp_path: Path, most: int, detections: int) -> None:
     values = chosen(write(tmp_path, [(400, 400)] * 2, [[(30, 30)], [(30, 30)] * most]))

@@ -35,6 +35,7 @@ _RATIOS = ((0.5, 1.0, 2.0), (0.25, 0.5, 1.0, 2.0, 4.0))
 _GAIN = 0.05  # minimum additional share of objects that more ratios must fit
 _FEW = 100  # images below which the backbone's first stages stay frozen
 _EVALUATIONS = 12
+_SAMPLE = 5000  # objects whose sizes are compared
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 _Value = TypeVar("_Value", int, str)
 
@@ -91,6 +92,7 @@ class Look:
     Args:
         coco: The annotations.
         sides: (K, 2) width and height of the boxes, pixels.
+        classes: (K,) category ids.
         relative: (K,) sizes relative to the short sides of their images.
         shorts: (N,) short sides of the images, pixels.
         longs: (N,) long sides.
@@ -101,6 +103,7 @@ class Look:
 
     coco: CocoFile
     sides: NDArray[np.float64]
+    classes: NDArray[np.int64]
     relative: NDArray[np.float64]
     shorts: NDArray[np.float64]
     longs: NDArray[np.float64]
@@ -128,6 +131,7 @@ class Look:
         return cls(
             coco,
             sides,
+            np.array([a.category_id for image in images for a in objects[image.id]]),
             np.sqrt(sides.prod(1)) / np.repeat(shorts, counts),
             shorts,
             np.array([max(image.height, image.width) for image in images], dtype=np.float64),
@@ -135,6 +139,13 @@ class Look:
             {category.name: holders[category.id] / len(images) for category in coco.categories},
             any(seen > 0 for members in objects.values() for a in members for *_, seen in a.keypoints or ()),
         )
+
+    def balanced(self) -> NDArray[np.int64]:
+        """Indices of objects, as many of each class and evenly by size, since AP is the mean over classes."""
+        order = np.argsort(self.relative, kind="stable")
+        members = [order[self.classes[order] == category] for category in np.unique(self.classes)]
+        each = -(-_SAMPLE // len(members))
+        return np.concatenate([found[np.arange(each) * len(found) // each] for found in members])
 
 
 def choose(data: DataSection, *, given: Mapping[str, Any] = _NOTHING, machine: Machine | None = None) -> list[Choice]:
@@ -201,7 +212,8 @@ def _sizes(look: Look, machine: Machine, given: Mapping[str, Any]) -> Iterator[C
     """Choose the resize rule, input size, crop and anchors."""
     sizes = np.sqrt(look.sides.prod(1))
     absolute, relative = float(np.log(sizes).std()), float(np.log(look.relative).std())
-    short, quartile = float(np.median(look.shorts)), float(np.quantile(sizes, 0.25))
+    chosen = look.balanced()
+    short, quartile = float(np.median(look.shorts)), float(np.quantile(sizes[chosen], 0.25))
     wanted = 4 * _CELLS / quartile
     least = min(1.0, _LEAST_SIDE / short)
     factor = max(least, min(wanted, _ENLARGED, machine.short_side / short))
@@ -220,7 +232,8 @@ def _sizes(look: Look, machine: Machine, given: Mapping[str, Any]) -> Iterator[C
         kind, reason = "shortest_edge", f"{vary}: large images show the same at a larger scale"
     yield Choice("model.overrides.resize", kind, reason)
     kind = _decided(given, "model.overrides.resize", kind)
-    reason = f"a quarter of the objects is below {quartile:.0f} pixels on images of {short:.0f}; target: "
+    alike = ", each class counted alike," if len(np.unique(look.classes)) > 1 else ""
+    reason = f"a quarter of the objects{alike} is below {quartile:.0f} pixels on images of {short:.0f}; target: "
     reason += f"{4 * _CELLS}"
     if factor > wanted:
         reason += "; smaller images would take less time, but lose detail"
@@ -232,7 +245,8 @@ def _sizes(look: Look, machine: Machine, given: Mapping[str, Any]) -> Iterator[C
     yield Choice("model.overrides.max_size", max_size, "fits the long sides of images at that size")
     max_size = _decided(given, "model.overrides.max_size", max_size)
     scales = np.repeat(_scales(look, kind, min_size, max_size), look.counts)
-    large = float(np.quantile(look.sides.max(1) * scales, _WHOLE))
+    shown = (look.sides * scales[:, None])[chosen]
+    large = float(np.quantile(shown.max(1), _WHOLE))
     crop = min(max(machine.crop, 32 * math.ceil(large / 32)), machine.largest_crop)
     if max_size > crop:
         reason = f"training on crops of {crop} pixels takes the same time however large images are"
@@ -240,11 +254,10 @@ def _sizes(look: Look, machine: Machine, given: Mapping[str, Any]) -> Iterator[C
             reason += f"; smaller ones would cut objects, {1 - _WHOLE:.0%} of which are longer than {large:.0f}"
         yield Choice("data.transforms.crop_size", crop, reason)
 
-    shown = (look.sides * scales[:, None])[:: -(-len(look.sides) // 5000)]
     usual, more = (max(_fit(shown, base, ratios) for base in _BASES) for ratios in _RATIOS)
     wide = more[0] > usual[0] + _GAIN
     share, _, base = more if wide else usual
-    reason = f"they match {share:.0%} of the objects (IoU 0.5), other sizes fewer"
+    reason = f"they match {share:.0%} of the objects{alike} at IoU 0.5; other sizes match fewer"
     yield Choice("model.overrides.anchor_sizes", _anchors(base), reason)
     if wide:
         reason = f"the usual three match {usual[0]:.0%} at best: objects are long and narrow"
