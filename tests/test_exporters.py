@@ -207,6 +207,17 @@ def test_an_image_that_xml_cannot_name_is_renamed(tmp_path: Path, name: str) -> 
 
 
 @pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("file", ["images/a.png", "val/a.png", "labels/a.png", "masks/b/a.png"])
+def test_ids_are_kept_in_folders_of_any_name(tmp_path: Path, name: str, file: str) -> None:
+    root = small_set(tmp_path / "coco", ["z.png", file], [square(1, 1), square(2, 2)])
+    convert_data(root, tmp_path / "x", to=name)
+    assert import_data(tmp_path / "x", tmp_path / "y", format=name).counts == {}
+    coco = read_coco(tmp_path / "y" / "annotations" / "instances_train.json")
+    assert {image.id: Path(image.file_name).name for image in coco.images.values()} == {1: "z.png", 2: "a.png"}
+    assert {image: [a.category_id for a in members] for image, members in coco.annotations.items()} == {1: [1], 2: [2]}
+
+
+@pytest.mark.parametrize("name", FORMATS)
 def test_a_conversion_drops_what_the_reader_drops(tmp_path: Path, name: str) -> None:
     entries = [
         square(segmentation=[OUTLINE, [5, 5, 6, 6]]),

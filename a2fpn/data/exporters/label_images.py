@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 
 from a2fpn.data.exporters.base import Exporter, register_exporter
+from a2fpn.data.importers.label_images import LABEL_FOLDERS
 from a2fpn.data.labeled import LabeledImage, folder_name
 
 _MOST = 65_535  # maximum number of objects in 16 bits
@@ -14,6 +15,8 @@ _MOST = 65_535  # maximum number of objects in 16 bits
 @register_exporter("labels")
 class LabelImageExporter(Exporter):
     """Writes a 16-bit PNG per image, or a 32-bit TIFF for more than 65,535 objects; several classes in folders."""
+
+    reserved = LABEL_FOLDERS
 
     def write(self, image: LabeledImage) -> None:
         """See :meth:`Exporter.write`."""

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from a2fpn._registry import Registry
 from a2fpn.data.annotation_table import crowd_flag
-from a2fpn.data.importers.files import ImageIndex, read_json, read_text
+from a2fpn.data.importers.files import ImageIndex, name_and_split, read_json, read_text
 from a2fpn.data.importers.folder import CATEGORIES_FILE, IDS_FILE, Folder
 from a2fpn.data.labeled import CategoryInfo, LabeledImage, LossLog, folder_name
 from a2fpn.errors import DataError
@@ -89,7 +89,8 @@ class Importer(ABC):
         data = read_json(path) if path.is_file() else {}
         if not isinstance(data, Mapping) or not all(type(value) is int for value in data.values()):
             raise DataError(f"{path}: expected an object of integer ids by image name; delete it to assign new ids.")
-        return data
+        # Importers drop the folders of a name that stand for all images or a split.
+        return {name_and_split(name)[0]: image_id for name, image_id in data.items()} | dict(data)
 
     def skip(self, kind: str, path: Path, error: Exception, place: str = "") -> None:
         """Log a record that can't be read.

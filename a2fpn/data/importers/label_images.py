@@ -24,7 +24,8 @@ from a2fpn.data.labeled import LabeledImage, LabeledObject, LossLog, folder_name
 from a2fpn.errors import DataError
 from a2fpn.masks.rle import Rle
 
-_FOLDERS = frozenset(("labels", "masks", "label_images", "label", "mask", "gt", "instances"))
+LABEL_FOLDERS = frozenset(("labels", "masks", "label_images", "label", "mask", "gt", "instances"))
+"""Names of folders, lower case, whose images are labels."""
 _ENDINGS = re.compile(r"[_-](cp_masks|masks?|labels?|instances?|gt|seg)$", re.IGNORECASE)
 _TRIED = 20
 _LABEL_SUFFIXES = (".png", ".tif", ".tiff")
@@ -50,7 +51,7 @@ class LabelImageImporter(Importer):
         self.labels = _pairs(folder)
         several = len(self.categories) > 1
         self.class_folders = {folder_name(info.name) for info in self.categories if several}
-        self.images = ImageIndex(self.root, _FOLDERS)
+        self.images = ImageIndex(self.root, LABEL_FOLDERS)
         taken = set(self.labels)
         self.images.files = [path for path in self.images.files if path not in taken]
         self.keys = self._keys()
@@ -104,7 +105,7 @@ class LabelImageImporter(Importer):
             # Only the first may be a split: "train" may also be a class.
             if not parts and not split and split_name(part):
                 split = split_name(part)
-            elif part.lower() not in _FOLDERS | {"images"} or (inside and part in self.class_folders):
+            elif part.lower() not in LABEL_FOLDERS | {"images"} or (inside and part in self.class_folders):
                 parts.append(part)
             else:
                 inside = True
@@ -201,7 +202,7 @@ def _pairs(folder: Folder) -> list[Path]:
     for suffix in _LABEL_SUFFIXES:
         for path in folder.of_type(suffix):
             folders = {part.lower() for part in path.relative_to(folder.root).parts[:-1]}
-            if folders & _FOLDERS:
+            if folders & LABEL_FOLDERS:
                 inside.append(path)
             elif _ENDINGS.search(path.stem):
                 beside.append(path)
