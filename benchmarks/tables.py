@@ -282,7 +282,7 @@ def label_curve(lines: Sequence[Mapping[str, Any]]) -> str:
     where = Counter(f"{line['device']} at commit `{line['commit'][:12]}`" for line in lines)
     first, number = lines[0], ", ".join(map(str, seeds))
     note = f"{first['steps']} steps of {first['batch']} images in bfloat16, seeds {number}; "
-    note += ", ".join(f"{count} runs on {device}" for device, count in where.items())
+    note += ", ".join(f"{count} run{'s' * (count > 1)} on {device}" for device, count in where.items())
     return f"{markdown(headings, rows)}\n\n{note}."
 
 
