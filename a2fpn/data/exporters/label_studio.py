@@ -11,7 +11,6 @@ from xml.sax.saxutils import quoteattr
 
 import numpy as np
 
-from a2fpn._version import __version__
 from a2fpn.data.exporters.base import Exporter, ExportOptions, register_exporter
 from a2fpn.data.exporters.rings import window_of
 from a2fpn.data.importers.label_studio import SERVED, pack_runs
@@ -72,7 +71,7 @@ class LabelStudioExporter(Exporter):
         if self.options.predictions:
             scores = [labeled.score for labeled in image.objects if labeled.score is not None]
             mean = {"score": sum(scores) / len(scores)} if scores else {}
-            task["predictions"] = [{"model_version": f"a2fpn {__version__}", "result": results, **mean}]
+            task["predictions"] = [{"model_version": "a2fpn", "result": results, **mean}]
         else:
             task["annotations"] = [{"result": results}]
         self.tasks.append(task)
