@@ -472,6 +472,18 @@ def test_anchors_that_do_not_fit_come_with_ones_that_do():
     assert "anchor_ratios=[0.25, 0.5, 1, 2, 4]" in longer.advice
 
 
+def test_anchors_that_fit_no_object_of_a_class_are_found():
+    """AP is the mean over classes: many small objects do not hide a few large ones."""
+    small = [annotation(n, bbox=[10, 10, 8, 8], category_id=7, segmentation=None) for n in range(1, 39)]
+    large = [annotation(n, bbox=[0, 0, 40, 40], category_id=9, segmentation=None) for n in (39, 40)]
+    options = {"target_size": lambda *size: size, "anchor_sizes": [[8]], "anchor_ratios": (1,)}
+    found = find(check(coco(annotations=[*small, *large]), **options), "anchors")
+    assert "shape of 50% of the objects, each class counted alike (IoU" in found.message
+    assert found.count == 2
+    alone = find(check(coco(annotations=small), **options), "anchors")
+    assert "shape of 100% of the objects (IoU" in alone.message
+
+
 def test_the_report_is_json_and_text():
     data = coco(categories=[*CATEGORIES, *({"id": 100 + n, "name": f"class {n}\x1b[31m\ud800"} for n in range(60))])
     report = check(data)

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from a2fpn.data import CocoFile, read_coco
-from a2fpn.data.check.sizes import covered
+from a2fpn.data.check.sizes import covered, each_class_alike
 from a2fpn.errors import ConfigError
 from a2fpn.training.config import DataSection
 
@@ -140,13 +140,6 @@ class Look:
             any(seen > 0 for members in objects.values() for a in members for *_, seen in a.keypoints or ()),
         )
 
-    def balanced(self) -> NDArray[np.int64]:
-        """Indices of objects, as many of each class and evenly by size, since AP is the mean over classes."""
-        order = np.argsort(self.relative, kind="stable")
-        members = [order[self.classes[order] == category] for category in np.unique(self.classes)]
-        each = -(-_SAMPLE // len(members))
-        return np.concatenate([found[np.arange(each) * len(found) // each] for found in members])
-
 
 def choose(data: DataSection, *, given: Mapping[str, Any] = _NOTHING, machine: Machine | None = None) -> list[Choice]:
     """Choose settings for a data set.
@@ -212,7 +205,7 @@ def _sizes(look: Look, machine: Machine, given: Mapping[str, Any]) -> Iterator[C
     """Choose the resize rule, input size, crop and anchors."""
     sizes = np.sqrt(look.sides.prod(1))
     absolute, relative = float(np.log(sizes).std()), float(np.log(look.relative).std())
-    chosen = look.balanced()
+    chosen = each_class_alike(look.relative, look.classes, _SAMPLE)
     short, quartile = float(np.median(look.shorts)), float(np.quantile(sizes[chosen], 0.25))
     wanted = 4 * _CELLS / quartile
     least = min(1.0, _LEAST_SIDE / short)

@@ -138,7 +138,7 @@ def check_data(
     sides = table.inside[objects]
     resized = None if target_size is None else sides * scales(file.images, target_size)[table.image[objects]]
     if resized is not None and len(objects):
-        findings += size_findings(sides, resized, anchor_sizes, anchor_ratios)
+        findings += size_findings(sides, resized, table.category[objects], anchor_sizes, anchor_ratios)
     opened = [] if root is None else _spread(file.images, sample)
     if root is not None:
         findings += file_findings(root, opened, track, decode=decode)

@@ -23,10 +23,19 @@ _SMALL, _LARGE = 16.0, 256.0  # pixels of the network's input
 def size_findings(
     sides: Sides,
     resized: Sides,
+    classes: NDArray[np.int64],
     anchor_sizes: Sequence[Sequence[float]],
     anchor_ratios: Sequence[float],
 ) -> Iterator[Finding]:
-    """Report objects too small for the network, and an input size or anchors that do not fit; sides (K, 2)."""
+    """Report objects too small for the network, and an input size or anchors that do not fit.
+
+    Args:
+        sides: (K, 2) of the boxes.
+        resized: (K, 2) in the network's input.
+        classes: (K,) category ids.
+        anchor_sizes: Sizes of the anchors of each level; empty without anchors.
+        anchor_ratios: Their ratios of height to width.
+    """
     before, (low, median, high) = median_size(sides), np.quantile(np.sqrt(resized.prod(1)), (0.05, 0.5, 0.95))
     message = f"The median object measures {before:.1f} pixels, and {median:.1f} in the network's input, where 90 % "
     message += f"measure {low:.1f} to {high:.1f} (square root of the box's area)."
@@ -42,7 +51,8 @@ def size_findings(
     yield Finding(severity, "object-size", message, advice, len(sides))
     if not anchor_sizes:
         return
-    shown = resized[:: -(-len(resized) // _MEASURED)]
+    missed = round((1 - covered(resized[:: -(-len(resized) // _MEASURED)], anchor_sizes, anchor_ratios)) * len(sides))
+    shown = resized[each_class_alike(resized.prod(1), classes, _MEASURED)]
     now = covered(shown, anchor_sizes, anchor_ratios)
     ratios = sorted({*anchor_ratios, min(anchor_ratios) / 2, max(anchor_ratios) * 2})
     options = [
@@ -54,14 +64,29 @@ def size_findings(
     # More ratios cost more: they must fit clearly more than the best sizes alone.
     best = int(np.argmax(shares[:4]))
     best = int(np.argmax(shares)) if max(shares) > shares[best] + _GAIN else best
-    message = f"The model's anchors have about the shape of {now:.0%} of the objects (IoU {_COVERED} or more)."
+    alike = ", each class counted alike" if len(np.unique(classes)) > 1 else ""
+    message = f"The model's anchors have about the shape of {now:.0%} of the objects{alike} (IoU {_COVERED} or more)."
     if shares[best] > now + _GAIN:
         sizes, fitting = options[best]
         advice = f"anchor_sizes={sizes}, anchor_ratios={fitting} fit {shares[best]:.0%}; anchors are set in the model."
-        yield Finding("warning", "anchors", message, advice, round((1 - now) * len(sides)))
+        yield Finding("warning", "anchors", message, advice, missed)
     else:
         advice = "No multiple of these sizes and no wider range of ratios fits clearly more."
-        yield Finding("note", "anchors", message, advice, round((1 - now) * len(sides)))
+        yield Finding("note", "anchors", message, advice, missed)
+
+
+def each_class_alike(sizes: NDArray[np.float64], classes: NDArray[np.int64], number: int) -> NDArray[np.int64]:
+    """Indices of about ``number`` objects, as many of each class and evenly by size, since AP is the mean over classes.
+
+    Args:
+        sizes: (K,).
+        classes: (K,) category ids.
+        number: Number of indices; those of small classes are repeated.
+    """
+    order = np.argsort(sizes, kind="stable")
+    members = [order[classes[order] == category] for category in np.unique(classes)]
+    each = -(-number // len(members))
+    return np.concatenate([found[np.arange(each) * len(found) // each] for found in members])
 
 
 def covered(sides: Sides, sizes: Sequence[Sequence[float]], ratios: Sequence[float], *, iou: float = _COVERED) -> float:
