@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from a2fpn.data.document import is_whole
 from a2fpn.errors import DataError
 from a2fpn.masks.rle import Rle
 
@@ -23,7 +24,6 @@ Box = tuple[float, float, float, float]
 
 _REMEMBERED = 10_000  # losses that are kept in detail; all are counted
 _SHOWN = 3  # examples of a kind in the summary
-_WHOLE_LIMIT = 2**53  # above it, JSON's numbers are not exact
 _LONGEST_FOLDER = 200  # bytes; file systems permit 255
 _NO_FOLDER = re.compile(r'^\.*\Z|[%/\\:*?"<>|\x00-\x1f]')
 
@@ -58,7 +58,7 @@ class CategoryInfo:
             TypeError, ValueError, KeyError, OverflowError: If it is invalid.
         """
         skeleton = tuple((int(a), int(b)) for a, b in raw.get("skeleton") or ())
-        if any(abs(end) >= _WHOLE_LIMIT for edge in skeleton for end in edge):
+        if not all(is_whole(end) for edge in skeleton for end in edge):
             raise ValueError("its skeleton has a number too large for a keypoint")
         return cls(
             str(raw["name"]),

@@ -244,7 +244,7 @@ def _sizes(look: Look, machine: Machine, given: Mapping[str, Any]) -> Iterator[C
     if max_size > crop:
         reason = f"training on crops of {crop} pixels takes the same time however large images are"
         if crop > machine.crop:
-            reason += f"; smaller ones would cut objects, {1 - _WHOLE:.0%} of which are longer than {large:.0f}"
+            reason += f"; smaller ones would cut objects, {1 - _WHOLE:.0%} of which{alike} are longer than {large:.0f}"
         yield Choice("data.transforms.crop_size", crop, reason)
 
     usual, more = (max(_fit(shown, base, ratios) for base in _BASES) for ratios in _RATIOS)

@@ -32,7 +32,7 @@ def size_findings(
     Args:
         sides: (K, 2) of the boxes.
         resized: (K, 2) in the network's input.
-        classes: (K,) category ids.
+        classes: (K,) numbers of their classes.
         anchor_sizes: Sizes of the anchors of each level; empty without anchors.
         anchor_ratios: Their ratios of height to width.
     """
@@ -80,7 +80,7 @@ def each_class_alike(sizes: NDArray[np.float64], classes: NDArray[np.int64], num
 
     Args:
         sizes: (K,).
-        classes: (K,) category ids.
+        classes: (K,) numbers of their classes.
         number: Number of indices; those of small classes are repeated.
     """
     order = np.argsort(sizes, kind="stable")

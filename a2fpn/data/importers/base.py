@@ -380,4 +380,5 @@ def read_categories(path: str | Path) -> list[CategoryInfo]:
     try:
         return [CategoryInfo.from_coco(raw) for raw in entries or ()]
     except FAULTS:
-        raise DataError(f"{path}: no list of categories; each needs an integer id and a name.") from None
+        needs = "an integer id, a name and a skeleton of pairs"
+        raise DataError(f"{path}: no list of categories; each needs {needs}.") from None
