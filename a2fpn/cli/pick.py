@@ -47,7 +47,7 @@ def pick(
     PPAL (Yang et al. 2024). To pre-label them: `a2fpn predict DIR/images --format labelme`.
     """
     from a2fpn.data import read_coco
-    from a2fpn.data.importers.writer import check_output, place
+    from a2fpn.data.importers.placing import check_output, place
     from a2fpn.inference import list_images
     from a2fpn.inference.picking import pick_images
     from a2fpn.report.compare import show

@@ -263,9 +263,8 @@ def polygon_area(polygons: Sequence[Sequence[float]]) -> float:
     total = 0.0
     for polygon in polygons:
         xs, ys = polygon[::2], polygon[1::2]
-        ahead = itertools.chain(itertools.islice(ys, 1, None), ys[:1])
-        behind = itertools.chain(itertools.islice(xs, 1, None), xs[:1])
-        total += abs(sum(map(operator.mul, xs, ahead)) - sum(map(operator.mul, ys, behind))) / 2
+        following = (*xs[1:], xs[0]), (*ys[1:], ys[0])
+        total += abs(sum(map(operator.mul, xs, following[1])) - sum(map(operator.mul, ys, following[0]))) / 2
     return total
 
 

@@ -20,7 +20,7 @@ from a2fpn._registry import Registry
 from a2fpn.data.exporters.rings import rle_of, window_of
 from a2fpn.data.importers.annotation import usable
 from a2fpn.data.importers.folder import CATEGORIES_FILE, IDS_FILE, REPORT_FILE
-from a2fpn.data.importers.writer import Placing, check_output, place
+from a2fpn.data.importers.placing import Placing, check_output, place
 from a2fpn.data.labeled import Box, CategoryInfo, LabeledImage, LabeledObject, LossLog, folder_name, polygon_box
 from a2fpn.data.leftovers import file_states, untouched
 from a2fpn.errors import DataError

@@ -14,7 +14,8 @@ from a2fpn.data.exporters.base import EXPORTERS, ExportOptions, export_images
 from a2fpn.data.importers import open_source
 from a2fpn.data.importers.folder import REPORT_FILE, Folder
 from a2fpn.data.importers.importing import ImportReport
-from a2fpn.data.importers.writer import Placing, SplitCount, no_image
+from a2fpn.data.importers.placing import Placing
+from a2fpn.data.importers.writer import SplitCount, no_image
 from a2fpn.data.labeled import CategoryInfo, LabeledImage, LossLog
 from a2fpn.errors import DataError
 

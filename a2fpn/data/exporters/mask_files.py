@@ -10,7 +10,7 @@ from PIL import Image
 
 from a2fpn.data.exporters.base import Exporter, register_exporter
 from a2fpn.data.exporters.rings import window_of
-from a2fpn.data.importers.writer import place
+from a2fpn.data.importers.placing import place
 from a2fpn.data.labeled import LabeledImage, folder_name
 
 

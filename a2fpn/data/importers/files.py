@@ -36,6 +36,7 @@ class ImageIndex:
 
     def __init__(self, root: Path, skip: frozenset[str] = frozenset()) -> None:
         self.root = root
+        self._prefix = os.path.join(root, "")
         found = []
         for folder, folders, names in walk(root):
             folders[:] = [name for name in folders if name.lower() not in skip and not name.startswith(".")]
@@ -81,7 +82,10 @@ class ImageIndex:
             >>> index.name_and_split(Path("no such folder/images/valid/site 1/a.png"))
             ('site 1/a.png', 'val')
         """
-        return name_and_split(os.path.relpath(path, self.root).replace(os.sep, "/"))
+        text = str(path)
+        inside = text.startswith(self._prefix)
+        relative = text[len(self._prefix) :] if inside else os.path.relpath(text, self.root)
+        return name_and_split(relative.replace(os.sep, "/"))
 
     def size(self, path: Path, log: LossLog) -> tuple[int, int] | None:
         """Return the displayed height and width of an image; None, with a logged loss, if it is not an image."""

@@ -13,7 +13,8 @@ from a2fpn._text import count_of
 from a2fpn.data.check.report import Track
 from a2fpn.data.importers.base import IMPORTERS, Importer, ImportOptions, detect, read_categories
 from a2fpn.data.importers.folder import REPORT_FILE, Folder
-from a2fpn.data.importers.writer import CocoWriter, Placing, SplitCount, SplitRule
+from a2fpn.data.importers.placing import ImagePlacer, Placing, check_output
+from a2fpn.data.importers.writer import CocoWriter, SplitCount, SplitRule
 from a2fpn.data.labeled import CategoryInfo, Loss, LossLog
 from a2fpn.data.leftovers import file_states, untouched
 from a2fpn.errors import DataError
@@ -137,12 +138,14 @@ def import_data(
     before = file_states(output / "annotations") if overwrite else {}
     log = LossLog(strict=strict)
     rule = SplitRule(val, test, group_by, seed)
-    writer = CocoWriter(output, log, placing=images, box_masks=box_masks, splits=rule, overwrite=overwrite)
+    check_output(output, overwrite=overwrite)
     importer = open_source(source, log, format=format, categories=categories, category=category, unlabeled=unlabeled)
-    for image in track(importer.read(), f"reading {importer.name}", importer.total):
-        image_id = importer.image_ids.get(image.name)
-        writer.add(image if image_id is None else dataclasses.replace(image, id=image_id))
-    splits, names = writer.close(importer.categories, track)
+    with ImagePlacer(output / "images", images) as placer:
+        writer = CocoWriter(output, log, images=placer, box_masks=box_masks, splits=rule)
+        for image in track(importer.read(), f"reading {importer.name}", importer.total):
+            image_id = importer.image_ids.get(image.name)
+            writer.add(image if image_id is None else dataclasses.replace(image, id=image_id))
+        splits, names = writer.close(importer.categories, track)
     for path in untouched(output / "annotations", before):
         log.note(f"{path.name} from before stays in {path.parent}; delete it if it is from an earlier import")
     report = ImportReport(

@@ -5,27 +5,24 @@ from __future__ import annotations
 import itertools
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from a2fpn._registry import natural_key
 from a2fpn.data.check.report import Track
 from a2fpn.data.importers.annotation import encode, usable, with_box_mask, with_keypoints
+from a2fpn.data.importers.placing import ImagePlacer
 from a2fpn.data.labeled import CategoryInfo, LabeledImage, LabeledObject, LossLog
 from a2fpn.data.splits import assign_splits
 from a2fpn.errors import DataError
 
-Placing = Literal["link", "copy"]
 _ID_LIMIT = 2**53  # above it, readers of JSON that use floats take different ids for one
 _LONGEST = 48  # characters of a split, up to 4 bytes each in a name of up to 255
 _SURROGATES = re.compile("[\ud800-\udfff]")  # bytes of a file's name that are not UTF-8
-_THREADS = 4  # to place images, which mostly waits for the file system
 
 
 @dataclass(frozen=True)
@@ -49,7 +46,6 @@ class SplitRule:
 class _Entry:
     """An image with its annotations as JSON text without ids, 20 times smaller than as objects."""
 
-    path: Path | None
     name: str
     height: int
     width: int
@@ -83,13 +79,9 @@ class CocoWriter:
     Args:
         output: The folder; created if necessary.
         log: Log of losses.
-        placing: Whether images are linked or copied.
+        images: Places the images.
         box_masks: Whether boxes are converted to masks if other objects have masks.
         splits: Rule for splitting a source without splits.
-        overwrite: Whether the folder may be non-empty.
-
-    Raises:
-        DataError: If the folder is not empty and ``overwrite`` is off.
     """
 
     def __init__(
@@ -97,15 +89,13 @@ class CocoWriter:
         output: Path,
         log: LossLog,
         *,
-        placing: Placing = "link",
+        images: ImagePlacer,
         box_masks: bool = False,
         splits: SplitRule | None = None,
-        overwrite: bool = False,
     ) -> None:
-        check_output(output, overwrite=overwrite)
         self.output = output
         self.log = log
-        self.placing = placing
+        self.images = images
         self.box_masks = box_masks
         self.splits = splits or SplitRule()
         self._entries: dict[str, _Entry] = {}
@@ -137,13 +127,15 @@ class CocoWriter:
                 same = f"is one file with {other.name} on the output's file system, which ignores case"
             self.log.add("duplicate-image", image.source, f"{name} {same}; the first is kept")
             return
-        entry = _Entry(image.path, name, image.height, image.width, split, image.id)
+        entry = _Entry(name, image.height, image.width, split, image.id)
         for labeled in image.objects:
             text = self._annotation(labeled, image)
             if text is not None:
                 self._used.add(labeled.category)
                 entry.annotations.append((labeled.category, text, '"segmentation":' in text))
         self._entries[name] = self._folded[name.lower()] = entry
+        if image.path is not None:
+            self.images.add(image.path, name)
 
     def _other(self, name: str) -> _Entry | None:
         """Return the image whose file a new one would overwrite."""
@@ -178,7 +170,7 @@ class CocoWriter:
         self._split(entries)
         has_masks = any(mask for entry in entries for *_, mask in entry.annotations)
         (self.output / "annotations").mkdir(parents=True, exist_ok=True)
-        self._place(entries, track)
+        self.images.close(track)
         ids = {info.name: category_id for category_id, info in infos.items()}
         counts = {}
         first = 1
@@ -231,16 +223,6 @@ class CocoWriter:
         for entry in entries:
             entry.split = entry.split or "train"
 
-    def _place(self, entries: Sequence[_Entry], track: Track) -> None:
-        root = self.output / "images"
-        jobs = [(entry.path, os.path.join(root, entry.name)) for entry in entries if entry.path is not None]
-        for folder in {os.path.dirname(target) for _, target in jobs}:
-            os.makedirs(folder, exist_ok=True)
-        with ThreadPool(_THREADS) as pool:
-            done = pool.imap_unordered(lambda job: place(*job, self.placing), jobs, chunksize=64)
-            for _ in track(done, "placing images", len(jobs)):
-                pass
-
     def _write(
         self,
         path: Path,
@@ -281,41 +263,6 @@ class CocoWriter:
         elif boxes:
             self.log.note("objects without a mask among objects with masks, used for boxes only", boxes)
         return SplitCount(len(entries), annotations, empty, masks, crowds)
-
-
-def check_output(output: Path, *, overwrite: bool) -> None:
-    """Check that a folder may be written to.
-
-    Raises:
-        DataError: If it is not empty and ``overwrite`` is off, or is a file.
-    """
-    if output.is_file():
-        raise DataError(f"{output} is a file; expected a folder to write to.")
-    if not overwrite and output.is_dir() and any(output.iterdir()):
-        raise DataError(f"{output} is not empty; choose another folder, or overwrite it (--overwrite).")
-
-
-def place(source: Path, target: str | Path, placing: Placing) -> None:
-    """Link or copy a file; copies if the file system has no links."""
-    try:
-        _link_or_copy(source, target, placing)
-    except FileExistsError:
-        os.remove(target)
-        _link_or_copy(source, target, placing)
-
-
-def _link_or_copy(source: Path, target: str | Path, placing: Placing) -> None:
-    if placing == "link":
-        try:
-            os.symlink(os.path.abspath(source), target)
-        except FileExistsError:
-            raise
-        except (NotImplementedError, OSError):
-            shutil.copyfile(source, target)
-    else:
-        if os.path.islink(target):
-            os.remove(target)
-        shutil.copyfile(source, target)
 
 
 def no_image(log: LossLog) -> DataError:

@@ -11,7 +11,6 @@ import glob
 import itertools
 import math
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,7 +45,7 @@ from a2fpn.errors import DataError
 
 _SLACK = 0.01  # tolerance of coordinates over the edge by rounding
 _DECIMALS = 3  # of coordinates in pixels; removes rounding noise of the normalization
-_PLAIN = re.compile(r"[-.\deE \n]*")  # lines of numbers
+_PLAIN = b"-.0123456789eE \n"  # characters of lines of numbers
 _SPLITS = ("train", "val", "valid", "test")
 
 
@@ -297,7 +296,7 @@ class YoloImporter(Importer):
     def _polygons(self, lines: Sequence[str], height: int, width: int) -> list[LabeledObject] | None:
         """Parse all lines at once as polygons; None if one is invalid, which is then found line by line."""
         text = "\n".join([line.strip() for line in lines])
-        if not lines or len(set(lines)) < len(lines) or not _PLAIN.fullmatch(text):
+        if not lines or len(set(lines)) < len(lines) or text.encode().translate(None, _PLAIN):
             return None
         try:  # numbers are read ten times as fast as by float()
             rows = orjson.loads(f"[[{text}]]".replace("\n", "],[").replace(" ", ","))
