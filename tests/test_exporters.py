@@ -172,7 +172,7 @@ def test_no_file_is_written_outside_the_output(tmp_path: Path, name: str, split:
 @pytest.mark.parametrize("name", FORMATS)
 def test_any_class_has_a_folder_of_its_own(tmp_path: Path, name: str) -> None:
     names = ["mask", "no_mask", "..", ".", "a/b", "a_b", "a%2Fb", "images", "labels", "train", "a", "100%"]
-    names += [" a ", "\u2028x", "x" * 300, "x" * 299 + "y", "é" * 200]
+    names += [" a ", "\u2028x", "a\x85b", "a\u2028b", "a\u2029\n b", "a\nb", "x" * 300, "x" * 299 + "y", "é" * 200]
     categories = [{"id": n, "name": text} for n, text in enumerate(names, 1)]
     files = [f"{n}.png" for n in range(len(names))] + ["a/0.png"]
     entries = [square(n, n) for n in range(1, len(names) + 1)]

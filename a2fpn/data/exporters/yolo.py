@@ -50,7 +50,10 @@ class YoloExporter(Exporter):
         if self.num_keypoints:
             data["kpt_shape"] = [self.num_keypoints, 3]
             data["kpt_names"] = {number: list(info.keypoints) for number, info in enumerate(self.categories)}
-        text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, default_flow_style=None)
+        names = [name for info in self.categories for name in (info.name, *info.keypoints)]
+        # Unquoted, or in single quotes, some line breaks would turn into spaces.
+        style = '"' if any(len(name.splitlines()) > 1 for name in names) else None
+        text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, default_flow_style=None, default_style=style)
         self.save(self.output / "data.yaml", text)
 
     def _line(self, labeled: LabeledObject, image: LabeledImage) -> str:
