@@ -102,3 +102,17 @@ def test_an_import_that_fails_leaves_nothing(tmp_path: Path, options: dict[str, 
     with pytest.raises(DataError, match=message):
         import_data(source, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_image_that_vanishes_leaves_nothing(tmp_path: Path) -> None:
+    source = write_set(tmp_path / "source")
+    last = sorted(source.rglob("*.png"))[-1]
+
+    def track(items: Iterable[Any], description: str, total: int) -> Iterator[Any]:
+        yield from items
+        if description.startswith("reading"):
+            last.unlink()
+
+    with pytest.raises(FileNotFoundError, match=last.name):
+        import_data(source, tmp_path / "out", images="copy", track=track)
+    assert not (tmp_path / "out").exists()

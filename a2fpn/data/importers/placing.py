@@ -42,7 +42,7 @@ def place(source: Path, target: str | Path, placing: Placing) -> None:
 class ImagePlacer:
     """Places images in a folder, in the background while labels are read.
 
-    The images get into the folder when all are placed; after an error, none do.
+    The folder gets them once all are placed, and none of them after an error.
 
     Args:
         folder: The folder; created if necessary.

@@ -169,8 +169,8 @@ class CocoWriter:
         _number(entries)
         self._split(entries)
         has_masks = any(mask for entry in entries for *_, mask in entry.annotations)
-        (self.output / "annotations").mkdir(parents=True, exist_ok=True)
         self.images.close(track)
+        (self.output / "annotations").mkdir(parents=True, exist_ok=True)
         ids = {info.name: category_id for category_id, info in infos.items()}
         counts = {}
         first = 1
