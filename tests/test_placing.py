@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from a2fpn.data.exporters import convert_data
 from a2fpn.data.importers import import_data
 from a2fpn.data.importers.placing import ImagePlacer, Placing
 from a2fpn.errors import DataError
@@ -77,6 +78,23 @@ def test_images_from_before_stay_unless_they_have_the_same_name(tmp_path: Path, 
     assert (images / "before.png").read_text() == "before"
     assert (tmp_path / "other" / "0.png").read_text() == "content 0"  # a link is replaced, not what it points to
     assert os.listdir(tmp_path / "out") == ["images"]
+
+
+@pytest.mark.parametrize("placing", PLACINGS)
+@pytest.mark.parametrize("to", ["coco", "labels"])
+def test_a_folder_that_is_a_link_to_the_source_keeps_its_files(tmp_path: Path, placing: Placing, to: str) -> None:
+    source = write_set(tmp_path / "source")
+    before = {path: path.read_bytes() for path in source.rglob("*.png")}
+    output = tmp_path / "out"
+    for folder in ("images",) if to == "coco" else ("images/train", "images/val"):
+        (output / folder).parent.mkdir(parents=True, exist_ok=True)
+        (output / folder).symlink_to(source / "images")
+    if to == "coco":
+        import_data(source, output, images=placing, overwrite=True)
+    else:
+        convert_data(source, output, to=to, images=placing, overwrite=True)
+    assert {path: path.read_bytes() for path in source.rglob("*.png")} == before
+    assert not [path for path in before if path.is_symlink()]
 
 
 @pytest.mark.parametrize("there", [False, True])

@@ -31,7 +31,9 @@ def check_output(output: Path, *, overwrite: bool) -> None:
 
 
 def place(source: Path, target: str | Path, placing: Placing) -> None:
-    """Link or copy a file; copies if the file system has no links."""
+    """Link or copy a file; copies if the file system has no links. A target that is the file itself stays."""
+    if _is_file_itself(source, target) and not (placing == "copy" and os.path.islink(target)):
+        return
     try:
         _link_or_copy(source, target, placing)
     except FileExistsError:
@@ -100,7 +102,8 @@ class ImagePlacer:
             return
         _make_folders(self.folder, self._folders)
         for name in placed:
-            os.replace(self._partial / name, self.folder / name)
+            if not _is_file_itself(self._partial / name, self.folder / name):
+                os.replace(self._partial / name, self.folder / name)
 
     def _start(self) -> None:
         """Hand the waiting files to the pool."""
@@ -119,6 +122,11 @@ class ImagePlacer:
 def _make_folders(root: Path, names: Iterable[str]) -> None:
     for name in names:
         os.makedirs(root / name, exist_ok=True)
+
+
+def _is_file_itself(source: Path, target: str | Path) -> bool:
+    """Return whether a target is the file that would replace it, such as in a folder that is a link to the source."""
+    return os.path.exists(target) and os.path.samefile(source, target)
 
 
 def _link_or_copy(source: Path, target: str | Path, placing: Placing) -> None:
