@@ -32,7 +32,7 @@ def check_output(output: Path, *, overwrite: bool) -> None:
 
 def place(source: Path, target: str | Path, placing: Placing) -> None:
     """Link or copy a file; copies if the file system has no links. A target that is the file itself stays."""
-    if _is_file_itself(source, target) and not (placing == "copy" and os.path.islink(target)):
+    if _is_file_itself(source, target):
         return
     try:
         _link_or_copy(source, target, placing)
@@ -126,7 +126,7 @@ def _make_folders(root: Path, names: Iterable[str]) -> None:
 
 def _is_file_itself(source: Path, target: str | Path) -> bool:
     """Return whether a target is the file that would replace it, such as in a folder that is a link to the source."""
-    return os.path.exists(target) and os.path.samefile(source, target)
+    return os.path.exists(target) and not os.path.islink(target) and os.path.samefile(source, target)
 
 
 def _link_or_copy(source: Path, target: str | Path, placing: Placing) -> None:
