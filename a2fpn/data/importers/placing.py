@@ -58,7 +58,7 @@ class ImagePlacer:
         self._new = not folder.parent.exists()
         self._folders: set[str] = set()
         self._waiting: list[tuple[Path, str]] = []
-        self._tasks: list[Future[list[str]]] = []
+        self._tasks: list[Future[list[tuple[Path, str]]]] = []
         self._total = 0
         threads, self._chunk = _POOLS[placing]
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="place")
@@ -95,14 +95,14 @@ class ImagePlacer:
         if not self._total:
             return
         self._start()
-        names = (name for task in self._tasks for name in task.result())
-        placed = list(track(names, "placing images", self._total))
+        jobs = (job for task in self._tasks for job in task.result())
+        placed = list(track(jobs, "placing images", self._total))
         if not self.folder.exists():
             self._partial.rename(self.folder)
             return
         _make_folders(self.folder, self._folders)
-        for name in placed:
-            if not _is_file_itself(self._partial / name, self.folder / name):
+        for source, name in placed:
+            if not _is_file_itself(source, self.folder / name):
                 os.replace(self._partial / name, self.folder / name)
 
     def _start(self) -> None:
@@ -113,10 +113,10 @@ class ImagePlacer:
         self._folders |= parents
         self._tasks.append(self._pool.submit(self._place, jobs))
 
-    def _place(self, jobs: list[tuple[Path, str]]) -> list[str]:
+    def _place(self, jobs: list[tuple[Path, str]]) -> list[tuple[Path, str]]:
         for source, name in jobs:
             _link_or_copy(source, os.path.join(self._partial, name), self.placing)
-        return [name for _, name in jobs]
+        return jobs
 
 
 def _make_folders(root: Path, names: Iterable[str]) -> None:
