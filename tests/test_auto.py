@@ -223,12 +223,30 @@ def test_the_rest_fits_what_is_given(tmp_path: Path) -> None:
     halved = chosen(data, model__overrides__min_size=200)
     assert halved["model.overrides.anchor_sizes"][0] == [12]
     assert halved["model.overrides.max_size"] == 352
-    assert chosen(data, model__overrides__max_size=200)["model.overrides.anchor_sizes"][0] == [12]
-    assert chosen(data, model__overrides__resize="none")["model.overrides.anchor_sizes"][0] == [24]
+    limited = chosen(data, model__overrides__max_size=200)
+    assert limited["model.overrides.anchor_sizes"][0] == [12]
+    assert limited["model.overrides.min_size"] == 200
+    kept = chosen(data, model__overrides__resize="none")
+    assert kept["model.overrides.anchor_sizes"][0] == [24]
+    assert kept["data.transforms.crop_size"] == 320
+    assert not {"model.overrides.min_size", "model.overrides.max_size"} & kept.keys()
     assert chosen(data, model__overrides__detections_per_image=300)["run.max_detections"] == 300
     wrong = chosen(data, model__overrides__min_size="large", run__max_steps=None, data__batch_size=[2])
     assert wrong["optim.warmup_steps"] == 60  # the validation names them
     assert wrong["run.epochs"] == 12
+
+
+def test_images_that_keep_their_size_are_cropped_if_they_are_larger(tmp_path: Path) -> None:
+    data = write(tmp_path, [(300, 320)] * 2, [[(24, 24)], []])
+    assert "data.transforms.crop_size" not in chosen(data, model__overrides__resize="none")
+    assert chosen(data)["data.transforms.crop_size"] == 320
+
+
+def test_a_rule_that_is_none_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path, [(400, 400)], [[(30, 30)]])
+    arguments = ["--config", "auto", f"data.root={tmp_path}", "--print_config", "model.overrides.resize=fit"]
+    assert main(arguments) != 0
+    assert "resize must be one of 'shortest_edge', 'at_least', 'none', got 'fit'" in capsys.readouterr().err
 
 
 def test_every_choice_has_its_reason_and_is_a_setting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,15 +12,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from a2fpn.config import PreprocessConfig
 from a2fpn.data import CocoFile, read_coco
+from a2fpn.data.check.classes import scales
 from a2fpn.data.check.sizes import covered, each_class_alike
 from a2fpn.errors import ConfigError
+from a2fpn.preprocess import Preprocess
 from a2fpn.training.config import DataSection
 
 _WHOLE = 0.95  # share of the objects that fit in a training crop
@@ -211,6 +214,7 @@ def _sizes(look: Look, machine: Machine, given: Mapping[str, Any]) -> Iterator[C
     least = min(1.0, _LEAST_SIDE / short)
     factor = max(least, min(wanted, _ENLARGED, machine.short_side / short))
     min_size = 32 * max(1, round(short * factor / 32))
+    most = _decided(given, "model.overrides.max_size", min_size)
     long = max(1.67, float(np.median(look.longs / look.shorts)))
     max_size = 32 * math.ceil(long * _decided(given, "model.overrides.min_size", min_size) / 32)
     low, high = np.quantile(look.shorts, (0.05, 0.95))
@@ -233,15 +237,22 @@ def _sizes(look: Look, machine: Machine, given: Mapping[str, Any]) -> Iterator[C
     elif factor < 0.9 * wanted:
         limit = "three times the image's size" if factor == _ENLARGED else f"what {machine.name} can train in time"
         reason += f"; this is {limit}"
-    yield Choice("model.overrides.min_size", min_size, reason)
-    min_size = _decided(given, "model.overrides.min_size", min_size)
-    yield Choice("model.overrides.max_size", max_size, "fits the long sides of images at that size")
-    max_size = _decided(given, "model.overrides.max_size", max_size)
-    scales = np.repeat(_scales(look, kind, min_size, max_size), look.counts)
-    shown = (look.sides * scales[:, None])[chosen]
+    if min_size > most > 0:
+        min_size, reason = most, f"{reason}; limited by max_size"
+    if kind == "none":
+        rule, longest = PreprocessConfig(resize="none"), math.ceil(look.longs.max())
+    else:
+        yield Choice("model.overrides.min_size", min_size, reason)
+        min_size = _decided(given, "model.overrides.min_size", min_size)
+        yield Choice("model.overrides.max_size", max_size, "fits the long sides of images at that size")
+        longest = _decided(given, "model.overrides.max_size", max_size)
+        rule = PreprocessConfig(resize=cast(Any, kind), min_size=min_size, max_size=longest)
+    target_size = Preprocess(rule, divisor=1).target_size
+    factors = np.repeat(scales(list(look.coco.images.values()), target_size), look.counts, axis=0)
+    shown = (look.sides * factors)[chosen]
     large = float(np.quantile(shown.max(1), _WHOLE))
     crop = min(max(machine.crop, 32 * math.ceil(large / 32)), machine.largest_crop)
-    if max_size > crop:
+    if longest > crop:
         reason = f"training on crops of {crop} pixels takes the same time however large images are"
         if crop > machine.crop:
             reason += f"; smaller ones would cut objects, {1 - _WHOLE:.0%} of which{alike} are longer than {large:.0f}"
@@ -255,14 +266,6 @@ def _sizes(look: Look, machine: Machine, given: Mapping[str, Any]) -> Iterator[C
     if wide:
         reason = f"the usual three match {usual[0]:.0%} at best: objects are long and narrow"
         yield Choice("model.overrides.anchor_ratios", list(_RATIOS[1]), reason)
-
-
-def _scales(look: Look, kind: str, min_size: int, max_size: int) -> NDArray[np.float64]:
-    """Factors (N,) by which images are resized; see :class:`a2fpn.config.PreprocessConfig`."""
-    if kind == "none":
-        return np.ones_like(look.shorts)
-    factors = min_size / look.shorts
-    return np.minimum(np.maximum(factors, 1) if kind == "at_least" else factors, max_size / look.longs)
 
 
 def _fit(sides: NDArray[np.float64], base: int, ratios: tuple[float, ...]) -> tuple[float, float, int]:
