@@ -2,10 +2,12 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from a2fpn.data import check_data, read_coco
 from a2fpn.data.exporters import EXPORTERS, convert_data, export_images
@@ -207,7 +209,25 @@ def test_an_image_that_xml_cannot_name_is_renamed(tmp_path: Path, name: str) -> 
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("file", ["images/a.png", "val/a.png", "labels/a.png", "masks/b/a.png"])
+def test_an_image_without_the_suffix_of_its_format_gets_it(tmp_path: Path, name: str) -> None:
+    files = ["a", "b.v2", "c.png", "sub/d.raw"]
+    root = small_set(tmp_path / "coco", [f"{file}.png" for file in files], [square(n, 1) for n in range(1, 5)])
+    for number, format in enumerate(("PNG", "TIFF", "PNG", "JPEG")):
+        (root / "images" / f"{files[number]}.png").unlink()
+        Image.new("RGB", (40, 30)).save(root / "images" / files[number], format=format)
+    path = root / "annotations" / "instances_train.json"
+    path.write_text(re.sub(r"\.png(?=\")", "", path.read_text()))
+    written = convert_data(root, tmp_path / "x", to=name)
+    assert [loss.detail for loss in written.losses] == [
+        f"{old} is written as {new}, as such names are not read"
+        for old, new in (("a", "a.png"), ("b.v2", "b.v2.tif"), ("sub/d.raw", "sub/d.raw.jpg"))
+    ]
+    back = import_data(tmp_path / "x", tmp_path / "y", format=name)
+    assert (back.images, back.annotations, back.counts) == (4, 4, {})
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("file", ["images/a.png", "val/a.png", "labels/a.png", "masks/b/a.png", "b/images/a.png"])
 def test_ids_are_kept_in_folders_of_any_name(tmp_path: Path, name: str, file: str) -> None:
     root = small_set(tmp_path / "coco", ["z.png", file], [square(1, 1), square(2, 2)])
     convert_data(root, tmp_path / "x", to=name)

@@ -113,6 +113,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
             "errors",
             "evaluation",
             "inference",
+            "preprocess",
             "pretrained",
         },
         {

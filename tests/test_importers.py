@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, features
 
 from a2fpn.cli import main
 from a2fpn.data import read_image
 from a2fpn.data.exporters import convert_data
 from a2fpn.data.exporters.rings import bridge, to_one_ring, trace
+from a2fpn.data.images import FORMATS as FILE_FORMATS
 from a2fpn.data.importers import import_data
 from a2fpn.data.importers.files import ImageIndex, image_size
 from a2fpn.data.importers.label_studio import pack_runs, unpack_runs
@@ -27,7 +28,7 @@ from a2fpn.errors import DataError
 from a2fpn.masks.rle import decode_rle, encode_masks
 from a2fpn.masks.segmentation import segmentation_to_rle
 from tests.coco_data import write_coco
-from tests.label_sets import FORMATS, annotations, datumaro, objects, picture, write_set, yolo
+from tests.label_sets import FORMATS, annotations, datumaro, objects, picture, small_set, square, write_set, yolo
 
 # Splits
 
@@ -653,6 +654,28 @@ def test_label_images_of_all_depths(tmp_path: Path, suffix: str, dtype: type) ->
 
 
 @pytest.mark.parametrize(
+    ("image", "labels"),
+    [
+        ("images/a.png", "masks/a.png"),
+        ("site/images/a.png", "site/masks/a.png"),
+        ("site/images/a.png", "labels/site/images/a.png"),
+        ("images/site/images/a.png", "labels/site/images/a.png"),
+        ("images/train/a.png", "images/train/a_masks.png"),
+        ("train/site/images/a.png", "train/site/masks/a_mask.png"),
+        ("train/images/site/a.png", "train/masks/site/a.png"),
+        ("site/images/a.png", "site/masks/cell/a.png"),
+    ],
+)
+def test_label_images_are_found_beside_their_images(tmp_path: Path, image: str, labels: str) -> None:
+    picture(tmp_path / "x" / image)
+    picture(tmp_path / "x" / image.replace("a.png", "other.png"))
+    path = picture(tmp_path / "x" / labels, mode="L")
+    Image.fromarray(np.eye(40, 60, dtype=np.uint8)).save(path)
+    report = import_data(tmp_path / "x", tmp_path / "y", format="labels", categories=["cell", "debris"])
+    assert (report.images, report.annotations, report.counts) == (1, 1, {})
+
+
+@pytest.mark.parametrize(
     ("values", "message"),
     [
         (np.zeros((40, 61), np.uint8), "61 x 40 pixels, its image has 60 x 40"),
@@ -779,6 +802,16 @@ def test_the_synthetic_set_of_the_other_tests_survives(tmp_path: Path) -> None:
     convert_data(path, tmp_path / "x", to="cvat", format="coco")
     assert import_data(tmp_path / "x", tmp_path / "y").counts == {}
     assert images.is_dir()
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="needs PIL's decoder of AVIF")
+@pytest.mark.parametrize("name", FORMATS)
+def test_images_of_every_readable_format_are_found(tmp_path: Path, name: str) -> None:
+    files = [f"{suffix[1:]}{suffix}" for suffix in FILE_FORMATS.values() if suffix != ".heic"]
+    root = small_set(tmp_path / "coco", files, [square(n, 1) for n in range(1, len(files) + 1)])
+    assert not convert_data(root, tmp_path / "x", to=name).counts
+    back = import_data(tmp_path / "x", tmp_path / "y", format=name)
+    assert (back.images, back.annotations, back.counts) == (len(files), len(files), {})
 
 
 @pytest.mark.parametrize("orientation", [None, 1, 3, 6])

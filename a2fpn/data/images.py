@@ -9,6 +9,7 @@ import math
 import os
 import struct
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -23,8 +24,19 @@ from a2fpn.errors import ImageError
 
 SUFFIXES = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 """Suffixes of image files; AVIF and HEIC are read if their decoders are installed."""
-FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF", "AVIF", "HEIF")
-"""PIL's names of the allowed formats: some of PIL's other formats start external programs."""
+FORMATS = MappingProxyType(
+    {
+        "JPEG": ".jpg",
+        "PNG": ".png",
+        "TIFF": ".tif",
+        "WEBP": ".webp",
+        "BMP": ".bmp",
+        "GIF": ".gif",
+        "AVIF": ".avif",
+        "HEIF": ".heic",
+    }
+)
+"""Usual suffixes of the allowed formats, by PIL's names: some of PIL's other formats start external programs."""
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_TEXTS, _PNG_KEYS = (b"iTXt", b"zTXt", b"tEXt"), (b"XML:com.adobe.xmp", b"Raw profile type exif")
@@ -78,6 +90,18 @@ def _opened_by(decoder: _Decoder, file: Path | BinaryIO, max_pixels: int | None)
             "raise max_pixels (--max-pixels) if you trust the file"
         )
     return image
+
+
+def suffix_of(path: Path) -> str:
+    """Return the usual suffix of an image file by its first bytes; empty if it is not one, or can't be read."""
+    Image.init()
+    try:
+        with path.open("rb") as file:
+            head = file.read(16)
+    except OSError:
+        return ""
+    found = (name for name in FORMATS if (decoder := _decoder(name)) is not None and decoder.accept(head) is True)
+    return FORMATS.get(next(found, ""), "")
 
 
 class _Decoder(NamedTuple):

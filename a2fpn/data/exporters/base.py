@@ -18,6 +18,7 @@ from pycocotools import mask as mask_utils
 
 from a2fpn._registry import Registry
 from a2fpn.data.exporters.rings import rle_of, window_of
+from a2fpn.data.images import SUFFIXES, suffix_of
 from a2fpn.data.importers.annotation import usable
 from a2fpn.data.importers.folder import CATEGORIES_FILE, IDS_FILE, REPORT_FILE
 from a2fpn.data.importers.placing import Placing, check_output, place
@@ -122,10 +123,14 @@ class Exporter(ABC):
         invalid = self.xml and _NOT_XML.search(image.name) is not None
         if invalid:
             stem, suffix = (_NOT_XML.sub("_", part) for part in (stem, suffix))
+        missing = "" if image.path is None or suffix.lower() in SUFFIXES else suffix_of(image.path)
+        if missing:
+            stem, suffix = stem + suffix, missing
         folder = self.split_of(image) if self.split_folders else ""
         name = self.unique(stem, folder, "" if self.stems else suffix) + suffix
         if name != image.name:
-            reason = "such names are not read" if any(hidden) or invalid else "another image has this name or stem"
+            unread = any(hidden) or invalid or missing
+            reason = "such names are not read" if unread else "another image has this name or stem"
             self.log.add("image-name", image.source or image.name, f"{image.name} is written as {name}, as {reason}")
         return replace(image, name=name)
 

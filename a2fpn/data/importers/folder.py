@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from a2fpn.data.importers.files import IMAGE_SUFFIXES, walk
+from a2fpn.data.images import SUFFIXES
+from a2fpn.data.importers.files import walk
 from a2fpn.errors import DataError
 
 _HEAD = 4096  # bytes read to identify a file
@@ -86,4 +87,4 @@ class Folder:
 
     def has_images(self) -> bool:
         """Return whether the folder has any image."""
-        return any(suffix in IMAGE_SUFFIXES for suffix in self.by_suffix)
+        return any(suffix in SUFFIXES for suffix in self.by_suffix)

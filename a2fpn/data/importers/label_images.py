@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as mask_utils
 
-from a2fpn.data.images import open_image
+from a2fpn.data.images import SUFFIXES, open_image
 from a2fpn.data.importers.base import Importer, ImportOptions, register_importer
-from a2fpn.data.importers.files import IMAGE_SUFFIXES, ImageIndex
+from a2fpn.data.importers.files import ImageIndex
 from a2fpn.data.importers.folder import Folder
 from a2fpn.data.importers.mask_files import mask_units
 from a2fpn.data.labeled import LabeledImage, LabeledObject, LossLog, folder_name, split_name
@@ -84,8 +84,12 @@ class LabelImageImporter(Importer):
         yield from self.unlabeled(set(by_image))
 
     def _keys(self) -> dict[tuple[str | None, str], Path]:
-        """Images by split and stem, and the first of each stem with None as the split."""
+        """Images by split and stem, and the first of each stem with None as the split.
+
+        An image in a folder ``a/images`` is also found as ``a``: its labels may be in ``a/labels``.
+        """
         keys: dict[tuple[str | None, str], Path] = {}
+        beside: dict[tuple[str | None, str], Path] = {}
         for path in self.images.files:
             name, split = self.images.name_and_split(path)
             key = str(Path(name).with_suffix("")).lower()
@@ -94,33 +98,40 @@ class LabelImageImporter(Importer):
                 continue
             keys[split, key] = path
             keys.setdefault((None, key), path)
-        return keys
+            short = _without_image_folders(key)
+            beside.setdefault((split, short), path)
+            beside.setdefault((None, short), path)
+        return beside | keys
 
     def _match(self, path: Path) -> tuple[str, Path | None]:
         """Class and image of a label image."""
         split = ""
         parts: list[str] = []
-        inside = False
+        above, inside = 0, False  # parts above the folder of labels
         for part in path.relative_to(self.root).parts[:-1]:
             # Only the first may be a split: "train" may also be a class.
             if not parts and not split and split_name(part):
                 split = split_name(part)
-            elif part.lower() not in LABEL_FOLDERS | {"images"} or (inside and part in self.class_folders):
-                parts.append(part)
+                continue
+            aside = part.lower() in LABEL_FOLDERS or (part.lower() == "images" and not parts)
+            if aside and not (inside and part in self.class_folders):
+                above, inside = len(parts), True
             else:
-                inside = True
-        readings = [(self.class_of(""), parts)]
-        if parts:
-            readings.append((self.class_of(parts[0]), parts[1:]))
-            if parts[0] in self.class_folders:  # rather than a folder of images
-                readings.reverse()
+                parts.append(part)
+        readings = [("", parts)]
+        for place in dict.fromkeys((above, 0)):
+            if place < len(parts):
+                readings.append((parts[place], [*parts[:place], *parts[place + 1 :]]))
+        # Folders of known classes first; others may belong to the paths of images.
+        readings.sort(key=lambda reading: (reading[0] not in self.class_folders, reading[0] != ""))
         for stem in (path.stem, _ENDINGS.sub("", path.stem)):
-            for category, folders in readings:
+            for class_folder, folders in readings:
                 key = "/".join((*folders, stem)).lower()
+                key = key if (None, key) in self.keys else _without_image_folders(key)
                 found = self.keys.get((split, key)) or self.keys.get(("", key))
                 found = found or (None if split else self.keys.get((None, key)))
                 if found is not None:
-                    return category, found
+                    return self.class_of(class_folder), found
         return "", None
 
     def _image(self, path: Path, labels: list[tuple[str, Path]]) -> LabeledImage | None:
@@ -210,10 +221,21 @@ def _pairs(folder: Folder) -> list[Path]:
     return sorted([*inside, *(path for path in beside if path.stem not in labeled)])
 
 
+def _without_image_folders(key: str) -> str:
+    """Return the path of an image without folders called "images".
+
+    Example:
+        >>> _without_image_folders("site 1/images/a")
+        'site 1/a'
+    """
+    *folders, stem = key.split("/")
+    return "/".join([*(folder for folder in folders if folder != "images"), stem])
+
+
 def _may_be_labels(path: Path) -> bool:
     """Return whether an image has a single channel."""
     try:
         with open_image(path) as image:
             return image.mode in ("1", "L", "P", "F") or image.mode.startswith("I")
     except Exception:  # PIL raises almost anything; reading reports the error
-        return path.suffix.lower() in IMAGE_SUFFIXES
+        return path.suffix.lower() in SUFFIXES

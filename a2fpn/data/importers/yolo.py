@@ -19,8 +19,9 @@ import numpy as np
 import orjson
 
 from a2fpn._registry import natural_key
+from a2fpn.data.images import SUFFIXES
 from a2fpn.data.importers.base import Importer, ImportOptions, register_importer
-from a2fpn.data.importers.files import IMAGE_SUFFIXES, clean_path, image_size, name_and_split, read_text
+from a2fpn.data.importers.files import clean_path, image_size, name_and_split, read_text
 from a2fpn.data.importers.folder import Folder
 from a2fpn.data.importers.yolo_files import (
     CLASS_FILES,
@@ -151,7 +152,7 @@ class YoloImporter(Importer):
                     stems = {image_stem(path), os.path.splitext(path)[0]}
                     if stems & listed:
                         self.log.add("duplicate-stem", path, "its image has another label file; skipped")
-                    elif any(os.path.isfile(stem + suffix) for stem in stems for suffix in IMAGE_SUFFIXES):
+                    elif any(os.path.isfile(stem + suffix) for stem in stems for suffix in SUFFIXES):
                         other += 1
                     else:
                         self.log.add("missing-image", path, "no image with this name; its labels are lost")

@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 
 from a2fpn._registry import natural_key
-from a2fpn.data.importers.files import IMAGE_SUFFIXES, read_text
+from a2fpn.data.images import SUFFIXES
+from a2fpn.data.importers.files import read_text
 from a2fpn.data.importers.folder import Folder
 from a2fpn.errors import DataError
 from a2fpn.masks.rle import shorten
@@ -162,7 +163,7 @@ def images_below(folder: str) -> list[str]:
 
 def is_image(name: str) -> bool:
     """Return whether a file has the suffix of an image."""
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+    return os.path.splitext(name)[1].lower() in SUFFIXES
 
 
 def is_class_number(text: str) -> bool:
