@@ -22,7 +22,10 @@ from torchvision.transforms.v2 import functional as F
 from a2fpn.config import MAX_PIXELS
 from a2fpn.errors import ImageError
 
-SUFFIXES = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+SUFFIXES = (
+    *(".avif", ".bmp", ".gif", ".heic", ".heif"),
+    *(".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"),
+)
 """Suffixes of image files; AVIF and HEIC are read if their decoders are installed."""
 FORMATS = MappingProxyType(
     {
