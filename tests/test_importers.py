@@ -1,5 +1,7 @@
 """Imports: damaged members are named and counted; splits, names and links."""
 
+import base64
+import io
 import json
 import math
 import os
@@ -16,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image, features
 
 from a2fpn.cli import main
-from a2fpn.data import read_image
+from a2fpn.data import check_data, read_image
 from a2fpn.data.exporters import convert_data
 from a2fpn.data.exporters.rings import bridge, to_one_ring, trace
 from a2fpn.data.images import SUFFIXES
@@ -197,6 +199,66 @@ def test_damaged_members_are_named_and_left_out(
     assert "\n" not in str(found)
     record = json.loads((tmp_path / "y" / "import_report.json").read_text())
     assert record["files"] == {str(root / file): {found.kind: 1}}
+
+
+def embedding(root: Path, changes: dict[str, Any], **image: Any) -> bytes:
+    """Write labelme's file of an image that is only in it; return the image's content."""
+    content = io.BytesIO()
+    Image.new("RGB", (60, 40), (9, 90, 200)).save(content, **({"format": "JPEG"} | image))
+    (root / "site 1").mkdir(parents=True)
+    encoded = base64.b64encode(content.getvalue()).decode()
+    record = labelme([CAT_SHAPE], **{"imagePath": "..\\scans\\q.bmp", "imageData": encoded} | changes)
+    (root / "site 1" / "p.json").write_text(record)
+    return content.getvalue()
+
+
+@pytest.mark.parametrize("images", ["link", "copy"])
+@pytest.mark.parametrize(("format", "suffix"), [("JPEG", "jpg"), ("PNG", "png"), ("TIFF", "tif")])
+def test_an_image_in_the_file_of_its_labels_is_written(tmp_path: Path, images: Any, format: str, suffix: str) -> None:
+    content = embedding(tmp_path / "x", {}, format=format)
+    for _ in range(2):
+        report = import_data(tmp_path / "x", tmp_path / "y", images=images, overwrite=True)
+        assert (report.images, report.annotations, report.counts) == (1, 1, {})
+        placed = tmp_path / "y" / "images" / "site 1" / f"p.{suffix}"
+        assert placed.read_bytes() == content
+        assert not placed.is_symlink()
+    assert not check_data(tmp_path / "y" / "images", tmp_path / "y" / "annotations" / "instances_train.json").errors
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_an_image_in_the_file_of_its_labels_is_converted(tmp_path: Path, name: str) -> None:
+    content = embedding(tmp_path / "x", {})
+    assert not convert_data(tmp_path / "x", tmp_path / "z", to=name, format="labelme").counts
+    back = import_data(tmp_path / "z", tmp_path / "y", format=name)
+    assert (back.images, back.annotations, back.counts) == (1, 1, {})
+    (placed,) = (path for path in (tmp_path / "y" / "images").rglob("*") if path.is_file())
+    assert placed.read_bytes() == content
+
+
+def test_a_file_is_preferred_to_the_image_in_its_labels(tmp_path: Path) -> None:
+    embedding(tmp_path / "x", {"imagePath": "q.png"})
+    source = picture(tmp_path / "x" / "site 1" / "q.png")
+    import_data(tmp_path / "x", tmp_path / "y")
+    assert (tmp_path / "y" / "images" / "site 1" / "q.png").readlink() == source
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"imageData": "bm8gaW1hZ2U="}, "imageData is not a readable image (expected one of JPEG, "),
+        ({"imageData": "x"}, "imageData is not a readable image (Invalid base64"),
+        ({"imageData": 7}, "imageData is not a readable image ("),
+        ({"imageData": ""}, "image '..\\\\scans\\\\q.bmp' not found; skipped"),
+        ({"imageHeight": 41}, "it gives 60 x 41 pixels, ..\\scans\\q.bmp has 60 x 40; skipped"),
+    ],
+)
+def test_an_image_in_labels_that_is_none(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    embedding(tmp_path / "x", changes)
+    (tmp_path / "x" / "b.json").write_text(labelme([CAT_SHAPE], imagePath="b.png"))
+    picture(tmp_path / "x" / "b.png")
+    report = import_data(tmp_path / "x", tmp_path / "y")
+    assert report.images == 1
+    assert [message in str(loss) for loss in report.losses] == [True]
 
 
 @pytest.mark.parametrize("name", ["labelme", "voc", "cvat", "labelstudio", "labels", "datumaro"])

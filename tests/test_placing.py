@@ -1,6 +1,7 @@
 """Placement of the images of an import: all of them, or none."""
 
 import os
+import tracemalloc
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 
 from a2fpn.data.exporters import convert_data
 from a2fpn.data.importers import import_data
-from a2fpn.data.importers.placing import ImagePlacer, Placing
+from a2fpn.data.importers.placing import ImagePlacer, Placing, place
 from a2fpn.errors import DataError
 from tests.label_sets import write_set
 
@@ -133,3 +134,24 @@ def test_an_image_that_vanishes_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=last.name):
         import_data(source, tmp_path / "out", images="copy", track=track)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_content_never_goes_through_a_link(tmp_path: Path) -> None:
+    (source,) = files(tmp_path / "source", 1)
+    (tmp_path / "link.png").symlink_to(source)
+    place(b"other", tmp_path / "link.png", "link")
+    assert (tmp_path / "link.png").read_bytes() == b"other"
+    assert source.read_text() == "content 0"
+
+
+def test_contents_leave_the_memory_as_they_are_written(tmp_path: Path) -> None:
+    content = bytes(2**20)
+    with ImagePlacer(tmp_path / "images", "copy") as placer:
+        tracemalloc.start()
+        for number in range(64):
+            placer.add(bytes(bytearray(content)), f"{number}.png")
+        placer.close(quiet)
+        held, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert len(list((tmp_path / "images").iterdir())) == 64
+    assert held < 2**21

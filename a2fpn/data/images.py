@@ -95,11 +95,15 @@ def _opened_by(decoder: _Decoder, file: Path | BinaryIO, max_pixels: int | None)
     return image
 
 
-def suffix_of(path: Path) -> str:
-    """Return the usual suffix of an image file by its first bytes; empty if it is not one, or can't be read."""
+def suffix_of(source: Path | bytes) -> str:
+    """Return the usual suffix of an image by its first bytes; empty if it is not one, or can't be read.
+
+    Args:
+        source: The file, or its content.
+    """
     Image.init()
     try:
-        with path.open("rb") as file:
+        with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
             head = file.read(16)
     except OSError:
         return ""

@@ -107,7 +107,7 @@ class LabeledImage:
     """An image file with its objects.
 
     Args:
-        path: The file; None if only the name is known.
+        path: The file; None if it is embedded in the labels, or only its name is known.
         name: Its name in a data set: a relative path with forward slashes.
         height: Pixels.
         width: Pixels.
@@ -115,6 +115,7 @@ class LabeledImage:
         split: ``"train"``, ``"val"``, ``"test"`` or another name; empty if the source has no splits.
         source: The file with its labels, for messages.
         id: Its id in a COCO file; None to assign one.
+        content: The file's content if it is embedded in the labels.
     """
 
     path: Path | None
@@ -125,6 +126,12 @@ class LabeledImage:
     split: str = ""
     source: str = ""
     id: int | None = None
+    content: bytes | None = None
+
+    @property
+    def file(self) -> Path | bytes | None:
+        """The file or its content; None if only its name is known."""
+        return self.content if self.path is None else self.path
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ class Exporter(ABC):
         invalid = self.xml and _NOT_XML.search(image.name) is not None
         if invalid:
             stem, suffix = (_NOT_XML.sub("_", part) for part in (stem, suffix))
-        missing = "" if image.path is None or suffix.lower() in SUFFIXES else suffix_of(image.path)
+        missing = "" if image.file is None or suffix.lower() in SUFFIXES else suffix_of(image.file)
         if missing:
             stem, suffix = stem + suffix, missing
         folder = self.split_of(image) if self.split_folders else ""
@@ -148,9 +148,9 @@ class Exporter(ABC):
     def place(self, image: LabeledImage, *folders: str) -> Path:
         """Place the image file below a folder of the output, under its name; return its actual or potential path."""
         target = self.output.joinpath(*filter(None, folders), image.name)
-        if image.path is not None and self.options.images is not None:
+        if image.file is not None and self.options.images is not None:
             target.parent.mkdir(parents=True, exist_ok=True)
-            place(image.path, target, self.options.images)
+            place(image.file, target, self.options.images)
         return target
 
     @staticmethod

@@ -29,8 +29,8 @@ class MaskFileExporter(Exporter):
             (unit / part).mkdir(parents=True, exist_ok=True)
         for mask in (unit / "masks").rglob(f"{glob.escape(name.stem)}_{'[0-9]' * 5}.png"):
             mask.unlink()  # of an earlier conversion
-        if image.path is not None:
-            place(image.path, unit / "images" / name.name, self.options.images or "link")
+        if image.file is not None:
+            place(image.file, unit / "images" / name.name, self.options.images or "link")
         for number, labeled in enumerate(image.objects, 1):
             if labeled.keypoints:
                 self.lose("keypoints", image, labeled, "the format has no keypoints")

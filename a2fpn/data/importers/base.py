@@ -157,7 +157,6 @@ class Importer(ABC):
         named: str,
         place: str = "",
         own_file: bool = False,
-        remark: str = "",
     ) -> tuple[int, int] | None:
         """Assign an image to the labels of a file, only once; failures are logged.
 
@@ -168,13 +167,12 @@ class Importer(ABC):
             named: The image's name in that file.
             place: Position in that file.
             own_file: Whether every image has its own label file.
-            remark: Text added to the message if it was not found.
 
         Returns:
             Height and width; None on failure.
         """
         if file is None:
-            self.log.add("missing-image", path, f"image {named!r} not found{remark}; skipped", place=place)
+            self.log.add("missing-image", path, f"image {named!r} not found; skipped", place=place)
             return None
         if file in used and own_file:
             self.log.add("duplicate-stem", path, f"image {file.name} has another label file; skipped")

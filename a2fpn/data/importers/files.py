@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
 import struct
@@ -196,13 +197,16 @@ def _identity(folder: str | Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def image_size(path: str | Path) -> tuple[int, int]:
+def image_size(source: str | Path | bytes) -> tuple[int, int]:
     """Return the displayed height and width of an image, after its EXIF orientation.
+
+    Args:
+        source: The path, or the content of the file.
 
     Raises:
         Exception: Any exception of PIL for a file that is not an image.
     """
-    with open(path, "rb") as file:
+    with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
         size = _size_of_plain_jpeg(file.read(_HEAD))
         if size is not None:
             return size

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from a2fpn.data.images import open_image
+from a2fpn.data.images import open_image, suffix_of
 from a2fpn.data.importers.base import FAULTS, Importer, ImportOptions, group_of, read_categories, register_importer
-from a2fpn.data.importers.files import read_json
+from a2fpn.data.importers.files import image_size, read_json
 from a2fpn.data.importers.folder import Folder
 from a2fpn.data.labeled import LabeledImage, LabeledObject, LossLog, grouped
 from a2fpn.errors import DataError
@@ -74,11 +74,14 @@ class LabelmeImporter(Importer):
         file = (self.images.find(named, path.parent) if named else None) or self.images.by_stem(
             [path.stem], path.parent
         )
-        embedded = " (the one embedded in the file is not used)" if data.get("imageData") else ""
-        size = self.claim(file, used, path, named=named or path.stem, own_file=True, remark=embedded)
+        content: bytes | None = None
+        if file is None and data.get("imageData"):
+            size, content = self._embedded(path, data["imageData"])
+        else:
+            size = self.claim(file, used, path, named=named or path.stem, own_file=True)
         said = (data.get("imageHeight"), data.get("imageWidth"))
         size = size and self.agreed_size(said, size, path, name=named)
-        if file is None or size is None:
+        if size is None:
             return None
         shapes: list[tuple[object, LabeledObject]] = []
         points: _Points = {}
@@ -92,8 +95,18 @@ class LabelmeImporter(Importer):
             if found is not None:
                 shapes.append((group, found))
         objects = list(grouped(self._add_points(path, shapes, points) if points else shapes))
-        name, split = self.images.name_and_split(file)
-        return LabeledImage(file, name, *size, objects, split, str(path))
+        # An image embedded in a file is named like the file: its own name may be a path of another machine.
+        name, split = self.images.name_and_split(file or path.with_suffix(suffix_of(content or b"")))
+        return LabeledImage(file, name, *size, objects, split, str(path), content=content)
+
+    def _embedded(self, path: Path, data: object) -> tuple[tuple[int, int] | None, bytes]:
+        """Return the size and the content of an image embedded in a file; no size, with a logged loss, for no image."""
+        try:
+            content = base64.b64decode(str(data))
+            return image_size(content), content
+        except Exception as error:  # PIL raises almost anything on a corrupt file
+            self.log.add("unreadable-image", path, f"imageData is not a readable image ({error}); skipped")
+            return None, b""
 
     def _shape(
         self, shape: Any, size: tuple[int, int], place: str, points_of: _Points

@@ -30,8 +30,11 @@ def check_output(output: Path, *, overwrite: bool) -> None:
         raise DataError(f"{output} is not empty; choose another folder, or overwrite it (--overwrite).")
 
 
-def place(source: Path, target: str | Path, placing: Placing) -> None:
-    """Link or copy a file; copies if the file system has no links. A target that is the file itself stays."""
+def place(source: Path | bytes, target: str | Path, placing: Placing) -> None:
+    """Link or copy a file, or write its content; copies if the file system has no links.
+
+    A target that is the file itself stays.
+    """
     if _is_file_itself(source, target):
         return
     try:
@@ -57,8 +60,8 @@ class ImagePlacer:
         self._partial = folder.with_name(f"{folder.name}.partial")
         self._new = not folder.parent.exists()
         self._folders: set[str] = set()
-        self._waiting: list[tuple[Path, str]] = []
-        self._tasks: list[Future[list[tuple[Path, str]]]] = []
+        self._waiting: list[tuple[Path | bytes, str]] = []
+        self._tasks: list[Future[list[tuple[Path | None, str]]]] = []
         self._total = 0
         threads, self._chunk = _POOLS[placing]
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="place")
@@ -74,13 +77,13 @@ class ImagePlacer:
         if kind is not None and self._new and self.folder.parent.is_dir() and not any(self.folder.parent.iterdir()):
             self.folder.parent.rmdir()
 
-    def add(self, source: Path, name: str) -> None:
-        """Place a file under a name: a path in the folder."""
+    def add(self, source: Path | bytes, name: str) -> None:
+        """Place a file, or a file's content, under a name: a path in the folder."""
         if not self._total:
             shutil.rmtree(self._partial, ignore_errors=True)  # of an import that was killed
         self._total += 1
         self._waiting.append((source, name))
-        if len(self._waiting) == self._chunk:
+        if len(self._waiting) == self._chunk or isinstance(source, bytes):  # contents should not fill the memory
             self._start()
 
     def close(self, track: Track) -> None:
@@ -113,10 +116,11 @@ class ImagePlacer:
         self._folders |= parents
         self._tasks.append(self._pool.submit(self._place, jobs))
 
-    def _place(self, jobs: list[tuple[Path, str]]) -> list[tuple[Path, str]]:
+    def _place(self, jobs: list[tuple[Path | bytes, str]]) -> list[tuple[Path | None, str]]:
+        """Place files; return their paths, None for contents, which would fill the memory, and their names."""
         for source, name in jobs:
             _link_or_copy(source, os.path.join(self._partial, name), self.placing)
-        return jobs
+        return [(None if isinstance(source, bytes) else source, name) for source, name in jobs]
 
 
 def _make_folders(root: Path, names: Iterable[str]) -> None:
@@ -124,13 +128,19 @@ def _make_folders(root: Path, names: Iterable[str]) -> None:
         os.makedirs(root / name, exist_ok=True)
 
 
-def _is_file_itself(source: Path, target: str | Path) -> bool:
+def _is_file_itself(source: Path | bytes | None, target: str | Path) -> bool:
     """Return whether a target is the file that would replace it, such as in a folder that is a link to the source."""
-    return os.path.exists(target) and not os.path.islink(target) and os.path.samefile(source, target)
+    if not isinstance(source, Path) or os.path.islink(target) or not os.path.exists(target):
+        return False
+    return os.path.samefile(source, target)
 
 
-def _link_or_copy(source: Path, target: str | Path, placing: Placing) -> None:
-    if placing == "link":
+def _link_or_copy(source: Path | bytes, target: str | Path, placing: Placing) -> None:
+    if isinstance(source, bytes):
+        if os.path.islink(target):
+            os.remove(target)
+        Path(target).write_bytes(source)
+    elif placing == "link":
         try:
             os.symlink(os.path.abspath(source), target)
         except FileExistsError:

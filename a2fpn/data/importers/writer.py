@@ -134,8 +134,8 @@ class CocoWriter:
                 self._used.add(labeled.category)
                 entry.annotations.append((labeled.category, text, '"segmentation":' in text))
         self._entries[name] = self._folded[name.lower()] = entry
-        if image.path is not None:
-            self.images.add(image.path, name)
+        if image.file is not None:
+            self.images.add(image.file, name)
 
     def _other(self, name: str) -> _Entry | None:
         """Return the image whose file a new one would overwrite."""
