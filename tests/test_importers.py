@@ -124,6 +124,7 @@ def studio(**changes: Any) -> str:
             "shapes[0]: a polygon needs 3 points, got 2",
         ),
         ("labelme", "a.json", labelme([{"label": "cat", "points": [[1, "x"]]}]), "points must be pairs of numbers"),
+        ("labelme", "a.json", labelme([{"label": "cat", "points": SQUARE, "shape_type": "rotation"}]), None),
         ("labelme", "a.json", labelme([{"label": "", "points": SQUARE}]), "shapes[0]: it has no label, got ''"),
         (
             "labelme",
@@ -726,6 +727,8 @@ def test_label_images_of_all_depths(tmp_path: Path, suffix: str, dtype: type) ->
         ("train/site/images/a.png", "train/site/masks/a_mask.png"),
         ("train/images/site/a.png", "train/masks/site/a.png"),
         ("site/images/a.png", "site/masks/cell/a.png"),
+        ("PNGImages/a.png", "PedMasks/a_mask.png"),
+        ("set/photos/a.png", "set/masks/a.png"),
     ],
 )
 def test_label_images_are_found_beside_their_images(tmp_path: Path, image: str, labels: str) -> None:
@@ -735,6 +738,23 @@ def test_label_images_are_found_beside_their_images(tmp_path: Path, image: str, 
     Image.fromarray(np.eye(40, 60, dtype=np.uint8)).save(path)
     report = import_data(tmp_path / "x", tmp_path / "y", format="labels", categories=["cell", "debris"])
     assert (report.images, report.annotations, report.counts) == (1, 1, {})
+
+
+@pytest.mark.parametrize(
+    ("image", "labels"),
+    [
+        ("images/site 2/a.png", "labels/site 1/a.png"),
+        ("site 2/a.png", "site 1/a_mask.png"),
+        ("set 2/photos/a.png", "set 1/masks/a.png"),
+    ],
+)
+def test_label_images_of_another_folder_are_not_taken(tmp_path: Path, image: str, labels: str) -> None:
+    picture(tmp_path / "x" / image)
+    picture(tmp_path / "x" / "site 1" / "b.png")
+    picture(tmp_path / "x" / "site 1" / "b_mask.png", mode="L")
+    picture(tmp_path / "x" / labels, mode="L")
+    report = import_data(tmp_path / "x", tmp_path / "y", format="labels")
+    assert report.counts == {"missing-image": 1}
 
 
 @pytest.mark.parametrize(
@@ -874,6 +894,17 @@ def test_images_of_every_suffix_are_found(tmp_path: Path, name: str) -> None:
     assert not convert_data(root, tmp_path / "x", to=name).counts
     back = import_data(tmp_path / "x", tmp_path / "y", format=name)
     assert (back.images, back.annotations, back.counts) == (len(files), len(files), {})
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_files_that_macos_adds_are_passed_over(tmp_path: Path, name: str) -> None:
+    convert_data(write_set(tmp_path / "coco"), tmp_path / "x", to=name)
+    for path in [path for path in (tmp_path / "x").rglob("*") if path.is_file()]:
+        path.with_name(f"._{path.name}").write_bytes(b"\0\5\x16\7Mac OS X")
+    (tmp_path / "x" / ".DS_Store").write_bytes(b"Bud1")
+    report = import_data(tmp_path / "x", tmp_path / "y")
+    assert (report.format, report.images, report.counts) == (name, 6, {})
+    assert not [note for note in report.notes if "label" in note]
 
 
 @pytest.mark.parametrize("orientation", [None, 1, 3, 6])

@@ -122,6 +122,7 @@ def test_folders_and_sequences_give_lists_in_order(predictor, pixels, tmp_path):
     (tmp_path / "folder").mkdir()
     results = predictor(tmp_path)
     assert [result.size[0] for result in results] == [20, 10, 30]
+    (tmp_path / "._a.png").write_bytes(b"Mac OS X")
     assert [path.name for path in list_images(tmp_path)] == ["a.PNG", "b.png", "c.jpg"]
     results = predictor([tmp_path / "b.png", pixels])
     assert [result.size for result in results] == [(10, 80), (48, 80)]

@@ -95,6 +95,11 @@ def _opened_by(decoder: _Decoder, file: Path | BinaryIO, max_pixels: int | None)
     return image
 
 
+def is_image(name: str) -> bool:
+    """Return whether a file's name is that of an image; hidden ones, such as macOS's ``._a.jpg``, are not."""
+    return os.path.splitext(name)[1].lower() in SUFFIXES and not os.path.basename(name).startswith(".")
+
+
 def suffix_of(source: Path | bytes) -> str:
     """Return the usual suffix of an image by its first bytes; empty if it is not one, or can't be read.
 

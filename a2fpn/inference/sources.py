@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from a2fpn.data.images import SUFFIXES
+from a2fpn.data.images import SUFFIXES, is_image
 from a2fpn.errors import ConfigError, ImageError
 
 ImagePath = str | os.PathLike[str]
@@ -22,7 +22,7 @@ def list_images(source: ImagePath) -> list[Path]:
     """
     pattern = is_pattern(source)
     found = map(Path, glob.glob(os.fspath(source), recursive=True)) if pattern else Path(source).iterdir()
-    paths = sorted(path for path in found if path.suffix.lower() in SUFFIXES and not path.is_dir())
+    paths = sorted(path for path in found if is_image(path.name) and not path.is_dir())
     if not paths:
         raise ConfigError(
             (f"No image matches {os.fspath(source)}" if pattern else f"No images in the folder {os.fspath(source)}")

@@ -15,7 +15,7 @@ from urllib.parse import unquote
 
 from a2fpn._registry import natural_key
 from a2fpn.config import MAX_PIXELS
-from a2fpn.data.images import SUFFIXES, open_image, shown_size
+from a2fpn.data.images import is_image, open_image, shown_size
 from a2fpn.data.labeled import LossLog, split_name
 from a2fpn.data.text_files import read_bytes as read_bytes
 from a2fpn.data.text_files import read_json as read_json
@@ -40,7 +40,7 @@ class ImageIndex:
         found = []
         for folder, folders, names in walk(root):
             folders[:] = [name for name in folders if name.lower() not in skip and not name.startswith(".")]
-            found += [Path(folder, name) for name in names if os.path.splitext(name)[1].lower() in SUFFIXES]
+            found += [Path(folder, name) for name in names if is_image(name)]
         self.files = sorted(found, key=lambda path: natural_key(str(path)))
         self._by_name: dict[str, list[Path]] = {}
         self._by_stem: dict[str, list[Path]] = {}

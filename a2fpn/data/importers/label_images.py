@@ -55,6 +55,12 @@ class LabelImageImporter(Importer):
         taken = set(self.labels)
         self.images.files = [path for path in self.images.files if path not in taken]
         self.keys = self._keys()
+        self.image_folders = {path.parent for path in self.images.files}
+        self.siblings: dict[tuple[Path, str], list[Path]] = {}
+        label_folders = {path.parent for path in self.labels}
+        for path in self.images.files:
+            if path.parent not in label_folders:
+                self.siblings.setdefault((path.parent.parent, path.stem.lower()), []).append(path)
         self.total = len(self.images.files)
 
     def read(self) -> Iterator[LabeledImage]:
@@ -132,7 +138,17 @@ class LabelImageImporter(Importer):
                 found = found or (None if split else self.keys.get((None, key)))
                 if found is not None:
                     return self.class_of(class_folder), found
-        return "", None
+        return self.class_of(""), self._in_sibling(path)
+
+    def _in_sibling(self, path: Path) -> Path | None:
+        """Image of a label image in a folder of labels only, whose sibling holds only images."""
+        if path.parent in self.image_folders:
+            return None
+        for stem in (path.stem, _ENDINGS.sub("", path.stem)):
+            found = self.siblings.get((path.parent.parent, stem.lower()), [])
+            if len(found) == 1:
+                return found[0]
+        return None
 
     def _image(self, path: Path, labels: list[tuple[str, Path]]) -> LabeledImage | None:
         size = self.images.size(path, self.log)

@@ -27,6 +27,7 @@ from a2fpn.masks.rle import Rle, encode_window
 
 _CIRCLE_POINTS = 64
 _SKIPPED = ("line", "linestrip")
+_ROTATED = ("oriented_rectangle", "rotation")  # of labelme and of X-AnyLabeling, whose corners are given
 
 _Points = dict[object, dict[str, tuple[str, tuple[float, float, float]]]]  # place and point by group and name
 
@@ -124,9 +125,9 @@ class LabelmeImporter(Importer):
         points = shape.get("points")
         flat = _flat(points)
         count = len(flat) // 2
-        if kind == "polygon":
+        if kind == "polygon" or kind in _ROTATED:
             if count < 3:
-                raise ValueError(f"a polygon needs 3 points, got {count}")
+                raise ValueError(f"a {kind} needs 3 points, got {count}")
             return group, LabeledObject(label, None, [flat], crowd, line=place)
         if kind == "rectangle" and count in (2, 4):
             xs, ys = sorted(flat[::2]), sorted(flat[1::2])

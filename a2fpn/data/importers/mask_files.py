@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from a2fpn.data.images import SUFFIXES, open_image
+from a2fpn.data.images import is_image, open_image
 from a2fpn.data.importers.base import Importer, ImportOptions, register_importer
 from a2fpn.data.importers.files import ImageIndex
 from a2fpn.data.importers.folder import Folder
@@ -41,7 +41,7 @@ class MaskFilesImporter(Importer):
         """See :meth:`Importer.read`."""
         used: set[Path] = set()
         for unit in self.units:
-            images = [path for path in sorted((unit / "images").iterdir()) if path.suffix.lower() in SUFFIXES]
+            images = [path for path in sorted((unit / "images").iterdir()) if is_image(path.name)]
             if len(images) != 1:
                 self.log.add("missing-image", unit / "images", f"expected one image, got {len(images)}; skipped")
                 used.update(images)
@@ -53,7 +53,7 @@ class MaskFilesImporter(Importer):
             used.add(image)
             objects = []
             for path in sorted((unit / "masks").rglob("*")):
-                if path.suffix.lower() in SUFFIXES:
+                if is_image(path.name):
                     labeled = self._object(path, unit, size)
                     if labeled is not None:
                         objects.append(labeled)
@@ -93,7 +93,7 @@ def mask_units(root: Path) -> list[Path]:
         images = masks.parent / "images"
         if masks.parent == root or not masks.is_dir() or not images.is_dir():
             continue
-        stems = {path.stem for path in images.iterdir() if path.suffix.lower() in SUFFIXES}
+        stems = {path.stem for path in images.iterdir() if is_image(path.name)}
         if len(stems) <= 1:
             units.append(masks.parent)
             certain = certain or not any(path.stem in stems and path.is_file() for path in masks.iterdir())

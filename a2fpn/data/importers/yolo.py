@@ -19,7 +19,7 @@ import numpy as np
 import orjson
 
 from a2fpn._registry import natural_key
-from a2fpn.data.images import SUFFIXES
+from a2fpn.data.images import SUFFIXES, is_image
 from a2fpn.data.importers.base import Importer, ImportOptions, register_importer
 from a2fpn.data.importers.files import clean_path, image_size, name_and_split, read_text
 from a2fpn.data.importers.folder import Folder
@@ -33,7 +33,6 @@ from a2fpn.data.importers.yolo_files import (
     image_stem,
     images_below,
     is_class_number,
-    is_image,
     is_list,
     is_number,
     is_text_file,

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from a2fpn._registry import natural_key
-from a2fpn.data.images import SUFFIXES
+from a2fpn.data.images import is_image
 from a2fpn.data.importers.files import read_text
 from a2fpn.data.importers.folder import Folder
 from a2fpn.errors import DataError
@@ -159,11 +159,6 @@ def images_below(folder: str) -> list[str]:
     """Return the image files of a folder and its subfolders, by name."""
     found = [os.path.join(where, name) for where, _, names in os.walk(folder) for name in names if is_image(name)]
     return sorted(found, key=natural_key)
-
-
-def is_image(name: str) -> bool:
-    """Return whether a file has the suffix of an image."""
-    return os.path.splitext(name)[1].lower() in SUFFIXES
 
 
 def is_class_number(text: str) -> bool:
