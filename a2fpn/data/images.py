@@ -96,8 +96,8 @@ def _opened_by(decoder: _Decoder, file: Path | BinaryIO, max_pixels: int | None)
 
 
 def is_image(name: str) -> bool:
-    """Return whether a file's name is that of an image; hidden ones, such as macOS's ``._a.jpg``, are not."""
-    return os.path.splitext(name)[1].lower() in SUFFIXES and not os.path.basename(name).startswith(".")
+    """Return whether a file's name is that of an image; ``._a.jpg``, which macOS writes beside ``a.jpg``, is not."""
+    return os.path.splitext(name)[1].lower() in SUFFIXES and not os.path.basename(name).startswith("._")
 
 
 def suffix_of(source: Path | bytes) -> str:
