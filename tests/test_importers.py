@@ -262,6 +262,16 @@ def test_an_image_in_labels_that_is_none(tmp_path: Path, changes: dict[str, Any]
     assert [message in str(loss) for loss in report.losses] == [True]
 
 
+@pytest.mark.parametrize("format", ["auto", "labelstudio"])
+def test_another_export_of_label_studio_is_named(tmp_path: Path, format: str) -> None:
+    picture(tmp_path / "x" / "a.png")
+    shape = {"original_width": 60, "original_height": 40, "points": SQUARE, "polygonlabels": ["cat"]}
+    tasks = [{"image": "/data/upload/1/12345678-a.png", "id": 7, "label": [shape]}]
+    (tmp_path / "x" / "min.json").write_text(json.dumps(tasks))
+    with pytest.raises(DataError, match=r"task 7: it names no image in data; export as JSON, not as JSON-MIN"):
+        import_data(tmp_path / "x", tmp_path / "y", format=format)
+
+
 @pytest.mark.parametrize("name", ["labelme", "voc", "cvat", "labelstudio", "labels", "datumaro"])
 def test_images_without_labels_wait_for_them(tmp_path: Path, name: str) -> None:
     convert_data(write_set(tmp_path / "coco", ("train",)), tmp_path / "x", to=name)

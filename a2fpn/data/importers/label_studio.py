@@ -37,8 +37,8 @@ class LabelStudioImporter(JsonImporter):
     def owns(cls, folder: Folder, path: Path) -> bool:
         """See :meth:`JsonImporter.owns`."""
         head = folder.head(path)
-        listed = head.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"[") and b'"data"' in head
-        return listed or (b'"original_width"' in head and b'"result"' in head)
+        listed = head.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"[")
+        return (listed and b'"data"' in head) or (b'"original_width"' in head and (listed or b'"result"' in head))
 
     def read(self) -> Iterator[LabeledImage]:
         """See :meth:`Importer.read`."""
@@ -46,9 +46,7 @@ class LabelStudioImporter(JsonImporter):
         for path in self.paths:
             tasks = read_json(path)
             if not isinstance(tasks, list):
-                raise DataError(
-                    f"{path}: not a Label Studio export; expected a list of tasks. Export as JSON, not JSON-MIN."
-                )
+                raise DataError(f"{path}: not a Label Studio export; expected a list of tasks. Export as JSON.")
             yield from self.each(self._image, path, "tasks", tasks, used)
         yield from self.unlabeled(used)
 
@@ -58,7 +56,8 @@ class LabelStudioImporter(JsonImporter):
         data = task.get("data") if isinstance(task, Mapping) else None
         names = [value for value in data.values() if isinstance(value, str)] if isinstance(data, Mapping) else []
         if not names:
-            self.log.add("bad-item", path, "it names no image; skipped", place=place)
+            detail = "it names no image in data; export as JSON, not as JSON-MIN; skipped"
+            self.log.add("bad-item", path, detail, place=place)
             return None
         file = next((found for name in names if (found := self._find(name)) is not None), None)
         given = list_of(task.get("annotations"), "annotations")
