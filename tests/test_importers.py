@@ -739,11 +739,13 @@ def test_label_images_of_all_depths(tmp_path: Path, suffix: str, dtype: type) ->
         ("site/images/a.png", "site/masks/cell/a.png"),
         ("PNGImages/a.png", "PedMasks/a_mask.png"),
         ("set/photos/a.png", "set/masks/a.png"),
+        ("A1/plant_rgb.png", "A1/plant_label.png"),
+        ("data/1/1-img.png", "data/1/1-mask.png"),
     ],
 )
 def test_label_images_are_found_beside_their_images(tmp_path: Path, image: str, labels: str) -> None:
     picture(tmp_path / "x" / image)
-    picture(tmp_path / "x" / image.replace("a.png", "other.png"))
+    picture(tmp_path / "x" / f"{Path(image).parent}/other.png")
     path = picture(tmp_path / "x" / labels, mode="L")
     Image.fromarray(np.eye(40, 60, dtype=np.uint8)).save(path)
     report = import_data(tmp_path / "x", tmp_path / "y", format="labels", categories=["cell", "debris"])
@@ -756,10 +758,13 @@ def test_label_images_are_found_beside_their_images(tmp_path: Path, image: str, 
         ("images/site 2/a.png", "labels/site 1/a.png"),
         ("site 2/a.png", "site 1/a_mask.png"),
         ("set 2/photos/a.png", "set 1/masks/a.png"),
+        ("a_rgb.png", "a_label.png"),
     ],
 )
 def test_label_images_of_another_folder_are_not_taken(tmp_path: Path, image: str, labels: str) -> None:
     picture(tmp_path / "x" / image)
+    if image == "a_rgb.png":
+        picture(tmp_path / "x" / "a_img.png")
     picture(tmp_path / "x" / "site 1" / "b.png")
     picture(tmp_path / "x" / "site 1" / "b_mask.png", mode="L")
     picture(tmp_path / "x" / labels, mode="L")

@@ -27,6 +27,7 @@ from a2fpn.masks.rle import Rle
 LABEL_FOLDERS = frozenset(("labels", "masks", "label_images", "label", "mask", "gt", "instances"))
 """Names of folders, lower case, whose images are labels."""
 _ENDINGS = re.compile(r"[_-](cp_masks|masks?|labels?|instances?|gt|seg)$", re.IGNORECASE)
+_IMAGE_ENDINGS = re.compile(r"[_-](image|img|raw|rgb)$", re.IGNORECASE)
 _TRIED = 20
 _LABEL_SUFFIXES = (".png", ".tif", ".tiff")
 
@@ -92,10 +93,11 @@ class LabelImageImporter(Importer):
     def _keys(self) -> dict[tuple[str | None, str], Path]:
         """Images by split and stem, and the first of each stem with None as the split.
 
-        An image in a folder ``a/images`` is also found as ``a``: its labels may be in ``a/labels``.
+        An image ``a/images/b_rgb`` is also found as ``a/b``, as its labels may be ``a/labels/b_label``, unless there
+        is ``a/images/b_img``, too.
         """
         keys: dict[tuple[str | None, str], Path] = {}
-        beside: dict[tuple[str | None, str], Path] = {}
+        beside: dict[tuple[str | None, str], set[Path]] = {}
         for path in self.images.files:
             name, split = self.images.name_and_split(path)
             key = str(Path(name).with_suffix("")).lower()
@@ -105,9 +107,10 @@ class LabelImageImporter(Importer):
             keys[split, key] = path
             keys.setdefault((None, key), path)
             short = _without_image_folders(key)
-            beside.setdefault((split, short), path)
-            beside.setdefault((None, short), path)
-        return beside | keys
+            for other in (short, _IMAGE_ENDINGS.sub("", short)):
+                beside.setdefault((split, other), set()).add(path)
+                beside.setdefault((None, other), set()).add(path)
+        return {key: paths.pop() for key, paths in beside.items() if len(paths) == 1} | keys
 
     def _match(self, path: Path) -> tuple[str, Path | None]:
         """Class and image of a label image."""
