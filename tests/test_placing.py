@@ -36,7 +36,7 @@ def place_all(sources: list[Path], folder: Path) -> None:
 
 
 @pytest.mark.parametrize("placing", PLACINGS)
-@pytest.mark.parametrize("count", [1, 4, 63, 64, 65, 200])
+@pytest.mark.parametrize("count", [1, 4, 5, 511, 512, 513])
 def test_every_image_is_placed(tmp_path: Path, placing: Placing, count: int) -> None:
     seen: list[tuple[str, int, int]] = []
 
@@ -134,6 +134,38 @@ def test_an_image_that_vanishes_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=last.name):
         import_data(source, tmp_path / "out", images="copy", track=track)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="ln is a program of Unix")
+@pytest.mark.parametrize("program", ["", "exit 1", 'shift 2; /bin/ln -s "$1" "$3"; exit 1'])
+def test_links_do_without_ln(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str) -> None:
+    (tmp_path / "bin").mkdir()
+    if program:
+        (tmp_path / "bin" / "ln").write_text(f"#!/bin/sh\n{program}\n")
+        (tmp_path / "bin" / "ln").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    sources = files(tmp_path / "source", 2)
+    with ImagePlacer(tmp_path / "images", "link") as placer:
+        for path in sources:
+            placer.add(path, path.name)
+        placer.close(quiet)
+    assert [(tmp_path / "images" / path.name).readlink() for path in sources] == sources
+
+
+def test_links_of_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = ["-f.png", "a b.png", "a\nb.png", "é.png", "$x.png"]
+    for name in names:
+        Path(name).write_text(name)
+    with ImagePlacer(Path("out/images"), "link") as placer:
+        for name in names:
+            placer.add(Path(name), name)
+            placer.add(Path(name), f"-r/{name}")
+            placer.add(Path(name), f"renamed {name}")
+        placer.close(quiet)
+    for name in names:
+        for placed in (name, f"-r/{name}", f"renamed {name}"):
+            assert Path("out/images", placed).readlink() == tmp_path / name
 
 
 def test_a_content_never_goes_through_a_link(tmp_path: Path) -> None:

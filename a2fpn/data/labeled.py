@@ -270,8 +270,8 @@ def polygon_area(polygons: Sequence[Sequence[float]]) -> float:
     total = 0.0
     for polygon in polygons:
         xs, ys = polygon[::2], polygon[1::2]
-        following = (*xs[1:], xs[0]), (*ys[1:], ys[0])
-        total += abs(sum(map(operator.mul, xs, following[1])) - sum(map(operator.mul, ys, following[0]))) / 2
+        forward = sum(map(operator.mul, xs, ys[1:]), xs[-1] * ys[0])
+        total += abs(forward - sum(map(operator.mul, ys, xs[1:]), ys[-1] * xs[0])) / 2
     return total
 
 

@@ -35,9 +35,10 @@ def measure(labeled: LabeledObject, height: int, width: int) -> tuple[Box, float
             extent, area = polygon_box(segmentation), polygon_area(segmentation)
         except (TypeError, OverflowError):
             raise ValueError("a polygon has a coordinate that is not a number") from None
+        x, y, w, h = extent
+        valid = min(x, y) > -COORDINATE_LIMIT and x + w < COORDINATE_LIMIT and y + h < COORDINATE_LIMIT
         # NaN and infinity propagate to the area, even if they escape the minimum and maximum.
-        reach = max(-extent[0], -extent[1], extent[0] + extent[2], extent[1] + extent[3])
-        if not (reach < COORDINATE_LIMIT and math.isfinite(area)):
+        if not (valid and math.isfinite(area)):
             raise ValueError("a polygon has a coordinate that is not a valid pixel position")
         box = _given_box(labeled) or extent
     elif segmentation is not None:
@@ -57,11 +58,12 @@ def measure(labeled: LabeledObject, height: int, width: int) -> tuple[Box, float
     else:
         raise ValueError("it has neither box nor mask")
     x, y, w, h = box
-    if not all(map(math.isfinite, box)):
+    inside = x >= 0 and y >= 0 and x + w <= width and y + h <= height
+    if not (inside or all(map(math.isfinite, box))):
         raise ValueError(f"its box {list(box)} has non-numeric values")
-    if min(w, h) < LEAST_SIDE:
+    if w < LEAST_SIDE or h < LEAST_SIDE:
         raise ValueError(f"its box {_rounded(box)} has no area")
-    if min(min(x + w, width) - max(x, 0), min(y + h, height) - max(y, 0)) < LEAST_SIDE:
+    if not inside and min(min(x + w, width) - max(x, 0), min(y + h, height) - max(y, 0)) < LEAST_SIDE:
         raise ValueError(f"its box {_rounded(box)} lies outside the image of {width} x {height} pixels")
     return (x, y, round(w, 4), round(h, 4)), round(area, 4)
 

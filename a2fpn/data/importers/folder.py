@@ -77,13 +77,15 @@ class Folder:
 
     def head(self, path: Path) -> bytes:
         """Return the first 4 KB of a file, without the zeros of UTF-16; empty if it can't be read."""
-        if path not in self._heads:
+        head = self._heads.get(path)
+        if head is None:
             try:
                 with path.open("rb") as file:
-                    self._heads[path] = file.read(_HEAD).replace(b"\0", b"")
+                    head = file.read(_HEAD).replace(b"\0", b"")
             except OSError:
-                self._heads[path] = b""
-        return self._heads[path]
+                head = b""
+            self._heads[path] = head
+        return head
 
     def has_images(self) -> bool:
         """Return whether the folder has any image."""

@@ -32,7 +32,7 @@ class PanopticImporter(JsonImporter):
     @classmethod
     def owns(cls, folder: Folder, path: Path) -> bool:
         """See :meth:`JsonImporter.owns`."""
-        return is_panoptic(path)
+        return b'"shapes"' not in folder.head(path) and is_panoptic(path)  # else every labelme file is read whole
 
     def __init__(self, folder: Folder, log: LossLog, options: ImportOptions) -> None:
         super().__init__(folder, log, options)

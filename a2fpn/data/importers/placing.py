@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -14,8 +15,9 @@ from a2fpn.data.check.report import Track
 from a2fpn.errors import DataError
 
 Placing = Literal["link", "copy"]
+_Job = tuple[Path | bytes, str]  # a file or its content, and its name
 # Threads and files of one task. Threads that add links to one folder only wait for each other in the kernel.
-_POOLS = {"link": (1, 64), "copy": (4, 4)}
+_POOLS = {"link": (1, 512), "copy": (4, 4)}
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:
@@ -60,7 +62,7 @@ class ImagePlacer:
         self._partial = folder.with_name(f"{folder.name}.partial")
         self._new = not folder.parent.exists()
         self._folders: set[str] = set()
-        self._waiting: list[tuple[Path | bytes, str]] = []
+        self._waiting: list[_Job] = []
         self._tasks: list[Future[list[tuple[Path | None, str]]]] = []
         self._total = 0
         threads, self._chunk = _POOLS[placing]
@@ -116,11 +118,37 @@ class ImagePlacer:
         self._folders |= parents
         self._tasks.append(self._pool.submit(self._place, jobs))
 
-    def _place(self, jobs: list[tuple[Path | bytes, str]]) -> list[tuple[Path | None, str]]:
+    def _place(self, jobs: list[_Job]) -> list[tuple[Path | None, str]]:
         """Place files; return their paths, None for contents, which would fill the memory, and their names."""
-        for source, name in jobs:
+        left = _link_at_once(jobs, self._partial) if self.placing == "link" else jobs
+        for source, name in left:
             _link_or_copy(source, os.path.join(self._partial, name), self.placing)
         return [(None if isinstance(source, bytes) else source, name) for source, name in jobs]
+
+
+def _link_at_once(jobs: Iterable[_Job], root: Path) -> list[_Job]:
+    """Link the files that keep their names by the program ``ln``, and return the others.
+
+    A thread that creates links one by one would compete for the interpreter's lock with the one that reads labels.
+    """
+    program = shutil.which("ln")
+    left: list[_Job] = []
+    folders: dict[str, list[_Job]] = {}
+    for source, name in jobs:
+        folder, base = os.path.split(name)
+        alike = program is not None and isinstance(source, Path) and source.name == base
+        (folders.setdefault(folder, []) if alike else left).append((source, name))
+    for folder, members in folders.items():
+        sources = [os.path.abspath(source) for source, _ in members]
+        command = [str(program), "-s", "--", *sources, os.path.join(root, folder, "")]
+        try:
+            done = subprocess.run(command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+        except OSError:  # the command is too long
+            left += members
+            continue
+        if done.returncode:
+            left += [(source, name) for source, name in members if not os.path.islink(root / name)]
+    return left
 
 
 def _make_folders(root: Path, names: Iterable[str]) -> None:
