@@ -708,7 +708,10 @@ def test_files_in_utf_16_are_detected(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize(
     ("suffix", "dtype"),
-    [(".png", np.uint8), (".PNG", np.uint16), (".TIF", np.uint16), (".tif", np.int32), (".tif", np.float32)],
+    [
+        *((suffix, np.uint8) for suffix in (".png", ".bmp", ".gif")),
+        *((".PNG", np.uint16), (".TIF", np.uint16), (".tif", np.int32), (".tif", np.float32)),
+    ],
 )
 def test_label_images_of_all_depths(tmp_path: Path, suffix: str, dtype: type) -> None:
     picture(tmp_path / "x" / "a.png")
@@ -802,6 +805,18 @@ def test_the_layout_of_the_data_science_bowl(tmp_path: Path) -> None:
     assert (report.format, report.annotations) == ("mask_files", 2)
     assert report.counts == {"unusable-object": 1}
     assert [raw["bbox"] for raw in annotations(tmp_path / "y")] == [[2, 2, 7, 7], [20, 5, 10, 10]]
+
+
+def test_a_mask_in_a_jpeg_has_its_own_pixels(tmp_path: Path) -> None:
+    picture(tmp_path / "x" / "1" / "images" / "1.png")
+    mask = np.zeros((40, 60), np.uint8)
+    mask[8:24, 16:40] = 255
+    mask[12, 30] = 0
+    (tmp_path / "x" / "1" / "masks").mkdir()
+    Image.fromarray(mask).save(tmp_path / "x" / "1" / "masks" / "2.jpg", quality=75)
+    import_data(tmp_path / "x", tmp_path / "y", category="nucleus")
+    ((*_, found),) = objects(tmp_path / "y", "train")["1.png"]
+    assert (found == (mask > 0)).all()
 
 
 def test_a_mask_file_may_have_the_name_of_its_image(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Label images: each pixel is the number of its object, as written by ImageJ, napari, Cellpose and StarDist.
 
-PNG of 8 or 16 bits, TIFF of 8, 16 or 32 bits (also floating-point with integer values). Labels are in a folder
-``labels``, ``masks`` or ``label_images`` under the names of their images, or next to them with an ending such as
+PNG of 8 or 16 bits, BMP, GIF, TIFF of 8, 16 or 32 bits (also floating-point with integer values). Labels are in a
+folder ``labels``, ``masks`` or ``label_images`` under the names of their images, or next to them with an ending such as
 ``_masks``. Subfolders, ``labels/nucleus/``, are classes.
 """
 
@@ -29,7 +29,7 @@ LABEL_FOLDERS = frozenset(("labels", "masks", "label_images", "label", "mask", "
 _ENDINGS = re.compile(r"[_-](cp_masks|masks?|labels?|instances?|gt|seg)$", re.IGNORECASE)
 _IMAGE_ENDINGS = re.compile(r"[_-](image|img|raw|rgb)$", re.IGNORECASE)
 _TRIED = 20
-_LABEL_SUFFIXES = (".png", ".tif", ".tiff")
+_LABEL_SUFFIXES = (".bmp", ".gif", ".png", ".tif", ".tiff")
 
 
 @register_importer("labels")

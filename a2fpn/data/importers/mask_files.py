@@ -67,7 +67,8 @@ class MaskFilesImporter(Importer):
     def _object(self, path: Path, unit: Path, size: tuple[int, int]) -> LabeledObject | None:
         try:
             with open_image(path) as image:
-                mask = np.asarray(image.convert("L")) > 0
+                # A JPEG is not black beside its object.
+                mask = np.asarray(image.convert("L")) > (127 if image.format == "JPEG" else 0)
         except (OSError, SyntaxError, ValueError) as error:
             self.log.add("unreadable-labels", path, f"not a mask ({error}); skipped")
             return None
