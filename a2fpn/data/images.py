@@ -61,21 +61,16 @@ def open_image(file: Path | BinaryIO, *, max_pixels: int | None = MAX_PIXELS) ->
         ValueError: If the format is not allowed, or it is too large.
         OSError: If it can't be read.
     """
-    Image.init()
     if isinstance(file, Path):
         with file.open("rb") as opened:
             head = opened.read(16)
     else:
         head = file.read(16)
         file.seek(0)
-    reason = ""
-    for decoder in filter(None, map(_decoder, FORMATS)):
-        accepted = decoder.accept(head)
-        if isinstance(accepted, str):  # an allowed format whose library is missing
-            reason = accepted
-        elif accepted:
-            return _opened_by(decoder, file, max_pixels)
-    raise ValueError(reason or f"expected one of {', '.join(name for name in FORMATS if _decoder(name))}")
+    _, decoder, reason = _format_of(head)
+    if decoder is None:
+        raise ValueError(reason or f"expected one of {', '.join(name for name in FORMATS if _decoder(name))}")
+    return _opened_by(decoder, file, max_pixels)
 
 
 def _opened_by(decoder: _Decoder, file: Path | BinaryIO, max_pixels: int | None) -> Image.Image:
@@ -106,19 +101,32 @@ def suffix_of(source: Path | bytes) -> str:
     Args:
         source: The file, or its content.
     """
-    Image.init()
     try:
         with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
             head = file.read(16)
     except OSError:
         return ""
-    found = (name for name in FORMATS if (decoder := _decoder(name)) is not None and decoder.accept(head) is True)
-    return FORMATS.get(next(found, ""), "")
+    name, *_ = _format_of(head)
+    return FORMATS.get(name, "")
 
 
 class _Decoder(NamedTuple):
     factory: Any
     accept: Any
+
+
+def _format_of(head: bytes) -> tuple[str, _Decoder | None, str]:
+    """Return the format of an image by its first bytes, and its decoder; or the reason why it has none, if known."""
+    Image.init()
+    reason = ""
+    for name in FORMATS:
+        decoder = _decoder(name)
+        accepted = decoder is not None and decoder.accept(head)
+        if isinstance(accepted, str):  # an allowed format whose library is missing
+            reason = accepted
+        elif accepted:
+            return name, decoder, ""
+    return "", None, reason
 
 
 def _decoder(name: str) -> _Decoder | None:

@@ -2,7 +2,7 @@
 
 PNG of 8 or 16 bits, BMP, GIF, TIFF of 8, 16 or 32 bits (also floating-point with integer values). Labels are in a
 folder ``labels``, ``masks`` or ``label_images`` under the names of their images, or next to them with an ending such as
-``_masks``. Subfolders, ``labels/nucleus/``, are classes.
+``_masks``, or in a folder of labels beside one of images. Subfolders, ``labels/nucleus/``, are classes.
 """
 
 from __future__ import annotations
