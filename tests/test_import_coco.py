@@ -194,3 +194,70 @@ def test_names_with_spaces_and_masks_in_upper_case_come_back_from_voc(tmp_path: 
     again = import_data(voc, tmp_path / "z")
     assert {split: count.images for split, count in again.splits.items()} == {"train": 1, "val": 1}
     assert sum(count.masks for count in again.splits.values()) == 2
+
+
+def as_downloaded(root: Path, *kinds: str) -> Path:
+    """Write COCO's own layout, with an image per split and the files of the given kinds."""
+    (root / "annotations").mkdir(parents=True)
+    for split in ("train", "val"):
+        (root / f"{split}2017").mkdir()
+        Image.new("RGB", (40, 30)).save(root / f"{split}2017" / f"{split}.jpg")
+        image = {"id": 1, "file_name": f"{split}.jpg", "height": 30, "width": 40}
+        contents: dict[str, dict[str, Any]] = {
+            "instances": {"annotations": [one(), one(id=2, category_id=2)], "categories": CATEGORIES},
+            "person_keypoints": {"annotations": [one(keypoints=[5, 5, 2, 0, 0, 0])], "categories": [POSE]},
+            "stuff": {"annotations": [one(id=7)], "categories": [{"id": 1, "name": "sky"}]},
+            "captions": {"annotations": [{"id": 1, "image_id": 1, "caption": "a thing"}]},
+        }
+        for kind in kinds:
+            data = {"info": {}, "images": [image], **contents[kind]}
+            (root / "annotations" / f"{kind}_{split}2017.json").write_text(json.dumps(data))
+    (root / "annotations" / "image_info_test-dev2017.json").write_text(json.dumps({"images": [], "categories": []}))
+    return root
+
+
+def test_coco_as_downloaded(tmp_path: Path) -> None:
+    root = as_downloaded(tmp_path / "x", "captions", "instances", "person_keypoints", "stuff")
+    report = import_data(root, tmp_path / "y")
+    assert (report.format, report.images, report.annotations, report.counts) == ("coco", 2, 4, {})
+    assert set(report.splits) == {"train", "val"}
+    assert list(report.categories.values()) == ["cat", "dog"]
+    (note,) = report.notes
+    assert note.startswith("files left out")
+    assert report.notes[note] == 7
+
+
+def test_keypoints_without_instances_are_read(tmp_path: Path) -> None:
+    report = import_data(as_downloaded(tmp_path / "x", "captions", "person_keypoints"), tmp_path / "y")
+    assert (report.images, report.annotations, report.counts, set(report.splits)) == (2, 2, {}, {"train", "val"})
+    assert list(report.categories.values()) == ["pose"]
+
+
+def test_a_file_given_by_its_path_is_read(tmp_path: Path) -> None:
+    root = as_downloaded(tmp_path / "x", "instances", "person_keypoints")
+    report = import_data(root / "annotations" / "person_keypoints_val2017.json", tmp_path / "y")
+    assert (report.annotations, list(report.splits)) == (1, ["val"])
+
+
+def test_captions_alone_are_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"captions_train2017\.json: not a COCO file; expected the lists"):
+        import_data(as_downloaded(tmp_path / "x", "captions"), tmp_path / "y")
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("instances_val2017", "val"),
+        ("livecell_coco_val", "val"),
+        ("validation_annotations", "val"),
+        ("annotations-test", "test"),
+        ("_annotations.coco.train", "train"),
+        ("train_val", "train"),  # both are named: as without a name
+        ("contest", "train"),
+        ("labels", "train"),
+    ],
+)
+def test_the_split_is_a_word_of_the_name(tmp_path: Path, name: str, split: str) -> None:
+    root = write(tmp_path / "x", annotations=[one()])
+    (root / "annotations" / "x.json").rename(root / "annotations" / f"{name}.json")
+    assert list(import_data(root, tmp_path / "y").splits) == [split]

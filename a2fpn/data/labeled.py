@@ -220,7 +220,7 @@ def split_name(name: str) -> str:
         >>> split_name("valid"), split_name("train2017"), split_name("cats")
         ('val', 'train', '')
     """
-    lowered = name.lower().rstrip("0123456789_-").removeprefix("instances_").removeprefix("panoptic_")
+    lowered = name.lower().rstrip("0123456789_-")
     return {
         "train": "train",
         "training": "train",
@@ -231,6 +231,17 @@ def split_name(name: str) -> str:
         "test": "test",
         "testing": "test",
     }.get(lowered, "")
+
+
+def split_in(name: str) -> str:
+    """Return the split named by the words of a file's name; empty for none, and for several.
+
+    Example:
+        >>> split_in("instances_val2017"), split_in("livecell_coco_train"), split_in("train_val")
+        ('val', 'train', '')
+    """
+    found = {split_name(word) for word in re.findall(r"[^\W\d_]+", name)} - {""}
+    return found.pop() if len(found) == 1 else ""
 
 
 def folder_name(category: str) -> str:

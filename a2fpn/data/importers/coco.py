@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from a2fpn.data.document import is_whole
 from a2fpn.data.images import image_path
-from a2fpn.data.importers.base import FAULTS, JsonImporter, register_importer
+from a2fpn.data.importers.base import FAULTS, ImportOptions, JsonImporter, register_importer
 from a2fpn.data.importers.files import read_json
 from a2fpn.data.importers.folder import Folder
-from a2fpn.data.labeled import CategoryInfo, LabeledImage, LabeledObject, split_name
+from a2fpn.data.labeled import CategoryInfo, LabeledImage, LabeledObject, LossLog, split_in, split_name
 from a2fpn.errors import DataError, ImageError
 
 _SIGNS = (
@@ -21,11 +21,18 @@ _SIGNS = (
     (b'"categories"', b'"images"'),
 )
 """Keys that identify a COCO file if both are in its head."""
+_WITHOUT_OBJECTS = frozenset(("captions", "image_info"))
+"""First part of the names of COCO's own files that have no boxes."""
+_SAME_IMAGES = frozenset(("person_keypoints", "stuff"))
+"""First part of the names of those with other labels of the images of ``instances_*``."""
 
 
 @register_importer("coco")
 class CocoImporter(JsonImporter):
-    """Reads JSON files with ``images``, ``annotations`` and ``categories``; ids are kept."""
+    """Reads JSON files with ``images``, ``annotations`` and ``categories``; ids are kept.
+
+    Of a folder, COCO's own captions, keypoints and stuff are left out where ``instances_*`` is there.
+    """
 
     sign = "images and annotations"
 
@@ -37,6 +44,15 @@ class CocoImporter(JsonImporter):
             return False
         fits = any(all(sign in head for sign in pair) for pair in _SIGNS)
         return fits and not is_panoptic(path)
+
+    def __init__(self, folder: Folder, log: LossLog, options: ImportOptions) -> None:
+        super().__init__(folder, log, options)
+        if folder.file is None:
+            kept = _with_objects(self.paths) or self.paths
+            if len(kept) < len(self.paths):
+                what = "captions, image lists, keypoints or stuff of COCO beside its instances (import one by its path)"
+                self.log.note(f"files left out: {what}", len(self.paths) - len(kept))
+            self.paths = kept
 
     def read(self) -> Iterator[LabeledImage]:
         """See :meth:`Importer.read`."""
@@ -74,7 +90,7 @@ class CocoImporter(JsonImporter):
                 objects.setdefault(raw["image_id"], []).append(labeled)
             except FAULTS as error:
                 self.skip("bad-annotation", path, error, place)
-        split = split_name(path.stem.partition(".")[0]) or split_name(path.parent.name)
+        split = split_in(path.stem) or split_name(path.parent.name)
         near = path.parent if path.parent != self.root and path.parent.name != "annotations" else None
         for raw in data["images"]:
             image = self._image(path, raw, objects, split, used, near)
@@ -149,6 +165,17 @@ def _numbers(raw: Any, key: str) -> tuple[float, ...]:
         return tuple(map(float, raw.get(key) or ()))
     except (TypeError, ValueError):
         raise ValueError(f"its {key} must be a list of numbers, got {str(raw[key])[:80]}") from None
+
+
+def _with_objects(paths: Sequence[Path]) -> list[Path]:
+    """Return the files to import of COCO's own: one per set of images."""
+    kept = []
+    for path in paths:
+        kind, _, rest = path.name.rpartition("_")
+        replaced = kind in _SAME_IMAGES and path.with_name(f"instances_{rest}") in paths
+        if not replaced and kind not in _WITHOUT_OBJECTS:
+            kept.append(path)
+    return kept
 
 
 def is_panoptic(path: Path) -> bool:

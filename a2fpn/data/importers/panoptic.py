@@ -19,7 +19,7 @@ from a2fpn.data.importers.coco import is_panoptic
 from a2fpn.data.importers.files import ImageIndex, folders_named, read_json
 from a2fpn.data.importers.folder import Folder
 from a2fpn.data.importers.label_images import encode_labels
-from a2fpn.data.labeled import CategoryInfo, LabeledImage, LabeledObject, LossLog, split_name
+from a2fpn.data.labeled import CategoryInfo, LabeledImage, LabeledObject, LossLog, split_in
 from a2fpn.errors import DataError
 
 
@@ -114,7 +114,7 @@ class PanopticImporter(JsonImporter):
         if left:
             detail = f"pixels of {', '.join(map(str, sorted(left)[:5]))}, which are no segments of {path.name}"
             self.log.add("unknown-object", map_path, f"{detail}; skipped")
-        split = split_name(path.stem)
+        split = split_in(path.stem)
         image_id = raw["id"] if isinstance(raw["id"], int) else None
         return LabeledImage(file, named.replace("\\", "/"), *size, objects, split, str(path), image_id)
 
