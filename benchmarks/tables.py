@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from a2fpn import list_pretrained
+from benchmarks import round_trips as trips
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -310,6 +311,13 @@ def auto_recipe(lines: Sequence[Mapping[str, Any]]) -> str:
     return f"{markdown(columns, rows)}\n\nMask AP in %, one run per side on one CPU thread; commit {commits}."
 
 
+def round_trips(document: Mapping[str, Any]) -> str:
+    """Return what label formats and libraries keep of a COCO file."""
+    versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items() if name != "a2fpn")
+    rows = [trips.cells(row) for row in document["rows"]]
+    return f"{markdown(trips.HEADINGS, rows)}\n\n{versions}; commit `{document['commit'][:12]}`."
+
+
 TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "gpu-inference": ("gpu_inference.json", inference),
     "gpu-inference-more": ("gpu_inference_more.json", inference),
@@ -326,6 +334,7 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "gpu-reassembly": ("gpu_reassembly.json", reassembly),
     "neck-diagnostics": ("neck_diagnostics.json", neck_diagnostics),
     "auto-recipe": ("auto_recipe_cpu.jsonl", auto_recipe),
+    "round-trips": ("round_trips_coco128.json", round_trips),
     "label-curve": ("label_curve_nuclei.jsonl", label_curve),
 }
 

@@ -17,7 +17,18 @@ from torch import nn
 
 from a2fpn.masks.rle import decode_window, encode_window
 from benchmarks import _measure as measure
-from benchmarks import _nuclei, auto_recipe, dense, evaluation, inference, label_curve, loader, necks, tiles
+from benchmarks import (
+    _nuclei,
+    auto_recipe,
+    dense,
+    evaluation,
+    inference,
+    label_curve,
+    loader,
+    necks,
+    round_trips,
+    tiles,
+)
 from tests.coco_data import write_coco
 
 
@@ -88,6 +99,32 @@ def test_loader_prints_how_much_faster_it_is_and_how_masks_differ(tmp_path, caps
     out = capsys.readouterr().out
     assert re.search(r"torchvision, uint8 .* >= 2\.0 (met|missed)", out)
     assert re.search(r"IoU of our masks with torchvision's: mean 0\.9\d+, .* \d objects", out)
+
+
+def test_round_trips_compare_what_comes_back(tmp_path, capsys):
+    round_trips.main(formats="yolo,cvat", output=tmp_path / "rows.json")
+    out = capsys.readouterr().out
+    assert re.search(
+        r"yolo +│ +a2fpn │ +6 of 6 │ 2 of 2 │ 2 of 2 │ 0 of 2 │ +1\.000 │ image and class │ +yes │ +0 ", out
+    )
+    rows = {(row["format"], row["library"]): row for row in json.loads((tmp_path / "rows.json").read_text())["rows"]}
+    assert rows["yolo", "supervision"]["parts"] == [0, 2]  # an object of two parts becomes two
+    assert rows["cvat", "a2fpn"]["crowds"] == [2, 2]
+
+
+def test_round_trips_count_objects_that_differ(tmp_path):
+    round_trips.make(tmp_path)
+    path = tmp_path / "annotations" / "instances_val.json"
+    want = round_trips.from_coco(path)
+    content = json.loads(path.read_text())
+    _, two, plain, crowd, *others = content["annotations"]
+    two["category_id"] = 17
+    plain["segmentation"][0][0] += 3
+    content["annotations"] = [two, plain, crowd, *reversed(others)]
+    path.write_text(json.dumps(content))
+    row = round_trips.compare(want, round_trips.from_coco(path))
+    assert [row[kind] for kind in round_trips.KINDS] == [[3, 6], [1, 2], [1, 2], [2, 2]]
+    assert (row["image_ids"], row["class_ids"], row["order"], row["more"]) == (True, True, False, 2)
 
 
 @pytest.mark.slow
