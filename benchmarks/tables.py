@@ -312,10 +312,13 @@ def auto_recipe(lines: Sequence[Mapping[str, Any]]) -> str:
 
 
 def round_trips(document: Mapping[str, Any]) -> str:
-    """Return what label formats and libraries keep of a COCO file."""
-    versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items() if name != "a2fpn")
-    rows = [trips.cells(row) for row in document["rows"]]
-    return f"{markdown(trips.HEADINGS, rows)}\n\n{versions}; commit `{document['commit'][:12]}`."
+    """Return what libraries keep of a COCO file in the formats that two or more of them write."""
+    writers = Counter(row["format"] for row in document["rows"])
+    rows = [row for row in document["rows"] if writers[row["format"]] > 1]
+    notes = [f"{name} {version}" for name, version in document["versions"].items() if name != "a2fpn"]
+    notes.append(f"commit `{document['commit'][:12]}`")
+    notes += [f"{row['library']} fails on {row['format']} with `{row['error']}`" for row in rows if "error" in row]
+    return f"{markdown(trips.HEADINGS, [trips.cells(row) for row in rows])}\n\n{'; '.join(notes)}."
 
 
 TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
