@@ -4,8 +4,8 @@
     python -m benchmarks.round_trips --data DIR         # images/ and annotations/instances_val*.json
 
 Each library reads COCO, writes the format and reads that back. Its objects are then compared with those of the COCO
-file: an object is back if one of the same class has an IoU of at least 0.995 with its mask. The other libraries need
-``pip install supervision datumaro pylabel``; those that are not installed are left out.
+file: an object is back if one of the same class has an IoU of at least 0.995 with its mask. It needs OpenCV; the other
+libraries need ``pip install supervision datumaro pylabel``, and those that are not installed are left out.
 """
 
 from __future__ import annotations
@@ -103,6 +103,7 @@ def main(
         chosen = [name for name in formats.split(",") if name]
         trips = {key: trip for key, trip in all_trips().items() if not chosen or key[0] in chosen}
         for number, ((name, library), trip) in enumerate(trips.items()):
+            measure.console().print(f"{name}, {library} ...")
             try:
                 with quiet():
                     back = trip(source, Path(folder) / str(number))
@@ -207,15 +208,11 @@ def _supervision(name: str) -> Trip:
             crowds = detections.data.get("iscrowd", [0] * len(detections))
             masks = [None] * len(detections) if detections.mask is None else detections.mask
             rows = zip(detections.xyxy, masks, detections.class_id, crowds, strict=True)
-            found[Path(path).stem] = Labels(
-                None,
-                [
-                    Object(
-                        back.classes[number], None, None if mask is None else rle_of(mask), to_xywh(box), bool(crowd)
-                    )
-                    for box, mask, number, crowd in rows
-                ],
-            )
+            objects = []
+            for box, mask, number, crowd in rows:
+                rle = None if mask is None else rle_of(mask)
+                objects.append(Object(back.classes[number], None, rle, to_xywh(box), bool(crowd)))
+            found[Path(path).stem] = Labels(None, objects)
         return found
 
     return trip
