@@ -45,7 +45,7 @@ HEADINGS = ("format", "library", *KINDS, "median IoU", "ids", "order", "others")
 
 @dataclass(frozen=True)
 class Object:
-    """An object.
+    """Object of an image, as a file or a library has it.
 
     Args:
         category: Name of its class.
@@ -68,7 +68,7 @@ class Object:
 
 @dataclass(frozen=True)
 class Labels:
-    """An image's objects.
+    """Objects of an image.
 
     Args:
         id: The image's id, if it has one.
@@ -210,7 +210,7 @@ def _supervision(name: str) -> Trip:
             rows = zip(detections.xyxy, masks, detections.class_id, crowds, strict=True)
             objects = []
             for box, mask, number, crowd in rows:
-                rle = None if mask is None else rle_of(mask)
+                rle: Any = None if mask is None else encode_masks(mask[None])[0]
                 objects.append(Object(back.classes[number], None, rle, to_xywh(box), bool(crowd)))
             found[Path(path).stem] = Labels(None, objects)
         return found
@@ -258,7 +258,7 @@ def _of_group(group: Sequence[Any], names: Sequence[str], height: int, width: in
     masks = [np.asarray(one.image, dtype=bool) for one in group if "Mask" in type(one).__name__]
     rle: Any = segmentation_to_rle(polygons, height, width) if polygons else None
     if masks:
-        rle = rle_of(np.logical_or.reduce(masks))
+        rle = encode_masks(np.logical_or.reduce(masks)[None])[0]
     crowd = any(str(one.attributes.get("is_crowd", False)).lower() in ("1", "true") for one in group)
     return Object(names[group[0].label], None, rle, tuple(group[0].get_bbox()), crowd)
 
@@ -308,12 +308,6 @@ def topology(mask: NDArray[np.uint8]) -> tuple[int, int]:
     parts = cv2.connectedComponents(mask, connectivity=8)[0] - 1
     background = np.pad(1 - mask, 1, constant_values=1)
     return parts, cv2.connectedComponents(background, connectivity=4)[0] - 2
-
-
-def rle_of(mask: NDArray[np.bool_]) -> dict[str, Any]:
-    """Return a mask as RLE."""
-    encoded: dict[str, Any] = mask_utils.encode(np.asfortranarray(mask, dtype=np.uint8))
-    return encoded
 
 
 def to_xywh(box: Sequence[float]) -> tuple[float, ...]:

@@ -31,7 +31,8 @@ _SAME_IMAGES = frozenset(("person_keypoints", "stuff"))
 class CocoImporter(JsonImporter):
     """Reads JSON files with ``images``, ``annotations`` and ``categories``; ids are kept.
 
-    Of a folder, COCO's own captions, keypoints and stuff are left out where ``instances_*`` is there.
+    Of COCO's own files in a folder, captions and lists of images are left out, and keypoints and stuff where
+    ``instances_*`` has the same images.
     """
 
     sign = "images and annotations"
@@ -50,7 +51,7 @@ class CocoImporter(JsonImporter):
         if folder.file is None:
             kept = _with_objects(self.paths) or self.paths
             if len(kept) < len(self.paths):
-                what = "captions, image lists, keypoints or stuff of COCO beside its instances (import one by its path)"
+                what = "captions and image lists of COCO, keypoints and stuff beside instances (import one by its path)"
                 self.log.note(f"files left out: {what}", len(self.paths) - len(kept))
             self.paths = kept
 
