@@ -319,7 +319,7 @@ def test_mask_files_are_written_again(tmp_path: Path) -> None:
 
 
 def test_names_of_formats_are_checked(tmp_path: Path, coco: Path) -> None:
-    assert set(EXPORTERS) | {"coco"} == set(IMPORTERS) == set(list_formats())
+    assert set(EXPORTERS) | {"coco", "geojson", "via"} == set(IMPORTERS) == set(list_formats())
     with pytest.raises(ValueError, match=r"Unknown export format 'yollo'\. Did you mean 'yolo'"):
         convert_data(coco, tmp_path / "x", to="yollo")
     (tmp_path / "y").mkdir()

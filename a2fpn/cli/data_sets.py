@@ -78,7 +78,8 @@ def import_(
 ) -> None:
     r"""Import labels from another format as a COCO data set.
 
-    Formats: coco, cvat, datumaro, labelme, labels (label images), labelstudio, mask_files, panoptic, voc, yolo.
+    Formats: coco, cvat, datumaro, geojson (QuPath), labelme, labels (label images), labelstudio, mask_files,
+    panoptic, via, voc, yolo.
 
     Example: `a2fpn data import labels/ --output coco/ --val 0.2 --group-by 'site_(\d+)'`
 

@@ -98,7 +98,7 @@ class Outlines:
         matrix, pixels = np.array(self.matrix), self.pixels.tight()
         given = zip((crop.numpy() for crop in pixels.crops()), pixels.windows.tolist(), strict=True)
         windows = [
-            _fill([points @ matrix[:, :2].T + matrix[:, 2] for points in polygons], *self.size)
+            fill([points @ matrix[:, :2].T + matrix[:, 2] for points in polygons], *self.size)
             if polygons
             else next(given)
             for polygons in self.polygons
@@ -119,12 +119,21 @@ def _join(windows: Sequence[_Window], size: tuple[int, int]) -> InstanceMasks:
     return InstanceMasks(torch.from_numpy(pixels), edges, size)
 
 
-def _fill(polygons: Sequence[NDArray[np.float64]], height: int, width: int) -> _Window:
+def fill(
+    polygons: Sequence[NDArray[np.float64]], height: int, width: int
+) -> tuple[NDArray[np.uint8], tuple[int, int, int, int]]:
     """Rasterize one object in its bounding rectangle, with the same pixels as in the whole image.
 
-    pycocotools rounds coordinates to fifths of a pixel, which shifts by whole pixels do not affect. It rounds negative
-    ones differently, but with any of them the rectangle starts at 0.
+    Args:
+        polygons: Each (K, 2) x, y in pixels.
+        height: Height of the image, pixels.
+        width: Width of the image, pixels.
+
+    Returns:
+        The pixels in a tight window, and the window's left, top, right and bottom.
     """
+    # pycocotools rounds coordinates to fifths of a pixel, which shifts by whole pixels do not affect. It rounds
+    # negative ones differently, but with any of them the rectangle starts at 0.
     points = np.concatenate(polygons)
     left, top = (min(max(math.floor(v), 0), n) for v, n in zip(points.min(0), (width, height), strict=True))
     right, bottom = (min(math.ceil(v) + 1, n) for v, n in zip(points.max(0), (width, height), strict=True))

@@ -4,11 +4,13 @@ from a2fpn.data.importers import (  # noqa: F401  # each registers its format
     coco,
     cvat,
     datumaro,
+    geojson,
     label_images,
     label_studio,
     labelme,
     mask_files,
     panoptic,
+    via,
     voc,
     yolo,
 )

@@ -6,7 +6,6 @@ of a mask are row-major in its window and start with background (CVAT's format d
 
 from __future__ import annotations
 
-import math
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
@@ -17,10 +16,10 @@ import numpy as np
 from a2fpn.data.importers.base import FAULTS, Importer, ImportOptions, number_of, register_importer
 from a2fpn.data.importers.files import read_bytes, xml_bytes
 from a2fpn.data.importers.folder import Folder
+from a2fpn.data.importers.shapes import ellipse, turned
 from a2fpn.data.labeled import LabeledImage, LabeledObject, LossLog, grouped, split_name
 from a2fpn.masks.rle import Rle, encode_window
 
-_ELLIPSE_POINTS = 64
 _SHAPES = frozenset(("box", "polygon", "mask", "ellipse", "skeleton"))
 
 
@@ -123,17 +122,16 @@ class CvatImporter(Importer):
             x0, y0, x1, y1 = (number_of(shape.get(key), key) for key in ("xtl", "ytl", "xbr", "ybr"))
             angle = number_of(shape.get("rotation", "0"), "rotation")
             if angle:
-                corners = np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)])
-                return LabeledObject(label, None, [_turned(corners, angle)], crowd, line=place)
+                corners = [(x0, y0), (x1, y0), (x1, y1), (x0, y1)]
+                points = turned(corners, angle, ((x0 + x1) / 2, (y0 + y1) / 2))
+                return LabeledObject(label, None, [points], crowd, line=place)
             box = (x0, y0, round(x1 - x0, 6), round(y1 - y0, 6))
             return LabeledObject(label, box, None, crowd, line=place)
         if shape.tag == "polygon":
             return LabeledObject(label, None, [_points(shape.get("points", ""))], crowd, line=place)
         if shape.tag == "ellipse":
             cx, cy, rx, ry = (number_of(shape.get(key), key) for key in ("cx", "cy", "rx", "ry"))
-            angles = np.linspace(0, 2 * math.pi, _ELLIPSE_POINTS, endpoint=False)
-            ring = np.stack([cx + rx * np.cos(angles), cy + ry * np.sin(angles)], 1)
-            points = _turned(ring, number_of(shape.get("rotation", "0"), "rotation"), (cx, cy))
+            points = ellipse((cx, cy), (rx, ry), number_of(shape.get("rotation", "0"), "rotation"))
             return LabeledObject(label, None, [points], crowd, line=place)
         if shape.tag == "mask":
             return LabeledObject(label, None, _mask(shape, size), crowd, line=place)
@@ -164,15 +162,6 @@ def _points(text: str, least: int = 3) -> list[float]:
     if len(points) % 2 or len(points) < 2 * least:
         raise ValueError(f"it has {len(points)} coordinates, expected {least} or more pairs")
     return points
-
-
-def _turned(points: np.ndarray, degrees: float, center: tuple[float, float] | None = None) -> list[float]:
-    """Rotate points clockwise around their center, as in CVAT."""
-    angle = math.radians(degrees)
-    middle = points.mean(0) if center is None else np.array(center)
-    turn = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
-    result: list[float] = ((points - middle) @ turn + middle).round(3).ravel().tolist()
-    return result
 
 
 def _mask(shape: ET.Element, size: tuple[int, int]) -> Rle:

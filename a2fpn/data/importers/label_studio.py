@@ -5,7 +5,6 @@ Brush masks are RGBA images, compressed by thi.ng/rle-pack, whose alpha channel 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,13 @@ from numpy.typing import NDArray
 from a2fpn.data.importers.base import FAULTS, JsonImporter, group_of, list_of, register_importer
 from a2fpn.data.importers.files import clean_path, read_json
 from a2fpn.data.importers.folder import Folder
+from a2fpn.data.importers.shapes import ellipse, turned
 from a2fpn.data.labeled import LabeledImage, LabeledObject, grouped, split_name
 from a2fpn.errors import DataError
 from a2fpn.masks.rle import encode_masks
 
 SERVED = "/data/local-files/?d="
 """Label Studio's address of files below the folder that it serves."""
-_ELLIPSE_POINTS = 64
 _KINDS = ("rectanglelabels", "polygonlabels", "brushlabels", "ellipselabels")
 
 
@@ -134,17 +133,14 @@ def _shape(raw: Mapping[str, Any], size: tuple[int, int], place: str, *, crowd: 
             raise ValueError(f"a polygon needs 3 or more points x, y, got the shape {points.shape}")
         return LabeledObject(label, None, [(points * scale).round(3).ravel().tolist()], crowd, line=place)
     x, y = float(value["x"]) * scale[0], float(value["y"]) * scale[1]
-    angle = math.radians(float(value.get("rotation") or 0))
-    turn = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
+    angle = float(value.get("rotation") or 0)
     if kind == "ellipselabels":
         rx, ry = float(value["radiusX"]) * scale[0], float(value["radiusY"]) * scale[1]
-        around = np.linspace(0, 2 * math.pi, _ELLIPSE_POINTS, endpoint=False)
-        ring = np.stack([rx * np.cos(around), ry * np.sin(around)], 1) @ turn + (x, y)
-        return LabeledObject(label, None, [ring.round(3).ravel().tolist()], crowd, line=place)
+        return LabeledObject(label, None, [ellipse((x, y), (rx, ry), angle)], crowd, line=place)
     width, height = float(value["width"]) * scale[0], float(value["height"]) * scale[1]
     if angle:  # around the upper left corner
-        corners = np.array([(0, 0), (width, 0), (width, height), (0, height)]) @ turn + (x, y)
-        return LabeledObject(label, None, [corners.round(3).ravel().tolist()], crowd, line=place)
+        corners = [(x, y), (x + width, y), (x + width, y + height), (x, y + height)]
+        return LabeledObject(label, None, [turned(corners, angle, (x, y))], crowd, line=place)
     box = (round(x, 3), round(y, 3), round(width, 3), round(height, 3))
     return LabeledObject(label, box, None, crowd, line=place)
 

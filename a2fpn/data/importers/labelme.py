@@ -21,11 +21,11 @@ from a2fpn.data.images import open_image, suffix_of
 from a2fpn.data.importers.base import FAULTS, Importer, ImportOptions, group_of, read_categories, register_importer
 from a2fpn.data.importers.files import image_size, read_json
 from a2fpn.data.importers.folder import Folder
+from a2fpn.data.importers.shapes import ellipse
 from a2fpn.data.labeled import LabeledImage, LabeledObject, LossLog, grouped
 from a2fpn.errors import DataError
 from a2fpn.masks.rle import Rle, encode_window
 
-_CIRCLE_POINTS = 64
 _SKIPPED = ("line", "linestrip")
 _ROTATED = ("oriented_rectangle", "rotation")  # of labelme and of X-AnyLabeling, whose corners are given
 
@@ -134,9 +134,8 @@ class LabelmeImporter(Importer):
             return group, LabeledObject(label, (xs[0], ys[0], xs[-1] - xs[0], ys[-1] - ys[0]), None, crowd, line=place)
         if kind == "circle" and count == 2:
             radius = math.dist(flat[:2], flat[2:])
-            angles = np.linspace(0, 2 * math.pi, _CIRCLE_POINTS, endpoint=False)
-            ring = np.stack([flat[0] + radius * np.cos(angles), flat[1] + radius * np.sin(angles)], 1)
-            return group, LabeledObject(label, None, [ring.round(3).ravel().tolist()], crowd, line=place)
+            outline = ellipse((flat[0], flat[1]), (radius, radius))
+            return group, LabeledObject(label, None, [outline], crowd, line=place)
         if kind == "mask" and count == 2:
             mask = _mask(shape.get("mask"), flat, size)
             return group, LabeledObject(label, None, mask, crowd, line=place)
