@@ -184,6 +184,11 @@ def test_keypoints_of_another_number_are_named():
             "note",
             {"bbox": [10, 10, 20, 31.5], "segmentation": [[10, 10, 30, 10, 30, 41, 10, 41]], "area": 620},
         ),
+        (
+            "box-far-over-edge",
+            "warning",
+            {"bbox": [10, 10, 20, 61], "segmentation": [[10, 10, 30, 10, 30, 71, 10, 71]], "area": 1220},
+        ),
         ("mask-box-mismatch", "warning", {"bbox": [10, 10, 20, 24]}),
         ("mask-box-mismatch", "warning", {"bbox": [14, 10, 20, 20]}),
         ("no-segmentation", "warning", {"segmentation": []}),

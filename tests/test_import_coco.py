@@ -146,12 +146,12 @@ def test_labels_of_an_earlier_conversion_are_named(tmp_path: Path, format: str) 
 
 
 def test_label_images_of_one_value_are_noted(tmp_path: Path) -> None:
-    for number in range(3):
+    for number in range(3):  # the first shows nothing
         for folder in ("images", "masks"):
             (tmp_path / "x" / folder).mkdir(parents=True, exist_ok=True)
-            Image.new("L", (40, 30), 255).save(tmp_path / "x" / folder / f"{number}.png")
+            Image.new("L", (40, 30), 255 * (number > 0)).save(tmp_path / "x" / folder / f"{number}.png")
     notes = import_data(tmp_path / "x", tmp_path / "y").notes
-    assert notes == {"images with a single label: if labels are classes, number the objects first": 3}
+    assert notes == {"images with a single label, no image with more: if it marks all objects, number them": 2}
 
 
 def test_a_file_away_from_its_images_is_an_error(tmp_path: Path) -> None:

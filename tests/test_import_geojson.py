@@ -97,13 +97,42 @@ def test_results_come_back_with_the_same_pixels(seed: int, tmp_path: Path) -> No
         ({"names": ["Tumor", "Positive"]}, "Tumor: Positive"),
         ("Tumor", "Tumor"),
         (None, "object"),
+        (["Tumor"], None),
         ({}, "object"),
     ],
 )
 def test_classes_are_those_that_qupath_shows(classification: Any, name: str, tmp_path: Path) -> None:
-    write(tmp_path / "x", collection(feature(classification=classification)))
-    assert not import_data(tmp_path / "x", tmp_path / "y").counts
-    assert names(tmp_path / "y") == [name]
+    write(tmp_path / "x", collection(feature(classification=classification), feature()))
+    report = import_data(tmp_path / "x", tmp_path / "y")
+    if name is None:
+        assert "its classification must be an object with a name, got ['Tumor']" in str(report.losses[0])
+        return
+    assert not report.counts
+    assert names(tmp_path / "y") == list(dict.fromkeys(sorted([name, "Tumor"])))
+
+
+@pytest.mark.parametrize("key", ["class", "label", "category"])
+def test_classes_of_other_programs_are_properties(key: str, tmp_path: Path) -> None:
+    write(tmp_path / "x", collection(feature(classification=None, **{key: "car"})))
+    import_data(tmp_path / "x", tmp_path / "y")
+    assert names(tmp_path / "y") == ["car"]
+
+
+def test_other_planes_and_ignored_classes_are_left_out(tmp_path: Path) -> None:
+    second = feature()
+    second["geometry"] |= {"plane": {"c": -1, "z": 1, "t": 0}}
+    first = feature()
+    first["geometry"] |= {"plane": {"c": -1, "z": 0, "t": 0}}
+    content = collection(first, second, feature(classification={"name": "Ignore*"}))
+    report = import_data(write(tmp_path / "x", content), tmp_path / "y")
+    assert report.annotations == 1
+    assert report.counts == {"other-plane": 1}
+    assert "it is on plane z = 1, t = 0; only the first is read" in str(report.losses[0])
+    assert report.notes == {"objects of the class Ignore*, which QuPath ignores, skipped": 1}
+
+
+def test_both_suffixes_of_ome_tiff_may_be_missing(tmp_path: Path) -> None:
+    assert not import_data(write(tmp_path / "x", feature(), image="a.ome.tif"), tmp_path / "y").counts
 
 
 def test_objects_without_a_class_take_the_option(tmp_path: Path) -> None:

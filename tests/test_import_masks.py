@@ -92,8 +92,10 @@ def test_label_images_that_are_none(tmp_path: Path, values: np.ndarray, message:
     picture(tmp_path / "x" / "a.png")
     (tmp_path / "x" / "labels").mkdir()
     Image.fromarray(values).save(tmp_path / "x" / "labels" / "a.tif")
-    report = import_data(tmp_path / "x", tmp_path / "y", format="labels")
+    picture(tmp_path / "x" / "b.png")
+    report = import_data(tmp_path / "x", tmp_path / "y", format="labels", unlabeled="keep")
     assert message in str(report.losses[0])
+    assert report.images == 1  # a.png is no background
 
 
 def test_the_layout_of_the_data_science_bowl(tmp_path: Path) -> None:

@@ -106,6 +106,7 @@ def test_shapes_have_their_area(shape: dict[str, Any], area: float, tmp_path: Pa
         ({"label": " cat "}, "cat"),
         ({"label": "1"}, "cat"),  # an option with a description
         ({"label": 7}, "7"),
+        ({"label": ["cat"]}, "cat"),
     ],
 )
 def test_the_class_is_the_likely_attribute(attributes: dict[str, Any], expected: str, tmp_path: Path) -> None:
@@ -118,11 +119,11 @@ def test_the_class_is_the_likely_attribute(attributes: dict[str, Any], expected:
 
 
 def test_options_give_the_classes_and_their_order(tmp_path: Path) -> None:
-    declared = {"label": {"type": "dropdown", "options": {"zebra": "", "cat": "a cat"}, "default_options": {}}}
+    declared = {"label": {"type": "dropdown", "options": {"zebra": "", "cat": "tabby"}, "default_options": {}}}
     content = project({"a": entry(region(label="cat"), region(label="zebra"))}, **declared)
     import_data(write(tmp_path / "x", content), tmp_path / "y")
-    assert names(tmp_path / "y") == ["zebra", "cat"]
-    assert classes(tmp_path / "y") == ["cat", "zebra"]
+    assert names(tmp_path / "y") == ["zebra", "tabby"]
+    assert classes(tmp_path / "y") == ["tabby", "zebra"]
 
 
 @pytest.mark.parametrize(

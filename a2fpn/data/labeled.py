@@ -25,6 +25,7 @@ Box = tuple[float, float, float, float]
 _REMEMBERED = 10_000  # losses that are kept in detail; all are counted
 _SHOWN = 3  # examples of a kind in the summary
 _LONGEST_FOLDER = 200  # bytes; file systems permit 255
+_YEAR = re.compile(r"[_-]?(19|20)\d\d\Z")
 _NO_FOLDER = re.compile(r'^\.*\Z|[%/\\:*?"<>|\x00-\x1f]')
 
 
@@ -174,6 +175,11 @@ class LossLog:
         self.notes: Counter[str] = Counter()
         self.files: dict[str, Counter[str]] = {}
 
+    @property
+    def total(self) -> int:
+        """Number of losses of all kinds."""
+        return sum(self.counts.values())
+
     def add(self, kind: str, file: str | Path, detail: str, *, place: str = "") -> None:
         """Record a loss.
 
@@ -217,10 +223,10 @@ def split_name(name: str) -> str:
     """Return the canonical name of a split, or an empty text for any other name.
 
     Example:
-        >>> split_name("valid"), split_name("train2017"), split_name("cats")
+        >>> split_name("valid"), split_name("train2017"), split_name("test1")
         ('val', 'train', '')
     """
-    lowered = name.lower().rstrip("0123456789_-")
+    lowered = _YEAR.sub("", name.lower())
     return {
         "train": "train",
         "training": "train",

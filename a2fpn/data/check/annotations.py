@@ -128,13 +128,12 @@ def id_problems(table: AnnotationTable) -> Iterator[Problem]:
 
 def box_problems(table: AnnotationTable) -> Iterator[Problem]:
     """Yield problems of boxes that extend over the edge, or do not match their mask."""
-    yield Problem(
-        "note",
-        "box-over-edge",
-        over_edge(table),
-        "A box that extends beyond its image",
-        "It is clipped to the image.",
-    )
+    over = over_edge(table)
+    far = over & (table.inside.prod(1) < table.box[:, 2:].prod(1) / 2)
+    advice = "It is clipped to the image."
+    yield Problem("note", "box-over-edge", over & ~far, "A box that extends beyond its image", advice)
+    advice += " Were the labels drawn on a larger version of the image?"
+    yield Problem("warning", "box-far-over-edge", far, "A box with less than half of its area in its image", advice)
     advice = "Compute the boxes from the masks; were the masks made for another version of the images?"
     yield Problem("warning", "mask-box-mismatch", apart(table), "A mask that doesn't fill its box", advice)
 

@@ -12,11 +12,13 @@ from typing import Any, Literal
 
 from a2fpn._registry import Registry
 from a2fpn.data.annotation_table import crowd_flag
-from a2fpn.data.importers.files import ImageIndex, name_and_split, read_json, read_text
+from a2fpn.data.importers.files import ImageIndex, common_folders, name_and_split, read_json, read_text
 from a2fpn.data.importers.folder import CATEGORIES_FILE, IDS_FILE, Folder
 from a2fpn.data.labeled import CategoryInfo, LabeledImage, LossLog, folder_name
 from a2fpn.errors import DataError
 
+UNREAD = "images of which no label could be read, skipped: they are no backgrounds"
+"""Note on images that lost all their labels."""
 FAULTS = (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError)
 """Errors of reading a record whose values have other types than expected; see :meth:`Importer.skip`."""
 
@@ -48,6 +50,7 @@ class Importer(ABC):
 
     Attributes:
         categories: The classes listed by the source, in their order; complete when everything is read.
+        paths: The files with labels, if the format has some.
         total: Number of images to read, for progress.
     """
 
@@ -59,7 +62,9 @@ class Importer(ABC):
         self.log = log
         self.options = options
         self.categories: list[CategoryInfo] = list(options.categories)
+        self.paths: list[Path] = []
         self.total = 0
+        self._begun = 0
         path = self.root / CATEGORIES_FILE
         if not self.categories and path.is_file():
             self.categories = read_categories(path)
@@ -76,6 +81,23 @@ class Importer(ABC):
         Raises:
             DataError: If the whole source is invalid.
         """
+
+    def begin_image(self, lost: int = 0) -> None:
+        """Count the losses from here on as those of the next image.
+
+        Args:
+            lost: Number of its losses before.
+        """
+        self._begun = self.log.total - lost
+
+    def read_labeled(self) -> Iterator[LabeledImage]:
+        """Yield the images of :meth:`read` without those that lost all their labels, as these are no backgrounds."""
+        for image in self.read():
+            lost = self.log.total - self._begun
+            if lost and not image.objects:
+                self.log.note(UNREAD)
+            else:
+                yield image
 
     @cached_property
     def images(self) -> ImageIndex:
@@ -171,8 +193,8 @@ class Importer(ABC):
         Returns:
             Height and width; None on failure.
         """
-        if file is None:
-            self.log.add("missing-image", path, f"image {named!r} not found; skipped", place=place)
+        if file is None or (own_file and self._has_other_labels(file, path)):
+            self.log.add("missing-image", path, f"image {named!r} {self.images.reason(named)}; skipped", place=place)
             return None
         if file in used and own_file:
             self.log.add("duplicate-stem", path, f"image {file.name} has another label file; skipped")
@@ -183,7 +205,21 @@ class Importer(ABC):
         size = self.images.size(file, self.log)
         if size is not None:
             used.add(file)
+        self.begin_image()
         return size
+
+    def _has_other_labels(self, file: Path, path: Path) -> bool:
+        """Return whether a label file of an image's name is nearer to it than another one."""
+        rivals = self._by_stem.get(file.stem.lower(), ())
+        return any(common_folders(other, file) > common_folders(path, file) for other in rivals)
+
+    @cached_property
+    def _by_stem(self) -> Mapping[str, Sequence[Path]]:
+        """Label files by stem, lower case."""
+        found: dict[str, list[Path]] = {}
+        for path in self.paths:
+            found.setdefault(path.stem.lower(), []).append(path)
+        return found
 
     def agreed_size(
         self, said: tuple[Any, Any], size: tuple[int, int], path: Path, *, name: str, place: str = ""
@@ -227,6 +263,7 @@ class Importer(ABC):
         for path in rest:
             size = self.images.size(path, self.log)
             if size is not None:
+                self.begin_image()
                 name, split = self.images.name_and_split(path)
                 yield LabeledImage(path, name, *size, split=split, source=str(path))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,8 @@ class CocoImporter(JsonImporter):
             if len(kept) < len(self.paths):
                 what = "captions and image lists of COCO, keypoints and stuff beside instances (import one by its path)"
                 self.log.note(f"files left out: {what}", len(self.paths) - len(kept))
-            self.paths = kept
+            self.paths = sorted(kept, key=lambda path: not split_in(path.stem))  # an image of two files keeps its split
+        self._bad: Counter[str] = Counter()  # unreadable annotations by image
 
     def read(self) -> Iterator[LabeledImage]:
         """See :meth:`Importer.read`."""
@@ -71,7 +73,7 @@ class CocoImporter(JsonImporter):
         infos: dict[int, CategoryInfo] = {}
         for raw in data["categories"]:
             try:
-                info = CategoryInfo.from_coco(raw)
+                info = CategoryInfo.from_coco({**raw, "id": _whole(raw["id"])})
             except FAULTS:
                 info = CategoryInfo("")
             if not info.name or not is_whole(info.id):
@@ -84,13 +86,17 @@ class CocoImporter(JsonImporter):
         known = {info.name for info in self.categories}  # of other files
         self.categories += [info for info in infos.values() if info.name not in known]
         objects: dict[Any, list[LabeledObject]] = {}
+        self._bad.clear()
         for number, raw in enumerate(data["annotations"]):
             place = f"annotation {raw.get('id', number) if isinstance(raw, Mapping) else number}"
             try:
                 labeled = self._object(raw, infos, place)
-                objects.setdefault(raw["image_id"], []).append(labeled)
+                objects.setdefault(_whole(raw["image_id"]), []).append(labeled)
             except FAULTS as error:
                 self.skip("bad-annotation", path, error, place)
+                if isinstance(raw, Mapping):
+                    self._bad[str(raw.get("image_id"))] += 1
+        self._check_ids(path, data["images"])
         split = split_in(path.stem) or split_name(path.parent.name)
         near = path.parent if path.parent != self.root and path.parent.name != "annotations" else None
         for raw in data["images"]:
@@ -100,6 +106,23 @@ class CocoImporter(JsonImporter):
         for image_id, left in objects.items():
             detail = f"{len(left)} annotations of the image {image_id}, which the file doesn't list"
             self.log.add("unknown-image", path, detail)
+
+    def _check_ids(self, path: Path, images: Sequence[Any]) -> None:
+        """Check that no two images have one id, which would give all objects to the first.
+
+        Raises:
+            DataError: If two have.
+        """
+        names: dict[Any, Any] = {}
+        for raw in images:
+            if not isinstance(raw, Mapping) or isinstance(raw.get("id"), (list, dict, type(None))):
+                continue
+            other = names.setdefault(_whole(raw["id"]), raw.get("file_name"))
+            if other != raw.get("file_name"):
+                raise DataError(
+                    f"{path}: the images {other} and {raw.get('file_name')} have the same id {raw['id']}; ids must be "
+                    "unique, else it is unknown whose objects are whose."
+                )
 
     def _image(
         self,
@@ -111,11 +134,11 @@ class CocoImporter(JsonImporter):
         near: Path | None,
     ) -> LabeledImage | None:
         try:
-            image_id, named = raw["id"], str(raw["file_name"])
-            size = int(raw["height"]), int(raw["width"])
+            image_id, named = _whole(raw["id"]), str(raw["file_name"])
+            size = int(raw.get("height") or 0), int(raw.get("width") or 0)
             found = objects.pop(image_id, [])
         except FAULTS:
-            detail = f"an image needs id, file_name, height and width, got {str(raw)[:80]}"
+            detail = f"an image needs id and file_name, got {str(raw)[:80]}"
             self.log.add("bad-image", path, detail)
             return None
         try:
@@ -123,16 +146,23 @@ class CocoImporter(JsonImporter):
         except ImageError:
             file = None
         if file is None or not file.is_file():
-            file = self.images.find(named, near or self.root / (split or "images"))
+            file = self.images.find(named, near or self.root / (split or "images"), split=split)
         if file is None:
-            self.log.add("missing-image", path, f"{named} not found; skipped with {len(found)} objects")
+            detail = f"{named} {self.images.reason(named)}; skipped with {len(found)} objects"
+            self.log.add("missing-image", path, detail)
             return None
         if file in used:
             self.log.add("duplicate-image", path, f"{named} is listed twice; the first is kept")
             return None
+        if min(size) < 1:  # not filled in, as by some tools
+            stored = self.images.size(file, self.log)
+            if stored is None:
+                return None
+            size = stored
         used.add(file)
+        self.begin_image(lost=self._bad[str(raw["id"])])
         name = named.replace("\\", "/")
-        if name.startswith("/") or ".." in name.split("/"):
+        if name.startswith("/") or ".." in name.split("/") or "://" in name:
             name, _ = self.images.name_and_split(file)
         return LabeledImage(file, name, *size, found, split, str(path), image_id if is_whole(image_id) else None)
 
@@ -140,7 +170,7 @@ class CocoImporter(JsonImporter):
         for key in ("image_id", "category_id"):
             if isinstance(raw[key], (list, dict)):
                 raise ValueError(f"its {key} must be an integer, got {raw[key]}")
-        category = raw["category_id"]
+        category = _whole(raw["category_id"])
         if category not in infos:
             raise ValueError(f"its category {category} is not in the file")
         box = _numbers(raw, "bbox")
@@ -159,6 +189,11 @@ class CocoImporter(JsonImporter):
             None if score is None else float(score),
             place,
         )
+
+
+def _whole(value: Any) -> Any:
+    """Return an id that is written as text as a number."""
+    return int(value) if isinstance(value, str) and value.isascii() and value.isdecimal() else value
 
 
 def _numbers(raw: Any, key: str) -> tuple[float, ...]:
@@ -182,9 +217,12 @@ def _with_objects(paths: Sequence[Path]) -> list[Path]:
 def is_panoptic(path: Path) -> bool:
     """Return whether the file has segments anywhere."""
     tail = b""
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            if b'"segments_info"' in tail + block:
-                return True
-            tail = block[-20:]
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                if b'"segments_info"' in tail + block:
+                    return True
+                tail = block[-20:]
+    except OSError:  # such as a broken link
+        return False
     return False

@@ -88,7 +88,7 @@ class CvatImporter(Importer):
     def _image(self, path: Path, node: ET.Element, used: set[Path]) -> LabeledImage | None:
         named = node.get("name", "")
         place = f"image {named!r}"
-        file = self.images.find(named)
+        file = self.images.find(named, path.parent)
         size = self.claim(file, used, path, named=named, place=place)
         try:
             said = int(node.get("height", "0")), int(node.get("width", "0"))

@@ -23,7 +23,19 @@ from a2fpn.data.text_files import read_text as read_text
 from a2fpn.errors import DataError
 
 _HEAD = 2**12  # bytes of a JPEG that contain its size if it has no EXIF
-_IMAGE_FOLDERS = frozenset(("images", "jpegimages", "imgs", "img", "data", "obj_train_data", "obj_valid_data"))
+_IMAGE_FOLDERS = frozenset(
+    (
+        "images",
+        "jpegimages",
+        "imgs",
+        "img",
+        "data",
+        "obj_train_data",
+        "obj_valid_data",
+        "obj_validation_data",
+        "obj_test_data",
+    )
+)
 
 
 class ImageIndex:
@@ -39,7 +51,7 @@ class ImageIndex:
         self._prefix = os.path.join(root, "")
         found = []
         for folder, folders, names in walk(root):
-            folders[:] = [name for name in folders if name.lower() not in skip and not name.startswith(".")]
+            folders[:] = [name for name in folders if name.lower() not in skip]
             found += [Path(folder, name) for name in names if is_image(name)]
         self.files = sorted(found, key=lambda path: natural_key(str(path)))
         self._by_name: dict[str, list[Path]] = {}
@@ -48,29 +60,55 @@ class ImageIndex:
             self._by_name.setdefault(_folded(path.name), []).append(path)
             self._by_stem.setdefault(_folded(path.stem), []).append(path)
 
-    def find(self, name: str, near: Path | None = None) -> Path | None:
+    def find(self, name: str, near: Path | None = None, *, split: str = "") -> Path | None:
         """Find the image named in a label file, perhaps by a path of another machine.
 
         The name as written is preferred, as files may have any name; then the one that it encodes as a URL or path.
 
         Args:
             name: A name, a path with slashes or backslashes, or a stem.
-            near: A preferred folder.
+            near: The preferred folder, or that of the label file.
+            split: The split of the labels, if any; images in the folder of another one are others.
 
         Returns:
-            The file; None if there is none, or several that match equally well.
+            The file; None if there is none, or several that match equally well; see :meth:`reason`.
         """
+        placed = _is_relative(name)
+        for parts, files in self._named(name):
+            found = [path for path in files if not self._elsewhere(path, parts if placed else parts[-1:], split)]
+            if (path := _closest(found, parts, near)) is not None:
+                return path
+        return None
+
+    def reason(self, name: str) -> str:
+        """Return why :meth:`find` found nothing."""
+        files = list(dict.fromkeys(path for _, files in self._named(name) for path in files))
+        shown = ", ".join(self._relative(path) for path in files[:3]) + (", ..." if len(files) > 3 else "")
+        if len(files) > 1:
+            return f"matches several images: {shown}"
+        return f"not found; {shown} is in another folder, or has labels of its own" if files else "not found"
+
+    def _named(self, name: str) -> list[tuple[list[str], list[Path]]]:
+        """Return the readings of a name as parts of a path, each with the files of that name."""
         meanings = dict.fromkeys((name, _local_path(name), clean_path(name)))
         split = [[part for part in path.split("/") if part not in ("", ".", "..")] for path in meanings]
         for known, key in ((self._by_name, str), (self._by_stem, str), (self._by_stem, _stem)):
             alike = [(parts, known.get(_folded(key(parts[-1])), [])) for parts in split if parts]
             if any(files for _, files in alike):  # a stem is no way out if a name is ambiguous
-                return next((found for parts, files in alike if (found := _closest(files, parts, near))), None)
-        return None
+                return alike
+        return []
+
+    def _elsewhere(self, path: Path, parts: Sequence[str], split: str) -> bool:
+        """Return whether an image is in the folder of another split, or in a folder of another name, than stated."""
+        own, own_splits = _place(self._relative(path))
+        stated, stated_splits = _place("/".join(parts))
+        wanted = {split} if split else stated_splits
+        return bool((own_splits and wanted and not own_splits & wanted) or (own and stated and own != stated))
 
     def by_stem(self, parts: list[str], near: Path | None = None) -> Path | None:
         """Find an image by its stem and its folders."""
-        return _closest(self._by_stem.get(_folded(parts[-1]), []), parts, near)
+        found = [p for p in self._by_stem.get(_folded(parts[-1]), []) if not self._elsewhere(p, parts, "")]
+        return _closest(found, parts, near)
 
     def name_and_split(self, path: Path) -> tuple[str, str]:
         """Return the name of an image in a data set, and the split named by its folders.
@@ -82,10 +120,13 @@ class ImageIndex:
             >>> index.name_and_split(Path("no such folder/images/valid/site 1/a.png"))
             ('site 1/a.png', 'val')
         """
+        return name_and_split(self._relative(path))
+
+    def _relative(self, path: Path) -> str:
+        """Return the path from the root, with slashes."""
         text = str(path)
         inside = text.startswith(self._prefix)
-        relative = text[len(self._prefix) :] if inside else os.path.relpath(text, self.root)
-        return name_and_split(relative.replace(os.sep, "/"))
+        return (text[len(self._prefix) :] if inside else os.path.relpath(text, self.root)).replace(os.sep, "/")
 
     def size(self, path: Path, log: LossLog) -> tuple[int, int] | None:
         """Return the displayed height and width of an image; None, with a logged loss, if it is not an image."""
@@ -114,19 +155,44 @@ def name_and_split(relative: str) -> tuple[str, str]:
     return "/".join([*folders, name]), split
 
 
+def _place(relative: str) -> tuple[str, set[str]]:
+    """Return the last folder of a path that is not one of any images or a split, and the splits among its folders.
+
+    Example:
+        >>> _place("train/site 1/images/a.png"), _place("images/a.png")
+        (('site 1', {'train'}), ('', set()))
+    """
+    folders = [folder for folder in relative.split("/")[:-1] if folder.lower() not in _IMAGE_FOLDERS]
+    splits = {split for folder in folders if (split := split_name(folder))}
+    names = [folder for folder in folders if not split_name(folder)]
+    return _folded(names[-1]) if names else "", splits
+
+
+def _is_relative(name: str) -> bool:
+    """Return whether a name is a path from the root of the data, not one of another machine or of a label file."""
+    away = name.startswith(("/", "\\")) or "://" in name or name[1:2] == ":"
+    return not away and ".." not in name.replace("\\", "/").split("/")
+
+
+def common_folders(first: Path, second: Path) -> int:
+    """Return the number of folders of one path that are also folders of another."""
+    return len({*first.parent.parts} & {*second.parent.parts})
+
+
 def _closest(found: list[Path], parts: list[str], near: Path | None) -> Path | None:
-    """Return the path that shares the most folders with the requested one, if it is unique."""
+    """Return the path that shares the most folders with the requested one, then with that nearby, if it is unique."""
     if near is not None and len(found) > 1:
         found = [path for path in found if near in path.parents] or found
     if len(found) < 2:
         return found[0] if found else None
 
-    def likeness(path: Path) -> list[tuple[bool, int]]:
+    def likeness(path: Path) -> tuple[list[tuple[bool, int]], int]:
         """Compare the name, and count the same folders; first ignoring case."""
-        return [
+        shared = [
             (key(parts[-1]) in (key(path.name), key(path.stem)), _shared_end(path.parts[:-1], parts[:-1], key))
             for key in (_folded, str)
         ]
+        return shared, 0 if near is None else common_folders(path, near / path.name)
 
     best, second, *_ = sorted(found, key=likeness, reverse=True)
     return best if likeness(best) > likeness(second) else None
@@ -169,7 +235,7 @@ def _local_path(name: str) -> str:
 
 
 def walk(root: str | Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    """Walk a folder like :func:`os.walk`, also through links to folders, but into each folder only once.
+    """Walk a folder like :func:`os.walk`, without hidden folders, also through links, but into each folder only once.
 
     Links are followed last, so that a file is found under its own path if it has one below the root.
     """
@@ -183,6 +249,7 @@ def walk(root: str | Path) -> Iterator[tuple[str, list[str], list[str]]]:
                 folders.clear()
                 continue
             seen.add(identity)
+            folders[:] = [name for name in folders if not name.startswith(".")]
             yield folder, folders, names
             pending += filter(os.path.islink, (os.path.join(folder, name) for name in folders))
 

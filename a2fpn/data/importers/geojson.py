@@ -16,6 +16,7 @@ from a2fpn.data.importers.shapes import with_holes
 from a2fpn.data.labeled import LabeledImage, LabeledObject, LossLog
 from a2fpn.errors import DataError
 
+_CLASS_KEYS = ("class", "label", "category")  # of other programs
 _OBJECTS = ("annotation", "detection", "cell")
 
 
@@ -46,7 +47,8 @@ class GeoJsonImporter(Importer):
             except ValueError as error:
                 self.log.add("unreadable-labels", path, f"{error}; skipped")
                 continue
-            file = self.images.find(path.stem, path.parent)
+            # QuPath drops both suffixes of a.ome.tif.
+            file = self.images.find(path.stem, path.parent) or self.images.find(f"{path.stem}.ome", path.parent)
             size = self.claim(file, used, path, named=path.stem, own_file=True)
             if file is None or size is None:
                 continue
@@ -65,6 +67,13 @@ class GeoJsonImporter(Importer):
                 self.log.add("unsupported-shape", path, f"a {kind} is not an object; skipped", place=place)
                 return None
             geometry = raw["geometry"]
+            if not isinstance(geometry, Mapping):
+                raise ValueError("it has no geometry")
+            plane = geometry.get("plane") or {}
+            if plane.get("z") or plane.get("t"):
+                detail = f"it is on plane z = {plane.get('z', 0)}, t = {plane.get('t', 0)}; only the first is read"
+                self.log.add("other-plane", path, f"{detail}; skipped", place=place)
+                return None
             if geometry["type"] not in ("Polygon", "MultiPolygon"):
                 detail = f"a {geometry['type']} is not supported by COCO; skipped"
                 self.log.add("unsupported-shape", path, detail, place=place)
@@ -73,14 +82,20 @@ class GeoJsonImporter(Importer):
             rings = [[_ring(ring) for ring in list_of(part, "coordinates")] for part in polygons]
             if not rings or not all(rings):
                 raise ValueError("its geometry has no coordinates")
-            return LabeledObject(self._class(properties), None, with_holes(rings, *size), line=place)
+            name = self._class(properties)
+            if name.endswith("*"):
+                self.log.note(f"objects of the class {name}, which QuPath ignores, skipped")
+                return None
+            return LabeledObject(name, None, with_holes(rings, *size), line=place)
         except FAULTS as error:
             self.skip("bad-shape", path, error, place)
             return None
 
     def _class(self, properties: Mapping[str, Any]) -> str:
         """Return the class of an object; derived ones are joined as QuPath displays them."""
-        given = properties.get("classification") or {}
+        given: Any = properties.get("classification") or next(filter(None, map(properties.get, _CLASS_KEYS)), {})
+        if not isinstance(given, (str, Mapping)):
+            raise ValueError(f"its classification must be an object with a name, got {str(given)[:40]}")
         names = given if isinstance(given, str) else given.get("name") or given.get("names") or ""
         if not isinstance(names, str):
             names = ": ".join(names)

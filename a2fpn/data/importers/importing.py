@@ -142,7 +142,7 @@ def import_data(
     importer = open_source(source, log, format=format, categories=categories, category=category, unlabeled=unlabeled)
     with ImagePlacer(output / "images", images) as placer:
         writer = CocoWriter(output, log, images=placer, box_masks=box_masks, splits=rule)
-        for image in track(importer.read(), f"reading {importer.name}", importer.total):
+        for image in track(importer.read_labeled(), f"reading {importer.name}", importer.total):
             image_id = importer.image_ids.get(image.name)
             writer.add(image if image_id is None else dataclasses.replace(image, id=image_id))
         splits, names = writer.close(importer.categories, track)

@@ -86,8 +86,11 @@ class LabelImageImporter(Importer):
                 if labeled is not None:
                     objects.append(len(labeled.objects))
                     yield labeled
-        if len(objects) > 2 and set(objects) == {1}:
-            self.log.note("images with a single label: if labels are classes, number the objects first", len(objects))
+        if max(objects, default=0) == 1:
+            single = sum(objects)
+            self.log.note(
+                "images with a single label, no image with more: if it marks all objects, number them", single
+            )
         yield from self.unlabeled(set(by_image))
 
     def _keys(self) -> dict[tuple[str | None, str], Path]:
@@ -157,6 +160,7 @@ class LabelImageImporter(Importer):
         size = self.images.size(path, self.log)
         if size is None:
             return None
+        self.begin_image()
         objects = []
         for category, label_path in labels:
             try:

@@ -58,9 +58,12 @@ class LabelStudioImporter(JsonImporter):
             detail = "it names no image in data; export as JSON, not as JSON-MIN; skipped"
             self.log.add("bad-item", path, detail, place=place)
             return None
-        file = next((found for name in names if (found := self._find(name)) is not None), None)
         given = list_of(task.get("annotations"), "annotations")
         done = [a for a in given if not self.flag(a.get("was_cancelled"), "was_cancelled")]
+        drawn_on = _drawn_on(done[-1]) if done else ""
+        if isinstance(data, Mapping) and isinstance(data.get(drawn_on), str):
+            names = [data[drawn_on]]
+        file = next((found for name in names if (found := self._find(name)) is not None), None)
         if file is not None and not done:
             self.log.note("tasks without a submitted annotation: images without labels")
             return None
@@ -107,6 +110,12 @@ class LabelStudioImporter(JsonImporter):
             except FAULTS as error:
                 self.skip("bad-shape", path, error, where)
         return list(grouped(shapes))
+
+
+def _drawn_on(annotation: Mapping[str, Any]) -> str:
+    """Return the name of the image that an annotation was drawn on, by default its key in a task's data."""
+    results = list_of(annotation.get("result"), "result")
+    return next((str(raw["to_name"]) for raw in results if isinstance(raw, Mapping) and raw.get("to_name")), "")
 
 
 def _choices(raw: Mapping[str, Any]) -> object:

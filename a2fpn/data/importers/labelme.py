@@ -27,7 +27,8 @@ from a2fpn.errors import DataError
 from a2fpn.masks.rle import Rle, encode_window
 
 _SKIPPED = ("line", "linestrip")
-_ROTATED = ("oriented_rectangle", "rotation")  # of labelme and of X-AnyLabeling, whose corners are given
+_ROTATED = ("oriented_rectangle", "rotation", "quadrilateral")  # of labelme and X-AnyLabeling, which give the corners
+_IGNORED = ("__ignore__", "_background_")  # labelme's own names for what is no object
 
 _Points = dict[object, dict[str, tuple[str, tuple[float, float, float]]]]  # place and point by group and name
 
@@ -78,6 +79,7 @@ class LabelmeImporter(Importer):
         content: bytes | None = None
         if file is None and data.get("imageData"):
             size, content = self._embedded(path, data["imageData"])
+            self.begin_image()
         else:
             size = self.claim(file, used, path, named=named or path.stem, own_file=True)
         said = (data.get("imageHeight"), data.get("imageWidth"))
@@ -93,7 +95,9 @@ class LabelmeImporter(Importer):
             except FAULTS as error:
                 self.skip("bad-shape", path, error, place)
                 continue
-            if found is not None:
+            if found is not None and found.category in _IGNORED:
+                self.log.note(f"shapes labeled {found.category}, skipped")
+            elif found is not None:
                 shapes.append((group, found))
         objects = list(grouped(self._add_points(path, shapes, points) if points else shapes))
         # An image embedded in a file is named like the file: its own name may be a path of another machine.

@@ -51,9 +51,10 @@ class MaskFilesImporter(Importer):
             if size is None:
                 continue
             used.add(image)
+            self.begin_image()
             objects = []
             for path in sorted((unit / "masks").rglob("*")):
-                if is_image(path.name):
+                if is_image(path.name) and not _is_hidden(path, unit):
                     labeled = self._object(path, unit, size)
                     if labeled is not None:
                         objects.append(labeled)
@@ -83,6 +84,10 @@ class MaskFilesImporter(Importer):
         return LabeledObject(self.class_of(folders[0] if folders else ""), None, encode_masks(mask[None])[0])
 
 
+def _is_hidden(path: Path, root: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(root).parts)
+
+
 def mask_units(root: Path) -> list[Path]:
     """Return the folders with one image in ``images/`` and masks with other names in ``masks/``.
 
@@ -92,7 +97,7 @@ def mask_units(root: Path) -> list[Path]:
     certain = False
     for masks in sorted(root.rglob("masks")):
         images = masks.parent / "images"
-        if masks.parent == root or not masks.is_dir() or not images.is_dir():
+        if masks.parent == root or not masks.is_dir() or not images.is_dir() or _is_hidden(masks, root):
             continue
         stems = {path.stem for path in images.iterdir() if is_image(path.name)}
         if len(stems) <= 1:

@@ -1,7 +1,7 @@
 """VGG Image Annotator (VIA) 1 and 2: one JSON file with all images, as saved or as exported.
 
-Rectangles, polygons, circles and ellipses are objects. Users name the attributes themselves: the class is the one with a
-usual name, else a choice among options, else the first.
+Rectangles, polygons, circles and ellipses are objects. Users name the attributes themselves: the class is the one with
+a usual name, else a choice among options, else the first.
 """
 
 from __future__ import annotations
@@ -118,14 +118,11 @@ def _type_of(attribute: Any) -> object:
 
 
 def _options(attribute: Any) -> Mapping[str, str]:
-    """Return the names of classes by the value of a choice: its description if the value is only a number."""
+    """Return the names of classes by the value of a choice: its description, which VIA shows, if there is one."""
     options = attribute.get("options") if isinstance(attribute, Mapping) else None
     if not isinstance(options, Mapping):
         return {}
-    return {
-        value: text if value.strip().isdecimal() and isinstance(text, str) and text.strip() else value
-        for value, text in options.items()
-    }
+    return {value: text if isinstance(text, str) and text.strip() else value for value, text in options.items()}
 
 
 def _regions(entry: Any) -> Iterable[tuple[object, Any]]:
@@ -138,6 +135,8 @@ def _regions(entry: Any) -> Iterable[tuple[object, Any]]:
 
 def _chosen(value: Any) -> list[str]:
     """Return the values of an attribute: one, or the marked ones of a checkbox."""
+    if isinstance(value, list):
+        return [str(one) for one in value]
     if isinstance(value, Mapping):
         return [name for name, marked in value.items() if marked]
     return [] if value is None or not str(value).strip() else [str(value)]

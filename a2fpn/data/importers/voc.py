@@ -6,6 +6,7 @@ in ``SegmentationObject`` is the number of its object in the XML file; 255 is th
 
 from __future__ import annotations
 
+import math
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from a2fpn.data.images import open_image
 from a2fpn.data.importers.base import FAULTS, Importer, ImportOptions, number_of, register_importer
 from a2fpn.data.importers.files import ImageIndex, folders_named, read_text, read_xml
 from a2fpn.data.importers.folder import Folder
+from a2fpn.data.importers.shapes import turned
 from a2fpn.data.labeled import Box, LabeledImage, LabeledObject, LossLog, split_name
 from a2fpn.errors import DataError
 from a2fpn.masks.rle import encode_masks
@@ -87,10 +89,10 @@ class VocImporter(Importer):
         if file is None or size is None:
             return None
         said = tuple(int(number_of(root.findtext(f"size/{side}") or "0", side)) for side in ("height", "width"))
-        if all(said) and said != size:
-            detail = f"it gives {said[1]} x {said[0]} pixels, {file.name} has {size[1]} x {size[0]}; skipped"
-            self.log.add("size-mismatch", path, detail)
+        agreed = self.agreed_size((said[0], said[1]), size, path, name=file.name)
+        if agreed is None:
             return None
+        size = agreed
         labels = self._labels(key, size)
         objects = []
         nodes = root.findall("object")
@@ -143,8 +145,9 @@ class VocImporter(Importer):
             self.log.note("objects without pixels in SegmentationObject")
         if polygon is not None:  # as written by Roboflow
             return LabeledObject(name, None, [_polygon(polygon)], crowd, line=place)
-        if node.find("robndbox") is not None and node.find("bndbox") is None:
-            raise ValueError("rotated boxes (robndbox) are not supported by COCO")
+        rotated = node.find("robndbox")
+        if rotated is not None and node.find("bndbox") is None:
+            return LabeledObject(name, None, [_rotated(rotated)], crowd, line=place)
         return LabeledObject(name, _box(node), None, crowd, line=place)
 
 
@@ -167,6 +170,13 @@ def _box(node: ET.Element, *, required: bool = True) -> Box | None:
             f"its box from {values['xmin']:g}, {values['ymin']:g} to {values['xmax']:g}, {values['ymax']:g} has no area"
         )
     return tuple(round(v, 4) for v in (values["xmin"] - 1, values["ymin"] - 1, width, height))  # type: ignore[return-value]
+
+
+def _rotated(node: ET.Element) -> list[float]:
+    """Return the corners of a rotated box: center, width, height and angle in radians, as in roLabelImg."""
+    x, y, w, h, angle = (number_of(node.findtext(key), key) for key in ("cx", "cy", "w", "h", "angle"))
+    corners = [(x - w / 2, y - h / 2), (x + w / 2, y - h / 2), (x + w / 2, y + h / 2), (x - w / 2, y + h / 2)]
+    return turned(corners, math.degrees(angle), (x, y))
 
 
 def _polygon(node: ET.Element) -> list[float]:

@@ -15,6 +15,7 @@ from typing import Any
 from a2fpn._registry import natural_key
 from a2fpn.data.check.report import Track
 from a2fpn.data.importers.annotation import encode, usable, with_box_mask, with_keypoints
+from a2fpn.data.importers.base import UNREAD
 from a2fpn.data.importers.placing import ImagePlacer
 from a2fpn.data.labeled import CategoryInfo, LabeledImage, LabeledObject, LossLog
 from a2fpn.data.splits import assign_splits
@@ -133,6 +134,9 @@ class CocoWriter:
             if text is not None:
                 self._used.add(labeled.category)
                 entry.annotations.append((labeled.category, text, '"segmentation":' in text))
+        if image.objects and not entry.annotations:
+            self.log.note(UNREAD)
+            return
         self._entries[name] = self._folded[name.lower()] = entry
         if image.file is not None:
             self.images.add(image.file, name)
@@ -267,7 +271,8 @@ class CocoWriter:
 
 def no_image(log: LossLog) -> DataError:
     """Return the error of a source of which no image was read."""
-    message = f"no image was read{'; ' if log.counts else ''}{log.summary()}."
+    noted = [f"{count:,} {what}" for what, count in log.notes.items()]
+    message = "; ".join(filter(None, ["no image was read", log.summary(), *noted])) + "."
     if log.counts["missing-image"]:
         message += " Images are searched for in the given folder, or in that of the given file."
     return DataError(message)

@@ -7,6 +7,7 @@ sets; Darknet's folders with ``obj.names`` are supported too.
 
 from __future__ import annotations
 
+import codecs
 import glob
 import itertools
 import math
@@ -29,6 +30,7 @@ from a2fpn.data.importers.yolo_files import (
     below,
     by_class,
     check_text,
+    darknet_lists,
     find_yaml,
     image_stem,
     images_below,
@@ -46,6 +48,7 @@ from a2fpn.errors import DataError
 _SLACK = 0.01  # tolerance of coordinates over the edge by rounding
 _DECIMALS = 3  # of coordinates in pixels; removes rounding noise of the normalization
 _PLAIN = b"-.0123456789eE \n"  # characters of lines of numbers
+_SURE = ("classes.txt", "obj.names")  # no other format has these
 _SPLITS = ("train", "val", "valid", "test")
 
 
@@ -62,9 +65,14 @@ class YoloImporter(Importer):
                     return f"{path.name} with names"
         if not folder.has_images():
             return ""
-        for path in folder.of_type(".txt"):
-            first = folder.head(path).partition(b"\n")[0].split()
-            if len(first) >= 5 and path.name not in CLASS_FILES and all(map(is_number, first)):
+        listed = [path for path in folder.of_type(".txt") if path.name not in CLASS_FILES]
+        if listed and (
+            names := next((p for s in (".txt", ".names") for p in folder.of_type(s) if p.name in _SURE), None)
+        ):
+            return f"{names.name} with classes"
+        for path in listed:
+            first = folder.head(path).removeprefix(codecs.BOM_UTF8).partition(b"\n")[0].split()
+            if len(first) >= 5 and all(map(is_number, first)):
                 return f"{path.name} with numbers"
         return ""
 
@@ -115,6 +123,7 @@ class YoloImporter(Importer):
             if size is None:
                 continue
             missing += not label
+            self.begin_image()
             objects = self._objects(label, *size) if label else ()
             yield LabeledImage(Path(path), name, *size, objects, split or named, source=label or path)
         left = "skipped" if self.options.unlabeled == "skip" else "kept as background"
@@ -142,7 +151,8 @@ class YoloImporter(Importer):
         seen = set(used)
         other = 0
         for top in sorted(tops):
-            for folder, _, names in os.walk(top):
+            for folder, folders_in, names in os.walk(top):
+                folders_in[:] = [name for name in folders_in if not name.startswith(".")]
                 for name in sorted(names):
                     path = os.path.join(folder, name)
                     if not is_text_file(name) or path in seen or name in CLASS_FILES or is_list(path):
@@ -209,6 +219,11 @@ class YoloImporter(Importer):
         jobs: dict[str, str] = {}
         others = (key for key, value in self.yaml.items() if value == f"images/{key}" and key not in _SPLITS)
         keys = [key for key in (*_SPLITS, *others) if self.yaml.get(key)]
+        lists = {} if keys else darknet_lists(self.root)
+        for split, path in lists.items():
+            jobs |= {
+                os.path.normpath(image): split for image in self._listed(path) if os.path.normpath(image) not in jobs
+            }
         for key in keys:
             values = self.yaml[key] if isinstance(self.yaml[key], list) else [self.yaml[key]]
             check_text(values, self.yaml_path, f"a path of {key}")
@@ -218,7 +233,7 @@ class YoloImporter(Importer):
                     if path in jobs and jobs[path] != (split_name(key) or key):
                         self.log.note(f"images listed in {jobs[path]} and {key}, kept in {jobs[path]}")
                     jobs.setdefault(path, split_name(key) or key)
-        if keys:
+        if keys or lists:
             return list(jobs.items())
         return [(path, "") for path in images_below(str(self.root))]
 

@@ -14,6 +14,7 @@ from a2fpn._registry import natural_key
 from a2fpn.data.images import is_image
 from a2fpn.data.importers.files import read_text
 from a2fpn.data.importers.folder import Folder
+from a2fpn.data.labeled import split_name
 from a2fpn.errors import DataError
 from a2fpn.masks.rle import shorten
 
@@ -157,8 +158,26 @@ def below(base: str, path: str) -> Iterator[str]:
 
 def images_below(folder: str) -> list[str]:
     """Return the image files of a folder and its subfolders, by name."""
-    found = [os.path.join(where, name) for where, _, names in os.walk(folder) for name in names if is_image(name)]
+    found = []
+    for where, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [os.path.join(where, name) for name in names if is_image(name)]
     return sorted(found, key=natural_key)
+
+
+def darknet_lists(root: Path) -> dict[str, str]:
+    """Return the lists of images of a Darknet folder by split: those of ``obj.data``, or ``train.txt`` and so on."""
+    found: dict[str, str] = {}
+    for path in sorted(root.glob("*.data")):
+        for line in read_text(path).splitlines():
+            key, _, value = line.partition("=")
+            files = [file for file in below(str(root), value.strip().replace("\\", "/")) if os.path.isfile(file)]
+            if split_name(key.strip()) and files:
+                found.setdefault(split_name(key.strip()), files[0])
+    for path in sorted(root.glob("*.txt")):
+        if split_name(path.stem) and is_list(str(path)):
+            found.setdefault(split_name(path.stem), str(path))
+    return found
 
 
 def is_class_number(text: str) -> bool:
