@@ -194,6 +194,15 @@ def test_several_images_that_match_are_named(tmp_path: Path) -> None:
     assert "image '1.png' matches several images: a/1.png, b/1.png; skipped" in str(report.losses[0])
 
 
+def test_an_image_of_labels_is_not_the_image(tmp_path: Path) -> None:
+    for folder in ("pictures", "masks"):
+        picture(tmp_path / "x" / folder / "a.png")
+    save(tmp_path / "x" / "x.json", coco(("a.png", "cat")))
+    report = import_data(tmp_path / "x", tmp_path / "y", format="coco")
+    assert report.counts == {}
+    assert (tmp_path / "y" / "images" / "a.png").resolve() == tmp_path / "x" / "pictures" / "a.png"
+
+
 def test_folders_with_numbers_are_no_splits(tmp_path: Path) -> None:
     for folder in ("test1", "test2"):
         picture(tmp_path / "x" / folder / "1.png")

@@ -37,6 +37,9 @@ _IMAGE_FOLDERS = frozenset(
     )
 )
 
+LABEL_FOLDERS = frozenset(("labels", "masks", "label_images", "label", "mask", "gt", "instances"))
+"""Names of folders, lower case, whose images are labels."""
+
 
 class ImageIndex:
     """Index of the image files below a folder, for lookup by the names in label files.
@@ -76,6 +79,7 @@ class ImageIndex:
         placed = _is_relative(name)
         for parts, files in self._named(name):
             found = [path for path in files if not self._elsewhere(path, parts if placed else parts[-1:], split)]
+            found = [path for path in found if path.parent.name.lower() not in LABEL_FOLDERS] or found
             if (path := _closest(found, parts, near)) is not None:
                 return path
         return None

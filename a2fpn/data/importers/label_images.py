@@ -17,15 +17,13 @@ from pycocotools import mask as mask_utils
 
 from a2fpn.data.images import SUFFIXES, open_image
 from a2fpn.data.importers.base import Importer, ImportOptions, register_importer
-from a2fpn.data.importers.files import ImageIndex
+from a2fpn.data.importers.files import LABEL_FOLDERS, ImageIndex
 from a2fpn.data.importers.folder import Folder
 from a2fpn.data.importers.mask_files import mask_units
 from a2fpn.data.labeled import LabeledImage, LabeledObject, LossLog, folder_name, split_name
 from a2fpn.errors import DataError
 from a2fpn.masks.rle import Rle
 
-LABEL_FOLDERS = frozenset(("labels", "masks", "label_images", "label", "mask", "gt", "instances"))
-"""Names of folders, lower case, whose images are labels."""
 _ENDINGS = re.compile(r"[_-](cp_masks|masks?|labels?|instances?|gt|seg)$", re.IGNORECASE)
 _IMAGE_ENDINGS = re.compile(r"[_-](image|img|raw|rgb)$", re.IGNORECASE)
 _TRIED = 20
