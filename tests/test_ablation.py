@@ -115,10 +115,10 @@ def test_settings_are_joined_with_those_of_the_recipe_and_lists_replaced(tmp_pat
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
-def test_recipes_are_settings_that_end_at_rate_zero_and_evaluate_four_times(path):
+def test_recipes_are_settings_that_end_at_rate_zero_and_evaluate_before_the_end(path):
     config = parse(["--config", str(path), "data.root=x"])
     assert config.optim.final_factor == 0
-    assert config.run.epochs / config.run.evaluate_every == 4
+    assert config.run.epochs / config.run.evaluate_every >= 2
     assert config.run.trackers == ()
     assert config.data.eval_batch_size > 1
 
