@@ -422,6 +422,14 @@ def test_rotated_boxes_of_voc_are_polygons(tmp_path: Path) -> None:
     assert annotations(tmp_path / "y")[0]["bbox"] == [25, 10, 10, 20]
 
 
+def test_boxes_of_voc_that_count_from_0_stay_in_the_image(tmp_path: Path) -> None:
+    picture(tmp_path / "x" / "a.png")
+    content = voc("a.png").replace("<xmin>1<", "<xmin>0<").replace("<ymin>1<", "<ymin>0<")
+    save(tmp_path / "x" / "a.xml", content)
+    import_data(tmp_path / "x", tmp_path / "y")
+    assert annotations(tmp_path / "y")[0]["bbox"] == [0, 0, 9, 9]
+
+
 def test_stored_pixels_of_a_rotated_jpeg_are_named_by_the_checks(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6

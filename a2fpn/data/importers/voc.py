@@ -157,19 +157,20 @@ def _key(path: Path, folder: Path) -> str:
 
 
 def _box(node: ET.Element, *, required: bool = True) -> Box | None:
-    """Convert a box with an inclusive last pixel to x, y, width, height."""
+    """Convert a box with an inclusive last pixel, counted from 1, to x, y, width, height; a 0 is the first as well."""
     box = node.find("bndbox")
     if box is None:
         if required:
             raise ValueError("it has no bndbox")
         return None
     values = {key: number_of(box.findtext(key), key) for key in ("xmin", "ymin", "xmax", "ymax")}
-    width, height = values["xmax"] - values["xmin"] + 1, values["ymax"] - values["ymin"] + 1
+    left, top = (values[key] - 1 if values[key] else 0.0 for key in ("xmin", "ymin"))
+    width, height = values["xmax"] - left, values["ymax"] - top
     if min(width, height) <= 0:
         raise ValueError(
             f"its box from {values['xmin']:g}, {values['ymin']:g} to {values['xmax']:g}, {values['ymax']:g} has no area"
         )
-    return tuple(round(v, 4) for v in (values["xmin"] - 1, values["ymin"] - 1, width, height))  # type: ignore[return-value]
+    return tuple(round(v, 4) for v in (left, top, width, height))  # type: ignore[return-value]
 
 
 def _rotated(node: ET.Element) -> list[float]:
