@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from a2fpn.data.exporters.base import Exporter, register_exporter
-from a2fpn.data.importers.label_images import LABEL_FOLDERS
+from a2fpn.data.importers.files import LABEL_FOLDERS
 from a2fpn.data.labeled import LabeledImage, folder_name
 
 _MOST = 65_535  # maximum number of objects in 16 bits
