@@ -79,7 +79,8 @@ class ImageIndex:
         placed = _is_relative(name)
         for parts, files in self._named(name):
             found = [path for path in files if not self._elsewhere(path, parts if placed else parts[-1:], split)]
-            found = [path for path in found if path.parent.name.lower() not in LABEL_FOLDERS] or found
+            if len(found) > 1:
+                found = [path for path in found if path.parent.name.lower() not in LABEL_FOLDERS] or found
             if (path := _closest(found, parts, near)) is not None:
                 return path
         return None
@@ -104,6 +105,8 @@ class ImageIndex:
 
     def _elsewhere(self, path: Path, parts: Sequence[str], split: str) -> bool:
         """Return whether an image is in the folder of another split, or in a folder of another name, than stated."""
+        if len(parts) < 2 and not split:
+            return False
         own, own_splits = _place(self._relative(path))
         stated, stated_splits = _place("/".join(parts))
         wanted = {split} if split else stated_splits
