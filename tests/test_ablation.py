@@ -96,7 +96,7 @@ def plan_with(*settings):
         (lambda: parse_arm("../x=model.name=y"), "named with letters"),
         (lambda: with_detectors([ARMS["fpn"]], ["yolo"], "maskrcnn_fpn_lite0"), "Unknown detector 'yolo'"),
         (lambda: with_detectors([ARMS["fpn"]], ["htc"], "tiny"), "'tiny' does not begin with a detector"),
-        (lambda: find_recipe("nosuch"), "No recipe 'nosuch'; give a file or one of facades, nwpu_vhr10"),
+        (lambda: find_recipe("nosuch"), "No recipe 'nosuch'; give a file or one of facades, nuclei, nwpu_vhr10"),
         (lambda: plan_with("epochs=3").fingerprint(), "unknown setting 'epochs'"),
     ],
 )
