@@ -58,7 +58,7 @@ def test_the_committed_comparison_is_what_its_command_makes(tmp_path):
     committed = (tables.ROOT / "docs" / "table1.md").read_text(encoding="utf-8")
     command = re.findall(r"```sh\n(python -m benchmarks.ablation .*?)```", committed, re.DOTALL)[0]
     records = [tables.ROOT / name for name in re.findall(r"--report (\S+)", command)]
-    assert len(records) == 2
+    assert len(records) == 3
     page = tmp_path / "table1.md"
     shutil.copy(tables.ROOT / "docs" / "table1.md", page)
     ablation(report=records, page=page)
