@@ -270,13 +270,16 @@ def test_darknet_s_lists_are_the_splits(tmp_path: Path) -> None:
     save(root / "obj.names", "cat\n")
     save(root / "obj.data", "classes = 1\ntrain = data/first.txt\nvalid = data\\valid.txt\nnames = data/obj.names\n")
     save(root / "first.txt", "data/obj/a.jpg\ndata/obj/b.jpg\n")
-    save(root / "valid.txt", "data/obj/c.jpg\n")
+    save(root / "valid.txt", "data/obj/c.jpg\ndata/obj/b.jpg\n")
     report = import_data(root, tmp_path / "y")
     assert {split: count.images for split, count in report.splits.items()} == {"train": 2, "val": 1}
-    assert report.notes == {"label files of images that no split lists": 1}
+    assert report.notes == {
+        "label files of images that no split lists": 1,
+        "images listed in train and val, kept in train": 1,
+    }
     (root / "obj.data").unlink()
     report = import_data(root, tmp_path / "z")  # the lists alone, by their names
-    assert {split: count.images for split, count in report.splits.items()} == {"val": 1}
+    assert {split: count.images for split, count in report.splits.items()} == {"val": 2}
 
 
 @pytest.mark.parametrize("lines", ["\ufeff" + LOADED, ""])

@@ -98,6 +98,7 @@ class Importer(ABC):
                 self.log.note(UNREAD)
             else:
                 yield image
+            self.begin_image()  # for importers that don't say where an image begins
 
     @cached_property
     def images(self) -> ImageIndex:

@@ -13,7 +13,7 @@ import numpy as np
 
 from a2fpn.data.images import is_image, open_image
 from a2fpn.data.importers.base import Importer, ImportOptions, register_importer
-from a2fpn.data.importers.files import ImageIndex
+from a2fpn.data.importers.files import ImageIndex, folders_named, walk
 from a2fpn.data.importers.folder import Folder
 from a2fpn.data.labeled import LabeledImage, LabeledObject, LossLog, split_name
 from a2fpn.masks.rle import encode_masks
@@ -53,8 +53,8 @@ class MaskFilesImporter(Importer):
             used.add(image)
             self.begin_image()
             objects = []
-            for path in sorted((unit / "masks").rglob("*")):
-                if is_image(path.name) and not _is_hidden(path, unit):
+            for path in sorted(Path(folder, name) for folder, _, names in walk(unit / "masks") for name in names):
+                if is_image(path.name):
                     labeled = self._object(path, unit, size)
                     if labeled is not None:
                         objects.append(labeled)
@@ -84,10 +84,6 @@ class MaskFilesImporter(Importer):
         return LabeledObject(self.class_of(folders[0] if folders else ""), None, encode_masks(mask[None])[0])
 
 
-def _is_hidden(path: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(root).parts)
-
-
 def mask_units(root: Path) -> list[Path]:
     """Return the folders with one image in ``images/`` and masks with other names in ``masks/``.
 
@@ -95,9 +91,9 @@ def mask_units(root: Path) -> list[Path]:
     """
     units = []
     certain = False
-    for masks in sorted(root.rglob("masks")):
+    for masks in folders_named(root, "masks"):
         images = masks.parent / "images"
-        if masks.parent == root or not masks.is_dir() or not images.is_dir() or _is_hidden(masks, root):
+        if masks in (root, root / "masks") or not images.is_dir():
             continue
         stems = {path.stem for path in images.iterdir() if is_image(path.name)}
         if len(stems) <= 1:

@@ -22,7 +22,7 @@ import orjson
 from a2fpn._registry import natural_key
 from a2fpn.data.images import SUFFIXES, is_image
 from a2fpn.data.importers.base import Importer, ImportOptions, register_importer
-from a2fpn.data.importers.files import clean_path, image_size, name_and_split, read_text
+from a2fpn.data.importers.files import clean_path, image_size, name_and_split, read_text, walk
 from a2fpn.data.importers.folder import Folder
 from a2fpn.data.importers.yolo_files import (
     CLASS_FILES,
@@ -151,8 +151,7 @@ class YoloImporter(Importer):
         seen = set(used)
         other = 0
         for top in sorted(tops):
-            for folder, folders_in, names in os.walk(top):
-                folders_in[:] = [name for name in folders_in if not name.startswith(".")]
+            for folder, _, names in walk(top):
                 for name in sorted(names):
                     path = os.path.join(folder, name)
                     if not is_text_file(name) or path in seen or name in CLASS_FILES or is_list(path):
@@ -219,23 +218,24 @@ class YoloImporter(Importer):
         jobs: dict[str, str] = {}
         others = (key for key, value in self.yaml.items() if value == f"images/{key}" and key not in _SPLITS)
         keys = [key for key in (*_SPLITS, *others) if self.yaml.get(key)]
-        lists = {} if keys else darknet_lists(self.root)
-        for split, path in lists.items():
-            jobs |= {
-                os.path.normpath(image): split for image in self._listed(path) if os.path.normpath(image) not in jobs
-            }
-        for key in keys:
-            values = self.yaml[key] if isinstance(self.yaml[key], list) else [self.yaml[key]]
-            check_text(values, self.yaml_path, f"a path of {key}")
-            for value in values:
-                for path in self._resolve(value, key):
-                    path = os.path.normpath(path)
-                    if path in jobs and jobs[path] != (split_name(key) or key):
-                        self.log.note(f"images listed in {jobs[path]} and {key}, kept in {jobs[path]}")
-                    jobs.setdefault(path, split_name(key) or key)
-        if keys or lists:
+        listed = [(key, path) for key in keys for path in self._entries(key)]
+        if not keys:
+            listed = [(key, path) for key, file in darknet_lists(self.root).items() for path in self._listed(file)]
+        for key, path in listed:
+            path = os.path.normpath(path)
+            if path in jobs and jobs[path] != (split_name(key) or key):
+                self.log.note(f"images listed in {jobs[path]} and {key}, kept in {jobs[path]}")
+            jobs.setdefault(path, split_name(key) or key)
+        if keys or listed:
             return list(jobs.items())
         return [(path, "") for path in images_below(str(self.root))]
+
+    def _entries(self, key: str) -> Iterator[str]:
+        """Yield the images of a split of ``data.yaml``."""
+        values = self.yaml[key] if isinstance(self.yaml[key], list) else [self.yaml[key]]
+        check_text(values, self.yaml_path, f"a path of {key}")
+        for value in values:
+            yield from self._resolve(value, key)
 
     def _resolve(self, value: str, key: str) -> list[str]:
         """List the images of an entry of ``data.yaml``: a folder, a list, or a pattern."""

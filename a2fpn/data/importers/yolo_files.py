@@ -12,7 +12,7 @@ import yaml
 
 from a2fpn._registry import natural_key
 from a2fpn.data.images import is_image
-from a2fpn.data.importers.files import read_text
+from a2fpn.data.importers.files import read_text, walk
 from a2fpn.data.importers.folder import Folder
 from a2fpn.data.labeled import split_name
 from a2fpn.errors import DataError
@@ -158,10 +158,7 @@ def below(base: str, path: str) -> Iterator[str]:
 
 def images_below(folder: str) -> list[str]:
     """Return the image files of a folder and its subfolders, by name."""
-    found = []
-    for where, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [os.path.join(where, name) for name in names if is_image(name)]
+    found = [os.path.join(where, name) for where, _, names in walk(folder) for name in names if is_image(name)]
     return sorted(found, key=natural_key)
 
 
